@@ -1,0 +1,19 @@
+"""The one exception that means "the user can fix this", and how unknown names are answered."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+  """A flag, field or file that the user can correct. One line: what, its value, what would be right.
+
+  Entry points print the message without a traceback and exit with status 2.
+  """
+
+
+def unknown_name(what: str, name: str, known: Iterable[str]) -> InputError:
+  """The error for a name that is in no registry: says the nearest names, then all of them."""
+  known = sorted(known)
+  near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+  hint = f"did you mean {' or '.join(near)}? " if near else ""
+  return InputError(f"unknown {what} {name!r}: {hint}known: {', '.join(known)}")

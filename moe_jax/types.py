@@ -1,0 +1,67 @@
+"""Axis letters, and the records that cross module borders.
+
+Axes have one letter each everywhere, as name suffixes and in einsum strings:
+
+  B batch                 L sequence             T tokens of one routing group
+  G groups                D model                F expert hidden
+  E experts               K experts per token    C capacity (slots of one expert in one group)
+  A assignments           N heads                H head dim
+  V vocabulary            S domains              R layers with routed experts
+
+Suffixes name logical axes, never the sharding. Flattening B*L tokens in order and cutting them into
+G groups of T tokens gives the group layout: `x_BLD.reshape(G, T, D)`.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+
+Array = jax.Array
+PyTree = Any
+
+
+class Assignment(NamedTuple):
+  """Who goes where: a static-length list of (token, expert) pairs, highest priority first.
+
+  The order is the order in which expert slots are given out: where capacity runs out, the later
+  entries drop. Entries of one expert keep their relative order in every dispatcher.
+  """
+
+  token_A: Array  # int32, index into the group's T tokens
+  expert_A: Array  # int32, in [0, E), also for invalid entries
+  weight_A: Array  # float32, the combine weight; differentiable
+  valid_A: Array  # bool, False: not sent anywhere (padding, or not chosen)
+  # bool, True: counts against the expert's capacity. Differs from valid_A only for GShard, whose
+  # randomly skipped second choices leave their slot empty. None means "the same as valid_A".
+  holds_slot_A: Array | None = None
+
+
+class Routing(NamedTuple):
+  """What a router decides for one group of T tokens. `vmap` adds a leading G to every field."""
+
+  logits_TE: Array  # float32, before any bias
+  scores_TE: Array  # float32, softmax or sigmoid of the logits; never includes the expert bias
+  mask_T: Array  # bool, False: padding, which neither counts nor takes capacity
+  assignment: Assignment
+
+
+class BatchRouting(NamedTuple):
+  """One layer's routing of one micro-batch in the batch layout: what balancers and statistics read."""
+
+  logits_BLE: Array  # float32
+  scores_BLE: Array  # float32
+  selected_BLE: Array  # float32, 1 where the token was sent to the expert, before capacity; no gradient
+  mask_BL: Array  # bool
+  group_size: int  # T, static: B*L tokens in order are cut into groups of T
+
+
+class MoEAux(NamedTuple):
+  """What an MoE layer knows besides its output. Every array is a sum over tokens, so it adds over
+  micro-batches and devices; losses are means over the micro-batch's valid tokens, weights included."""
+
+  losses: dict[str, Array]  # name -> scalar
+  balancer_stats: PyTree  # sum of the balancer's `observe`
+  tokens_per_expert_BE: Array  # float32 counts before capacity, per sequence
+  kept_per_expert_E: Array  # float32 counts after capacity
+  router_entropy: Array  # scalar, nats, summed over valid tokens
+  num_tokens: Array  # scalar, valid tokens
