@@ -31,8 +31,6 @@ class MoEConfig:
   eval_capacity_factor: float = 2.0
   group_size: int = 0  # T, tokens per routing group; 0: chosen from the shape
   jitter: float = 0.0  # router input times U(1-jitter, 1+jitter) in training, 2101.03961
-  router_init_scale: float = 1.0  # s in std = sqrt(s/fan_in), truncated at 2 std; Switch: 0.1
-  expert_init_scale: float = 1.0
 
   def check(self) -> None:
     _require(self.num_experts >= 1, "num_experts", self.num_experts, "at least 1 expert")
@@ -54,8 +52,6 @@ class MoEConfig:
     )
     _require(self.group_size >= 0, "group_size", self.group_size, "tokens per group, or 0 to choose from the shape")
     _require(0 <= self.jitter < 1, "jitter", self.jitter, "must be in [0, 1), Switch uses 0.01")
-    for name in ("router_init_scale", "expert_init_scale"):
-      _require(getattr(self, name) > 0, name, getattr(self, name), "must be above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +69,7 @@ class ModelConfig:
   rope_theta: float = 10_000.0
   norm_eps: float = 1e-6
   tie_embeddings: bool = False
+  init_scale: float = 1.0  # s in std = sqrt(s / fan_in) of every matrix; Switch, 2101.03961: 0.1
   compute_dtype: str = "float32"  # float32 | bfloat16; parameters and the router stay float32
   scan_layers: bool = True
   remat: str = "none"  # none | full | dots
@@ -105,6 +102,7 @@ class ModelConfig:
       self.compute_dtype in ("float32", "bfloat16"), "compute_dtype", self.compute_dtype, "float32 or bfloat16"
     )
     _require(self.remat in ("none", "full", "dots"), "remat", self.remat, "none, full or dots")
+    _require(self.init_scale > 0, "init_scale", self.init_scale, "must be above 0, Switch uses 0.1")
     self.moe.check()
 
   @property

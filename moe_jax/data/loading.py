@@ -1,0 +1,54 @@
+"""`load_dataset`: from a `DataConfig` to a `Dataset`."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from moe_jax.config import DataConfig
+from moe_jax.data.dataset import Dataset, dataset_of_texts
+from moe_jax.data.markov import load_markov
+from moe_jax.data.text_folder import read_text_folder
+from moe_jax.errors import InputError
+
+
+def load_dataset(config: DataConfig) -> Dataset:
+  """Builds or opens the data set that `config.dataset` names. Raises `InputError` for what a flag can fix.
+
+  stdlib, text_folder and small TFDS data sets are tokenised here and held in memory; markov and large
+  TFDS data sets are made while they are read. The first stdlib build takes seconds and is cached.
+  """
+  config.check()
+  if config.dataset in _BUILT_IN:
+    return _BUILT_IN[config.dataset](config)
+  from moe_jax.data.tfds_text import load_tfds
+
+  return load_tfds(config, data_dir(config), tuple(_BUILT_IN))
+
+
+def data_dir(config: DataConfig) -> Path:
+  """`config.data_dir`, else $MOE_JAX_DATA_DIR, else ~/.cache/moe_jax."""
+  return Path(config.data_dir or os.environ.get("MOE_JAX_DATA_DIR") or "~/.cache/moe_jax").expanduser()
+
+
+def _load_stdlib(config: DataConfig) -> Dataset:
+  try:
+    from moe_jax.data.stdlib_builder import read_stdlib
+  except ImportError as error:
+    raise InputError(f"--dataset=stdlib: needs {error.name}, run: pip install tensorflow-datasets array_record") from None
+  try:
+    splits, domains = read_stdlib(data_dir(config))
+  except PermissionError as error:
+    raise InputError(f"--data_dir={data_dir(config)}: cannot be written ({error.strerror})") from None
+  return dataset_of_texts(config, "stdlib", splits, domains, ("sequence_length", str(config.sequence_length)))
+
+
+def _load_text_folder(config: DataConfig) -> Dataset:
+  splits, domains = read_text_folder(config.text_folder)
+  return dataset_of_texts(config, "text_folder", splits, domains, ("text_folder", config.text_folder))
+
+
+_BUILT_IN: dict[str, Callable[[DataConfig], Dataset]] = {
+  "stdlib": _load_stdlib,
+  "markov": load_markov,
+  "text_folder": _load_text_folder,
+}

@@ -1,0 +1,113 @@
+"""`stdlib`: the standard-library corpus as a TFDS data set in ArrayRecord format, built once and cached."""
+
+import contextlib
+import hashlib
+import io
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+
+from moe_jax.data import stdlib_text
+from moe_jax.data.windows import Text
+
+_SPLITS = ("train", "validation")
+
+
+class MoeStdlib(tfds.core.GeneratorBasedBuilder):
+  """Features: text, domain. Splits by document: train, validation. See `moe_jax.data.stdlib_text`."""
+
+  VERSION = tfds.core.Version("1.0.0")  # raise it with every change of stdlib_text: it is in the cache key
+  # no checksum file: looking for one needs importlib_resources, which TFDS does not install
+  url_infos = {}
+  _checksums_path = None
+
+  def __init__(self, *, root: Path, **kwargs):
+    self._root = root
+    super().__init__(**kwargs)
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    return tfds.core.DatasetInfo(
+      builder=self,
+      description=stdlib_text.__doc__,
+      features=tfds.features.FeaturesDict(
+        {
+          "text": tfds.features.Text(),
+          "domain": tfds.features.ClassLabel(names=stdlib_text.DOMAINS),
+        }
+      ),
+    )
+
+  def _split_generators(self, dl_manager):
+    del dl_manager  # nothing is downloaded
+    documents = stdlib_text.read_documents(self._root)
+    return {s: self._generate_examples([d for d in documents if d.split == s]) for s in _SPLITS}
+
+  def _generate_examples(self, documents) -> Iterator[tuple[str, dict[str, str]]]:
+    # TFDS orders the examples by the hash of the key: deterministic, and the domains are mixed
+    for i, document in enumerate(documents):
+      yield f"{document.domain}-{i}", {"text": document.text, "domain": document.domain}
+
+
+def read_stdlib(data_dir: Path, root: Path | None = None) -> tuple[dict[str, list[Text]], tuple[str, ...]]:
+  """The corpus by split, and its domains; builds it on first use.
+
+  Args:
+    data_dir: cache folder, created if missing. Safe when several processes build at the same time.
+    root: the library to read; None: the running interpreter's.
+  """
+  root = root or stdlib_text.stdlib_root()
+  folder = data_dir / "stdlib" / _cache_key(root)
+  if not folder.is_dir():
+    _build(root, folder)
+  builder = tfds.builder_from_directory(folder)
+  names = builder.info.features["domain"].names
+  raw = {
+    split: [(example["text"].decode(), names[example["domain"]]) for example in builder.as_data_source(split)]
+    for split in _SPLITS
+  }
+  present = {domain for examples in raw.values() for _, domain in examples}
+  domains = tuple(d for d in names if d in present)
+  return {s: [Text(text, domains.index(d)) for text, d in examples] for s, examples in raw.items()}, domains
+
+
+def _cache_key(root: Path) -> str:
+  """Builder version, Python version, and a hash of the paths and sizes of all candidate files.
+
+  Sizes stand in for contents, which would take seconds to read; `DatasetInfo.fingerprint` covers what was read.
+  """
+  listing = repr((sys.version, sorted(stdlib_text.list_files(root))))
+  version = ".".join(map(str, sys.version_info[:3]))
+  return f"v{MoeStdlib.VERSION}-py{version}-{hashlib.sha256(listing.encode()).hexdigest()[:12]}"
+
+
+def _build(root: Path, folder: Path) -> None:
+  """Builds beside `folder` and renames, so that `folder` is whole or absent whoever else builds it."""
+  start = time.monotonic()
+  print(f"building the stdlib corpus from {root} in {folder} (once)", file=sys.stderr)
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  scratch = tempfile.mkdtemp(prefix=".building-", dir=folder.parent)
+  try:
+    builder = MoeStdlib(root=root, data_dir=scratch, file_format="array_record")
+    with _quiet_tfds():
+      builder.download_and_prepare()
+    try:
+      os.rename(builder.data_path, folder)
+    except OSError:
+      if not folder.is_dir():  # otherwise another process was first: its build is the same
+        raise
+  finally:
+    shutil.rmtree(scratch, ignore_errors=True)
+  print(f"built the stdlib corpus in {time.monotonic() - start:.1f} s", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _quiet_tfds() -> Iterator[None]:
+  """Silences the download messages and progress bars, which say nothing about a local build."""
+  with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    yield

@@ -1,0 +1,114 @@
+"""Text to token ids: bytes, a SentencePiece model or a Hugging Face tokenizer.json.
+
+Every document begins with `bos_id`. `pad_id` fills masked positions only. A tokenizer file without such
+tokens gets new ids after its own. `vocab_size` is rounded up to a multiple of 8, so that the embedding
+divides over devices; the ids above the last real one never occur.
+"""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_jax.errors import InputError
+
+
+class Tokenizer(NamedTuple):
+  encode: Callable[[str], np.ndarray]  # text -> [tokens] int32, no bos
+  decode: Callable[[np.ndarray], str]
+  vocab_size: int
+  bos_id: int
+  pad_id: int
+  fingerprint: str  # says which tokenizer this is; equal for equal files wherever they lie
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+  """`bytes`, a SentencePiece `.model` file, or a Hugging Face `.json` file. Raises `InputError` otherwise."""
+  if name == "bytes":
+    return _bytes_tokenizer()
+  path = Path(name).expanduser()
+  if path.suffix not in (".model", ".json"):
+    right = "must be bytes, a SentencePiece .model file or a Hugging Face tokenizer.json"
+    raise InputError(f"--tokenizer={name}: {right}")
+  if not path.is_file():
+    raise InputError(f"--tokenizer={name}: no such file")
+  return _sentencepiece_tokenizer(path) if path.suffix == ".model" else _hugging_face_tokenizer(path)
+
+
+def _bytes_tokenizer() -> Tokenizer:
+  """The 256 bytes of utf-8, then bos and pad."""
+
+  def encode(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(errors="replace"), np.uint8).astype(np.int32)
+
+  def decode(tokens: np.ndarray) -> str:
+    tokens = np.asarray(tokens)
+    return tokens[tokens < 256].astype(np.uint8).tobytes().decode(errors="replace")
+
+  return _with_specials(encode, decode, size=256, bos=None, pad=None, fingerprint="bytes")
+
+
+def _sentencepiece_tokenizer(path: Path) -> Tokenizer:
+  try:
+    import sentencepiece
+  except ImportError:
+    raise InputError(f"--tokenizer={path}: needs SentencePiece, run: pip install sentencepiece") from None
+  try:
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+  except (OSError, RuntimeError) as error:
+    raise InputError(f"--tokenizer={path}: is no SentencePiece model ({_first_line(error)})") from None
+
+  def encode(text: str) -> np.ndarray:
+    return np.asarray(model.encode(text), np.int32)
+
+  def decode(tokens: np.ndarray) -> str:
+    return model.decode([int(t) for t in tokens if t < model.vocab_size() and not model.is_control(int(t))])
+
+  bos = next((i for i in (model.bos_id(), model.eos_id()) if i >= 0), None)
+  pad = model.pad_id() if model.pad_id() >= 0 else None
+  return _with_specials(encode, decode, model.vocab_size(), bos, pad, _file_hash(path))
+
+
+def _hugging_face_tokenizer(path: Path) -> Tokenizer:
+  try:
+    import tokenizers
+  except ImportError:
+    raise InputError(f"--tokenizer={path}: needs Hugging Face tokenizers, run: pip install tokenizers") from None
+  try:
+    model = tokenizers.Tokenizer.from_file(str(path))
+  except Exception as error:  # the library raises plain Exception
+    raise InputError(f"--tokenizer={path}: is no Hugging Face tokenizer.json ({_first_line(error)})") from None
+  model.no_truncation()
+  model.no_padding()
+
+  def encode(text: str) -> np.ndarray:
+    return np.asarray(model.encode(text, add_special_tokens=False).ids, np.int32)
+
+  def decode(tokens: np.ndarray) -> str:
+    return model.decode([int(t) for t in tokens], skip_special_tokens=True)
+
+  # tokenizer.json does not say which special token begins a document; these names cover the usual models
+  names = ("<s>", "<bos>", "<|begin_of_text|>", "[BOS]", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[CLS]")
+  bos = next((i for i in map(model.token_to_id, names) if i is not None), None)
+  pad = next((i for i in map(model.token_to_id, ("<pad>", "[PAD]", "<|pad|>")) if i is not None), None)
+  size = 1 + max(model.get_vocab(with_added_tokens=True).values())  # ids can have gaps
+  return _with_specials(encode, decode, size, bos, pad, _file_hash(path))
+
+
+def _with_specials(encode, decode, size: int, bos: int | None, pad: int | None, fingerprint: str) -> Tokenizer:
+  """Gives new ids to the missing specials and rounds the size up to a multiple of 8."""
+  if bos is None:
+    bos, size = size, size + 1
+  if pad is None:
+    pad, size = size, size + 1
+  return Tokenizer(encode, decode, -(-size // 8) * 8, bos, pad, fingerprint)
+
+
+def _file_hash(path: Path) -> str:
+  return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+  return (str(error).splitlines() or [type(error).__name__])[0]

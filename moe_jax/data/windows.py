@@ -1,0 +1,111 @@
+"""Batches of windows: documents cut into windows of L+1 tokens, and what serves rows of them.
+
+A document is `bos` and its tokens. Windows of L+1 tokens start every L tokens, so each token after `bos`
+is the target of exactly one position. Windows never cross documents; the last one of a document is
+padded, and `mask_BL` is False where there is no target. No tail is dropped, however short.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from moe_jax.data.tokenizers import Tokenizer
+
+# tokens_BL int32, targets_BL int32, mask_BL bool (True: the target is real), domain_B int32
+Batch = dict[str, np.ndarray]
+
+
+class WindowSource(Protocol):
+  """Random access to windows. Row i is the same whenever and together with whatever it is read."""
+
+  def __len__(self) -> int: ...
+
+  def rows(self, indices: Sequence[int]) -> Batch: ...
+
+
+class Text(NamedTuple):
+  """One document before tokenisation; `domain` indexes the data set's domains."""
+
+  text: str
+  domain: int
+
+
+class DocumentWindows:
+  """The windows of a list of tokenised documents, held in memory: 2 bytes a token (4 above 65536 ids).
+
+  Args:
+    documents: (tokens, domain) pairs, tokens without bos; documents without a token are dropped.
+    tokenizer: gives `bos_id` and `pad_id`.
+    sequence_length: L.
+  """
+
+  def __init__(self, documents: Iterable[tuple[np.ndarray, int]], tokenizer: Tokenizer, sequence_length: int):
+    self._length = sequence_length
+    self._pad = tokenizer.pad_id
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
+    tokens, starts, counts, domains = [np.zeros(0, dtype)], [], [], []
+    offset = 0
+    for document, domain in documents:
+      if not len(document):
+        continue
+      begins = np.arange(0, len(document), sequence_length)
+      tokens += [np.array([tokenizer.bos_id], dtype), document.astype(dtype)]
+      starts.append(offset + begins)
+      counts.append(np.minimum(len(document) - begins, sequence_length))
+      domains.append(np.full(len(begins), domain))
+      offset += len(document) + 1
+    self._tokens = np.concatenate(tokens)
+    self._starts = np.concatenate([np.zeros(0, np.int64), *starts]).astype(np.int64)
+    self.targets_W = np.concatenate([np.zeros(0, np.int64), *counts]).astype(np.int64)  # real targets per window
+    self.domain_W = np.concatenate([np.zeros(0, np.int64), *domains]).astype(np.int32)
+
+  def __len__(self) -> int:
+    return len(self._starts)
+
+  def rows(self, indices: Sequence[int]) -> Batch:
+    """The windows with these indices, in this order."""
+    index_B = np.asarray(indices, np.int64)
+    position = np.arange(self._length + 1)
+    count_B1 = self.targets_W[index_B, None]
+    at = np.minimum(self._starts[index_B, None] + position, len(self._tokens) - 1)
+    window = np.where(position <= count_B1, self._tokens[at], self._pad).astype(np.int32)
+    return {
+      "tokens_BL": window[:, :-1],
+      "targets_BL": window[:, 1:],
+      "mask_BL": position[:-1] < count_B1,
+      "domain_B": self.domain_W[index_B],
+    }
+
+  def targets_per_domain(self, num_domains: int) -> tuple[int, ...]:
+    return tuple(int(n) for n in np.bincount(self.domain_W, weights=self.targets_W, minlength=num_domains))
+
+  @property
+  def padded_fraction(self) -> float:
+    """Masked positions / all positions."""
+    return 1.0 - float(self.targets_W.sum()) / max(1, len(self) * self._length)
+
+
+def masked_rows(batch: Batch, num_rows: int, pad_id: int) -> Batch:
+  """Appends rows without any target, domain 0, until the batch has `num_rows`."""
+  missing = num_rows - len(batch["domain_B"])
+  fill = {"tokens_BL": pad_id, "targets_BL": pad_id, "mask_BL": False, "domain_B": 0}
+  return {
+    name: np.concatenate([array, np.full((missing, *array.shape[1:]), fill[name], array.dtype)])
+    for name, array in batch.items()
+  }
+
+
+def fingerprint_texts(splits: dict[str, Iterable[Text]], domains: Sequence[str], tokenizer: Tokenizer) -> str:
+  """sha256 over the tokenizer and the splits' documents and labels in order.
+
+  Sequence length, batch size and `data_seed` are not part of it: they are in the configuration.
+  """
+  digest = hashlib.sha256(tokenizer.fingerprint.encode())
+  for split, texts in splits.items():
+    for text, domain in texts:
+      data = text.encode(errors="replace")
+      digest.update(f"\0{split}\0{domains[domain]}\0{len(data)}\0".encode())
+      digest.update(data)
+  return digest.hexdigest()

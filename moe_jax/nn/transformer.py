@@ -1,0 +1,148 @@
+"""A decoder language model with MoE layers.
+
+Layers with experts repeat in periods: `moe_every - 1` dense layers and one with experts. The parameters
+of all periods are stacked on a leading axis whether the forward pass scans over them or is unrolled, so
+the choice changes the compiled program and nothing else.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax.config import ModelConfig
+from moe_jax.nn.attention import Attention
+from moe_jax.nn.mlp import MLP
+from moe_jax.nn.moe import MoE
+from moe_jax.nn.norm import RMSNorm
+from moe_jax.nn.variables import matrix
+from moe_jax.sharding import constrain
+from moe_jax.types import Array, MoEAux, PyTree
+
+
+class DenseLayer(nnx.Module):
+  """Pre-norm attention and a dense feed-forward block."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    self.attention_norm = RMSNorm(config.model_dim, config.norm_eps)
+    self.attention = Attention(config, rngs=rngs)
+    self.mlp_norm = RMSNorm(config.model_dim, config.norm_eps)
+    self.mlp = MLP(
+      config.model_dim, config.dense_dim, config.moe.expert_activation, config.init_scale, rngs=rngs
+    )
+
+  def __call__(self, x_BLD: Array) -> Array:
+    x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD))
+    return x_BLD + self.mlp(self.mlp_norm(x_BLD))
+
+
+class MoELayer(nnx.Module):
+  """Pre-norm attention and an MoE feed-forward block."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    self.attention_norm = RMSNorm(config.model_dim, config.norm_eps)
+    self.attention = Attention(config, rngs=rngs)
+    self.moe_norm = RMSNorm(config.model_dim, config.norm_eps)
+    self.moe = MoE(config.moe, config.model_dim, config.init_scale, rngs=rngs)
+
+  def __call__(self, x_BLD: Array, mask_BL: Array, **kwargs) -> tuple[Array, MoEAux]:
+    x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD))
+    y_BLD, aux = self.moe(self.moe_norm(x_BLD), mask_BL, **kwargs)
+    return x_BLD + y_BLD, aux
+
+
+class Period(nnx.Module):
+  """`moe_every - 1` dense layers, then one with experts."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    self.dense = nnx.List([DenseLayer(config, rngs=rngs) for _ in range(config.moe_every - 1)])
+    self.sparse = MoELayer(config, rngs=rngs)
+
+  def __call__(self, x_BLD: Array, mask_BL: Array, **kwargs) -> tuple[Array, MoEAux]:
+    for layer in self.dense:
+      x_BLD = layer(x_BLD)
+    return self.sparse(x_BLD, mask_BL, **kwargs)
+
+
+def _stack(modules: list[nnx.Module]) -> nnx.Module:
+  """One module whose variables are those of `modules` stacked on a new leading axis."""
+  graphdef, *_ = nnx.split(modules[0])
+  states = [nnx.split(module)[1] for module in modules]
+  return nnx.merge(graphdef, jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
+
+
+def _remat(body, policy: str):
+  if policy == "none":
+    return body
+  saveable = {"full": None, "dots": jax.checkpoint_policies.dots_saveable}[policy]
+  return jax.checkpoint(body, policy=saveable, prevent_cse=False)
+
+
+class Transformer(nnx.Module):
+  """Token ids in, next-token logits out: `logits_BLV, aux = model(tokens_BL, mask_BL)`.
+
+  Every field of `aux` has a leading axis over the R layers with experts.
+  """
+
+  def __init__(self, config: ModelConfig, vocab_size: int, *, rngs: nnx.Rngs):
+    config.check()
+    self.config = config
+    d = config.model_dim
+    embedding = 0.02 * jax.random.normal(rngs.params(), (vocab_size, d), jnp.float32)
+    self.embedding_VD = nnx.Param(embedding, logical_axes=("vocab", "embed"))
+    self.first = nnx.List([DenseLayer(config, rngs=rngs) for _ in range(config.num_dense_first)])
+    self.periods = _stack([Period(config, rngs=rngs) for _ in range(config.num_moe_layers)])
+    self.final_norm = RMSNorm(d, config.norm_eps)
+    tied = config.tie_embeddings
+    self.w_head_DV = None if tied else matrix(rngs, (d, vocab_size), ("embed", "vocab"), config.init_scale)
+
+  def __call__(
+    self,
+    tokens_BL: Array,
+    mask_BL: Array | None = None,
+    *,
+    key_B: Array | None = None,
+    step_stats: PyTree = None,
+    train: bool = False,
+  ) -> tuple[Array, MoEAux]:
+    """Logits [B, L, V] in float32 and what the MoE layers know.
+
+    Args:
+      tokens_BL: int32.
+      mask_BL: bool, False for padding, which must come behind the text.
+      key_B: a key per sequence (see `MoE`); None: no randomness.
+      step_stats: balancer statistics of the whole optimizer step, leading axis R; None: this batch.
+      train: see `MoE`.
+    """
+    if mask_BL is None:
+      mask_BL = jnp.ones(tokens_BL.shape, bool)
+    dtype = jnp.dtype(self.config.compute_dtype)
+    x_BLD = constrain(self.embedding_VD[...][tokens_BL].astype(dtype), ("batch", None, None))
+    for layer in self.first:
+      x_BLD = layer(x_BLD)
+    x_BLD, aux = self._run_periods(x_BLD, mask_BL, key_B, step_stats, train)
+    x_BLD = self.final_norm(x_BLD)
+    head_DV = self.embedding_VD[...].T if self.w_head_DV is None else self.w_head_DV[...]
+    logits_BLV = jnp.einsum(
+      "BLD,DV->BLV", x_BLD, head_DV.astype(dtype), preferred_element_type=jnp.float32
+    )
+    return logits_BLV, aux
+
+  def _run_periods(self, x_BLD, mask_BL, key_B, step_stats, train):
+    graphdef, stacked = nnx.split(self.periods)
+
+    def body(x_BLD, xs):
+      state, layer, layer_stats = xs
+      layer_key_B = None if key_B is None else jax.vmap(lambda key: jax.random.fold_in(key, layer))(key_B)
+      period = nnx.merge(graphdef, state)
+      return period(x_BLD, mask_BL, key_B=layer_key_B, step_stats=layer_stats, train=train)
+
+    body = _remat(body, self.config.remat)
+    num_periods = self.config.num_moe_layers
+    xs = (stacked, jnp.arange(num_periods), step_stats)
+    if self.config.scan_layers:
+      return jax.lax.scan(body, x_BLD, xs)
+    auxes = []
+    for i in range(num_periods):
+      x_BLD, aux = body(x_BLD, jax.tree.map(lambda leaf, i=i: leaf[i], xs))
+      auxes.append(aux)
+    return x_BLD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *auxes)

@@ -1,0 +1,30 @@
+"""Parameters with logical axes, and the variable type of balancer state."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class BalancerState(nnx.Variable):
+  """State of a balancer: neither differentiated nor seen by the optimizer, changed once per step."""
+
+
+def matrix(
+  rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], scale: float = 1.0, num_in: int = 1
+) -> nnx.Param:
+  """A float32 parameter with std sqrt(scale / fan_in), truncated at two standard deviations.
+
+  Axes named "expert" are batch axes; of the rest the first `num_in` are inputs. Switch
+  (2101.03961, section 2.4) uses scale 0.1.
+  """
+  batch = tuple(i for i, name in enumerate(axes) if name == "expert")
+  rest = [i for i in range(len(shape)) if i not in batch]
+  init = jax.nn.initializers.variance_scaling(
+    scale,
+    "fan_in",
+    "truncated_normal",
+    in_axis=rest[:num_in],
+    out_axis=rest[num_in:],
+    batch_axis=batch,
+  )
+  return nnx.Param(init(rngs.params(), shape, jnp.float32), logical_axes=axes)

@@ -1,0 +1,33 @@
+"""Balancers: what keeps experts evenly loaded. One factory per method, one file per family."""
+
+from moe_jax.ops.balancing.bias import loss_free_bias
+from moe_jax.ops.balancing.common import Balancer, combine
+from moe_jax.ops.balancing.losses import gshard_loss, switch_loss, z_loss
+from moe_jax.ops.methods import build, method_name, split_methods
+
+
+def none() -> Balancer:
+  """No balancing."""
+  return Balancer()
+
+
+BALANCERS = {
+  "none": none,
+  "switch_loss": switch_loss,
+  "gshard_loss": gshard_loss,
+  "z_loss": z_loss,
+  "loss_free_bias": loss_free_bias,
+}
+
+
+def make_balancer(spec: str) -> Balancer:
+  """`"switch_loss:0.01,z_loss:0.001"` -> their combination. A repeated name gets a number."""
+  parts: dict[str, Balancer] = {}
+  for part in split_methods(spec):
+    name = method_name(part)
+    number = sum(known.split("#")[0] == name for known in parts) + 1
+    parts[name if number == 1 else f"{name}#{number}"] = build("balancer", BALANCERS, part)
+  return combine(parts)
+
+
+__all__ = ["BALANCERS", "Balancer", "combine", "make_balancer"]

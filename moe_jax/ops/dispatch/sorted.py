@@ -1,0 +1,35 @@
+"""Gather tokens into capacity buffers by index, scatter the experts' outputs back."""
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.ops.dispatch.common import Experts, Shard, batched_matmul, no_sharding
+from moe_jax.ops.dispatch.slots import assign_slots
+from moe_jax.types import Array, Assignment
+
+
+def sorted_dispatch(
+  x_GTD: Array,
+  assignment: Assignment,
+  experts: Experts,
+  *,
+  num_experts: int,
+  capacity: int,
+  shard: Shard = no_sharding,
+) -> tuple[Array, Array]:
+  """Returns y_GTD = sum of weight * expert(x) over the kept entries, and kept_GA. Fields are [G, A]."""
+  _, num_tokens, _ = x_GTD.shape
+  slots = jax.vmap(lambda a: assign_slots(a, num_tokens, num_experts, capacity))(assignment)
+  rows_GECD = jax.vmap(lambda x, token: x.at[token].get(mode="fill", fill_value=0))(x_GTD, slots.token_EC)
+  rows_EGCD = shard(rows_GECD.swapaxes(0, 1), ("expert", "group", "capacity", "embed"))
+  rows_EGCD = experts(rows_EGCD, batched_matmul)
+  rows_GECD = shard(rows_EGCD.swapaxes(0, 1), ("group", None, None, None))
+  y_GTD = jax.vmap(_combine)(rows_GECD, assignment.weight_A, slots.entry_EC, slots.token_EC, x_GTD)
+  return shard(y_GTD, ("group", None, None)), slots.kept_A
+
+
+def _combine(rows_ECD, weight_A, entry_EC, token_EC, x_TD):
+  weight_EC = weight_A.at[entry_EC].get(mode="fill", fill_value=0)
+  weighted_ECD = rows_ECD * weight_EC[..., None]
+  y_TD = jnp.zeros(x_TD.shape, weighted_ECD.dtype).at[token_EC].add(weighted_ECD, mode="drop")
+  return y_TD.astype(x_TD.dtype)

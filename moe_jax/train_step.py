@@ -1,0 +1,208 @@
+"""One optimizer step and one evaluation step, as pure functions.
+
+What a step computes does not depend on how its batch is cut: the language-model loss is divided by the
+valid tokens of the whole step, every balancing loss is weighed by its micro-batch's share of them, and
+the balancer is updated once, from the summed statistics of the whole step.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from moe_jax.config import Config
+from moe_jax.nn import BalancerState, Transformer
+from moe_jax.ops import stats
+from moe_jax.ops.balancing import make_balancer
+from moe_jax.optim import learning_rate_schedule, make_optimizer
+from moe_jax.types import Array, MoEAux, PyTree
+
+Batch = dict[str, Array]  # tokens_BL, targets_BL int32; mask_BL bool; domain_B int32
+
+
+class TrainState(NamedTuple):
+  """All that a step reads and changes."""
+
+  step: Array  # int32, optimizer steps done
+  key: Array  # uint32 [2], of the router's randomness; the same for the whole run
+  params: nnx.State
+  balancer: nnx.State
+  opt_state: PyTree
+
+
+def model_parts(config: Config, vocab_size: int, seed: Array | int = 0) -> tuple[Any, nnx.State, nnx.State]:
+  """(graphdef, params, balancer state) of a freshly initialised model."""
+  model = Transformer(config.model, vocab_size, rngs=nnx.Rngs(seed))
+  return nnx.split(model, nnx.Param, BalancerState)
+
+
+def init_state(config: Config, vocab_size: int, seed: Array | int) -> TrainState:
+  """The state before the first step."""
+  _, params, balancer = model_parts(config, vocab_size, seed)
+  opt_state = make_optimizer(config.optimizer, config.train.num_steps).init(params)
+  key = jax.random.key_data(jax.random.fold_in(jax.random.key(seed), 1))
+  return TrainState(jnp.int32(0), key, params, balancer, opt_state)
+
+
+def cross_entropy(logits_BLV: Array, batch: Batch) -> Array:
+  """Negative log likelihood in nats, summed over the valid targets."""
+  nll_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV, batch["targets_BL"])
+  return jnp.sum(nll_BL * batch["mask_BL"])
+
+
+class _Sums(NamedTuple):
+  """What micro-batches add up to; R layers in front where a field is per layer."""
+
+  nll: Array
+  losses: dict[str, Array]  # name -> [R], already weighed by the share of tokens
+  balancer_stats: PyTree
+  tokens_per_expert_RE: Array
+  kept_per_expert_RE: Array
+  router_entropy_R: Array
+
+
+def make_train_step(config: Config, vocab_size: int) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
+  """The function (state, batch of the whole step) -> (state, metrics). Not jitted.
+
+  Metrics: `loss` (nats per token, language model only), `total_loss`, one entry [R] per balancing loss,
+  `grad_norm`, `learning_rate`, and per layer `max_vio`, `dropped_fraction`, `router_entropy` [R] and
+  `tokens_per_expert` [R, E], all of the whole step, before capacity where counts are meant.
+  """
+  graphdef = nnx.split(nnx.eval_shape(lambda: Transformer(config.model, vocab_size, rngs=nnx.Rngs(0))))[0]
+  optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+  schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
+  balancer = make_balancer(config.model.moe.balancers)
+
+  def forward(params, balancer_state, micro, step_stats):
+    model = nnx.merge(graphdef, params, balancer_state)
+    keys = jax.random.wrap_key_data(micro["key_B"])
+    return model(micro["tokens_BL"], micro["mask_BL"], key_B=keys, step_stats=step_stats, train=True)
+
+  def loss_fn(params, balancer_state, micro, step_stats, step_tokens):
+    logits_BLV, aux = forward(params, balancer_state, micro, step_stats)
+    share = micro["mask_BL"].sum() / step_tokens
+    losses = {name: share * loss_R for name, loss_R in aux.losses.items()}
+    nll = cross_entropy(logits_BLV, micro)
+    # A mean over layers: the weight of a balancing loss means the same at any depth.
+    total = nll / step_tokens + sum(loss_R.mean() for loss_R in losses.values())
+    return total, _sums(nll, losses, aux)
+
+  def step_fn(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    step_tokens = jnp.maximum(batch["mask_BL"].sum(), 1).astype(jnp.float32)
+    micros = _cut(_with_keys(state, batch), config.train.accumulation)
+    step_stats = None
+    if balancer.needs_step_stats and config.train.accumulation > 1:
+      observe = lambda micro: forward(state.params, state.balancer, micro, None)[1].balancer_stats
+      step_stats = _scan_sum(observe, micros)
+    grad_fn = jax.grad(loss_fn, has_aux=True)
+    one = lambda micro: grad_fn(state.params, state.balancer, micro, step_stats, step_tokens)
+    grads, sums = _scan_sum(one, micros)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    new_state = TrainState(
+      step=state.step + 1,
+      key=state.key,
+      params=optax.apply_updates(state.params, updates),
+      balancer=_update_balancer(balancer, state.balancer, sums.balancer_stats),
+      opt_state=opt_state,
+    )
+    metrics = _metrics(sums, step_tokens)
+    return new_state, metrics | {
+      "grad_norm": optax.global_norm(grads),
+      "learning_rate": schedule(state.step),
+    }
+
+  return step_fn
+
+
+def _sums(nll: Array, losses: dict[str, Array], aux: MoEAux) -> _Sums:
+  return _Sums(
+    nll=nll,
+    losses=losses,
+    balancer_stats=aux.balancer_stats,
+    tokens_per_expert_RE=aux.tokens_per_expert_BE.sum(axis=1),
+    kept_per_expert_RE=aux.kept_per_expert_E,
+    router_entropy_R=aux.router_entropy,
+  )
+
+
+def _with_keys(state: TrainState, batch: Batch) -> Batch:
+  """Adds a key per sequence, so that no draw depends on how the batch is cut."""
+  step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+  index_B = jnp.arange(batch["tokens_BL"].shape[0])
+  keys = jax.vmap(lambda i: jax.random.key_data(jax.random.fold_in(step_key, i)))(index_B)
+  return {**batch, "key_B": keys}
+
+
+def _cut(batch: Batch, pieces: int) -> Batch:
+  """[B, ...] -> [pieces, B / pieces, ...]. Sequence b goes to piece b % pieces: with the batch split over
+  devices in contiguous blocks, every device finds its part of each piece among its own sequences."""
+  return jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def _scan_sum(function: Callable[[Batch], PyTree], micros: Batch) -> PyTree:
+  """The sum of `function` over the leading axis, holding one result at a time."""
+  first = jax.tree.map(lambda x: x[0], micros)
+  if jax.tree.leaves(micros)[0].shape[0] == 1:
+    return function(first)
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function, first))
+  add = lambda total, micro: (jax.tree.map(jnp.add, total, function(micro)), None)
+  return jax.lax.scan(add, zeros, micros)[0]
+
+
+def _update_balancer(balancer, state: nnx.State, step_stats: PyTree) -> nnx.State:
+  """One update per layer; layers are the leading axis of both arguments."""
+  update = lambda layer, value, observed: balancer.update(value, observed)
+
+  def update_variable(variable):
+    value = variable.get_value()
+    # The layer index gives vmap its axis where a balancer has neither state nor statistics.
+    leaves = jax.tree.leaves((value, step_stats))
+    layers = jnp.arange(leaves[0].shape[0] if leaves else 1)
+    return variable.replace(jax.vmap(update)(layers, value, step_stats))
+
+  return jax.tree.map(update_variable, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def _metrics(sums: _Sums, step_tokens: Array) -> dict[str, Array]:
+  loss = sums.nll / step_tokens
+  return {
+    "loss": loss,
+    "total_loss": loss + sum(loss_R.mean() for loss_R in sums.losses.values()),
+    **sums.losses,
+    "max_vio": stats.max_vio(sums.tokens_per_expert_RE),
+    "dropped_fraction": stats.dropped_fraction(sums.tokens_per_expert_RE, sums.kept_per_expert_RE),
+    "router_entropy": sums.router_entropy_R / step_tokens,
+    "tokens_per_expert": sums.tokens_per_expert_RE,
+  }
+
+
+class EvalSums(NamedTuple):
+  """Sums over evaluated batches; add them up, then take ratios."""
+
+  nll: Array
+  num_tokens: Array
+  tokens_per_expert_RSE: Array  # by domain
+  kept_per_expert_RE: Array
+  router_entropy_R: Array
+
+
+def make_eval_step(config: Config, vocab_size: int, num_domains: int) -> Callable[[TrainState, Batch], EvalSums]:
+  """The function (state, batch) -> sums. No jitter, no draws, `eval_capacity_factor`, no update."""
+  graphdef = nnx.split(nnx.eval_shape(lambda: Transformer(config.model, vocab_size, rngs=nnx.Rngs(0))))[0]
+
+  def eval_fn(state: TrainState, batch: Batch) -> EvalSums:
+    model = nnx.merge(graphdef, state.params, state.balancer)
+    logits_BLV, aux = model(batch["tokens_BL"], batch["mask_BL"])
+    domain_BS = jax.nn.one_hot(batch["domain_B"], num_domains)
+    return EvalSums(
+      nll=cross_entropy(logits_BLV, batch),
+      num_tokens=batch["mask_BL"].sum().astype(jnp.float32),
+      tokens_per_expert_RSE=jnp.einsum("RBE,BS->RSE", aux.tokens_per_expert_BE, domain_BS),
+      kept_per_expert_RE=aux.kept_per_expert_E,
+      router_entropy_R=aux.router_entropy,
+    )
+
+  return eval_fn

@@ -1,0 +1,67 @@
+# Sourced by quickstart.sh, test.sh and .ci/run: makes the virtual environment and installs this project in it.
+#
+#   prepare_environment [EXTRA]    EXTRA: a name from setup.py's extras, e.g. dev
+#
+# Sets $root (the checkout) and $python (the environment's interpreter). Environment variables:
+#   PYTHON          the interpreter to make the environment with   (default: the first that is 3.11 or newer)
+#   MOE_JAX_VENV    where the environment lives                    (default: .venv in the checkout)
+
+root="$(CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+venv="${MOE_JAX_VENV:-$root/.venv}"
+case "$venv" in /*) ;; *) venv="$PWD/$venv" ;; esac
+python="$venv/bin/python"
+
+say() { echo "[moe_jax] $*"; }
+fail() {
+  echo "[moe_jax] error: $*" >&2
+  exit 1
+}
+
+# A pyenv shim may exist and still fail, so every candidate has to run.
+is_recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
+
+# The first recent interpreter that can make environments (Debian ships that part as its own package).
+find_python() {
+  local candidate without_venv=""
+  for candidate in "${PYTHON:-}" python3.13 python3.12 python3.11 python3; do
+    if [ -z "$candidate" ] || ! is_recent "$candidate"; then continue; fi
+    if "$candidate" -c 'import ensurepip, venv' >/dev/null 2>&1; then
+      base_python="$candidate"
+      return
+    fi
+    without_venv="${without_venv:-$candidate}"
+  done
+  if [ -n "$without_venv" ]; then
+    local version
+    version="$("$without_venv" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
+    fail "Python $version ($without_venv) cannot make virtual environments; on Debian or Ubuntu: apt install python$version-venv"
+  fi
+  fail "no Python 3.11 or newer found (tried ${PYTHON:+$PYTHON, }python3.13, python3.12, python3.11, python3); install one, or set PYTHON to its path"
+}
+
+make_venv() {
+  if [ -x "$python" ] && "$python" -m pip --version >/dev/null 2>&1; then
+    is_recent "$python" || fail "the environment $venv has a Python older than 3.11; remove it, or set MOE_JAX_VENV to another folder"
+    return
+  fi
+  if [ -n "${PYTHON:-}" ] && ! is_recent "$PYTHON"; then
+    say "PYTHON=$PYTHON does not run or is older than 3.11; looking for another"
+  fi
+  find_python
+  say "making the environment $venv with $("$base_python" --version) ($base_python)"
+  "$base_python" -m venv "$venv" || fail "$base_python -m venv $venv failed, see above"
+}
+
+prepare_environment() {
+  local extra="${1:-}" wanted stamp
+  make_venv
+  # What was installed from where; the dev environment holds all that the plain one does.
+  wanted="$(cat "$root/setup.py" "$root/pyproject.toml" | cksum) $root"
+  for stamp in "$venv/.moe_jax-${extra:-base}" "$venv/.moe_jax-dev"; do
+    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then return; fi
+  done
+  say "installing moe_jax${extra:+[$extra]} into $venv (a few minutes the first time)"
+  (cd "$root" && "$python" -m pip install --quiet --disable-pip-version-check -e ".${extra:+[$extra]}") ||
+    fail "pip could not install moe_jax, see above"
+  echo "$wanted" >"$venv/.moe_jax-${extra:-base}"
+}

@@ -1,0 +1,56 @@
+"""Package metadata. Tool configuration is in pyproject.toml."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "moe_jax/__init__.py").read_text(), re.MULTILINE).group(
+  1
+)
+README = ROOT / "README.md"
+
+TOKENIZERS = ["sentencepiece>=0.2", "tokenizers>=0.20"]
+EXTRAS = {
+  "tpu": ["jax[tpu]>=0.10"],
+  "cuda13": ["jax[cuda13]>=0.10"],
+  "tokenizers": TOKENIZERS,
+  "notebooks": ["jupyterlab>=4", "ipywidgets>=8", "ipykernel>=6"],
+  "dev": [
+    *TOKENIZERS,
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "ruff==0.17.*",  # one minor version: the format may differ in the next; same in .pre-commit-config.yaml
+    "pre-commit>=4",
+    "nbclient>=0.10",
+    "nbformat>=5.10",
+    "ipykernel>=6",
+  ],
+}
+
+setup(
+  name="moe_jax",
+  version=VERSION,
+  description="Mixture-of-Experts language models in JAX and Flax",
+  long_description=README.read_text() if README.exists() else "",
+  long_description_content_type="text/markdown",
+  author="The moe_jax authors",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=find_packages(include=["moe_jax", "moe_jax.*"]),
+  install_requires=[
+    "jax>=0.10",
+    "flax>=0.12",
+    "optax>=0.2.5",
+    "orbax-checkpoint>=0.11.30",
+    "numpy>=2.0",
+    "absl-py>=2.1",
+    "grain>=0.2.12",
+    "tensorflow-datasets>=4.9",
+    "matplotlib>=3.9",
+    "rich>=13",
+    "tensorboardX>=2.6",
+  ],
+  extras_require=EXTRAS,
+)

@@ -1,0 +1,72 @@
+"""What every test runs under. JAX reads its settings from the environment when it is first imported, so
+they are set here, as environment variables, which also reach the processes that tests start."""
+
+import hashlib
+import os
+import pathlib
+import platform
+import shutil
+import time
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CACHE = ROOT / ".jax_cache"
+
+
+def _digest(*parts: bytes) -> str:
+  return hashlib.sha256(b"\0".join(parts)).hexdigest()[:12]
+
+
+def _cpu() -> bytes:
+  """Identifies the instruction set: compiled code must not be read back on another kind of processor."""
+  try:
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+  except OSError:
+    flags = platform.processor()
+  return f"{platform.machine()} {flags}".encode()
+
+
+def _data_sources() -> bytes:
+  """Whatever builds the corpora: built ones are kept between runs until this changes."""
+  sources = [ROOT / "moe_jax/config.py", *sorted((ROOT / "moe_jax/data").rglob("*.py"))]
+  return b"\0".join(path.read_bytes() for path in sources)
+
+
+DATA_DIR = CACHE / f"data-{_digest(_data_sources(), platform.python_version().encode())}"
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Eight devices on one CPU, so that every sharded path runs on a laptop.
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+  os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+  )
+# Compiled programs are kept between runs and shared by the workers; results are bit-equal either way.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / f"xla-{_digest(_cpu())}"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# x_BD * y_D without saying along which axis is more often a bug than a wish.
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+# Never the user's own data or settings.
+os.environ["MOE_JAX_DATA_DIR"] = str(DATA_DIR)
+os.environ["MPLCONFIGDIR"] = str(CACHE / "matplotlib")
+os.environ["MPLBACKEND"] = "Agg"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+  if hasattr(config, "workerinput"):  # xdist: the controller has done this
+    return
+  DATA_DIR.mkdir(parents=True, exist_ok=True)
+  an_hour_ago = time.time() - 3600
+  for old in CACHE.glob("data-*"):
+    if old != DATA_DIR and old.stat().st_mtime < an_hour_ago:
+      shutil.rmtree(old, ignore_errors=True)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+  """A fresh generator, the same in every test and every run."""
+  return np.random.default_rng(0)

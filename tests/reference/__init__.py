@@ -1,0 +1,1 @@
+"""Slow, plain references that the tests compare with."""

@@ -1,0 +1,193 @@
+"""Imports point one way. Walks the ast of every source file and fails on an import that the table lacks."""
+
+import ast
+import pathlib
+import sys
+from typing import NamedTuple
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+ANY = None
+# Standard library that neither reads nor changes the world outside.
+PURE = {
+  "abc",
+  "collections",
+  "dataclasses",
+  "enum",
+  "fractions",
+  "functools",
+  "inspect",
+  "itertools",
+  "math",
+  "operator",
+} | {
+  "re",
+  "types",
+  "typing",
+}
+JAX = {"jax", "flax", "optax", "orbax", "chex"}
+
+
+class Part(NamedTuple):
+  """What one part of the project may import, besides itself."""
+
+  project: str = ""  # names of parts, separated by spaces
+  outside: set[str] | None = ANY  # top-level packages; ANY: whatever is installed
+  stdlib: set[str] | None = ANY
+  never: set[str] = frozenset()  # top-level packages
+
+
+BELOW_TRAINING = (
+  "nn ops types sharding expert_parallel config presets errors optim data checkpoint metric_writer"
+)
+EVERYTHING = f"train_loop train_step report analysis interop {BELOW_TRAINING}"
+
+# experiments, scripts, notebooks -> train_loop -> train_step -> nn -> ops -> types.
+# A new file or folder directly under moe_jax/ needs a row here.
+GRAPH = {
+  # leaves
+  "errors": Part(outside=set()),
+  "types": Part(outside={"jax", "numpy"}, stdlib=PURE),
+  "config": Part("errors", outside=set()),
+  "presets": Part("config errors", outside=set()),
+  "metric_writer": Part("config errors", never=JAX),
+  "report": Part("config errors metric_writer", never=JAX),
+  # arrays in, arrays out
+  "ops": Part("types errors", outside={"jax", "numpy"}, stdlib=PURE),
+  # the model
+  "sharding": Part("config types errors", outside={"jax", "flax", "numpy"}),
+  "expert_parallel": Part("ops sharding types errors", outside={"jax", "numpy"}),
+  "nn": Part("ops types sharding expert_parallel config errors", outside={"jax", "flax", "numpy"}),
+  # around it
+  "data": Part("config errors"),
+  "optim": Part("config errors"),
+  "checkpoint": Part("config errors"),
+  "train_step": Part("nn ops types sharding expert_parallel config errors optim", never={"orbax", "grain"}),
+  "train_loop": Part(f"train_step report analysis {BELOW_TRAINING}"),
+  "analysis": Part("nn ops types sharding expert_parallel config presets errors optim train_step"),
+  "interop": Part("nn ops types sharding config presets errors checkpoint"),
+  # the top
+  "moe_jax": Part(EVERYTHING),  # __init__.py: the public names
+  "experiments": Part(f"{EVERYTHING} moe_jax"),
+  "scripts": Part(f"{EVERYTHING} moe_jax experiments"),
+}
+TOP = {"experiments", "scripts", "tests", "notebooks"}
+
+
+def part_of(module: str) -> str | None:
+  """The part that a dotted name belongs to; None for what is not of this project."""
+  first, _, rest = module.partition(".")
+  if first == "moe_jax":
+    return rest.partition(".")[0] or "moe_jax"
+  return first if first in TOP else None
+
+
+def imported_modules(tree: ast.AST, package: str) -> list[tuple[int, str]]:
+  """(line, absolute dotted name) of every import, also inside functions. `package` holds the file."""
+  found = []
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      found += [(node.lineno, alias.name) for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+      base = node.module or ""
+      if node.level:
+        parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+        base = ".".join([*parents, base] if base else parents)
+      if base == "moe_jax":  # `from moe_jax import config` imports the part; __version__ belongs to no part
+        names = [alias.name for alias in node.names if not alias.name.startswith("__")]
+        found += [(node.lineno, f"moe_jax.{name}" if name in GRAPH else "moe_jax") for name in names]
+      else:
+        found.append((node.lineno, base))
+  return found
+
+
+def violations(source: str, path: str) -> list[str]:
+  """One line for each import in the file at `path` (relative to the root) that the graph does not have."""
+  module = path.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+  package = module if path.endswith("__init__.py") else module.rpartition(".")[0]
+  own = part_of(module)
+  if own not in GRAPH:
+    return [f"{path}: {own} has no row in the table of tests/test_imports.py"]
+  part, wrong = GRAPH[own], []
+  for line, target in imported_modules(ast.parse(source, path), package):
+    to, root = part_of(target), target.partition(".")[0]
+    if to is not None:
+      ok = to == own or to in part.project.split()
+    elif root in sys.stdlib_module_names:
+      ok = part.stdlib is ANY or root in part.stdlib
+    else:
+      ok = (part.outside is ANY or root in part.outside) and root not in part.never
+    if not ok:
+      wrong.append(f"{path}:{line}: {own} must not import {target}")
+  return wrong
+
+
+SOURCES = sorted(
+  path.relative_to(ROOT).as_posix()
+  for folder in ("moe_jax", "experiments", "scripts")
+  for path in (ROOT / folder).rglob("*.py")
+)
+
+
+@pytest.mark.parametrize("path", SOURCES)
+def test_imports_point_one_way(path):
+  assert violations((ROOT / path).read_text(), path) == []
+
+
+def test_the_graph_has_no_cycle():
+  finished = set()
+
+  def visit(name, above):
+    assert name not in above, f"cycle: {' -> '.join([*above, name])}"
+    if name not in finished:
+      for below in GRAPH[name].project.split():
+        visit(below, [*above, name])
+      finished.add(name)
+
+  for name in GRAPH:
+    visit(name, [])
+
+
+@pytest.mark.parametrize(
+  ("path", "source", "target"),
+  [
+    ("moe_jax/ops/stats.py", "from moe_jax.config import MoEConfig", "moe_jax.config"),
+    ("moe_jax/ops/stats.py", "def f():\n  import flax.nnx as nnx", "flax.nnx"),
+    ("moe_jax/ops/stats.py", "import os", "os"),
+    ("moe_jax/ops/routing/topk.py", "from ...nn import moe", "moe_jax.nn"),
+    ("moe_jax/ops/routing/__init__.py", "from ...sharding import make_mesh", "moe_jax.sharding"),
+    ("moe_jax/nn/moe.py", "from moe_jax import train_step", "moe_jax.train_step"),
+    ("moe_jax/nn/moe.py", "if TYPE_CHECKING:\n  from moe_jax.train_loop import train", "moe_jax.train_loop"),
+    ("moe_jax/train_step.py", "import moe_jax.train_loop as loop", "moe_jax.train_loop"),
+    ("moe_jax/data/corpus.py", "from moe_jax import Config", "moe_jax"),
+    ("moe_jax/report/tables.py", "import jax.numpy as jnp", "jax.numpy"),
+    ("moe_jax/checkpoint.py", "from tests import reference", "tests"),
+    ("experiments/one.py", "import scripts.two", "scripts.two"),
+  ],
+)
+def test_the_guard_fails_on_an_import_against_the_graph(path, source, target):
+  (message,) = violations(source, path)
+  assert message.startswith(f"{path}:") and message.endswith(f"must not import {target}")
+
+
+@pytest.mark.parametrize(
+  ("path", "source"),
+  [
+    (
+      "moe_jax/ops/routing/topk.py",
+      "from .common import a\nfrom ...types import Routing\nimport jax.numpy as jnp",
+    ),
+    ("moe_jax/nn/moe.py", "from moe_jax.ops import routing\nfrom moe_jax import config, errors\nimport flax"),
+    ("moe_jax/report/html.py", "from moe_jax import __version__\nimport matplotlib"),
+    ("experiments/one.py", "from experiments import common\nfrom moe_jax import Config, train_loop"),
+  ],
+)
+def test_the_guard_passes_imports_along_the_graph(path, source):
+  assert violations(source, path) == []
+
+
+def test_a_new_part_needs_a_row():
+  (message,) = violations("", "moe_jax/brand_new.py")
+  assert "brand_new has no row" in message
