@@ -87,18 +87,23 @@ def check_divides(mesh: Mesh, *, micro_batch: int, num_experts: int, num_groups:
     )
 
 
-def variable_axes(variable: nnx.Variable) -> tuple[str | None, ...]:
-  """The logical axes of a variable; stacked layers have one axis more in front, "layers"."""
-  axes = variable.get_metadata().get("logical_axes", (None,) * variable.ndim)
-  return ("layers",) * (variable.ndim - len(axes)) + tuple(axes)
-
-
 def state_shardings(mesh: Mesh, state: Any) -> Any:
-  """A tree like the nnx `state` with a NamedSharding for each variable."""
-  is_variable = lambda leaf: isinstance(leaf, nnx.Variable)
-  return jax.tree.map(
-    lambda v: v.replace(NamedSharding(mesh, partition_spec(variable_axes(v)))), state, is_leaf=is_variable
-  )
+  """A tree like `state` with a NamedSharding for each array.
+
+  Variables that name logical axes follow the rules, and so do an optimizer's moments, which keep their
+  parameter's names. Stacked layers have one more axis in front. Everything else is replicated.
+  """
+
+  def of_leaf(leaf):
+    if not isinstance(leaf, nnx.Variable):
+      return replicated(mesh)
+    axes = leaf.get_metadata().get("logical_axes")
+    if axes is None:
+      return leaf.replace(jax.tree.map(lambda _: replicated(mesh), leaf.get_value()))
+    axes = ("layers",) * (leaf.get_value().ndim - len(axes)) + axes
+    return leaf.replace(NamedSharding(mesh, partition_spec(axes)))
+
+  return jax.tree.map(of_leaf, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

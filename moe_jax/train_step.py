@@ -35,8 +35,21 @@ class TrainState(NamedTuple):
 
 def model_parts(config: Config, vocab_size: int, seed: Array | int = 0) -> tuple[Any, nnx.State, nnx.State]:
   """(graphdef, params, balancer state) of a freshly initialised model."""
-  model = Transformer(config.model, vocab_size, rngs=nnx.Rngs(seed))
+  model = Transformer(config.model, vocab_size, rngs=nnx.Rngs(jax.random.key(seed)))
   return nnx.split(model, nnx.Param, BalancerState)
+
+
+def _graphdef(config: Config, vocab_size: int) -> Any:
+  """The model's static part, without computing any parameter."""
+  found = []
+
+  def build():
+    graphdef, *states = model_parts(config, vocab_size)
+    found.append(graphdef)
+    return states
+
+  jax.eval_shape(build)  # not nnx.eval_shape: under a mesh that one reads shardings from the variables
+  return found[0]
 
 
 def init_state(config: Config, vocab_size: int, seed: Array | int) -> TrainState:
@@ -71,7 +84,7 @@ def make_train_step(config: Config, vocab_size: int) -> Callable[[TrainState, Ba
   `grad_norm`, `learning_rate`, and per layer `max_vio`, `dropped_fraction`, `router_entropy` [R] and
   `tokens_per_expert` [R, E], all of the whole step, before capacity where counts are meant.
   """
-  graphdef = nnx.split(nnx.eval_shape(lambda: Transformer(config.model, vocab_size, rngs=nnx.Rngs(0))))[0]
+  graphdef = _graphdef(config, vocab_size)
   optimizer = make_optimizer(config.optimizer, config.train.num_steps)
   schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
   balancer = make_balancer(config.model.moe.balancers)
@@ -191,7 +204,7 @@ class EvalSums(NamedTuple):
 
 def make_eval_step(config: Config, vocab_size: int, num_domains: int) -> Callable[[TrainState, Batch], EvalSums]:
   """The function (state, batch) -> sums. No jitter, no draws, `eval_capacity_factor`, no update."""
-  graphdef = nnx.split(nnx.eval_shape(lambda: Transformer(config.model, vocab_size, rngs=nnx.Rngs(0))))[0]
+  graphdef = _graphdef(config, vocab_size)
 
   def eval_fn(state: TrainState, batch: Batch) -> EvalSums:
     model = nnx.merge(graphdef, state.params, state.balancer)

@@ -40,9 +40,10 @@ class Part(NamedTuple):
 
 
 BELOW_TRAINING = (
-  "nn ops types sharding expert_parallel config presets errors optim data checkpoint metric_writer"
+  "nn ops types sharding expert_parallel config presets errors optim data checkpoint metric_writer progress"
 )
-EVERYTHING = f"train_loop train_step report analysis interop {BELOW_TRAINING}"
+BELOW_EXPERIMENTS = f"train_loop train_step report analysis interop {BELOW_TRAINING}"
+EVERYTHING = f"comparison cli {BELOW_EXPERIMENTS}"
 
 # experiments, scripts, notebooks -> train_loop -> train_step -> nn -> ops -> types.
 # A new file or folder directly under moe_jax/ needs a row here.
@@ -53,6 +54,8 @@ GRAPH = {
   "config": Part("errors", outside=set()),
   "presets": Part("config errors", outside=set()),
   "metric_writer": Part("config errors", never=JAX),
+  "progress": Part("errors", never=JAX),
+  "cli": Part("config errors", never=JAX),
   "report": Part("config errors metric_writer", never=JAX),
   # arrays in, arrays out
   "ops": Part("types errors", outside={"jax", "numpy"}, stdlib=PURE),
@@ -62,10 +65,11 @@ GRAPH = {
   "nn": Part("ops types sharding expert_parallel config errors", outside={"jax", "flax", "numpy"}),
   # around it
   "data": Part("config errors"),
-  "optim": Part("config errors"),
-  "checkpoint": Part("config errors"),
+  "optim": Part("config types errors"),
+  "checkpoint": Part("config types errors"),
   "train_step": Part("nn ops types sharding expert_parallel config errors optim", never={"orbax", "grain"}),
   "train_loop": Part(f"train_step report analysis {BELOW_TRAINING}"),
+  "comparison": Part(BELOW_EXPERIMENTS),
   "analysis": Part("nn ops types sharding expert_parallel config presets errors optim train_step"),
   "interop": Part("nn ops types sharding config presets errors checkpoint"),
   # the top

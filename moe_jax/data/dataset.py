@@ -4,7 +4,8 @@ The global batch of a step does not depend on the number of processes: process p
 [p*B/P, (p+1)*B/P) of it, and only those.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from moe_jax.data.windows import Batch, DocumentWindows, Text, WindowSource, fin
 from moe_jax.errors import InputError
 
 VALIDATION_SEED = 0  # the validation order never depends on data_seed
+_ENDLESS = 1 << 40  # steps
 
 
 class DatasetInfo(NamedTuple):
@@ -27,8 +29,10 @@ class DatasetInfo(NamedTuple):
   num_windows: dict[str, int]  # per split; a split that is cut lazily is not in it, nor in the next two
   targets_per_domain: dict[str, tuple[int, ...]]  # per split, S counts
   padded_fraction: dict[str, float]  # per split, masked positions / all positions
-  entropy_rate: float | None = None  # markov: exact nats per token for who knows the domain
-  validation_floor: float | None = None  # markov: nats per target of the true mixture on the validation windows
+  # markov only. The best mean loss of a model that knows the domain, exact; and the loss on these very
+  # validation windows of the true mixture, which is the floor of a model that is not told the domain
+  entropy_rate: float | None = None  # nats per token
+  validation_floor: float | None = None  # nats per target
 
 
 class Dataset:
@@ -50,19 +54,22 @@ class Dataset:
     self._validation = validation
     self._pad_id = pad_id
 
-  def train_batches(self, *, process_index: int = 0, process_count: int = 1) -> Any:
+  def train_batches(
+    self, *, process_index: int = 0, process_count: int = 1, data_seed: int | None = None
+  ) -> Any:
     """Endless grain `DatasetIterator` over batches of batch_size / process_count sequences.
 
-    Windows are shuffled over all documents and domains, anew in each epoch, by `data_seed` alone.
-    A batch may span two epochs. `get_state()` is a small dict, the same for every process, and
+    Windows are shuffled over all documents and domains, anew in each epoch, by `data_seed` alone
+    (None: the config's). A batch may span two epochs. `get_state()` is a small dict, the same for every process, and
     `set_state()` resumes exactly, also with another number of processes.
     """
     import grain
 
     own = own_rows(self.config.batch_size, process_index, process_count)
-    indices = grain.MapDataset.range(len(self._train)).seed(grain_seed(self.config.data_seed)).shuffle().repeat()
-    # only indices are batched globally: a process reads no window of another
-    batches = indices.batch(self.config.batch_size).map(lambda index_B: self._train.rows(index_B[own]))
+    seed = self.config.data_seed if data_seed is None else data_seed
+    indices = shuffled_indices(len(self._train), self.config.batch_size, seed)
+    # only indices are made for the whole batch: a process reads no window of another
+    batches = grain.MapDataset.range(_ENDLESS).map(lambda step: self._train.rows(indices(step)[own]))
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
   def validation_batches(
@@ -91,14 +98,18 @@ class Dataset:
 
 
 def dataset_of_texts(
-  config: DataConfig, name: str, splits: dict[str, list[Text]], domains: tuple[str, ...], flag: tuple[str, str]
+  config: DataConfig,
+  name: str,
+  splits: dict[str, list[Text]],
+  domains: tuple[str, ...],
+  flag: tuple[str, str],
 ) -> Dataset:
   """An in-memory data set of documents; `flag` (name, value) is blamed if they hold less than one window."""
   tokenizer = load_tokenizer(config.tokenizer)
-  windows = {
-    split: DocumentWindows(((tokenizer.encode(t.text), t.domain) for t in texts), tokenizer, config.sequence_length)
-    for split, texts in splits.items()
-  }
+  windows = {}
+  for split, texts in splits.items():
+    tokens = ((tokenizer.encode(text), domain) for text, domain in texts)
+    windows[split] = DocumentWindows(tokens, tokenizer, config.sequence_length)
   for split, w in windows.items():
     if w.targets_W.sum() < config.sequence_length:
       right = f"too little text for one {split} window of {config.sequence_length} tokens"
@@ -123,6 +134,25 @@ def own_rows(batch_size: int, process_index: int, process_count: int) -> slice:
   return slice(process_index * share, (process_index + 1) * share)
 
 
-def grain_seed(data_seed: int) -> int:
-  """grain takes 32 bits; any other integer is folded into them."""
+def shuffled_indices(num_windows: int, batch_size: int, data_seed: int) -> Callable[[int], np.ndarray]:
+  """step -> [batch_size] window indices: one random order of all windows after the other.
+
+  It is plain numpy, because grain's shuffle and batch work element by element, which for large batches
+  costs more than reading the windows.
+  """
+
+  @functools.lru_cache(maxsize=2)
+  def order(epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed_bits(data_seed), epoch)).permutation(num_windows)
+
+  def indices(step: int) -> np.ndarray:
+    epoch_B, position_B = np.divmod(step * batch_size + np.arange(batch_size), num_windows)
+    epochs = range(int(epoch_B[0]), int(epoch_B[-1]) + 1)
+    return np.concatenate([order(epoch)[position_B[epoch_B == epoch]] for epoch in epochs])
+
+  return indices
+
+
+def seed_bits(data_seed: int) -> int:
+  """Generators take 32 bits or no negative numbers; any other integer is folded into 32 bits."""
   return int(data_seed) % (1 << 32)

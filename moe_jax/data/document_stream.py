@@ -10,6 +10,7 @@ documents of the shuffled order are joined, `bos` between them. With several dom
 the domain of a window must be one.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ import grain
 import numpy as np
 
 from moe_jax.config import DataConfig
-from moe_jax.data.dataset import VALIDATION_SEED, Dataset, DatasetInfo, grain_seed, own_rows
+from moe_jax.data.dataset import VALIDATION_SEED, Dataset, DatasetInfo, own_rows, seed_bits
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.data.windows import Batch, DocumentWindows, Text, masked_rows
 from moe_jax.errors import InputError
@@ -44,12 +45,17 @@ class StreamedDataset(Dataset):
       raise InputError(f"--dataset={config.dataset}: its first {_SAMPLE} documents hold no text")
     target = SHORT_WINDOWS * config.sequence_length
     mean = sum(sample) / len(sample)
-    self.documents_per_group = -(-target // max(1, int(mean))) if len(info.domains) == 1 and mean < target else 1
+    join = len(info.domains) == 1 and mean < target
+    self.documents_per_group = math.ceil(target / mean) if join else 1
 
-  def train_batches(self, *, process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator:
-    """As `Dataset.train_batches`, but the state is that of the process's own rows: resume with as many processes."""
+  def train_batches(
+    self, *, process_index: int = 0, process_count: int = 1, data_seed: int | None = None
+  ) -> grain.DatasetIterator:
+    """As `Dataset.train_batches`, but the state is of this process's rows: resume with as many processes."""
     own = own_rows(self.config.batch_size, process_index, process_count)
-    groups = self._groups(self._train, grain_seed(self.config.data_seed)).repeat()
+    groups = self._groups(
+      self._train, seed_bits(self.config.data_seed if data_seed is None else data_seed)
+    ).repeat()
     stream = _RowStreams(groups, range(own.start, own.stop), self.config.batch_size)
     return iter(grain.experimental.ThreadPrefetchIterDataset(stream, prefetch_buffer_size=2))
 

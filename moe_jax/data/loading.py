@@ -34,7 +34,8 @@ def _load_stdlib(config: DataConfig) -> Dataset:
   try:
     from moe_jax.data.stdlib_builder import read_stdlib
   except ImportError as error:
-    raise InputError(f"--dataset=stdlib: needs {error.name}, run: pip install tensorflow-datasets array_record") from None
+    install = "pip install tensorflow-datasets array_record"
+    raise InputError(f"--dataset=stdlib: needs {error.name}, run: {install}") from None
   try:
     splits, domains = read_stdlib(data_dir(config))
   except PermissionError as error:

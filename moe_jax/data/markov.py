@@ -73,7 +73,8 @@ class MarkovWindows:
 
   def rows(self, indices: Sequence[int]) -> Batch:
     """The windows with these indices: all rows advance together, each by its own random numbers."""
-    draws = [np.random.default_rng((_CHAIN_SEED, self._split, int(i))).random(self._length + 2) for i in indices]
+    generators = [np.random.default_rng((_CHAIN_SEED, self._split, int(i))) for i in indices]
+    draws = [g.random(self._length + 2) for g in generators]
     u_BL = np.array(draws).reshape(len(draws), self._length + 2)
     domain_B = (u_BL[:, 0] * len(self._start_SV)).astype(np.int32)
     window = np.empty((len(draws), self._length + 1), np.int32)

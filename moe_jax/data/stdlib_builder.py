@@ -19,12 +19,12 @@ from moe_jax.data.windows import Text
 _SPLITS = ("train", "validation")
 
 
-class MoeStdlib(tfds.core.GeneratorBasedBuilder):
+class MoeStdlib(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   """Features: text, domain. Splits by document: train, validation. See `moe_jax.data.stdlib_text`."""
 
   VERSION = tfds.core.Version("1.0.0")  # raise it with every change of stdlib_text: it is in the cache key
   # no checksum file: looking for one needs importlib_resources, which TFDS does not install
-  url_infos = {}
+  url_infos = None
   _checksums_path = None
 
   def __init__(self, *, root: Path, **kwargs):
@@ -79,7 +79,7 @@ def read_stdlib(data_dir: Path, root: Path | None = None) -> tuple[dict[str, lis
 def _cache_key(root: Path) -> str:
   """Builder version, Python version, and a hash of the paths and sizes of all candidate files.
 
-  Sizes stand in for contents, which would take seconds to read; `DatasetInfo.fingerprint` covers what was read.
+  Sizes stand in for contents, which take seconds to read; `DatasetInfo.fingerprint` covers what was read.
   """
   listing = repr((sys.version, sorted(stdlib_text.list_files(root))))
   version = ".".join(map(str, sys.version_info[:3]))

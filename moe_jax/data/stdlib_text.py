@@ -61,7 +61,9 @@ def list_files(root: Path) -> list[tuple[str, int]]:
   return sorted(found, key=lambda item: _hash(item[0]))
 
 
-def read_documents(root: Path, *, domain_bytes: int = DOMAIN_BYTES, min_bytes: int = MIN_DOMAIN_BYTES) -> list[Document]:
+def read_documents(
+  root: Path, *, domain_bytes: int = DOMAIN_BYTES, min_bytes: int = MIN_DOMAIN_BYTES
+) -> list[Document]:
   """The corpus, in a fixed pseudo-random order of documents within each domain and split.
 
   A text goes whole to one split: the first texts of a domain, in hash order, fill the validation
@@ -110,7 +112,8 @@ def _texts_of(root: Path, path: str, wanted: set[str]) -> Iterator[tuple[str, st
   elif path == "pydoc_data/topics.py":
     if "prose" in wanted:
       topics = re.search(r"topics = (\{.*\})", read(), re.DOTALL)
-      yield from (("prose", text) for _, text in sorted(ast.literal_eval(topics[1]).items() if topics else ()))
+      by_name = ast.literal_eval(topics[1]) if topics else {}
+      yield from (("prose", by_name[topic]) for topic in sorted(by_name))
   elif parts[0] == "encodings" or path == "html/entities.py":
     table = re.search(r"(?ms)^(decoding_\w+|name2codepoint) = .*", read())
     if table and "tables" in wanted:
@@ -122,7 +125,7 @@ def _texts_of(root: Path, path: str, wanted: set[str]) -> Iterator[tuple[str, st
 
 
 def split_docstrings(source: str) -> tuple[str, list[str]]:
-  """A module's source without its docstrings, and the docstrings in order. Unparsable: all of it is source."""
+  """A module's source without its docstrings, and these in order. Of an unparsable one, all is source."""
   try:
     with warnings.catch_warnings():
       warnings.simplefilter("ignore")  # invalid escapes in old modules

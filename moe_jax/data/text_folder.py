@@ -23,9 +23,10 @@ def read_text_folder(folder: str) -> tuple[dict[str, list[Text]], tuple[str, ...
     InputError: no such folder, or no text in it.
   """
   flag = f"--text_folder={folder}"
+  right = "must be a folder of text files, its sub-folders are the domains"
   root = Path(folder).expanduser()
   if not folder or not root.is_dir():
-    raise InputError(f"{flag}: no such folder; must be a folder of text files, its sub-folders are the domains")
+    raise InputError(f"{flag}: no such folder; {right}")
   texts: dict[str, list[tuple[str, str]]] = {}
   for path in _files(root):
     text = path.read_text(encoding="utf-8", errors="replace")
@@ -34,7 +35,7 @@ def read_text_folder(folder: str) -> tuple[dict[str, list[Text]], tuple[str, ...
       domain = relative.parts[0] if len(relative.parts) > 1 else root.resolve().name
       texts.setdefault(domain, []).append((relative.as_posix(), text))
   if not texts:
-    raise InputError(f"{flag}: holds no text; must be a folder of text files, its sub-folders are the domains")
+    raise InputError(f"{flag}: holds no text; {right}")
   domains = tuple(sorted(texts))
   splits: dict[str, list[Text]] = {"train": [], "validation": []}
   for i, domain in enumerate(domains):

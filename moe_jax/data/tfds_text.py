@@ -44,7 +44,9 @@ def load_tfds(config: DataConfig, data_dir: Path, built_in: Sequence[str]) -> Da
     texts = {split: [source[i] for i in range(len(source))] for split, source in sources.items()}
     return dataset_of_texts(config, config.dataset, texts, domains, ("dataset", config.dataset))
   tokenizer = load_tokenizer(config.tokenizer)
-  first = {s: [source[i] for i in range(min(len(source), FINGERPRINT_DOCUMENTS))] for s, source in sources.items()}
+  first = {
+    s: [source[i] for i in range(len(source))[:FINGERPRINT_DOCUMENTS]] for s, source in sources.items()
+  }
   counts = {s: len(source) for s, source in sources.items()}
   identity = f"{builder.info.full_name} {counts} {fingerprint_texts(first, domains, tokenizer)}"
   info = DatasetInfo(
@@ -97,7 +99,8 @@ def _open(name: str, data_dir: Path, built_in: Sequence[str]) -> Any:
   registered = set(tfds.list_builders(with_community_datasets=False)) | set(_WELL_KNOWN)
   base = name.split("/")[0].split(":")[0]
   if base not in registered:
-    raise unknown_name("dataset", name, [*built_in, *difflib.get_close_matches(base, registered, n=3, cutoff=0.6)])
+    near = difflib.get_close_matches(base, registered, n=3, cutoff=0.6)  # all of TFDS would fill the screen
+    raise unknown_name("dataset", name, [*built_in, *near])
   raise InputError(f"--dataset={name}: is not prepared in {data_dir}; run: {_build_command(name, data_dir)}")
 
 
@@ -111,8 +114,8 @@ def _features(name: str, features: Any) -> tuple[str, str | None, tuple[str, ...
 
   texts = [key for key, feature in features.items() if isinstance(feature, tfds.features.Text)]
   if "text" not in texts and len(texts) != 1:
-    listing = ", ".join(features)
-    raise InputError(f"--dataset={name}: needs a text feature named text, or only one; its features are {listing}")
+    right = f"needs a text feature named text, or only one; its features are {', '.join(features)}"
+    raise InputError(f"--dataset={name}: {right}")
   text_feature = "text" if "text" in texts else texts[0]
   for key in ("domain", "label"):
     if key in features and isinstance(features[key], tfds.features.ClassLabel):

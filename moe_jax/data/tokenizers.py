@@ -6,9 +6,9 @@ divides over devices; the ids above the last real one never occur.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -75,11 +75,11 @@ def _hugging_face_tokenizer(path: Path) -> Tokenizer:
   try:
     import tokenizers
   except ImportError:
-    raise InputError(f"--tokenizer={path}: needs Hugging Face tokenizers, run: pip install tokenizers") from None
+    raise InputError(f"--tokenizer={path}: needs tokenizers, run: pip install tokenizers") from None
   try:
     model = tokenizers.Tokenizer.from_file(str(path))
   except Exception as error:  # the library raises plain Exception
-    raise InputError(f"--tokenizer={path}: is no Hugging Face tokenizer.json ({_first_line(error)})") from None
+    raise InputError(f"--tokenizer={path}: is no tokenizer.json ({_first_line(error)})") from None
   model.no_truncation()
   model.no_padding()
 
@@ -90,14 +90,19 @@ def _hugging_face_tokenizer(path: Path) -> Tokenizer:
     return model.decode([int(t) for t in tokens], skip_special_tokens=True)
 
   # tokenizer.json does not say which special token begins a document; these names cover the usual models
-  names = ("<s>", "<bos>", "<|begin_of_text|>", "[BOS]", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[CLS]")
-  bos = next((i for i in map(model.token_to_id, names) if i is not None), None)
-  pad = next((i for i in map(model.token_to_id, ("<pad>", "[PAD]", "<|pad|>")) if i is not None), None)
+  bos = _first_id(model, ("<s>", "<bos>", "<|begin_of_text|>", "[BOS]", "<|endoftext|>", "</s>", "[CLS]"))
+  pad = _first_id(model, ("<pad>", "[PAD]", "<|pad|>"))
   size = 1 + max(model.get_vocab(with_added_tokens=True).values())  # ids can have gaps
   return _with_specials(encode, decode, size, bos, pad, _file_hash(path))
 
 
-def _with_specials(encode, decode, size: int, bos: int | None, pad: int | None, fingerprint: str) -> Tokenizer:
+def _first_id(model: Any, names: Sequence[str]) -> int | None:
+  return next((i for i in map(model.token_to_id, names) if i is not None), None)
+
+
+def _with_specials(
+  encode: Callable, decode: Callable, size: int, bos: int | None, pad: int | None, fingerprint: str
+) -> Tokenizer:
   """Gives new ids to the missing specials and rounds the size up to a multiple of 8."""
   if bos is None:
     bos, size = size, size + 1

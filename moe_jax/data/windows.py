@@ -58,7 +58,8 @@ class DocumentWindows:
       offset += len(document) + 1
     self._tokens = np.concatenate(tokens)
     self._starts = np.concatenate([np.zeros(0, np.int64), *starts]).astype(np.int64)
-    self.targets_W = np.concatenate([np.zeros(0, np.int64), *counts]).astype(np.int64)  # real targets per window
+    # real targets per window
+    self.targets_W = np.concatenate([np.zeros(0, np.int64), *counts]).astype(np.int64)
     self.domain_W = np.concatenate([np.zeros(0, np.int64), *domains]).astype(np.int32)
 
   def __len__(self) -> int:

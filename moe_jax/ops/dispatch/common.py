@@ -17,6 +17,12 @@ def no_sharding(x: Array, axes: tuple[str | None, ...]) -> Array:
   return x
 
 
-def batched_matmul(rows_EGCX: Array, w_EXY: Array) -> Array:
-  """The `matmul` of capacity buffers: one batched product over E."""
-  return jnp.einsum("EGCX,EXY->EGCY", rows_EGCX, w_EXY)
+def run_experts(experts: Experts, rows_EGCD: Array) -> Array:
+  """The experts on their capacity buffers: one batched product over E.
+
+  G and C become one axis first: XLA:CPU takes 1.5x as long for a product with two row axes.
+  """
+  num_experts, num_groups, capacity, dim = rows_EGCD.shape
+  rows_END = rows_EGCD.reshape(num_experts, num_groups * capacity, dim)
+  rows_END = experts(rows_END, lambda rows, w_EXY: jnp.einsum("ENX,EXY->ENY", rows, w_EXY))
+  return rows_END.reshape(rows_EGCD.shape)

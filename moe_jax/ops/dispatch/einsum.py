@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from moe_jax.ops.dispatch.common import Experts, Shard, batched_matmul, no_sharding
+from moe_jax.ops.dispatch.common import Experts, Shard, no_sharding, run_experts
 from moe_jax.ops.dispatch.slots import assign_slots
 from moe_jax.types import Array, Assignment
 
@@ -27,6 +27,6 @@ def einsum_dispatch(
 
   rows_EGCD = jnp.einsum("GTEC,GTD->EGCD", dispatch_GTEC.astype(x_GTD.dtype), x_GTD)
   rows_EGCD = shard(rows_EGCD, ("expert", "group", "capacity", "embed"))
-  rows_EGCD = experts(rows_EGCD, batched_matmul)
+  rows_EGCD = run_experts(experts, rows_EGCD)
   y_GTD = jnp.einsum("GTEC,EGCD->GTD", combine_GTEC, rows_EGCD)
   return shard(y_GTD, ("group", None, None)), slots.kept_A

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from moe_jax.ops.dispatch.common import Experts, Shard, batched_matmul, no_sharding
+from moe_jax.ops.dispatch.common import Experts, Shard, no_sharding, run_experts
 from moe_jax.ops.dispatch.slots import assign_slots
 from moe_jax.types import Array, Assignment
 
@@ -22,7 +22,7 @@ def sorted_dispatch(
   slots = jax.vmap(lambda a: assign_slots(a, num_tokens, num_experts, capacity))(assignment)
   rows_GECD = jax.vmap(lambda x, token: x.at[token].get(mode="fill", fill_value=0))(x_GTD, slots.token_EC)
   rows_EGCD = shard(rows_GECD.swapaxes(0, 1), ("expert", "group", "capacity", "embed"))
-  rows_EGCD = experts(rows_EGCD, batched_matmul)
+  rows_EGCD = run_experts(experts, rows_EGCD)
   rows_GECD = shard(rows_EGCD.swapaxes(0, 1), ("group", None, None, None))
   y_GTD = jax.vmap(_combine)(rows_GECD, assignment.weight_A, slots.entry_EC, slots.token_EC, x_GTD)
   return shard(y_GTD, ("group", None, None)), slots.kept_A

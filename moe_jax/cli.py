@@ -1,0 +1,108 @@
+"""absl flags from the config dataclasses, and how entry points end on a wrong one."""
+
+import dataclasses
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from absl import app, flags, logging
+
+from moe_jax.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
+from moe_jax.errors import InputError, unknown_name
+
+_RENAMED = {("mesh", "data"): "data_parallelism", ("mesh", "expert"): "expert_parallelism"}
+_DEFINERS = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+_PARTS = {
+  "model": ModelConfig,
+  "moe": MoEConfig,
+  "optimizer": OptimizerConfig,
+  "data": DataConfig,
+  "train": TrainConfig,
+  "mesh": MeshConfig,
+}
+
+
+def _fields() -> Iterable[tuple[str, dataclasses.Field, str]]:
+  """(part, field, flag name) of every plain field."""
+  for part, cls in _PARTS.items():
+    for field in dataclasses.fields(cls):
+      if not dataclasses.is_dataclass(field.default):
+        yield part, field, _RENAMED.get((part, field.name), field.name)
+
+
+def _comment(cls: type, name: str) -> str:
+  """The comment behind a field in the dataclass's source: the flag's help."""
+  found = re.search(rf"^  {name}: .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE)
+  return found.group(1) if found else name.replace("_", " ")
+
+
+def define_flags(defaults: Config, leave_out: Iterable[str] = ()) -> None:
+  """One flag per config field, with the values of `defaults`, except those named in `leave_out`."""
+  for part, field, flag in _fields():
+    if flag not in leave_out:
+      value = getattr(_part(defaults, part), field.name)
+      _DEFINERS[type(field.default)](flag, value, _comment(_PARTS[part], field.name))
+
+
+def config_from_flags(defaults: Config) -> Config:
+  """The config that the parsed flags describe, not yet checked."""
+  values: dict[str, dict[str, Any]] = {part: {} for part in _PARTS}
+  for part, field, flag in _fields():
+    if flag in flags.FLAGS:
+      values[part][field.name] = flags.FLAGS[flag].value
+  moe = dataclasses.replace(defaults.model.moe, **values.pop("moe"))
+  parts = {part: dataclasses.replace(getattr(defaults, part), **given) for part, given in values.items()}
+  parts["model"] = dataclasses.replace(parts["model"], moe=moe)
+  return Config(**parts)
+
+
+def _part(config: Config, part: str) -> Any:
+  return config.model.moe if part == "moe" else getattr(config, part)
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+  """`app.run` that answers wrong input with one line on stderr and exit status 2."""
+
+  def parse(argv: list[str]) -> list[str]:
+    try:
+      rest = flags.FLAGS(argv)
+    except flags.UnrecognizedFlagError as error:
+      _fail(unknown_name("flag", f"--{error.flagname}", (f"--{name}" for name in _own_flags())), short=True)
+    except flags.Error as error:
+      _fail(error)
+    if len(rest) > 1:
+      _fail(InputError(f"unexpected argument {rest[1]!r}: flags are written --name=value"))
+    if not flags.FLAGS["verbosity"].present:
+      logging.set_verbosity(logging.WARNING)  # libraries' progress notes, which are not about this run
+    return rest
+
+  def guarded(argv: list[str]) -> None:
+    try:
+      main(argv)
+    except InputError as error:
+      _fail(error)
+    except KeyboardInterrupt:
+      print("\nstopped; the same command continues where it was", file=sys.stderr)
+      sys.exit(130)
+
+  app.run(guarded, flags_parser=parse)
+
+
+def _own_flags() -> list[str]:
+  """The flags of the script and its configs, without absl's own."""
+  return [name for name, flag in flags.FLAGS._flags().items() if not _is_absl(flag)]
+
+
+def _is_absl(flag: flags.Flag) -> bool:
+  module = flags.FLAGS.find_module_defining_flag(flag.name) or ""
+  return module.startswith("absl")
+
+
+def _fail(error: Exception, short: bool = False) -> None:
+  line = " ".join(str(error).split())
+  if short:
+    line = line.split(" known: ")[0] + " --help lists all"
+  print(f"error: {line}", file=sys.stderr)
+  sys.exit(2)

@@ -1,0 +1,155 @@
+"""A comparison: the same model on the same batches under several arms, over several seeds, resumable."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+
+from moe_jax import report, sharding
+from moe_jax.config import Config
+from moe_jax.data import load_dataset
+from moe_jax.errors import InputError
+from moe_jax.metric_writer import read_jsonl
+from moe_jax.ops.balancing import make_balancer
+from moe_jax.ops.dispatch import get_dispatcher
+from moe_jax.ops.routing import make_router
+from moe_jax.progress import TrainingProgress
+from moe_jax.train_loop import Run, check_run
+
+Result = dict[str, Any]
+
+
+class Comparison:
+  """Runs every arm with every seed into `output_dir`, keeping what an earlier call finished.
+
+  A seed fixes the initial parameters, the order of the batches and the router's draws; all arms of a
+  seed share them, so differences are paired.
+
+  Args:
+    arms: balancer specs, e.g. "none" or "switch_loss:0.01+z_loss:0.001".
+    seeds: of the runs.
+    config: of every run; `balancers`, `seed` and `data_seed` are set by arm and seed.
+    output_dir: new, or holding an earlier run of the same configuration.
+
+  Raises:
+    InputError: a wrong field, or a folder that holds another configuration's run. Before any training.
+  """
+
+  def __init__(self, arms: Sequence[str], seeds: Iterable[int], config: Config, output_dir: str | os.PathLike[str]):
+    if not arms:
+      raise InputError("--methods=: name at least one arm, e.g. --methods=none,switch_loss:0.01")
+    if len(set(arms)) < len(arms):
+      raise InputError(f"--methods={','.join(arms)}: an arm is named twice")
+    for arm in arms:
+      make_balancer(arm)
+    config.check()
+    make_router(config.model.moe.router, config.model.moe.num_experts_per_token)
+    get_dispatcher(config.model.moe.dispatcher)
+    check_run(config, sharding.make_mesh(config.mesh))
+    self.arms, self.seeds, self.config = list(arms), list(seeds), config
+    self.folder = pathlib.Path(output_dir)
+    self.console = Console()
+    self._claim_folder()
+
+  def run(self) -> list[Result]:
+    """Trains what is not done yet. One result per arm and seed, in the order of the arms."""
+    dataset = load_dataset(self.config.data)
+    self._describe(dataset.info)
+    self._check_fingerprint(dataset.info.fingerprint)
+    todo = [(arm, seed) for seed in self.seeds for arm in self.arms if not self._result_file(arm, seed).exists()]
+    kept = len(self.arms) * len(self.seeds) - len(todo)
+    if kept:
+      self.console.print(f"{kept} of {kept + len(todo)} runs in {self.folder} are done and kept")
+    with TrainingProgress(len(todo) * self.config.train.num_steps, self.console) as progress:
+      for arm, seed in todo:
+        folder = self._run_folder(arm, seed)
+        Run(self._run_config(arm, seed), dataset, folder, progress, label=arm, show=f"{arm} seed {seed}").train()
+    return [
+      json.loads(self._result_file(arm, seed).read_text()) for arm in self.arms for seed in self.seeds
+    ]
+
+  def report(self, results: list[Result], *, title: str, question: str, command: str, notes: Sequence[str]) -> None:
+    """Writes metrics.jsonl, summary.csv, the plots and report.html; prints the table."""
+    self._merge_metrics()
+    rows = report.summarise(results)
+    report.print_table(rows, self.console)
+    if len(self.arms) > 1:
+      report.print_differences(report.paired_differences(results), self.arms[0], self.console)
+    paths = report.write_report(
+      self.folder, results, title=title, question=question, command=command, notes=notes
+    )
+    self.console.print(f"report: {paths['report']}", soft_wrap=True)
+
+  def _run_config(self, arm: str, seed: int) -> Config:
+    config = self.config
+    moe = dataclasses.replace(config.model.moe, balancers=arm)
+    return dataclasses.replace(
+      config,
+      model=dataclasses.replace(config.model, moe=moe),
+      data=dataclasses.replace(config.data, data_seed=seed),
+      train=dataclasses.replace(config.train, seed=seed),
+    )
+
+  def _run_folder(self, arm: str, seed: int) -> pathlib.Path:
+    return self.folder / "arms" / re.sub(r"[^\w.=+-]", "_", arm) / f"seed_{seed}"
+
+  def _result_file(self, arm: str, seed: int) -> pathlib.Path:
+    return self._run_folder(arm, seed) / "result.json"
+
+  def _claim_folder(self) -> None:
+    """Writes config.json, or checks that the one that is there says the same; arms and seeds may be added."""
+    path = self.folder / "config.json"
+    known: dict[str, Any] = {"arms": [], "seeds": []}
+    if path.exists():
+      known = json.loads(path.read_text())
+      changed = _differences(known["config"], self.config.to_dict())
+      if changed:
+        raise InputError(
+          f"--output_dir={self.folder}: holds a run with another configuration ({'; '.join(changed[:3])}); "
+          "choose another folder or remove this one"
+        )
+    elif self.folder.exists() and any(self.folder.iterdir()):
+      raise InputError(f"--output_dir={self.folder}: is not empty and holds no run; choose another folder")
+    known["arms"] = [*known["arms"], *(arm for arm in self.arms if arm not in known["arms"])]
+    known["seeds"] = sorted({*known["seeds"], *self.seeds})
+    known["config"] = self.config.to_dict()
+    self.folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(known, indent=1) + "\n")
+
+  def _check_fingerprint(self, fingerprint: str) -> None:
+    for path in self.folder.glob("arms/*/seed_*/result.json"):
+      other = json.loads(path.read_text())["fingerprint"]
+      if other != fingerprint:
+        raise InputError(
+          f"--output_dir={self.folder}: holds results on other text (fingerprint {other[:12]}, now "
+          f"{fingerprint[:12]}: another Python version or changed files); choose another folder"
+        )
+
+  def _describe(self, info: Any) -> None:
+    shares = ""
+    if "train" in info.targets_per_domain:
+      counts = info.targets_per_domain["train"]
+      shares = ", ".join(f"{name} {n / sum(counts):.0%}" for name, n in zip(info.domains, counts, strict=True))
+      shares = f", {sum(counts) / 1e6:.1f}M training tokens: {shares}"
+    self.console.print(f"data: {info.name} (fingerprint {info.fingerprint[:12]}){shares}", soft_wrap=True)
+
+  def _merge_metrics(self) -> None:
+    """All runs' metrics in one file, each line with its arm and seed."""
+    with (self.folder / "metrics.jsonl").open("w") as out:
+      for arm in self.arms:
+        for seed in self.seeds:
+          for line in read_jsonl(self._run_folder(arm, seed) / "metrics.jsonl"):
+            out.write(json.dumps({"arm": arm, "seed": seed, **line}) + "\n")
+
+
+def _differences(old: Any, new: Any, name: str = "") -> list[str]:
+  """`field: old, now new` for every leaf that differs."""
+  if isinstance(old, dict) and isinstance(new, dict):
+    keys = [*old, *(key for key in new if key not in old)]
+    return [line for key in keys for line in _differences(old.get(key), new.get(key), key)]
+  return [] if old == new else [f"{name} was {old!r}, now {new!r}"]

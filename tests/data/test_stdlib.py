@@ -1,0 +1,141 @@
+"""The standard-library corpus: a small made-up library, then this interpreter's own."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe_jax.data import load_dataset, stdlib_text
+from moe_jax.data.stdlib_text import read_documents, split_docstrings
+from tests.data.helpers import config, join_rows, write_library
+
+REPOSITORY = Path(__file__).parents[2]
+builder = pytest.importorskip("moe_jax.data.stdlib_builder")
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+  return write_library(tmp_path_factory.mktemp("lib"))
+
+
+def test_docstrings_are_split_from_code():
+  source = '"""One."""\nimport os\nclass A:\n  """Two\n\n  lines."""\n  def f(self):\n    "three"\n    return "no doc"\n'
+  code, docstrings = split_docstrings(source)
+  assert code == 'import os\nclass A:\n  def f(self):\n    return "no doc"\n'
+  assert docstrings == ["One.", "Two\n\n  lines.", "three"]
+  assert split_docstrings("not python at all (") == ("not python at all (", [])
+  assert split_docstrings("x = 1\n") == ("x = 1\n", [])
+
+
+def test_every_text_has_its_domain_and_one_split(library):
+  documents = read_documents(library, min_bytes=1)
+  text = {d: "\n".join(x.text for x in documents if x.domain == d) for d in stdlib_text.DOMAINS}
+  for i in range(20):
+    assert len(re.findall(rf"def f{i}\(\)", text["code"])) == 1
+    assert len(re.findall(rf"More prose {i}\.", text["prose"])) == 1
+    assert len(re.findall(rf"def test_{i}\(\)", text["tests"])) == 1
+    assert len(re.findall(rf"add{i} add", text["numbers"])) == 1
+  assert "Topic one" in text["prose"] and "# a comment" in text["code"] and '"""' not in text["code"]
+  assert "codecs" not in text["tables"] and text["tables"].count("decoding_table") == 20
+  everything = "".join(text.values())
+  assert "SITE" not in everything and "BUILD" not in everything and "comment\nadd" not in everything
+  for domain in stdlib_text.DOMAINS:
+    sizes = {
+      s: sum(len(x.text) for x in documents if (x.domain, x.split) == (domain, s))
+      for s in ("train", "validation")
+    }
+    assert 0.05 < sizes["validation"] / sum(sizes.values()) < 0.2
+
+
+def test_short_texts_are_joined_and_long_ones_cut():
+  long = "".join(f"line {i}\n" for i in range(10_000))
+  start = stdlib_text._beginning(long)
+  assert long.startswith(start) and start.endswith("\n") and 0 <= stdlib_text.FILE_BYTES - len(start) < 20
+  joined = stdlib_text._join_short(["x" * 9_000, "y" * 9_000, "z"])
+  assert [len(d) for d in joined] == [18_002, 1]
+
+
+def test_domains_are_capped_and_small_ones_left_out(library):
+  full = read_documents(library, min_bytes=1)
+  capped = read_documents(library, domain_bytes=200, min_bytes=1)
+  assert sum(len(d.text) for d in capped) < sum(len(d.text) for d in full) / 2
+  assert {d.domain for d in read_documents(library, min_bytes=700)} < set(stdlib_text.DOMAINS)
+
+
+def test_without_the_test_package(tmp_path):
+  root = write_library(tmp_path)
+  for path in sorted((root / "test").rglob("*"), reverse=True):
+    path.rmdir() if path.is_dir() else path.unlink()
+  assert {d.domain for d in read_documents(root, min_bytes=1)} == {"code", "prose", "tables"}
+
+
+def test_concurrent_builds_and_the_cache(library, tmp_path, capfd):
+  build = (
+    "import pathlib, sys; from moe_jax.data import stdlib_text, stdlib_builder as b;"
+    "stdlib_text.read_documents.__kwdefaults__.update(domain_bytes=10**6, min_bytes=1);"
+    "_, domains = b.read_stdlib(*map(pathlib.Path, sys.argv[1:])); print(*domains)"
+  )
+  command = [sys.executable, "-c", build, str(tmp_path), str(library)]
+  runs = [subprocess.Popen(command, stdout=-1, stderr=-1, text=True, cwd=REPOSITORY) for _ in range(2)]
+  outputs = [run.communicate() for run in runs]
+  assert [out for out, _ in outputs] == [" ".join(stdlib_text.DOMAINS) + "\n"] * 2, outputs
+  assert [p.name[:3] for p in (tmp_path / "stdlib").iterdir()] == ["v1."]  # one build, no scratch folder left
+  capfd.readouterr()
+  splits, domains = builder.read_stdlib(tmp_path, library)
+  assert "building" not in capfd.readouterr().err
+  assert domains == stdlib_text.DOMAINS
+  expected = {(d.text, d.domain, d.split) for d in read_documents(library, domain_bytes=10**6, min_bytes=1)}
+  assert {(t, domains[i], s) for s, texts in splits.items() for t, i in texts} == expected
+  (library / "new.py").write_text("y = 2\n")
+  try:
+    assert builder._cache_key(library) not in [p.name for p in (tmp_path / "stdlib").iterdir()]
+  finally:
+    (library / "new.py").unlink()
+
+
+@pytest.fixture(scope="module")
+def real():
+  return load_dataset(
+    config(dataset="stdlib", sequence_length=256)
+  )  # in $MOE_JAX_DATA_DIR, shared by all tests
+
+
+def test_the_real_library(real):
+  info = real.info
+  assert {"code", "prose", "tables"} <= set(info.domains) and info.vocab_size == 264
+  train, validation = (np.array(info.targets_per_domain[s]) for s in ("train", "validation"))
+  assert train.min() > 50_000 and train.sum() + validation.sum() < 8_500_000
+  fraction = validation / (train + validation)
+  assert fraction.min() > 0.08 and fraction.max() < 0.2
+  assert max(info.padded_fraction.values()) < 0.02
+  assert len(info.fingerprint) == 64
+  # the domain mix of the beginning of training and of validation is that of the whole
+  share = train / train.sum()
+  for batch in (
+    join_rows([next(it) for it in [real.train_batches()] for _ in range(100)]),
+    join_rows(list(real.validation_batches(64, limit=6))),
+  ):
+    seen = np.bincount(batch["domain_B"], minlength=len(share)) / len(batch["domain_B"])
+    np.testing.assert_allclose(seen, share, atol=0.1)
+
+
+def test_domains_hold_what_they_say(real):
+  batch = join_rows(list(real.validation_batches(64, limit=20)))
+  samples = {}
+  for tokens, domain in zip(batch["tokens_BL"], batch["domain_B"], strict=True):
+    samples[real.info.domains[domain]] = samples.get(real.info.domains[domain], "") + "".join(
+      chr(t) for t in tokens if t < 256
+    )
+  assert samples["tables"].count("0x") > 10 * samples["prose"].count("0x")
+  assert samples["code"].count("self.") > 2 * samples["prose"].count("self.")
+  assert samples["prose"].count(" the ") > 2 * samples["code"].count(" the ")
+
+
+def test_library_source_is_parsable_here():
+  # the split into code and prose rests on this interpreter parsing its own library
+  root = stdlib_text.stdlib_root()
+  ast.parse((root / "argparse.py").read_text(encoding="utf-8"))

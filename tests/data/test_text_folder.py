@@ -1,0 +1,66 @@
+import re
+
+import pytest
+
+from moe_jax.data.text_folder import read_text_folder
+from moe_jax.errors import InputError
+from tests.data.helpers import folder_dataset, write_files
+
+
+def test_domains_are_subfolders_and_files_go_whole_to_one_split(tmp_path):
+  files = {f"{d}/{'deep/' * (i % 2)}{i}.txt": f"{d} {i}\n" for d in ("news", "code") for i in range(30)}
+  folder = write_files(
+    tmp_path / "corpus", {**files, "top.txt": "t\n" * 20, ".git/x": "no", "code/empty": " "}
+  )
+  splits, domains = read_text_folder(str(folder))
+  assert domains == ("code", "corpus", "news")
+  texts = {s: {(t, domains[d]) for t, d in documents} for s, documents in splits.items()}
+  assert not texts["train"] & texts["validation"]
+  assert {t for t, d in texts["train"] | texts["validation"] if d != "corpus"} == set(files.values())
+  assert all(t.startswith(d) for s in texts.values() for t, d in s if d != "corpus")
+  for domain in ("news", "code"):
+    assert sum(d == domain for _, d in texts["validation"]) == 3
+  # a domain of one file is cut at a line
+  pieces = {s: [t for t, d in texts[s] if d == "corpus"] for s in texts}
+  assert pieces["train"][0] + pieces["validation"][0] == "t\n" * 20 and len(pieces["validation"][0]) in (2, 4)
+  assert read_text_folder(str(folder)) == (splits, domains)
+
+
+def test_splits_do_not_depend_on_other_domains(tmp_path):
+  write_files(tmp_path, {f"a/{i}": f"a {i}" for i in range(20)})
+  before = {t for t, _ in read_text_folder(str(tmp_path))[0]["validation"]}
+  write_files(tmp_path, {f"b/{i}": f"b {i}" for i in range(20)})
+  after = {t for t, _ in read_text_folder(str(tmp_path))[0]["validation"] if t.startswith("a")}
+  assert before == after
+
+
+def test_wrong_bytes_are_replaced(tmp_path):
+  for name in ("a", "b"):
+    (tmp_path / name).write_bytes(b"ok \xff\xfe " * 30)
+  assert folder_dataset(tmp_path).info.vocab_size == 264
+
+
+@pytest.mark.parametrize(
+  ("files", "message"),
+  [
+    (None, "no such folder"),
+    ({}, "holds no text"),
+    ({"a": "  \n"}, "holds no text"),
+    ({"a": "one line"}, "too little text for one"),
+    ({"a": "short", "b": "text " * 50}, "too little text for one"),
+    ({"a": "short", "b": "short"}, "too little text for one"),
+  ],
+)
+def test_input_errors(tmp_path, files, message):
+  folder = tmp_path / "x"
+  if files is not None:
+    folder.mkdir()
+    write_files(folder, files)
+  with pytest.raises(InputError, match=rf"^--text_folder={re.escape(str(folder))}: .*{message}") as error:
+    folder_dataset(folder)
+  assert "\n" not in str(error.value)
+
+
+def test_flag_not_given():
+  with pytest.raises(InputError, match=r"^--text_folder=: no such folder"):
+    folder_dataset("")

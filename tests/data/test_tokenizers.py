@@ -1,0 +1,102 @@
+"""Bytes, SentencePiece and Hugging Face tokenizers through the same windows."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from moe_jax.data import load_dataset, load_tokenizer
+from moe_jax.errors import InputError
+from tests.data.helpers import config, window_texts, write_files
+
+TEXT = "the quick brown fox jumps over the lazy dog, again and again\n" * 20
+
+
+def test_bytes():
+  tokenizer = load_tokenizer("bytes")
+  tokens = tokenizer.encode("aé€\n")
+  assert tokens.tolist() == list("aé€\n".encode()) and tokens.dtype == np.int32
+  assert tokenizer.decode(np.array([tokenizer.bos_id, *tokens, tokenizer.pad_id])) == "aé€\n"
+  assert (tokenizer.bos_id, tokenizer.pad_id, tokenizer.vocab_size) == (256, 257, 264)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+  """Trained tokenizer files: a SentencePiece model without pad and one Hugging Face file without specials."""
+  folder = tmp_path_factory.mktemp("tokenizers")
+  made = {}
+  try:
+    import sentencepiece
+
+    text = write_files(folder, {"text.txt": TEXT}) / "text.txt"
+    sentencepiece.SentencePieceTrainer.train(
+      input=str(text), model_prefix=str(folder / "sp"), vocab_size=70, model_type="bpe", minloglevel=2
+    )
+    made["sentencepiece"] = folder / "sp.model"
+  except ImportError:
+    pass
+  try:
+    import tokenizers
+
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    model.train_from_iterator([TEXT], trainer)
+    model.enable_truncation(5)  # must be undone: text is never cut short
+    model.save(str(folder / "tokenizer.json"))
+    made["tokenizers"] = folder / "tokenizer.json"
+  except ImportError:
+    pass
+  return made
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "tokenizers"])
+def test_tokenizer_files(files, kind, tmp_path):
+  if kind not in files:
+    pytest.skip(f"{kind} is not installed")
+  tokenizer = load_tokenizer(str(files[kind]))
+  tokens = tokenizer.encode(TEXT)
+  assert 5 < len(tokens) < len(TEXT) / 2 and tokens.max() < tokenizer.vocab_size
+  assert tokenizer.decode(tokens).split() == TEXT.split()
+  assert tokenizer.vocab_size % 8 == 0
+  assert max(tokenizer.bos_id, tokenizer.pad_id) < tokenizer.vocab_size
+  assert tokenizer.bos_id not in tokens and tokenizer.pad_id not in tokens
+  folder = write_files(tmp_path, {f"{i}.txt": TEXT for i in range(4)})
+  flags = config(dataset="text_folder", text_folder=str(folder), tokenizer=str(files[kind]))
+  dataset = load_dataset(flags)
+  assert dataset.info.vocab_size == tokenizer.vocab_size
+  assert sum(dataset.info.targets_per_domain["train"]) == 3 * len(tokens)
+  batch = next(dataset.validation_batches(64))
+  real = batch["targets_BL"][batch["mask_BL"]]
+  assert sorted(real) == sorted(tokens)
+  bytes_dataset = load_dataset(config(dataset="text_folder", text_folder=str(folder)))
+  assert dataset.info.fingerprint != bytes_dataset.info.fingerprint
+  assert len(window_texts(next(bytes_dataset.train_batches()))) == 4
+
+
+@pytest.mark.parametrize("name", ["missing.model", "missing.json"])
+def test_missing_file(name):
+  with pytest.raises(InputError, match=f"^--tokenizer={name}: no such file$"):
+    load_tokenizer(name)
+
+
+def test_wrong_files(tmp_path):
+  write_files(tmp_path, {"a.model": "nonsense", "b.json": "{}", "c.txt": ""})
+  for name, message in [
+    ("a.model", "SentencePiece"),
+    ("b.json", "tokenizer.json"),
+    ("c.txt", "must be bytes"),
+  ]:
+    with pytest.raises(InputError, match=message) as error:
+      load_tokenizer(str(tmp_path / name))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "package"), [("a.model", "sentencepiece"), ("b.json", "tokenizers")])
+def test_missing_package(tmp_path, monkeypatch, name, package):
+  write_files(tmp_path, {name: ""})
+  monkeypatch.setitem(sys.modules, package, None)
+  with pytest.raises(InputError, match=f"pip install {package}"):
+    load_tokenizer(str(tmp_path / name))
