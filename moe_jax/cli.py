@@ -9,11 +9,24 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from moe_jax.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
+from moe_jax.config import (
+  Config,
+  DataConfig,
+  MeshConfig,
+  ModelConfig,
+  MoEConfig,
+  OptimizerConfig,
+  TrainConfig,
+)
 from moe_jax.errors import InputError, unknown_name
 
 _RENAMED = {("mesh", "data"): "data_parallelism", ("mesh", "expert"): "expert_parallelism"}
-_DEFINERS = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+_DEFINERS = {
+  bool: flags.DEFINE_bool,
+  int: flags.DEFINE_integer,
+  float: flags.DEFINE_float,
+  str: flags.DEFINE_string,
+}
 _PARTS = {
   "model": ModelConfig,
   "moe": MoEConfig,

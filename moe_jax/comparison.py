@@ -40,7 +40,9 @@ class Comparison:
     InputError: a wrong field, or a folder that holds another configuration's run. Before any training.
   """
 
-  def __init__(self, arms: Sequence[str], seeds: Iterable[int], config: Config, output_dir: str | os.PathLike[str]):
+  def __init__(
+    self, arms: Sequence[str], seeds: Iterable[int], config: Config, output_dir: str | os.PathLike[str]
+  ):
     if not arms:
       raise InputError("--methods=: name at least one arm, e.g. --methods=none,switch_loss:0.01")
     if len(set(arms)) < len(arms):
@@ -61,29 +63,35 @@ class Comparison:
     dataset = load_dataset(self.config.data)
     self._describe(dataset.info)
     self._check_fingerprint(dataset.info.fingerprint)
-    todo = [(arm, seed) for seed in self.seeds for arm in self.arms if not self._result_file(arm, seed).exists()]
+    todo = [
+      (arm, seed) for seed in self.seeds for arm in self.arms if not self._result_file(arm, seed).exists()
+    ]
     kept = len(self.arms) * len(self.seeds) - len(todo)
     if kept:
       self.console.print(f"{kept} of {kept + len(todo)} runs in {self.folder} are done and kept")
     with TrainingProgress(len(todo) * self.config.train.num_steps, self.console) as progress:
       for arm, seed in todo:
         folder = self._run_folder(arm, seed)
-        Run(self._run_config(arm, seed), dataset, folder, progress, label=arm, show=f"{arm} seed {seed}").train()
-    return [
-      json.loads(self._result_file(arm, seed).read_text()) for arm in self.arms for seed in self.seeds
-    ]
+        Run(
+          self._run_config(arm, seed), dataset, folder, progress, label=arm, show=f"{arm} seed {seed}"
+        ).train()
+    return [json.loads(self._result_file(arm, seed).read_text()) for arm in self.arms for seed in self.seeds]
 
-  def report(self, results: list[Result], *, title: str, question: str, command: str, notes: Sequence[str]) -> None:
+  def report(
+    self, results: list[Result], *, title: str, question: str, command: str, notes: Sequence[str]
+  ) -> None:
     """Writes metrics.jsonl, summary.csv, the plots and report.html; prints the table."""
     self._merge_metrics()
-    rows = report.summarise(results)
-    report.print_table(rows, self.console)
+    report.print_table(report.summarise(results), self.console)
     if len(self.arms) > 1:
-      report.print_differences(report.paired_differences(results), self.arms[0], self.console)
+      differences = [
+        d for d in report.paired_differences(results) if d.key in ("perplexity", "max_vio_global")
+      ]
+      report.print_differences(differences, self.arms[0], self.console)
     paths = report.write_report(
       self.folder, results, title=title, question=question, command=command, notes=notes
     )
-    self.console.print(f"report: {paths['report']}", soft_wrap=True)
+    self.console.print(f"report: {paths['html']}", soft_wrap=True)
 
   def _run_config(self, arm: str, seed: int) -> Config:
     config = self.config
@@ -134,7 +142,9 @@ class Comparison:
     shares = ""
     if "train" in info.targets_per_domain:
       counts = info.targets_per_domain["train"]
-      shares = ", ".join(f"{name} {n / sum(counts):.0%}" for name, n in zip(info.domains, counts, strict=True))
+      shares = ", ".join(
+        f"{name} {n / sum(counts):.0%}" for name, n in zip(info.domains, counts, strict=True)
+      )
       shares = f", {sum(counts) / 1e6:.1f}M training tokens: {shares}"
     self.console.print(f"data: {info.name} (fingerprint {info.fingerprint[:12]}){shares}", soft_wrap=True)
 

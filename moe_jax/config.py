@@ -21,7 +21,7 @@ class MoEConfig:
 
   num_experts: int = 16  # E
   num_experts_per_token: int = 2  # K
-  expert_dim: int = 128  # F
+  expert_dim: int = 96  # F
   num_shared_experts: int = 0  # always-on experts of width expert_dim beside the routed ones
   expert_activation: str = "swiglu"  # swiglu | relu
   router: str = "softmax_topk"
@@ -44,13 +44,21 @@ class MoEConfig:
     _require(self.expert_dim >= 1, "expert_dim", self.expert_dim, "must be positive")
     _require(self.num_shared_experts >= 0, "num_shared_experts", self.num_shared_experts, "0 or more")
     _require(
-      self.expert_activation in ("swiglu", "relu"), "expert_activation", self.expert_activation, "swiglu or relu"
+      self.expert_activation in ("swiglu", "relu"),
+      "expert_activation",
+      self.expert_activation,
+      "swiglu or relu",
     )
     _require(self.capacity_factor > 0, "capacity_factor", self.capacity_factor, "must be above 0, e.g. 1.25")
     _require(
-      self.eval_capacity_factor > 0, "eval_capacity_factor", self.eval_capacity_factor, "must be above 0, e.g. 2.0"
+      self.eval_capacity_factor > 0,
+      "eval_capacity_factor",
+      self.eval_capacity_factor,
+      "must be above 0, e.g. 2.0",
     )
-    _require(self.group_size >= 0, "group_size", self.group_size, "tokens per group, or 0 to choose from the shape")
+    _require(
+      self.group_size >= 0, "group_size", self.group_size, "tokens per group, or 0 to choose from the shape"
+    )
     _require(0 <= self.jitter < 1, "jitter", self.jitter, "must be in [0, 1), Switch uses 0.01")
 
 
@@ -59,11 +67,11 @@ class ModelConfig:
   """The decoder language model. `vocab_size` comes from the data set's tokenizer."""
 
   num_layers: int = 4
-  model_dim: int = 128  # D
+  model_dim: int = 96  # D
   num_heads: int = 4  # N
   num_kv_heads: int = 2  # query heads share key/value heads in groups of N / num_kv_heads
-  head_dim: int = 32  # H
-  dense_dim: int = 384  # hidden width of the layers without experts
+  head_dim: int = 24  # H
+  dense_dim: int = 256  # hidden width of the layers without experts
   num_dense_first: int = 0  # the first layers that are dense
   moe_every: int = 1  # of the layers after those, every n-th has experts
   rope_theta: float = 10_000.0
@@ -76,7 +84,15 @@ class ModelConfig:
   moe: MoEConfig = MoEConfig()
 
   def check(self) -> None:
-    for name in ("num_layers", "model_dim", "num_heads", "num_kv_heads", "head_dim", "dense_dim", "moe_every"):
+    for name in (
+      "num_layers",
+      "model_dim",
+      "num_heads",
+      "num_kv_heads",
+      "head_dim",
+      "dense_dim",
+      "moe_every",
+    ):
       _require(getattr(self, name) >= 1, name, getattr(self, name), "must be positive")
     _require(
       self.num_heads % self.num_kv_heads == 0,
@@ -99,7 +115,10 @@ class ModelConfig:
       f"must divide the {rest} layers after the num_dense_first={self.num_dense_first} dense ones",
     )
     _require(
-      self.compute_dtype in ("float32", "bfloat16"), "compute_dtype", self.compute_dtype, "float32 or bfloat16"
+      self.compute_dtype in ("float32", "bfloat16"),
+      "compute_dtype",
+      self.compute_dtype,
+      "float32 or bfloat16",
     )
     _require(self.remat in ("none", "full", "dots"), "remat", self.remat, "none, full or dots")
     _require(self.init_scale > 0, "init_scale", self.init_scale, "must be above 0, Switch uses 0.1")
@@ -126,7 +145,10 @@ class OptimizerConfig:
   def check(self) -> None:
     _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "must be above 0")
     _require(
-      self.schedule in ("cosine", "linear", "constant"), "schedule", self.schedule, "cosine, linear or constant"
+      self.schedule in ("cosine", "linear", "constant"),
+      "schedule",
+      self.schedule,
+      "cosine, linear or constant",
     )
     _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "must be 0 or more")
     _require(self.clip_norm >= 0, "clip_norm", self.clip_norm, "must be 0 (off) or more")
@@ -142,7 +164,7 @@ class DataConfig:
   data_dir: str = ""  # where TFDS data sets live; empty: $MOE_JAX_DATA_DIR or ~/.cache/moe_jax
   text_folder: str = ""  # with dataset=text_folder: a folder of text files; its sub-folders are the domains
   tokenizer: str = "bytes"  # bytes, a SentencePiece .model file, or a Hugging Face tokenizer.json
-  sequence_length: int = 256  # L
+  sequence_length: int = 128  # L
   batch_size: int = 8  # sequences per optimizer step over all processes
   data_seed: int = 0  # order of the training windows; the same for every method that is compared
   # dataset=markov: a mixture of Markov chains with an exactly known entropy rate
@@ -188,7 +210,9 @@ class MeshConfig:
   expert: int = 1
 
   def check(self) -> None:
-    _require(self.expert == -1 or self.expert >= 1, "expert_parallelism", self.expert, "must be positive or -1")
+    _require(
+      self.expert == -1 or self.expert >= 1, "expert_parallelism", self.expert, "must be positive or -1"
+    )
     _require(self.data == -1 or self.data >= 1, "data_parallelism", self.data, "must be positive or -1")
 
 

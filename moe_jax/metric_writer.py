@@ -113,7 +113,9 @@ class MultiWriter(MetricWriter):
     self._writers = list(writers)
 
   def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-    arrays = {name: to_numpy(name, value) for name, value in metrics.items()}  # one device transfer, not one each
+    arrays = {
+      name: to_numpy(name, value) for name, value in metrics.items()
+    }  # one device transfer, not one each
     for writer in self._writers:
       writer.write(step, arrays)
 

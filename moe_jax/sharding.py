@@ -49,7 +49,7 @@ def constrain(x: jax.Array, logical_axes: tuple[str | None, ...]) -> jax.Array:
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-  """The mesh over all devices of all processes.
+  """The mesh over all devices of all processes; a single process may ask for fewer and gets the first ones.
 
   Raises:
     InputError: the axes do not multiply to the number of devices.
@@ -61,11 +61,14 @@ def make_mesh(config: MeshConfig) -> Mesh:
   shown = ", ".join(f"--{name}_parallelism={size}" for name, size in sizes.items())
   if len(free) > 1:
     raise InputError(f"{shown}: at most one axis can be -1 (what is left)")
-  if num_devices % known or (not free and known != num_devices):
+  fewer = not free and known < num_devices and jax.process_count() == 1
+  if not fewer and (num_devices % known or (not free and known != num_devices)):
     raise InputError(f"{shown}: the axes must multiply to the {num_devices} devices here")
   for name in free:
     sizes[name] = num_devices // known
-  return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+  devices = jax.devices()[: math.prod(sizes.values())]
+  auto = (AxisType.Auto,) * len(sizes)
+  return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices)
 
 
 def check_divides(mesh: Mesh, *, micro_batch: int, num_experts: int, num_groups: int) -> None:

@@ -15,8 +15,7 @@ import flax
 import jax
 import numpy as np
 
-import moe_jax
-from moe_jax import sharding
+from moe_jax import __version__, sharding
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import Config
 from moe_jax.data import Dataset
@@ -38,7 +37,9 @@ class CompiledSteps(NamedTuple):
   state_shardings: TrainState
 
 
-def compile_steps(config: Config, vocab_size: int, num_domains: int, mesh: jax.sharding.Mesh) -> CompiledSteps:
+def compile_steps(
+  config: Config, vocab_size: int, num_domains: int, mesh: jax.sharding.Mesh
+) -> CompiledSteps:
   """The steps of `config` on `mesh`; runs that differ only in seeds share them, compiled once."""
   train = dataclasses.replace(config.train, seed=0, tensorboard=True)
   data = dataclasses.replace(config.data, data_seed=0)
@@ -46,7 +47,9 @@ def compile_steps(config: Config, vocab_size: int, num_domains: int, mesh: jax.s
 
 
 @functools.lru_cache(maxsize=16)
-def _compile_steps(config: Config, vocab_size: int, num_domains: int, mesh: jax.sharding.Mesh) -> CompiledSteps:
+def _compile_steps(
+  config: Config, vocab_size: int, num_domains: int, mesh: jax.sharding.Mesh
+) -> CompiledSteps:
   abstract = jax.eval_shape(lambda: init_state(config, vocab_size, 0))
   shardings = sharding.state_shardings(mesh, abstract)
   batch, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
@@ -59,7 +62,9 @@ def _compile_steps(config: Config, vocab_size: int, num_domains: int, mesh: jax.
       donate_argnums=0,
     ),
     evaluate=jax.jit(
-      make_eval_step(config, vocab_size, num_domains), in_shardings=(shardings, batch), out_shardings=everywhere
+      make_eval_step(config, vocab_size, num_domains),
+      in_shardings=(shardings, batch),
+      out_shardings=everywhere,
     ),
     abstract_state=abstract,
     state_shardings=shardings,
@@ -148,7 +153,9 @@ class Run:
       self.steps = compile_steps(self.config, info.vocab_size, len(info.domains), self.mesh)
       self.checkpoints = Checkpoints(self.folder / "checkpoints")
       self.batches = self.dataset.train_batches(
-        process_index=jax.process_index(), process_count=jax.process_count(), data_seed=self.config.data.data_seed
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        data_seed=self.config.data.data_seed,
       )
       state = self._start()
       if self.progress:
@@ -337,7 +344,7 @@ def count_params(config: Config, state: TrainState) -> tuple[int, int]:
 def versions() -> dict[str, str]:
   """Of what a result depends on."""
   return {
-    "moe_jax": moe_jax.__version__,
+    "moe_jax": __version__,
     "jax": jax.__version__,
     "flax": flax.__version__,
     "numpy": np.__version__,

@@ -77,7 +77,9 @@ class _Sums(NamedTuple):
   router_entropy_R: Array
 
 
-def make_train_step(config: Config, vocab_size: int) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
+def make_train_step(
+  config: Config, vocab_size: int
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
   """The function (state, batch of the whole step) -> (state, metrics). Not jitted.
 
   Metrics: `loss` (nats per token, language model only), `total_loss`, one entry [R] per balancing loss,
@@ -202,7 +204,9 @@ class EvalSums(NamedTuple):
   router_entropy_R: Array
 
 
-def make_eval_step(config: Config, vocab_size: int, num_domains: int) -> Callable[[TrainState, Batch], EvalSums]:
+def make_eval_step(
+  config: Config, vocab_size: int, num_domains: int
+) -> Callable[[TrainState, Batch], EvalSums]:
   """The function (state, batch) -> sums. No jitter, no draws, `eval_capacity_factor`, no update."""
   graphdef = _graphdef(config, vocab_size)
 

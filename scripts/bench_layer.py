@@ -7,7 +7,7 @@ r"""How much slower than a dense FFN of equal FLOPs is an MoE layer, forward and
 Times value_and_grad with respect to the input and all weights, router included: router matmul, softmax,
 top-k, dispatch, experts, combine. The dense FFN is a SwiGLU of hidden width K*F. Dense and MoE steps
 alternate in one process, and the table gives the ratio of the minima and the median of the paired ratios.
-Ratios below 1.0 or far from each other mean a busy machine: run again. About 20 seconds on 2 CPU cores.
+Where these two are far from each other, the machine is busy: run again. About a minute on 2 CPU cores.
 """
 
 import functools
@@ -17,14 +17,16 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
 from moe_jax.ops.dispatch import default_group_size, expert_capacity, get_dispatcher
 from moe_jax.ops.experts import ExpertWeights, expert_ffn
 from moe_jax.ops.routing import make_router
 
 _TOKENS = flags.DEFINE_integer("num_tokens", 4096, "tokens in all", lower_bound=1)
-_LENGTH = flags.DEFINE_integer("sequence_length", 1024, "L: the default group size is chosen from it", lower_bound=1)
+_LENGTH = flags.DEFINE_integer(
+  "sequence_length", 1024, "L: the default group size is chosen from it", lower_bound=1
+)
 _DIM = flags.DEFINE_integer("model_dim", 256, "D", lower_bound=1)
 _EXPERT_DIM = flags.DEFINE_integer("expert_dim", 512, "F", lower_bound=1)
 _EXPERTS = flags.DEFINE_integer("num_experts", 16, "E", lower_bound=1)
@@ -32,7 +34,9 @@ _K = flags.DEFINE_integer("num_experts_per_token", 2, "K", lower_bound=1)
 _CAPACITY = flags.DEFINE_float("capacity_factor", 1.25, "slots per expert / (T*K/E); dropless has none")
 _ROUTER = flags.DEFINE_string("router", "softmax_topk", "router")
 _DISPATCHERS = flags.DEFINE_list(
-  "dispatchers", ["sorted", "sorted:0", "einsum", "dropless"], "NAME or NAME:GROUP_SIZE; 0: all tokens in one group"
+  "dispatchers",
+  ["sorted", "sorted:0", "einsum:64", "einsum", "dropless"],
+  "NAME or NAME:GROUP_SIZE; 0: all tokens in one group",
 )
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of tokens and experts")
 _PAIRS = flags.DEFINE_integer("pairs", 21, "timed pairs per dispatcher", lower_bound=1)
@@ -50,7 +54,9 @@ def make_inputs():
     return (jax.random.normal(next(keys), shape) / fan_in**0.5).astype(dtype)
 
   x_TD, cotangent_TD = normal(_TOKENS.value, d), normal(_TOKENS.value, d)
-  dense = ExpertWeights(normal(1, d, k * f, fan_in=d), normal(1, d, k * f, fan_in=d), normal(1, k * f, d, fan_in=k * f))
+  dense = ExpertWeights(
+    normal(1, d, k * f, fan_in=d), normal(1, d, k * f, fan_in=d), normal(1, k * f, d, fan_in=k * f)
+  )
   experts = ExpertWeights(normal(e, d, f, fan_in=d), normal(e, d, f, fan_in=d), normal(e, f, d, fan_in=f))
   router_DE = normal(d, e, fan_in=d).astype(jnp.float32)
   return x_TD, cotangent_TD, dense, (router_DE, experts)
@@ -74,7 +80,10 @@ def moe_layer(params, x_TD, *, dispatcher, group_size):
     capacity=expert_capacity(group_size, _K.value, _CAPACITY.value, _EXPERTS.value),
   )
   counts_E = jnp.zeros(_EXPERTS.value).at[assignment.expert_A].add(assignment.valid_A)
-  info = {"max_vio": counts_E.max() / counts_E.mean() - 1, "dropped": 1 - kept_GA.sum() / assignment.valid_A.sum()}
+  info = {
+    "max_vio": counts_E.max() / counts_E.mean() - 1,
+    "dropped": 1 - kept_GA.sum() / assignment.valid_A.sum(),
+  }
   return y_GTD.reshape(x_TD.shape), info
 
 
@@ -101,12 +110,16 @@ def compare(spec, inputs):
   group_size = int(size) if size else default_group_size(name, min(_LENGTH.value, _TOKENS.value))
   group_size = group_size or _TOKENS.value
   if _TOKENS.value % group_size:
-    raise app.UsageError(f"--dispatchers={spec}: groups of {group_size} do not divide --num_tokens={_TOKENS.value}")
+    raise app.UsageError(
+      f"--dispatchers={spec}: groups of {group_size} do not divide --num_tokens={_TOKENS.value}"
+    )
   dense_step = train_step(dense_ffn, cotangent_TD)
   step = train_step(functools.partial(moe_layer, dispatcher=name, group_size=group_size), cotangent_TD)
   jax.block_until_ready(dense_step(dense_params, x_TD))
   (_, info), _ = jax.block_until_ready(step(moe_params, x_TD))
-  pairs = [(seconds(dense_step, dense_params, x_TD), seconds(step, moe_params, x_TD)) for _ in range(_PAIRS.value)]
+  pairs = [
+    (seconds(dense_step, dense_params, x_TD), seconds(step, moe_params, x_TD)) for _ in range(_PAIRS.value)
+  ]
   dense_s, moe_s = np.array(pairs).T
   return {
     "dispatcher": name,
@@ -123,15 +136,20 @@ def compare(spec, inputs):
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  logging.set_verbosity(logging.WARNING)  # JAX tells which backends it does not find
   inputs = make_inputs()
   rows = [compare(spec, inputs) for spec in _DISPATCHERS.value]
-  shape = {flag.name: flag.value for flag in (_TOKENS, _DIM, _EXPERT_DIM, _EXPERTS, _K, _CAPACITY, _ROUTER, _DTYPE)}
+  shape = {
+    flag.name: flag.value for flag in (_TOKENS, _DIM, _EXPERT_DIM, _EXPERTS, _K, _CAPACITY, _ROUTER, _DTYPE)
+  }
   device = f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
   if _JSON.value:
     print(json.dumps({"shape": shape, "device": device, "rows": rows}))
     return
   print("  ".join(f"{name}={value}" for name, value in shape.items()), f" on {device}")
-  print(f"dense: SwiGLU of hidden width K*F={_K.value * _EXPERT_DIM.value}. Routing is real: a random router on")
+  print(
+    f"dense: SwiGLU of hidden width K*F={_K.value * _EXPERT_DIM.value}. Routing is real: a random router on"
+  )
   print("random inputs chooses; max_vio = max(load)/mean(load)-1 over all tokens, before capacity.\n")
   print("dispatcher  group  ratio_median  ratio_min  dense_ms   moe_ms  max_vio  dropped")
   for r in rows:

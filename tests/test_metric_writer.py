@@ -66,7 +66,12 @@ def test_resume_removes_later_steps_and_continues(tmp_path):
       writer.write(step, {"loss": float(step)})
   with metric_writer.JsonlWriter(path, resume_step=20) as writer:
     writer.write(30, {"loss": -1.0})
-  assert [(x["step"], x["loss"]) for x in metric_writer.read_jsonl(path)] == [(10, 10), (20, 20), (20, 20), (30, -1)]
+  assert [(x["step"], x["loss"]) for x in metric_writer.read_jsonl(path)] == [
+    (10, 10),
+    (20, 20),
+    (20, 20),
+    (30, -1),
+  ]
   assert [p.name for p in tmp_path.iterdir()] == ["m.jsonl"]
 
 
@@ -101,7 +106,9 @@ def test_wrong_metrics_are_refused(tmp_path):
 
 def test_tensorboard_reads_back(tmp_path):
   with metric_writer.TensorBoardWriter(tmp_path, resume_step=4) as writer:
-    writer.write(5, {"loss": 0.5, "max_vio": np.array([1.0, 2.0]), "tokens": np.array([[1, 2, 3], [4, 4, 4]])})
+    writer.write(
+      5, {"loss": 0.5, "max_vio": np.array([1.0, 2.0]), "tokens": np.array([[1, 2, 3], [4, 4, 4]])}
+    )
     writer.write(6, {"bad": math.nan, "tokens": np.array([[np.nan, 1.0]])})
   found, purged = _events(tmp_path)
   scalars = {tag: value for step, tag, value in found if step == 5 and not tag.startswith("tokens")}

@@ -22,7 +22,7 @@ def load_dataset(config: DataConfig) -> Dataset:
     return _BUILT_IN[config.dataset](config)
   from moe_jax.data.tfds_text import load_tfds
 
-  return load_tfds(config, data_dir(config), tuple(_BUILT_IN))
+  return load_tfds(config, config.data_dir or str(data_dir(config)), tuple(_BUILT_IN))
 
 
 def data_dir(config: DataConfig) -> Path:
@@ -38,8 +38,10 @@ def _load_stdlib(config: DataConfig) -> Dataset:
     raise InputError(f"--dataset=stdlib: needs {error.name}, run: {install}") from None
   try:
     splits, domains = read_stdlib(data_dir(config))
-  except PermissionError as error:
-    raise InputError(f"--data_dir={data_dir(config)}: cannot be written ({error.strerror})") from None
+  except (PermissionError, FileExistsError, NotADirectoryError) as error:
+    raise InputError(
+      f"--data_dir={data_dir(config)}: must be a folder that can be written ({error.strerror})"
+    ) from None
   return dataset_of_texts(config, "stdlib", splits, domains, ("sequence_length", str(config.sequence_length)))
 
 

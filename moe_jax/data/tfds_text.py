@@ -7,7 +7,6 @@ A small one is tokenised when it is opened, like every in-memory data set. A lar
 import difflib
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from moe_jax.config import DataConfig
@@ -23,7 +22,7 @@ FINGERPRINT_DOCUMENTS = 1000  # of each split of a larger one
 _WELL_KNOWN = ("c4", "lm1b", "pg19", "tiny_shakespeare", "wiki40b", "wikipedia")
 
 
-def load_tfds(config: DataConfig, data_dir: Path, built_in: Sequence[str]) -> Dataset:
+def load_tfds(config: DataConfig, data_dir: str, built_in: Sequence[str]) -> Dataset:
   """Opens `config.dataset` in `data_dir`, else in TFDS's own default folder.
 
   The text is the feature `text`, or the only text feature. A class label named `domain` or `label`
@@ -80,12 +79,11 @@ class TextSource:
     return Text(text, max(0, int(example[self._domain_feature])) if self._domain_feature else 0)
 
 
-def _open(name: str, data_dir: Path, built_in: Sequence[str]) -> Any:
+def _open(name: str, data_dir: str, built_in: Sequence[str]) -> Any:
   """The read-only builder of a prepared data set."""
   import tensorflow_datasets as tfds
 
-  folders = [data_dir, Path(tfds.core.constants.DATA_DIR).expanduser()]
-  for folder in folders:
+  for folder in (data_dir, tfds.core.constants.DATA_DIR):  # strings: pathlib would break gs://
     try:
       builder = tfds.builder(name, data_dir=folder)
       prepared = builder.is_prepared()
@@ -104,7 +102,7 @@ def _open(name: str, data_dir: Path, built_in: Sequence[str]) -> Any:
   raise InputError(f"--dataset={name}: is not prepared in {data_dir}; run: {_build_command(name, data_dir)}")
 
 
-def _build_command(name: str, data_dir: Path) -> str:
+def _build_command(name: str, data_dir: str) -> str:
   return f"tfds build {name} --file_format=array_record --data_dir={data_dir}"
 
 

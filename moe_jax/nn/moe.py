@@ -85,7 +85,9 @@ class MoE(nnx.Module):
     x_BLD = x_BLD.astype(jnp.float32)
     if key_B is not None and self.config.jitter > 0:
       low, high = 1 - self.config.jitter, 1 + self.config.jitter
-      draw = lambda key: jax.random.uniform(jax.random.fold_in(key, 0), x_BLD.shape[1:], minval=low, maxval=high)
+      draw = lambda key: jax.random.uniform(
+        jax.random.fold_in(key, 0), x_BLD.shape[1:], minval=low, maxval=high
+      )
       x_BLD = x_BLD * jax.vmap(draw)(key_B)
     # Full float32 products also where the accelerator's default is lower: a rounded logit flips a choice.
     return jnp.einsum("BLD,DE->BLE", x_BLD, self.w_router_DE[...], precision=jax.lax.Precision.HIGHEST)
@@ -129,7 +131,9 @@ class MoE(nnx.Module):
     return self.config.group_size or default_group_size(self.config.dispatcher, length)
 
 
-def _aux(routing: BatchRouting, losses: dict[str, Array], observed: PyTree, kept_per_expert_E: Array) -> MoEAux:
+def _aux(
+  routing: BatchRouting, losses: dict[str, Array], observed: PyTree, kept_per_expert_E: Array
+) -> MoEAux:
   entropy_BL = stats.entropy(normalized_scores(routing.scores_BLE))
   aux = MoEAux(
     losses=losses,

@@ -63,11 +63,18 @@ class Period(nnx.Module):
     return self.sparse(x_BLD, mask_BL, **kwargs)
 
 
-def _stack(modules: list[nnx.Module]) -> nnx.Module:
-  """One module whose variables are those of `modules` stacked on a new leading axis."""
-  graphdef, *_ = nnx.split(modules[0])
-  states = [nnx.split(module)[1] for module in modules]
-  return nnx.merge(graphdef, jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
+def _stacked_periods(config: ModelConfig, rngs: nnx.Rngs) -> Period:
+  """One `Period` whose variables hold those of all periods on a new leading axis."""
+  graphdefs = []
+
+  def build(key):
+    graphdef, state = nnx.split(Period(config, rngs=nnx.Rngs(key)))
+    graphdefs.append(graphdef)
+    return state
+
+  # vmap and not a loop: the initialisers are compiled once, whatever the depth
+  states = jax.vmap(build)(jax.random.split(rngs.params(), config.num_moe_layers))
+  return nnx.merge(graphdefs[0], states)
 
 
 def _remat(body, policy: str):
@@ -90,7 +97,7 @@ class Transformer(nnx.Module):
     embedding = 0.02 * jax.random.normal(rngs.params(), (vocab_size, d), jnp.float32)
     self.embedding_VD = nnx.Param(embedding, logical_axes=("vocab", "embed"))
     self.first = nnx.List([DenseLayer(config, rngs=rngs) for _ in range(config.num_dense_first)])
-    self.periods = _stack([Period(config, rngs=rngs) for _ in range(config.num_moe_layers)])
+    self.periods = _stacked_periods(config, rngs)
     self.final_norm = RMSNorm(d, config.norm_eps)
     tied = config.tie_embeddings
     self.w_head_DV = None if tied else matrix(rngs, (d, vocab_size), ("embed", "vocab"), config.init_scale)
@@ -122,9 +129,7 @@ class Transformer(nnx.Module):
     x_BLD, aux = self._run_periods(x_BLD, mask_BL, key_B, step_stats, train)
     x_BLD = self.final_norm(x_BLD)
     head_DV = self.embedding_VD[...].T if self.w_head_DV is None else self.w_head_DV[...]
-    logits_BLV = jnp.einsum(
-      "BLD,DV->BLV", x_BLD, head_DV.astype(dtype), preferred_element_type=jnp.float32
-    )
+    logits_BLV = jnp.einsum("BLD,DV->BLV", x_BLD, head_DV.astype(dtype), preferred_element_type=jnp.float32)
     return logits_BLV, aux
 
   def _run_periods(self, x_BLD, mask_BL, key_B, step_stats, train):

@@ -51,7 +51,9 @@ def _ragged_rows_t(d_out_MY, w_EXY, group_sizes_E):
 
 
 def _ragged_w(rows_MX, d_out_MY, group_sizes_E):
-  dims = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[])
+  dims = lax.RaggedDotDimensionNumbers(
+    (((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
+  )
   rows_MX, d_out_MY = _mask_tail(rows_MX, group_sizes_E), _mask_tail(d_out_MY, group_sizes_E)
   return lax.ragged_dot_general(rows_MX, d_out_MY, group_sizes_E, dims)
 
@@ -91,21 +93,28 @@ def _blocks(rows_MX, w_EXY, group_sizes_E, dims, width):
 
 
 def _block_w(rows_MX, d_out_MY, group_sizes_E):
+  """Sums `rows^T d_out` over up to 4 blocks at once: every sum reads and writes all of d_w[e], so that
+  one block at a time takes 1.3 times as long. (For the rows, XLA:CPU would copy them per `switch`.)"""
   rows, d_out = _pad(rows_MX), _pad(d_out_MY)
   start_E = jnp.cumsum(group_sizes_E) - group_sizes_E
-  dims = (((0,), (0,)), ((), ()))
+  at_once = min(4, rows_MX.shape[0] // BLOCK + 1)
+
+  def product(num_blocks, start, left):
+    own = (jnp.arange(num_blocks * BLOCK) < left)[:, None]
+    x, dy = (jnp.where(own, lax.dynamic_slice_in_dim(a, start, own.shape[0]), 0) for a in (rows, d_out))
+    return lax.dot_general(x, dy, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
   def expert(e, d_w_EXY):
-    def block(b, d_w):
-      start = b * BLOCK
-      x = lax.dynamic_slice_in_dim(rows, start_E[e] + start, BLOCK)
-      dy = lax.dynamic_slice_in_dim(d_out, start_E[e] + start, BLOCK)
-      own = (start + jnp.arange(BLOCK) < group_sizes_E[e])[:, None]
-      x, dy = jnp.where(own, x, 0), jnp.where(own, dy, 0)
-      return d_w + lax.dot_general(x, dy, dims, preferred_element_type=jnp.float32)
+    num_blocks = (group_sizes_E[e] + BLOCK - 1) // BLOCK
+
+    def step(i, d_w):
+      done = i * at_once * BLOCK
+      branches = [lambda d_w, start, left, n=n: d_w + product(n + 1, start, left) for n in range(at_once)]
+      which = jnp.minimum(num_blocks - i * at_once, at_once) - 1
+      return lax.switch(which, branches, d_w, start_E[e] + done, group_sizes_E[e] - done)
 
     d_w = jnp.zeros((rows.shape[1], d_out.shape[1]), jnp.float32)
-    d_w = lax.fori_loop(0, (group_sizes_E[e] + BLOCK - 1) // BLOCK, block, d_w)
+    d_w = lax.fori_loop(0, (num_blocks + at_once - 1) // at_once, step, d_w)
     return d_w_EXY.at[e].set(d_w.astype(d_w_EXY.dtype))
 
   d_w_EXY = jnp.zeros((group_sizes_E.shape[0], rows.shape[1], d_out.shape[1]), rows_MX.dtype)

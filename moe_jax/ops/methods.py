@@ -5,6 +5,7 @@ Several methods are joined by `,` or `+`. Values take the type of the option's d
 """
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -41,13 +42,15 @@ def build(what: str, registry: Mapping[str, Callable[..., Any]], spec: str, *arg
   options = {p.name: p for p in parameters}
   given: dict[str, Any] = {}
   for i, field in enumerate(fields):
-    option, equals, text = field.partition("=")
+    option, equals, text = (part.strip() for part in field.partition("="))
     if not equals:
       if i >= len(parameters):
         raise InputError(f"{what} {spec!r}: takes {len(parameters)} values: {_describe(options)}")
       option, text = parameters[i].name, field
     if option not in options:
       raise InputError(f"{what} {spec!r}: no option {option!r}; options: {_describe(options)}")
+    if option in given:
+      raise InputError(f"{what} {spec!r}: {option} is given twice")
     given[option] = _convert(what, spec, options[option], text)
   return factory(*args, **given)
 
@@ -63,9 +66,12 @@ def _convert(what: str, spec: str, parameter: inspect.Parameter, text: str) -> A
       raise InputError(f"{what} {spec!r}: {parameter.name} must be true or false, got {text!r}")
     return text.lower() == "true"
   try:
-    return kind(text)
+    value = kind(text)
   except ValueError:
     raise InputError(f"{what} {spec!r}: {parameter.name} must be {kind.__name__}, got {text!r}") from None
+  if kind is float and not math.isfinite(value):
+    raise InputError(f"{what} {spec!r}: {parameter.name} must be finite, got {text!r}")
+  return value
 
 
 def require_option(what: str, option: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -4,12 +4,13 @@ import base64
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
 from moe_jax.errors import InputError
-from moe_jax.report import plots, tables
+from moe_jax.report import canvas, plots, tables
 from moe_jax.report.results import Result, load_config, load_metrics, lookup, warnings
 from moe_jax.report.statistics import COLUMNS, Difference, Row, paired_differences, summarise
 
@@ -28,18 +29,20 @@ pre { background: var(--fill); border: 1px solid var(--line); border-radius: 6px
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
 table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+.word, thead th.word { text-align: left; } td > small { display: block; } td.word > small { display: inline; }
 tr:last-child > td, tr:last-child > th { border-bottom: 0; } tbody tr + tr.group > * { border-top: 2px solid var(--line); }
-thead th { vertical-align: bottom; background: var(--fill); font-weight: 600; }
+thead th { vertical-align: bottom; white-space: normal; overflow-wrap: normal; background: var(--fill); font-weight: 600; }
 th small, .note, figcaption, td small { color: var(--soft); font-weight: 400; } th small { display: block; }
 th:first-child { text-align: left; position: sticky; left: 0; background: var(--bg); white-space: normal;
-  min-width: 7.5rem; max-width: 18rem; font-weight: 600; } thead th:first-child { background: var(--fill); }
-td.word { text-align: left; } tr.resolved td.word { color: var(--mark); font-weight: 600; }
+  overflow-wrap: break-word; max-width: 18rem; font-weight: 600; } thead th:first-child { background: var(--fill); }
+tr.resolved td.word { color: var(--mark); font-weight: 600; }
 .note, figcaption { font-size: .85rem; margin: .5rem 0; max-width: 60rem; }
 .warn { border-left: 3px solid var(--mark); background: var(--fill); padding: .5rem .8rem; margin: 1rem 0; }
 .plots { display: flex; flex-wrap: wrap; gap: 1.4rem; align-items: flex-start; }
 figure { margin: 0; flex: 1 1 26rem; min-width: min(100%, 20rem); max-width: 60rem; }
+figure.wide { flex-basis: 100%; }
 img { width: 100%; height: auto; background: #fff; border: 1px solid var(--line); border-radius: 6px; display: block; }
-summary { cursor: pointer; } details pre { margin-top: .5rem; }
+.facts td { white-space: normal; } summary { cursor: pointer; } details pre { margin-top: .5rem; }
 """
 
 
@@ -104,30 +107,43 @@ def _page(title: str, body: str) -> str:
 
 
 def _table(header: Iterable[str], lines: Iterable[str]) -> str:
-  """Header cells and body rows that are HTML already."""
-  head = "".join(f'<th scope="col">{cell}</th>' for cell in header)
-  body = "\n".join(lines)
-  return f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+  """Header cells (with their tags) and body rows, both HTML already."""
+  head, body = "".join(header), "\n".join(lines)
+  return (
+    f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+  )
 
 
-def _line(name: str, cells: Iterable[str], attributes: str = "") -> str:
-  cells = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-  return f'<tr{attributes}><th scope="row">{escape(name)}</th>{cells}</tr>'
+def _head(title: str, unit: str = "", word: bool = False) -> str:
+  small = f"<small>{escape(unit)}</small>" if unit else ""
+  return f'<th scope="col"{" class=word" * word}>{escape(title)}{small}</th>'
+
+
+def _arm(arm: str) -> str:
+  """A row's header. A long name may break after the signs that join methods and options."""
+  name = re.sub("([:,+=])", r"\1<wbr>", escape(arm))
+  return f'<th scope="row">{name}</th>'
+
+
+def _cell(text: str) -> str:
+  """`a ± b` on two lines, so that all columns fit a page."""
+  mean, sign, spread = text.partition(" ± ")
+  return f"<td>{escape(mean)}{f'<small>± {escape(spread)}</small>' if sign else ''}</td>"
 
 
 def _summary(rows: Sequence[Row]) -> str:
   columns = tables.shown_columns(rows)
-  header = ["Arm", "Seeds", *(f"{escape(c.title)}<small>{escape(c.unit)}</small>" for c in columns)]
-  lines = [
-    _line(
-      row.arm, [str(len(row.seeds)), *(tables.format_stat(row.cells[c.key], c, len(row.seeds)) for c in columns)]
-    )
-    for row in rows
-  ]
+  same = len({len(row.seeds) for row in rows}) == 1  # then the caption says how many
+  header = [_head("Arm"), *([] if same else [_head("Seeds")]), *(_head(c.title, c.unit) for c in columns)]
+  lines = []
+  for row in rows:
+    cells = [] if same else [str(len(row.seeds))]
+    cells += [tables.format_stat(row.cells[c.key], c, len(row.seeds)) for c in columns]
+    lines.append(f"<tr>{_arm(row.arm)}{''.join(map(_cell, cells))}</tr>")
   return f'<h2>Results</h2>\n{_table(header, lines)}\n<p class="note">{escape(tables.caption(rows))}</p>'
 
 
-def _figures(drawn: Sequence[plots.Plot]) -> str:
+def _figures(drawn: Sequence[canvas.Plot]) -> str:
   if not drawn:
     return ""
   figures = []
@@ -135,7 +151,7 @@ def _figures(drawn: Sequence[plots.Plot]) -> str:
     data = base64.b64encode(plot.path.read_bytes()).decode("ascii")
     text = escape(plot.caption)
     figures.append(
-      f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
+      f'<figure{" class=wide" * plot.wide}><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
     )
   return '<h2>Plots</h2>\n<div class="plots">\n' + "\n".join(figures) + "\n</div>"
 
@@ -150,14 +166,16 @@ def _differences(differences: Sequence[Difference], baseline: str) -> str:
     kinds = ["group"] * (d.arm != last) + ["resolved"] * d.resolved
     attributes = f' class="{" ".join(kinds)}"' if kinds else ""
     lines.append(
-      f'<tr{attributes}><th scope="row">{escape(d.arm) if d.arm != last else ""}</th>'
+      f"<tr{attributes}>{_arm(d.arm if d.arm != last else '')}"
       f'<td class="word">{escape(column.title)} <small>{escape(column.unit)}</small></td>'
       f"<td>{escape(tables.format_difference(d, column))}</td><td>{len(d.per_seed)}</td>"
       f'<td class="word">{escape(d.verdict)}</td></tr>'
     )
     last = d.arm
+  header = [_head("Arm"), _head("Quantity", word=True), _head("Difference"), _head("Seeds")]
+  header.append(_head("Verdict", word=True))
   text = tables.differences_caption(baseline, min(len(d.per_seed) for d in differences))
-  table = _table(["Arm", "Quantity", "Difference", "Seeds", "Verdict"], lines)
+  table = _table(header, lines)
   return f'<h2>Differences from {escape(baseline)}</h2>\n<p class="note">{escape(text)}</p>\n{table}'
 
 
@@ -169,8 +187,9 @@ def _layers(rows: Sequence[Row]) -> str:
   lines = []
   for row in rows:
     cells = [tables.format_stat(s, column, len(row.seeds)) for s in row.max_vio_layers]
-    lines.append(_line(row.arm, cells + ["-"] * (most - len(cells))))
-  header = ["Arm", *(f"Layer {i}" for i in range(most))]
+    cells += ["-"] * (most - len(cells))
+    lines.append(f"<tr>{_arm(row.arm)}{''.join(map(_cell, cells))}</tr>")
+  header = [_head("Arm"), *(_head(f"Layer {i}") for i in range(most))]
   text = "MaxVio over the validation set of each layer with experts, counted from 0; ± as above."
   return f'<h2>MaxVio per layer</h2>\n{_table(header, lines)}\n<p class="note">{text}</p>'
 
@@ -199,9 +218,11 @@ def _setup(results: Sequence[Result], config: dict[str, Any]) -> str:
     if texts:
       lines.append(f'<tr><th scope="row">{name}</th><td class="word">{escape("; ".join(texts))}</td></tr>')
   seconds = [lookup(r, "training", "seconds") for r in results]
-  if seconds and all(isinstance(s, (int, float)) for s in seconds):
-    lines.append(_line("Training time, all arms and seeds", [f"{sum(seconds) / 60:.1f} min"]).replace("<td>", '<td class="word">'))
-  html = "<h2>Setup</h2>\n" + f'<div class="scroll"><table><tbody>\n{chr(10).join(lines)}\n</tbody></table></div>'
+  if all(isinstance(s, (int, float)) for s in seconds):
+    time = f"{sum(seconds) / 60:.1f} minutes over all arms and seeds"
+    lines.append(f'<tr><th scope="row">Training time</th><td class="word">{time}</td></tr>')
+  body = "\n".join(lines)
+  html = f'<h2>Setup</h2>\n<div class="scroll"><table class="facts"><tbody>\n{body}\n</tbody></table></div>'
   if config:
     text = escape(json.dumps(config.get("config", config), indent=2, default=str))
     html += f"\n<details><summary>Configuration</summary><pre>{text}</pre></details>"

@@ -102,11 +102,13 @@ def warnings(run_dir: str | os.PathLike[str], results: Sequence[Result]) -> list
     found.append(f"The arms have different seeds ({each}). Paired differences use the shared seeds only.")
   absent = [str(arm) for arm in _configured_arms(run_dir) if str(arm) not in seeds]
   if absent:
-    found.append(f"Arms without a finished result: {', '.join(absent)}.")
+    found.append(f"Arms of this folder that are not in this report: {', '.join(absent)}.")
   run_dir = pathlib.Path(run_dir)
   torn = [p for p in sorted(run_dir.glob("arms/*/seed_*")) if _read_json(p / "result.json") is None]
   if torn:
-    found.append(f"Unfinished, left out: {', '.join(p.relative_to(run_dir / 'arms').as_posix() for p in torn)}.")
+    found.append(
+      f"Unfinished, left out: {', '.join(p.relative_to(run_dir / 'arms').as_posix() for p in torn)}."
+    )
   return found
 
 

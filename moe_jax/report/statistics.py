@@ -164,7 +164,11 @@ def paired_differences(results: Sequence[Result], baseline: str | None = None) -
     if arm == baseline:
       continue
     for column in COLUMNS:
-      pairs = {r["seed"]: (column.value(r), column.value(reference[r["seed"]])) for r in of_arm if r["seed"] in reference}
+      pairs = {
+        r["seed"]: (column.value(r), column.value(reference[r["seed"]]))
+        for r in of_arm
+        if r["seed"] in reference
+      }
       per_seed = {seed: a - b for seed, (a, b) in pairs.items() if a is not None and b is not None}
       if per_seed:
         differences.append(_difference(arm, column, per_seed))

@@ -17,6 +17,7 @@ from moe_jax.report.statistics import (
   chance_of_verdict,
 )
 
+_GAP = 1  # spaces between columns of the terminal table, beside the box's own
 MAX_VIO_MEANS = (
   "MaxVio = max(load)/mean(load) - 1 over experts, signed, mean over layers; 0 = balanced, E/K - 1 = every token "
   "goes to the same K of E experts. Global: load counted over the whole validation set. Batch: per training batch, "
@@ -55,8 +56,8 @@ def caption(rows: Sequence[Row]) -> str:
     n = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     spread = f"Mean ± sample standard deviation over {n} seeds."
   return (
-    f"{spread} {MAX_VIO_MEANS} Dropped: share of (token, expert) assignments over capacity, which validation and "
-    "training set differently. Load entropy: 1 = balanced. Mutual information: between expert and domain."
+    f"{spread} {MAX_VIO_MEANS} Dropped: share of (token, expert) assignments over capacity, of which validation "
+    "and training have their own. Load entropy: 1 = balanced. Mutual information: between expert and domain."
   )
 
 
@@ -88,58 +89,81 @@ def print_table(rows: Sequence[Row], console: Any = None) -> None:
   """
   columns = shown_columns(rows)
   header = ["Arm", "Seeds", *(c.title for c in columns)]
-  cells = [[r.arm, str(len(r.seeds)), *(format_stat(r.cells[c.key], c, len(r.seeds)) for c in columns)] for r in rows]
-  _print_blocks(header, cells, caption(rows), console)
+  cells = [
+    [r.arm, str(len(r.seeds)), *(format_stat(r.cells[c.key], c, len(r.seeds)) for c in columns)] for r in rows
+  ]
+  if len({len(r.seeds) for r in rows}) == 1:  # then the caption says how many
+    header, cells = header[:1] + header[2:], [line[:1] + line[2:] for line in cells]
+  console = console or _standard_output()
+  _print_blocks(header, cells, console)
+  console.print(_text(caption(rows), console), style="dim")
 
 
 def print_differences(differences: Sequence[Difference], baseline: str, console: Any = None) -> None:
-  """Prints arm, quantity, difference and verdict, one line each."""
+  """Prints quantity, difference and verdict, a block per arm, and how to read them."""
+  if not differences:
+    return
+  console = console or _standard_output()
   by_key = {c.key: c for c in COLUMNS}
-  cells = [
-    [d.arm, by_key[d.key].title, format_difference(d, by_key[d.key]), str(len(d.per_seed)), d.verdict]
-    for d in differences
-  ]
-  seeds = min((len(d.per_seed) for d in differences), default=0)
-  _print_blocks(
-    ["Arm", "Quantity", "Difference", "Seeds", "Verdict"], cells, differences_caption(baseline, seeds), console
-  )
+  for arm in dict.fromkeys(d.arm for d in differences):
+    console.print(_text(f"{arm} minus {baseline}", console), style="bold")
+    cells = [
+      [by_key[d.key].title, format_difference(d, by_key[d.key]), d.verdict]
+      for d in differences
+      if d.arm == arm
+    ]
+    _print_blocks(["Quantity", "Difference", "Verdict"], cells, console)
+  seeds = min(len(d.per_seed) for d in differences)
+  console.print(_text(differences_caption(baseline, seeds), console), style="dim")
 
 
-def _print_blocks(header: list[str], cells: list[list[str]], text: str, console: Any) -> None:
-  from rich.box import SIMPLE_HEAD
+def _standard_output() -> Any:
   from rich.console import Console
-  from rich.table import Table
+
+  return Console(file=sys.stdout)
+
+
+def _text(string: str, console: Any) -> Any:
+  """rich Text, because an arm's name may look like rich markup; plain signs where the output cannot take others."""
   from rich.text import Text
 
-  console = console or Console(file=sys.stdout)
-  unicode = (console.encoding or "").lower().startswith("utf")
+  return Text(string if (console.encoding or "").lower().startswith("utf") else string.replace("±", "+/-"))
 
-  def plain(string: str) -> Text:  # Text, because an arm's name may look like rich markup
-    return Text(string if unicode else string.replace("±", "+/-"))
 
-  arm_width = min(max(len(row[0]) for row in [header, *cells]), max(12, console.width // 3))
-  widths = [max(len(plain(row[i])) for row in [header, *cells]) for i in range(len(header))]
-  for block in _blocks(widths, console.width, arm_width):
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column(plain(header[0]), max_width=arm_width, overflow="fold")
+def _print_blocks(header: list[str], cells: list[list[str]], console: Any) -> None:
+  """Prints blocks of columns that fit the width, each with the first column; `a ± b` is narrowed to `a±b`."""
+  from rich.box import SIMPLE_HEAD
+  from rich.table import Table
+
+  cells = [[row[0], *(cell.replace(" ± ", "±") for cell in row[1:])] for row in cells]
+  titles = [_text(title.replace(" ", "\n") if i else title, console) for i, title in enumerate(header)]
+  texts = [[_text(cell, console) for cell in row] for row in cells]
+  first = min(max(text.cell_len for text in [titles[0], *(t[0] for t in texts)]), max(12, console.width // 3))
+  widths = [
+    max(*(len(line) for line in titles[i].plain.split("\n")), *(row[i].cell_len for row in texts))
+    for i in range(len(header))
+  ]
+  for block in _blocks(widths, console.width, first):
+    table = Table(box=SIMPLE_HEAD, padding=(0, _GAP, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column(titles[0], max_width=first, overflow="fold", vertical="bottom")
     for i in block:
-      table.add_column(plain(header[i]), justify="right", no_wrap=True)
-    for row in cells:
-      table.add_row(*(plain(row[i]) for i in (0, *block)))
+      table.add_column(titles[i], justify="right", no_wrap=True)
+    for row in texts:
+      table.add_row(*(row[i] for i in (0, *block)))
     console.print(table)
     console.print()
-  console.print(plain(text), style="dim", soft_wrap=False)
 
 
-def _blocks(widths: list[int], width: int, arm_width: int) -> list[list[int]]:
-  """Column indices 1.. cut into runs that fit beside the arm; each column takes 3 more cells of padding."""
-  blocks, used = [[]], arm_width
+def _blocks(widths: list[int], width: int, first: int) -> list[list[int]]:
+  """Column indices 1.. cut into runs that fit beside the first column."""
+  between = _GAP + 1  # rich draws the box's blank divider too
+  blocks, used = [[]], first
   for i, cell in enumerate(widths[1:], start=1):
-    if blocks[-1] and used + cell + 3 > width:
+    if blocks[-1] and used + between + cell > width:
       blocks.append([])
-      used = arm_width
+      used = first
     blocks[-1].append(i)
-    used += cell + 3
+    used += between + cell
   return blocks
 
 
@@ -158,5 +182,7 @@ def write_csv(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
       line: list[Any] = [row.arm, len(row.seeds)]
       for column in COLUMNS:
         cell = row.cells[column.key]
-        line += ["", "", 0] if cell is None else [cell.mean, "" if cell.spread is None else cell.spread, cell.num]
+        line += (
+          ["", "", 0] if cell is None else [cell.mean, "" if cell.spread is None else cell.spread, cell.num]
+        )
       writer.writerow(line + list(row.max_vio_range or ("", "")))

@@ -1,6 +1,7 @@
 """The standard-library corpus: a small made-up library, then this interpreter's own."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from moe_jax.data import load_dataset, stdlib_text
 from moe_jax.data.stdlib_text import read_documents, split_docstrings
+from moe_jax.errors import InputError
 from tests.data.helpers import config, join_rows, write_library
 
 REPOSITORY = Path(__file__).parents[2]
@@ -95,6 +97,30 @@ def test_concurrent_builds_and_the_cache(library, tmp_path, capfd):
     assert builder._cache_key(library) not in [p.name for p in (tmp_path / "stdlib").iterdir()]
   finally:
     (library / "new.py").unlink()
+
+
+def test_a_build_appears_whole_in_one_rename(library, tmp_path, monkeypatch):
+  published = []
+
+  def rename(source, target, plain=os.rename):
+    if Path(target).parent == tmp_path / "stdlib":
+      assert not Path(target).exists() and (Path(source) / "dataset_info.json").exists()
+      published.append(Path(target))
+      plain(source, target)  # another process is first ...
+      raise OSError("Directory not empty")  # ... so this one fails
+    return plain(source, target)
+
+  monkeypatch.setattr(os, "rename", rename)
+  monkeypatch.setattr(stdlib_text, "FILE_BYTES", 30)
+  monkeypatch.setitem(read_documents.__kwdefaults__, "min_bytes", 1)
+  splits, _ = builder.read_stdlib(tmp_path, library)
+  assert splits["train"] and published == list((tmp_path / "stdlib").iterdir())
+
+
+def test_data_dir_that_is_a_file(tmp_path):
+  (tmp_path / "file").touch()
+  with pytest.raises(InputError, match=r"^--data_dir=.*file: must be a folder that can be written"):
+    load_dataset(config(data_dir=str(tmp_path / "file")))
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,11 @@ def test_equals_the_loop(form, case, monkeypatch):
 def test_left_over_rows_reach_nothing():
   """Not even where they are not numbers."""
   sizes = jnp.asarray([7, 0, 150], jnp.int32)
-  rows, w, d_out = jnp.ones((300, X)).at[157:].set(jnp.nan), jnp.ones((3, X, Y)), jnp.ones((300, Y)).at[157:].set(jnp.nan)
+  rows, w, d_out = (
+    jnp.ones((300, X)).at[157:].set(jnp.nan),
+    jnp.ones((3, X, Y)),
+    jnp.ones((300, Y)).at[157:].set(jnp.nan),
+  )
   for got in value_and_grads(rows, w, sizes, d_out):
     assert np.all(np.isfinite(got))
 

@@ -43,7 +43,11 @@ def moe_layer(x_GTD, assignment, weights, capacity, cotangent_GTD):
   kept = kept_entries(assignment, capacity)
   y = np.zeros_like(x_GTD)
   grads = {"x": np.zeros_like(x_GTD), "weight": np.zeros_like(combine)}
-  grads |= {"gate": None if gate is None else np.zeros_like(gate), "up": np.zeros_like(up), "down": np.zeros_like(down)}
+  grads |= {
+    "gate": None if gate is None else np.zeros_like(gate),
+    "up": np.zeros_like(up),
+    "down": np.zeros_like(down),
+  }
   for g, a in zip(*np.nonzero(kept)):
     t, e = int(assignment.token_A[g, a]), int(assignment.expert_A[g, a])
     x, d_y = x_GTD[g, t], cotangent_GTD[g, t]

@@ -15,6 +15,9 @@ def normalized_scores(scores: Array) -> Array:
   """Scores [..., E] divided by their sum over E. The floor is the smallest normal float32, applied per
   score: an epsilon added to the sum would let a router shrink its scores to escape the loss."""
   scores = jnp.maximum(scores, _TINY)
+  # A constant factor changes neither value nor gradient, but the gradient divides by the square of the
+  # sum, which underflows to 0/0 for sigmoid scores below 1e-19.
+  scores = scores / jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
   return scores / scores.sum(axis=-1, keepdims=True)
 
 
@@ -81,8 +84,9 @@ def z_loss(weight: float = 0.001) -> Balancer:
   """Router z-loss, the mean over tokens of logsumexp(logits)^2 (2202.08906, eq. 5)."""
 
   def losses(state, routing, step_stats):
-    mask_BL = routing.mask_BL.astype(jnp.float32)
     z_BL = jax.nn.logsumexp(routing.logits_BLE, axis=-1) ** 2
-    return {"z_loss": weight * jnp.sum(z_BL * mask_BL) / jnp.maximum(mask_BL.sum(), 1.0)}
+    # where, not a product: the square of a large logit of padding is infinite, and inf * 0 is no number.
+    z_sum = jnp.sum(jnp.where(routing.mask_BL, z_BL, 0))
+    return {"z_loss": weight * z_sum / jnp.maximum(routing.mask_BL.sum(), 1)}
 
   return Balancer(losses=losses)

@@ -8,7 +8,9 @@ from fractions import Fraction
 EINSUM_GROUP_SIZE = 128
 
 
-def expert_capacity(num_tokens: int, num_experts_per_token: int, capacity_factor: float, num_experts: int) -> int:
+def expert_capacity(
+  num_tokens: int, num_experts_per_token: int, capacity_factor: float, num_experts: int
+) -> int:
   """Slots of one expert in one group: `ceil(T*K*factor/E)`, at least 1.
 
   Exact: the factor is read as the fraction that its decimals mean, so 10 tokens at factor 1.1 have 11 slots,
@@ -22,7 +24,7 @@ def default_group_size(dispatcher: str, sequence_length: int) -> int:
   """Tokens per routing group: a divisor of L, from the shape alone and never from the device count.
 
   Groups never span sequences, so results do not depend on how a batch is split. `sorted`, `dropless` and
-  later dispatchers take a whole sequence; `einsum` the smallest divisor of L that is at least 128.
+  other dispatchers take a whole sequence; `einsum` the smallest divisor of L that is at least 128.
   """
   if dispatcher != "einsum":
     return sequence_length

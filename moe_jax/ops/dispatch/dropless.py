@@ -1,6 +1,5 @@
 """No capacity: a grouped matmul over all tokens sorted by expert (MegaBlocks, 2211.15841)."""
 
-import jax
 import jax.numpy as jnp
 
 from moe_jax.ops.dispatch.common import Experts, Shard, no_sharding

@@ -20,13 +20,14 @@ def einsum_dispatch(
   """Returns y_GTD = sum of weight * expert(x) over the kept entries, and kept_GA. Fields are [G, A]."""
   _, num_tokens, _ = x_GTD.shape
   slots = jax.vmap(lambda a: assign_slots(a, num_tokens, num_experts, capacity))(assignment)
-  weight_GEC = jax.vmap(lambda w, e: w.at[e].get(mode="fill", fill_value=0))(assignment.weight_A, slots.entry_EC)
+  weight_GEC = jax.vmap(lambda w, e: w.at[e].get(mode="fill", fill_value=0))(
+    assignment.weight_A, slots.entry_EC
+  )
   # A comparison, not a scatter: XLA fuses it, and it partitions over groups without communication.
   dispatch_GTEC = slots.token_EC[:, None] == jnp.arange(num_tokens)[None, :, None, None]
   combine_GTEC = jnp.where(dispatch_GTEC, weight_GEC[:, None], 0).astype(x_GTD.dtype)
 
-  rows_EGCD = jnp.einsum("GTEC,GTD->EGCD", dispatch_GTEC.astype(x_GTD.dtype), x_GTD)
-  rows_EGCD = shard(rows_EGCD, ("expert", "group", "capacity", "embed"))
-  rows_EGCD = run_experts(experts, rows_EGCD)
-  y_GTD = jnp.einsum("GTEC,EGCD->GTD", combine_GTEC, rows_EGCD)
+  rows_GECD = jnp.einsum("GTEC,GTD->GECD", dispatch_GTEC.astype(x_GTD.dtype), x_GTD)
+  rows_GECD = run_experts(experts, rows_GECD, shard)
+  y_GTD = jnp.einsum("GTEC,GECD->GTD", combine_GTEC, rows_GECD)
   return shard(y_GTD, ("group", None, None)), slots.kept_A

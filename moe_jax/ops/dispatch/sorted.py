@@ -21,9 +21,7 @@ def sorted_dispatch(
   _, num_tokens, _ = x_GTD.shape
   slots = jax.vmap(lambda a: assign_slots(a, num_tokens, num_experts, capacity))(assignment)
   rows_GECD = jax.vmap(lambda x, token: x.at[token].get(mode="fill", fill_value=0))(x_GTD, slots.token_EC)
-  rows_EGCD = shard(rows_GECD.swapaxes(0, 1), ("expert", "group", "capacity", "embed"))
-  rows_EGCD = run_experts(experts, rows_EGCD)
-  rows_GECD = shard(rows_EGCD.swapaxes(0, 1), ("group", None, None, None))
+  rows_GECD = run_experts(experts, rows_GECD, shard)
   y_GTD = jax.vmap(_combine)(rows_GECD, assignment.weight_A, slots.entry_EC, slots.token_EC, x_GTD)
   return shard(y_GTD, ("group", None, None)), slots.kept_A
 

@@ -19,13 +19,18 @@ class Router(Protocol):
   """
 
   def __call__(
-    self, logits_TE: Array, *, bias_E: Array | None = None, key: Array | None = None, mask_T: Array | None = None
+    self,
+    logits_TE: Array,
+    *,
+    bias_E: Array | None = None,
+    key: Array | None = None,
+    mask_T: Array | None = None,
   ) -> Routing: ...
 
 
 def select_top_k(scores_TE: Array, bias_E: Array | None, k: int) -> Array:
   """Expert indices [T, K] of the K highest scores + bias, best first; ties go to the lower index."""
-  biased_TE = scores_TE if bias_E is None else scores_TE + bias_E
+  biased_TE = scores_TE if bias_E is None else scores_TE + bias_E[None]
   return jax.lax.top_k(jax.lax.stop_gradient(biased_TE), k)[1]
 
 
