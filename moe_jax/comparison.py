@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from moe_jax import report, sharding
+from moe_jax.compiled_steps import check_run
 from moe_jax.config import Config
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError
@@ -19,7 +20,7 @@ from moe_jax.ops.balancing import make_balancer
 from moe_jax.ops.dispatch import get_dispatcher
 from moe_jax.ops.routing import make_router
 from moe_jax.progress import TrainingProgress
-from moe_jax.train_loop import Run, check_run
+from moe_jax.train_loop import Run
 
 Result = dict[str, Any]
 

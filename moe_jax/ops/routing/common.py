@@ -29,15 +29,25 @@ class Router(Protocol):
 
 
 def select_top_k(scores_TE: Array, bias_E: Array | None, k: int) -> Array:
-  """Expert indices [T, K] of the K highest scores + bias, best first; ties go to the lower index."""
-  biased_TE = scores_TE if bias_E is None else scores_TE + bias_E[None]
-  return jax.lax.top_k(jax.lax.stop_gradient(biased_TE), k)[1]
+  """Expert indices [T, K] of the K highest scores + bias, best first; ties go to the lower index.
+
+  K rounds of argmax and not `jax.lax.top_k`: XLA's partitioner gathers the logits of all devices for that
+  one, while argmax stays where its tokens are. Each token needs K scores above minus infinity.
+  """
+  left_TE = jax.lax.stop_gradient(scores_TE if bias_E is None else scores_TE + bias_E[None])
+  expert_E = jnp.arange(scores_TE.shape[-1])
+  chosen = []
+  for _ in range(k):
+    best_T = jnp.argmax(left_TE, axis=-1).astype(jnp.int32)
+    left_TE = jnp.where(expert_E[None, :] == best_T[:, None], -jnp.inf, left_TE)
+    chosen.append(best_T)
+  return jnp.stack(chosen, axis=-1)
 
 
 def take_experts(values_TE: Array, expert_TK: Array) -> Array:
   """`values_TE[t, expert_TK[t, k]]` as [T, K], differentiable without a scatter."""
-  onehot_TKE = jax.nn.one_hot(expert_TK, values_TE.shape[-1], dtype=values_TE.dtype)
-  return jnp.einsum("TE,TKE->TK", values_TE, onehot_TKE, precision=jax.lax.Precision.HIGHEST)
+  is_chosen_TKE = expert_TK[:, :, None] == jnp.arange(values_TE.shape[-1])[None, None, :]
+  return jnp.sum(jnp.where(is_chosen_TKE, values_TE[:, None, :], 0), axis=-1)
 
 
 def full_mask(logits_TE: Array, mask_T: Array | None) -> Array:
