@@ -80,7 +80,7 @@ class ModelConfig:
   init_scale: float = 1.0  # s in std = sqrt(s / fan_in) of every matrix; Switch, 2101.03961: 0.1
   compute_dtype: str = "float32"  # float32 | bfloat16; parameters and the router stay float32
   scan_layers: bool = True
-  remat: str = "none"  # none | full | dots
+  remat: str = "full"  # none | full | dots: recompute layers in the backward pass; on CPU it is also faster
   moe: MoEConfig = MoEConfig()
 
   def check(self) -> None:
@@ -184,7 +184,7 @@ class DataConfig:
 class TrainConfig:
   """The loop around the steps."""
 
-  num_steps: int = 300
+  num_steps: int = 200
   accumulation: int = 1  # micro-batches per optimizer step
   seed: int = 0  # of the parameters and the router's randomness
   log_every: int = 10

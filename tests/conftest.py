@@ -45,7 +45,7 @@ for flag in ("--xla_force_host_platform_device_count=8", "--xla_backend_optimiza
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 # Compiled programs are kept between runs and shared by the workers; results are bit-equal either way.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / f"xla-{_digest(_cpu())}"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # x_BD * y_D without saying along which axis is more often a bug than a wish.
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")

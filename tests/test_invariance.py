@@ -113,7 +113,7 @@ def test_the_depth_does_not_change_a_loss_weight():
     np.testing.assert_allclose(
       metrics["total_loss"], metrics["loss"] + metrics["switch_loss"].mean(), rtol=1e-6
     )
-    assert 0.1 <= metrics["switch_loss"].mean() < 0.13
+    assert np.all((metrics["switch_loss"] > 0.099) & (metrics["switch_loss"] < 0.2))  # 0.4 when collapsed
 
 
 def test_the_checks_can_fail(expected):

@@ -249,15 +249,17 @@ def test_bias_moves_the_choice_and_never_a_weight(row):
 
 @every_router
 def test_jit_equals_no_jit_and_traces_once(row):
-  counted = Step(row)
+  step, traces = step_of(row), set()
   for seed in range(2):
     logits_TE, key = logits_of(row, seed), key_of(row, seed)
-    routing, _ = counted(logits_TE, key=key)
+    routing, _ = step(logits_TE, key=key)
+    traces.add(step.traces)
     eager = make_router(row.spec, row.k)(jnp.asarray(logits_TE), key=key)
     assert_same_entries(entries_of(routing.assignment), entries_of(eager.assignment))
     np.testing.assert_array_equal(eager.mask_T, True)
-  counted(logits_of(row, 2), bias_E=bias_of(row), key=key_of(row, 2), mask_T=MASK_T)
-  assert counted.traces == 1
+  step(logits_of(row, 2), bias_E=bias_of(row), key=key_of(row, 2), mask_T=MASK_T)
+  traces.add(step.traces)
+  assert len(traces) == 1 and traces.pop() > 0  # other values never compile again
 
 
 @every_router
