@@ -19,6 +19,7 @@ from moe_jax.config import (
   TrainConfig,
 )
 from moe_jax.errors import InputError, unknown_name
+from moe_jax.presets import PRESETS, get_preset
 
 _RENAMED = {("mesh", "data"): "data_parallelism", ("mesh", "expert"): "expert_parallelism"}
 _DEFINERS = {
@@ -51,28 +52,28 @@ def _comment(cls: type, name: str) -> str:
   return found.group(1) if found else name.replace("_", " ")
 
 
-def define_flags(defaults: Config, leave_out: Iterable[str] = ()) -> None:
-  """One flag per config field, with the values of `defaults`, except those named in `leave_out`."""
+def define_flags(leave_out: Iterable[str] = ()) -> None:
+  """`--preset` and one flag per config field, except those named in `leave_out`."""
+  flags.DEFINE_string("preset", "default", f"base configuration: {', '.join(sorted(PRESETS))}")
   for part, field, flag in _fields():
     if flag not in leave_out:
-      value = getattr(_part(defaults, part), field.name)
-      _DEFINERS[type(field.default)](flag, value, _comment(_PARTS[part], field.name))
+      _DEFINERS[type(field.default)](flag, field.default, _comment(_PARTS[part], field.name))
 
 
-def config_from_flags(defaults: Config) -> Config:
-  """The config that the parsed flags describe, not yet checked."""
+def config_from_flags() -> Config:
+  """The preset with the flags of the command line on top, not yet checked.
+
+  Raises:
+    InputError: unknown preset.
+  """
+  base = get_preset(flags.FLAGS.preset)
   values: dict[str, dict[str, Any]] = {part: {} for part in _PARTS}
   for part, field, flag in _fields():
-    if flag in flags.FLAGS:
+    if flag in flags.FLAGS and flags.FLAGS[flag].present:
       values[part][field.name] = flags.FLAGS[flag].value
-  moe = dataclasses.replace(defaults.model.moe, **values.pop("moe"))
-  parts = {part: dataclasses.replace(getattr(defaults, part), **given) for part, given in values.items()}
-  parts["model"] = dataclasses.replace(parts["model"], moe=moe)
-  return Config(**parts)
-
-
-def _part(config: Config, part: str) -> Any:
-  return config.model.moe if part == "moe" else getattr(config, part)
+  moe = dataclasses.replace(base.model.moe, **values.pop("moe"))
+  parts = {part: dataclasses.replace(getattr(base, part), **given) for part, given in values.items()}
+  return Config(**parts | {"model": dataclasses.replace(parts["model"], moe=moe)})
 
 
 def run(main: Callable[[list[str]], None]) -> None:

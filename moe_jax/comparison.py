@@ -15,7 +15,6 @@ from moe_jax.compiled_steps import check_run
 from moe_jax.config import Config
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError
-from moe_jax.metric_writer import read_jsonl
 from moe_jax.ops.balancing import make_balancer
 from moe_jax.ops.dispatch import get_dispatcher
 from moe_jax.ops.routing import make_router
@@ -54,16 +53,18 @@ class Comparison:
     make_router(config.model.moe.router, config.model.moe.num_experts_per_token)
     get_dispatcher(config.model.moe.dispatcher)
     check_run(config, sharding.make_mesh(config.mesh))
-    self.arms, self.seeds, self.config = list(arms), list(seeds), config
+    self.arms, self.seeds = list(arms), list(seeds)
+    self.config = _with(config, "none", 0)  # of the arm and the seed, not of the comparison
     self.folder = pathlib.Path(output_dir)
     self.console = Console()
-    self._claim_folder()
+    self._check_folder()
 
   def run(self) -> list[Result]:
     """Trains what is not done yet. One result per arm and seed, in the order of the arms."""
     dataset = load_dataset(self.config.data)
     self._describe(dataset.info)
     self._check_fingerprint(dataset.info.fingerprint)
+    self._claim_folder()
     todo = [
       (arm, seed) for seed in self.seeds for arm in self.arms if not self._result_file(arm, seed).exists()
     ]
@@ -73,9 +74,8 @@ class Comparison:
     with TrainingProgress(len(todo) * self.config.train.num_steps, self.console) as progress:
       for arm, seed in todo:
         folder = self._run_folder(arm, seed)
-        Run(
-          self._run_config(arm, seed), dataset, folder, progress, label=arm, show=f"{arm} seed {seed}"
-        ).train()
+        config = _with(self.config, arm, seed)
+        Run(config, dataset, folder, progress, label=arm, show=f"{arm} seed {seed}").train()
     return [json.loads(self._result_file(arm, seed).read_text()) for arm in self.arms for seed in self.seeds]
 
   def report(
@@ -94,41 +94,39 @@ class Comparison:
     )
     self.console.print(f"report: {paths['html']}", soft_wrap=True)
 
-  def _run_config(self, arm: str, seed: int) -> Config:
-    config = self.config
-    moe = dataclasses.replace(config.model.moe, balancers=arm)
-    return dataclasses.replace(
-      config,
-      model=dataclasses.replace(config.model, moe=moe),
-      data=dataclasses.replace(config.data, data_seed=seed),
-      train=dataclasses.replace(config.train, seed=seed),
-    )
-
   def _run_folder(self, arm: str, seed: int) -> pathlib.Path:
     return self.folder / "arms" / re.sub(r"[^\w.=+-]", "_", arm) / f"seed_{seed}"
 
   def _result_file(self, arm: str, seed: int) -> pathlib.Path:
     return self._run_folder(arm, seed) / "result.json"
 
-  def _claim_folder(self) -> None:
-    """Writes config.json, or checks that the one that is there says the same; arms and seeds may be added."""
-    path = self.folder / "config.json"
-    known: dict[str, Any] = {"arms": [], "seeds": []}
-    if path.exists():
-      known = json.loads(path.read_text())
-      changed = _differences(known["config"], self.config.to_dict())
-      if changed:
-        raise InputError(
-          f"--output_dir={self.folder}: holds a run with another configuration ({'; '.join(changed[:3])}); "
-          "choose another folder or remove this one"
-        )
-    elif self.folder.exists() and any(self.folder.iterdir()):
+  def _check_folder(self) -> None:
+    """Raises unless the folder is new, empty, or of the same configuration; arms and seeds may be added."""
+    known = self._known()
+    changed = _differences(known["config"], self.config.to_dict()) if known else []
+    if changed:
+      raise InputError(
+        f"--output_dir={self.folder}: holds a run with another configuration ({'; '.join(changed[:3])}); "
+        "choose another folder or remove this one"
+      )
+    if not known and self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
       raise InputError(f"--output_dir={self.folder}: is not empty and holds no run; choose another folder")
-    known["arms"] = [*known["arms"], *(arm for arm in self.arms if arm not in known["arms"])]
-    known["seeds"] = sorted({*known["seeds"], *self.seeds})
-    known["config"] = self.config.to_dict()
+
+  def _known(self) -> dict[str, Any]:
+    """What config.json of the folder says; empty if there is none."""
+    path = self.folder / "config.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+  def _claim_folder(self) -> None:
+    known = self._known()
+    arms = known.get("arms", [])
+    claim = {
+      "arms": [*arms, *(arm for arm in self.arms if arm not in arms)],
+      "seeds": sorted({*known.get("seeds", []), *self.seeds}),
+      "config": self.config.to_dict(),
+    }
     self.folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(known, indent=1) + "\n")
+    (self.folder / "config.json").write_text(json.dumps(claim, indent=1) + "\n")
 
   def _check_fingerprint(self, fingerprint: str) -> None:
     for path in self.folder.glob("arms/*/seed_*/result.json"):
@@ -150,12 +148,22 @@ class Comparison:
     self.console.print(f"data: {info.name} (fingerprint {info.fingerprint[:12]}){shares}", soft_wrap=True)
 
   def _merge_metrics(self) -> None:
-    """All runs' metrics in one file, each line with its arm and seed."""
+    """All runs' metrics in one file, each line with its arm and seed in front."""
     with (self.folder / "metrics.jsonl").open("w") as out:
       for arm in self.arms:
         for seed in self.seeds:
-          for line in read_jsonl(self._run_folder(arm, seed) / "metrics.jsonl"):
-            out.write(json.dumps({"arm": arm, "seed": seed, **line}) + "\n")
+          label = json.dumps({"arm": arm, "seed": seed})[:-1]
+          for line in (self._run_folder(arm, seed) / "metrics.jsonl").read_text().splitlines():
+            out.write(f"{label}, {line[1:]}\n")  # as text: JSON has no literal for a loss that is not finite
+
+
+def _with(config: Config, balancers: str, seed: int) -> Config:
+  """`config` for one arm and seed."""
+  model = dataclasses.replace(config.model, moe=dataclasses.replace(config.model.moe, balancers=balancers))
+  data = dataclasses.replace(config.data, data_seed=seed)
+  return dataclasses.replace(
+    config, model=model, data=data, train=dataclasses.replace(config.train, seed=seed)
+  )
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[str]:

@@ -66,7 +66,7 @@ class MoEConfig:
 class ModelConfig:
   """The decoder language model. `vocab_size` comes from the data set's tokenizer."""
 
-  num_layers: int = 4
+  num_layers: int = 3
   model_dim: int = 96  # D
   num_heads: int = 4  # N
   num_kv_heads: int = 2  # query heads share key/value heads in groups of N / num_kv_heads
@@ -184,7 +184,7 @@ class DataConfig:
 class TrainConfig:
   """The loop around the steps."""
 
-  num_steps: int = 200
+  num_steps: int = 180
   accumulation: int = 1  # micro-batches per optimizer step
   seed: int = 0  # of the parameters and the router's randomness
   log_every: int = 10

@@ -53,18 +53,18 @@ class TrainingProgress:
   def update(self, step: int, loss: float, max_vio: float, tokens_per_second: float) -> None:
     """Shows the numbers of `step`; `max_vio` is the mean over layers."""
     done = self._done_before + step
-    numbers = (
-      f"step {step}/{self._steps}  loss {loss:.3f}  MaxVio {max_vio:.2f}  {tokens_per_second:,.0f} tok/s"
-    )
+    numbers = f"step {step}/{self._steps}  loss {loss:.3f}  MaxVio {max_vio:.2f}"
+    if tokens_per_second:
+      numbers += f"  {tokens_per_second:,.0f} tok/s"
     self._bar.update(self._task, completed=done, numbers=numbers)
     now = time.monotonic()
     due = now - self._last_line > SECONDS_BETWEEN_LINES or step == self._steps
     if not self.console.is_terminal and due:
       self._last_line = now
-      left = (now - self._started) * (self._total - done) / max(done, 1)
-      self.console.print(
-        f"{self._label}  {numbers}  about {left:.0f} s left", soft_wrap=True, highlight=False
-      )
+      left = ""
+      if tokens_per_second:  # not yet at the first step, whose time is compilation
+        left = f"  about {(now - self._started) * (self._total - done) / max(done, 1):.0f} s left"
+      self.console.print(f"{self._label}  {numbers}{left}", soft_wrap=True, highlight=False)
 
   def note(self, text: str) -> None:
     """A line above the bar."""

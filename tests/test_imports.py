@@ -56,7 +56,7 @@ GRAPH = {
   "presets": Part("config errors", outside=set()),
   "metric_writer": Part("config errors", never=JAX),
   "progress": Part("errors", never=JAX),
-  "cli": Part("config errors", never=JAX),
+  "cli": Part("config presets errors", never=JAX),
   "report": Part("config errors metric_writer", never=JAX),
   # arrays in, arrays out
   "ops": Part("types errors", outside={"jax", "numpy"}, stdlib=PURE),

@@ -1,6 +1,7 @@
 """The MoE layer against slow loops: output, counts, what is drawn, what is rounded, what changes."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -36,30 +37,43 @@ def change(**fields):
 
 
 def make(config, dim=D):
-  """A layer whose loss-free bias, if it has one, moves choices."""
-  moe = MoE(config, dim, rngs=nnx.Rngs(0))
-  state = moe.balancer_state.get_value()
-  moe.balancer_state.set_value(jax.tree.map(lambda _: jnp.asarray(BIAS_E), state))
-  return moe
+  """A layer with random weights, made without compiling; a loss-free bias, if it has one, moves choices."""
+  graphdefs = []
+
+  def build():
+    graphdef, *states = nnx.split(MoE(config, dim, rngs=nnx.Rngs(0)), nnx.Param, BalancerState)
+    graphdefs.append(graphdef)
+    return states
+
+  params, balancer = jax.eval_shape(build)
+  rng = np.random.default_rng(0)
+  draw = lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / leaf.shape[-2] ** 0.5, jnp.float32)
+  bias = jax.tree.map(lambda _: jnp.asarray(BIAS_E), balancer)
+  return nnx.merge(graphdefs[0], jax.tree.map(draw, params), bias)
 
 
-def forward(moe, *args, train=False, **kwargs):
-  """`moe(...)`, compiled as one program."""
-  graphdef, state = nnx.split(moe)
-  call = lambda state, args, kwargs: nnx.merge(graphdef, state)(*args, train=train, **kwargs)
-  return jax.device_get(jax.jit(call)(state, args, kwargs))
+@functools.partial(jax.jit, static_argnames=("graphdef", "train"))
+def _forward(graphdef, state, x_BLD, mask_BL, key_data, step_stats, train):
+  key_B = None if key_data is None else jax.random.wrap_key_data(key_data)
+  moe = nnx.merge(graphdef, state)
+  return moe(x_BLD, mask_BL, key_B=key_B, step_stats=step_stats, train=train)
+
+
+def forward(moe, x_BLD, mask_BL=None, key_data=None, step_stats=None, train=False):
+  """`moe(...)`, compiled as one program; `key_data` [B, 2] holds the keys of the sequences."""
+  return jax.device_get(_forward(*nnx.split(moe), x_BLD, mask_BL, key_data, step_stats, train))
 
 
 def inputs(seed=0):
   return np.random.default_rng(seed).normal(size=(B, L, D)).astype(np.float32)
 
 
-def keys(count=B, seed=1):
-  return jax.random.split(jax.random.key(seed), count)
+def keys(seed=1):
+  return np.random.default_rng(seed).integers(2**32, size=(B, 2), dtype=np.uint32)
 
 
 def float64(variable):
-  return None if variable is None else np.asarray(variable[...], np.float64)
+  return None if variable is None else np.asarray(variable.get_value(), np.float64)
 
 
 def silu(x):
@@ -87,8 +101,15 @@ def reference_layer(moe, x_BLD, mask_BL, factor, group=L):
   return y_GTD.reshape(x_BLD.shape), assignment, kept_GA
 
 
-@pytest.mark.parametrize("router", ["softmax_topk", "gshard_top2"])
-@pytest.mark.parametrize("dispatcher", ["einsum", "sorted", "dropless"])
+@pytest.mark.parametrize(
+  "dispatcher, router",
+  [
+    ("einsum", "softmax_topk"),
+    ("sorted", "softmax_topk"),
+    ("dropless", "softmax_topk"),
+    ("sorted", "gshard_top2"),
+  ],
+)
 def test_output_and_counts_equal_the_reference(dispatcher, router):
   moe = make(change(dispatcher=dispatcher, router=router))
   x_BLD = inputs()
@@ -169,14 +190,13 @@ def test_evaluation_has_its_own_capacity():
 def test_jitter_is_in_the_router_input_of_training_only():
   """With one expert, one feature and x = w = 1, the z-loss is the mean of the squared jitter."""
   config = MoEConfig(1, 1, F, balancers="z_loss:1", dispatcher="dropless", jitter=0.5)
-  moe = MoE(config, 1, rngs=nnx.Rngs(0))
-  moe.w_router_DE.set_value(jnp.ones((1, 1)))
-  x_BLD = np.ones((16, 64, 1), np.float32)
-  call = lambda **kwargs: forward(moe, x_BLD, **kwargs)
-  y_BLD, aux = call(key_B=keys(16), train=True)
+  moe = make(config, dim=1)
+  moe.w_router_DE.set_value(np.ones((1, 1), np.float32))
+  x_BLD = np.ones((B, 300, 1), np.float32)
+  y_BLD, aux = forward(moe, x_BLD, key_data=keys(), train=True)
   np.testing.assert_allclose(aux.losses["z_loss"], 1 + 0.5**2 / 3, atol=0.05)
-  for kwargs in ({"train": True}, {"key_B": keys(16)}):
-    plain_BLD, aux = call(**kwargs)
+  for without in ({"train": True}, {"key_data": keys()}):
+    plain_BLD, aux = forward(moe, x_BLD, **without)
     assert aux.losses["z_loss"] == 1
     np.testing.assert_array_equal(plain_BLD, y_BLD)  # experts see what is not jittered
 
@@ -184,21 +204,21 @@ def test_jitter_is_in_the_router_input_of_training_only():
 def test_draws_belong_to_sequences():
   """Sequences in another order, with their keys, give the same outputs in that order."""
   moe = make(change(jitter=0.5, router="gshard_top2", capacity_factor=8.0))
-  x_BLD, key_B, order = inputs(), keys(), np.array([2, 0, 1])
-  y_BLD, _ = forward(moe, x_BLD, key_B=key_B, train=True)
-  permuted, _ = forward(moe, x_BLD[order], key_B=key_B[order], train=True)
+  x_BLD, key_data, order = inputs(), keys(), np.array([2, 0, 1])
+  y_BLD, _ = forward(moe, x_BLD, key_data=key_data, train=True)
+  permuted, _ = forward(moe, x_BLD[order], key_data=key_data[order], train=True)
   np.testing.assert_array_equal(permuted, y_BLD[order])
-  other, _ = forward(moe, x_BLD, key_B=keys(seed=2), train=True)
+  other, _ = forward(moe, x_BLD, key_data=keys(seed=2), train=True)
   assert np.abs(other - y_BLD).max() > 1e-3
 
 
 def test_the_router_works_in_float32():
   """Two experts whose weights bfloat16 cannot tell apart: rounded, the first would win the tie."""
-  moe = MoE(change(num_experts_per_token=1, dispatcher="dropless", balancers="z_loss:1"), D, rngs=nnx.Rngs(0))
-  moe.w_router_DE.set_value(jnp.tile(jnp.array([1.0, 1.001, -1.0, -1.0]), (D, 1)))
-  x_BLD = jnp.abs(jnp.asarray(inputs(), jnp.bfloat16)) + 0.5
-  rounded_BLE = x_BLD @ moe.w_router_DE[...].astype(jnp.bfloat16)
-  assert np.all(jnp.argmax(rounded_BLE, axis=-1) == 0)
+  moe = make(change(num_experts_per_token=1, dispatcher="dropless", balancers="z_loss:1"))
+  moe.w_router_DE.set_value(np.tile(np.float32([1.0, 1.001, -1.0, -1.0]), (D, 1)))
+  x_BLD = (np.abs(inputs()) + 0.5).astype(jnp.bfloat16)
+  rounded_BLE = x_BLD @ moe.w_router_DE.get_value().astype(jnp.bfloat16)
+  assert np.all(np.argmax(rounded_BLE, axis=-1) == 0)
   y_BLD, aux = forward(moe, x_BLD)
   np.testing.assert_array_equal(aux.tokens_per_expert_BE, [[0, L, 0, 0]] * B)
   assert y_BLD.dtype == jnp.bfloat16
@@ -215,7 +235,8 @@ def test_the_router_works_in_float32():
 def test_forward_mutates_nothing():
   moe = make(change(jitter=0.1))
   before = jax.device_get(nnx.to_pure_dict(nnx.state(moe)))
-  nnx.jit(lambda moe, x, key: moe(x, key_B=key, train=True))(moe, inputs(), keys())  # would carry changes out
+  call = lambda moe, x_BLD, key_data: moe(x_BLD, key_B=jax.random.wrap_key_data(key_data), train=True)
+  nnx.jit(call)(moe, inputs(), keys())  # carries changes of the layer out of the compiled program
   after = jax.device_get(nnx.to_pure_dict(nnx.state(moe)))
   assert len(jax.tree.leaves(before)) == 5  # router, gate, up, down, bias
   jax.tree.map(np.testing.assert_array_equal, before, after)
@@ -247,18 +268,21 @@ def test_balancer_state_has_no_gradient():
 )
 def test_wrong_names_are_answered_at_construction(fields, words):
   with pytest.raises(InputError, match=words):
-    MoE(change(**fields), D, rngs=nnx.Rngs(0))
+    make(change(**fields))
 
 
-@pytest.mark.parametrize("dispatcher", ["einsum", "sorted", "dropless"])
-def test_the_group_size_does_not_matter_where_nothing_drops(dispatcher):
+@pytest.mark.parametrize(
+  "dispatcher, group_size", [("einsum", B * L), ("sorted", B * L), ("sorted", L // 2), ("dropless", L // 2)]
+)
+def test_the_group_size_does_not_matter_where_nothing_drops(dispatcher, group_size):
+  moe = make(change(dispatcher=dispatcher, group_size=group_size, capacity_factor=float(E)))
   x_BLD = inputs()
-  results = []
-  for group_size in (0, L // 2, B * L):
-    moe = make(change(dispatcher=dispatcher, group_size=group_size, capacity_factor=float(E)))
-    results.append(forward(moe, x_BLD, MASK_BL, train=True))
-  for other in results[1:]:
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), results[0], other)
+  expected, assignment, _ = reference_layer(moe, x_BLD, MASK_BL, None)
+  y_BLD, aux = forward(moe, x_BLD, MASK_BL, train=True)
+  np.testing.assert_allclose(y_BLD, expected, rtol=1e-5, atol=1e-5)
+  counts_E = np.bincount(assignment.expert_A[assignment.valid_A], minlength=E)
+  np.testing.assert_array_equal(aux.kept_per_expert_E, counts_E)
+  np.testing.assert_array_equal(aux.tokens_per_expert_BE.sum(axis=0), counts_E)
 
 
 def test_the_group_size_is_what_capacity_counts_in():
