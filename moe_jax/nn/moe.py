@@ -5,13 +5,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.config import MoEConfig
-from moe_jax.errors import unknown_name
 from moe_jax.nn.mlp import MLP
 from moe_jax.nn.variables import BalancerState, matrix
 from moe_jax.ops import stats
 from moe_jax.ops.balancing import make_balancer
 from moe_jax.ops.balancing.losses import normalized_scores
-from moe_jax.ops.dispatch import DISPATCHERS, default_group_size, expert_capacity
+from moe_jax.ops.dispatch import default_group_size, expert_capacity, get_dispatcher
 from moe_jax.ops.experts import ExpertWeights, expert_ffn
 from moe_jax.ops.routing import make_router, to_batch
 from moe_jax.sharding import constrain
@@ -30,9 +29,10 @@ class MoE(nnx.Module):
 
   def __init__(self, config: MoEConfig, dim: int, init_scale: float = 1.0, *, rngs: nnx.Rngs):
     config.check()
-    if config.dispatcher not in DISPATCHERS:
-      raise unknown_name("dispatcher", config.dispatcher, DISPATCHERS)
+    # Wrong names end here, before anything is drawn or compiled.
+    get_dispatcher(config.dispatcher)
     make_router(config.router, config.num_experts_per_token)
+    balancer = make_balancer(config.balancers)
     self.config = config
     e, f = config.num_experts, config.expert_dim
     into, out = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
@@ -43,7 +43,7 @@ class MoE(nnx.Module):
     self.w_down_EFD = matrix(rngs, (e, f, dim), out, init_scale)
     shared = config.num_shared_experts * f
     self.shared = MLP(dim, shared, config.expert_activation, init_scale, rngs=rngs) if shared else None
-    self.balancer_state = BalancerState(make_balancer(config.balancers).init(e))
+    self.balancer_state = BalancerState(balancer.init(e))
 
   def __call__(
     self,
@@ -113,7 +113,7 @@ class MoE(nnx.Module):
     cast = lambda w: None if w is None else w[...].astype(x_BLD.dtype)
     weights = ExpertWeights(cast(self.w_gate_EDF), cast(self.w_up_EDF), cast(self.w_down_EFD))
     x_GTD = constrain(x_BLD.reshape(-1, t, x_BLD.shape[-1]), ("group", None, None))
-    y_GTD, kept_GA = DISPATCHERS[config.dispatcher](
+    y_GTD, kept_GA = get_dispatcher(config.dispatcher)(
       x_GTD,
       assignment,
       lambda rows, matmul: expert_ffn(weights, rows, matmul),

@@ -17,7 +17,7 @@ def load(tokens_per_expert_E: Array) -> Array:
 
 
 def max_vio(tokens_per_expert_E: Array) -> Array:
-  """max(load) / mean(load) - 1, signed (2408.15664, eq. 4): 0 balanced, E/K - 1 collapsed. [...]"""
+  """max(load) / mean(load) - 1, signed (2408.15664): 0 balanced, E/K - 1 collapsed. [...]"""
   mean = tokens_per_expert_E.mean(axis=-1)
   return jnp.where(mean > 0, tokens_per_expert_E.max(axis=-1) / jnp.where(mean > 0, mean, 1) - 1, 0.0)
 

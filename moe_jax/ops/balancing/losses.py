@@ -27,7 +27,7 @@ def all_choices(routing: BatchRouting) -> Array:
 
 
 def first_choice(routing: BatchRouting) -> Array:
-  """[B, L, E]: only the highest-scoring expert counts (GShard, 2006.16668, Algorithm 1, line 13)."""
+  """[B, L, E]: only the highest-scoring expert counts (GShard, 2006.16668, Algorithm 1)."""
   best_BL = jnp.argmax(routing.scores_BLE, axis=-1)
   onehot_BLE = jax.nn.one_hot(best_BL, routing.scores_BLE.shape[-1], dtype=jnp.float32)
   return onehot_BLE * routing.mask_BL[..., None]

@@ -33,7 +33,7 @@ def softmax_topk(num_experts_per_token: int, softmax: str = "after") -> Router:
 
 
 def sigmoid_topk(num_experts_per_token: int, normalize: bool = False, scale: float = 1.0) -> Router:
-  """Sigmoid top-k (2408.15664, eq. 1-2: weights are the plain scores). `normalize` divides a token's
+  """Sigmoid top-k (2408.15664: weights are the plain scores). `normalize` divides a token's
   weights by their sum, `scale` multiplies them (DeepSeek-V3, 2412.19437, eq. 12-16: true and 2.5)."""
 
   def route(
