@@ -21,7 +21,7 @@ class MoEConfig:
 
   num_experts: int = 16  # E
   num_experts_per_token: int = 2  # K
-  expert_dim: int = 96  # F
+  expert_dim: int = 64  # F
   num_shared_experts: int = 0  # always-on experts of width expert_dim beside the routed ones
   expert_activation: str = "swiglu"  # swiglu | relu
   router: str = "softmax_topk"
@@ -67,11 +67,11 @@ class ModelConfig:
   """The decoder language model. `vocab_size` comes from the data set's tokenizer."""
 
   num_layers: int = 3
-  model_dim: int = 96  # D
+  model_dim: int = 64  # D
   num_heads: int = 4  # N
   num_kv_heads: int = 2  # query heads share key/value heads in groups of N / num_kv_heads
-  head_dim: int = 24  # H
-  dense_dim: int = 256  # hidden width of the layers without experts
+  head_dim: int = 16  # H
+  dense_dim: int = 192  # hidden width of the layers without experts
   num_dense_first: int = 0  # the first layers that are dense
   moe_every: int = 1  # of the layers after those, every n-th has experts
   rope_theta: float = 10_000.0

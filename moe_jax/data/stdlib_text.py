@@ -28,7 +28,7 @@ from typing import NamedTuple
 DOMAINS = ("code", "prose", "tables", "tests", "numbers")
 DOMAIN_BYTES = 1_500_000  # a domain is filled up to this many bytes of utf-8
 MIN_DOMAIN_BYTES = 64_000  # a domain with less is left out
-FILE_BYTES = 24_000  # of a longer text only the beginning is taken: no file dominates a domain
+FILE_BYTES = 12_000  # of a longer text only the beginning is taken: no file dominates a domain
 DOCUMENT_BYTES = 16_000  # shorter texts are joined up to this: half a window of padding is then small
 VALIDATION_FRACTION = (
   0.04  # of the bytes of every domain, whole files: some 250 kB, so evaluation takes seconds
