@@ -15,8 +15,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from moe_jax.config import MeshConfig
 from moe_jax.errors import InputError
 
-MESH_AXES = ("data", "expert")
-
 # The batch is split over all devices; the `expert` axis splits experts inside a layer. Logical axes that
 # are not named here are replicated.
 RULES: dict[str, tuple[str, ...]] = {

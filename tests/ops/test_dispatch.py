@@ -208,7 +208,7 @@ def test_groups_are_independent(name):
   a = padded(CASES["token_major"][0])
   y, kept, _ = run(name, x, a, make_weights(4), 3, cotangent)
   for g in range(2):
-    one = jax.tree.map(lambda f: f[g : g + 1], a)  # noqa: B023
+    one = jax.tree.map(lambda f, g=g: f[g : g + 1], a)
     y_one, kept_one, _ = run(name, x[g : g + 1], one, make_weights(4), 3, cotangent[g : g + 1])
     np.testing.assert_allclose(y_one[0], y[g], atol=1e-6)
     np.testing.assert_array_equal(kept_one[0], kept[g])
