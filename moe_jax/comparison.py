@@ -15,9 +15,6 @@ from moe_jax.compiled_steps import check_run
 from moe_jax.config import Config
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError
-from moe_jax.ops.balancing import make_balancer
-from moe_jax.ops.dispatch import get_dispatcher
-from moe_jax.ops.routing import make_router
 from moe_jax.progress import TrainingProgress
 from moe_jax.train_loop import Run
 
@@ -47,12 +44,9 @@ class Comparison:
       raise InputError("--methods=: name at least one arm, e.g. --methods=none,switch_loss:0.01")
     if len(set(arms)) < len(arms):
       raise InputError(f"--methods={','.join(arms)}: an arm is named twice")
+    mesh = sharding.make_mesh(config.mesh)
     for arm in arms:
-      make_balancer(arm)
-    config.check()
-    make_router(config.model.moe.router, config.model.moe.num_experts_per_token)
-    get_dispatcher(config.model.moe.dispatcher)
-    check_run(config, sharding.make_mesh(config.mesh))
+      check_run(_with(config.check(), arm, 0), mesh)
     self.arms, self.seeds = list(arms), list(seeds)
     self.config = _with(config, "none", 0)  # of the arm and the seed, not of the comparison
     self.folder = pathlib.Path(output_dir)

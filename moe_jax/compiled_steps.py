@@ -10,7 +10,7 @@ import jax
 from moe_jax import sharding
 from moe_jax.config import Config
 from moe_jax.errors import InputError
-from moe_jax.ops.dispatch import default_group_size
+from moe_jax.nn.methods import check_causal, check_methods, group_size, router_of
 from moe_jax.train_step import (
   EvalSums,
   TrainState,
@@ -22,10 +22,13 @@ from moe_jax.train_step import (
 
 
 def check_run(config: Config, mesh: jax.sharding.Mesh) -> None:
-  """Raises `InputError` for what only the whole configuration shows: divisibility by groups and mesh."""
+  """Raises `InputError` for what only the whole configuration shows: methods that do not fit together,
+  and divisibility by groups and mesh."""
   length, moe = config.data.sequence_length, config.model.moe
   micro = config.data.batch_size // config.train.accumulation
-  group = moe.group_size or default_group_size(moe.dispatcher, length)
+  check_methods(moe)
+  check_causal(moe)
+  group = group_size(moe, length)
   if micro * length % group or (length % group and group % length):
     raise InputError(
       f"--group_size={group}: must divide sequence_length={length}, or be a multiple of it that divides "
@@ -49,7 +52,16 @@ class CompiledSteps(NamedTuple):
 def compile_steps(
   config: Config, vocab_size: int, num_domains: int, mesh: jax.sharding.Mesh
 ) -> CompiledSteps:
-  """The steps of `config` on `mesh`; runs that differ only in seeds share them, compiled once."""
+  """The steps of `config` on `mesh`; runs that differ only in seeds share them, compiled once.
+
+  Raises:
+    InputError: the text has more domains than a router by task has rows.
+  """
+  num_tasks = router_of(config.model.moe).num_tasks
+  if 0 < num_tasks < num_domains:
+    raise InputError(
+      f"--router={config.model.moe.router}: has {num_tasks} tasks, and the text {num_domains} domains"
+    )
   train = dataclasses.replace(config.train, seed=0, tensorboard=True)
   data = dataclasses.replace(config.data, data_seed=0)
   return _compile_steps(dataclasses.replace(config, train=train, data=data), vocab_size, num_domains, mesh)

@@ -30,6 +30,7 @@ class MoEConfig:
   capacity_factor: float = 1.25  # slots per expert / (T*K/E); ignored by dropless
   eval_capacity_factor: float = 2.0
   group_size: int = 0  # T, tokens per routing group; 0: chosen from the shape
+  accept_leaks: str = ""  # routers by name that may look at later tokens in the causal model
   jitter: float = 0.0  # router input times U(1-jitter, 1+jitter) in training, 2101.03961
 
   def check(self) -> None:

@@ -15,10 +15,11 @@ from flax import nnx
 
 from moe_jax.config import Config
 from moe_jax.nn import BalancerState, Transformer
+from moe_jax.nn.methods import num_scored_experts
 from moe_jax.ops import stats
 from moe_jax.ops.balancing import Balancer, make_balancer
 from moe_jax.optim import learning_rate_schedule, make_optimizer
-from moe_jax.types import Array, MoEAux, PyTree
+from moe_jax.types import Array, MoEAux, PyTree, StepStats
 
 Batch = dict[str, Array]  # tokens_BL, targets_BL int32; mask_BL bool; domain_B int32
 
@@ -65,7 +66,7 @@ def with_balancers_of(config: Config, state: TrainState) -> TrainState:
   the start, so they share one compiled initialisation."""
   moe = config.model.moe
   layers = config.model.num_moe_layers
-  one_layer = make_balancer(moe.balancers).init(moe.num_experts)
+  one_layer = make_balancer(moe.balancers).init(num_scored_experts(moe))
   value = jax.tree.map(lambda leaf: jnp.stack([leaf] * layers), one_layer)
   variable = lambda leaf: isinstance(leaf, nnx.Variable)
   balancer = jax.tree.map(lambda leaf: leaf.replace(value), state.balancer, is_leaf=variable)
@@ -106,7 +107,14 @@ def make_train_step(
   def forward(params, balancer_state, micro, step_stats):
     model = nnx.merge(graphdef, params, balancer_state)
     keys = jax.random.wrap_key_data(micro["key_B"])
-    return model(micro["tokens_BL"], micro["mask_BL"], key_B=keys, step_stats=step_stats, train=True)
+    return model(
+      micro["tokens_BL"],
+      micro["mask_BL"],
+      key_B=keys,
+      step_stats=step_stats,
+      train=True,
+      domain_B=micro["domain_B"],
+    )
 
   def loss_fn(params, balancer_state, micro, step_stats, step_tokens):
     logits_BLV, aux = forward(params, balancer_state, micro, step_stats)
@@ -120,12 +128,17 @@ def make_train_step(
   def step_fn(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
     step_tokens = jnp.maximum(batch["mask_BL"].sum(), 1).astype(jnp.float32)
     micros = _cut(_with_keys(state, batch), config.train.accumulation)
-    step_stats = None
-    if balancer.needs_step_stats and config.train.accumulation > 1:
-      observe = lambda micro: forward(state.params, state.balancer, micro, None)[1].balancer_stats
-      step_stats = _scan_sum(observe, micros)
+    whole = None
+    if balancer.needs_whole_step and config.train.accumulation > 1:
+      observe = lambda micro, _: forward(state.params, state.balancer, micro, None)[1].balancer_stats
+      whole = _scan_sum(observe, micros)
     grad_fn = jax.grad(loss_fn, has_aux=True)
-    one = lambda micro: grad_fn(state.params, state.balancer, micro, step_stats, step_tokens)
+
+    def one(micro, before):
+      stats_before = None if before is None else before[1].balancer_stats
+      step_stats = StepStats(whole, stats_before)
+      return grad_fn(state.params, state.balancer, micro, step_stats, step_tokens)
+
     grads, sums = _scan_sum(one, micros)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     new_state = TrainState(
@@ -169,13 +182,13 @@ def _cut(batch: Batch, pieces: int) -> Batch:
   return jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
-def _scan_sum(function: Callable[[Batch], PyTree], micros: Batch) -> PyTree:
-  """The sum of `function` over the leading axis, holding one result at a time."""
+def _scan_sum(function: Callable[[Batch, PyTree | None], PyTree], micros: Batch) -> PyTree:
+  """The sum of `function(micro-batch, sum so far)` over the leading axis, holding one result at a time."""
   first = jax.tree.map(lambda x: x[0], micros)
   if jax.tree.leaves(micros)[0].shape[0] == 1:
-    return function(first)
-  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function, first))
-  add = lambda total, micro: (jax.tree.map(jnp.add, total, function(micro)), None)
+    return function(first, None)
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function, first, None))
+  add = lambda total, micro: (jax.tree.map(jnp.add, total, function(micro, total)), None)
   return jax.lax.scan(add, zeros, micros)[0]
 
 
@@ -224,7 +237,7 @@ def make_eval_step(
 
   def eval_fn(state: TrainState, batch: Batch) -> EvalSums:
     model = nnx.merge(graphdef, state.params, state.balancer)
-    logits_BLV, aux = model(batch["tokens_BL"], batch["mask_BL"])
+    logits_BLV, aux = model(batch["tokens_BL"], batch["mask_BL"], domain_B=batch["domain_B"])
     domain_BS = jax.nn.one_hot(batch["domain_B"], num_domains)
     return EvalSums(
       nll=cross_entropy(logits_BLV, batch),

@@ -7,6 +7,7 @@ Axes have one letter each everywhere, as name suffixes and in einsum strings:
   E experts               K experts per token    C capacity (slots of one expert in one group)
   A assignments           N heads                H head dim
   V vocabulary            S domains              R layers with routed experts
+  X side logits           Z zero-computation experts
 
 Suffixes name logical axes, never the sharding. Flattening B*L tokens in order and cutting them into
 G groups of T tokens gives the group layout: `x_BLD.reshape(G, T, D)`.
@@ -15,6 +16,7 @@ G groups of T tokens gives the group layout: `x_BLD.reshape(G, T, D)`.
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 Array = jax.Array
 PyTree = Any
@@ -40,19 +42,47 @@ class Routing(NamedTuple):
   """What a router decides for one group of T tokens. `vmap` adds a leading G to every field."""
 
   logits_TE: Array  # float32, before any bias
-  scores_TE: Array  # float32, softmax or sigmoid of the logits; never includes the expert bias
+  # float32, log of the softmax, sigmoid, ... of the logits; never includes the expert bias. Logarithms,
+  # because a sigmoid below exp(-87) is 0 in float32, and the ratios of such scores still mean something.
+  log_scores_TE: Array
   mask_T: Array  # bool, False: padding, which neither counts nor takes capacity
   assignment: Assignment
+  # float32, differentiable: the probability that noise would send the token to the expert (1701.06538, eq. 9)
+  smooth_load_TE: Array | None = None
+  bypass_TZ: Array | None = None  # float32, differentiable: weights of the router's zero-computation experts
+
+  @property
+  def scores_TE(self) -> Array:
+    return jnp.exp(self.log_scores_TE)
 
 
 class BatchRouting(NamedTuple):
   """One layer's routing of one micro-batch in the batch layout: what balancers and statistics read."""
 
   logits_BLE: Array  # float32
-  scores_BLE: Array  # float32
+  log_scores_BLE: Array  # float32
   selected_BLE: Array  # float32, 1 where the token was sent to the expert, before capacity; no gradient
   mask_BL: Array  # bool
   group_size: int  # T, static: B*L tokens in order are cut into groups of T
+  num_experts_per_token: int  # K, static
+  smooth_load_BLE: Array | None = None  # see `Routing`
+
+  @property
+  def scores_BLE(self) -> Array:
+    return jnp.exp(self.log_scores_BLE)
+
+
+class ExpertScale(NamedTuple):
+  """A bias that multiplies: where a router adds `bias_E` to its scores, it multiplies them by this."""
+
+  factor_E: Array  # float32, above 0
+
+
+class StepStats(NamedTuple):
+  """What balancers observed, as a loss may need it. Each is a sum of `Balancer.observe`."""
+
+  whole: PyTree  # over the whole optimizer step: all micro-batches, all devices
+  so_far: PyTree  # over the micro-batches of the step up to and including this one
 
 
 class MoEAux(NamedTuple):

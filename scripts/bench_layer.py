@@ -71,7 +71,7 @@ def moe_layer(params, x_TD, *, dispatcher, group_size):
   router_DE, weights = params
   x_GTD = x_TD.reshape(-1, group_size, x_TD.shape[-1])
   logits_GTE = x_GTD.astype(jnp.float32) @ router_DE
-  assignment = jax.vmap(make_router(_ROUTER.value, _K.value))(logits_GTE).assignment
+  assignment = jax.vmap(make_router(_ROUTER.value, _EXPERTS.value, _K.value))(logits_GTE).assignment
   y_GTD, kept_GA = get_dispatcher(dispatcher)(
     x_GTD,
     assignment,

@@ -5,16 +5,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.config import MoEConfig
+from moe_jax.errors import InputError
+from moe_jax.nn.methods import check_methods, group_size, num_scored_experts, router_of
 from moe_jax.nn.mlp import MLP
 from moe_jax.nn.variables import BalancerState, matrix
+from moe_jax.nn.zero_computation import ZeroComputation
 from moe_jax.ops import stats
 from moe_jax.ops.balancing import make_balancer
-from moe_jax.ops.balancing.losses import normalized_scores
-from moe_jax.ops.dispatch import default_group_size, expert_capacity, get_dispatcher
+from moe_jax.ops.balancing.common import normalized_scores
+from moe_jax.ops.dispatch import expert_capacity, get_dispatcher
 from moe_jax.ops.experts import ExpertWeights, expert_ffn
-from moe_jax.ops.routing import make_router, to_batch
+from moe_jax.ops.routing import to_batch
 from moe_jax.sharding import constrain
-from moe_jax.types import Array, BatchRouting, MoEAux, PyTree, Routing
+from moe_jax.types import Array, BatchRouting, MoEAux, PyTree, Routing, StepStats
 
 
 class MoE(nnx.Module):
@@ -24,26 +27,31 @@ class MoE(nnx.Module):
   the residual carries them.
 
   Raises:
-    InputError: unknown or unsuitable router, balancer or dispatcher.
+    InputError: unknown router, balancer or dispatcher, or some that do not fit together.
   """
 
   def __init__(self, config: MoEConfig, dim: int, init_scale: float = 1.0, *, rngs: nnx.Rngs):
-    config.check()
-    # Wrong names end here, before anything is drawn or compiled.
-    get_dispatcher(config.dispatcher)
-    make_router(config.router, config.num_experts_per_token)
-    balancer = make_balancer(config.balancers)
+    check_methods(config)  # wrong names end here, before anything is drawn or compiled
+    router = router_of(config)
     self.config = config
     e, f = config.num_experts, config.expert_dim
     into, out = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
     gated = config.expert_activation == "swiglu"
-    self.w_router_DE = matrix(rngs, (dim, e), ("embed", "router"), init_scale)
+    scored = num_scored_experts(config)
+    projection = lambda width: matrix(
+      rngs, (dim, width), ("embed", "router"), init_scale, zero=router.zero_init
+    )
+    tasks = router.num_tasks
+    self.w_router_DE = None if tasks else projection(scored)
+    self.w_task_SE = matrix(rngs, (tasks, scored), ("task", "router"), init_scale) if tasks else None
+    self.w_side_DX = projection(router.num_side_logits) if router.num_side_logits else None
+    self.bypass = ZeroComputation(router.bypass, dim, rngs=rngs) if router.bypass else None
     self.w_gate_EDF = matrix(rngs, (e, dim, f), into, init_scale) if gated else None
     self.w_up_EDF = matrix(rngs, (e, dim, f), into, init_scale)
     self.w_down_EFD = matrix(rngs, (e, f, dim), out, init_scale)
     shared = config.num_shared_experts * f
     self.shared = MLP(dim, shared, config.expert_activation, init_scale, rngs=rngs) if shared else None
-    self.balancer_state = BalancerState(balancer.init(e))
+    self.balancer_state = BalancerState(make_balancer(config.balancers).init(scored))
 
   def __call__(
     self,
@@ -51,18 +59,27 @@ class MoE(nnx.Module):
     mask_BL: Array | None = None,
     *,
     key_B: Array | None = None,
-    step_stats: PyTree = None,
+    step_stats: StepStats | None = None,
     train: bool = False,
+    token_id_BL: Array | None = None,
+    domain_B: Array | None = None,
   ) -> tuple[Array, MoEAux]:
     """One forward pass.
 
     Args:
-      x_BLD: activations of any float dtype; the router works in float32 whatever it is.
+      x_BLD: activations of any float dtype; the router works in float32 whatever it is. A flat list of tokens
+        is a batch of one sequence, `x_TD[None]`.
       mask_BL: bool, False for padding: it is routed nowhere and counts nowhere.
       key_B: a random key per sequence, for jitter and routers that draw. Keys belong to sequences, so
         cutting the batch into micro-batches or over devices changes no draw.
-      step_stats: the balancer's statistics of the whole optimizer step; None: this batch is all of it.
+      step_stats: `whole`, the balancer's statistics of the whole optimizer step, and `so_far`, those of the
+        micro-batches before this one. None, as a whole or as a field: this batch is all there is.
       train: uses jitter and `capacity_factor` instead of `eval_capacity_factor`.
+      token_id_BL: int32 vocabulary ids, for routers that read them.
+      domain_B: int32, the domain of each sequence, for routers by task.
+
+    Raises:
+      InputError: the router reads an argument that was not given.
     """
     batch, length, _ = x_BLD.shape
     if mask_BL is None:
@@ -70,44 +87,83 @@ class MoE(nnx.Module):
     balancer = make_balancer(self.config.balancers)
     state = jax.lax.stop_gradient(self.balancer_state.get_value())
 
-    logits_BLE = self._router_logits(x_BLD, key_B if train else None)
-    routing = self._route(logits_BLE, mask_BL, key_B if train else None, balancer.bias(state))
+    router_input_BLD = self._router_input(x_BLD, key_B if train else None)
+    sequences_per_group = max(group_size(self.config, length) // length, 1)
+    index_in_group_B = jnp.arange(batch, dtype=jnp.int32) % sequences_per_group
+    further = {
+      "token_id_T": token_id_BL,
+      "side_logits_TX": None if self.w_side_DX is None else project(router_input_BLD, self.w_side_DX[...]),
+      "sequence_T": jnp.broadcast_to(index_in_group_B[:, None], (batch, length)),
+    }
+    logits_BLE = self._logits(router_input_BLD, domain_B)
+    routing = self._route(logits_BLE, mask_BL, key_B if train else None, balancer.bias(state), further, train)
     y_BLD, kept_per_expert_E = self._experts(x_BLD, routing, train)
     if self.shared is not None:
       y_BLD = y_BLD + self.shared(x_BLD)
+    if self.bypass is not None:
+      y_BLD = y_BLD + self.bypass(x_BLD, routing.bypass_TZ.reshape(batch, length, -1))
 
-    batch_routing = to_batch(routing, batch, length)
-    observed = jax.lax.stop_gradient(balancer.observe(batch_routing))
-    losses = balancer.losses(state, batch_routing, observed if step_stats is None else step_stats)
+    batch_routing = to_batch(routing, batch, length, self.config.num_experts_per_token)
+    observed = jax.lax.stop_gradient(balancer.observe(state, batch_routing))
+    losses = balancer.losses(state, batch_routing, _with_this_batch(step_stats, observed))
     return y_BLD, _aux(batch_routing, losses, observed, kept_per_expert_E)
 
-  def _router_logits(self, x_BLD: Array, key_B: Array | None) -> Array:
+  def _router_input(self, x_BLD: Array, key_B: Array | None) -> Array:
     x_BLD = x_BLD.astype(jnp.float32)
-    if key_B is not None and self.config.jitter > 0:
-      low, high = 1 - self.config.jitter, 1 + self.config.jitter
-      draw = lambda key: jax.random.uniform(
-        jax.random.fold_in(key, 0), x_BLD.shape[1:], minval=low, maxval=high
-      )
-      x_BLD = x_BLD * jax.vmap(draw)(key_B)
-    # Full float32 products also where the accelerator's default is lower: a rounded logit flips a choice.
-    return jnp.einsum("BLD,DE->BLE", x_BLD, self.w_router_DE[...], precision=jax.lax.Precision.HIGHEST)
+    if key_B is None or self.config.jitter == 0:
+      return x_BLD
+    low, high = 1 - self.config.jitter, 1 + self.config.jitter
+    draw = lambda key: jax.random.uniform(
+      jax.random.fold_in(key, 0), x_BLD.shape[1:], minval=low, maxval=high
+    )
+    return x_BLD * jax.vmap(draw)(key_B)
 
-  def _route(self, logits_BLE: Array, mask_BL: Array, key_B: Array | None, bias_E: Array | None) -> Routing:
-    """The routing of every group; each field has a leading G."""
-    batch, length, e = logits_BLE.shape
-    t = self.group_size(length)
-    router = make_router(self.config.router, self.config.num_experts_per_token)
-    logits_GTE = constrain(logits_BLE.reshape(-1, t, e), ("group", None, None))
-    mask_GT = mask_BL.reshape(-1, t)
-    if key_B is None:
-      return jax.vmap(lambda logits, mask: router(logits, bias_E=bias_E, mask_T=mask))(logits_GTE, mask_GT)
-    first_token_G = jnp.arange(batch * length // t) * t
-    key_G = jax.vmap(jax.random.fold_in)(key_B[first_token_G // length], 1 + first_token_G % length // t)
-    route = lambda logits, mask, key: router(logits, bias_E=bias_E, key=key, mask_T=mask)
-    return jax.vmap(route)(logits_GTE, mask_GT, key_G)
+  def _logits(self, router_input_BLD: Array, domain_B: Array | None) -> Array:
+    if self.w_task_SE is None:
+      return project(router_input_BLD, self.w_router_DE[...])
+    if domain_B is None:
+      raise InputError(f"router {self.config.router}: reads the domain of each sequence: call with domain_B=")
+    logits_BE = self.w_task_SE[...][domain_B]
+    shape = (*router_input_BLD.shape[:2], logits_BE.shape[-1])
+    return jnp.broadcast_to(logits_BE[:, None, :], shape)
+
+  def _route(
+    self,
+    logits_BLE: Array,
+    mask_BL: Array,
+    key_B: Array | None,
+    bias_E: PyTree,
+    further: dict[str, Array | None],
+    train: bool,
+  ) -> Routing:
+    """The routing of every group; each field has a leading G. `further`: [B, L, ...] arrays by name."""
+    batch, length, _ = logits_BLE.shape
+    t = group_size(self.config, length)
+    router = router_of(self.config)
+    cut = lambda x: x.reshape(-1, t, *x.shape[2:])
+    static = {"train": train} if "train" in router.reads else {}
+    given = {name: value for name, value in further.items() if name in router.reads}
+    for name, value in given.items():
+      if value is None:
+        raise InputError(f"router {self.config.router}: reads {name}, which the layer was not given")
+    mapped = {name: cut(value) for name, value in given.items()} | {"mask_T": cut(mask_BL)}
+    if key_B is not None:
+      first_token_G = jnp.arange(batch * length // t) * t
+      mapped["key"] = jax.vmap(jax.random.fold_in)(
+        key_B[first_token_G // length], 1 + first_token_G % length // t
+      )
+    logits_GTE = constrain(cut(logits_BLE), ("group", None, None))
+    route = lambda logits, kwargs: router(logits, bias_E=bias_E, **static, **kwargs)
+    return jax.vmap(route)(logits_GTE, mapped)
 
   def _experts(self, x_BLD: Array, routing: Routing, train: bool) -> tuple[Array, Array]:
-    config, assignment = self.config, routing.assignment
+    config = self.config
+    # Zero-computation experts come behind the others: no dispatcher sees them, and nothing drops there.
+    has_ffn_GA = routing.assignment.expert_A < config.num_experts
+    assignment = routing.assignment._replace(
+      expert_A=jnp.where(has_ffn_GA, routing.assignment.expert_A, 0),
+      valid_A=routing.assignment.valid_A & has_ffn_GA,
+    )
     t = routing.mask_T.shape[-1]
     factor = config.capacity_factor if train else config.eval_capacity_factor
     cast = lambda w: None if w is None else w[...].astype(x_BLD.dtype)
@@ -122,19 +178,29 @@ class MoE(nnx.Module):
       shard=constrain,
     )
     y_BLD = constrain(y_GTD.reshape(x_BLD.shape), ("batch", None, None))
-    onehot_GAE = jax.nn.one_hot(assignment.expert_A, config.num_experts, dtype=jnp.float32)
+    kept_GA |= routing.assignment.valid_A & ~has_ffn_GA
+    onehot_GAE = jax.nn.one_hot(routing.assignment.expert_A, routing.logits_TE.shape[-1], dtype=jnp.float32)
     kept_per_expert_E = jnp.einsum("GA,GAE->E", kept_GA.astype(jnp.float32), onehot_GAE)
     return y_BLD, kept_per_expert_E
 
-  def group_size(self, length: int) -> int:
-    """Tokens per routing group for sequences of `length` tokens."""
-    return self.config.group_size or default_group_size(self.config.dispatcher, length)
+
+def project(router_input_BLD: Array, w_DE: Array) -> Array:
+  """Full float32 products also where the accelerator's default is lower: a rounded logit flips a choice."""
+  return jnp.einsum("BLD,DE->BLE", router_input_BLD, w_DE, precision=jax.lax.Precision.HIGHEST)
+
+
+def _with_this_batch(step_stats: StepStats | None, observed: PyTree) -> StepStats:
+  whole, before = step_stats or (None, None)
+  return StepStats(
+    whole=observed if whole is None else whole,
+    so_far=observed if before is None else jax.tree.map(jnp.add, before, observed),
+  )
 
 
 def _aux(
   routing: BatchRouting, losses: dict[str, Array], observed: PyTree, kept_per_expert_E: Array
 ) -> MoEAux:
-  entropy_BL = stats.entropy(normalized_scores(routing.scores_BLE))
+  entropy_BL = stats.entropy(normalized_scores(routing))
   aux = MoEAux(
     losses=losses,
     balancer_stats=observed,

@@ -11,12 +11,13 @@ from flax import nnx
 
 from moe_jax.config import ModelConfig
 from moe_jax.nn.attention import Attention
+from moe_jax.nn.methods import check_causal
 from moe_jax.nn.mlp import MLP
 from moe_jax.nn.moe import MoE
 from moe_jax.nn.norm import RMSNorm
 from moe_jax.nn.variables import matrix
 from moe_jax.sharding import constrain
-from moe_jax.types import Array, MoEAux, PyTree
+from moe_jax.types import Array, MoEAux, StepStats
 
 
 class DenseLayer(nnx.Module):
@@ -92,6 +93,7 @@ class Transformer(nnx.Module):
 
   def __init__(self, config: ModelConfig, vocab_size: int, *, rngs: nnx.Rngs):
     config.check()
+    check_causal(config.moe)
     self.config = config
     d = config.model_dim
     embedding = 0.02 * jax.random.normal(rngs.params(), (vocab_size, d), jnp.float32)
@@ -108,8 +110,9 @@ class Transformer(nnx.Module):
     mask_BL: Array | None = None,
     *,
     key_B: Array | None = None,
-    step_stats: PyTree = None,
+    step_stats: StepStats | None = None,
     train: bool = False,
+    domain_B: Array | None = None,
   ) -> tuple[Array, MoEAux]:
     """Logits [B, L, V] in float32 and what the MoE layers know.
 
@@ -117,8 +120,12 @@ class Transformer(nnx.Module):
       tokens_BL: int32.
       mask_BL: bool, False for padding, which must come behind the text.
       key_B: a key per sequence (see `MoE`); None: no randomness.
-      step_stats: balancer statistics of the whole optimizer step, leading axis R; None: this batch.
+      step_stats: see `MoE`, with a leading axis R.
       train: see `MoE`.
+      domain_B: int32, the domain of each sequence, for routers by task.
+
+    Raises:
+      InputError: the router sees later tokens, and `accept_leaks` does not name it.
     """
     if mask_BL is None:
       mask_BL = jnp.ones(tokens_BL.shape, bool)
@@ -126,20 +133,21 @@ class Transformer(nnx.Module):
     x_BLD = constrain(self.embedding_VD[...][tokens_BL].astype(dtype), ("batch", None, None))
     for layer in self.first:
       x_BLD = layer(x_BLD)
-    x_BLD, aux = self._run_periods(x_BLD, mask_BL, key_B, step_stats, train)
+    inputs = {"token_id_BL": tokens_BL, "domain_B": domain_B, "train": train}
+    x_BLD, aux = self._run_periods(x_BLD, mask_BL, key_B, step_stats, inputs)
     x_BLD = self.final_norm(x_BLD)
     head_DV = self.embedding_VD[...].T if self.w_head_DV is None else self.w_head_DV[...]
     logits_BLV = jnp.einsum("BLD,DV->BLV", x_BLD, head_DV.astype(dtype), preferred_element_type=jnp.float32)
     return logits_BLV, aux
 
-  def _run_periods(self, x_BLD, mask_BL, key_B, step_stats, train):
+  def _run_periods(self, x_BLD, mask_BL, key_B, step_stats, inputs):
     graphdef, stacked = nnx.split(self.periods)
 
     def body(x_BLD, xs):
       state, layer, layer_stats = xs
       layer_key_B = None if key_B is None else jax.vmap(lambda key: jax.random.fold_in(key, layer))(key_B)
       period = nnx.merge(graphdef, state)
-      return period(x_BLD, mask_BL, key_B=layer_key_B, step_stats=layer_stats, train=train)
+      return period(x_BLD, mask_BL, key_B=layer_key_B, step_stats=layer_stats, **inputs)
 
     body = _remat(body, self.config.remat)
     num_periods = self.config.num_moe_layers

@@ -10,13 +10,20 @@ class BalancerState(nnx.Variable):
 
 
 def matrix(
-  rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], scale: float = 1.0, num_in: int = 1
+  rngs: nnx.Rngs,
+  shape: tuple[int, ...],
+  axes: tuple[str, ...],
+  scale: float = 1.0,
+  num_in: int = 1,
+  zero: bool = False,
 ) -> nnx.Param:
   """A float32 parameter with std sqrt(scale / fan_in), truncated at two standard deviations.
 
   Axes named "expert" are batch axes; of the rest the first `num_in` are inputs. Switch
-  (2101.03961, section 2.4) uses scale 0.1.
+  (2101.03961, section 2.4) uses scale 0.1. `zero`: all zeros instead.
   """
+  if zero:
+    return nnx.Param(jnp.zeros(shape, jnp.float32), logical_axes=axes)
   batch = tuple(i for i, name in enumerate(axes) if name == "expert")
   rest = [i for i in range(len(shape)) if i not in batch]
   init = jax.nn.initializers.variance_scaling(

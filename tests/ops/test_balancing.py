@@ -484,7 +484,7 @@ def test_a_part_with_several_losses_names_each():
   ("spec", "message"),
   [
     ("loss_free_bias:-0.1", "rate must be 0 or more, got -0.1"),
-    ("switch_loss:0.1:layer", "scope must be one of sequence, group, micro_batch, global_batch, got 'layer'"),
+    ("switch_loss:0.1:layer", "scope must be one of sequence, group, micro_batch, buffer, global_batch, got 'layer'"),
     ("z_loss:0.1,swich_loss", "unknown balancer 'swich_loss': did you mean switch_loss"),
     ("none:1", "takes 0 values: none"),
   ],

@@ -80,7 +80,7 @@ def test_errors_are_one_line_and_say_what_would_be_right(spec, message):
 
 def test_unknown_names_of_the_real_registries_give_the_nearest():
   with pytest.raises(InputError, match="unknown router 'sigmoid_topq': did you mean sigmoid_topk") as error:
-    make_router("sigmoid_topq", 2)
+    make_router("sigmoid_topq", 4, 2)
   assert all(name in str(error.value) for name in ROUTERS)
   with pytest.raises(InputError, match="unknown balancer 'switchloss': did you mean switch_loss") as error:
     make_balancer("z_loss,switchloss:0.1")
@@ -91,7 +91,7 @@ def test_unknown_names_of_the_real_registries_give_the_nearest():
 def test_options_with_a_list_of_values(scope):
   with pytest.raises(InputError) as error:
     make_balancer(f"switch_loss:0.1:{scope}")
-  assert f"scope must be one of sequence, group, micro_batch, global_batch, got {scope!r}" in str(error.value)
+  assert f"scope must be one of sequence, group, micro_batch, buffer, global_batch, got {scope!r}" in str(error.value)
 
 
 def test_require_option():

@@ -17,7 +17,7 @@ def loss_free_bias(rate: float = 0.001) -> Balancer:
   return Balancer(
     init=lambda num_experts: jnp.zeros(num_experts, jnp.float32),
     bias=lambda bias_E: bias_E,
-    observe=lambda routing: routing.selected_BLE.sum(axis=(0, 1)),
+    observe=lambda state, routing: routing.selected_BLE.sum(axis=(0, 1)),
     # Not mean - count: XLA divides by a constant E with a rounded reciprocal, and balance would not be 0.
     update=lambda bias_E, counts_E: bias_E + rate * jnp.sign(counts_E.sum() - counts_E.size * counts_E),
   )

@@ -1,34 +1,42 @@
 """The balancer contract, and how several become one.
 
-A balancer is shaped like an optax transformation: pure functions with explicit state. `step_stats`
-is the sum of `observe` over everything that one optimizer step sees: all micro-batches, all devices.
+A balancer is shaped like an optax transformation: pure functions with explicit state. Its statistics are
+sums of `observe` over everything that one optimizer step sees: all micro-batches, all devices.
 """
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from moe_jax.types import Array, BatchRouting, PyTree
+import jax
+import jax.numpy as jnp
+
+from moe_jax.errors import InputError
+from moe_jax.types import Array, BatchRouting, ExpertScale, PyTree, StepStats
 
 
 class Balancer(NamedTuple):
   """Every field has a default that does nothing, so a method names only what it needs.
 
-  init: number of experts -> state of one layer.
-  bias: state -> bias_E that moves the choice of experts, or None.
+  init: number of experts -> state of one layer. Raises InputError if the method does not suit that number.
+  bias: state -> bias_E that moves the choice of experts (or an `ExpertScale`), or None.
   losses: (state, routing, step_stats) -> name -> scalar, weight included. A mean over the valid
     tokens of `routing`, so the train step can weigh micro-batches by their number of tokens.
-  observe: routing -> stats that add over micro-batches and devices. No gradient.
-  update: (state, step_stats) -> state, once per optimizer step, never in evaluation.
-  needs_step_stats: `losses` reads `step_stats`; with several micro-batches per step, the train step
+  observe: (state, routing) -> stats that add over micro-batches and devices. No gradient.
+  update: (state, stats of the whole step) -> state, once per optimizer step, never in evaluation.
+  needs_whole_step: `losses` reads `step_stats.whole`; with several micro-batches per step, the train step
     then makes a first pass that only observes.
+  needs_sequences: `losses` or `observe` treats each sequence on its own, so a flat list of tokens will not do.
+  needs_smooth_load: reads `routing.smooth_load_BLE`, which only routers with noise give.
   """
 
   init: Callable[[int], PyTree] = lambda num_experts: ()
-  bias: Callable[[PyTree], Array | None] = lambda state: None
-  losses: Callable[[PyTree, BatchRouting, PyTree], dict[str, Array]] = lambda state, routing, step_stats: {}
-  observe: Callable[[BatchRouting], PyTree] = lambda routing: ()
-  update: Callable[[PyTree, PyTree], PyTree] = lambda state, step_stats: state
-  needs_step_stats: bool = False
+  bias: Callable[[PyTree], Array | ExpertScale | None] = lambda state: None
+  losses: Callable[[PyTree, BatchRouting, StepStats], dict[str, Array]] = lambda state, routing, stats: {}
+  observe: Callable[[PyTree, BatchRouting], PyTree] = lambda state, routing: ()
+  update: Callable[[PyTree, PyTree], PyTree] = lambda state, stats: state
+  needs_whole_step: bool = False
+  needs_sequences: bool = False
+  needs_smooth_load: bool = False
 
 
 def combine(balancers: Mapping[str, Balancer]) -> Balancer:
@@ -38,12 +46,16 @@ def combine(balancers: Mapping[str, Balancer]) -> Balancer:
 
   def bias(state):
     given = [b for b in (part.bias(s) for part, s in zip(parts, state, strict=True)) if b is not None]
-    return sum(given) if given else None
+    if len(given) > 1 and any(isinstance(b, ExpertScale) for b in given):
+      raise InputError(
+        f"balancers {', '.join(names)}: a bias that multiplies cannot be joined with another bias"
+      )
+    return given[0] if len(given) == 1 else sum(given) if given else None
 
   def losses(state, routing, step_stats):
     merged = {}
-    for name, part, s, stats in zip(names, parts, state, step_stats, strict=True):
-      found = part.losses(s, routing, stats)
+    for i, (name, part) in enumerate(zip(names, parts, strict=True)):
+      found = part.losses(state[i], routing, StepStats(step_stats.whole[i], step_stats.so_far[i]))
       merged |= {name if len(found) == 1 else f"{name}/{key}": value for key, value in found.items()}
     return merged
 
@@ -51,7 +63,21 @@ def combine(balancers: Mapping[str, Balancer]) -> Balancer:
     init=lambda num_experts: tuple(part.init(num_experts) for part in parts),
     bias=bias,
     losses=losses,
-    observe=lambda routing: tuple(part.observe(routing) for part in parts),
+    observe=lambda state, routing: tuple(p.observe(s, routing) for p, s in zip(parts, state, strict=True)),
     update=lambda state, stats: tuple(p.update(s, o) for p, s, o in zip(parts, state, stats, strict=True)),
-    needs_step_stats=any(part.needs_step_stats for part in parts),
+    needs_whole_step=any(part.needs_whole_step for part in parts),
+    needs_sequences=any(part.needs_sequences for part in parts),
+    needs_smooth_load=any(part.needs_smooth_load for part in parts),
   )
+
+
+def normalized_scores(routing: BatchRouting) -> Array:
+  """[B, L, E], scores divided by their sum over E: from logarithms, with no epsilon that a router could
+  escape to by shrinking all its scores."""
+  return jax.nn.softmax(routing.log_scores_BLE, axis=-1)
+
+
+def token_mean(values_BL: Array, routing: BatchRouting) -> Array:
+  """The mean over valid tokens; 0 without any. Padding may hold anything, also infinity."""
+  total = jnp.sum(jnp.where(routing.mask_BL, values_BL, 0))
+  return total / jnp.maximum(routing.mask_BL.sum(), 1)

@@ -3,22 +3,16 @@
 import jax
 import jax.numpy as jnp
 
-from moe_jax.ops.balancing.common import Balancer
+from moe_jax.ops.balancing.common import Balancer, normalized_scores, token_mean
 from moe_jax.ops.methods import require_option
 from moe_jax.types import Array, BatchRouting
 
-SCOPES = ("sequence", "group", "micro_batch", "global_batch")
-_TINY = jnp.finfo(jnp.float32).tiny
+SCOPES = ("sequence", "group", "micro_batch", "buffer", "global_batch")
 
 
-def normalized_scores(scores: Array) -> Array:
-  """Scores [..., E] divided by their sum over E. The floor is the smallest normal float32, applied per
-  score: an epsilon added to the sum would let a router shrink its scores to escape the loss."""
-  scores = jnp.maximum(scores, _TINY)
-  # A constant factor changes neither value nor gradient, but the gradient divides by the square of the
-  # sum, which underflows to 0/0 for sigmoid scores below 1e-19.
-  scores = scores / jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
-  return scores / scores.sum(axis=-1, keepdims=True)
+def units(routing: BatchRouting, scope: str) -> int:
+  """Tokens in one of the units that `scope` balances over; B*L tokens in order are cut into such units."""
+  return {"sequence": routing.mask_BL.shape[1], "group": routing.group_size}.get(scope, routing.mask_BL.size)
 
 
 def all_choices(routing: BatchRouting) -> Array:
@@ -28,8 +22,8 @@ def all_choices(routing: BatchRouting) -> Array:
 
 def first_choice(routing: BatchRouting) -> Array:
   """[B, L, E]: only the highest-scoring expert counts (GShard, 2006.16668, Algorithm 1)."""
-  best_BL = jnp.argmax(routing.scores_BLE, axis=-1)
-  onehot_BLE = jax.nn.one_hot(best_BL, routing.scores_BLE.shape[-1], dtype=jnp.float32)
+  best_BL = jnp.argmax(routing.log_scores_BLE, axis=-1)
+  onehot_BLE = jax.nn.one_hot(best_BL, routing.logits_BLE.shape[-1], dtype=jnp.float32)
   return onehot_BLE * routing.mask_BL[..., None]
 
 
@@ -38,22 +32,22 @@ def _load_balancing(weight: float, scope: str, chosen) -> Balancer:
 
   load_E has no gradient; importance_E is the mean of the sum-normalised scores. Units are weighted by
   their valid tokens. For `global_batch` the load is that of the whole optimizer step while importance
-  stays local, so the mean over micro-batches equals the loss of the whole batch exactly.
+  stays local, so the mean over micro-batches equals the loss of the whole batch exactly. `buffer` is the
+  one of 2501.11873: the load of the step's micro-batches up to this one, in one pass instead of two.
   """
   require_option("load-balancing loss", "scope", scope, SCOPES)
 
   def losses(state, routing, step_stats):
-    num_experts = routing.scores_BLE.shape[-1]
-    unit = {
-      "sequence": routing.mask_BL.shape[1],
-      "group": routing.group_size,
-      "micro_batch": routing.mask_BL.size,
-      "global_batch": routing.mask_BL.size,
-    }[scope]
+    num_experts = routing.logits_BLE.shape[-1]
+    unit = units(routing, scope)
     mask_UT = routing.mask_BL.reshape(-1, unit).astype(jnp.float32)
-    probs_UTE = normalized_scores(routing.scores_BLE).reshape(-1, unit, num_experts) * mask_UT[..., None]
+    # where, not a product: padding may hold logits that give no number.
+    probs_UTE = normalized_scores(routing).reshape(-1, unit, num_experts)
+    probs_UTE = jnp.where(mask_UT[..., None] > 0, probs_UTE, 0)
     if scope == "global_batch":
-      counts_UE = step_stats[None]
+      counts_UE = step_stats.whole[None]
+    elif scope == "buffer":
+      counts_UE = step_stats.so_far[None]
     else:
       counts_UE = chosen(routing).reshape(-1, unit, num_experts).sum(axis=1)
     counts_UE = jax.lax.stop_gradient(counts_UE)
@@ -63,11 +57,10 @@ def _load_balancing(weight: float, scope: str, chosen) -> Balancer:
     loss = num_experts * jnp.sum(load_UE * importance_sum_UE) / jnp.maximum(mask_UT.sum(), 1.0)
     return {"load_balancing_loss": weight * loss}
 
-  if scope != "global_batch":
-    return Balancer(losses=losses)
-  return Balancer(
-    losses=losses, observe=lambda routing: chosen(routing).sum(axis=(0, 1)), needs_step_stats=True
-  )
+  if scope not in ("buffer", "global_batch"):
+    return Balancer(losses=losses, needs_sequences=scope == "sequence")
+  count = lambda state, routing: chosen(routing).sum(axis=(0, 1))
+  return Balancer(losses=losses, observe=count, needs_whole_step=scope == "global_batch")
 
 
 def switch_loss(weight: float = 0.01, scope: str = "global_batch") -> Balancer:
@@ -84,9 +77,6 @@ def z_loss(weight: float = 0.001) -> Balancer:
   """Router z-loss, the mean over tokens of logsumexp(logits)^2 (2202.08906, eq. 5)."""
 
   def losses(state, routing, step_stats):
-    z_BL = jax.nn.logsumexp(routing.logits_BLE, axis=-1) ** 2
-    # where, not a product: the square of a large logit of padding is infinite, and inf * 0 is no number.
-    z_sum = jnp.sum(jnp.where(routing.mask_BL, z_BL, 0))
-    return {"z_loss": weight * z_sum / jnp.maximum(routing.mask_BL.sum(), 1)}
+    return {"z_loss": weight * token_mean(jax.nn.logsumexp(routing.logits_BLE, axis=-1) ** 2, routing)}
 
   return Balancer(losses=losses)

@@ -15,6 +15,7 @@ from moe_jax.ops.dispatch.einsum import einsum_dispatch
 from moe_jax.ops.dispatch.sorted import sorted_dispatch
 
 DISPATCHERS = {"einsum": einsum_dispatch, "sorted": sorted_dispatch, "dropless": dropless_dispatch}
+NEVER_DROPS = ("dropless",)  # ignore the capacity
 
 
 def get_dispatcher(name: str):
@@ -24,4 +25,4 @@ def get_dispatcher(name: str):
   return DISPATCHERS[name]
 
 
-__all__ = ["DISPATCHERS", "default_group_size", "expert_capacity", "get_dispatcher"]
+__all__ = ["DISPATCHERS", "NEVER_DROPS", "default_group_size", "expert_capacity", "get_dispatcher"]

@@ -13,9 +13,9 @@ ROUTERS = {
 }
 
 
-def make_router(spec: str, num_experts_per_token: int) -> Router:
+def make_router(spec: str, num_experts: int, num_experts_per_token: int) -> Router:
   """`"sigmoid_topk:normalize=true"` -> router."""
-  return build("router", ROUTERS, spec, num_experts_per_token)
+  return build("router", ROUTERS, spec, num_experts, num_experts_per_token)
 
 
 __all__ = ["ROUTERS", "Router", "make_router", "selected_experts", "to_batch"]

@@ -1,40 +1,72 @@
-"""What all routers share: the call signature, selection, and the two orders of an assignment."""
+"""What all routers share: the contract, selection, and the two orders of an assignment."""
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.types import Array, Assignment, BatchRouting, Routing
+from moe_jax.types import Array, Assignment, BatchRouting, ExpertScale, Routing
 
 
-class Router(Protocol):
-  """Routes one group of T tokens; the layer maps it over groups.
+class Router(NamedTuple):
+  """A routing method. A plain one names only `route`; the other fields say what is special about it.
 
-  Args:
-    logits_TE: float32 router logits.
-    bias_E: moves the choice of experts, never a weight. None: no bias.
-    key: randomness for routers that draw; None (evaluation): the deterministic choice.
-    mask_T: bool, False for padding. None: no padding.
+  route: `route(logits_TE, *, bias_E=None, key=None, mask_T=None, **further) -> Routing` for one group of T
+    tokens; the layer maps it over groups.
+      logits_TE: float32 router logits.
+      bias_E: moves the choice of experts, never a weight: added to the scores, or an `ExpertScale`.
+      key: randomness for routers that draw; None (evaluation): the deterministic choice.
+      mask_T: bool, False for padding. None: no padding.
+      further: the keyword arguments named in `reads`.
+  reads: further arguments of `route`, of these:
+      train: a Python bool, for methods that choose differently in evaluation.
+      token_id_T: int32 vocabulary ids.
+      sequence_T: int32, which of the group's sequences the token belongs to; the layer then makes groups
+        of whole sequences.
+      side_logits_TX: float32, a second learned projection of the router input.
+  leaks: whether the choice for a token depends on later tokens of its sequence: "" never, "drops" only where
+    capacity drops assignments, "always" otherwise. A causal model refuses the latter two.
+  takes_bias: False where there is no choice that a bias could move.
+  gives_smooth_load: fills in `Routing.smooth_load_TE`.
+  num_side_logits: X, columns of the second projection; 0: there is none.
+  zero_init: the router's projections start at zero.
+  num_tasks: above 0, the logits are a learned row per domain of the text, not a projection of activations.
+  num_extra_logits: columns of logits_TE beyond the E experts that have a feed-forward network.
+  bypass: kinds of the Z zero-computation experts that `Routing.bypass_TZ` weighs: zero, copy, constant.
   """
 
-  def __call__(
-    self,
-    logits_TE: Array,
-    *,
-    bias_E: Array | None = None,
-    key: Array | None = None,
-    mask_T: Array | None = None,
-  ) -> Routing: ...
+  route: Callable[..., Routing]
+  reads: tuple[str, ...] = ()
+  leaks: str = ""
+  takes_bias: bool = True
+  gives_smooth_load: bool = False
+  num_side_logits: int = 0
+  zero_init: bool = False
+  num_tasks: int = 0
+  num_extra_logits: int = 0
+  bypass: tuple[str, ...] = ()
+
+  def __call__(self, logits_TE: Array, **kwargs) -> Routing:
+    return self.route(logits_TE, **kwargs)
 
 
-def select_top_k(scores_TE: Array, bias_E: Array | None, k: int) -> Array:
-  """Expert indices [T, K] of the K highest scores + bias, best first; ties go to the lower index.
+def apply_bias(scores_TE: Array, bias_E: Array | ExpertScale | None) -> Array:
+  """What the choice is made by: scores with the balancer's bias."""
+  if bias_E is None:
+    return scores_TE
+  if isinstance(bias_E, ExpertScale):
+    return scores_TE * bias_E.factor_E[None]
+  return scores_TE + bias_E[None]
+
+
+def select_top_k(scores_TE: Array, bias_E: Array | ExpertScale | None, k: int) -> Array:
+  """Expert indices [T, K] of the K highest scores with bias, best first; ties go to the lower index.
 
   K rounds of argmax and not `jax.lax.top_k`: XLA's partitioner gathers the logits of all devices for that
   one, while argmax stays where its tokens are. Each token needs K scores above minus infinity.
   """
-  left_TE = jax.lax.stop_gradient(scores_TE if bias_E is None else scores_TE + bias_E[None])
+  left_TE = jax.lax.stop_gradient(apply_bias(scores_TE, bias_E))
   expert_E = jnp.arange(scores_TE.shape[-1])
   chosen = []
   for _ in range(k):
@@ -54,17 +86,21 @@ def full_mask(logits_TE: Array, mask_T: Array | None) -> Array:
   return jnp.ones(logits_TE.shape[:1], bool) if mask_T is None else mask_T
 
 
-def token_major(expert_TK: Array, weight_TK: Array, mask_T: Array) -> Assignment:
+def token_major(
+  expert_TK: Array, weight_TK: Array, mask_T: Array, valid_TK: Array | None = None
+) -> Assignment:
   """All choices of token 0, then of token 1, ...: a later token can never evict an earlier one.
 
-  This order keeps a causal model causal also where capacity drops.
+  This order keeps a causal model causal also where capacity drops. `valid_TK`: which of the choices are sent;
+  None: all of them.
   """
   t, k = expert_TK.shape
+  valid_TK = mask_T[:, None] if valid_TK is None else mask_T[:, None] & valid_TK
   return Assignment(
     token_A=jnp.repeat(jnp.arange(t, dtype=jnp.int32), k),
     expert_A=expert_TK.reshape(-1),
     weight_A=weight_TK.reshape(-1),
-    valid_A=jnp.repeat(mask_T, k),
+    valid_A=jnp.broadcast_to(valid_TK, (t, k)).reshape(-1),
   )
 
 
@@ -91,14 +127,15 @@ def selected_experts(routing: Routing) -> Array:
   return jnp.zeros(routing.logits_TE.shape, jnp.float32).at[a.token_A, a.expert_A].add(valid_A)
 
 
-def to_batch(routing: Routing, batch: int, length: int) -> BatchRouting:
+def to_batch(routing: Routing, batch: int, length: int, num_experts_per_token: int) -> BatchRouting:
   """A routing with a leading group axis, regrouped into `batch` sequences of `length` tokens."""
-  e = routing.logits_TE.shape[-1]
-  selected_GTE = jax.vmap(selected_experts)(routing)
+  regroup = lambda x: None if x is None else x.reshape(batch, length, -1)
   return BatchRouting(
-    logits_BLE=routing.logits_TE.reshape(batch, length, e),
-    scores_BLE=routing.scores_TE.reshape(batch, length, e),
-    selected_BLE=jax.lax.stop_gradient(selected_GTE).reshape(batch, length, e),
+    logits_BLE=regroup(routing.logits_TE),
+    log_scores_BLE=regroup(routing.log_scores_TE),
+    selected_BLE=regroup(jax.lax.stop_gradient(jax.vmap(selected_experts)(routing))),
     mask_BL=routing.mask_T.reshape(batch, length),
     group_size=routing.logits_TE.shape[-2],
+    num_experts_per_token=num_experts_per_token,
+    smooth_load_BLE=regroup(routing.smooth_load_TE),
   )

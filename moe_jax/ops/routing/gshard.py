@@ -8,7 +8,7 @@ from moe_jax.ops.routing.common import Router, choice_major, full_mask, select_t
 from moe_jax.types import Array, Routing
 
 
-def gshard_top2(num_experts_per_token: int, threshold: float = 0.5) -> Router:
+def gshard_top2(num_experts: int, num_experts_per_token: int, threshold: float = 0.5) -> Router:
   """GShard top-2: the second expert is used with probability min(1, g2 / threshold).
 
   Literal to the algorithm: the two weights are normalised over the pair before anything is dropped
@@ -26,8 +26,8 @@ def gshard_top2(num_experts_per_token: int, threshold: float = 0.5) -> Router:
     logits_TE: Array, *, bias_E: Array | None = None, key: Array | None = None, mask_T: Array | None = None
   ) -> Routing:
     mask_T = full_mask(logits_TE, mask_T)
-    scores_TE = jax.nn.softmax(logits_TE, axis=-1)
-    expert_TK = select_top_k(scores_TE, bias_E, 2)
+    log_scores_TE = jax.nn.log_softmax(logits_TE, axis=-1)
+    expert_TK = select_top_k(jnp.exp(log_scores_TE), bias_E, 2)
     # g / (g1 + g2) is the softmax over the two selected logits.
     weight_TK = jax.nn.softmax(take_experts(logits_TE, expert_TK), axis=-1)
     holds_slot_TK = jnp.stack([mask_T, mask_T], axis=-1)
@@ -38,6 +38,6 @@ def gshard_top2(num_experts_per_token: int, threshold: float = 0.5) -> Router:
       second_T = mask_T & (jax.lax.stop_gradient(weight_TK[:, 1]) > threshold * draw_T)
     valid_TK = jnp.stack([mask_T, second_T], axis=-1)
     assignment = choice_major(expert_TK, weight_TK, valid_TK, holds_slot_TK)
-    return Routing(logits_TE, scores_TE, mask_T, assignment)
+    return Routing(logits_TE, log_scores_TE, mask_T, assignment)
 
-  return route
+  return Router(route, leaks="drops")

@@ -1,0 +1,299 @@
+"""What the same coefficient means elsewhere: normalisation conventions of balancing losses, and a converter.
+
+Here a load-balancing loss of weight w is w x 1 at perfect balance for every E, K and number of layers,
+because load fractions are over all K choices and layers are averaged. Other codebases give w x K, w / K,
+w / E^2, and add layers up or average them. A convention is therefore two powers and what becomes of layers.
+
+The conversion is exact where both losses count the same choices (`counts`) and do not pool layers: there one
+loss is a constant times the other, and so are their gradients. Otherwise it makes them equal at balance.
+Units: coefficients and losses are plain numbers (nats, where added to a language-model loss in nats).
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from moe_jax.errors import InputError, unknown_name
+from moe_jax.ops.methods import require_option
+
+LAYERS = ("sum", "mean", "pooled", "caller")
+
+
+@dataclasses.dataclass(frozen=True)
+class Convention:
+  """How one codebase or paper normalises a loss.
+
+  The term of one layer with coefficient 1 is E^expert_power * K^choice_power at perfect balance; for the
+  router z-loss that factor multiplies the mean over tokens of logsumexp(logits)^2.
+
+  title: for people. setting: the option that holds the coefficient there.
+  layers: how the terms of layers become one number. sum; mean; pooled: the tokens of all layers are one
+    batch, which is a mean where layers route alike; caller: one number per layer is returned.
+  counts: which choices make the load fractions, all K or only the first. Empty for the z-loss.
+  accumulation: what happens over the micro-batches of one optimizer step.
+  source: arXiv id, or repository:path.
+  checked: what of this row was read in that source, and what was not.
+  """
+
+  title: str
+  setting: str
+  layers: str
+  source: str
+  checked: str
+  accumulation: str
+  expert_power: int = 0
+  choice_power: int = 0
+  counts: str = ""
+
+  @property
+  def formula(self) -> str:
+    """The value of the whole loss at perfect balance with coefficient 1: "L*K", "1/E^2", "1"."""
+    powers = {
+      "L": 1 if self.layers == "sum" else 0,
+      "K": self.choice_power,
+      "E": self.expert_power,
+    }
+    text = {letter: letter if abs(power) == 1 else f"{letter}^{abs(power)}" for letter, power in powers.items()}
+    above = "*".join(text[letter] for letter, power in powers.items() if power > 0) or "1"
+    below = "".join(f"/{text[letter]}" for letter, power in powers.items() if power < 0)
+    return above + below + (" per layer" if self.layers == "caller" else "")
+
+
+_UNSAID = "not said"
+_READ = "formula and layers read"
+
+# Load-balancing losses. Figures of docs/coefficients.md come from here.
+CONVENTIONS: Mapping[str, Convention] = {
+  "moe_jax": Convention(
+    title="moe_jax: switch_loss; gshard_loss is the same with first choices",
+    setting="--balancers=switch_loss:WEIGHT",
+    layers="mean",
+    counts="all",
+    accumulation="weighted by tokens: equals the whole batch",
+    source="moe_jax/ops/balancing/losses.py, moe_jax/train_step.py",
+    checked="held by tests",
+  ),
+  "gshard": Convention(
+    title="GShard paper",
+    setting="k",
+    expert_power=-2,
+    layers="sum",
+    counts="first",
+    accumulation=_UNSAID,
+    source="2006.16668, Algorithm 1",
+    checked="as documented, not re-read; it writes one l_aux: that layers add up is our reading",
+  ),
+  "mesh_tensorflow": Convention(
+    title="Mesh-TensorFlow, top_2 gating",
+    setting="moe_loss_coef",
+    layers="sum",
+    counts="first",
+    accumulation="divided by their number",
+    source="tensorflow/mesh:mesh_tensorflow/transformer/moe.py, transformer.py",
+    checked=f"{_READ}, and accumulation",
+  ),
+  "switch": Convention(
+    title="Switch Transformer paper (K = 1)",
+    setting="alpha",
+    layers="sum",
+    counts="first",
+    accumulation=_UNSAID,
+    source="2101.03961, eq. 4-6 and the sentence before",
+    checked=f"{_READ} in a copy of the text",
+  ),
+  "flaxformer": Convention(
+    title="flaxformer, trained by T5X",
+    setting="aux_loss_factor",
+    choice_power=1,
+    layers="mean",
+    counts="all",
+    accumulation="added up, not divided",
+    source="google/flaxformer:flaxformer/architectures/moe/routing.py, google-research/t5x:t5x/contrib/moe/models.py",
+    checked=f"{_READ}; accumulation in a copy of t5x/trainer.py",
+  ),
+  "megatron_lm": Convention(
+    title="Megatron-LM",
+    setting="--moe-aux-loss-coeff",
+    layers="sum",
+    counts="all",
+    accumulation="divided by their number",
+    source="NVIDIA/Megatron-LM:megatron/core/transformer/moe/moe_utils.py, router.py",
+    checked=f"{_READ}; accumulation in copies of pipeline_parallel/schedules.py",
+  ),
+  "maxtext": Convention(
+    title="MaxText",
+    setting="load_balance_loss_weight",
+    choice_power=1,
+    layers="mean",
+    counts="all",
+    accumulation="divided by the tokens of the step: with it on, far too weak",
+    source="AI-Hypercomputer/maxtext:src/maxtext/trainers/pre_train/train.py, utils/gradient_accumulation.py",
+    checked="layers and accumulation read; formula in copies of layers/moe.py",
+  ),
+  "levanter": Convention(
+    title="Levanter, Mixtral",
+    setting="lbl_coef",
+    choice_power=-1,
+    layers="sum",
+    counts="all",
+    accumulation="divided by their number",
+    source="marin-community/marin:lib/levanter/src/levanter/models/mixtral.py, grad_accum.py",
+    checked=f"{_READ}, and accumulation",
+  ),
+  "olmo_core": Convention(
+    title="OLMo-core; layers add up with scale_loss_by_num_layers=False",
+    setting="lb_loss_weight",
+    layers="mean",
+    counts="all",
+    accumulation="divided by the tokens of the step: equals a mean",
+    source="allenai/OLMo-core:src/olmo_core/nn/moe/moe.py, router.py, loss.py",
+    checked=f"{_READ}, and the divisor",
+  ),
+  "megablocks": Convention(
+    title="MegaBlocks",
+    setting="moe_loss_weight",
+    layers="mean",
+    counts="all",
+    accumulation="left to the caller",
+    source="databricks/megablocks:megablocks/layers/moe.py",
+    checked=_READ,
+  ),
+  "hugging_face": Convention(
+    title="Hugging Face, load_balancing_loss_func",
+    setting="router_aux_loss_coef",
+    choice_power=1,
+    layers="pooled",
+    counts="all",
+    accumulation="added up where the Trainer leaves the division to the model",
+    source="huggingface/transformers:src/transformers/models/mixtral/modeling_mixtral.py",
+    checked=f"{_READ}; accumulation in copies of trainer.py, versions differ",
+  ),
+  "deepseek": Convention(
+    title="DeepSeekMoE, DeepSeek-V2 and V3 papers",
+    setting="alpha",
+    layers="sum",
+    counts="all",
+    accumulation=_UNSAID,
+    source="2401.06066, 2405.04434, 2412.19437",
+    checked="as documented, not re-read; formula and layers in copies of the released modelling code",
+  ),
+}
+
+# Router z-losses, each a factor times the mean over tokens of logsumexp(logits)^2 (2202.08906, eq. 5).
+Z_CONVENTIONS: Mapping[str, Convention] = {
+  "moe_jax": dataclasses.replace(
+    CONVENTIONS["moe_jax"], title="moe_jax: z_loss", setting="--balancers=z_loss:WEIGHT", counts=""
+  ),
+  "mesh_tensorflow": Convention(
+    title="Mesh-TensorFlow",
+    setting="moe_z_loss",
+    layers="sum",
+    accumulation="divided by their number",
+    source="tensorflow/mesh:mesh_tensorflow/transformer/moe.py",
+    checked="not in the version read; formula and accumulation from a quotation, layers as for its other loss",
+  ),
+  "flaxformer": dataclasses.replace(
+    CONVENTIONS["flaxformer"], setting="router_z_loss_factor", choice_power=0, counts=""
+  ),
+  "megatron_lm": dataclasses.replace(CONVENTIONS["megatron_lm"], setting="--moe-z-loss-coeff", counts=""),
+  "levanter": dataclasses.replace(CONVENTIONS["levanter"], setting="rzl_coef", choice_power=0, counts=""),
+  "olmo_core": dataclasses.replace(CONVENTIONS["olmo_core"], setting="z_loss_weight", counts=""),
+  "megablocks": dataclasses.replace(
+    CONVENTIONS["megablocks"],
+    setting="moe_zloss_weight",
+    layers="caller",
+    counts="",
+    source="databricks/megablocks:megablocks/layers/router.py",
+  ),
+  "megablocks_fork": Convention(
+    title="A fork of MegaBlocks with a z-loss in the load-balancing function; divides by K as well",
+    setting="moe_zloss_weight",
+    choice_power=-1,
+    layers="mean",
+    accumulation="left to the caller",
+    source="swj0419/megablocks:megablocks/layers/moe.py",
+    checked=_READ,
+  ),
+}
+
+LOSSES: Mapping[str, Mapping[str, Convention]] = {"load_balancing": CONVENTIONS, "z": Z_CONVENTIONS}
+
+
+def get_convention(name: str, loss: str = "load_balancing") -> Convention:
+  """The convention `name` for `loss`, "load_balancing" or "z".
+
+  Raises:
+    InputError: unknown loss or name; the message has the nearest names.
+  """
+  require_option("conventions", "loss", loss, tuple(LOSSES))
+  if name not in LOSSES[loss]:
+    raise unknown_name(f"convention of the {loss.replace('_', '-')} loss", name, LOSSES[loss])
+  return LOSSES[loss][name]
+
+
+def value_at_balance(
+  name: str,
+  *,
+  num_experts: int,
+  num_experts_per_token: int,
+  num_layers: int,
+  loss: str = "load_balancing",
+) -> float:
+  """The loss of the whole model with coefficient 1 at perfect balance; 1 for "moe_jax".
+
+  For `loss="z"`: in units of the mean over tokens and layers of logsumexp(logits)^2.
+
+  Raises:
+    InputError: unknown name, sizes that are no model, or a loss whose layers are left to the caller.
+  """
+  convention = get_convention(name, loss)
+  e, k, layers = num_experts, num_experts_per_token, num_layers
+  if not (1 <= k <= e and layers >= 1):
+    raise InputError(
+      f"conventions: 1 <= num_experts_per_token <= num_experts and num_layers >= 1 must hold, got "
+      f"num_experts_per_token={k}, num_experts={e}, num_layers={layers}"
+    )
+  if convention.layers == "caller":
+    raise InputError(
+      f"convention {name}: returns one {loss} loss per layer; where your trainer adds them up take "
+      f"megatron_lm, where it averages them olmo_core"
+    )
+  one_layer = float(e) ** convention.expert_power * float(k) ** convention.choice_power
+  return one_layer * (layers if convention.layers == "sum" else 1)
+
+
+def per_layer_weight(
+  weight: float,
+  name: str,
+  *,
+  num_experts: int,
+  num_experts_per_token: int,
+  num_layers: int,
+  loss: str = "load_balancing",
+) -> float:
+  """What multiplies one layer's loss, that loss being 1 at balance: compares pressure on a single router."""
+  sizes = {"num_experts_per_token": num_experts_per_token, "num_layers": num_layers, "loss": loss}
+  return weight * value_at_balance(name, num_experts=num_experts, **sizes) / num_layers
+
+
+def convert(
+  weight: float,
+  source: str,
+  target: str,
+  *,
+  num_experts: int,
+  num_experts_per_token: int,
+  num_layers: int,
+  loss: str = "load_balancing",
+) -> float:
+  """The coefficient that does in `target` what `weight` does in `source`, without gradient accumulation.
+
+  Raises:
+    InputError: as `value_at_balance`, or a weight that is no finite number.
+  """
+  if not math.isfinite(weight):
+    raise InputError(f"conventions: weight must be finite, got {weight}")
+  sizes = {"num_experts_per_token": num_experts_per_token, "num_layers": num_layers, "loss": loss}
+  there = value_at_balance(source, num_experts=num_experts, **sizes)
+  here = value_at_balance(target, num_experts=num_experts, **sizes)
+  return weight * there / here

@@ -1,0 +1,110 @@
+"""What a balancing coefficient of another codebase or paper is here.
+
+  python scripts/coefficients.py
+  python scripts/coefficients.py --source=megatron_lm --weight=0.01 --num_experts=64 --num_layers=16
+  python scripts/coefficients.py --source=moe_jax --target=hugging_face --weight=0.02
+  python scripts/coefficients.py --source=megablocks_fork --loss=z --weight=0.001
+
+Without --source it prints the tables of docs/coefficients.md for the sizes given (Mixtral 8x7B's by default).
+"""
+
+import sys
+
+from absl import flags
+
+from moe_jax import cli
+from moe_jax.errors import InputError
+
+_WEIGHT = flags.DEFINE_float("weight", None, "the coefficient; default 0.01, and 0.001 for the z-loss")
+_SOURCE = flags.DEFINE_string("source", None, "where the coefficient is from; without it, tables of all")
+_TARGET = flags.DEFINE_string("target", "moe_jax", "where it shall work the same")
+_LOSS = flags.DEFINE_string("loss", "load_balancing", "load_balancing or z (router z-loss)")
+_EXPERTS = flags.DEFINE_integer("num_experts", 8, "E")
+_K = flags.DEFINE_integer("num_experts_per_token", 2, "K")
+_LAYERS = flags.DEFINE_integer("num_layers", 32, "L, layers with experts")
+
+WEIGHTS = {"load_balancing": 0.01, "z": 0.001}
+TITLES = {"load_balancing": "Load-balancing loss", "z": "Router z-loss"}
+
+
+def number(value: float) -> str:
+  return f"{value:.6g}"
+
+
+def weight_of(loss: str) -> float:
+  return WEIGHTS.get(loss, 0.0) if _WEIGHT.value is None else _WEIGHT.value
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+  lines = [header, ["---"] * len(header), *rows]
+  return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def meaning(loss: str, sizes: dict[str, int]) -> str:
+  """One row per convention: its normalisation, and what the coefficient amounts to."""
+  from moe_jax.ops.balancing import conventions
+
+  weight, rows = weight_of(loss), []
+  for name, convention in conventions.LOSSES[loss].items():
+    try:
+      one = conventions.per_layer_weight(weight, name, **sizes, loss=loss)
+      here = conventions.convert(weight, name, "moe_jax", **sizes, loss=loss)
+      figures = [number(one), number(here)]
+    except InputError:
+      if convention.layers != "caller":
+        raise
+      figures = ["-", "-"]
+    counts = [convention.counts] if loss == "load_balancing" else []
+    rows.append([f"`{name}`", *counts, convention.layers, convention.formula, *figures])
+  counts = ["choices counted"] if loss == "load_balancing" else []
+  unit = "value at balance" if loss == "load_balancing" else "factor"
+  shown = number(weight)
+  header = ["name", *counts, "layers", unit, f"{shown} there: weight of one layer", f"{shown} there is here"]
+  return markdown(header, rows)
+
+
+def sources() -> str:
+  """One row per convention and loss: where it comes from and what was checked."""
+  from moe_jax.ops.balancing import conventions
+
+  rows = [
+    [
+      f"`{name}`" + (" (z)" if loss == "z" else ""),
+      c.title,
+      f"`{c.setting}`",
+      c.accumulation,
+      c.source,
+      c.checked,
+    ]
+    for loss, registry in conventions.LOSSES.items()
+    for name, c in registry.items()
+  ]
+  return markdown(["name", "what", "setting", "micro-batches of a step", "source", "checked"], rows)
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  # Imported here, so that --help and wrong flags answer at once.
+  from moe_jax.ops.balancing import conventions
+
+  sizes = {
+    "num_experts": _EXPERTS.value,
+    "num_experts_per_token": _K.value,
+    "num_layers": _LAYERS.value,
+  }
+  text = f"E = {_EXPERTS.value}, K = {_K.value}, L = {_LAYERS.value} layers"
+  if _SOURCE.value is not None:
+    conventions.get_convention(_SOURCE.value, _LOSS.value)
+    weight = weight_of(_LOSS.value)
+    there = conventions.convert(weight, _SOURCE.value, _TARGET.value, **sizes, loss=_LOSS.value)
+    print(f"{number(weight)} in {_SOURCE.value} is {number(there)} in {_TARGET.value} ({text})")
+    return
+  if flags.FLAGS["target"].present:
+    raise InputError(f"--target={_TARGET.value}: needs --source, where the coefficient is from")
+  for loss in conventions.LOSSES:
+    print(f"### {TITLES[loss]}\n\n{text}.\n\n{meaning(loss, sizes)}\n")
+  sys.stdout.write(f"### Sources\n\n{sources()}\n")
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,124 @@
+"""What is particular to GShard's top-2 (2006.16668, Algorithm 1)."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.ops.balancing import make_balancer
+from moe_jax.ops.dispatch.slots import assign_slots
+from moe_jax.ops.routing import make_router, to_batch
+from moe_jax.types import StepStats
+from tests.ops.router_laws import choices, kept, logits_of, route, router_of
+from tests.ops.router_rows import ROWS, T
+from tests.reference import routing as reference
+
+
+def test_gshard_leaks_the_future_where_capacity_drops():
+  """A later token's first choice takes the slot of an earlier token's second choice (Algorithm 1)."""
+  row = ROWS["gshard_top2"]
+  logits_TE = np.tile(np.array([[3, 2, 0, 0, 0, 0]], np.float32), (T, 1))
+  mask_T = np.arange(T) < 2
+  logits_TE[1] = [3, 0, 2, 0, 0, 0]
+  assert (0, 1) in kept(route(row, logits_TE, mask_T=mask_T).assignment, 1)
+  logits_TE[1] = [0, 3, 2, 0, 0, 0]  # only the second token changed, and the first one loses expert 1
+  assert (0, 1) not in kept(route(row, logits_TE, mask_T=mask_T).assignment, 1)
+
+
+@functools.cache
+def slots_of(num_experts, capacity):
+  return jax.jit(lambda a: assign_slots(a, T, num_experts, capacity))
+
+
+def gshard_logits(seed=3):
+  """Tokens that agree: the first experts overflow, and their queues hold skipped second choices."""
+  return (logits_of(ROWS["gshard_top2"], seed) + np.array([2, 1.5, 0, 0, 0, 0])).astype(np.float32)
+
+
+@pytest.mark.parametrize("capacity", [2, 4, 7])
+def test_gshard_equals_algorithm_1(capacity):
+  row, num_dropped, num_skipped = ROWS["gshard_top2"], 0, 0
+  for seed in range(4):
+    logits_TE, key = gshard_logits(seed), jax.random.key(seed)
+    assignment = route(row, logits_TE, key=key).assignment
+    kept_A = np.asarray(slots_of(row.num_experts, capacity)(assignment).kept_A)
+    want, _ = reference.gshard_algorithm_1(logits_TE, capacity, row.draw(key))
+    got = {
+      (int(t), int(e)): float(w)
+      for t, e, w, k in zip(assignment.token_A, assignment.expert_A, assignment.weight_A, kept_A)
+      if k
+    }
+    assert got.keys() == want.keys()
+    for pair, weight in want.items():
+      np.testing.assert_allclose(got[pair], weight, rtol=1e-5)
+    num_dropped += (assignment.valid_A & ~kept_A).sum()
+    num_skipped += (~assignment.valid_A).sum()
+  assert num_dropped > 0 and num_skipped > 0
+
+
+def test_gshard_skipped_second_choices_leave_their_slots_empty():
+  """The counter grows "always", also for a second choice that is not sent; Mesh-TensorFlow fills the gap."""
+  row, key, tokens = ROWS["gshard_top2"], jax.random.key(0), 3
+  logits_TE = np.full((T, row.num_experts), -30, np.float32)
+  logits_TE[0, [0, 1]] = [5, 0]  # a weak second choice of expert 1: not sent
+  logits_TE[1, [0, 1]] = [0.01, 0]  # a strong one: sent if there is room
+  logits_TE[2, [2, 0]] = [9, 0]
+  rnd_T = row.draw(key)
+  combine, _ = reference.gshard_algorithm_1(logits_TE[:tokens], 1, rnd_T)
+  assert (1, 1) not in combine and (1, 1) in reference.mesh_tensorflow_kept(logits_TE[:tokens], 1, rnd_T)
+  assignment = route(row, logits_TE, key=key, mask_T=np.arange(T) < tokens).assignment
+  assert kept(assignment, 1) == set(combine)
+  # A router that left holds_slot_A out would count as Mesh-TensorFlow does.
+  assert (1, 1) in kept(assignment._replace(holds_slot_A=None), 1)
+
+
+def test_gshard_weights_are_normalised_before_drops_and_not_after():
+  row, capacity = ROWS["gshard_top2"], 3
+  assignment = route(row, gshard_logits()).assignment
+  pairs, weights = kept(assignment, capacity), choices(assignment)
+  sums_T = [sum(w for (t, _), w in weights.items() if t == token) for token in range(T)]
+  np.testing.assert_allclose(sums_T, 1, rtol=1e-6)
+  kept_sums_T = np.array([sum(weights[p] for p in pairs if p[0] == token) for token in range(T)])
+  assert ((kept_sums_T > 0) & (kept_sums_T < 0.999)).any()
+
+
+def test_gshard_sends_the_second_expert_with_probability_g2_over_threshold():
+  row, n, thresholds = ROWS["gshard_top2"], 4000, (0.5, 0.2)
+  routers = [make_router(f"gshard_top2:{threshold}", row.num_experts, 2) for threshold in thresholds]
+  logits_TE = jnp.asarray(logits_of(row)) * 2
+
+  @jax.jit
+  def sent_fraction(keys):
+    sent = lambda key: [router(logits_TE, key=key).assignment.valid_A[T:] for router in routers]
+    return [valid.mean(axis=0) for valid in jax.vmap(sent)(keys)]
+
+  plain = reference.gshard_top2(logits_TE, 2, np.zeros(row.num_experts), np.ones(T, bool))
+  g2_T = np.array([e.weight for e in plain[T:]])
+  assert g2_T.min() < 0.1 and g2_T.max() > 0.3  # else the test would see little
+  for threshold, sent_T in zip(thresholds, sent_fraction(jax.random.split(jax.random.key(1), n))):
+    want_T = np.minimum(1, g2_T / threshold)
+    np.testing.assert_allclose(sent_T, want_T, atol=4.5 * 0.5 / np.sqrt(n))
+    np.testing.assert_array_equal(np.asarray(sent_T)[want_T == 1], 1)
+
+
+@pytest.mark.parametrize("name", ["gshard_top2", "gshard_mesh"])
+def test_gshard_without_a_key_sends_every_second_choice(name):
+  assert route(ROWS[name], logits_of(ROWS[name])).assignment.valid_A.all()
+
+
+def test_gshard_loss_is_l_aux_times_e_squared():
+  """1/E^2 at balance becomes 1; first choices, counted before capacity (so a capacity of 1 changes nothing)."""
+  row, num_groups = ROWS["gshard_top2"], 2
+  logits_GTE = np.stack([gshard_logits(seed) for seed in range(num_groups)])
+  l_aux_G = [reference.gshard_algorithm_1(logits, 1, np.ones(T))[1] for logits in logits_GTE]
+  balancer = make_balancer("gshard_loss:weight=1:scope=group")
+
+  @jax.jit
+  def loss(logits_GTE):
+    routing = jax.vmap(router_of(row))(logits_GTE)
+    return balancer.losses(((),), to_batch(routing, 1, num_groups * T, 2), StepStats(((),), ((),)))
+
+  (got,) = loss(logits_GTE).values()
+  np.testing.assert_allclose(got, np.mean(l_aux_G) * row.num_experts**2, rtol=1e-5)
