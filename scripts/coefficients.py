@@ -32,7 +32,17 @@ def number(value: float) -> str:
 
 
 def weight_of(loss: str) -> float:
-  return WEIGHTS.get(loss, 0.0) if _WEIGHT.value is None else _WEIGHT.value
+  return WEIGHTS[loss] if _WEIGHT.value is None else _WEIGHT.value
+
+
+def formula(convention) -> str:
+  """The whole loss at balance with coefficient 1, as text: "L/K", "1/E^2", "1"."""
+  layers = 1 if convention.layers == "sum" else 0
+  powers = {"L": layers, "K": convention.choice_power, "E": convention.expert_power}
+  text = {letter: letter if abs(power) == 1 else f"{letter}^{abs(power)}" for letter, power in powers.items()}
+  above = "*".join(text[letter] for letter, power in powers.items() if power > 0) or "1"
+  below = "".join(f"/{text[letter]}" for letter, power in powers.items() if power < 0)
+  return above + below + (" per layer" if convention.layers == "caller" else "")
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -46,16 +56,13 @@ def meaning(loss: str, sizes: dict[str, int]) -> str:
 
   weight, rows = weight_of(loss), []
   for name, convention in conventions.LOSSES[loss].items():
-    try:
+    figures = ["-", "-"]
+    if convention.layers != "caller":
       one = conventions.per_layer_weight(weight, name, **sizes, loss=loss)
       here = conventions.convert(weight, name, "moe_jax", **sizes, loss=loss)
       figures = [number(one), number(here)]
-    except InputError:
-      if convention.layers != "caller":
-        raise
-      figures = ["-", "-"]
     counts = [convention.counts] if loss == "load_balancing" else []
-    rows.append([f"`{name}`", *counts, convention.layers, convention.formula, *figures])
+    rows.append([f"`{name}`", *counts, convention.layers, formula(convention), *figures])
   counts = ["choices counted"] if loss == "load_balancing" else []
   unit = "value at balance" if loss == "load_balancing" else "factor"
   shown = number(weight)

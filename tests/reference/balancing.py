@@ -27,7 +27,7 @@ def _units(batch, length, group, scope):
 
 def load_balancing_loss(logits_BLE, mask_BL, k, score, scope, group, step_counts_E=None):
   """E * sum_e f_e * P_e: units weighted by their valid tokens. f has the `k` best choices of each token,
-  P the scores over their sum. `step_counts_E`: what f is made of for the scope `global_batch`."""
+  P the scores over their sum. `step_counts_E`: what f is made of for the scopes `buffer` and `global_batch`."""
   batch, length, num_experts = np.shape(logits_BLE)
   total, num_tokens = 0.0, 0
   for unit in _units(batch, length, group, scope):
@@ -43,7 +43,7 @@ def load_balancing_loss(logits_BLE, mask_BL, k, score, scope, group, step_counts
         prob_E[e] += scores_E[e] / sum(scores_E)
     if tokens == 0:
       continue
-    if scope == "global_batch":
+    if scope in ("buffer", "global_batch"):
       count_E = step_counts_E
     f_E = [c / sum(count_E) for c in count_E]
     p_E = [p / tokens for p in prob_E]

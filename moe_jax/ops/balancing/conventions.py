@@ -45,19 +45,6 @@ class Convention:
   choice_power: int = 0
   counts: str = ""
 
-  @property
-  def formula(self) -> str:
-    """The value of the whole loss at perfect balance with coefficient 1: "L*K", "1/E^2", "1"."""
-    powers = {
-      "L": 1 if self.layers == "sum" else 0,
-      "K": self.choice_power,
-      "E": self.expert_power,
-    }
-    text = {letter: letter if abs(power) == 1 else f"{letter}^{abs(power)}" for letter, power in powers.items()}
-    above = "*".join(text[letter] for letter, power in powers.items() if power > 0) or "1"
-    below = "".join(f"/{text[letter]}" for letter, power in powers.items() if power < 0)
-    return above + below + (" per layer" if self.layers == "caller" else "")
-
 
 _UNSAID = "not said"
 _READ = "formula and layers read"
@@ -71,7 +58,7 @@ CONVENTIONS: Mapping[str, Convention] = {
     counts="all",
     accumulation="weighted by tokens: equals the whole batch",
     source="moe_jax/ops/balancing/losses.py, moe_jax/train_step.py",
-    checked="held by tests",
+    checked="its own tests",
   ),
   "gshard": Convention(
     title="GShard paper",
@@ -141,7 +128,7 @@ CONVENTIONS: Mapping[str, Convention] = {
     checked=f"{_READ}, and accumulation",
   ),
   "olmo_core": Convention(
-    title="OLMo-core; layers add up with scale_loss_by_num_layers=False",
+    title="OLMo-core; dense layers count in its mean; scale_loss_by_num_layers=False adds up",
     setting="lb_loss_weight",
     layers="mean",
     counts="all",
@@ -186,7 +173,7 @@ Z_CONVENTIONS: Mapping[str, Convention] = {
   ),
   "mesh_tensorflow": Convention(
     title="Mesh-TensorFlow",
-    setting="moe_z_loss",
+    setting="not read",
     layers="sum",
     accumulation="divided by their number",
     source="tensorflow/mesh:mesh_tensorflow/transformer/moe.py",
@@ -262,6 +249,11 @@ def value_at_balance(
   return one_layer * (layers if convention.layers == "sum" else 1)
 
 
+def _check_weight(weight: float) -> None:
+  if not math.isfinite(weight):
+    raise InputError(f"conventions: weight must be finite, got {weight}")
+
+
 def per_layer_weight(
   weight: float,
   name: str,
@@ -271,9 +263,19 @@ def per_layer_weight(
   num_layers: int,
   loss: str = "load_balancing",
 ) -> float:
-  """What multiplies one layer's loss, that loss being 1 at balance: compares pressure on a single router."""
-  sizes = {"num_experts_per_token": num_experts_per_token, "num_layers": num_layers, "loss": loss}
-  return weight * value_at_balance(name, num_experts=num_experts, **sizes) / num_layers
+  """What multiplies one layer's loss where that loss is 1 at balance: the pressure on a single router.
+
+  The number of layers counts layers with experts. Raises as `convert`.
+  """
+  _check_weight(weight)
+  value = value_at_balance(
+    name,
+    num_experts=num_experts,
+    num_experts_per_token=num_experts_per_token,
+    num_layers=num_layers,
+    loss=loss,
+  )
+  return weight * value / num_layers
 
 
 def convert(
@@ -291,9 +293,8 @@ def convert(
   Raises:
     InputError: as `value_at_balance`, or a weight that is no finite number.
   """
-  if not math.isfinite(weight):
-    raise InputError(f"conventions: weight must be finite, got {weight}")
-  sizes = {"num_experts_per_token": num_experts_per_token, "num_layers": num_layers, "loss": loss}
-  there = value_at_balance(source, num_experts=num_experts, **sizes)
-  here = value_at_balance(target, num_experts=num_experts, **sizes)
+  _check_weight(weight)
+  sizes = {"num_experts_per_token": num_experts_per_token, "num_layers": num_layers}
+  there = value_at_balance(source, num_experts=num_experts, **sizes, loss=loss)
+  here = value_at_balance(target, num_experts=num_experts, **sizes, loss=loss)
   return weight * there / here
