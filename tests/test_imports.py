@@ -69,7 +69,7 @@ GRAPH = {
   "optim": Part("config types errors"),
   "checkpoint": Part("config types errors"),
   "train_step": Part("nn ops types sharding expert_parallel config errors optim", never={"orbax", "grain"}),
-  "compiled_steps": Part("train_step sharding ops config errors", never={"orbax", "grain"}),
+  "compiled_steps": Part("train_step nn sharding ops config errors", never={"orbax", "grain"}),
   "results": Part("train_step ops config", never={"orbax", "grain"}),
   "train_loop": Part(f"analysis {BELOW_LOOP}"),
   "comparison": Part(BELOW_EXPERIMENTS),

@@ -13,7 +13,7 @@ from flax import nnx
 from moe_jax.config import MoEConfig
 from moe_jax.errors import InputError
 from moe_jax.nn import BalancerState, MoE
-from moe_jax.types import Assignment
+from moe_jax.types import Assignment, StepStats
 from tests.reference import routing as reference
 from tests.reference.moe_layer import moe_layer
 
@@ -153,7 +153,7 @@ def test_the_loss_reads_the_statistics_of_the_step():
   moe = make(change(balancers="switch_loss:0.5"))
   x_BLD, step_counts_E = inputs(), np.array([0, 0, 10, 0], np.float32)
   _, scores_BLE = reference_entries(moe, x_BLD, MASK_BL, L)
-  _, aux = forward(moe, x_BLD, MASK_BL, step_stats=(step_counts_E,))
+  _, aux = forward(moe, x_BLD, MASK_BL, step_stats=StepStats((step_counts_E,), None))
   expected = 0.5 * E * scores_BLE[MASK_BL].mean(axis=0)[2]
   np.testing.assert_allclose(aux.losses["switch_loss"], expected, rtol=1e-5)
 

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from moe_jax.config import ModelConfig, MoEConfig
+from moe_jax.errors import InputError
 from moe_jax.nn import Transformer
 from moe_jax.nn.attention import Attention, rotate
 from moe_jax.nn.norm import RMSNorm
@@ -174,7 +175,7 @@ def test_no_token_sees_a_later_one(dispatcher):
 
 def test_gshard_leaks_the_future_where_it_drops():
   """A later token's first choice takes the slot of an earlier token's second one: the published method."""
-  model = build(change(router="gshard_top2", eval_capacity_factor=4.0))
+  model = build(change(router="gshard_top2", accept_leaks="gshard_top2", eval_capacity_factor=4.0))
   t = L // 2
 
   def leak(seed, train):
@@ -186,6 +187,15 @@ def test_gshard_leaks_the_future_where_it_drops():
 
   assert any(leak(seed, train=True) > 1e-3 for seed in range(20))
   assert all(leak(seed, train=False) <= 1e-6 for seed in range(5))
+
+
+def test_a_router_that_leaks_is_refused_unless_accepted_by_name():
+  with pytest.raises(InputError) as error:
+    build(change(router="gshard_top2"))
+  assert "--accept_leaks=gshard_top2" in str(error.value) and "\n" not in str(error.value)
+  with pytest.raises(InputError):
+    build(change(router="gshard_top2", accept_leaks="softmax_topk"))
+  build(change(router="gshard_top2", dispatcher="dropless"))  # where nothing drops it leaks nothing
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from moe_jax.errors import InputError
+from moe_jax.ops.balancing import conventions
 from moe_jax.ops.balancing.conventions import (
   CONVENTIONS,
-  LAYERS,
   LOSSES,
   Z_CONVENTIONS,
   convert,
@@ -185,7 +185,7 @@ def test_every_convention_has_an_oracle_and_a_source():
   assert set(Z_ORACLES) == {name for name, c in Z_CONVENTIONS.items() if c.layers != "caller"}
   for registry in LOSSES.values():
     for c in registry.values():
-      assert c.layers in LAYERS and c.source and c.checked and c.accumulation and c.setting
+      assert c.layers in conventions.LAYERS and c.source and c.checked and c.accumulation and c.setting
   assert {c.counts for c in CONVENTIONS.values()} == set(OURS)
 
 
@@ -194,12 +194,6 @@ def test_every_convention_has_an_oracle_and_a_source():
 def test_value_at_balance(name, e, k, layers):
   want = ORACLES[name](*balanced(e, k, layers))
   np.testing.assert_allclose(value_at_balance(name, **sizes(e, k, layers)), want, rtol=1e-12)
-
-
-@every_shape
-@pytest.mark.parametrize("loss", LOSSES)
-def test_ours_is_one(loss, e, k, layers):
-  assert value_at_balance("moe_jax", **sizes(e, k, layers), loss=loss) == 1
 
 
 @every_shape
@@ -224,17 +218,18 @@ def test_there_and_back(loss, e, k, layers):
       assert other == pytest.approx(one, rel=1e-14)
 
 
-@pytest.mark.parametrize(
-  ("name", "figure", "exact"),
-  [
-    ("megatron_lm", "0.01", 0.01),
-    ("levanter", "0.005", 0.01 / 2),
-    ("maxtext", "0.0006", 0.01 * 2 / 32),
-    ("olmo_core", "0.0003", 0.01 / 32),
-  ],
-)
+FIGURES = {
+  "megatron_lm": ("0.01", 0.01),
+  "levanter": ("0.005", 0.01 / 2),
+  "maxtext": ("0.0006", 0.01 * 2 / 32),
+  "olmo_core": ("0.0003", 0.01 / 32),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
 @pytest.mark.parametrize("e", [8, 64])
-def test_what_a_hundredth_means_on_32_layers_with_top_2(name, figure, exact, e):
+def test_what_a_hundredth_means_on_32_layers_with_top_2(name, e):
+  figure, exact = FIGURES[name]
   one = per_layer_weight(0.01, name, **sizes(e, 2, 32))
   assert one == pytest.approx(exact, rel=1e-15)
   assert f"{one:.1g}" == figure
@@ -255,10 +250,7 @@ def test_pooling_is_a_mean_where_layers_route_alike_and_hides_collapse_where_not
   e, k = 4, 2
   alike = tuple(np.concatenate([x] * 3) for x in random(e, k, 1))
   mean = averaged(ours)
-  np.testing.assert_allclose(hugging_face(*alike), k * mean(*alike), rtol=1e-12)
-  np.testing.assert_allclose(
-    gradient(hugging_face, *alike), k * gradient(mean, *alike), rtol=1e-9, atol=1e-15
-  )
+  np.testing.assert_allclose(gradient(hugging_face, *alike), k * gradient(mean, *alike), rtol=1e-9)
   # Layer 0 uses only experts 0 and 1, layer 1 only 2 and 3.
   chosen_NTK = np.broadcast_to(np.array([[0, 1], [2, 3]])[:, None], (2, 6, 2))
   probs_NTE = np.eye(e)[chosen_NTK].sum(axis=2) / 2
@@ -275,10 +267,7 @@ def test_pooling_is_a_mean_where_layers_route_alike_and_hides_collapse_where_not
     (lambda: value_at_balance("moe_jax", **sizes(8, 2, 4), loss="y"), "loss must be one of"),
     (lambda: value_at_balance("megablocks", **sizes(8, 2, 4), loss="z"), "averages them olmo_core"),
     (lambda: value_at_balance("moe_jax", **sizes(2, 3, 4)), "num_experts_per_token=3, num_experts=2"),
-    (lambda: value_at_balance("moe_jax", **sizes(2, 0, 4)), "num_experts_per_token=0"),
-    (lambda: value_at_balance("moe_jax", **sizes(2, 1, 0)), "num_layers=0"),
     (lambda: convert(math.nan, "switch", "moe_jax", **sizes(8, 2, 4)), "weight must be finite"),
-    (lambda: per_layer_weight(math.inf, "switch", **sizes(8, 2, 4)), "weight must be finite"),
   ],
 )
 def test_wrong_input_gets_one_line(call, message):
@@ -303,12 +292,9 @@ def test_the_page_holds_exactly_what_the_script_prints():
   assert page[page.index("### ") :] == done.stdout
 
 
-def test_the_script_converts():
+def test_the_script_converts_and_answers_a_wrong_name_with_one_line():
   done = script("--source=levanter", "--target=hugging_face", "--num_layers=4", "--weight=0.5")
   assert done.stdout == "0.5 in levanter is 0.5 in hugging_face (E = 8, K = 2, L = 4 layers)\n"
-
-
-def test_the_script_answers_a_wrong_name_with_one_line():
   done = script("--source=megatron")
   assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
   assert "did you mean megatron_lm" in done.stderr

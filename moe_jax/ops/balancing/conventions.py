@@ -191,6 +191,7 @@ Z_CONVENTIONS: Mapping[str, Convention] = {
     layers="caller",
     counts="",
     source="databricks/megablocks:megablocks/layers/router.py",
+    checked="formula read in a copy",
   ),
   "megablocks_fork": Convention(
     title="A fork of MegaBlocks with a z-loss in the load-balancing function; divides by K as well",
@@ -228,7 +229,8 @@ def value_at_balance(
 ) -> float:
   """The loss of the whole model with coefficient 1 at perfect balance; 1 for "moe_jax".
 
-  For `loss="z"`: in units of the mean over tokens and layers of logsumexp(logits)^2.
+  For `loss="z"`: in units of the mean over tokens and layers of logsumexp(logits)^2. `num_layers` counts
+  layers with experts.
 
   Raises:
     InputError: unknown name, sizes that are no model, or a loss whose layers are left to the caller.
@@ -263,10 +265,7 @@ def per_layer_weight(
   num_layers: int,
   loss: str = "load_balancing",
 ) -> float:
-  """What multiplies one layer's loss where that loss is 1 at balance: the pressure on a single router.
-
-  The number of layers counts layers with experts. Raises as `convert`.
-  """
+  """What multiplies one layer's loss where that loss is 1 at balance. Raises as `convert`."""
   _check_weight(weight)
   value = value_at_balance(
     name,
