@@ -3,6 +3,7 @@
 Question   Perplexity beside MaxVio for balancing methods: same model, same batches, several seeds.
 Command    python experiments/load_balancing.py
            python experiments/load_balancing.py --methods=none,switch_loss:0.01+z_loss:0.001 --seeds=5
+           python experiments/load_balancing.py --methods=all --output_dir=runs/every_method
 Hardware   two CPU cores, 2 GB; any JAX device
 Minutes    about 4 for the default on two CPU cores
 Result     MaxVio over the validation set: none > switch_loss > loss_free_bias, see docs/LOG.md
@@ -22,7 +23,10 @@ from moe_jax import cli
 METHODS = "none,switch_loss:0.01,loss_free_bias:0.003"
 
 _METHODS = flags.DEFINE_string(
-  "methods", METHODS, "arms, comma-separated; an arm joins balancers by +, e.g. switch_loss:0.01+z_loss:0.001"
+  "methods",
+  METHODS,
+  "all, or arms separated by commas; an arm joins balancers by +, e.g. switch_loss:0.01+z_loss:0.001, and may "
+  "bring its own router, e.g. load_loss:0.1@noisy_topk; or a name in moe_jax/arms.py, e.g. deepseek_v3",
 )
 _SEEDS = flags.DEFINE_integer("seeds", 3, "runs per arm, with seeds 0, 1, ...", lower_bound=1)
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", "runs/load_balancing", "the folder to write")
@@ -33,10 +37,11 @@ flags.adopt_module_key_flags(cli)  # shown by --help
 def main(argv: list[str]) -> None:
   del argv
   # Imported here, so that --help and wrong flags answer at once.
+  from moe_jax.arms import BALANCING, arms_from_flag, balancing_arm
   from moe_jax.comparison import Comparison
 
   comparison = Comparison(
-    arms=[arm.strip() for arm in _METHODS.value.split(",") if arm.strip()],
+    arms=arms_from_flag("methods", _METHODS.value, BALANCING, balancing_arm),
     seeds=range(_SEEDS.value),
     config=cli.config_from_flags(),
     output_dir=_OUTPUT_DIR.value,

@@ -5,12 +5,13 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 
 from moe_jax import report, sharding
+from moe_jax.arms import Arm
 from moe_jax.compiled_steps import check_run
 from moe_jax.config import Config
 from moe_jax.data import load_dataset
@@ -28,9 +29,9 @@ class Comparison:
   seed share them, so differences are paired.
 
   Args:
-    arms: balancer specs, e.g. "none" or "switch_loss:0.01+z_loss:0.001".
+    arms: name -> the fields of MoEConfig in which this arm differs from `config`. The first is the baseline.
     seeds: of the runs.
-    config: of every run; `balancers`, `seed` and `data_seed` are set by arm and seed.
+    config: of every run; `seed` and `data_seed` are set by the seed.
     output_dir: new, or holding an earlier run of the same configuration.
 
   Raises:
@@ -38,17 +39,17 @@ class Comparison:
   """
 
   def __init__(
-    self, arms: Sequence[str], seeds: Iterable[int], config: Config, output_dir: str | os.PathLike[str]
+    self,
+    arms: Mapping[str, Arm],
+    seeds: Iterable[int],
+    config: Config,
+    output_dir: str | os.PathLike[str],
   ):
-    if not arms:
-      raise InputError("--methods=: name at least one arm, e.g. --methods=none,switch_loss:0.01")
-    if len(set(arms)) < len(arms):
-      raise InputError(f"--methods={','.join(arms)}: an arm is named twice")
     mesh = sharding.make_mesh(config.mesh)
-    for arm in arms:
-      check_run(_with(config.check(), arm, 0), mesh)
-    self.arms, self.seeds = list(arms), list(seeds)
-    self.config = _with(config, "none", 0)  # of the arm and the seed, not of the comparison
+    for arm in arms.values():
+      check_run(_with(config.check(), arm, 0).check(), mesh)
+    self.arms, self.seeds = {name: dict(arm) for name, arm in arms.items()}, list(seeds)
+    self.config = _with(config, {}, 0)  # the seed is of the run, not of the comparison
     self.folder = pathlib.Path(output_dir)
     self.console = Console()
     self._check_folder()
@@ -68,7 +69,7 @@ class Comparison:
     with TrainingProgress(len(todo) * self.config.train.num_steps, self.console) as progress:
       for arm, seed in todo:
         folder = self._run_folder(arm, seed)
-        config = _with(self.config, arm, seed)
+        config = _with(self.config, self.arms[arm], seed)
         Run(config, dataset, folder, progress, label=arm, show=f"{arm} seed {seed}").train()
     return [json.loads(self._result_file(arm, seed).read_text()) for arm in self.arms for seed in self.seeds]
 
@@ -82,7 +83,7 @@ class Comparison:
       differences = [
         d for d in report.paired_differences(results) if d.key in ("perplexity", "max_vio_global")
       ]
-      report.print_differences(differences, self.arms[0], self.console)
+      report.print_differences(differences, next(iter(self.arms)), self.console)
     paths = report.write_report(
       self.folder, results, title=title, question=question, command=command, notes=notes
     )
@@ -98,6 +99,8 @@ class Comparison:
     """Raises unless the folder is new, empty, or of the same configuration; arms and seeds may be added."""
     known = self._known()
     changed = _differences(known["config"], self.config.to_dict()) if known else []
+    for name in self.arms.keys() & known.get("arms", {}).keys():
+      changed += [f"arm {name}: {line}" for line in _differences(known["arms"][name], self.arms[name])]
     if changed:
       raise InputError(
         f"--output_dir={self.folder}: holds a run with another configuration ({'; '.join(changed[:3])}); "
@@ -113,9 +116,8 @@ class Comparison:
 
   def _claim_folder(self) -> None:
     known = self._known()
-    arms = known.get("arms", [])
     claim = {
-      "arms": [*arms, *(arm for arm in self.arms if arm not in arms)],
+      "arms": known.get("arms", {}) | self.arms,
       "seeds": sorted({*known.get("seeds", []), *self.seeds}),
       "config": self.config.to_dict(),
     }
@@ -151,9 +153,9 @@ class Comparison:
             out.write(f"{label}, {line[1:]}\n")  # as text: JSON has no literal for a loss that is not finite
 
 
-def _with(config: Config, balancers: str, seed: int) -> Config:
+def _with(config: Config, arm: Arm, seed: int) -> Config:
   """`config` for one arm and seed."""
-  model = dataclasses.replace(config.model, moe=dataclasses.replace(config.model.moe, balancers=balancers))
+  model = dataclasses.replace(config.model, moe=dataclasses.replace(config.model.moe, **arm))
   data = dataclasses.replace(config.data, data_seed=seed)
   return dataclasses.replace(
     config, model=model, data=data, train=dataclasses.replace(config.train, seed=seed)

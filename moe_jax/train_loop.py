@@ -1,5 +1,6 @@
 """Training with all its side effects: data, checkpoints, metrics, progress. The steps stay pure."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -16,6 +17,7 @@ from moe_jax.config import Config
 from moe_jax.data import Dataset
 from moe_jax.errors import InputError
 from moe_jax.metric_writer import JsonlWriter, MetricWriter, MultiWriter, TensorBoardWriter
+from moe_jax.nn.methods import sees_later_tokens
 from moe_jax.progress import TrainingProgress
 from moe_jax.results import TailMeans, count_params, validation_summary, versions
 from moe_jax.train_step import TrainState
@@ -191,6 +193,8 @@ class Run:
       "seed": self.config.train.seed,
       "num_steps": self.config.train.num_steps,
       "tokens_per_step": self._tokens_per_step,
+      "sees_later_tokens": sees_later_tokens(self.config.model.moe),
+      "schedule": dataclasses.asdict(self.config.optimizer),
       "num_params": num_params,
       "num_active_params": num_active,
       "dataset": info.name,

@@ -7,12 +7,15 @@ import sys
 import pytest
 
 from moe_jax import train_loop
+from moe_jax.arms import arms_from_flag, balancing_arm
 from moe_jax.comparison import Comparison
 from moe_jax.errors import InputError
 from moe_jax.metric_writer import read_jsonl
 from tests import tiny
 
-ARMS = ["none", "loss_free_bias:0.05", "switch_loss:0.1+z_loss:0.01"]
+NAMES = ["none", "loss_free_bias:0.05", "switch_loss:0.1+z_loss:0.01"]
+ARMS = {name: balancing_arm(name) for name in NAMES}
+TWO = {name: ARMS[name] for name in NAMES[:2]}
 CONFIG = tiny.change(tiny.CONFIG, num_steps=3, eval_batches=2, clip_norm=1.0)
 
 
@@ -20,7 +23,7 @@ CONFIG = tiny.change(tiny.CONFIG, num_steps=3, eval_batches=2, clip_norm=1.0)
 def finished(tmp_path_factory):
   """(folder, results) of two arms."""
   folder = tmp_path_factory.mktemp("comparison") / "run"
-  comparison = Comparison(ARMS[:2], [0], CONFIG, folder)
+  comparison = Comparison(TWO, [0], CONFIG, folder)
   results = comparison.run()
   comparison.report(results, title="t", question="q", command="c", notes=["a note"])
   return folder, results
@@ -38,9 +41,9 @@ def test_writes_one_folder(finished):
     "load_heatmap.png",
   } <= names
   page = (folder / "report.html").read_text().replace("<wbr>", "")
-  assert "a note" in page and all(arm in page for arm in ARMS[:2])
+  assert "a note" in page and all(arm in page for arm in TWO)
   lines = read_jsonl(folder / "metrics.jsonl")
-  assert [(line["arm"], line["step"]) for line in lines] == [(arm, s) for arm in ARMS[:2] for s in (1, 2, 3)]
+  assert [(line["arm"], line["step"]) for line in lines] == [(arm, s) for arm in TWO for s in (1, 2, 3)]
 
 
 def test_arms_start_alike_and_read_the_same_batches(finished):
@@ -63,7 +66,7 @@ def test_finished_runs_are_kept_and_arms_can_be_added(finished, monkeypatch):
 
   monkeypatch.setattr(train_loop.Run, "train", recorded)
   again = Comparison(ARMS, [0], CONFIG, folder).run()
-  assert trained == ARMS[2:]
+  assert trained == NAMES[2:]
   assert again[:2] == results
   assert json.loads((folder / "config.json").read_text())["arms"] == ARMS
 
@@ -90,8 +93,6 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
 @pytest.mark.parametrize(
   ("arms", "fields", "message"),
   [
-    ([], {}, "--methods=: name at least one arm"),
-    (["none", "none"], {}, "an arm is named twice"),
     (["none", "switch_los:0.1"], {}, "unknown balancer 'switch_los': did you mean switch_loss"),
     (
       ["none"],
@@ -109,9 +110,30 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
 )
 def test_wrong_input_is_one_line_before_anything_is_written(tmp_path, arms, fields, message):
   with pytest.raises(InputError, match=message) as caught:
+    arms = {arm: balancing_arm(arm) for arm in arms}
     Comparison(arms, [0], tiny.change(CONFIG, **fields), tmp_path / "run")
   assert "\n" not in str(caught.value)
   assert not (tmp_path / "run").exists()
+
+
+def test_arms_by_name_by_spec_and_all():
+  every = {"none": {"balancers": "none"}, "noisy": {"balancers": "load_loss:0.1", "router": "noisy_topk"}}
+  read = lambda text: arms_from_flag("methods", text, every, balancing_arm)
+  assert read("all") == every
+  assert read("noisy, switch_loss:0.1@sigmoid_topk") == {
+    "noisy": every["noisy"],
+    "switch_loss:0.1@sigmoid_topk": {"balancers": "switch_loss:0.1", "router": "sigmoid_topk"},
+  }
+  for text, message in ((" ,", "--methods=: name at least one arm"), ("none,none", "an arm is named twice")):
+    with pytest.raises(InputError, match=message):
+      read(text)
+
+
+def test_an_arm_that_changes_its_meaning_is_refused(finished):
+  folder, _ = finished
+  changed = {"none": {"balancers": "z_loss"}}
+  with pytest.raises(InputError, match="arm none: balancers was 'none', now 'z_loss'"):
+    Comparison(changed, [0], CONFIG, folder)
 
 
 def _experiment(*arguments, folder):

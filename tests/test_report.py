@@ -154,6 +154,36 @@ def test_verdict_needs_three_seeds_and_two_standard_errors(per_seed, verdict):
   assert differ(per_seed).verdict == verdict
 
 
+@pytest.mark.parametrize(
+  ("fields", "words"),
+  [
+    ({"num_steps": 200}, "number of steps"),
+    ({"tokens_per_step": 1, "fingerprint": "other"}, "tokens per step, data fingerprint"),
+    ({"schedule": {"learning_rate": 1.0}}, "optimizer and schedule"),
+    ({"training": {"tail_steps": 7}}, "tail window"),
+  ],
+)
+def test_runs_that_break_the_protocol_have_no_verdict(fields, words):
+  shared = {"schedule": {"learning_rate": 0.5}, "num_steps": 100, "tokens_per_step": 8, "fingerprint": "one"}
+  of_a = [make_result("a", s, nll=1.0) | shared for s in range(3)]
+  of_b = [make_result("b", s, nll=2.0) | shared for s in range(3)]
+  for result in of_a:
+    result["training"] = {**result.get("training", {}), "tail_steps": 6}
+  for result in of_b:
+    result["training"] = {**result.get("training", {}), "tail_steps": 6} | fields.get("training", {})
+    result |= {name: value for name, value in fields.items() if name != "training"}
+  (difference,) = [d for d in report.paired_differences(of_a + of_b) if d.key == "nll"]
+  assert difference.verdict == f"not comparable: {words}" and not difference.resolved
+
+
+def test_speed_has_no_verdict():
+  of_a, of_b = ([make_result(arm, s) for s in range(3)] for arm in "ab")
+  for result in of_b:
+    result["training"] = result["training"] | {"tokens_per_second": 1.0}
+  verdicts = {d.key: d.verdict for d in report.paired_differences(of_a + of_b)}
+  assert verdicts["tokens_per_second"] == "not judged"
+
+
 def test_verdict_knows_which_direction_is_good():
   def verdict(key, **values):
     of_a = [make_result("a", s) for s in range(3)]

@@ -35,12 +35,17 @@ def check_methods(config: MoEConfig) -> None:
     )
 
 
+def sees_later_tokens(config: MoEConfig) -> bool:
+  """Whether a token's output depends on later tokens of its sequence."""
+  leaks = router_of(config).leaks
+  return leaks == "always" or (leaks == "drops" and config.dispatcher not in NEVER_DROPS)
+
+
 def check_causal(config: MoEConfig) -> None:
   """Raises `InputError` where a token's output would depend on later tokens, unless accepted by name."""
   router = router_of(config)
-  leaks = router.leaks == "always" or (router.leaks == "drops" and config.dispatcher not in NEVER_DROPS)
   name = method_name(config.router)
-  if not leaks or name in split_methods(config.accept_leaks):
+  if not sees_later_tokens(config) or name in split_methods(config.accept_leaks):
     return
   where = {"always": "", "drops": " where capacity drops assignments (--dispatcher=dropless drops none)"}
   raise InputError(

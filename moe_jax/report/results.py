@@ -11,12 +11,17 @@ from moe_jax.errors import InputError
 
 Result = dict[str, Any]
 
-# What must agree between all results for their numbers to be comparable, and what it is called.
-_SHARED = {
+# What two runs must share for their difference to have a verdict, and what it is called (docs/fair_comparison.md).
+PROTOCOL = {
   "num_steps": "number of steps",
   "tokens_per_step": "tokens per step",
+  "schedule": "optimizer and schedule",
   "dataset": "data set",
   "fingerprint": "data fingerprint",
+  "sees_later_tokens": "view of later tokens",
+}
+# What is told when it differs, besides.
+_SHARED = PROTOCOL | {
   "num_params": "number of parameters",
   "num_active_params": "number of active parameters",
   "device": "device",
@@ -86,6 +91,15 @@ def lookup(result: Result, *path: str) -> Any:
       return None
     value = value[key]
   return value
+
+
+def broken_protocol(one: Result, other: Result) -> str:
+  """What two results do not share and should, in words; empty if they can be compared. A key that one of
+  them does not record is no contradiction."""
+  keys = [key for key in PROTOCOL if key in one and key in other and one[key] != other[key]]
+  tails = [lookup(result, "training", "tail_steps") for result in (one, other)]
+  words = [PROTOCOL[key] for key in keys]
+  return ", ".join(words + (["tail window"] if None not in tails and tails[0] != tails[1] else []))
 
 
 def warnings(run_dir: str | os.PathLike[str], results: Sequence[Result]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.report.results import Result, group_by_arm, lookup
+from moe_jax.report.results import Result, broken_protocol, group_by_arm, lookup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Column:
   format: str
   value: Callable[[Result], float | None]
   lower_is_better: bool | None = True
+  judged: bool = True  # False: depends on what else the machine does, so no difference has a verdict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +57,8 @@ class Difference:
   per_seed: dict[int, float]
   mean: float
   standard_error: float | None  # spread of the differences / sqrt(n); None with fewer than two seeds
-  verdict: str  # e.g. "lower (better)", or "no difference resolved"
-
-  @property
-  def resolved(self) -> bool:
-    return self.verdict != UNRESOLVED
+  verdict: str  # e.g. "lower (better)", "no difference resolved", "not comparable: number of steps"
+  resolved: bool  # the verdict names a direction
 
 
 UNRESOLVED = "no difference resolved"
@@ -112,7 +110,7 @@ COLUMNS = (
   Column("dead_experts", "Dead experts", "per layer", ".2f", _at("validation", "dead_experts")),
   Column("load_entropy", "Load entropy", "of log E", ".4f", _at("validation", "load_entropy"), False),
   Column("mutual_information", "Mutual inf.", "nats", ".4f", _at("validation", "mutual_information"), None),
-  Column("tokens_per_second", "Tokens/s", "", ",.0f", _at("training", "tokens_per_second"), False),
+  Column("tokens_per_second", "Tokens/s", "", ",.0f", _at("training", "tokens_per_second"), False, False),
 )
 
 
@@ -146,7 +144,8 @@ def paired_differences(results: Sequence[Result], baseline: str | None = None) -
   """Arm minus baseline per seed, for every other arm and every quantity that both have.
 
   Pairing by seed removes what the seeds share (data order, initialisation). A verdict is given only with at
-  least 3 shared seeds and |mean| > 2 standard errors; `chance_of_verdict` says how often chance alone does it.
+  least 3 shared seeds, |mean| > 2 standard errors, and runs that share steps, tokens, schedule and text;
+  `chance_of_verdict` says how often chance alone does it.
 
   Args:
     results: as from `load_results`.
@@ -171,21 +170,27 @@ def paired_differences(results: Sequence[Result], baseline: str | None = None) -
       }
       per_seed = {seed: a - b for seed, (a, b) in pairs.items() if a is not None and b is not None}
       if per_seed:
-        differences.append(_difference(arm, column, per_seed))
+        broken = {broken_protocol(r, reference[r["seed"]]) for r in of_arm if r["seed"] in reference} - {""}
+        differences.append(_difference(arm, column, per_seed, "; ".join(sorted(broken))))
   return differences
 
 
-def _difference(arm: str, column: Column, per_seed: dict[int, float]) -> Difference:
+def _difference(arm: str, column: Column, per_seed: dict[int, float], broken: str) -> Difference:
   of_seeds = stat(list(per_seed.values()))
   error = None if of_seeds.spread is None else of_seeds.spread / math.sqrt(of_seeds.num)
-  verdict = UNRESOLVED
+  verdict, resolved = UNRESOLVED, False
+  if broken:
+    verdict = f"not comparable: {broken}"
+  elif not column.judged:
+    verdict = "not judged"
   # A comparison with NaN is False: a diverged seed resolves nothing.
-  if of_seeds.num >= MIN_SEEDS_FOR_VERDICT and abs(of_seeds.mean) > 2 * error:
+  elif of_seeds.num >= MIN_SEEDS_FOR_VERDICT and abs(of_seeds.mean) > 2 * error:
+    resolved = True
     lower = of_seeds.mean < 0
     verdict = "lower" if lower else "higher"
     if column.lower_is_better is not None:
       verdict += " (better)" if lower == column.lower_is_better else " (worse)"
-  return Difference(arm, column.key, per_seed, of_seeds.mean, error, verdict)
+  return Difference(arm, column.key, per_seed, of_seeds.mean, error, verdict, resolved)
 
 
 def chance_of_verdict(num_seeds: int) -> float:

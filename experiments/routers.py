@@ -1,0 +1,71 @@
+"""Which router gives the lowest loss at equal active compute?
+
+Question   Perplexity, load and drops of every router: same model but for the routing, same batches, K x F equal.
+Command    python experiments/routers.py
+           python experiments/routers.py --routers=all --output_dir=runs/every_router
+           python experiments/routers.py --routers=softmax_topk,sigmoid_topk:normalize=true@loss_free_bias:0.003
+Hardware   two CPU cores, 2 GB; any JAX device
+Minutes    about 5 for the default, 45 for all, on two CPU cores
+Result     see docs/LOG.md, "Every router"
+
+An arm is a router, with balancers of its own behind @; the others take --balancers. Routers that look at later
+tokens are marked: a language model that uses them has a perplexity that no generated text can have, so they get no
+verdict against the others. Writes the same folder as load_balancing.py, and continues in the same way.
+"""
+
+import shlex
+import sys
+
+from absl import flags
+
+from moe_jax import cli
+
+ROUTERS = "softmax_topk,switch_top1,hash_topk,dense"
+
+_ROUTERS = flags.DEFINE_string(
+  "routers", ROUTERS, "all, or arms separated by commas: a name in moe_jax/arms.py, or ROUTER[@BALANCERS]"
+)
+_BALANCERS = flags.DEFINE_string(
+  "balancers", "switch_loss:0.01", "of the arms that bring none; several are joined by +"
+)
+_SEEDS = flags.DEFINE_integer("seeds", 3, "runs per arm, with seeds 0, 1, ...", lower_bound=1)
+_OUTPUT_DIR = flags.DEFINE_string("output_dir", "runs/routers", "the folder to write")
+cli.define_flags(leave_out=("router", "balancers", "seed", "data_seed"))
+flags.adopt_module_key_flags(cli)  # shown by --help
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  # Imported here, so that --help and wrong flags answer at once.
+  from moe_jax.arms import arms_from_flag, routers, routing_arm
+  from moe_jax.comparison import Comparison
+
+  config = cli.config_from_flags()
+  every = routers(config.model.moe.expert_dim)
+  arms = arms_from_flag("routers", _ROUTERS.value, every, routing_arm)
+  comparison = Comparison(
+    arms={name: {"balancers": _BALANCERS.value} | arm for name, arm in arms.items()},
+    seeds=range(_SEEDS.value),
+    config=config,
+    output_dir=_OUTPUT_DIR.value,
+  )
+  results = comparison.run()
+  comparison.report(
+    results,
+    title="Routers",
+    question="Which router gives the lowest loss at equal active compute?",
+    command=shlex.join(["python", *sys.argv]),
+    notes=NOTES,
+  )
+
+
+NOTES = [
+  "K x F, the hidden width that a token sees, is equal in all arms: routers with K = 1 have experts of twice the "
+  "width, and so twice the parameters. top_p sends a token to at most 4 experts and is not held to that width.",
+  "Routers that look at later tokens of the sequence (expert choice, batch priority, BASE, Sinkhorn, ...) have no "
+  "verdict against the others: their perplexity uses what a language model must predict.",
+  "In evaluation nothing is drawn and capacity is --eval_capacity_factor; base_assignment takes its best expert.",
+]
+
+if __name__ == "__main__":
+  cli.run(main)

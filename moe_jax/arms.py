@@ -1,0 +1,118 @@
+"""The arms that the comparisons run: which fields of MoEConfig each sets.
+
+Every balancer and every router of the registries is in one of the two tables; a test sees to it. Rates are
+those of short runs (see docs/LOG.md, "Which bias step"); weights are the ones of the papers.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from moe_jax.errors import InputError
+
+Arm = Mapping[str, Any]
+
+
+def balancing_arm(text: str) -> Arm:
+  """`"switch_loss:0.01+z_loss:0.001"`, or with a router of its own: `"load_loss:0.1@noisy_topk"`."""
+  balancers, at, router = text.partition("@")
+  return {"balancers": balancers} | ({"router": router} if at else {})
+
+
+def routing_arm(text: str) -> Arm:
+  """`"sigmoid_topk:normalize=true"`, or with balancers of its own: `"sinkhorn@none"`."""
+  router, at, balancers = text.partition("@")
+  return {"router": router} | ({"balancers": balancers} if at else {})
+
+
+def arms_from_flag(
+  flag: str, text: str, every: Mapping[str, Arm], parse: Callable[[str], Arm]
+) -> dict[str, Arm]:
+  """`all`, or names separated by commas, each one of `every` or something that `parse` reads.
+
+  Raises:
+    InputError: no arm, or one that is named twice.
+  """
+  names = [name.strip() for name in text.split(",") if name.strip()]
+  if names == ["all"]:
+    return dict(every)
+  if not names:
+    raise InputError(f"--{flag}=: name at least one arm, e.g. --{flag}={','.join(list(every)[:2])}")
+  if len(set(names)) < len(names):
+    raise InputError(f"--{flag}={text}: an arm is named twice")
+  return {name: every[name] if name in every else parse(name) for name in names}
+
+
+# experiments/load_balancing.py --methods=all
+BALANCING: dict[str, Arm] = {
+  text: balancing_arm(text)
+  for text in (
+    "none",
+    "switch_loss:0.01",
+    "switch_loss:0.01:scope=sequence",
+    "switch_loss:0.01+z_loss:0.001",
+    "gshard_loss:0.01",
+    "st_moe_loss:0.01",
+    "device_loss:0.05",
+    "squared_deviation_loss:0.01",
+    "squared_deviation_loss:0.01:of=load",
+    "adaptive_loss:0.01",
+    "loss_free_bias:0.003",
+    "loss_free_bias:0.003@sigmoid_topk",
+    "loss_free_bias:0.003:rule=proportional",
+    "multiplicative_bias:0.03",
+    "quantile_balancing",
+    "quantile_balancing:cutoff=article",
+    "quantile_balancing:ema=0.9",
+  )
+} | {
+  "shazeer": balancing_arm("importance_loss:0.1+load_loss:0.1@noisy_topk"),
+  "vmoe": balancing_arm("importance_loss:0.005:of=scores+load_loss:0.005@vmoe_topk"),
+  "dynamic": balancing_arm("switch_loss:0.01+dynamic_loss:0.0001@top_p") | {"num_experts_per_token": 4},
+  "moe_plus_plus": balancing_arm("heterogeneous_loss:0.01@moe_plus_plus"),
+  "deepseek_v2": balancing_arm(
+    "switch_loss:0.003:scope=sequence+device_loss:0.05+communication_loss:0.02@device_limited_topk"
+  ),
+  "deepseek_v3": balancing_arm("loss_free_bias:0.003+sequence_loss:0.0001@node_limited_topk"),
+}
+
+
+def routers(expert_dim: int) -> dict[str, Arm]:
+  """experiments/routers.py --routers=all: K x F, the hidden width that a token sees, is the same in all.
+
+  Args:
+    expert_dim: F of the arms with K = 2.
+  """
+  one = {"num_experts_per_token": 1, "expert_dim": 2 * expert_dim}
+  two = (
+    "softmax_topk",
+    "softmax_topk:softmax=before",
+    "sqrt_softplus_topk",
+    "sigmoid_topk@loss_free_bias:0.003",
+  )
+  two += ("task_level", "moe_plus_plus", "device_limited_topk", "node_limited_topk@loss_free_bias:0.003")
+  two += ("noisy_topk@importance_loss:0.1+load_loss:0.1", "vmoe_topk@importance_loss:0.005+load_loss:0.005")
+  two += ("hierarchical_topk", "hash_topk@none", "frozen_table_topk@none")
+  # These look at later tokens in a causal model: their perplexity is none of a language model.
+  leaking = ("gshard_top2", "gshard_top2:threshold=0.2:slots=sent", "st_moe_topn", "batch_prioritized")
+  leaking += (
+    "topology_aware_topk",
+    "sequence_level",
+    "expert_choice@none",
+    "sinkhorn@none",
+    "quantile_topk@none",
+  )
+  arms = {text.partition("@")[0]: routing_arm(text) for text in two}
+  arms |= {text.partition("@")[0]: accepted(routing_arm(text)) for text in leaking}
+  dense = {"num_experts": 1, "router": "softmax_topk:softmax=before", "balancers": "none"} | one
+  return arms | {
+    "dense": dense,
+    "switch_top1": {"router": "switch_top1"} | one,
+    "base_assignment": accepted(routing_arm("base_assignment@none") | one),
+    "top_p": {"router": "top_p", "num_experts_per_token": 4},
+    "soft_moe": {"layer": "soft_moe", "balancers": "none", "accept_leaks": "soft_moe"},
+  }
+
+
+def accepted(arm: Arm) -> Arm:
+  """`arm`, whose router may look at later tokens."""
+  return dict(arm) | {"accept_leaks": arm["router"].partition(":")[0]}
