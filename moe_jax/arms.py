@@ -61,16 +61,17 @@ BALANCING: dict[str, Arm] = {
     "loss_free_bias:0.003:rule=proportional",
     "multiplicative_bias:0.03",
     "quantile_balancing",
-    "quantile_balancing:cutoff=article",
+    "quantile_balancing:cutoff=quantile",
     "quantile_balancing:ema=0.9",
   )
 } | {
   "shazeer": balancing_arm("importance_loss:0.1+load_loss:0.1@noisy_topk"),
-  "vmoe": balancing_arm("importance_loss:0.005:of=scores+load_loss:0.005@vmoe_topk"),
-  "dynamic": balancing_arm("switch_loss:0.01+dynamic_loss:0.0001@top_p") | {"num_experts_per_token": 4},
+  "vmoe": balancing_arm("importance_loss:0.005:group:scores+load_loss:0.005:group@vmoe_topk"),
+  "dynamic": balancing_arm("switch_loss:0.01+entropy_loss:0.0001@top_p") | {"num_experts_per_token": 4},
   "moe_plus_plus": balancing_arm("heterogeneous_loss:0.01@moe_plus_plus"),
+  # the published scale of 16 is for 160 experts
   "deepseek_v2": balancing_arm(
-    "switch_loss:0.003:scope=sequence+device_loss:0.05+communication_loss:0.02@device_limited_topk"
+    "switch_loss:0.003:scope=sequence+device_loss:0.05:devices=8+communication_loss:0.02@device_limited_topk:scale=1"
   ),
   "deepseek_v3": balancing_arm("loss_free_bias:0.003+sequence_loss:0.0001@node_limited_topk"),
 }
@@ -82,37 +83,57 @@ def routers(expert_dim: int) -> dict[str, Arm]:
   Args:
     expert_dim: F of the arms with K = 2.
   """
-  one = {"num_experts_per_token": 1, "expert_dim": 2 * expert_dim}
-  two = (
-    "softmax_topk",
-    "softmax_topk:softmax=before",
-    "sqrt_softplus_topk",
-    "sigmoid_topk@loss_free_bias:0.003",
+  wide = {"num_experts_per_token": 1, "expert_dim": 2 * expert_dim}
+  # All tokens of a sequence have the same experts, of which any capacity would drop most.
+  dropless = {"dispatcher": "dropless"}
+  return (
+    {text.partition("@")[0]: routing_arm(text) for text in _CAUSAL}
+    | {text.partition("@")[0]: _accepted(routing_arm(text)) for text in _LEAKING}
+    | {
+      "switch_top1": routing_arm("switch_top1") | wide,
+      "dense": routing_arm("softmax_topk:softmax=before@none") | wide | {"num_experts": 1},
+      "top_p": routing_arm("top_p") | {"num_experts_per_token": 4},
+      "task_level": routing_arm("task_level") | dropless,
+      "sequence_level": _accepted(routing_arm("sequence_level") | dropless),
+      "base_assignment": _accepted(routing_arm("base_assignment@none") | wide),
+      "soft_moe": {
+        "layer": "soft_moe",
+        "router": "softmax_topk",
+        "balancers": "none",
+        "accept_leaks": "soft_moe",
+      },
+    }
   )
-  two += ("task_level", "moe_plus_plus", "device_limited_topk", "node_limited_topk@loss_free_bias:0.003")
-  two += ("noisy_topk@importance_loss:0.1+load_loss:0.1", "vmoe_topk@importance_loss:0.005+load_loss:0.005")
-  two += ("hierarchical_topk", "hash_topk@none", "frozen_table_topk@none")
-  # These look at later tokens in a causal model: their perplexity is none of a language model.
-  leaking = ("gshard_top2", "gshard_top2:threshold=0.2:slots=sent", "st_moe_topn", "batch_prioritized")
-  leaking += (
-    "topology_aware_topk",
-    "sequence_level",
-    "expert_choice@none",
-    "sinkhorn@none",
-    "quantile_topk@none",
-  )
-  arms = {text.partition("@")[0]: routing_arm(text) for text in two}
-  arms |= {text.partition("@")[0]: accepted(routing_arm(text)) for text in leaking}
-  dense = {"num_experts": 1, "router": "softmax_topk:softmax=before", "balancers": "none"} | one
-  return arms | {
-    "dense": dense,
-    "switch_top1": {"router": "switch_top1"} | one,
-    "base_assignment": accepted(routing_arm("base_assignment@none") | one),
-    "top_p": {"router": "top_p", "num_experts_per_token": 4},
-    "soft_moe": {"layer": "soft_moe", "balancers": "none", "accept_leaks": "soft_moe"},
-  }
 
 
-def accepted(arm: Arm) -> Arm:
+_CAUSAL = (
+  "softmax_topk",
+  "softmax_topk:softmax=before",
+  "sqrt_softplus_topk",
+  "sigmoid_topk@loss_free_bias:0.003",
+  "noisy_topk@importance_loss:0.1+load_loss:0.1",
+  "vmoe_topk@importance_loss:0.005:group:scores+load_loss:0.005:group",
+  "hierarchical_topk:groups_per_token=1",
+  "group_limited_topk@loss_free_bias:0.003",
+  "device_limited_topk:scale=1",
+  "node_limited_topk@loss_free_bias:0.003",
+  "moe_plus_plus@heterogeneous_loss:0.01",
+  "hash_topk@none",
+  "frozen_table_topk@none",
+)
+# These look at later tokens in a causal model: their perplexity is none of a language model.
+_LEAKING = (
+  "gshard_top2",
+  "gshard_top2:threshold=0.2:slots=sent",
+  "st_moe_topn",
+  "batch_prioritized",
+  "topology_aware_topk",
+  "expert_choice@none",
+  "sinkhorn@none",
+  "quantile_topk@none",
+)
+
+
+def _accepted(arm: Arm) -> Arm:
   """`arm`, whose router may look at later tokens."""
   return dict(arm) | {"accept_leaks": arm["router"].partition(":")[0]}

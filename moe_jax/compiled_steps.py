@@ -10,7 +10,7 @@ import jax
 from moe_jax import sharding
 from moe_jax.config import Config
 from moe_jax.errors import InputError
-from moe_jax.nn.methods import check_causal, check_methods, group_size, router_of
+from moe_jax.nn.methods import check_causal, check_methods, group_size, layer_kind, router_of
 from moe_jax.train_step import (
   EvalSums,
   TrainState,
@@ -28,6 +28,10 @@ def check_run(config: Config, mesh: jax.sharding.Mesh) -> None:
   micro = config.data.batch_size // config.train.accumulation
   check_methods(moe)
   check_causal(moe)
+  if config.train.record_router_logits and not layer_kind(moe).routes:
+    raise InputError(
+      f"--record_router_logits={config.train.record_router_logits}: --layer={moe.layer} has no router"
+    )
   group = group_size(moe, length)
   if micro * length % group or (length % group and group % length):
     raise InputError(
@@ -62,7 +66,8 @@ def compile_steps(
     raise InputError(
       f"--router={config.model.moe.router}: has {num_tasks} tasks, and the text {num_domains} domains"
     )
-  train = dataclasses.replace(config.train, seed=0, tensorboard=True)
+  record = min(config.train.record_router_logits, 1)  # how often is not the step's affair
+  train = dataclasses.replace(config.train, seed=0, tensorboard=True, record_router_logits=record)
   data = dataclasses.replace(config.data, data_seed=0)
   return _compile_steps(dataclasses.replace(config, train=train, data=data), vocab_size, num_domains, mesh)
 

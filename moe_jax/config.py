@@ -24,6 +24,7 @@ class MoEConfig:
   expert_dim: int = 64  # F
   num_shared_experts: int = 0  # always-on experts of width expert_dim beside the routed ones
   expert_activation: str = "swiglu"  # swiglu | relu
+  layer: str = "moe"  # moe | soft_moe:SLOTS; what follows is for moe, which routes
   router: str = "softmax_topk"
   balancers: str = "none"  # comma-separated, e.g. switch_loss:0.01,z_loss:0.001
   dispatcher: str = "sorted"  # einsum | sorted | dropless
@@ -194,12 +195,20 @@ class TrainConfig:
   checkpoint_every: int = 0  # 0: only at the end
   tail_fraction: float = 0.2  # MaxVio per batch is averaged over this last part of training
   tensorboard: bool = True
+  record_router_logits: int = 0  # steps between those whose router logits are kept for a replay; 0: none
+  router_logits_dtype: str = "float16"  # float16 | float32: of the recorded router logits
 
   def check(self) -> None:
     for name in ("num_steps", "accumulation", "log_every"):
       _require(getattr(self, name) >= 1, name, getattr(self, name), "must be positive")
-    for name in ("eval_every", "eval_batches", "checkpoint_every"):
+    for name in ("eval_every", "eval_batches", "checkpoint_every", "record_router_logits"):
       _require(getattr(self, name) >= 0, name, getattr(self, name), "must be 0 or more")
+    _require(
+      self.router_logits_dtype in ("float16", "float32"),
+      "router_logits_dtype",
+      self.router_logits_dtype,
+      "float16 or float32",
+    )
     _require(0 < self.tail_fraction <= 1, "tail_fraction", self.tail_fraction, "must be in (0, 1]")
 
 

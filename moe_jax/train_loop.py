@@ -1,5 +1,6 @@
 """Training with all its side effects: data, checkpoints, metrics, progress. The steps stay pure."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -17,9 +18,11 @@ from moe_jax.config import Config
 from moe_jax.data import Dataset
 from moe_jax.errors import InputError
 from moe_jax.metric_writer import JsonlWriter, MetricWriter, MultiWriter, TensorBoardWriter
-from moe_jax.nn.methods import sees_later_tokens
+from moe_jax.nn.methods import group_size, num_scored_experts, sees_later_tokens
+from moe_jax.ops.dispatch import expert_capacity
 from moe_jax.progress import TrainingProgress
 from moe_jax.results import TailMeans, count_params, validation_summary, versions
+from moe_jax.trace import FOLDER, TraceWriter
 from moe_jax.train_step import TrainState
 
 
@@ -29,7 +32,7 @@ class Run:
   Args:
     config: checked here, before anything is compiled.
     dataset: what to train and evaluate on.
-    folder: gets metrics.jsonl, result.json, checkpoints/ and tensorboard/.
+    folder: gets metrics.jsonl, result.json, checkpoints/, tensorboard/ and, if asked for, router_logits/.
     progress: where to show the numbers; None: nowhere.
     label: of the run, in the result.
     show: of the run, on the progress bar; empty: the label.
@@ -69,8 +72,8 @@ class Run:
       state = self._start()
       if self.progress:
         self.progress.start_run(self.show, self.config.train.num_steps)
-      with self._writer(int(state.step)) as writer:
-        state = self._loop(state, writer)
+      with self._writer(int(state.step)) as writer, self._recorder(int(state.step)) as recorder:
+        state = self._loop(state, writer, recorder)
         validation = self.evaluate(state)
       self.checkpoints.close()
     result = self._result(state, validation)
@@ -99,13 +102,21 @@ class Run:
       writers.append(TensorBoardWriter(self.folder / "tensorboard", resume_step=step))
     return MultiWriter(writers)
 
-  def _loop(self, state: TrainState, writer: MetricWriter) -> TrainState:
+  def _recorder(self, step: int) -> contextlib.AbstractContextManager[TraceWriter | None]:
+    if jax.process_index() != 0 or not self.config.train.record_router_logits:
+      return contextlib.nullcontext()
+    return TraceWriter(self.folder / FOLDER, self._trace_header(), resume_step=step)
+
+  def _loop(self, state: TrainState, writer: MetricWriter, recorder: TraceWriter | None) -> TrainState:
     train = self.config.train
     pending: list[dict] = []
     started = time.monotonic()
     start_step = int(state.step)
     for step in range(start_step + 1, train.num_steps + 1):
       state, metrics = self.steps.train(state, self._on_devices(next(self.batches)))
+      trace = metrics.pop("router_trace", None)
+      if recorder and step % train.record_router_logits == 0:
+        recorder.add(step, trace)
       pending.append(metrics)
       last = step == train.num_steps
       evaluate = train.eval_every and step % train.eval_every == 0 and not last
@@ -124,6 +135,8 @@ class Run:
         if evaluate:
           writer.write(step, {f"eval_{k}": v for k, v in _scalars(self.evaluate(state)).items()})
         if save:
+          if recorder:
+            recorder.flush()  # a run that continues from here has all steps up to here
           self.checkpoints.save(step, state, self._extra())
         started = time.monotonic()
     return state
@@ -162,6 +175,21 @@ class Run:
       "tail": self.tail.to_json(),
       "seconds": self.seconds,
       "timed_steps": self.timed_steps,
+    }
+
+  def _trace_header(self) -> dict[str, Any]:
+    moe, length, info = self.config.model.moe, self.config.data.sequence_length, self.dataset.info
+    group, k = group_size(moe, length), moe.num_experts_per_token
+    return {
+      "router": moe.router,
+      "num_experts": moe.num_experts,
+      "num_scored_experts": num_scored_experts(moe),
+      "num_experts_per_token": k,
+      "group_size": group,
+      "capacity": expert_capacity(group, k, moe.capacity_factor, moe.num_experts),
+      "domains": list(info.domains),
+      "fingerprint": info.fingerprint,
+      "config": self.config.to_dict(),
     }
 
   @property

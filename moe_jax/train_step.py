@@ -97,14 +97,15 @@ def make_train_step(
 
   Metrics: `loss` (nats per token, language model only), `total_loss`, one entry [R] per balancing loss,
   `grad_norm`, `learning_rate`, and per layer `max_vio`, `dropped_fraction`, `router_entropy` [R] and
-  `tokens_per_expert` [R, E], all of the whole step, before capacity where counts are meant.
+  `tokens_per_expert` [R, E], all of the whole step, before capacity where counts are meant. With
+  `record_router_logits` also `router_trace`, the fields of `moe_jax.trace.Steps` but the step.
   """
   graphdef = _graphdef(config, vocab_size)
   optimizer = make_optimizer(config.optimizer, config.train.num_steps)
   schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
   balancer = make_balancer(config.model.moe.balancers)
 
-  def forward(params, balancer_state, micro, step_stats):
+  def forward(params, balancer_state, micro, step_stats, record=False):
     model = nnx.merge(graphdef, params, balancer_state)
     keys = jax.random.wrap_key_data(micro["key_B"])
     return model(
@@ -114,32 +115,36 @@ def make_train_step(
       step_stats=step_stats,
       train=True,
       domain_B=micro["domain_B"],
+      record_logits=record,
     )
 
   def loss_fn(params, balancer_state, micro, step_stats, step_tokens):
-    logits_BLV, aux = forward(params, balancer_state, micro, step_stats)
+    record = config.train.record_router_logits > 0
+    logits_BLV, aux = forward(params, balancer_state, micro, step_stats, record)
     share = micro["mask_BL"].sum() / step_tokens
     losses = {name: share * loss_R for name, loss_R in aux.losses.items()}
     nll = cross_entropy(logits_BLV, micro)
     # A mean over layers: the weight of a balancing loss means the same at any depth.
     total = nll / step_tokens + sum(loss_R.mean() for loss_R in losses.values())
-    return total, _sums(nll, losses, aux)
+    return total, (_sums(nll, losses, aux), aux.logits_BLE)
 
   def step_fn(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
     step_tokens = jnp.maximum(batch["mask_BL"].sum(), 1).astype(jnp.float32)
-    micros = _cut(_with_keys(state, batch), config.train.accumulation)
+    batch = _with_keys(state, batch)
+    micros = _cut(batch, config.train.accumulation)
     whole = None
     if balancer.needs_whole_step and config.train.accumulation > 1:
-      observe = lambda micro, _: forward(state.params, state.balancer, micro, None)[1].balancer_stats
-      whole = _scan_sum(observe, micros)
+      observe = lambda micro, _: (forward(state.params, state.balancer, micro, None)[1].balancer_stats, None)
+      whole, _ = _scan_sum(observe, micros)
     grad_fn = jax.grad(loss_fn, has_aux=True)
 
     def one(micro, before):
       stats_before = None if before is None else before[1].balancer_stats
       step_stats = StepStats(whole, stats_before)
-      return grad_fn(state.params, state.balancer, micro, step_stats, step_tokens)
+      grads, (sums, logits_RBLE) = grad_fn(state.params, state.balancer, micro, step_stats, step_tokens)
+      return (grads, sums), logits_RBLE
 
-    grads, sums = _scan_sum(one, micros)
+    (grads, sums), logits_PRBLE = _scan_sum(one, micros)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     new_state = TrainState(
       step=state.step + 1,
@@ -149,6 +154,8 @@ def make_train_step(
       opt_state=opt_state,
     )
     metrics = _metrics(sums, step_tokens)
+    if logits_PRBLE is not None:
+      metrics["router_trace"] = _router_trace(logits_PRBLE, batch, config.train.router_logits_dtype)
     return new_state, metrics | {
       "grad_norm": optax.tree.norm(grads),
       "learning_rate": schedule(state.step),
@@ -182,14 +189,34 @@ def _cut(batch: Batch, pieces: int) -> Batch:
   return jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
-def _scan_sum(function: Callable[[Batch, PyTree | None], PyTree], micros: Batch) -> PyTree:
-  """The sum of `function(micro-batch, sum so far)` over the leading axis, holding one result at a time."""
+def _scan_sum(
+  function: Callable[[Batch, PyTree | None], tuple[PyTree, PyTree]], micros: Batch
+) -> tuple[PyTree, PyTree]:
+  """`function(micro-batch, sum so far)` gives (what to add up, what to stack) for each entry of the leading axis.
+  The sum, of which one term is held at a time, and the stack."""
   first = jax.tree.map(lambda x: x[0], micros)
   if jax.tree.leaves(micros)[0].shape[0] == 1:
-    return function(first, None)
-  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function, first, None))
-  add = lambda total, micro: (jax.tree.map(jnp.add, total, function(micro, total)), None)
-  return jax.lax.scan(add, zeros, micros)[0]
+    total, apart = function(first, None)
+    return total, jax.tree.map(lambda x: x[None], apart)
+  shapes, _ = jax.eval_shape(function, first, None)
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+  def add(total, micro):
+    found, apart = function(micro, total)
+    return jax.tree.map(jnp.add, total, found), apart
+
+  return jax.lax.scan(add, zeros, micros)
+
+
+def _router_trace(logits_PRBLE: Array, batch: Batch, dtype: str) -> dict[str, Array]:
+  """What a replay needs of a step, its micro-batches put back into the order of the batch: the reverse of `_cut`."""
+  logits_RBPLE = jnp.moveaxis(logits_PRBLE, 0, 2)
+  logits_RBLE = logits_RBPLE.reshape(logits_RBPLE.shape[0], -1, *logits_RBPLE.shape[3:])
+  limit = float(jnp.finfo(dtype).max)  # the largest number of the type, not infinity, which has no softmax
+  return {
+    "logits_RBLE": jnp.clip(logits_RBLE, -limit, limit).astype(dtype),
+    **{name: batch[name] for name in ("mask_BL", "domain_B", "key_B")},
+  }
 
 
 def _update_balancer(balancer: Balancer, state: nnx.State, step_stats: PyTree) -> nnx.State:

@@ -66,6 +66,8 @@ class BatchRouting(NamedTuple):
   group_size: int  # T, static: B*L tokens in order are cut into groups of T
   num_experts_per_token: int  # K, static
   smooth_load_BLE: Array | None = None  # see `Routing`
+  # float32, differentiable: the combine weight of each chosen expert, before capacity; 0 for all others
+  weights_BLE: Array | None = None
 
   @property
   def scores_BLE(self) -> Array:
@@ -95,3 +97,4 @@ class MoEAux(NamedTuple):
   kept_per_expert_E: Array  # float32 counts after capacity
   router_entropy: Array  # scalar, nats, summed over valid tokens
   num_tokens: Array  # scalar, valid tokens
+  logits_BLE: Array | None = None  # float32, what the router was given; None unless asked for. Not a sum.

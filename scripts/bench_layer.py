@@ -3,13 +3,17 @@ r"""How much slower than a dense FFN of equal FLOPs is an MoE layer, forward and
   python scripts/bench_layer.py
   python scripts/bench_layer.py --num_experts=64 --num_experts_per_token=8 --expert_dim=128
   python scripts/bench_layer.py --dispatchers=sorted,einsum:64,einsum:256 --capacity_factor=1.0 --json
+  python scripts/bench_layer.py --balancing=all     # each method's layer against the one with plain top-k
+  python scripts/bench_layer.py --routers=all
 
 Times value_and_grad with respect to the input and all weights, router included: router matmul, softmax,
 top-k, dispatch, experts, combine. The dense FFN is a SwiGLU of hidden width K*F. Dense and MoE steps
 alternate in one process, and the table gives the ratio of the minima and the median of the paired ratios.
-Where these two are far from each other, the machine is busy: run again. About a minute on 2 CPU cores.
+Where these two are far from each other, the machine is busy: run again. About a minute on 2 CPU cores, and
+ten seconds per method with --balancing or --routers.
 """
 
+import dataclasses
 import functools
 import json
 import time
@@ -17,8 +21,15 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
+from flax import nnx
 
+from moe_jax import cli
+from moe_jax.arms import BALANCING, arms_from_flag, balancing_arm, routers, routing_arm
+from moe_jax.config import ModelConfig, MoEConfig
+from moe_jax.errors import InputError
+from moe_jax.nn.transformer import make_layer
+from moe_jax.ops.balancing import make_balancer
 from moe_jax.ops.dispatch import default_group_size, expert_capacity, get_dispatcher
 from moe_jax.ops.experts import ExpertWeights, expert_ffn
 from moe_jax.ops.routing import make_router
@@ -41,6 +52,10 @@ _DISPATCHERS = flags.DEFINE_list(
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of tokens and experts")
 _PAIRS = flags.DEFINE_integer("pairs", 21, "timed pairs per dispatcher", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "of inputs and weights")
+_BALANCING = flags.DEFINE_string(
+  "balancing", "", "all, or arms as in experiments/load_balancing.py --methods"
+)
+_ROUTERS = flags.DEFINE_string("routers", "", "all, or arms as in experiments/routers.py --routers")
 _JSON = flags.DEFINE_bool("json", False, "print one JSON object instead of the table")
 
 
@@ -103,6 +118,19 @@ def seconds(step, *args):
   return time.perf_counter() - start
 
 
+def ratios(base, other):
+  """`base` and `other`: () -> anything, alternating. Their times as a dict of ratios and milliseconds."""
+  jax.block_until_ready((base(), other()))
+  pairs = np.array([(seconds(base), seconds(other)) for _ in range(_PAIRS.value)])
+  base_s, other_s = pairs.T
+  return {
+    "ratio_min": other_s.min() / base_s.min(),
+    "ratio_median": float(np.median(other_s / base_s)),
+    "base_ms": base_s.min() * 1e3,
+    "ms": other_s.min() * 1e3,
+  }
+
+
 def compare(spec, inputs):
   """One row of the table: a dispatcher against the dense FFN, alternating."""
   x_TD, cotangent_TD, dense_params, moe_params = inputs
@@ -110,35 +138,81 @@ def compare(spec, inputs):
   group_size = int(size) if size else default_group_size(name, min(_LENGTH.value, _TOKENS.value))
   group_size = group_size or _TOKENS.value
   if _TOKENS.value % group_size:
-    raise app.UsageError(
+    raise InputError(
       f"--dispatchers={spec}: groups of {group_size} do not divide --num_tokens={_TOKENS.value}"
     )
   dense_step = train_step(dense_ffn, cotangent_TD)
   step = train_step(functools.partial(moe_layer, dispatcher=name, group_size=group_size), cotangent_TD)
-  jax.block_until_ready(dense_step(dense_params, x_TD))
-  (_, info), _ = jax.block_until_ready(step(moe_params, x_TD))
-  pairs = [
-    (seconds(dense_step, dense_params, x_TD), seconds(step, moe_params, x_TD)) for _ in range(_PAIRS.value)
-  ]
-  dense_s, moe_s = np.array(pairs).T
+  (_, info), _ = step(moe_params, x_TD)
   return {
-    "dispatcher": name,
-    "group_size": group_size,
-    "ratio_min": moe_s.min() / dense_s.min(),
-    "ratio_median": float(np.median(moe_s / dense_s)),
-    "dense_ms": dense_s.min() * 1e3,
-    "moe_ms": moe_s.min() * 1e3,
+    "name": f"{name}:{group_size}",
+    **ratios(lambda: dense_step(dense_params, x_TD), lambda: step(moe_params, x_TD)),
     "max_vio": float(info["max_vio"]),
     "dropped": float(info["dropped"]),
   }
 
 
+def method_step(config, inputs):
+  """() -> gradients and balancer state of the whole module `MoE` in training: router, balancer and its update."""
+  x_TD, cotangent_TD, _, _ = inputs
+  length = min(_LENGTH.value, _TOKENS.value)
+  x_BLD, cotangent_BLD = (x.reshape(-1, length, x.shape[-1]) for x in (x_TD, cotangent_TD))
+  batch = x_BLD.shape[0]
+  balancer = make_balancer(config.balancers)
+  layer = make_layer(ModelConfig(model_dim=_DIM.value, moe=config), nnx.Rngs(_SEED.value))
+  graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
+  further = {
+    "key_B": jax.random.split(jax.random.key(_SEED.value), batch),
+    "token_id_BL": jax.random.randint(jax.random.key(1), (batch, length), 0, 256),
+    "domain_B": jnp.arange(batch) % 4,
+  }
+
+  def loss(params, x_BLD):
+    y_BLD, aux = nnx.merge(graphdef, params, rest)(x_BLD, train=True, **further)
+    total = jnp.vdot(y_BLD.astype(jnp.float32), cotangent_BLD.astype(jnp.float32))
+    return total + sum(aux.losses.values()), aux
+
+  @jax.jit
+  def step(params, x_BLD):
+    gradients, aux = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x_BLD)
+    state = jax.tree.leaves(rest, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    updated = [balancer.update(variable.get_value(), aux.balancer_stats) for variable in state]
+    return gradients, updated, aux.tokens_per_expert_BE
+
+  return lambda: step(params, x_BLD)
+
+
+def compare_method(name, arm, base, inputs):
+  """One row: the layer with the arm's methods against `base`, plain top-k without balancing."""
+  config = dataclasses.replace(base, **arm)
+  counts_E = np.asarray(method_step(config, inputs)()[2]).sum(axis=0)
+  return {
+    "name": name,
+    **ratios(method_step(base, inputs), method_step(config, inputs)),
+    "max_vio": float(counts_E.max() / max(counts_E.mean(), 1e-9) - 1),
+    "dropped": float("nan"),
+  }
+
+
+def method_rows(inputs):
+  base = MoEConfig(
+    num_experts=_EXPERTS.value,
+    num_experts_per_token=_K.value,
+    expert_dim=_EXPERT_DIM.value,
+    capacity_factor=_CAPACITY.value,
+  )
+  found = arms_from_flag("balancing", _BALANCING.value, BALANCING, balancing_arm) if _BALANCING.value else {}
+  if _ROUTERS.value:
+    found |= arms_from_flag("routers", _ROUTERS.value, routers(_EXPERT_DIM.value), routing_arm)
+  return [compare_method(name, arm, base, inputs) for name, arm in found.items()]
+
+
 def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  del argv
   logging.set_verbosity(logging.WARNING)  # JAX tells which backends it does not find
   inputs = make_inputs()
-  rows = [compare(spec, inputs) for spec in _DISPATCHERS.value]
+  methods = bool(_BALANCING.value or _ROUTERS.value)
+  rows = method_rows(inputs) if methods else [compare(spec, inputs) for spec in _DISPATCHERS.value]
   shape = {
     flag.name: flag.value for flag in (_TOKENS, _DIM, _EXPERT_DIM, _EXPERTS, _K, _CAPACITY, _ROUTER, _DTYPE)
   }
@@ -147,17 +221,23 @@ def main(argv):
     print(json.dumps({"shape": shape, "device": device, "rows": rows}))
     return
   print("  ".join(f"{name}={value}" for name, value in shape.items()), f" on {device}")
-  print(
-    f"dense: SwiGLU of hidden width K*F={_K.value * _EXPERT_DIM.value}. Routing is real: a random router on"
-  )
-  print("random inputs chooses; max_vio = max(load)/mean(load)-1 over all tokens, before capacity.\n")
-  print("dispatcher  group  ratio_median  ratio_min  dense_ms   moe_ms  max_vio  dropped")
+  if methods:
+    print(
+      "base: the same layer with softmax_topk, no balancing. max_vio: over all tokens, at initialisation.\n"
+    )
+  else:
+    print(
+      f"base: dense SwiGLU of hidden width K*F={_K.value * _EXPERT_DIM.value}. Routing is real: a random router on"
+    )
+    print("random inputs chooses; max_vio = max(load)/mean(load)-1 over all tokens, before capacity.\n")
+  width = max(len(r["name"]) for r in rows)
+  print(f"{'':<{width}}  ratio_median  ratio_min  base_ms       ms  max_vio  dropped")
   for r in rows:
     print(
-      f"{r['dispatcher']:<10} {r['group_size']:>6} {r['ratio_median']:>13.2f} {r['ratio_min']:>10.2f}"
-      f" {r['dense_ms']:>9.1f} {r['moe_ms']:>8.1f} {r['max_vio']:>8.2f} {r['dropped']:>8.3f}"
+      f"{r['name']:<{width}} {r['ratio_median']:>13.2f} {r['ratio_min']:>10.2f}"
+      f" {r['base_ms']:>8.1f} {r['ms']:>8.1f} {r['max_vio']:>8.2f} {r['dropped']:>8.3f}"
     )
 
 
 if __name__ == "__main__":
-  app.run(main)
+  cli.run(main)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from moe_jax import train_loop
-from moe_jax.arms import arms_from_flag, balancing_arm
+from moe_jax.arms import balancing_arm
 from moe_jax.comparison import Comparison
 from moe_jax.errors import InputError
 from moe_jax.metric_writer import read_jsonl
@@ -114,19 +114,6 @@ def test_wrong_input_is_one_line_before_anything_is_written(tmp_path, arms, fiel
     Comparison(arms, [0], tiny.change(CONFIG, **fields), tmp_path / "run")
   assert "\n" not in str(caught.value)
   assert not (tmp_path / "run").exists()
-
-
-def test_arms_by_name_by_spec_and_all():
-  every = {"none": {"balancers": "none"}, "noisy": {"balancers": "load_loss:0.1", "router": "noisy_topk"}}
-  read = lambda text: arms_from_flag("methods", text, every, balancing_arm)
-  assert read("all") == every
-  assert read("noisy, switch_loss:0.1@sigmoid_topk") == {
-    "noisy": every["noisy"],
-    "switch_loss:0.1@sigmoid_topk": {"balancers": "switch_loss:0.1", "router": "sigmoid_topk"},
-  }
-  for text, message in ((" ,", "--methods=: name at least one arm"), ("none,none", "an arm is named twice")):
-    with pytest.raises(InputError, match=message):
-      read(text)
 
 
 def test_an_arm_that_changes_its_meaning_is_refused(finished):

@@ -40,11 +40,11 @@ class Part(NamedTuple):
 
 
 BELOW_TRAINING = (
-  "nn ops types sharding expert_parallel config presets errors optim data checkpoint metric_writer progress"
+  "nn ops types sharding expert_parallel config presets errors optim data checkpoint metric_writer progress trace"
 )
 BELOW_LOOP = f"train_step compiled_steps results {BELOW_TRAINING}"
 BELOW_EXPERIMENTS = f"train_loop report analysis interop {BELOW_LOOP}"
-EVERYTHING = f"comparison arms cli {BELOW_EXPERIMENTS}"
+EVERYTHING = f"comparison replay arms cli {BELOW_EXPERIMENTS}"
 
 # experiments, scripts, notebooks -> train_loop -> train_step -> nn -> ops -> types.
 # A new file or folder directly under moe_jax/ needs a row here.
@@ -56,6 +56,7 @@ GRAPH = {
   "presets": Part("config errors", outside=set()),
   "metric_writer": Part("config errors", never=JAX),
   "progress": Part("errors", never=JAX),
+  "trace": Part("errors", never=JAX),
   "arms": Part("errors", outside=set()),
   "cli": Part("config presets errors", never=JAX),
   "report": Part("config errors metric_writer", never=JAX),
@@ -73,6 +74,7 @@ GRAPH = {
   "compiled_steps": Part("train_step nn sharding ops config errors", never={"orbax", "grain"}),
   "results": Part("train_step ops config", never={"orbax", "grain"}),
   "train_loop": Part(f"analysis {BELOW_LOOP}"),
+  "replay": Part("trace nn ops types config errors", outside={"jax", "numpy"}),
   "comparison": Part(f"arms {BELOW_EXPERIMENTS}"),
   "analysis": Part("nn ops types sharding expert_parallel config presets errors optim train_step"),
   "interop": Part("nn ops types sharding config presets errors checkpoint"),

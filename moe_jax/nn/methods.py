@@ -1,11 +1,31 @@
 """The methods that a layer's configuration names, checked against each other before anything is compiled."""
 
+from typing import NamedTuple
+
 from moe_jax.config import MoEConfig
-from moe_jax.errors import InputError
+from moe_jax.errors import InputError, unknown_name
 from moe_jax.ops.balancing import make_balancer
 from moe_jax.ops.dispatch import NEVER_DROPS, default_group_size, get_dispatcher
 from moe_jax.ops.methods import method_name, split_methods
 from moe_jax.ops.routing import Router, make_router
+
+
+class LayerKind(NamedTuple):
+  """What must be known of a kind of layer before one is made; `nn.transformer.LAYERS` makes them."""
+
+  routes: bool  # has a router, which then says what leaks, and balancers, jitter and groups
+  leaks: str = ""  # see `Router.leaks`
+
+
+LAYER_KINDS = {"moe": LayerKind(routes=True), "soft_moe": LayerKind(routes=False, leaks="always")}
+
+
+def layer_kind(config: MoEConfig) -> LayerKind:
+  """Raises `InputError` on an unknown layer."""
+  name = method_name(config.layer)
+  if name not in LAYER_KINDS:
+    raise unknown_name("layer", name, LAYER_KINDS)
+  return LAYER_KINDS[name]
 
 
 def router_of(config: MoEConfig) -> Router:
@@ -14,13 +34,16 @@ def router_of(config: MoEConfig) -> Router:
 
 def num_scored_experts(config: MoEConfig) -> int:
   """Experts that the router scores: those with a feed-forward network, and zero-computation ones."""
-  return config.num_experts + router_of(config).num_extra_logits
+  extra = router_of(config).num_extra_logits if layer_kind(config).routes else 0
+  return config.num_experts + extra
 
 
 def check_methods(config: MoEConfig) -> None:
   """Raises `InputError` on an unknown method, or a router, balancer and dispatcher that do not fit."""
   config.check()
   get_dispatcher(config.dispatcher)
+  if not layer_kind(config).routes:
+    _check_unrouted(config)
   router, balancer = router_of(config), make_balancer(config.balancers)
   bias = balancer.bias(balancer.init(num_scored_experts(config)))
   if bias is not None and not router.takes_bias:
@@ -35,21 +58,36 @@ def check_methods(config: MoEConfig) -> None:
     )
 
 
+def _check_unrouted(config: MoEConfig) -> None:
+  """A layer without a router would ignore these fields without a word."""
+  for field in ("router", "balancers", "group_size", "jitter"):
+    value, default = getattr(config, field), getattr(MoEConfig, field)
+    if value != default:
+      raise InputError(f"--{field}={value}: --layer={config.layer} does not route; leave it at {default}")
+
+
+def _leaks(config: MoEConfig) -> str:
+  """See `Router.leaks`."""
+  kind = layer_kind(config)
+  return router_of(config).leaks if kind.routes else kind.leaks
+
+
 def sees_later_tokens(config: MoEConfig) -> bool:
   """Whether a token's output depends on later tokens of its sequence."""
-  leaks = router_of(config).leaks
+  leaks = _leaks(config)
   return leaks == "always" or (leaks == "drops" and config.dispatcher not in NEVER_DROPS)
 
 
 def check_causal(config: MoEConfig) -> None:
   """Raises `InputError` where a token's output would depend on later tokens, unless accepted by name."""
-  router = router_of(config)
-  name = method_name(config.router)
+  flag = "router" if layer_kind(config).routes else "layer"
+  spec = getattr(config, flag)
+  name = method_name(spec)
   if not sees_later_tokens(config) or name in split_methods(config.accept_leaks):
     return
   where = {"always": "", "drops": " where capacity drops assignments (--dispatcher=dropless drops none)"}
   raise InputError(
-    f"--router={config.router}: in a causal model its choices depend on later tokens{where[router.leaks]}; "
+    f"--{flag}={spec}: in a causal model its output depends on later tokens{where[_leaks(config)]}; "
     f"to train it nonetheless, say --accept_leaks={name}"
   )
 
@@ -60,6 +98,8 @@ def group_size(config: MoEConfig, length: int) -> int:
   Raises:
     InputError: the router needs whole sequences and the groups cut them.
   """
+  if not layer_kind(config).routes:
+    return length
   if "sequence_T" not in router_of(config).reads:
     return config.group_size or default_group_size(config.dispatcher, length)
   if config.group_size % length:

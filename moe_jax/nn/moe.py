@@ -63,6 +63,7 @@ class MoE(nnx.Module):
     train: bool = False,
     token_id_BL: Array | None = None,
     domain_B: Array | None = None,
+    record_logits: bool = False,
   ) -> tuple[Array, MoEAux]:
     """One forward pass.
 
@@ -77,6 +78,7 @@ class MoE(nnx.Module):
       train: uses jitter and `capacity_factor` instead of `eval_capacity_factor`.
       token_id_BL: int32 vocabulary ids, for routers that read them.
       domain_B: int32, the domain of each sequence, for routers by task.
+      record_logits: fills in `MoEAux.logits_BLE`.
 
     Raises:
       InputError: the router reads an argument that was not given.
@@ -88,15 +90,13 @@ class MoE(nnx.Module):
     state = jax.lax.stop_gradient(self.balancer_state.get_value())
 
     router_input_BLD = self._router_input(x_BLD, key_B if train else None)
-    sequences_per_group = max(group_size(self.config, length) // length, 1)
-    index_in_group_B = jnp.arange(batch, dtype=jnp.int32) % sequences_per_group
     further = {
       "token_id_T": token_id_BL,
       "side_logits_TX": None if self.w_side_DX is None else project(router_input_BLD, self.w_side_DX[...]),
-      "sequence_T": jnp.broadcast_to(index_in_group_B[:, None], (batch, length)),
     }
     logits_BLE = self._logits(router_input_BLD, domain_B)
-    routing = self._route(logits_BLE, mask_BL, key_B if train else None, balancer.bias(state), further, train)
+    bias_E = balancer.bias(state)
+    routing = route_groups(self.config, logits_BLE, mask_BL, bias_E, key_B if train else None, train, further)
     y_BLD, kept_per_expert_E = self._experts(x_BLD, routing, train)
     if self.shared is not None:
       y_BLD = y_BLD + self.shared(x_BLD)
@@ -106,7 +106,8 @@ class MoE(nnx.Module):
     batch_routing = to_batch(routing, batch, length, self.config.num_experts_per_token)
     observed = jax.lax.stop_gradient(balancer.observe(state, batch_routing))
     losses = balancer.losses(state, batch_routing, _with_this_batch(step_stats, observed))
-    return y_BLD, _aux(batch_routing, losses, observed, kept_per_expert_E)
+    aux = _aux(batch_routing, losses, observed, kept_per_expert_E)
+    return y_BLD, aux._replace(logits_BLE=jax.lax.stop_gradient(logits_BLE)) if record_logits else aux
 
   def _router_input(self, x_BLD: Array, key_B: Array | None) -> Array:
     x_BLD = x_BLD.astype(jnp.float32)
@@ -126,35 +127,6 @@ class MoE(nnx.Module):
     logits_BE = self.w_task_SE[...][domain_B]
     shape = (*router_input_BLD.shape[:2], logits_BE.shape[-1])
     return jnp.broadcast_to(logits_BE[:, None, :], shape)
-
-  def _route(
-    self,
-    logits_BLE: Array,
-    mask_BL: Array,
-    key_B: Array | None,
-    bias_E: PyTree,
-    further: dict[str, Array | None],
-    train: bool,
-  ) -> Routing:
-    """The routing of every group; each field has a leading G. `further`: [B, L, ...] arrays by name."""
-    batch, length, _ = logits_BLE.shape
-    t = group_size(self.config, length)
-    router = router_of(self.config)
-    cut = lambda x: x.reshape(-1, t, *x.shape[2:])
-    static = {"train": train} if "train" in router.reads else {}
-    given = {name: value for name, value in further.items() if name in router.reads}
-    for name, value in given.items():
-      if value is None:
-        raise InputError(f"router {self.config.router}: reads {name}, which the layer was not given")
-    mapped = {name: cut(value) for name, value in given.items()} | {"mask_T": cut(mask_BL)}
-    if key_B is not None:
-      first_token_G = jnp.arange(batch * length // t) * t
-      mapped["key"] = jax.vmap(jax.random.fold_in)(
-        key_B[first_token_G // length], 1 + first_token_G % length // t
-      )
-    logits_GTE = constrain(cut(logits_BLE), ("group", None, None))
-    route = lambda logits, kwargs: router(logits, bias_E=bias_E, **static, **kwargs)
-    return jax.vmap(route)(logits_GTE, mapped)
 
   def _experts(self, x_BLD: Array, routing: Routing, train: bool) -> tuple[Array, Array]:
     config = self.config
@@ -182,6 +154,43 @@ class MoE(nnx.Module):
     onehot_GAE = jax.nn.one_hot(routing.assignment.expert_A, routing.logits_TE.shape[-1], dtype=jnp.float32)
     kept_per_expert_E = jnp.einsum("GA,GAE->E", kept_GA.astype(jnp.float32), onehot_GAE)
     return y_BLD, kept_per_expert_E
+
+
+def route_groups(
+  config: MoEConfig,
+  logits_BLE: Array,
+  mask_BL: Array,
+  bias_E: PyTree,
+  key_B: Array | None,
+  train: bool,
+  further: dict[str, Array | None],
+) -> Routing:
+  """The routing of every group; each field has a leading G. `further`: [B, L, ...] arrays by name.
+
+  Raises:
+    InputError: the router reads an array that `further` lacks.
+  """
+  batch, length, _ = logits_BLE.shape
+  t = group_size(config, length)
+  router = router_of(config)
+  cut = lambda x: x.reshape(-1, t, *x.shape[2:])
+  index_in_group_B = jnp.arange(batch, dtype=jnp.int32) % max(t // length, 1)
+  sequence_BL = jnp.broadcast_to(index_in_group_B[:, None], (batch, length))
+  static = {"train": train} if "train" in router.reads else {}
+  arrays = further | {"sequence_T": sequence_BL}
+  given = {name: arrays.get(name) for name in router.reads if name != "train"}
+  for name, value in given.items():
+    if value is None:
+      raise InputError(f"router {config.router}: reads {name}, which the layer was not given")
+  mapped = {name: cut(value) for name, value in given.items()} | {"mask_T": cut(mask_BL)}
+  if key_B is not None:
+    first_token_G = jnp.arange(batch * length // t) * t
+    mapped["key"] = jax.vmap(jax.random.fold_in)(
+      key_B[first_token_G // length], 1 + first_token_G % length // t
+    )
+  logits_GTE = constrain(cut(logits_BLE), ("group", None, None))
+  route = lambda logits, kwargs: router(logits, bias_E=bias_E, **static, **kwargs)
+  return jax.vmap(route)(logits_GTE, mapped)
 
 
 def project(router_input_BLD: Array, w_DE: Array) -> Array:

@@ -9,15 +9,32 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.config import ModelConfig
+from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.nn.attention import Attention
 from moe_jax.nn.methods import check_causal
 from moe_jax.nn.mlp import MLP
 from moe_jax.nn.moe import MoE
 from moe_jax.nn.norm import RMSNorm
+from moe_jax.nn.soft_moe import SoftMoE, soft_moe
 from moe_jax.nn.variables import matrix
+from moe_jax.ops.methods import build
 from moe_jax.sharding import constrain
 from moe_jax.types import Array, MoEAux, StepStats
+
+
+def moe(config: MoEConfig, dim: int, init_scale: float, rngs: nnx.Rngs) -> MoE:
+  """The layer that routes tokens to experts."""
+  return MoE(config, dim, init_scale, rngs=rngs)
+
+
+# name -> (config, dim, init_scale, rngs, options) -> layer. Each is called as `MoE` is; `nn.methods.LAYER_KINDS`
+# says what is to be known of it before.
+LAYERS = {"moe": moe, "soft_moe": soft_moe}
+
+
+def make_layer(config: ModelConfig, rngs: nnx.Rngs) -> MoE | SoftMoE:
+  """The layer with experts that `config.moe.layer` names."""
+  return build("layer", LAYERS, config.moe.layer, config.moe, config.model_dim, config.init_scale, rngs)
 
 
 class DenseLayer(nnx.Module):
@@ -43,7 +60,7 @@ class MoELayer(nnx.Module):
     self.attention_norm = RMSNorm(config.model_dim, config.norm_eps)
     self.attention = Attention(config, rngs=rngs)
     self.moe_norm = RMSNorm(config.model_dim, config.norm_eps)
-    self.moe = MoE(config.moe, config.model_dim, config.init_scale, rngs=rngs)
+    self.moe = make_layer(config, rngs)
 
   def __call__(self, x_BLD: Array, mask_BL: Array, **kwargs) -> tuple[Array, MoEAux]:
     x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD))
@@ -113,6 +130,7 @@ class Transformer(nnx.Module):
     step_stats: StepStats | None = None,
     train: bool = False,
     domain_B: Array | None = None,
+    record_logits: bool = False,
   ) -> tuple[Array, MoEAux]:
     """Logits [B, L, V] in float32 and what the MoE layers know.
 
@@ -123,6 +141,7 @@ class Transformer(nnx.Module):
       step_stats: see `MoE`, with a leading axis R.
       train: see `MoE`.
       domain_B: int32, the domain of each sequence, for routers by task.
+      record_logits: see `MoE`.
 
     Raises:
       InputError: the router sees later tokens, and `accept_leaks` does not name it.
@@ -133,7 +152,12 @@ class Transformer(nnx.Module):
     x_BLD = constrain(self.embedding_VD[...][tokens_BL].astype(dtype), ("batch", None, None))
     for layer in self.first:
       x_BLD = layer(x_BLD)
-    inputs = {"token_id_BL": tokens_BL, "domain_B": domain_B, "train": train}
+    inputs = {
+      "token_id_BL": tokens_BL,
+      "domain_B": domain_B,
+      "train": train,
+      "record_logits": record_logits,
+    }
     x_BLD, aux = self._run_periods(x_BLD, mask_BL, key_B, step_stats, inputs)
     x_BLD = self.final_norm(x_BLD)
     head_DV = self.embedding_VD[...].T if self.w_head_DV is None else self.w_head_DV[...]

@@ -7,28 +7,35 @@ from flax import nnx
 from moe_jax.nn.variables import matrix
 from moe_jax.types import Array
 
-KINDS = ("zero", "copy", "constant")
-
 
 class ZeroComputation(nnx.Module):
-  """Sum over z of weight_z times expert z: `zero` gives 0, `copy` gives x, and `constant` gives
-  a1 x + a2 v with a learned vector v and (a1, a2) = softmax(x W) (2410.07348, eq. 2-4)."""
+  """Sum over z of weight_z times expert z, of the kinds (2410.07348, eq. 3-5):
+
+    zero      0
+    copy      x
+    constant  a1 x + a2 v with a learned vector v and (a1, a2) = softmax(x W)
+
+  Here the axis C counts the constant experts, and M the two parts that they mix. v starts standard normal, as
+  in the released code: about the size of a normalised token.
+  """
 
   def __init__(self, kinds: tuple[str, ...], dim: int, *, rngs: nnx.Rngs):
-    self.kinds = kinds
-    z = kinds.count("constant")
-    self.vector_ZD = matrix(rngs, (z, dim), ("zero_computation", "embed")) if z else None
-    self.w_mix_ZDM = matrix(rngs, (z, dim, 2), ("expert", "embed", "mix")) if z else None
+    self.copies = tuple(z for z, kind in enumerate(kinds) if kind == "copy")
+    self.constants = tuple(z for z, kind in enumerate(kinds) if kind == "constant")
+    c = len(self.constants)
+    vector = lambda: jax.random.normal(rngs.params(), (c, dim), jnp.float32)
+    self.vector_CD = nnx.Param(vector(), logical_axes=("zero_computation", "embed")) if c else None
+    self.w_mix_DCM = matrix(rngs, (dim, c, 2), ("embed", "zero_computation", "mix")) if c else None
 
   def __call__(self, x_BLD: Array, weight_BLZ: Array) -> Array:
-    weight_BLZ = weight_BLZ.astype(x_BLD.dtype)
-    is_copy = jnp.array([kind == "copy" for kind in self.kinds], x_BLD.dtype)
-    y_BLD = jnp.einsum("BLZ,Z->BL", weight_BLZ, is_copy)[..., None] * x_BLD
-    constants = [z for z, kind in enumerate(self.kinds) if kind == "constant"]
-    if not constants:
-      return y_BLD
-    weight_BLC = weight_BLZ[..., jnp.array(constants)]
-    mix_BLZM = jax.nn.softmax(jnp.einsum("BLD,ZDM->BLZM", x_BLD, self.w_mix_ZDM[...].astype(x_BLD.dtype)))
-    y_BLD += jnp.einsum("BLZ,BLZ->BL", weight_BLC, mix_BLZM[..., 0])[..., None] * x_BLD
-    vector_ZD = self.vector_ZD[...].astype(x_BLD.dtype)
-    return y_BLD + jnp.einsum("BLZ,ZD->BLD", weight_BLC * mix_BLZM[..., 1], vector_ZD)
+    """x_BLD of any float dtype and the router's `bypass_TZ` as weight_BLZ -> y_BLD."""
+    copy_BL = sum((weight_BLZ[..., z] for z in self.copies), jnp.zeros(x_BLD.shape[:2], weight_BLZ.dtype))
+    if not self.constants:
+      return copy_BL[..., None].astype(x_BLD.dtype) * x_BLD
+    weight_BLC = jnp.stack([weight_BLZ[..., z] for z in self.constants], axis=-1)
+    logits_BLCM = jnp.einsum("BLD,DCM->BLCM", x_BLD.astype(jnp.float32), self.w_mix_DCM[...])
+    mix_BLCM = jax.nn.softmax(logits_BLCM, axis=-1)
+    of_x_BL = copy_BL + jnp.sum(weight_BLC * mix_BLCM[..., 0], axis=-1)
+    of_vector_BLC = (weight_BLC * mix_BLCM[..., 1]).astype(x_BLD.dtype)
+    constant_BLD = jnp.einsum("BLC,CD->BLD", of_vector_BLC, self.vector_CD[...].astype(x_BLD.dtype))
+    return of_x_BL[..., None].astype(x_BLD.dtype) * x_BLD + constant_BLD

@@ -1,4 +1,7 @@
-"""Rows sorted by expert, times the matrix of their expert."""
+"""The feed-forward network of every expert on its own rows, where the rows are sorted by expert."""
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -7,115 +10,147 @@ from jax import lax
 from moe_jax.types import Array
 
 BLOCK = 128  # rows of one expert that are multiplied at once on CPU
+_ROWS_BY_MATRIX, _ROWS_BY_TRANSPOSED, _SUM_OVER_ROWS = (
+  (((rows_axis,), (other_axis,)), ((), ())) for rows_axis, other_axis in ((1, 0), (1, 1), (0, 0))
+)
 
 
-@jax.custom_vjp
-def grouped_matmul(rows_MX: Array, w_EXY: Array, group_sizes_E: Array) -> Array:
-  """`out[m] = rows[m] @ w[e]` for the `group_sizes_E[e]` rows of expert e, which follow those of e-1.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def grouped_ffn(
+  activation: Callable[..., Array],
+  rows_MX: Array,
+  w_in: tuple[Array, ...],
+  w_out_EHY: Array,
+  group_sizes_E: Array,
+) -> Array:
+  """`out[m] = activation(*(rows[m] @ w[e] for w in w_in)) @ w_out[e]` for the `group_sizes_E[e]` rows of
+  expert e, which follow those of e-1. `w_in` are [E, X, H], and `activation` maps zeros to zeros.
 
-  Rows beyond the last group give zero and have zero gradient. On CPU this is a loop over blocks of rows,
-  since XLA:CPU multiplies every expert with every row for `ragged_dot`.
+  At least BLOCK rows must follow the last group: the CPU's last block reaches into them, and the caller
+  appends them for nothing where it gathers the rows. They give zero and have zero gradient.
+
+  On CPU this is a loop over blocks of rows, since XLA:CPU multiplies every expert with every row for
+  `ragged_dot`. A block goes through the whole network and, backward, through all its products: with one
+  such loop per product, whose [M, H] results go through memory, a training step takes 1.2 times as long.
   """
-  return _forward(rows_MX, w_EXY, group_sizes_E)
+  return _fwd(activation, rows_MX, w_in, w_out_EHY, group_sizes_E)[0]
 
 
-def _fwd(rows_MX, w_EXY, group_sizes_E):
-  return _forward(rows_MX, w_EXY, group_sizes_E), (rows_MX, w_EXY, group_sizes_E)
+def _fwd(activation, rows_MX, w_in, w_out_EHY, group_sizes_E):
+  args = rows_MX, w_in, w_out_EHY, group_sizes_E
+  cpu, default = (functools.partial(f, activation) for f in (_block_forward, _ragged_forward))
+  out_MY, inner = lax.platform_dependent(*args, cpu=cpu, default=default)
+  return out_MY, (*args, inner)
 
 
-def _bwd(saved, d_out_MY):
-  rows_MX, w_EXY, group_sizes_E = saved
-  d_rows = lax.platform_dependent(d_out_MY, w_EXY, group_sizes_E, cpu=_block_rows_t, default=_ragged_rows_t)
-  d_w = lax.platform_dependent(rows_MX, d_out_MY, group_sizes_E, cpu=_block_w, default=_ragged_w)
-  return d_rows.astype(rows_MX.dtype), d_w.astype(w_EXY.dtype), None
+def _bwd(activation, saved, d_out_MY):
+  rows_MX, w_in, w_out_EHY, _, _ = saved
+  cpu, default = (functools.partial(f, activation) for f in (_block_backward, _ragged_backward))
+  gradients = lax.platform_dependent(*saved, d_out_MY, cpu=cpu, default=default)
+  d_rows, d_in, d_out = jax.tree.map(lambda d, x: d.astype(x.dtype), gradients, (rows_MX, w_in, w_out_EHY))
+  return d_rows, d_in, d_out, None
 
 
-grouped_matmul.defvjp(_fwd, _bwd)
-
-
-def _forward(rows_MX, w_EXY, group_sizes_E):
-  return lax.platform_dependent(rows_MX, w_EXY, group_sizes_E, cpu=_block_rows, default=_ragged_rows)
-
-
-def _mask_tail(out_MY, group_sizes_E):
-  in_group_M = jnp.arange(out_MY.shape[0]) < jnp.sum(group_sizes_E)
-  return jnp.where(in_group_M[:, None], out_MY, 0)
+grouped_ffn.defvjp(_fwd, _bwd)
 
 
 def _ragged_rows(rows_MX, w_EXY, group_sizes_E):
-  return _mask_tail(lax.ragged_dot(rows_MX, w_EXY, group_sizes_E), group_sizes_E)
-
-
-def _ragged_rows_t(d_out_MY, w_EXY, group_sizes_E):
-  return _ragged_rows(d_out_MY, w_EXY.swapaxes(1, 2), group_sizes_E)
+  in_group_M = jnp.arange(rows_MX.shape[0]) < jnp.sum(group_sizes_E)
+  return jnp.where(in_group_M[:, None], lax.ragged_dot(rows_MX, w_EXY, group_sizes_E), 0)
 
 
 def _ragged_w(rows_MX, d_out_MY, group_sizes_E):
   dims = lax.RaggedDotDimensionNumbers(
     (((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
   )
-  rows_MX, d_out_MY = _mask_tail(rows_MX, group_sizes_E), _mask_tail(d_out_MY, group_sizes_E)
+  in_group_M1 = (jnp.arange(rows_MX.shape[0]) < jnp.sum(group_sizes_E))[:, None]
+  rows_MX, d_out_MY = jnp.where(in_group_M1, rows_MX, 0), jnp.where(in_group_M1, d_out_MY, 0)
   return lax.ragged_dot_general(rows_MX, d_out_MY, group_sizes_E, dims)
 
 
-def _block_rows(rows_MX, w_EXY, group_sizes_E):
-  return _blocks(rows_MX, w_EXY, group_sizes_E, (((1,), (0,)), ((), ())), w_EXY.shape[2])
+def _ragged_forward(activation, rows_MX, w_in, w_out_EHY, group_sizes_E):
+  inner = tuple(_ragged_rows(rows_MX, w, group_sizes_E) for w in w_in)
+  return _ragged_rows(activation(*inner), w_out_EHY, group_sizes_E), inner
 
 
-def _block_rows_t(d_out_MY, w_EXY, group_sizes_E):
-  return _blocks(d_out_MY, w_EXY, group_sizes_E, (((1,), (1,)), ((), ())), w_EXY.shape[1])
+def _ragged_backward(activation, rows_MX, w_in, w_out_EHY, group_sizes_E, inner, d_out_MY):
+  hidden_MH, pullback = jax.vjp(activation, *inner)
+  d_inner = pullback(_ragged_rows(d_out_MY, w_out_EHY.swapaxes(1, 2), group_sizes_E))
+  d_rows_MX = sum(_ragged_rows(d, w.swapaxes(1, 2), group_sizes_E) for d, w in zip(d_inner, w_in))
+  d_in = tuple(_ragged_w(rows_MX, d, group_sizes_E) for d in d_inner)
+  return d_rows_MX, d_in, _ragged_w(hidden_MH, d_out_MY, group_sizes_E)
 
 
-def _pad(rows_MX):
-  return jnp.pad(rows_MX, ((0, BLOCK), (0, 0)))
+def _write(outs, blocks, start):
+  return tuple(
+    lax.dynamic_update_slice_in_dim(out, block.astype(out.dtype), start, 0)
+    for out, block in zip(outs, blocks)
+  )
 
 
-def _blocks(rows_MX, w_EXY, group_sizes_E, dims, width):
-  """Block by block of every expert's rows. A last block reaches into the next expert's rows, which
-  that expert's own blocks then overwrite."""
-  rows = _pad(rows_MX)
-  out = jnp.zeros((rows.shape[0], width), jnp.result_type(rows_MX, w_EXY))
+def _clear_tail(out_MX, group_sizes_E):
+  """Zeros for what the last block wrote beyond the last group."""
+  zeros = jnp.zeros((BLOCK, out_MX.shape[1]), out_MX.dtype)
+  return lax.dynamic_update_slice_in_dim(out_MX, zeros, jnp.sum(group_sizes_E), 0)
+
+
+def _for_blocks(size, start, block, carry):
+  """`carry = block(first row, rows left, carry)` for every block of one expert's rows. Its last block
+  reaches into the next expert's rows: the results there are overwritten by that expert's own."""
+  step = lambda b, carry: block(start + b * BLOCK, size - b * BLOCK, carry)
+  return lax.fori_loop(0, (size + BLOCK - 1) // BLOCK, step, carry)
+
+
+def _block_forward(activation, rows_MX, w_in, w_out_EHY, group_sizes_E):
   start_E = jnp.cumsum(group_sizes_E) - group_sizes_E
 
-  def expert(e, out):
-    w_XY = w_EXY[e]
+  def expert(e, outs):
+    own_w_in, w_out_HY = jax.tree.map(lambda w: w[e], (w_in, w_out_EHY))
 
-    def block(b, out):
-      start = start_E[e] + b * BLOCK
-      x = lax.dynamic_slice_in_dim(rows, start, BLOCK)
-      y = lax.dot_general(x, w_XY, dims)
-      return lax.dynamic_update_slice_in_dim(out, y, start, 0)
+    def block(start, left, outs):
+      del left
+      x = lax.dynamic_slice_in_dim(rows_MX, start, BLOCK)
+      inner = tuple(lax.dot_general(x, w, _ROWS_BY_MATRIX) for w in own_w_in)
+      return _write(outs, (lax.dot_general(activation(*inner), w_out_HY, _ROWS_BY_MATRIX), *inner), start)
 
-    return lax.fori_loop(0, (group_sizes_E[e] + BLOCK - 1) // BLOCK, block, out)
+    return _for_blocks(group_sizes_E[e], start_E[e], block, outs)
 
-  out = lax.fori_loop(0, w_EXY.shape[0], expert, out)
-  return _mask_tail(out, group_sizes_E)[: rows_MX.shape[0]]
+  num_rows, (num_experts, hidden, width) = rows_MX.shape[0], w_out_EHY.shape
+  dtype = jnp.result_type(rows_MX, *w_in)
+  outs = (
+    jnp.zeros((num_rows, width), jnp.result_type(dtype, w_out_EHY)),
+    *(jnp.zeros((num_rows, hidden), dtype) for _ in w_in),
+  )
+  out_MY, *inner = lax.fori_loop(0, num_experts, expert, outs)
+  return _clear_tail(out_MY, group_sizes_E), tuple(inner)
 
 
-def _block_w(rows_MX, d_out_MY, group_sizes_E):
-  """Sums `rows^T d_out` over up to 4 blocks at once: every sum reads and writes all of d_w[e], so that
-  one block at a time takes 1.3 times as long. (For the rows, XLA:CPU would copy them per `switch`.)"""
-  rows, d_out = _pad(rows_MX), _pad(d_out_MY)
+def _block_backward(activation, rows_MX, w_in, w_out_EHY, group_sizes_E, inner, d_out_MY):
   start_E = jnp.cumsum(group_sizes_E) - group_sizes_E
-  at_once = min(4, rows_MX.shape[0] // BLOCK + 1)
 
-  def product(num_blocks, start, left):
-    own = (jnp.arange(num_blocks * BLOCK) < left)[:, None]
-    x, dy = (jnp.where(own, lax.dynamic_slice_in_dim(a, start, own.shape[0]), 0) for a in (rows, d_out))
-    return lax.dot_general(x, dy, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+  def sum_over_rows(x, dy):
+    return lax.dot_general(x, dy, _SUM_OVER_ROWS, preferred_element_type=jnp.float32)
 
-  def expert(e, d_w_EXY):
-    num_blocks = (group_sizes_E[e] + BLOCK - 1) // BLOCK
+  def expert(e, carry):
+    d_rows_MX, *d_w = carry
+    own_w_in, w_out_HY = jax.tree.map(lambda w: w[e], (w_in, w_out_EHY))
 
-    def step(i, d_w):
-      done = i * at_once * BLOCK
-      branches = [lambda d_w, start, left, n=n: d_w + product(n + 1, start, left) for n in range(at_once)]
-      which = jnp.minimum(num_blocks - i * at_once, at_once) - 1
-      return lax.switch(which, branches, d_w, start_E[e] + done, group_sizes_E[e] - done)
+    def block(start, left, carry):
+      d_rows_MX, *d_own = carry
+      own_B1 = (jnp.arange(BLOCK) < left)[:, None]
+      x, dy, *z = (
+        jnp.where(own_B1, lax.dynamic_slice_in_dim(a, start, BLOCK), 0) for a in (rows_MX, d_out_MY, *inner)
+      )
+      hidden, pullback = jax.vjp(activation, *z)
+      d_z = pullback(lax.dot_general(dy, w_out_HY, _ROWS_BY_TRANSPOSED).astype(hidden.dtype))
+      dx = sum(lax.dot_general(d, w, _ROWS_BY_TRANSPOSED) for d, w in zip(d_z, own_w_in))
+      sums = *(sum_over_rows(x, d) for d in d_z), sum_over_rows(hidden, dy)
+      return *_write([d_rows_MX], [dx], start), *(d + more for d, more in zip(d_own, sums))
 
-    d_w = jnp.zeros((rows.shape[1], d_out.shape[1]), jnp.float32)
-    d_w = lax.fori_loop(0, (num_blocks + at_once - 1) // at_once, step, d_w)
-    return d_w_EXY.at[e].set(d_w.astype(d_w_EXY.dtype))
+    zeros = (jnp.zeros(w.shape, jnp.float32) for w in (*own_w_in, w_out_HY))
+    d_rows_MX, *d_own = _for_blocks(group_sizes_E[e], start_E[e], block, (d_rows_MX, *zeros))
+    return d_rows_MX, *(d_E.at[e].set(d.astype(d_E.dtype)) for d_E, d in zip(d_w, d_own))
 
-  d_w_EXY = jnp.zeros((group_sizes_E.shape[0], rows.shape[1], d_out.shape[1]), rows_MX.dtype)
-  return lax.fori_loop(0, group_sizes_E.shape[0], expert, d_w_EXY)
+  zeros = tuple(jnp.zeros_like(a) for a in (rows_MX, *w_in, w_out_EHY))
+  d_rows_MX, *d_in, d_w_out = lax.fori_loop(0, w_out_EHY.shape[0], expert, zeros)
+  return _clear_tail(d_rows_MX, group_sizes_E), tuple(d_in), d_w_out

@@ -3,8 +3,15 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from moe_jax.ops.balancing.losses import SCOPES
 from tests.reference import balancing as reference
+from tests.reference import bias as bias_reference
+from tests.reference import deepseek_losses as further
+from tests.reference import importance, variable_routing
 
 B, L, GROUP, E, K = 4, 6, 3, 4, 2  # shapes of the laws
 
@@ -57,6 +64,100 @@ def counts_of_all_choices(logits_BLE, mask_BL):
   return reference.selected(logits_BLE, mask_BL, K, "sigmoid").sum(axis=(0, 1))
 
 
+def top_weights(logits_BLE):
+  """The combine weights of the K best."""
+  kept_BLE = jnp.where(logits_BLE >= jnp.sort(logits_BLE)[..., -K][..., None], logits_BLE, -jnp.inf)
+  return {"weights_BLE": jax.nn.softmax(kept_BLE)}
+
+
+def smooth_load(logits_BLE):
+  return {"smooth_load_BLE": jax.scipy.special.ndtr(logits_BLE - 0.5)}
+
+
+def cv(name, weight, scope, values_of, of="", fields=lambda logits_BLE: {}):
+  """A row of importance_loss or load_loss, which balance sums of `values_of`. Their value at balance is 0.
+
+  The loss of the whole step is differentiated in all its sums, so it takes the step to be the batch, as the laws do.
+  """
+  unit = {"sequence": L, "group": GROUP}.get(scope, B * L)
+
+  def loss(logits_BLE, mask_BL, step_logits_BLE, step_mask_BL):
+    return weight * importance.cv_loss(values_of, logits_BLE, mask_BL, K, unit)
+
+  def observed(logits_BLE, mask_BL):
+    tokens, sum_E = importance.sums(values_of, logits_BLE, mask_BL, K)
+    return np.asarray(tokens), np.asarray(sum_E)
+
+  return Row(
+    f"{name}:{weight}:{scope}" + (f":{of}" if of else ""),
+    loss,
+    observed if scope in ("buffer", "global_batch") else None,
+    fields=fields,
+    has_gradient=weight != 0,
+    depends_on_the_cut=scope == "micro_batch",
+  )
+
+
+def quantile_balancing(bins, cutoff, score):
+  """A row of quantile_balancing; its state starts at 0, so required biases lie in [-1, 1]."""
+
+  def observed(logits_BLE, mask_BL):
+    scores = [reference.SCORES[score](logits_BLE[index]) for index in zip(*np.nonzero(mask_BL))]
+    required_TE = bias_reference.required_biases(np.reshape(scores, (-1, E)), np.zeros(E), K, cutoff)
+    return bias_reference.histogram(required_TE, -1, 1, bins), K * len(scores)
+
+  spec = f"quantile_balancing:bins={bins}:cutoff={cutoff}"
+  return Row(spec, observed=observed, score=score, has_gradient=False)
+
+
+def between_devices(name, weight, scope, score):
+  """A row of device_loss or communication_loss, for two devices of which a token may reach both."""
+  size = {"sequence": L, "group": GROUP}.get(scope, B * L)
+
+  def arrivals(logits_BLE, mask_BL):
+    tokens, selected_BLE = list(zip(*np.nonzero(mask_BL))), reference.selected(logits_BLE, mask_BL, K, score)
+    if name == "device_loss":
+      return np.array(further.expert_counts(selected_BLE, tokens))
+    return np.array(further.device_arrivals(selected_BLE, tokens, 2))
+
+  def loss(logits_BLE, mask_BL, step_logits_BLE, step_mask_BL):
+    step = (step_mask_BL.sum(), arrivals(step_logits_BLE, step_mask_BL)) if scope == "global_batch" else None
+    selected_BLE = reference.selected(logits_BLE, mask_BL, K, score)
+    return weight * getattr(further, name)(logits_BLE, mask_BL, selected_BLE, 2, 2, size, score, step)
+
+  def observed(logits_BLE, mask_BL):
+    found = arrivals(logits_BLE, mask_BL)
+    is_device_loss = name == "device_loss"
+    return found.reshape(2, -1).sum(axis=1) if is_device_loss else (found, np.asarray(2 * mask_BL.sum()))
+
+  options = "devices=2" if name == "device_loss" else "devices=2:devices_per_token=2"
+  return Row(
+    f"{name}:{weight}:{options}:scope={scope}",
+    loss,
+    observed if scope == "global_batch" else None,
+    score,
+    permutable=False,
+    unit=f"{name}:1:{options}:scope={scope}" if name == "device_loss" else "",
+    multiple_of=2,
+    collapsed=False,
+  )
+
+
+def adaptive(weight, scope):
+  """A row of adaptive_loss in its initial state, where it is switch_loss; two slots per expert and group."""
+  fixed = load_balancing("switch_loss", weight, scope, "softmax")
+
+  def observed(logits_BLE, mask_BL):
+    selected_BLE = reference.selected(logits_BLE, mask_BL, K, "softmax")
+    found = {"all": selected_BLE.sum(), "over": np.asarray(further.over_capacity(selected_BLE, GROUP, 2))}
+    return found if fixed.observed is None else found | {"load": fixed.observed(logits_BLE, mask_BL)}
+
+  spec = f"{weight}:scope={scope}:capacity_factor=1.25"  # ceil(1.25 * 3 * 2 / 4) = 2
+  return fixed._replace(
+    spec=f"adaptive_loss:{spec}", observed=observed, unit=f"adaptive_loss:1:scope={scope}"
+  )
+
+
 ROWS = {
   **{
     f"switch_{s}": load_balancing("switch_loss", 0.5, s, ("softmax", "sigmoid")[i % 2])
@@ -69,8 +170,62 @@ ROWS = {
   "zero_weight": load_balancing("switch_loss", 0, "group", "softmax"),
   "z_loss": Row("z_loss:0.5", lambda logits, mask, *step: 0.5 * reference.z_loss(logits, mask)),
   "zero_z": Row("z_loss:0", has_gradient=False),
+  "entropy_loss": Row(
+    "entropy_loss:0.5",
+    lambda logits, mask, *step: 0.5 * variable_routing.entropy(logits, mask, "sigmoid"),
+    score="sigmoid",
+  ),
+  "heterogeneous_loss": Row(
+    "heterogeneous_loss:2:zero_computation=1:tau=0.5",
+    lambda *logits_and_masks: 2 * variable_routing.heterogeneous_loss(*logits_and_masks, K, 1, 0.5),
+    lambda logits, mask: reference.selected(logits, mask, K, "softmax").sum(axis=(0, 1)),
+    permutable=False,
+    unit="heterogeneous_loss:1:zero_computation=0",
+  ),
+  "st_moe_loss": load_balancing("gshard_loss", 0.5, "group", "softmax")._replace(
+    spec="st_moe_loss:0.5", unit="st_moe_loss:1"
+  ),
+  "sequence_loss": Row(
+    "sequence_loss:2",
+    lambda logits, mask, *step: 2 * further.sequence_loss(logits, mask, K, "sigmoid"),
+    score="sigmoid",
+    unit="sequence_loss:1",
+  ),
+  "device_loss": between_devices("device_loss", 2, "sequence", "sigmoid"),
+  "device_global_batch": between_devices("device_loss", 2, "global_batch", "softmax"),
+  "communication_loss": between_devices("communication_loss", 2, "sequence", "softmax"),
+  "communication_global_batch": between_devices("communication_loss", 2, "global_batch", "sigmoid"),
+  "squared_deviation_loss": Row(
+    "squared_deviation_loss:2:scope=group",
+    lambda logits, mask, *step: 2 * further.deviation_of_importance(logits, mask, GROUP, "softmax"),
+  ),
+  "squared_deviation_of_load": Row(
+    "squared_deviation_loss:2:of=load",
+    lambda logits, mask, *step: 2 * further.deviation_of_counts(counts_of_all_choices(*step)) * mask.any(),
+    counts_of_all_choices,
+    score="sigmoid",
+    has_gradient=False,
+  ),
+  "adaptive_loss": adaptive(0.5, "global_batch"),
+  "adaptive_sequence": adaptive(2, "sequence"),
   "loss_free_bias": Row(
     "loss_free_bias:0.25", observed=counts_of_all_choices, score="sigmoid", has_gradient=False
   ),
+  **{f"importance_{s}": cv("importance_loss", 0.5, s, importance.gates, fields=top_weights) for s in SCOPES},
+  "importance_of_scores": cv("importance_loss", 0.5, "group", importance.all_scores, of="scores"),
+  "load_group": cv("load_loss", 0.5, "group", importance.made_up_smooth_load, fields=smooth_load),
+  "load_global_batch": cv("load_loss", 2, "global_batch", importance.made_up_smooth_load, fields=smooth_load),
+  "zero_importance": cv("importance_loss", 0, "global_batch", importance.gates, fields=top_weights),
+  "scheduled_bias": Row(
+    "loss_free_bias:0.25:rule=rms:schedule=linear:steps=10",
+    observed=counts_of_all_choices,
+    score="sigmoid",
+    has_gradient=False,
+  ),
+  "multiplicative_bias": Row(
+    "multiplicative_bias:0.25", observed=counts_of_all_choices, score="sigmoid", has_gradient=False
+  ),
+  "quantile_balancing": quantile_balancing(50, "next", "sigmoid"),
+  "quantile_cutoff": quantile_balancing(40, "quantile", "softmax"),
   "none": Row("none", has_gradient=False),
 }

@@ -1,18 +1,20 @@
 """What is particular to balancing by a bias: it follows the load of whole steps and balances without a loss."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.errors import InputError
 from moe_jax.ops import stats
 from moe_jax.ops.balancing import make_balancer
-from moe_jax.ops.routing import make_router, to_batch
-from moe_jax.types import StepStats
+from moe_jax.ops.balancing.bias import MIN_FACTOR
+from moe_jax.ops.routing import make_router
+from moe_jax.types import ExpertScale, StepStats
 from tests.ops.balancer_laws import logits_of, run
 from tests.ops.balancer_rows import ROWS, B, E, K, L
+from tests.ops.skewed import route_batch, skewed_run
+from tests.reference import bias as reference
 from tests.reference.moe_layer import kept_entries
 
 update_by_a_quarter = jax.jit(make_balancer("loss_free_bias:0.25").update)
@@ -46,31 +48,73 @@ def test_bias_takes_one_step_from_the_summed_counts():
   np.testing.assert_array_equal(by_parts_E, [0, 0.25, 0])
 
 
-def route_batch(router, logits_BLE, mask_BL, bias_E=None):
-  """The routing as the layer makes it, one group per sequence."""
-  one = lambda logits, mask: make_router(router, logits_BLE.shape[-1], K)(logits, bias_E=bias_E, mask_T=mask)
-  return to_batch(jax.vmap(one)(logits_BLE, mask_BL), *mask_BL.shape, K)
+RULES = ["sign", "proportional", "rms"]
 
 
-@functools.cache
-def skewed_run(rate, num_steps=400):
-  """A skewed router balanced by its bias alone: MaxVio [steps] and bias [steps, E]. Weights never move."""
-  noise_BLE = np.random.default_rng(0).normal(size=(4, 32, 8)).astype(np.float32)
-  logits_BLE = noise_BLE + np.linspace(2, -2, 8).astype(np.float32)
-  mask_BL = np.ones((4, 32), bool)
-  balancer = make_balancer(f"loss_free_bias:{rate}")
+@pytest.mark.parametrize("rule", RULES)
+def test_moves_equal_the_loop(rule):
+  update = jax.jit(make_balancer(f"loss_free_bias:0.25:rule={rule}").update)
+  start_E = np.linspace(-1, 1, 5).astype(np.float32)
+  for seed in range(3):
+    drawn_E = np.random.default_rng(seed).integers(0, 3 * 10**seed, size=5)
+    for counts_E in (drawn_E, 0 * drawn_E, 0 * drawn_E + 7):
+      (state,) = update((start_E,), (counts_E.astype(np.float32),))
+      want_E = start_E + 0.25 * np.array(reference.moves(counts_E, rule))
+      np.testing.assert_allclose(state, want_E, rtol=1e-6, atol=1e-6)
 
-  def step(state, _):
-    routing = route_batch("sigmoid_topk", logits_BLE, mask_BL, balancer.bias(state))
-    observed = balancer.observe(state, routing)
-    return balancer.update(state, observed), (stats.max_vio(observed[0]), balancer.bias(state))
 
-  run = jax.jit(lambda state: jax.lax.scan(step, state, length=num_steps)[1])
-  return jax.tree.map(np.asarray, run(balancer.init(8)))
+def moved_by(rule, counts_E):
+  """The change of a bias with rate 1."""
+  (state,) = make_balancer(f"loss_free_bias:1:rule={rule}").update(
+    (np.zeros(len(counts_E), np.float32),), (np.asarray(counts_E, np.float32),)
+  )
+  return np.asarray(state)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_moves_do_not_depend_on_the_number_of_tokens(rule):
+  counts_E = np.array([9, 1, 0, 6, 5])
+  np.testing.assert_allclose(moved_by(rule, 1000 * counts_E), moved_by(rule, counts_E), rtol=1e-6, atol=1e-7)
+
+
+def test_scale_of_each_rule():
+  """An expert without tokens moves by one rate, or as in the mean over experts by one rate."""
+  np.testing.assert_allclose(moved_by("proportional", [8, 8, 0, 16]), [0, 0, 1, -1], atol=1e-7)
+  np.testing.assert_allclose(np.mean(moved_by("rms", [9, 1, 0, 6, 5]) ** 2), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  "schedule", ["stop:steps=3", "linear:steps=4", "cosine:steps=4", "cosine:steps=1", "constant"]
+)
+def test_scheduled_rate(schedule):
+  """The rate of each optimizer step, and none after the last; layers are stacked as in the train step."""
+  balancer = make_balancer(f"loss_free_bias:0.25:schedule={schedule}")
+  name, _, steps = schedule.partition(":steps=")
+  update = jax.jit(jax.vmap(balancer.update))
+  state = jax.tree.map(lambda x: jnp.stack([x, x]), balancer.init(2))
+  bias_E = np.zeros(2)
+  for step in range(6):
+    state = update(state, (np.array([[3, 1], [1, 3]], np.float32),))
+    bias_E += 0.25 * reference.share_of_rate(name, int(steps or 0), step) * np.array([-1, 1])
+    np.testing.assert_allclose(jax.vmap(balancer.bias)(state), [bias_E, -bias_E], atol=1e-6)
+
+
+def test_centring_changes_no_difference_between_biases():
+  plain, centred = make_balancer("loss_free_bias:0.1"), make_balancer("loss_free_bias:0.1:centre=true")
+  states = plain.init(4), centred.init(4)
+  for seed in range(20):
+    counts_E = np.random.default_rng(seed).integers(0, 9, size=4) * np.array([1, 1, 1, 9])
+    states = [b.update(s, (counts_E.astype(np.float32),)) for b, s in zip((plain, centred), states)]
+  (plain_E,), (centred_E,) = states
+  np.testing.assert_allclose(centred_E, plain_E - plain_E.mean(), atol=1e-6)
+  assert abs(plain_E.mean()) > 0.5 and abs(centred_E.mean()) < 1e-6
+
+
+# --- a skewed router ---
 
 
 def test_bias_balances_a_skewed_router():
-  max_vio, bias = skewed_run(0.005)
+  max_vio, bias = skewed_run("loss_free_bias:0.005")
   assert max_vio[0] > 1 and max_vio[-50:].max() < 0.2
   np.testing.assert_array_equal(bias[0], 0)  # it starts at zero, and acts from the second step on
   step = np.arange(len(bias))[:, None]
@@ -78,8 +122,68 @@ def test_bias_balances_a_skewed_router():
 
 
 def test_without_a_bias_nothing_balances_it():
-  max_vio, bias = skewed_run(0.0)
+  max_vio, bias = skewed_run("loss_free_bias:0")
   assert max_vio.min() == max_vio.max() > 1 and not bias.any()
+
+
+def test_proportional_moves_come_to_rest():
+  """Moves by the sign go on at full length around balance."""
+  proportional, _ = skewed_run("loss_free_bias:0.02:rule=proportional")
+  sign, _ = skewed_run("loss_free_bias:0.02")
+  assert proportional[-50:].max() < 0.1 < 0.2 < sign[-50:].max()
+
+
+def test_rms_moves_are_sooner_at_balance():
+  """The fullest expert moves most."""
+  steps_to_balance = lambda spec: np.argmax(skewed_run(spec)[0] < 0.3)
+  assert 0 < steps_to_balance("loss_free_bias:0.02:rule=rms") < steps_to_balance("loss_free_bias:0.02")
+
+
+def test_a_stopped_bias_stays():
+  _, bias = skewed_run("loss_free_bias:0.005:schedule=stop:steps=50")
+  np.testing.assert_array_equal(bias[50:], np.broadcast_to(bias[50], bias[50:].shape))
+  assert (bias[49] != bias[50]).any()
+
+
+# --- a bias that multiplies ---
+
+
+def test_multiplicative_bias_balances_a_skewed_router():
+  max_vio, scale = skewed_run("multiplicative_bias:0.01")
+  assert max_vio[0] > 1 and max_vio[-50:].max() < 0.4 < max_vio[:30].min()
+  np.testing.assert_array_equal(scale.factor_E[0], 1)
+  np.testing.assert_allclose(np.diff(scale.factor_E[:20], axis=0)[:, 0], -0.01, rtol=1e-4)
+
+
+def test_multiplicative_bias_stays_above_zero():
+  balancer = make_balancer("multiplicative_bias:0.4")
+  state = balancer.init(2)
+  for _ in range(5):
+    state = balancer.update(state, (np.array([9, 1], np.float32),))
+  np.testing.assert_allclose(balancer.bias(state).factor_E, [MIN_FACTOR, 3], rtol=1e-6)
+  state = balancer.update(state, (np.array([0, 9], np.float32),))  # and comes back from there
+  np.testing.assert_allclose(balancer.bias(state).factor_E, [MIN_FACTOR + 0.4, 2.6], rtol=1e-6)
+
+
+def test_multiplicative_bias_moves_the_choice_and_no_weight():
+  logits_BLE, factor_E = logits_of(), np.array([0.3, 2, 1, 0.9], np.float32)
+  run = jax.jit(jax.vmap(lambda x: make_router("sigmoid_topk", E, K)(x, bias_E=ExpertScale(factor_E))))
+  chosen = run(logits_BLE).assignment
+  scores_BLE = 1 / (1 + np.exp(-logits_BLE.astype(float)))
+  want_BLK = np.argsort(-scores_BLE * factor_E, axis=-1)[..., :K]
+  np.testing.assert_array_equal(chosen.expert_A.reshape(want_BLK.shape), want_BLK)
+  assert (want_BLK != np.argsort(-scores_BLE, axis=-1)[..., :K]).any()
+  weights_BLK = np.take_along_axis(scores_BLE, want_BLK, axis=-1)
+  np.testing.assert_allclose(chosen.weight_A.reshape(want_BLK.shape), weights_BLK, rtol=1e-5)
+
+
+def test_multiplicative_bias_stands_alone():
+  balancer = make_balancer("multiplicative_bias,loss_free_bias")
+  with pytest.raises(InputError, match="a bias that multiplies cannot be joined with another bias"):
+    balancer.bias(balancer.init(4))
+
+
+# --- what no bias does ---
 
 
 def test_bias_moves_no_loss_and_has_no_gradient():
@@ -110,3 +214,19 @@ def test_load_is_counted_before_capacity():
   kept_E = np.bincount(np.asarray(assignment.expert_A)[kept_GA], minlength=E)
   assert kept_E.max() <= 2 * B  # what a count after capacity would have seen
   assert stats.max_vio(jnp.asarray(counts_E)) == 1 > 0.5 > kept_E.max() / kept_E.mean() - 1
+
+
+@pytest.mark.parametrize(
+  ("spec", "message"),
+  [
+    ("multiplicative_bias:-1", "balancer multiplicative_bias: rate must be 0 or more, got -1.0"),
+    ("loss_free_bias:rule=clip", "rule must be one of sign, proportional, rms, got 'clip'"),
+    ("loss_free_bias:schedule=step", "schedule must be one of constant, stop, linear, cosine, got 'step'"),
+    ("loss_free_bias:schedule=stop", "schedule=stop needs steps of 1 or more, got 0"),
+    ("loss_free_bias:steps=9", "steps=9 needs schedule=stop, linear, cosine, got constant"),
+  ],
+)
+def test_wrong_options_are_one_line_errors(spec, message):
+  with pytest.raises(InputError) as error:
+    make_balancer(spec)
+  assert message in str(error.value) and "\n" not in str(error.value)

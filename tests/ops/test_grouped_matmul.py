@@ -1,4 +1,4 @@
-"""Both forms of the grouped matmul against a loop over experts, values and gradients."""
+"""Both forms of the experts' network on sorted rows against a loop over experts, values and gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -6,29 +6,38 @@ import numpy as np
 import pytest
 
 from moe_jax.ops import grouped_matmul as module
-from moe_jax.ops.grouped_matmul import grouped_matmul
+from moe_jax.ops.grouped_matmul import BLOCK, grouped_ffn
 
-X, Y = 5, 7
+X, H, Y, ROWS = 5, 6, 7, 300
 
 
-def reference(rows, w, sizes, d_out):
-  """float64 loop: out, d_rows, d_w."""
-  rows, w, d_out = (np.asarray(a, np.float64) for a in (rows, w, d_out))
-  out, d_rows, d_w = np.zeros((len(rows), w.shape[2])), np.zeros_like(rows), np.zeros_like(w)
-  start = 0
+def gated(gate, up):
+  return jax.nn.silu(gate) * up
+
+
+def reference(activation, rows, w_in, w_out, sizes):
+  """A loop over experts, which JAX differentiates."""
+  out, start = [], 0
   for e, size in enumerate(np.asarray(sizes)):
-    own = slice(start, start + size)
-    out[own], d_rows[own], d_w[e] = rows[own] @ w[e], d_out[own] @ w[e].T, rows[own].T @ d_out[own]
+    own = rows[start : start + size]
+    hidden = activation(*(jnp.dot(own, w[e], precision="highest") for w in w_in))
+    out.append(jnp.dot(hidden, w_out[e], precision="highest"))
     start += size
-  return out, d_rows, d_w
+  return jnp.concatenate([*out, jnp.zeros((len(rows) - start, w_out.shape[2]), rows.dtype)])
 
 
-@jax.jit
-def value_and_grads(rows, w, sizes, d_out):
-  out, pullback = jax.vjp(lambda rows, w: grouped_matmul(rows, w, sizes), rows, w)
+def blocks(activation, rows, w_in, w_out, sizes, d_out):
+  out, pullback = jax.vjp(lambda *args: grouped_ffn(activation, *args, sizes), rows, w_in, w_out)
   return out, *pullback(d_out)
 
 
+def ragged(activation, rows, w_in, w_out, sizes, d_out):
+  """What other backends run."""
+  out, inner = module._ragged_forward(activation, rows, w_in, w_out, sizes)
+  return out, *module._ragged_backward(activation, rows, w_in, w_out, sizes, inner, d_out)
+
+
+FORMS = {f.__name__: jax.jit(f, static_argnums=0) for f in (blocks, ragged)}
 SIZES = {
   "even": [100, 100, 100],
   "empty_experts": [0, 300, 0],
@@ -39,39 +48,59 @@ SIZES = {
 }
 
 
+def make_inputs(num_in, dtype=jnp.float32):
+  shapes = [(ROWS + BLOCK, X), (3, H, Y), (ROWS + BLOCK, Y), *[(3, X, H)] * num_in]
+  keys = jax.random.split(jax.random.key(0), len(shapes))
+  rows, w_out, d_out, *w_in = (jax.random.normal(k, s).astype(dtype) for k, s in zip(keys, shapes))
+  return rows, tuple(w_in), w_out, d_out
+
+
 @pytest.mark.parametrize("case", SIZES)
-@pytest.mark.parametrize("form", ["blocks", "ragged_dot"])
-def test_equals_the_loop(form, case, monkeypatch):
+@pytest.mark.parametrize("activation", [gated, jax.nn.relu], ids=["gated", "relu"])
+@pytest.mark.parametrize("form", FORMS)
+def test_equals_the_loop(form, activation, case):
   sizes = jnp.asarray(SIZES[case], jnp.int32)
-  keys = jax.random.split(jax.random.key(0), 3)
-  rows, w, d_out = (jax.random.normal(k, s) for k, s in zip(keys, [(300, X), (3, X, Y), (300, Y)]))
-  if form == "blocks":
-    got = value_and_grads(rows, w, sizes, d_out)
-  else:  # what other backends run
-    got = (
-      module._ragged_rows(rows, w, sizes),
-      module._ragged_rows_t(d_out, w, sizes),
-      module._ragged_w(rows, d_out, sizes),
+  rows, w_in, w_out, d_out = make_inputs(2 if activation is gated else 1)
+  got = FORMS[form](activation, rows, w_in, w_out, sizes, d_out)
+  want, pullback = jax.vjp(lambda *args: reference(activation, *args, sizes), rows, w_in, w_out)
+  for path, got_one, want_one in zip(
+    ("out", "d_rows", "d_in", "d_out"), got, (want, *pullback(d_out)), strict=True
+  ):
+    jax.tree.map(
+      lambda a, b, p=path: np.testing.assert_allclose(a, b, atol=2e-4, err_msg=p), got_one, want_one
     )
-  for got_one, want, name in zip(got, reference(rows, w, sizes, d_out), ("out", "d_rows", "d_w")):
-    np.testing.assert_allclose(got_one, want, atol=2e-4, err_msg=name)
 
 
-def test_left_over_rows_reach_nothing():
+@pytest.mark.parametrize("form", FORMS)
+def test_left_over_rows_reach_nothing(form):
   """Not even where they are not numbers."""
+  rows, w_in, w_out, d_out = make_inputs(2)
   sizes = jnp.asarray([7, 0, 150], jnp.int32)
-  rows, w, d_out = (
-    jnp.ones((300, X)).at[157:].set(jnp.nan),
-    jnp.ones((3, X, Y)),
-    jnp.ones((300, Y)).at[157:].set(jnp.nan),
-  )
-  for got in value_and_grads(rows, w, sizes, d_out):
-    assert np.all(np.isfinite(got))
+  clean = FORMS[form](gated, rows, w_in, w_out, sizes, d_out)
+  rows, d_out = rows.at[157:].set(jnp.nan), d_out.at[157:].set(jnp.nan)
+  got = FORMS[form](gated, rows, w_in, w_out, sizes, d_out)
+  jax.tree.map(np.testing.assert_array_equal, got, clean)
+  for by_row in got[:2]:
+    assert not np.any(by_row[157:])
+
+
+def test_an_infinite_row_reaches_no_other_expert():
+  rows, w_in, w_out, d_out = make_inputs(2)
+  sizes = jnp.asarray([100, 100, 100], jnp.int32)
+  clean = FORMS["blocks"](gated, rows, w_in, w_out, sizes, d_out)
+  got = FORMS["blocks"](gated, rows.at[110].set(jnp.inf), w_in, w_out, sizes, d_out)
+  for e in (0, 2):
+    own = slice(100 * e, 100 * (e + 1))
+    for i in (0, 1):
+      np.testing.assert_array_equal(got[i][own], clean[i][own])
+    jax.tree.map(lambda a, b, e=e: np.testing.assert_array_equal(a[e], b[e]), got[2:], clean[2:])
 
 
 def test_bfloat16_sums_in_float32():
   sizes = jnp.asarray([300, 0, 0], jnp.int32)
-  rows, w, d_out = (jnp.ones(s, jnp.bfloat16) for s in ((300, X), (3, X, Y), (300, Y)))
-  out, d_rows, d_w = value_and_grads(rows, w, sizes, d_out)
-  assert out.dtype == d_rows.dtype == d_w.dtype == jnp.bfloat16
-  np.testing.assert_array_equal(d_w[0], jnp.bfloat16(300))  # a bfloat16 sum of ones stops at 256
+  rows, w_in, w_out, d_out = jax.tree.map(jnp.ones_like, make_inputs(1, jnp.bfloat16))
+  results = FORMS["blocks"](lambda up: up, rows, w_in, w_out, sizes, d_out)
+  assert {leaf.dtype for leaf in jax.tree.leaves(results)} == {jnp.dtype(jnp.bfloat16)}
+  # Bfloat16 sums of ones and fives stop at 256 and 1024.
+  np.testing.assert_array_equal(results[2][0][0], jnp.bfloat16(300 * Y))
+  np.testing.assert_array_equal(results[3][0], jnp.bfloat16(300 * X))

@@ -74,6 +74,21 @@ def test_gshard_skipped_second_choices_leave_their_slots_empty():
   assert (1, 1) in kept(assignment._replace(holds_slot_A=None), 1)
 
 
+@pytest.mark.parametrize("threshold", [0.5, 0.2])
+def test_slots_of_what_is_sent_equal_mesh_tensorflow(threshold):
+  row, others = ROWS["gshard_top2"], 0
+  routers = [make_router(f"gshard_top2:{threshold}:{slots}", 6, 2) for slots in ("sent", "all")]
+  both = jax.jit(lambda logits, key: [router(logits, key=key).assignment for router in routers])
+  for seed in range(4):
+    logits_TE, key = 2 * gshard_logits(seed), jax.random.key(seed)  # weak second choices: many are skipped
+    sent, literal = both(logits_TE, key)
+    for capacity in (1, 2, 4, 6, 8):
+      want = reference.mesh_tensorflow_kept(logits_TE, capacity, row.draw(key), threshold)
+      assert kept(sent, capacity) == want
+      others += kept(literal, capacity) != want
+  assert others > 0  # the two ways of counting are not the same
+
+
 def test_gshard_weights_are_normalised_before_drops_and_not_after():
   row, capacity = ROWS["gshard_top2"], 3
   assignment = route(row, gshard_logits()).assignment

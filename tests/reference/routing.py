@@ -114,7 +114,7 @@ def gshard_algorithm_1(logits_SE, capacity, rnd_S):
   return combine, l_aux
 
 
-def mesh_tensorflow_kept(logits_SE, capacity, rnd_S):
+def mesh_tensorflow_kept(logits_SE, capacity, rnd_S, threshold=0.5):
   """The kept (s, e) if slots are counted as Mesh-TensorFlow does, which is not Algorithm 1: second choices
   start after the first ones that were kept, and only those that are sent take a slot."""
   g_SE = [softmax(row) for row in np.asarray(logits_SE, np.float64)]
@@ -125,7 +125,7 @@ def mesh_tensorflow_kept(logits_SE, capacity, rnd_S):
       kept.add((s, e1))
       c[e1] += 1
   for s, (e1, e2) in enumerate(pairs):
-    if 2 * g_SE[s][e2] / (g_SE[s][e1] + g_SE[s][e2]) > rnd_S[s] and c[e2] < capacity:
+    if g_SE[s][e2] / (g_SE[s][e1] + g_SE[s][e2]) > threshold * rnd_S[s] and c[e2] < capacity:
       kept.add((s, e2))
       c[e2] += 1
   return kept

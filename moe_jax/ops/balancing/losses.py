@@ -1,11 +1,13 @@
 """Losses that are added to the language-model loss. Each is weight x 1 at perfect balance."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from moe_jax.ops.balancing.common import Balancer, normalized_scores, token_mean
 from moe_jax.ops.methods import require_option
-from moe_jax.types import Array, BatchRouting
+from moe_jax.types import Array, BatchRouting, PyTree
 
 SCOPES = ("sequence", "group", "micro_batch", "buffer", "global_batch")
 
@@ -27,50 +29,75 @@ def first_choice(routing: BatchRouting) -> Array:
   return onehot_BLE * routing.mask_BL[..., None]
 
 
-def _load_balancing(weight: float, scope: str, chosen) -> Balancer:
-  """weight * E * sum_e(load_e * importance_e), load and importance taken over the units of `scope`.
+def fractions(counts_UE: Array) -> Array:
+  """[U, E]: each expert's share of the counts of its unit."""
+  return counts_UE / jnp.maximum(counts_UE.sum(axis=-1, keepdims=True), 1.0)
 
-  load_E has no gradient; importance_E is the mean of the sum-normalised scores. Units are weighted by
-  their valid tokens. For `global_batch` the load is that of the whole optimizer step while importance
-  stays local, so the mean over micro-batches equals the loss of the whole batch exactly. `buffer` is the
-  one of 2501.11873: the load of the step's micro-batches up to this one, in one pass instead of two.
+
+def load_balancing(
+  weight: float,
+  scope: str,
+  count: Callable[[BatchRouting], PyTree],
+  load: Callable[[PyTree], Array] = fractions,
+  importance: Callable[[BatchRouting], Array] = normalized_scores,
+) -> Balancer:
+  """weight * N * sum_n(load_n * importance_n), load and importance taken over the units of `scope`.
+
+  N is the number of experts, or of devices that hold them. load_N has no gradient; importance_N is a mean over
+  valid tokens. Units are weighted by their valid tokens. For `global_batch` the load is that of the whole
+  optimizer step while importance stays local, so the mean over micro-batches equals the loss of the whole batch
+  exactly. `buffer` is the one of 2501.11873: the load of the step's micro-batches up to this one, in one pass
+  instead of two.
+
+  Args:
+    count: a tree of [B, L, ...], 0 at padding: what a token adds to the load.
+    load: the sums of those over units, [U, ...] -> load_UN, each 1/N at balance.
+    importance: [B, L, N], differentiable; padding may hold anything.
   """
   require_option("load-balancing loss", "scope", scope, SCOPES)
 
   def losses(state, routing, step_stats):
-    num_experts = routing.logits_BLE.shape[-1]
     unit = units(routing, scope)
     mask_UT = routing.mask_BL.reshape(-1, unit).astype(jnp.float32)
+    probs_BLN = importance(routing)
     # where, not a product: padding may hold logits that give no number.
-    probs_UTE = normalized_scores(routing).reshape(-1, unit, num_experts)
-    probs_UTE = jnp.where(mask_UT[..., None] > 0, probs_UTE, 0)
+    probs_BLN = jnp.where(routing.mask_BL[..., None], probs_BLN, 0)
     if scope == "global_batch":
-      counts_UE = step_stats.whole[None]
+      sums_U = jax.tree.map(lambda x: x[None], step_stats.whole)
     elif scope == "buffer":
-      counts_UE = step_stats.so_far[None]
+      sums_U = jax.tree.map(lambda x: x[None], step_stats.so_far)
     else:
-      counts_UE = chosen(routing).reshape(-1, unit, num_experts).sum(axis=1)
-    counts_UE = jax.lax.stop_gradient(counts_UE)
-    load_UE = counts_UE / jnp.maximum(counts_UE.sum(axis=-1, keepdims=True), 1.0)
+      sums_U = jax.tree.map(lambda x: x.reshape(-1, unit, *x.shape[2:]).sum(axis=1), count(routing))
+    load_UN = load(jax.lax.stop_gradient(sums_U))
     # sum over tokens, not their mean: it weighs each unit by its tokens, and an empty unit by nothing.
-    importance_sum_UE = probs_UTE.sum(axis=1)
-    loss = num_experts * jnp.sum(load_UE * importance_sum_UE) / jnp.maximum(mask_UT.sum(), 1.0)
+    importance_sum_UN = probs_BLN.reshape(-1, unit, probs_BLN.shape[-1]).sum(axis=1)
+    loss = probs_BLN.shape[-1] * jnp.sum(load_UN * importance_sum_UN) / jnp.maximum(mask_UT.sum(), 1.0)
     return {"load_balancing_loss": weight * loss}
 
   if scope not in ("buffer", "global_batch"):
     return Balancer(losses=losses, needs_sequences=scope == "sequence")
-  count = lambda state, routing: chosen(routing).sum(axis=(0, 1))
-  return Balancer(losses=losses, observe=count, needs_whole_step=scope == "global_batch")
+  observe = lambda state, routing: jax.tree.map(lambda x: x.sum(axis=(0, 1)), count(routing))
+  return Balancer(losses=losses, observe=observe, needs_whole_step=scope == "global_batch")
 
 
 def switch_loss(weight: float = 0.01, scope: str = "global_batch") -> Balancer:
   """Load-balancing loss over all K choices (2101.03961, eq. 4-6, with f divided by K)."""
-  return _load_balancing(weight, scope, all_choices)
+  return load_balancing(weight, scope, all_choices)
 
 
 def gshard_loss(weight: float = 0.01, scope: str = "global_batch") -> Balancer:
   """Load-balancing loss over first choices (2006.16668, Algorithm 1), times E^2 so that balance is 1."""
-  return _load_balancing(weight, scope, first_choice)
+  return load_balancing(weight, scope, first_choice)
+
+
+def st_moe_loss(weight: float = 0.01, scope: str = "group") -> Balancer:
+  """ST-MoE's load-balancing loss (2202.08906): GShard's, over first choices also for K > 1, group by group.
+
+  Mesh-TensorFlow, with which it was trained, counts first choices only (mesh_tensorflow/transformer/moe.py);
+  flaxformer counts all K choices and does not divide by K, which is K times `switch_loss:scope=group`. There
+  padding counts as tokens, here it does not.
+  """
+  return load_balancing(weight, scope, first_choice)
 
 
 def z_loss(weight: float = 0.001) -> Balancer:

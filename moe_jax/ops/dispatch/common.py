@@ -4,10 +4,12 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from moe_jax.ops.experts import Matmul
+from moe_jax.ops.experts import Matmul, SortedByExpert
 from moe_jax.types import Array
 
-Experts = Callable[[Array, Matmul], Array]  # experts(rows, matmul) -> rows, see ops/experts.py
+Experts = Callable[
+  [Array, Matmul | SortedByExpert], Array
+]  # experts(rows, matmul) -> rows, see ops/experts.py
 Shard = Callable[[Array, tuple[str | None, ...]], Array]  # constrains the sharding of named axes
 
 

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 
 from moe_jax.ops.dispatch.common import Experts, Shard, no_sharding
 from moe_jax.ops.dispatch.slots import make_queues
-from moe_jax.ops.grouped_matmul import grouped_matmul
+from moe_jax.ops.experts import SortedByExpert
+from moe_jax.ops.grouped_matmul import BLOCK
 from moe_jax.types import Array, Assignment
 
 
@@ -30,10 +31,13 @@ def dropless_dispatch(
   queues = make_queues(assignment.expert_A.reshape(-1), valid_A, num_experts)
 
   in_queue_A = queues.expert_A < num_experts
-  token_A = jnp.where(in_queue_A, token_A[queues.entry_A], x_TD.shape[0])
-  weight_A = jnp.where(in_queue_A, assignment.weight_A.reshape(-1)[queues.entry_A], 0)
-  rows_AD = x_TD.at[token_A].get(mode="fill", fill_value=0)
-  rows_AD = experts(rows_AD, lambda rows, w_EXY: grouped_matmul(rows, w_EXY, queues.length_E))
-  weighted_AD = rows_AD * weight_A[:, None]
-  y_TD = jnp.zeros(x_TD.shape, weighted_AD.dtype).at[token_A].add(weighted_AD, mode="drop")
+  # Rows of no token follow the queues, as the grouped product wants.
+  token_R = jnp.where(in_queue_A, token_A[queues.entry_A], x_TD.shape[0])
+  token_R = jnp.pad(token_R, (0, BLOCK), constant_values=x_TD.shape[0])
+  weight_R = jnp.where(in_queue_A, assignment.weight_A.reshape(-1)[queues.entry_A], 0)
+  weight_R = jnp.pad(weight_R, (0, BLOCK))
+  rows_RD = x_TD.at[token_R].get(mode="fill", fill_value=0)
+  rows_RD = experts(rows_RD, SortedByExpert(queues.length_E))
+  weighted_RD = rows_RD * weight_R[:, None]
+  y_TD = jnp.zeros(x_TD.shape, weighted_RD.dtype).at[token_R].add(weighted_RD, mode="drop")
   return shard(y_TD.astype(x_GTD.dtype).reshape(x_GTD.shape), ("group", None, None)), assignment.valid_A

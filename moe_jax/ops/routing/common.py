@@ -127,6 +127,13 @@ def selected_experts(routing: Routing) -> Array:
   return jnp.zeros(routing.logits_TE.shape, jnp.float32).at[a.token_A, a.expert_A].add(valid_A)
 
 
+def expert_weights(routing: Routing) -> Array:
+  """[T, E] float32, the weight of each expert that a token was sent to, before capacity. Differentiable."""
+  a = routing.assignment
+  weight_A = jnp.where(a.valid_A, a.weight_A, 0)
+  return jnp.zeros(routing.logits_TE.shape, jnp.float32).at[a.token_A, a.expert_A].add(weight_A)
+
+
 def to_batch(routing: Routing, batch: int, length: int, num_experts_per_token: int) -> BatchRouting:
   """A routing with a leading group axis, regrouped into `batch` sequences of `length` tokens."""
   regroup = lambda x: None if x is None else x.reshape(batch, length, -1)
@@ -138,4 +145,5 @@ def to_batch(routing: Routing, batch: int, length: int, num_experts_per_token: i
     group_size=routing.logits_TE.shape[-2],
     num_experts_per_token=num_experts_per_token,
     smooth_load_BLE=regroup(routing.smooth_load_TE),
+    weights_BLE=regroup(jax.vmap(expert_weights)(routing)),  # compiled away where no balancer reads it
   )

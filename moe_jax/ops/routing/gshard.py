@@ -4,23 +4,30 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.errors import InputError
+from moe_jax.ops.methods import require_option
 from moe_jax.ops.routing.common import Router, choice_major, full_mask, select_top_k, take_experts
 from moe_jax.types import Array, Routing
 
 
-def gshard_top2(num_experts: int, num_experts_per_token: int, threshold: float = 0.5) -> Router:
+def gshard_top2(
+  num_experts: int, num_experts_per_token: int, threshold: float = 0.5, slots: str = "all"
+) -> Router:
   """GShard top-2: the second expert is used with probability min(1, g2 / threshold).
 
-  Literal to the algorithm: the two weights are normalised over the pair before anything is dropped
-  and not again after; all first choices are placed before any second one; a skipped second choice
-  still holds its slot (the counter `c_e` grows also then). `threshold` 0.5 is the paper's
-  `2 * g2 > rnd`; Mesh-TensorFlow uses 0.2. Without a key every second choice is used.
-  The paper's capacity 2T/E is `capacity_factor` 1.
+  The two weights are normalised over the pair before anything is dropped and not again after; all first
+  choices are placed before any second one. `threshold` 0.5 is the paper's `2 * g2 > rnd`. Without a key
+  every second choice is used. The paper's capacity 2T/E is `capacity_factor` 1.
+
+  Which second choices take a slot is where the paper and Mesh-TensorFlow (transformer/moe.py) differ:
+    slots=all: every one, also one that is not sent, whose slot then stays empty (the counter `c_e` of
+      Algorithm 1 grows "always").
+    slots=sent: those that are sent. Mesh-TensorFlow is `threshold=0.2:slots=sent`.
   """
   if num_experts_per_token != 2:
     raise InputError(f"--num_experts_per_token={num_experts_per_token}: router gshard_top2 takes 2")
   if not 0 < threshold <= 1:
     raise InputError(f"router gshard_top2: threshold must be in (0, 1], got {threshold}")
+  require_option("router gshard_top2", "slots", slots, ("all", "sent"))
 
   def route(
     logits_TE: Array, *, bias_E: Array | None = None, key: Array | None = None, mask_T: Array | None = None
@@ -30,13 +37,13 @@ def gshard_top2(num_experts: int, num_experts_per_token: int, threshold: float =
     expert_TK = select_top_k(jnp.exp(log_scores_TE), bias_E, 2)
     # g / (g1 + g2) is the softmax over the two selected logits.
     weight_TK = jax.nn.softmax(take_experts(logits_TE, expert_TK), axis=-1)
-    holds_slot_TK = jnp.stack([mask_T, mask_T], axis=-1)
     if key is None:
       second_T = mask_T
     else:
       draw_T = jax.random.uniform(key, mask_T.shape)
       second_T = mask_T & (jax.lax.stop_gradient(weight_TK[:, 1]) > threshold * draw_T)
     valid_TK = jnp.stack([mask_T, second_T], axis=-1)
+    holds_slot_TK = valid_TK if slots == "sent" else jnp.stack([mask_T, mask_T], axis=-1)
     assignment = choice_major(expert_TK, weight_TK, valid_TK, holds_slot_TK)
     return Routing(logits_TE, log_scores_TE, mask_T, assignment)
 

@@ -9,6 +9,27 @@ from moe_jax.ops.routing.common import Router, full_mask, select_top_k, take_exp
 from moe_jax.types import Array, Routing
 
 
+def log_sqrt_softplus(logits_TE: Array) -> Array:
+  """log(sqrt(log(1 + exp(x)))), finite also where the score itself is 0 in float32."""
+  is_small_TE = logits_TE < -15.0  # there log(softplus(x)) is x to the last bit of a float32
+  log_softplus_TE = jnp.log(jax.nn.softplus(jnp.where(is_small_TE, -15.0, logits_TE)))
+  return 0.5 * jnp.where(is_small_TE, logits_TE, log_softplus_TE)
+
+
+LOG_SCORES = {
+  "softmax": jax.nn.log_softmax,
+  "sigmoid": jax.nn.log_sigmoid,
+  "sqrt_softplus": log_sqrt_softplus,
+}
+
+
+def weigh(log_scores_TE: Array, expert_TK: Array, normalize: bool, scale: float) -> Array:
+  """Weights [T, K]: the scores of the chosen, with `normalize` divided by their sum, times `scale`."""
+  chosen_TK = take_experts(log_scores_TE, expert_TK)
+  # softmax of log-scores is the division by the sum, without an epsilon that could be gamed.
+  return scale * (jax.nn.softmax(chosen_TK, axis=-1) if normalize else jnp.exp(chosen_TK))
+
+
 def softmax_topk(num_experts: int, num_experts_per_token: int, softmax: str = "after") -> Router:
   """Softmax top-k. `after` the selection (Mixtral, 2401.04088): the K weights of a token sum to 1.
   `before` it (DeepSeekMoE, 2401.06066, eq. 3-5): the weights are the probabilities among all experts.
@@ -46,14 +67,31 @@ def sigmoid_topk(
     del key
     mask_T = full_mask(logits_TE, mask_T)
     log_scores_TE = jax.nn.log_sigmoid(logits_TE)
-    scores_TE = jnp.exp(log_scores_TE)
-    expert_TK = select_top_k(scores_TE, bias_E, num_experts_per_token)
-    if normalize:
-      # softmax of log-scores is the division by the sum, without an epsilon that could be gamed.
-      weight_TK = jax.nn.softmax(jax.nn.log_sigmoid(take_experts(logits_TE, expert_TK)), axis=-1)
-    else:
-      weight_TK = take_experts(scores_TE, expert_TK)
-    return Routing(logits_TE, log_scores_TE, mask_T, token_major(expert_TK, scale * weight_TK, mask_T))
+    expert_TK = select_top_k(jnp.exp(log_scores_TE), bias_E, num_experts_per_token)
+    weight_TK = weigh(log_scores_TE, expert_TK, normalize, scale)
+    return Routing(logits_TE, log_scores_TE, mask_T, token_major(expert_TK, weight_TK, mask_T))
+
+  return Router(route)
+
+
+def sqrt_softplus_topk(
+  num_experts: int, num_experts_per_token: int, normalize: bool = True, scale: float = 1.0
+) -> Router:
+  """Top-k of sqrt(softplus(x)), weights divided by their sum (DeepSeek-V4, 2606.19348, section 2.1).
+
+  Unlike a sigmoid the score has no upper bound. `scale` multiplies the weights: 1.5 in the released V4-Flash,
+  2.5 in V4-Pro.
+  """
+
+  def route(
+    logits_TE: Array, *, bias_E: Array | None = None, key: Array | None = None, mask_T: Array | None = None
+  ) -> Routing:
+    del key
+    mask_T = full_mask(logits_TE, mask_T)
+    log_scores_TE = log_sqrt_softplus(logits_TE)
+    expert_TK = select_top_k(jnp.exp(log_scores_TE), bias_E, num_experts_per_token)
+    weight_TK = weigh(log_scores_TE, expert_TK, normalize, scale)
+    return Routing(logits_TE, log_scores_TE, mask_T, token_major(expert_TK, weight_TK, mask_T))
 
   return Router(route)
 
@@ -65,4 +103,4 @@ def switch_top1(num_experts: int, num_experts_per_token: int) -> Router:
   return softmax_topk(num_experts, 1, softmax="before")
 
 
-__all__ = ["sigmoid_topk", "softmax_topk", "switch_top1"]
+__all__ = ["LOG_SCORES", "sigmoid_topk", "softmax_topk", "sqrt_softplus_topk", "switch_top1", "weigh"]

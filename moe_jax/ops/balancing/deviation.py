@@ -1,0 +1,48 @@
+"""The squared deviation from balance: as it is often printed, which trains nothing, and with a gradient."""
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.ops.balancing.common import Balancer
+from moe_jax.ops.balancing.importance import importance_loss
+from moe_jax.ops.balancing.losses import SCOPES, all_choices, fractions, units
+from moe_jax.ops.methods import require_option
+
+
+def squared_deviation_loss(
+  weight: float = 0.01, of: str = "importance", scope: str = "global_batch"
+) -> Balancer:
+  """The squared distance of expert usage from 1/E; 0 at balance, unlike losses of the kind f * P.
+
+  of=load: weight * sum_e(c_e / S - 1/E)^2, which summaries of 2501.11873 print as its loss. The paper has
+    E * sum_e(f_e * P_e), `switch_loss`. Counts c_e are steps of the logits, so this one's gradient is zero: it
+    is here to be looked at. S is the number of assignments, K per token; where S is read as the number of tokens,
+    the target has to be K/E.
+  of=importance: weight * E * sum_e(P_e - 1/E)^2, P_e the mean of the scores over their sum: the nearest loss with
+    a gradient. With the factor E a weight means the same for every E: this is the squared coefficient of variation
+    `importance_loss:of=scores`, and `switch_loss` minus 1 with P in the place of f. It does not see what is
+    chosen: all tokens may choose the same experts by a hair while P is flat.
+
+  `scope` as for `switch_loss`.
+  """
+  require_option("balancer squared_deviation_loss", "of", of, ("load", "importance"))
+  require_option("balancer squared_deviation_loss", "scope", scope, SCOPES)
+  return _of_load(weight, scope) if of == "load" else importance_loss(weight, scope, of="scores")
+
+
+def _of_load(weight: float, scope: str) -> Balancer:
+  def losses(state, routing, step_stats):
+    num_experts = routing.logits_BLE.shape[-1]
+    unit = units(routing, scope)
+    tokens_U = routing.mask_BL.reshape(-1, unit).sum(axis=1)
+    counts_UE = all_choices(routing).reshape(-1, unit, num_experts).sum(axis=1)
+    if scope in ("buffer", "global_batch"):
+      counts_UE = (step_stats.whole if scope == "global_batch" else step_stats.so_far)[None]
+    counts_UE = jax.lax.stop_gradient(counts_UE)
+    deviation_U = jnp.sum((fractions(counts_UE) - 1 / num_experts) ** 2, axis=-1)
+    return {"squared_deviation": weight * jnp.sum(tokens_U * deviation_U) / jnp.maximum(tokens_U.sum(), 1)}
+
+  if scope not in ("buffer", "global_batch"):
+    return Balancer(losses=losses, needs_sequences=scope == "sequence")
+  observe = lambda state, routing: all_choices(routing).sum(axis=(0, 1))
+  return Balancer(losses=losses, observe=observe, needs_whole_step=scope == "global_batch")

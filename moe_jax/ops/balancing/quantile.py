@@ -1,0 +1,134 @@
+"""Quantile balancing: the bias that would have balanced the last step, solved for and not approached.
+
+Let a token's cutoff be the score (with bias) that an expert must exceed to be chosen, and the required bias of
+a pair the cutoff less the plain score: with that bias the expert would stand exactly at the cutoff. An expert
+whose bias is the K/E quantile of its required biases is chosen by a share K/E of the tokens: balance.
+
+Letter of this file: Q bins of a histogram.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from moe_jax.errors import InputError
+from moe_jax.ops.balancing.common import Balancer
+from moe_jax.ops.methods import require_option
+from moe_jax.ops.routing.common import select_top_k, take_experts
+from moe_jax.types import Array, BatchRouting
+
+CUTOFFS = ("next", "quantile")
+
+
+class RequiredBiases(NamedTuple):
+  """What one step observes. Sums over tokens, so the quantile is that of the whole step however it is cut."""
+
+  count_EQ: Array  # float32, tokens per expert and bin of required bias
+  num_choices: Array  # float32 scalar, K times the tokens
+
+
+def quantile_balancing(
+  ema: float = 0.0,
+  bins: int = 1000,
+  reach: float = 1.0,
+  cutoff: str = "next",
+  centre: bool = True,
+) -> Balancer:
+  """Quantile balancing (kexue.fm/archives/11619) as Kimi K3 does it (its report, eq. 13-14 and appendix D).
+
+  b_e <- the K/E quantile over the step's tokens of cutoff_t - score_te, then b <- b - mean(b). Once per
+  optimizer step, and the new bias acts on the next one: no token's choice depends on later tokens. There is
+  no rate; the bias goes in one step as far as it must.
+
+  The quantile is read from a histogram per expert, which adds up over micro-batches and devices, with linear
+  interpolation in its bin: off by at most one bin width w, (max(b) - min(b) + 2 * reach) / bins. Keep w
+  small beside the differences of scores: a softmax over many experts, whose scores are near 1/E, wants more
+  bins or a shorter reach.
+
+  The article's own form is `centre=false`; its program takes the cutoff as a quantile too
+  (`cutoff=quantile:centre=false`). It sorts a batch exactly where here is a histogram. Its repeated rounds on
+  one batch are rounds over steps here, as it recommends for training.
+
+  Meant for routers that take the K best of scores plus this bias. Noise, groups of experts, a number of
+  experts that varies, or a second balancer with a bias are not known to the cutoff. Quantiles per sequence,
+  without a state, are a router and no balancer.
+
+  Args:
+    ema: share of the old bias in the new one, in [0, 1).
+    bins: bins per expert, uniform in [min(b) - reach, max(b) + reach]; what lies outside counts in the end bins.
+    reach: 1 is right for scores in [0, 1]: nothing then lies outside. With a shorter reach, or scores without
+      bound, a bias moves at most `reach` beyond the others per step, and gets there in several steps.
+    cutoff: `next`, the (K+1)-th best score with bias; `quantile`, the 1 - K/E quantile of the token's scores
+      with bias, which lies between the K-th and the (K+1)-th best. With K = E the lowest score in both cases.
+    centre: whether to subtract the mean bias, which changes no choice.
+
+  State: bias_E [E] float32. Statistics: `RequiredBiases`. A step without tokens changes nothing.
+
+  Raises:
+    InputError: an option outside its range.
+  """
+  require_option("balancer quantile_balancing", "cutoff", cutoff, CUTOFFS)
+  for name, value, right, ok in (
+    ("ema", ema, "in [0, 1)", 0 <= ema < 1),
+    ("bins", bins, "1 or more", bins >= 1),
+    ("reach", reach, "above 0", reach > 0),
+  ):
+    if not ok:
+      raise InputError(f"balancer quantile_balancing: {name} must be {right}, got {value}")
+
+  def observe(bias_E: Array, routing: BatchRouting) -> RequiredBiases:
+    scores_TE = routing.scores_BLE.reshape(-1, bias_E.size)
+    mask_T = routing.mask_BL.reshape(-1)
+    cutoff_T = _cutoff(scores_TE, bias_E, routing.num_experts_per_token, cutoff)
+    count_EQ = _histogram(cutoff_T[:, None] - scores_TE, mask_T, *_range(bias_E, reach), bins)
+    return RequiredBiases(count_EQ, routing.num_experts_per_token * mask_T.sum().astype(jnp.float32))
+
+  def update(bias_E: Array, stats: RequiredBiases) -> Array:
+    solved_E = _quantile(stats.count_EQ, stats.num_choices / bias_E.size, *_range(bias_E, reach))
+    new_E = ema * bias_E + (1 - ema) * solved_E
+    new_E = new_E - new_E.mean() if centre else new_E
+    return jnp.where(stats.num_choices > 0, new_E, bias_E)
+
+  return Balancer(
+    init=lambda num_experts: jnp.zeros(num_experts, jnp.float32),
+    bias=lambda bias_E: bias_E,
+    observe=observe,
+    update=update,
+  )
+
+
+def _cutoff(scores_TE: Array, bias_E: Array, k: int, cutoff: str) -> Array:
+  """[T], what a score with bias must exceed to be among the K best."""
+  num_experts = bias_E.size
+  best_TK = take_experts(scores_TE + bias_E[None], select_top_k(scores_TE, bias_E, min(k + 1, num_experts)))
+  if cutoff == "next" or k == num_experts:
+    return best_TK[:, -1]
+  # numpy's and JAX's quantile: position (1 - K/E) * (E - 1), counted from the lowest, between neighbours.
+  return best_TK[:, -1] + k / num_experts * (best_TK[:, -2] - best_TK[:, -1])
+
+
+def _range(bias_E: Array, reach: float) -> tuple[Array, Array]:
+  return bias_E.min() - reach, bias_E.max() + reach
+
+
+def _histogram(values_TE: Array, mask_T: Array, low: Array, high: Array, bins: int) -> Array:
+  """[E, Q] float32: valid tokens per uniform bin of [low, high]; outside values count in the end bins."""
+  num_experts = values_TE.shape[-1]
+  bin_TE = jnp.clip(jnp.floor((values_TE - low) * bins / (high - low)), 0, bins - 1).astype(jnp.int32)
+  # One scatter into a flat array: on a CPU three times as fast as one per expert, 100 times as one-hot products.
+  flat_TE = bins * jnp.arange(num_experts)[None] + bin_TE
+  # Padding may hold anything and fall into any bin, or none: it counts 0.
+  valid_TE = jnp.broadcast_to(mask_T[:, None], flat_TE.shape).astype(jnp.float32)
+  return jnp.zeros(num_experts * bins, jnp.float32).at[flat_TE].add(valid_TE).reshape(num_experts, bins)
+
+
+def _quantile(count_EQ: Array, rank: Array, low: Array, high: Array) -> Array:
+  """[E], the value below which `rank` of an expert's tokens lie, linear within its bin."""
+  num_experts, bins = count_EQ.shape
+  # Counts differ from rank by multiples of 1/E, so half of that is a margin for its rounding.
+  reached_EQ = jnp.cumsum(count_EQ, axis=-1) > rank - 0.5 / num_experts
+  bin_E = jnp.argmax(reached_EQ, axis=-1)
+  below_E = jnp.sum(jnp.where(reached_EQ, 0, count_EQ), axis=-1)
+  inside_E = jnp.take_along_axis(count_EQ, bin_E[:, None], axis=-1)[:, 0]
+  fraction_E = jnp.clip((rank - below_E) / jnp.maximum(inside_E, 1), 0, 1)
+  return low + (bin_E + fraction_E) * (high - low) / bins

@@ -1,0 +1,85 @@
+"""Quantile balancing within a group: thresholds of experts, solved for the group that they route."""
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.errors import InputError
+from moe_jax.ops.methods import require_option
+from moe_jax.ops.routing.common import Router, full_mask, select_top_k, take_experts, token_major
+from moe_jax.types import Array, Routing
+
+
+def quantile_topk(
+  num_experts: int,
+  num_experts_per_token: int,
+  score: str = "sigmoid",
+  rounds: int = 5,
+  strength: float = 1.0,
+) -> Router:
+  """Top-k of s - strength * beta, with expert thresholds beta_e of the group's own (kexue.fm/archives/11619).
+
+  Of all assignments that give a token K experts and an expert n K / E of the n valid tokens, the one with the
+  largest sum of scores is the top-k of s - beta, with beta from the dual of that linear program. `rounds` of
+  alternating minimisation find it: alpha_t between the K-th and next largest of s_te - beta_e, and beta_e
+  between the q-th and next largest of s_te - alpha_t, q = n K / E rounded. Any value between the two is a
+  minimum of its step. The article takes the lower one, or numpy's interpolated quantile; this takes the
+  middle, which goes on improving where the lower one stalls. Counts are near n K / E, not equal to it.
+
+  Weights are the plain scores, `sigmoid` or `softmax` over all experts: thresholds move the choice only.
+  `strength` below 1 balances in part (archives/11760 advises 0.3 there, where 1 costs quality).
+
+  The group is what gets balanced: with groups of one sequence, which is what `sorted` and `dropless` take,
+  every sequence is balanced by itself. Leaks the future always, also without drops: thresholds see all tokens
+  of the group. So there is no generation token by token with it; archives/11760 replaces the quantile by that
+  of a moving histogram of earlier tokens, which is another method.
+  """
+  require_option("router quantile_topk", "score", score, ("sigmoid", "softmax"))
+  if rounds < 1:
+    raise InputError(f"router quantile_topk: rounds must be at least 1, got {rounds}")
+  if not 0 <= strength <= 1:
+    raise InputError(f"router quantile_topk: strength must be in [0, 1], got {strength}")
+
+  def route(
+    logits_TE: Array, *, bias_E: Array | None = None, key: Array | None = None, mask_T: Array | None = None
+  ) -> Routing:
+    del bias_E, key
+    mask_T = full_mask(logits_TE, mask_T)
+    log_scores_TE = jax.nn.log_sigmoid(logits_TE) if score == "sigmoid" else jax.nn.log_softmax(logits_TE)
+    scores_TE = jnp.exp(log_scores_TE)
+    beta_E = expert_thresholds(scores_TE, mask_T, num_experts_per_token, rounds)
+    expert_TK = select_top_k(scores_TE, -strength * beta_E, num_experts_per_token)
+    weight_TK = take_experts(scores_TE, expert_TK)
+    return Routing(logits_TE, log_scores_TE, mask_T, token_major(expert_TK, weight_TK, mask_T))
+
+  return Router(route, leaks="always", takes_bias=False)
+
+
+def expert_thresholds(scores_TE: Array, mask_T: Array, k: int, rounds: int) -> Array:
+  """beta_E after `rounds` of alternating minimisation from beta = 0. No gradient."""
+  scores_TE = jax.lax.stop_gradient(scores_TE)
+  num_tokens, num_experts = scores_TE.shape
+  share = (2 * jnp.sum(mask_T) * k + num_experts) // (2 * num_experts)  # n K / E, rounded half up
+  last = jnp.maximum(share - 1, 0)  # where the sorted column has the last one taken
+  rank_T = jnp.arange(num_tokens)[:, None]
+  # The next one must be a valid token; there is none where the expert takes all.
+  is_last_T1, is_next_T1 = (
+    rank_T == last,
+    rank_T == jnp.minimum(last + 1, jnp.maximum(jnp.sum(mask_T) - 1, 0)),
+  )
+
+  def one_round(_, beta_E):
+    alpha_T = _token_threshold(scores_TE - beta_E[None], k)
+    margin_TE = jnp.where(mask_T[:, None], scores_TE - alpha_T[:, None], -jnp.inf)
+    sorted_TE = jnp.sort(margin_TE, axis=0, descending=True)
+    pick = lambda is_it_T1: jnp.sum(jnp.where(is_it_T1, sorted_TE, 0), axis=0)
+    beta_E = (pick(is_last_T1) + pick(is_next_T1)) / 2
+    return jnp.where(mask_T.any(), beta_E, 0)
+
+  return jax.lax.fori_loop(0, rounds, one_round, jnp.zeros(num_experts, scores_TE.dtype))
+
+
+def _token_threshold(values_TE: Array, k: int) -> Array:
+  """Half-way between the k-th and the next largest value of every row; the k-th where it is the last."""
+  last = min(k + 1, values_TE.shape[-1])
+  largest_TK = take_experts(values_TE, select_top_k(values_TE, None, last))
+  return (largest_TK[:, k - 1] + largest_TK[:, last - 1]) / 2

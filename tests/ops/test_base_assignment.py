@@ -1,0 +1,102 @@
+"""What is particular to BASE (2103.16716): a balanced assignment, and none with a larger sum of scores."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.ops.routing import make_router
+from moe_jax.ops.routing.base_assignment import balanced_assignment
+from tests.ops.router_laws import MASK_T, entries_of, logits_of, route
+from tests.ops.router_rows import ROWS, T
+from tests.reference import batch_routing as reference
+
+assign = jax.jit(balanced_assignment)
+
+
+def some_scores(kind, tokens, experts, seed):
+  rng = np.random.default_rng(seed)
+  scores_TE = rng.normal(size=(tokens, experts)).astype(np.float32)
+  if kind == "collapsed":  # every token prefers the first experts
+    scores_TE += np.linspace(20, 0, experts, dtype=np.float32)
+  if kind == "ties":
+    scores_TE = np.round(scores_TE)
+  if kind == "repeated tokens":
+    scores_TE = np.repeat(scores_TE, 3, axis=0)[:tokens]
+  if kind == "one wide token":  # the others are scored in finer steps than this one
+    scores_TE[0] *= 1000
+  if kind == "nearly equal":
+    scores_TE = 5 + scores_TE * np.float32(1e-4)
+  return scores_TE
+
+
+@pytest.mark.parametrize(
+  "kind", ["plain", "collapsed", "ties", "repeated tokens", "one wide token", "nearly equal"]
+)
+@pytest.mark.parametrize(("tokens", "experts"), [(128, 8), (25, 7), (5, 7)])
+def test_the_assignment_is_balanced_and_its_score_the_largest(kind, tokens, experts):
+  for seed in range(4):
+    scores_TE = some_scores(kind, tokens, experts, seed)
+    mask_T = np.random.default_rng(seed).random(tokens) < (1, 0.8, 0.3, 0)[seed]
+    expert_T = np.asarray(assign(scores_TE, mask_T))
+    n = mask_T.sum()
+    assert (expert_T[~mask_T] == experts).all() and (expert_T[mask_T] < experts).all()
+    load_E = np.bincount(expert_T[mask_T], minlength=experts)
+    assert load_E.max() <= -(-n // experts) and load_E.min() >= n // experts
+    real_TE = scores_TE[mask_T].astype(float)
+    total = lambda expert_T, real_TE=real_TE: sum(real_TE[t, e] for t, e in enumerate(expert_T))
+    spread = np.ptp(real_TE, axis=1).max(initial=0)
+    assert abs(total(expert_T[mask_T]) - total(reference.best_balanced(real_TE))) <= n * spread * 1e-7
+
+
+def test_room_is_found_over_a_chain_of_moves():
+  """Leaving expert 0 for the free expert 2 costs 9; instead expert 1 takes token 0 and passes token 2 on."""
+  scores_TE = np.array([[9, 8, 0], [9, 1, 0], [0, 5, 4], [0, 5, 1], [0, 0, 7], [9, 7, 0]], np.float32)
+  assert np.bincount(scores_TE.argmax(axis=1)).tolist() == [3, 2, 1]
+  np.testing.assert_array_equal(assign(scores_TE, np.ones(6, bool)), [1, 0, 2, 1, 2, 0])
+
+
+def test_padding_takes_no_place():
+  """Six valid tokens of twelve, and three experts: two each, whatever the padding would like."""
+  scores_TE = some_scores("collapsed", T, 3, 0)
+  mask_T = np.arange(T) % 2 == 0
+  expert_T = np.asarray(assign(scores_TE, mask_T))
+  assert np.bincount(expert_T[mask_T]).tolist() == [2, 2, 2]
+  np.testing.assert_array_equal(
+    assign(np.where(mask_T[:, None], scores_TE, np.float32(1e30)), mask_T), expert_T
+  )
+
+
+def test_no_scores_of_any_size_hang_it():
+  for bad in (1e30, np.nan, np.inf):
+    scores_TE = some_scores("collapsed", T, 3, 0)
+    scores_TE[0, 0] = bad
+    assert np.asarray(assign(scores_TE, np.ones(T, bool))).shape == (T,)
+
+
+def test_evaluation_takes_the_best_expert():
+  row = ROWS["base_assignment_evaluation"]
+  logits_TE = logits_of(row)
+  chosen_T = [e.expert for e in entries_of(route(row, logits_TE).assignment)]
+  np.testing.assert_array_equal(chosen_T, logits_TE.argmax(axis=1))
+  assert np.bincount(chosen_T).max() > T / row.num_experts
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_mix_adds_what_the_expert_leaves_of_the_token(train):
+  """a E(x) + (1 - a) x: weights of expert and copy sum to 1 for valid tokens and are 0 for padding."""
+  plain, mixed = make_router("base_assignment", 6, 1), make_router("base_assignment:mix=true", 6, 1)
+  assert plain.bypass == () and mixed.bypass == ("copy",)
+  logits_TE = jnp.asarray(logits_of(ROWS["base_assignment"]))
+  routing = mixed(logits_TE, train=train, mask_T=jnp.asarray(MASK_T))
+  assert plain(logits_TE, train=train).bypass_TZ is None
+  total_T = routing.bypass_TZ[:, 0] + routing.assignment.weight_A
+  np.testing.assert_allclose(total_T[MASK_T], 1, rtol=1e-6)
+  np.testing.assert_array_equal(routing.bypass_TZ[~MASK_T], 0)
+  sums = lambda x: [
+    f(mixed(x, train=train, mask_T=jnp.asarray(MASK_T)))
+    for f in (lambda r: r.bypass_TZ.sum(), lambda r: (r.assignment.weight_A * r.assignment.valid_A).sum())
+  ]
+  of_copy, of_expert = jax.jacrev(sums)(logits_TE)
+  np.testing.assert_allclose(of_copy, -of_expert, atol=1e-7)
+  assert np.abs(of_copy).max() > 0.01
