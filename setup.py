@@ -27,6 +27,8 @@ EXTRAS = {
     "nbformat>=5.10",
     "ipykernel>=6",
   ],
+  # What tests/parity compares with. Releases of transformers differ in details that the tests state.
+  "parity": ["torch==2.13.0", "transformers>=5.23,<6"],
 }
 
 setup(

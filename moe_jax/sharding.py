@@ -46,6 +46,12 @@ def constrain(x: jax.Array, logical_axes: tuple[str | None, ...]) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, partition_spec(logical_axes))
 
 
+def on_one_cpu() -> bool:
+  """Whether the program being traced runs on a single CPU device: there is no exchange to prepare."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return jax.default_backend() == "cpu" and (mesh.empty or mesh.size == 1)
+
+
 def make_mesh(config: MeshConfig) -> Mesh:
   """The mesh over all devices of all processes; a single process may ask for fewer and gets the first ones.
 

@@ -30,9 +30,10 @@ from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.errors import InputError
 from moe_jax.nn.transformer import make_layer
 from moe_jax.ops.balancing import make_balancer
-from moe_jax.ops.dispatch import default_group_size, expert_capacity, get_dispatcher
+from moe_jax.ops.dispatch import default_group_size, expert_capacity, get_dispatcher, no_sharding
 from moe_jax.ops.experts import ExpertWeights, expert_ffn
 from moe_jax.ops.routing import make_router
+from moe_jax.sharding import constrain, on_one_cpu
 
 _TOKENS = flags.DEFINE_integer("num_tokens", 4096, "tokens in all", lower_bound=1)
 _LENGTH = flags.DEFINE_integer(
@@ -46,8 +47,8 @@ _CAPACITY = flags.DEFINE_float("capacity_factor", 1.25, "slots per expert / (T*K
 _ROUTER = flags.DEFINE_string("router", "softmax_topk", "router")
 _DISPATCHERS = flags.DEFINE_list(
   "dispatchers",
-  ["sorted", "sorted:0", "einsum:64", "einsum", "dropless"],
-  "NAME or NAME:GROUP_SIZE; 0: all tokens in one group",
+  ["sorted", "buffers", "einsum:64", "einsum", "dropless"],
+  "NAME or NAME:GROUP_SIZE; 0: all tokens in one group; buffers: sorted in the form for several devices",
 )
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of tokens and experts")
 _PAIRS = flags.DEFINE_integer("pairs", 21, "timed pairs per dispatcher", lower_bound=1)
@@ -87,12 +88,14 @@ def moe_layer(params, x_TD, *, dispatcher, group_size):
   x_GTD = x_TD.reshape(-1, group_size, x_TD.shape[-1])
   logits_GTE = x_GTD.astype(jnp.float32) @ router_DE
   assignment = jax.vmap(make_router(_ROUTER.value, _EXPERTS.value, _K.value))(logits_GTE).assignment
-  y_GTD, kept_GA = get_dispatcher(dispatcher)(
+  one_cpu = on_one_cpu() and dispatcher != "buffers"
+  y_GTD, kept_GA = get_dispatcher("sorted" if dispatcher == "buffers" else dispatcher)(
     x_GTD,
     assignment,
     functools.partial(expert_ffn, weights),
     num_experts=_EXPERTS.value,
     capacity=expert_capacity(group_size, _K.value, _CAPACITY.value, _EXPERTS.value),
+    shard=no_sharding if one_cpu else constrain,
   )
   counts_E = jnp.zeros(_EXPERTS.value).at[assignment.expert_A].add(assignment.valid_A)
   info = {

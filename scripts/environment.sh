@@ -1,6 +1,6 @@
 # Sourced by quickstart.sh, test.sh and .ci/run: makes the virtual environment and installs this project in it.
 #
-#   prepare_environment [EXTRA]    EXTRA: a name from setup.py's extras, e.g. dev
+#   prepare_environment [EXTRAS]    EXTRAS: names from setup.py's extras, e.g. dev or dev,parity
 #
 # Sets $root (the checkout) and $python (the environment's interpreter). Environment variables:
 #   PYTHON          the interpreter to make the environment with   (default: the first that is 3.11 or newer)
@@ -52,16 +52,23 @@ make_venv() {
   "$base_python" -m venv "$venv" || fail "$base_python -m venv $venv failed, see above"
 }
 
-prepare_environment() {
-  local extra="${1:-}" wanted stamp
-  make_venv
-  # What was installed from where; the dev environment holds all that the plain one does.
-  wanted="$(cat "$root/setup.py" "$root/pyproject.toml" | cksum) $root"
-  for stamp in "$venv/.moe_jax-${extra:-base}" "$venv/.moe_jax-dev"; do
-    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then return; fi
+# One stamp per extra that the environment holds, and `base` for the package itself: what was installed from where.
+is_installed() {
+  local part
+  for part in base ${1//,/ }; do
+    if [ "$(cat "$venv/.moe_jax-$part" 2>/dev/null)" != "$2" ]; then return 1; fi
   done
-  say "installing moe_jax${extra:+[$extra]} into $venv (a few minutes the first time)"
-  (cd "$root" && "$python" -m pip install --quiet --disable-pip-version-check -e ".${extra:+[$extra]}") ||
-    fail "pip could not install moe_jax, see above"
-  echo "$wanted" >"$venv/.moe_jax-${extra:-base}"
+}
+
+prepare_environment() {
+  local extras="${1:-}" wanted part
+  make_venv
+  wanted="$(cat "$root/setup.py" "$root/pyproject.toml" | cksum) $root"
+  if is_installed "$extras" "$wanted"; then return; fi
+  say "installing moe_jax${extras:+[$extras]} into $venv (a few minutes the first time)"
+  (cd "$root" && "$python" -m pip install --quiet --disable-pip-version-check -e ".${extras:+[$extras]}") ||
+    fail "pip could not install moe_jax${extras:+[$extras]}, see above"
+  for part in base ${extras//,/ }; do
+    echo "$wanted" >"$venv/.moe_jax-$part"
+  done
 }

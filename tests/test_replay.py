@@ -252,7 +252,7 @@ def test_the_experiment_records_once_and_replays_any_run(tmp_path):
   ],
 )
 def test_wrong_flags_of_the_experiment_are_one_line(tmp_path, arguments, message):
-  done = _experiment(*arguments, "--data_parallelism=1", f"--output_dir={tmp_path / 'run'}")
+  done = _experiment(*arguments, f"--output_dir={tmp_path / 'run'}")
   assert done.returncode == 2
   assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
   assert not (tmp_path / "run").exists()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from moe_jax import sharding
+from moe_jax.checkpoint import Checkpoints
 from moe_jax.compiled_steps import check_run, compile_steps
 from moe_jax.config import MeshConfig
 from moe_jax.data import load_dataset
@@ -193,13 +194,22 @@ class StopsAt:
       raise KeyboardInterrupt
 
 
-def test_a_stopped_run_records_no_step_twice(finished, dataset, tmp_path):
+def test_a_stopped_run_records_no_step_twice(finished, dataset, tmp_path, monkeypatch):
   folder, _ = finished
   config = tiny.change(CONFIG, checkpoint_every=2)
+  save, written = Checkpoints.save, []
+
+  def noted(self, step, state, extra):
+    written.append((step, len(Trace(tmp_path))))
+    save(self, step, state, extra)
+
+  monkeypatch.setattr(Checkpoints, "save", noted)
   with pytest.raises(KeyboardInterrupt):
     Run(config, dataset, tmp_path, progress=StopsAt(5)).train()
-  assert len(Trace(tmp_path)) == 5  # one more than the checkpoint
+  assert len(Trace(tmp_path)) == 5  # more than the checkpoint
   Run(config, dataset, tmp_path).train()
+  # Also after a kill no step before a checkpoint is missing.
+  assert {step for step, _ in written} == {2, 4, 6} and all(step == steps for step, steps in written)
   for one, other in zip(Trace(tmp_path).read(0, 9), Trace(folder).read(0, 9), strict=True):
     np.testing.assert_array_equal(one, other)
 

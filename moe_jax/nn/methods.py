@@ -72,6 +72,17 @@ def _leaks(config: MoEConfig) -> str:
   return router_of(config).leaks if kind.routes else kind.leaks
 
 
+def check_flat(config: MoEConfig) -> None:
+  """Raises `InputError` where a method needs sequences, for tokens that come without."""
+  wrong = "the layer was given flat tokens x_TD; give it x_BLD"
+  if "sequence_T" in router_of(config).reads:
+    raise InputError(f"--router={config.router}: decides for whole sequences, and {wrong}")
+  if make_balancer(config.balancers).needs_sequences:
+    raise InputError(
+      f"--balancers={config.balancers}: balances within each sequence, and {wrong}, or choose scope=global_batch"
+    )
+
+
 def sees_later_tokens(config: MoEConfig) -> bool:
   """Whether a token's output depends on later tokens of its sequence."""
   leaks = _leaks(config)

@@ -6,17 +6,17 @@ from flax import nnx
 
 from moe_jax.config import MoEConfig
 from moe_jax.errors import InputError
-from moe_jax.nn.methods import check_methods, group_size, num_scored_experts, router_of
+from moe_jax.nn.methods import check_flat, check_methods, group_size, num_scored_experts, router_of
 from moe_jax.nn.mlp import MLP
 from moe_jax.nn.variables import BalancerState, matrix
 from moe_jax.nn.zero_computation import ZeroComputation
 from moe_jax.ops import stats
 from moe_jax.ops.balancing import make_balancer
 from moe_jax.ops.balancing.common import normalized_scores
-from moe_jax.ops.dispatch import expert_capacity, get_dispatcher
+from moe_jax.ops.dispatch import expert_capacity, get_dispatcher, no_sharding
 from moe_jax.ops.experts import ExpertWeights, expert_ffn
 from moe_jax.ops.routing import to_batch
-from moe_jax.sharding import constrain
+from moe_jax.sharding import constrain, on_one_cpu
 from moe_jax.types import Array, BatchRouting, MoEAux, PyTree, Routing, StepStats
 
 
@@ -68,8 +68,8 @@ class MoE(nnx.Module):
     """One forward pass.
 
     Args:
-      x_BLD: activations of any float dtype; the router works in float32 whatever it is. A flat list of tokens
-        is a batch of one sequence, `x_TD[None]`.
+      x_BLD: activations of any float dtype; the router works in float32 whatever it is. Or x_TD, tokens that
+        are no sequences; the other arguments and y then have no leading B either.
       mask_BL: bool, False for padding: it is routed nowhere and counts nowhere.
       key_B: a random key per sequence, for jitter and routers that draw. Keys belong to sequences, so
         cutting the batch into micro-batches or over devices changes no draw.
@@ -81,8 +81,23 @@ class MoE(nnx.Module):
       record_logits: fills in `MoEAux.logits_BLE`.
 
     Raises:
-      InputError: the router reads an argument that was not given.
+      InputError: the router reads an argument that was not given, or a method needs sequences and x is flat.
     """
+    if x_BLD.ndim == 2:
+      check_flat(self.config)
+      with_batch = lambda x: None if x is None else x[None]
+      y_1TD, aux = self(
+        x_BLD[None],
+        with_batch(mask_BL),
+        key_B=with_batch(key_B),
+        step_stats=step_stats,
+        train=train,
+        token_id_BL=with_batch(token_id_BL),
+        domain_B=with_batch(domain_B),
+        record_logits=record_logits,
+      )
+      return y_1TD[0], aux
+    x_BLD = jnp.asarray(x_BLD)
     batch, length, _ = x_BLD.shape
     if mask_BL is None:
       mask_BL = jnp.ones((batch, length), bool)
@@ -147,7 +162,7 @@ class MoE(nnx.Module):
       lambda rows, matmul: expert_ffn(weights, rows, matmul),
       num_experts=config.num_experts,
       capacity=expert_capacity(t, config.num_experts_per_token, factor, config.num_experts),
-      shard=constrain,
+      shard=no_sharding if on_one_cpu() else constrain,
     )
     y_BLD = constrain(y_GTD.reshape(x_BLD.shape), ("batch", None, None))
     kept_GA |= routing.assignment.valid_A & ~has_ffn_GA

@@ -291,3 +291,25 @@ def test_the_group_size_is_what_capacity_counts_in():
   expected, _, _ = reference_layer(moe, x_BLD, MASK_BL, 0.5, group=4)
   y_BLD, _ = forward(moe, x_BLD, MASK_BL, train=True)
   np.testing.assert_allclose(y_BLD, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_flat_tokens_are_a_batch_without_sequences():
+  moe = make(CONFIG)
+  x_BLD = inputs()
+  y_BLD, aux = forward(moe, x_BLD[:1])
+  y_TD, flat_aux = jax.device_get(moe(jnp.asarray(x_BLD[0])))
+  np.testing.assert_allclose(y_TD, y_BLD[0], rtol=1e-5, atol=1e-6)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), flat_aux, aux)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"balancers": "switch_loss:0.1:scope=sequence"}, "balances within each sequence"),
+    ({"balancers": "loss_free_bias,sequence_loss"}, "balances within each sequence"),
+    ({"router": "sequence_level"}, "decides for whole sequences"),
+  ],
+)
+def test_flat_tokens_are_refused_where_sequences_matter(fields, message):
+  with pytest.raises(InputError, match=message):
+    make(change(**fields))(jnp.zeros((L, D)))

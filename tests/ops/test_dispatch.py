@@ -10,13 +10,16 @@ import pytest
 
 from moe_jax.errors import InputError
 from moe_jax.ops.dispatch import DISPATCHERS, default_group_size, expert_capacity, get_dispatcher
+from moe_jax.ops.dispatch.sorted import sorted_dispatch
 from moe_jax.ops.experts import ExpertWeights, expert_ffn
 from moe_jax.types import Assignment
 from tests.reference.moe_layer import kept_entries, moe_layer
 
 D, F = 6, 8
 ENTRIES = 37  # every case is padded to this many, so that one compiled program serves them all
-NAMES = sorted(DISPATCHERS)
+# With any `shard`, `sorted` takes the form that devices can exchange.
+UNDER_TEST = {**DISPATCHERS, "buffers": functools.partial(sorted_dispatch, shard=lambda x, axes: x)}
+NAMES = sorted(UNDER_TEST)
 
 
 def make_weights(num_experts, gated=True, seed=0, dtype=jnp.float32):
@@ -77,7 +80,7 @@ def step(name: str, num_experts: int, capacity: int) -> Callable:
   """(x, combine weights, expert weights, assignment, cotangent) -> y, kept, gradients of the first three."""
 
   def loss(x, combine, weights, assignment, cotangent):
-    y, kept = DISPATCHERS[name](
+    y, kept = UNDER_TEST[name](
       x,
       assignment._replace(weight_A=combine),
       functools.partial(expert_ffn, weights),
@@ -158,7 +161,7 @@ def test_cases_drop_where_they_should():
   assert all(n > 0 for case, n in dropped.items() if case != "no_valid_entry"), dropped
 
 
-@pytest.mark.parametrize("name", ["einsum", "sorted"])
+@pytest.mark.parametrize("name", ["einsum", "sorted", "buffers"])
 def test_drops_the_last_entries_of_the_queue_to_exactly_zero(name):
   x, cotangent = tokens_like(2, 8)
   y, kept, grads = run(name, x, padded(all_on_one(2, 8, 4)), make_weights(4), 3, cotangent)
@@ -168,7 +171,7 @@ def test_drops_the_last_entries_of_the_queue_to_exactly_zero(name):
   assert np.all(np.any(y[0, :3], axis=-1))
 
 
-@pytest.mark.parametrize("name", ["einsum", "sorted"])
+@pytest.mark.parametrize("name", ["einsum", "sorted", "buffers"])
 def test_invalid_entries_take_no_slot_unless_they_hold_one(name):
   x, cotangent = tokens_like(2, 8)
   a = all_on_one(2, 8, 4)

@@ -91,7 +91,9 @@ def test_unknown_names_of_the_real_registries_give_the_nearest():
 def test_options_with_a_list_of_values(scope):
   with pytest.raises(InputError) as error:
     make_balancer(f"switch_loss:0.1:{scope}")
-  assert f"scope must be one of sequence, group, micro_batch, buffer, global_batch, got {scope!r}" in str(error.value)
+  assert f"scope must be one of sequence, group, micro_batch, buffer, global_batch, got {scope!r}" in str(
+    error.value
+  )
 
 
 def test_require_option():

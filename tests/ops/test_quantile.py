@@ -91,8 +91,8 @@ def test_quantile_is_linear_within_its_bin():
   np.testing.assert_allclose(new_E, [-0.2 + 0.1 * 2 / 3, 0.05], atol=1e-6)
 
 
-def test_balanced_at_once_where_cutoffs_stay():
-  """m = 8 tokens, K = 1 of 4 experts, loads (4, 3, 1, 0): the next step has 2 each, as in the report's figure."""
+def test_eight_tokens_come_to_perfect_balance():
+  """K = 1 of 4 experts, loads (4, 3, 1, 0) at first and (2, 2, 2, 2) in the end."""
   scores_TE = np.full((8, 4), 0.1)
   for t, (first, second) in enumerate([(0, 3), (0, 3), (0, 1), (0, 1), (1, 2), (1, 0), (1, 0), (2, 0)]):
     scores_TE[t, first], scores_TE[t, second] = 0.6 + 0.03 * t, 0.5 - 0.02 * t

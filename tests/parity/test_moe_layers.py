@@ -154,7 +154,7 @@ def their_block(case, params, balancer):
     # Qwen multiplies its shared expert by the sigmoid of a learned projection, which we do not have: with
     # a projection of 0 that is 1/2.
     arrays["shared_expert_gate.weight"] = np.zeros((1, D), np.float32)
-    arrays["shared_expert.down_proj.weight"] *= 2
+    arrays["shared_expert.down_proj.weight"] = 2 * arrays["shared_expert.down_proj.weight"]
   for bias_E in jax.tree.leaves(balancer):
     arrays["gate.e_score_correction_bias"] = np.asarray(bias_E)
   oracles.load(block, **arrays)
@@ -165,7 +165,8 @@ def their_block(case, params, balancer):
 def test_the_same_output(name):
   case = CASES[name]
   graphdef, params, balancer = our_layer(case.config)
-  y_BLD, aux = jax.jit(lambda *state: nnx.merge(graphdef, *state)(X_BLD))(params, balancer)
+  forward = jax.jit(lambda params, balancer, x_BLD: nnx.merge(graphdef, params, balancer)(x_BLD))
+  y_BLD, aux = forward(params, balancer, X_BLD)
   expected_BLD = oracles.call(their_block(case, params, balancer), X_BLD)
   np.testing.assert_allclose(y_BLD, expected_BLD, rtol=1e-4, atol=1e-5)
   dropped = B * L * case.config.num_experts_per_token - aux.kept_per_expert_E.sum()

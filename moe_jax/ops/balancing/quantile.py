@@ -4,6 +4,12 @@ Let a token's cutoff be the score (with bias) that an expert must exceed to be c
 a pair the cutoff less the plain score: with that bias the expert would stand exactly at the cutoff. An expert
 whose bias is the K/E quantile of its required biases is chosen by a share K/E of the tokens: balance.
 
+Sources: kexue.fm/archives/11619 (the article), and the technical report of Kimi K3, eq. 13-14 and appendix D
+(its eq. 14 takes quantiles of score - cutoff; appendix D, with the sign changed, those of required biases).
+The article repeats cutoffs and quantiles on one batch; for training it recommends one round per step from the
+bias of the step before, and so does the report: that is what is here. Quantiles are read from a histogram per
+expert, which adds up over micro-batches and devices, where the article sorts one batch.
+
 Letter of this file: Q bins of a histogram.
 """
 
@@ -34,24 +40,18 @@ def quantile_balancing(
   cutoff: str = "next",
   centre: bool = True,
 ) -> Balancer:
-  """Quantile balancing (kexue.fm/archives/11619) as Kimi K3 does it (its report, eq. 13-14 and appendix D).
+  """Quantile balancing as in Kimi K3. `centre=false` is the article's form; its program has `cutoff=quantile` too.
 
   b_e <- the K/E quantile over the step's tokens of cutoff_t - score_te, then b <- b - mean(b). Once per
   optimizer step, and the new bias acts on the next one: no token's choice depends on later tokens. There is
   no rate; the bias goes in one step as far as it must.
 
-  The quantile is read from a histogram per expert, which adds up over micro-batches and devices, with linear
-  interpolation in its bin: off by at most one bin width w, (max(b) - min(b) + 2 * reach) / bins. Keep w
-  small beside the differences of scores: a softmax over many experts, whose scores are near 1/E, wants more
-  bins or a shorter reach.
-
-  The article's own form is `centre=false`; its program takes the cutoff as a quantile too
-  (`cutoff=quantile:centre=false`). It sorts a batch exactly where here is a histogram. Its repeated rounds on
-  one batch are rounds over steps here, as it recommends for training.
+  The quantile is that of the histogram, linear within its bin: off by at most one bin width,
+  (max(b) - min(b) + 2 * reach) / bins. Keep that small beside the differences of scores: a softmax over many
+  experts, with scores near 1/E, wants more bins or a shorter reach.
 
   Meant for routers that take the K best of scores plus this bias. Noise, groups of experts, a number of
-  experts that varies, or a second balancer with a bias are not known to the cutoff. Quantiles per sequence,
-  without a state, are a router and no balancer.
+  experts that varies, or a second balancer with a bias are not known to the cutoff.
 
   Args:
     ema: share of the old bias in the new one, in [0, 1).
@@ -67,14 +67,7 @@ def quantile_balancing(
   Raises:
     InputError: an option outside its range.
   """
-  require_option("balancer quantile_balancing", "cutoff", cutoff, CUTOFFS)
-  for name, value, right, ok in (
-    ("ema", ema, "in [0, 1)", 0 <= ema < 1),
-    ("bins", bins, "1 or more", bins >= 1),
-    ("reach", reach, "above 0", reach > 0),
-  ):
-    if not ok:
-      raise InputError(f"balancer quantile_balancing: {name} must be {right}, got {value}")
+  _require_options(ema, bins, reach, cutoff)
 
   def observe(bias_E: Array, routing: BatchRouting) -> RequiredBiases:
     scores_TE = routing.scores_BLE.reshape(-1, bias_E.size)
@@ -95,6 +88,17 @@ def quantile_balancing(
     observe=observe,
     update=update,
   )
+
+
+def _require_options(ema: float, bins: int, reach: float, cutoff: str) -> None:
+  require_option("balancer quantile_balancing", "cutoff", cutoff, CUTOFFS)
+  for name, value, right, ok in (
+    ("ema", ema, "in [0, 1)", 0 <= ema < 1),
+    ("bins", bins, "1 or more", bins >= 1),
+    ("reach", reach, "above 0", reach > 0),
+  ):
+    if not ok:
+      raise InputError(f"balancer quantile_balancing: {name} must be {right}, got {value}")
 
 
 def _cutoff(scores_TE: Array, bias_E: Array, k: int, cutoff: str) -> Array:

@@ -10,6 +10,7 @@ gradients. All give the same numbers where nothing is dropped.
 
 from moe_jax.errors import unknown_name
 from moe_jax.ops.dispatch.capacity import default_group_size, expert_capacity
+from moe_jax.ops.dispatch.common import no_sharding
 from moe_jax.ops.dispatch.dropless import dropless_dispatch
 from moe_jax.ops.dispatch.einsum import einsum_dispatch
 from moe_jax.ops.dispatch.sorted import sorted_dispatch
@@ -25,4 +26,11 @@ def get_dispatcher(name: str):
   return DISPATCHERS[name]
 
 
-__all__ = ["DISPATCHERS", "NEVER_DROPS", "default_group_size", "expert_capacity", "get_dispatcher"]
+__all__ = [
+  "DISPATCHERS",
+  "NEVER_DROPS",
+  "default_group_size",
+  "expert_capacity",
+  "get_dispatcher",
+  "no_sharding",
+]

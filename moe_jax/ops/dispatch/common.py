@@ -14,7 +14,7 @@ Shard = Callable[[Array, tuple[str | None, ...]], Array]  # constrains the shard
 
 
 def no_sharding(x: Array, axes: tuple[str | None, ...]) -> Array:
-  """The default `shard`: one device."""
+  """The default `shard`: one device, so no dispatcher has to prepare an exchange."""
   del axes
   return x
 
