@@ -2,9 +2,9 @@
 
 Question   MaxVio, bias and oscillation of every method with a bias, on the same router logits, without training.
 Command    python experiments/replay.py
-           python experiments/replay.py --trace=runs/replay --methods=quantile_balancing:ema=0.9,loss_free_bias:0.01
+           python experiments/replay.py --trace=runs/replay/run --methods=quantile_balancing:ema=0.9,loss_free_bias:0.01
 Hardware   two CPU cores, 2 GB; any JAX device
-Minutes    about 2 for the default on two CPU cores, half of it for the run that is recorded
+Minutes    about 2 for the default on two free CPU cores (99 s of processor time), most of it for the recorded run
 Result     see docs/LOG.md, "Replay"
 
 Without --trace it first trains the default model without balancing and records its router logits in

@@ -123,7 +123,7 @@ def test_a_diverged_run_is_reported(tmp_path):
   ]
   (tmp_path / "arms/arm_1/seed_0/metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
   paths = write(tmp_path, report.load_results(tmp_path))
-  assert "<td>nan</td>" in paths["html"].read_text() and len(paths) == 7
+  assert "<td>nan</td>" in paths["html"].read_text() and len(paths) == 8
 
 
 def test_difference_is_paired_by_seed():
@@ -174,6 +174,17 @@ def test_runs_that_break_the_protocol_have_no_verdict(fields, words):
     result |= {name: value for name, value in fields.items() if name != "training"}
   (difference,) = [d for d in report.paired_differences(of_a + of_b) if d.key == "nll"]
   assert difference.verdict == f"not comparable: {words}" and not difference.resolved
+
+
+def test_the_markdown_table_says_what_is_resolved(tmp_path):
+  of_a = [make_result("a", s, perplexity=8.0) for s in range(3)]
+  of_b = [make_result("b", s, perplexity=9.0 + s / 100) for s in range(3)]
+  write_run(tmp_path, of_a + of_b)
+  page = write(tmp_path, report.load_results(tmp_path))["markdown"].read_text().splitlines()
+  assert page[0] == "`python x.py`" and page[2].startswith("| arm | Perplexity |")
+  assert page[4].startswith("| `a` | 8.000 ± 0.000 |") and page[4].endswith("| baseline |")
+  assert "+1.010 ± 0.006: higher (worse)" in page[5] and "+0.000 ± 0.000: no difference resolved" in page[5]
+  assert {line.count("|") for line in page[2:]} == {10}
 
 
 def test_speed_has_no_verdict():
@@ -327,7 +338,7 @@ def test_pngs_are_pictures_and_reproducible(tmp_path):
   all_results = [make_result(arm, seed) for arm in ("none", "b") for seed in range(2)]
   paths = write(write_run(tmp_path, all_results), all_results)
   names = {"max_vio", "perplexity_vs_max_vio", "load_heatmap", "loss", "domain_heatmap"}
-  assert set(paths) == names | {"csv", "html"}
+  assert set(paths) == names | {"csv", "markdown", "html"}
   first = {name: paths[name].read_bytes() for name in names}
   for data in first.values():
     assert data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) > 5_000
@@ -351,7 +362,7 @@ def test_one_arm_one_seed_and_many_arms(tmp_path, num_arms):
 def test_bare_results_without_metrics_or_config(tmp_path):
   bare = [{"arm": "a", "seed": 0}, {"arm": "b", "seed": 0, "validation": {"nll": 1.0}}]
   paths = write(tmp_path, bare, notes=[])
-  assert set(paths) == {"csv", "html"}
+  assert set(paths) == {"csv", "markdown", "html"}
   _assert_balanced(paths["html"].read_text())
 
 

@@ -66,7 +66,7 @@ def _check_unrouted(config: MoEConfig) -> None:
       raise InputError(f"--{field}={value}: --layer={config.layer} does not route; leave it at {default}")
 
 
-def _leaks(config: MoEConfig) -> str:
+def leaks(config: MoEConfig) -> str:
   """See `Router.leaks`."""
   kind = layer_kind(config)
   return router_of(config).leaks if kind.routes else kind.leaks
@@ -85,20 +85,25 @@ def check_flat(config: MoEConfig) -> None:
 
 def sees_later_tokens(config: MoEConfig) -> bool:
   """Whether a token's output depends on later tokens of its sequence."""
-  leaks = _leaks(config)
-  return leaks == "always" or (leaks == "drops" and config.dispatcher not in NEVER_DROPS)
+  when = leaks(config)
+  return when == "always" or (when == "drops" and config.dispatcher not in NEVER_DROPS)
+
+
+def deciding_method(config: MoEConfig) -> tuple[str, str]:
+  """(flag, value) of what decides which tokens an expert sees."""
+  flag = "router" if layer_kind(config).routes else "layer"
+  return flag, getattr(config, flag)
 
 
 def check_causal(config: MoEConfig) -> None:
   """Raises `InputError` where a token's output would depend on later tokens, unless accepted by name."""
-  flag = "router" if layer_kind(config).routes else "layer"
-  spec = getattr(config, flag)
+  flag, spec = deciding_method(config)
   name = method_name(spec)
   if not sees_later_tokens(config) or name in split_methods(config.accept_leaks):
     return
   where = {"always": "", "drops": " where capacity drops assignments (--dispatcher=dropless drops none)"}
   raise InputError(
-    f"--{flag}={spec}: in a causal model its output depends on later tokens{where[_leaks(config)]}; "
+    f"--{flag}={spec}: in a causal model its output depends on later tokens{where[leaks(config)]}; "
     f"to train it nonetheless, say --accept_leaks={name}"
   )
 

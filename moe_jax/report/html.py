@@ -11,6 +11,7 @@ from typing import Any
 
 from moe_jax.errors import InputError
 from moe_jax.report import canvas, plots, tables
+from moe_jax.report.markdown import write_markdown
 from moe_jax.report.results import Result, load_config, load_metrics, lookup, warnings
 from moe_jax.report.statistics import COLUMNS, Difference, Row, paired_differences, summarise
 
@@ -69,7 +70,7 @@ def write_report(
     notes: sentences for the end of the page.
 
   Returns:
-    name -> path: "csv", "html" and one per plot, e.g. "max_vio".
+    name -> path: "csv", "markdown", "html" and one per plot, e.g. "max_vio".
 
   Raises:
     InputError: there is no result.
@@ -78,8 +79,14 @@ def write_report(
   if not results:
     raise InputError(f"{run_dir}: no finished arm to report; results are arms/<arm>/seed_<k>/result.json")
   rows = summarise(results)
-  paths = {"csv": run_dir / "summary.csv", "html": run_dir / "report.html"}
+  differences = paired_differences(results)
+  paths = {
+    "csv": run_dir / "summary.csv",
+    "markdown": run_dir / "summary.md",
+    "html": run_dir / "report.html",
+  }
   tables.write_csv(paths["csv"], rows)
+  write_markdown(paths["markdown"], rows, differences, command)
   drawn = plots.write_plots(run_dir, results, rows, load_metrics(run_dir))
   paths |= {plot.path.stem: plot.path for plot in drawn}
   body = [
@@ -89,7 +96,7 @@ def write_report(
     *(f'<p class="warn">{escape(text)}</p>' for text in warnings(run_dir, results)),
     _summary(rows),
     _figures(drawn),
-    _differences(paired_differences(results), rows[0].arm),
+    _differences(differences, rows[0].arm),
     _layers(rows),
     _setup(results, load_config(run_dir)),
     _notes(notes),

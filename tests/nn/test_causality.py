@@ -1,0 +1,24 @@
+"""Later tokens must not reach earlier ones in a language model, unless the router says that they do."""
+
+import pytest
+
+from moe_jax.config import MoEConfig
+from moe_jax.nn.causality import future_influence
+from moe_jax.nn.methods import leaks
+
+# All routers obey the same law on logits (tests/ops/test_router_laws.py), and `python scripts/leaks.py` does this for all.
+SOME = [
+  {"router": "sigmoid_topk"},
+  {"router": "gshard_top2"},
+  {"router": "expert_choice"},
+  {"router": "base_assignment", "num_experts_per_token": 1},
+  {"layer": "soft_moe"},
+]
+
+
+@pytest.mark.parametrize("fields", SOME, ids=lambda fields: next(iter(fields.values())))
+def test_a_model_leaks_as_its_router_declares(fields):
+  config = MoEConfig(**{"num_experts": 4, "expert_dim": 8} | fields)
+  seen = {drops: future_influence(config, drops=drops) > 1e-3 for drops in (True, False)}
+  want = {"": (False, False), "drops": (True, False), "always": (True, True)}[leaks(config)]
+  assert (seen[True], seen[False]) == want
