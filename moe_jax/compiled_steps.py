@@ -72,7 +72,7 @@ def compile_steps(
   return _compile_steps(dataclasses.replace(config, train=train, data=data), vocab_size, num_domains, mesh)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def _compile_steps(
   config: Config, vocab_size: int, num_domains: int, mesh: jax.sharding.Mesh
 ) -> CompiledSteps:
@@ -101,7 +101,7 @@ def _compile_steps(
   )
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def _compile_init(config: Config, vocab_size: int, mesh: jax.sharding.Mesh) -> Callable[[int], TrainState]:
   """Compiling the initialisers takes longer than running them: methods share it, and on CPU LLVM hurries."""
   shardings = sharding.state_shardings(mesh, jax.eval_shape(lambda: init_state(config, vocab_size, 0)))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.ops.routing import make_router
-from tests.ops.router_rows import T
+from tests.ops.router_row import T
 from tests.reference import routing as reference
 from tests.reference.moe_layer import kept_entries
 

@@ -8,7 +8,8 @@ import pytest
 from moe_jax.ops.routing import make_router
 from moe_jax.ops.routing.base_assignment import balanced_assignment
 from tests.ops.router_laws import MASK_T, entries_of, logits_of, route
-from tests.ops.router_rows import ROWS, T
+from tests.ops.router_row import T
+from tests.ops.router_rows import ROWS
 from tests.reference import batch_routing as reference
 
 assign = jax.jit(balanced_assignment)

@@ -22,7 +22,8 @@ from tests.ops.router_laws import (
   route,
   router_of,
 )
-from tests.ops.router_rows import ROWS, T
+from tests.ops.router_row import T
+from tests.ops.router_rows import ROWS
 from tests.reference import batch_routing as reference
 
 WHOLE_GROUP = [

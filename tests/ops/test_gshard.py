@@ -12,7 +12,8 @@ from moe_jax.ops.dispatch.slots import assign_slots
 from moe_jax.ops.routing import make_router, to_batch
 from moe_jax.types import StepStats
 from tests.ops.router_laws import choices, kept, logits_of, route, router_of
-from tests.ops.router_rows import ROWS, T
+from tests.ops.router_row import T
+from tests.ops.router_rows import ROWS
 from tests.reference import routing as reference
 
 

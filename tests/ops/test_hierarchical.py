@@ -11,7 +11,8 @@ from moe_jax.errors import InputError
 from moe_jax.ops.routing import make_router
 from moe_jax.types import ExpertScale
 from tests.ops.router_laws import MASK_T, choices, entries_of, key_of, logits_of, loop, route, router_of
-from tests.ops.router_rows import ROWS, T
+from tests.ops.router_row import T
+from tests.ops.router_rows import ROWS
 from tests.reference import noisy_routing as reference
 from tests.reference.routing import finite_differences, softmax
 

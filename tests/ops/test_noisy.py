@@ -10,7 +10,8 @@ import pytest
 from moe_jax.errors import InputError
 from moe_jax.ops.routing import make_router
 from tests.ops.router_laws import MASK_T, choices, key_of, logits_of, route
-from tests.ops.router_rows import ROWS, T
+from tests.ops.router_row import T
+from tests.ops.router_rows import ROWS
 from tests.reference import noisy_routing as reference
 from tests.reference.routing import finite_differences
 

@@ -21,7 +21,8 @@ from tests.ops.router_laws import (
   router_of,
   step_of,
 )
-from tests.ops.router_rows import ROWS, T
+from tests.ops.router_row import T
+from tests.ops.router_rows import ROWS
 from tests.reference import routing as reference
 
 

@@ -7,7 +7,8 @@ import pytest
 from moe_jax.errors import InputError
 from moe_jax.ops.routing import make_router, selected_experts, to_batch
 from tests.ops.router_laws import MASK_T, entries_of, key_of, logits_of, route
-from tests.ops.router_rows import ROWS, T
+from tests.ops.router_row import T
+from tests.ops.router_rows import ROWS
 
 
 def test_selected_experts_are_the_valid_entries_and_carry_no_gradient():

@@ -13,7 +13,8 @@ from moe_jax.ops.balancing import make_balancer
 from moe_jax.ops.routing import make_router
 from moe_jax.types import BatchRouting, StepStats
 from tests.ops.router_laws import MASK_T, choices, logits_of, route, router_of
-from tests.ops.router_rows import ROWS, T, four_sequences
+from tests.ops.router_row import T, four_sequences
+from tests.ops.router_rows import ROWS
 from tests.reference import variable_routing as reference
 
 # --- ST-MoE ---
