@@ -145,11 +145,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
   shape, auto = tuple(sizes.values()), (AxisType.Auto,) * len(sizes)
   num_slices = len({getattr(device, "slice_index", 0) for device in devices})
   if num_slices == 1:
-    return jax.make_mesh(shape, MESH_AXES, axis_types=auto, devices=devices)
+    # An axis may take a part of a torus dimension, so every mesh that multiplies to the devices can be laid.
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=auto)
   if sizes["slice"] != num_slices:
     raise InputError(f"--slice_parallelism={sizes['slice']}: the devices here are in {num_slices} slices")
   outer = (num_slices, *(1 for _ in shape[1:]))
-  grid = mesh_utils.create_hybrid_device_mesh((1, *shape[1:]), outer, devices)
+  grid = mesh_utils.create_hybrid_device_mesh(
+    (1, *shape[1:]), outer, devices, allow_split_physical_axes=True
+  )
   return Mesh(grid, MESH_AXES, axis_types=auto)
 
 

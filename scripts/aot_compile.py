@@ -95,19 +95,23 @@ def mesh_name(sizes: dict[str, int]) -> str:
   return " x ".join(f"{name}={size}" for name, size in sizes.items() if size > 1) or "1 device"
 
 
+def size_of(number: float) -> str:
+  unit, name = (GIB, "GiB") if abs(number) >= 2**30 / 100 else (2**20, "MiB")
+  return f"{number / unit:10.3f} {name}"
+
+
 def print_report(found: dict[str, Any]) -> None:
   """One screen."""
-  gib = lambda number: f"{number / GIB:10.2f} GiB"
   print(f"mesh: {mesh_name(found['mesh'])} ({found['devices']} {found['device_kind']})")
   print(f"tokens per chip and step: {found['tokens_per_device']:.0f}")
   print("\nmemory per chip")
   for name, number in found.get("memory_bytes", {}).items():
-    print(f"  {name:12s} {gib(number)}")
-  print(f"  {'peak':12s} {gib(found['peak_bytes'])}")
+    print(f"  {name:12s} {size_of(number)}")
+  print(f"  {'peak':12s} {size_of(found['peak_bytes'])}")
   if found["capacity_bytes"]:
     free = found["capacity_bytes"] - found["peak_bytes"]
     verdict = f"fits, {free / GIB:.2f} GiB free" if free >= 0 else f"does NOT fit, by {-free / GIB:.2f} GiB"
-    print(f"  {'capacity':12s} {gib(found['capacity_bytes'])}   {verdict}")
+    print(f"  {'capacity':12s} {size_of(found['capacity_bytes'])}   {verdict}")
   else:
     print("  capacity unknown for this kind of device")
   if "flops" not in found:
@@ -129,7 +133,7 @@ def print_report(found: dict[str, Any]) -> None:
   print("\ncollectives per chip and step")
   for row in found["collectives"]:
     axes = ",".join(row["axes"])
-    print(f"  {row['kind']:20s} {axes:16s} {row['count']:6d} x   sends {row['sent_bytes'] / GIB:10.4f} GiB")
+    print(f"  {row['kind']:20s} {axes:16s} {row['count']:6d} x   sends {size_of(row['sent_bytes'])}")
   if found["exchange"]:
     print(f"  tokens to experts and back: {found['exchange']['ratio']:.3f} x the bytes that must move")
   print(f"\nlowered in {found['lower_seconds']:.1f} s, compiled in {found['compile_seconds']:.1f} s", end=" ")

@@ -141,7 +141,7 @@ def test_every_parameter_names_its_axes():
     (MeshConfig(data=-1, expert=3), "--expert_parallelism=3: .* 8 devices"),
     (MeshConfig(data=-1, expert=-1), "at most one axis can be -1"),
     (MeshConfig(data=16, expert=1), "8 devices"),
-    (MeshConfig(data=1, fsdp=2, tensor=3), "--fsdp_parallelism=2, --tensor_parallelism=3: .* 8 devices"),
+    (MeshConfig(data=1, fsdp=2, tensor=5), "--fsdp_parallelism=2, --tensor_parallelism=5: .* 8 devices"),
     (MeshConfig(data=1, slice=16), "--slice_parallelism=16: .* 8 devices"),
   ],
 )

@@ -117,9 +117,9 @@ def _members(instruction: Instruction, mesh_shape: Mapping[str, int]) -> np.ndar
   if pairs:
     found = [[int(n) for n in pair.split(",")] for pair in re.findall(r"\{(\d+,\d+)\}", pairs.group(1))]
     return np.array([pair for pair in found if pair[0] != pair[1]] or [[0]])
-  mesh = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text)
+  mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\S+)\))? \{([^}]*)\}", text)
   if mesh:
-    return _groups_of_mesh(mesh.group(1), mesh.group(2))
+    return _groups_of_mesh(*mesh.groups())
   iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
   if iota:
     shape, sizes, order = (tuple(map(int, part.split(","))) if part else None for part in iota.groups())
@@ -133,22 +133,32 @@ def _members(instruction: Instruction, mesh_shape: Mapping[str, int]) -> np.ndar
   return np.arange(everyone)[None]  # none written: all devices
 
 
-def _groups_of_mesh(sizes: str, axes: str) -> np.ndarray:
-  """Of the form mesh['data'=2,'expert'=4] {'expert'}; an axis may be written in part, as 'expert':(2)2."""
+def _groups_of_mesh(sizes: str, devices: str | None, axes: str) -> np.ndarray:
+  """Of the form mesh['data'=2,'expert'=4] {'expert'}; an axis may be written in part, as 'expert':(2)2, and the devices
+  may be in another order, as in device_ids=([2,4]T(1,0)) or (0,2,1,3)."""
   shape = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", sizes)}
   chosen = {
     name: (int(before or 1), int(size or shape[name]))
     for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", axes)
   }
-  split, taken = [], []
+  split, members = [], []
   for name, size in shape.items():
     before, own = chosen.get(name, (size, 1))
-    taken += [False, name in chosen, False]
+    members += [len(split) + 1] if name in chosen else []
     split += [before, own, size // (before * own)]
-  ids = np.arange(math.prod(split)).reshape(split)
-  others = [i for i, is_taken in enumerate(taken) if not is_taken]
-  members = [i for i, is_taken in enumerate(taken) if is_taken]
+  ids = _device_order(devices, math.prod(split)).reshape(split)
+  others = [i for i in range(len(split)) if i not in members]
   return ids.transpose([*others, *members]).reshape(-1, math.prod(split[i] for i in members))
+
+
+def _device_order(devices: str | None, number: int) -> np.ndarray:
+  if devices is None:
+    return np.arange(number)
+  numbers = lambda text: [int(n) for n in text.split(",")]
+  transposed = re.fullmatch(r"\[([\d,]+)\]T\(([\d,]+)\)", devices)
+  if transposed:
+    return np.arange(number).reshape(numbers(transposed.group(1))).transpose(numbers(transposed.group(2)))
+  return np.array(numbers(devices))
 
 
 def varying_axes(members: np.ndarray, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:

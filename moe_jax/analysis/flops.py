@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe_jax.analysis.hlo import Instruction, Program, arrays
+from moe_jax.analysis.hlo import Instruction, Program, arrays, called
 from moe_jax.config import Config, ModelConfig
 from moe_jax.nn.methods import num_scored_experts
 
@@ -84,16 +84,22 @@ def compiled_flops(program: Program) -> tuple[float, dict[str, float]]:
   tokens, of the einsum dispatcher), `head`, and `other`.
   """
   total, parts = 0.0, {"experts": 0.0, "dispatch": 0.0, "head": 0.0, "other": 0.0}
+  # A product inside a fusion may have lost its name; the fusion has it.
+  callers = {below: instruction for _, instruction, _ in program.executed() for below in called(instruction)}
   for computation, instruction, runs in program.executed():
     flops = runs * _product(program.computations[computation], instruction)
-    total += flops
-    parts[_part(instruction)] += flops
+    if flops:
+      total += flops
+      parts[_part(_op_name(instruction) or _op_name(callers.get(computation)))] += flops
   return total, parts
 
 
-def _part(instruction: Instruction) -> str:
-  found = re.search(r'op_name="([^"]*)"', instruction.attributes)
-  name = found.group(1) if found else ""
+def _op_name(instruction: Instruction | None) -> str:
+  found = re.search(r'op_name="([^"]*)"', instruction.attributes) if instruction else None
+  return found.group(1) if found else ""
+
+
+def _part(name: str) -> str:
   marks = {"ENX,EXY->ENY": "experts", "ragged_dot": "experts", "GTEC": "dispatch", "DV->BLV": "head"}
   return next((part for mark, part in marks.items() if mark in name), "other")
 

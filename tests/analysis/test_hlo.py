@@ -90,6 +90,8 @@ ENTRY %main (x: f32[16]) -> f32[16] {{
     ("replica_groups=mesh['axis_0'=8] {'axis_0'}", ["data", "expert"]),
     ("replica_groups=mesh['a'=8] {'a':(1)2}", ["data"]),
     ("replica_groups=mesh['a'=8] {'a':(2)4}", ["expert"]),
+    ("replica_groups=mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'a'}", ["expert"]),
+    ("replica_groups=mesh['a'=4,'c'=2], device_ids=(0,4,1,5,2,6,3,7) {'c'}", ["data"]),
     ("replica_groups={}", ["data", "expert"]),
     ("replica_groups={{0,1,2,5},{4,3,6,7}}", ["?"]),
   ],
