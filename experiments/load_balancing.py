@@ -18,7 +18,7 @@ import sys
 
 from absl import flags
 
-from moe_jax import cli
+from moe_jax import cli, distributed
 
 METHODS = "none,switch_loss:0.01,loss_free_bias:0.003"
 
@@ -31,7 +31,9 @@ _METHODS = flags.DEFINE_string(
 _SEEDS = flags.DEFINE_integer("seeds", 3, "runs per arm, with seeds 0, 1, ...", lower_bound=1)
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", "runs/load_balancing", "the folder to write")
 cli.define_flags(leave_out=("balancers", "seed", "data_seed"))
-flags.adopt_module_key_flags(cli)  # shown by --help
+distributed.define_flags()
+for module in (cli, distributed):
+  flags.adopt_module_key_flags(module)  # shown by --help
 
 
 def main(argv: list[str]) -> None:
@@ -68,4 +70,4 @@ NOTES = [
 ]
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(distributed.on_every_process(main))

@@ -7,21 +7,32 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from moe_jax import processes
 from moe_jax.types import PyTree
 
 
 class Checkpoints:
   """The checkpoints of one run: saved in the background, restored onto any mesh.
 
+  Every process saves the parts that its devices hold, so all call the same methods in the same order.
+
   Args:
-    folder: made when the first checkpoint is saved.
+    folder: made when the first checkpoint is saved; all processes must see the same one.
     keep: how many of the newest to keep.
+
+  Raises:
+    InputError: the processes see different checkpoints in it.
   """
 
   def __init__(self, folder: str | os.PathLike[str], keep: int = 2):
     self.folder = pathlib.Path(folder).absolute()
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
     self._manager = ocp.CheckpointManager(self.folder, options=options)
+    processes.check_agree(
+      self.latest_step,
+      f"--output_dir: newest checkpoint in {self.folder}",
+      "the folder must be on a file system that all processes share",
+    )
 
   @property
   def latest_step(self) -> int | None:

@@ -21,7 +21,7 @@ from moe_jax.config import (
 from moe_jax.errors import InputError, unknown_name
 from moe_jax.presets import PRESETS, get_preset
 
-_RENAMED = {("mesh", "data"): "data_parallelism", ("mesh", "expert"): "expert_parallelism"}
+_RENAMED = {("mesh", field.name): f"{field.name}_parallelism" for field in dataclasses.fields(MeshConfig)}
 _DEFINERS = {
   bool: flags.DEFINE_bool,
   int: flags.DEFINE_integer,

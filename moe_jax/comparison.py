@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from moe_jax import report, sharding
+from moe_jax import processes, report, sharding
 from moe_jax.arms import Arm
 from moe_jax.compiled_steps import check_run
 from moe_jax.config import Config
@@ -26,7 +26,8 @@ class Comparison:
   """Runs every arm with every seed into `output_dir`, keeping what an earlier call finished.
 
   A seed fixes the initial parameters, the order of the batches and the router's draws; all arms of a
-  seed share them, so differences are paired.
+  seed share them, so differences are paired. With several processes, all make the same calls; process 0
+  alone prints and writes, and says what is done already.
 
   Args:
     arms: name -> the fields of MoEConfig in which this arm differs from `config`. The first is the baseline.
@@ -51,18 +52,24 @@ class Comparison:
     self.arms, self.seeds = {name: dict(arm) for name, arm in arms.items()}, list(seeds)
     self.config = _with(config, {}, 0)  # the seed is of the run, not of the comparison
     self.folder = pathlib.Path(output_dir)
-    self.console = Console()
-    self._check_folder()
+    self.console = Console(quiet=not processes.is_first())
+    if processes.is_first():  # where it fails, the others are stopped with its message
+      self._check_folder()
 
   def run(self) -> list[Result]:
     """Trains what is not done yet. One result per arm and seed, in the order of the arms."""
     dataset = load_dataset(self.config.data)
     self._describe(dataset.info)
-    self._check_fingerprint(dataset.info.fingerprint)
-    self._claim_folder()
-    todo = [
-      (arm, seed) for seed in self.seeds for arm in self.arms if not self._result_file(arm, seed).exists()
-    ]
+    processes.check_agree(
+      dataset.info.fingerprint, "--dataset: fingerprint of the text", "all processes must read the same text"
+    )
+    with processes.first_writes("claim") as mine:
+      if mine:
+        self._check_fingerprint(dataset.info.fingerprint)
+        self._claim_folder()
+    todo = processes.from_first(
+      [(arm, seed) for seed in self.seeds for arm in self.arms if not self._result_file(arm, seed).exists()]
+    )
     kept = len(self.arms) * len(self.seeds) - len(todo)
     if kept:
       self.console.print(f"{kept} of {kept + len(todo)} runs in {self.folder} are done and kept")
@@ -71,12 +78,18 @@ class Comparison:
         folder = self._run_folder(arm, seed)
         config = _with(self.config, self.arms[arm], seed)
         Run(config, dataset, folder, progress, label=arm, show=f"{arm} seed {seed}").train()
+    processes.wait_for_all("results")
     return [json.loads(self._result_file(arm, seed).read_text()) for arm in self.arms for seed in self.seeds]
 
   def report(
     self, results: list[Result], *, title: str, question: str, command: str, notes: Sequence[str]
   ) -> None:
-    """Writes metrics.jsonl, summary.csv, the plots and report.html; prints the table."""
+    """Writes metrics.jsonl, summary.csv, the plots and report.html; prints the table. In process 0."""
+    with processes.first_writes("report") as mine:
+      if mine:
+        self._report(results, title=title, question=question, command=command, notes=notes)
+
+  def _report(self, results: list[Result], **texts: Any) -> None:
     self._merge_metrics()
     report.print_table(report.summarise(results), self.console)
     if len(self.arms) > 1:
@@ -84,9 +97,7 @@ class Comparison:
         d for d in report.paired_differences(results) if d.key in ("perplexity", "max_vio_global")
       ]
       report.print_differences(differences, next(iter(self.arms)), self.console)
-    paths = report.write_report(
-      self.folder, results, title=title, question=question, command=command, notes=notes
-    )
+    paths = report.write_report(self.folder, results, **texts)
     self.console.print(f"report: {paths['html']}", soft_wrap=True)
 
   def _run_folder(self, arm: str, seed: int) -> pathlib.Path:

@@ -38,9 +38,7 @@ def check_run(config: Config, mesh: jax.sharding.Mesh) -> None:
       f"--group_size={group}: must divide sequence_length={length}, or be a multiple of it that divides "
       f"the {micro * length} tokens of a micro-batch"
     )
-  sharding.check_divides(
-    mesh, micro_batch=micro, num_experts=moe.num_experts, num_groups=micro * length // group
-  )
+  sharding.check_divides(mesh, config.model, micro_batch=micro, num_groups=micro * length // group)
 
 
 class CompiledSteps(NamedTuple):

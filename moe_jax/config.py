@@ -27,7 +27,7 @@ class MoEConfig:
   layer: str = "moe"  # moe | soft_moe:SLOTS; what follows is for moe, which routes
   router: str = "softmax_topk"
   balancers: str = "none"  # comma-separated, e.g. switch_loss:0.01,z_loss:0.001
-  dispatcher: str = "sorted"  # einsum | sorted | dropless
+  dispatcher: str = "sorted"  # einsum | sorted | dropless | all_to_all | all_gather
   capacity_factor: float = 1.25  # slots per expert / (T*K/E); ignored by dropless
   eval_capacity_factor: float = 2.0
   group_size: int = 0  # T, tokens per routing group; 0: chosen from the shape
@@ -78,11 +78,12 @@ class ModelConfig:
   moe_every: int = 1  # of the layers after those, every n-th has experts
   rope_theta: float = 10_000.0
   norm_eps: float = 1e-6
+  qk_norm: bool = False  # RMSNorm over the head dimension of queries and keys, as in Qwen3 (2505.09388)
   tie_embeddings: bool = False
   init_scale: float = 1.0  # s in std = sqrt(s / fan_in) of every matrix; Switch, 2101.03961: 0.1
   compute_dtype: str = "float32"  # float32 | bfloat16; parameters and the router stay float32
   scan_layers: bool = True
-  remat: str = "full"  # none | full | dots: recompute layers in the backward pass; on CPU it is also faster
+  remat: str = "full"  # full (on CPU also faster) | exchange: full, but no row travels again | dots | none
   moe: MoEConfig = MoEConfig()
 
   def check(self) -> None:
@@ -122,7 +123,9 @@ class ModelConfig:
       self.compute_dtype,
       "float32 or bfloat16",
     )
-    _require(self.remat in ("none", "full", "dots"), "remat", self.remat, "none, full or dots")
+    _require(
+      self.remat in ("none", "full", "dots", "exchange"), "remat", self.remat, "none, full, dots or exchange"
+    )
     _require(self.init_scale > 0, "init_scale", self.init_scale, "must be above 0, Switch uses 0.1")
     self.moe.check()
 
@@ -214,16 +217,20 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Devices along each mesh axis; -1 takes what is left."""
+  """Devices along each mesh axis; -1 takes what is left. `sharding.RULES` says what each axis splits."""
 
-  data: int = -1
-  expert: int = 1
+  slice: int = 1  # devices along the outer mesh axis, across slices or nodes; -1: what is left
+  data: int = -1  # devices that replicate the parameters and split the batch; -1: what is left
+  fsdp: int = (
+    1  # devices that split the batch, and the parameters and optimizer state along the model dimension
+  )
+  expert: int = 1  # devices that split the batch and the experts
+  tensor: int = 1  # devices that split heads, hidden dimensions (of each expert too) and vocabulary
 
   def check(self) -> None:
-    _require(
-      self.expert == -1 or self.expert >= 1, "expert_parallelism", self.expert, "must be positive or -1"
-    )
-    _require(self.data == -1 or self.data >= 1, "data_parallelism", self.data, "must be positive or -1")
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      _require(value == -1 or value >= 1, f"{field.name}_parallelism", value, "must be positive or -1")
 
 
 @dataclasses.dataclass(frozen=True)

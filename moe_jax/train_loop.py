@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax import sharding
+from moe_jax import processes, sharding
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.compiled_steps import check_run, compile_steps
 from moe_jax.config import Config
@@ -55,6 +55,7 @@ class Run:
     self.progress = progress
     self.mesh = sharding.make_mesh(config.mesh)
     check_run(config, self.mesh)
+    self.share = processes.batch_share(sharding.batch_sharding(self.mesh), config.data.batch_size)
     self.tail = TailMeans(config)
     self.seconds, self.timed_steps, self.compile_seconds = 0.0, 0, 0.0
 
@@ -65,8 +66,8 @@ class Run:
       self.steps = compile_steps(self.config, info.vocab_size, len(info.domains), self.mesh)
       self.checkpoints = Checkpoints(self.folder / "checkpoints")
       self.batches = self.dataset.train_batches(
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=self.share.index,
+        process_count=self.share.count,
         data_seed=self.config.data.data_seed,
       )
       state = self._start()
@@ -77,7 +78,7 @@ class Run:
         validation = self.evaluate(state)
       self.checkpoints.close()
     result = self._result(state, validation)
-    if jax.process_index() == 0:
+    if processes.is_first():
       _write_json(self.folder / "result.json", result)
     if self.progress:
       self.progress.finish_run()
@@ -87,7 +88,7 @@ class Run:
     if self.checkpoints.latest_step is None:
       return self.steps.init(self.config.train.seed)
     state, extra = self.checkpoints.restore(self.steps.abstract_state, self.steps.state_shardings)
-    self.batches.set_state(extra["data"])
+    self.batches.set_state(self.share.state_to_load(extra["data"]))
     self.tail.from_json(extra["tail"])
     self.seconds, self.timed_steps = extra["seconds"], extra["timed_steps"]
     if self.progress:
@@ -95,7 +96,7 @@ class Run:
     return state
 
   def _writer(self, step: int) -> MetricWriter:
-    if jax.process_index() != 0:
+    if not processes.is_first():
       return MultiWriter([])
     writers: list[MetricWriter] = [JsonlWriter(self.folder / "metrics.jsonl", resume_step=step)]
     if self.config.train.tensorboard:
@@ -103,7 +104,7 @@ class Run:
     return MultiWriter(writers)
 
   def _recorder(self, step: int) -> contextlib.AbstractContextManager[TraceWriter | None]:
-    if jax.process_index() != 0 or not self.config.train.record_router_logits:
+    if not processes.is_first() or not self.config.train.record_router_logits:
       return contextlib.nullcontext()
     return TraceWriter(self.folder / FOLDER, self._trace_header(), resume_step=step)
 
@@ -171,7 +172,7 @@ class Run:
 
   def _extra(self) -> dict[str, Any]:
     return {
-      "data": self.batches.get_state(),
+      "data": self.share.state_to_save(self.batches.get_state()),
       "tail": self.tail.to_json(),
       "seconds": self.seconds,
       "timed_steps": self.timed_steps,
@@ -198,14 +199,18 @@ class Run:
 
   def _on_devices(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     layout = sharding.batch_sharding(self.mesh)
-    return {name: jax.make_array_from_process_local_data(layout, x) for name, x in batch.items()}
+    whole = self.config.data.batch_size
+    return {
+      name: jax.make_array_from_process_local_data(layout, x[self.share.rows], (whole, *x.shape[1:]))
+      for name, x in batch.items()
+    }
 
   def evaluate(self, state: TrainState) -> dict[str, Any]:
     """The `validation` part of a result: ratios of sums over the validation set, per layer."""
     total = None
     for batch in self.dataset.validation_batches(
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      process_index=self.share.index,
+      process_count=self.share.count,
       limit=self.config.train.eval_batches,
     ):
       sums = self.steps.evaluate(state, self._on_devices(batch))

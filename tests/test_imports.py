@@ -39,10 +39,12 @@ class Part(NamedTuple):
   never: set[str] = frozenset()  # top-level packages
 
 
-BELOW_TRAINING = "nn ops types sharding expert_parallel config presets errors optim data checkpoint metric_writer progress trace"
+BELOW_TRAINING = (
+  "nn ops types sharding expert_parallel config presets errors optim data checkpoint metric_writer progress trace processes"
+)
 BELOW_LOOP = f"train_step compiled_steps results {BELOW_TRAINING}"
 BELOW_EXPERIMENTS = f"train_loop report analysis interop {BELOW_LOOP}"
-EVERYTHING = f"comparison replay arms cli {BELOW_EXPERIMENTS}"
+EVERYTHING = f"comparison replay arms cli distributed {BELOW_EXPERIMENTS}"
 
 # experiments, scripts, notebooks -> train_loop -> train_step -> nn -> ops -> types.
 # A new file or folder directly under moe_jax/ needs a row here.
@@ -56,6 +58,9 @@ GRAPH = {
   "progress": Part("errors", never=JAX),
   "trace": Part("errors", never=JAX),
   "arms": Part("errors", outside=set()),
+  "roll_call": Part("errors", outside=set()),
+  "distributed": Part("roll_call errors"),
+  "processes": Part("errors", outside={"jax", "numpy"}),
   "cli": Part("config presets errors", never=JAX),
   "report": Part("config errors metric_writer", never=JAX),
   # arrays in, arrays out
@@ -67,7 +72,7 @@ GRAPH = {
   # around it
   "data": Part("config errors"),
   "optim": Part("config types errors"),
-  "checkpoint": Part("config types errors"),
+  "checkpoint": Part("processes config types errors"),
   "train_step": Part("nn ops types sharding expert_parallel config errors optim", never={"orbax", "grain"}),
   "compiled_steps": Part("train_step nn sharding ops config errors", never={"orbax", "grain"}),
   "results": Part("train_step ops config", never={"orbax", "grain"}),

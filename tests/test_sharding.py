@@ -23,15 +23,30 @@ BATCH, LENGTH, DIM, EXPERTS, HIDDEN = 8, 32, 24, 4, 40
 @pytest.mark.parametrize(
   ("logical", "expected"),
   [
-    (("batch", None, None), PartitionSpec(("data", "expert"), None, None)),
-    (("expert", "embed", "mlp"), PartitionSpec("expert", None, None)),
-    (("expert", "group", "capacity", "embed"), PartitionSpec("expert", "data", None, None)),
-    (("layers", "expert", "embed", "mlp"), PartitionSpec(None, "expert", None, None)),
-    (("embed",), PartitionSpec(None)),
+    (("batch", None, None), PartitionSpec(("slice", "data", "fsdp", "expert"), None, None)),
+    (("expert", "embed", "mlp"), PartitionSpec("expert", "fsdp", "tensor")),
+    (("expert", "group", None, None), PartitionSpec("expert", ("slice", "data", "fsdp"), None, None)),
+    (("layers", "expert", "mlp", "embed"), PartitionSpec(None, "expert", "tensor", "fsdp")),
+    (("embed", "heads", "head_dim"), PartitionSpec("fsdp", "tensor", None)),
+    (("vocab", "embed"), PartitionSpec("tensor", "fsdp")),
+    (("norm",), PartitionSpec(None)),
   ],
 )
 def test_partition_spec(logical, expected):
   assert sharding.partition_spec(logical) == expected
+
+
+@pytest.mark.parametrize(
+  ("logical", "shape", "expected"),
+  [
+    (("vocab", "embed"), (32, 8), PartitionSpec("tensor", "fsdp")),
+    (("vocab", "embed"), (31, 8), PartitionSpec(None, "fsdp")),
+    (("embed", "kv_heads", "head_dim"), (8, 2, 4), PartitionSpec("fsdp", None, None)),
+    (("embed", "kv_heads", "head_dim"), (8, 4, 4), PartitionSpec("fsdp", "tensor", None)),
+  ],
+)
+def test_some_axes_are_whole_where_they_do_not_fit(logical, shape, expected):
+  assert sharding.partition_spec(logical, shape, {"fsdp": 2, "tensor": 4}) == expected
 
 
 def test_constrain_without_a_mesh_does_nothing():
@@ -96,14 +111,20 @@ def test_the_count_can_fail():
 
 
 def test_optimizer_state_is_laid_out_like_its_parameters():
-  mesh = sharding.make_mesh(MeshConfig(data=2, expert=4))
+  mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
   state = jax.eval_shape(lambda: init_state(tiny.CONFIG, tiny.VOCAB, 0))
   layouts = sharding.state_shardings(mesh, state)
   adam = layouts.opt_state[1][0]
   assert jax.tree.leaves(layouts.params) == jax.tree.leaves(adam.mu) == jax.tree.leaves(adam.nu)
-  experts = NamedSharding(mesh, PartitionSpec(None, "expert", None, None))
-  assert jax.tree.leaves(layouts.params).count(experts) == 3  # gate, up, down
+  into = NamedSharding(mesh, PartitionSpec(None, "expert", "fsdp", "tensor"))
+  out = NamedSharding(mesh, PartitionSpec(None, "expert", "tensor", "fsdp"))
+  assert jax.tree.leaves(layouts.params).count(into) == 2  # gate, up
+  assert jax.tree.leaves(layouts.params).count(out) == 1  # down
   assert len(jax.tree.leaves(layouts)) == len(jax.tree.leaves(state))
+  # Of two layers with 8 experts of 16 x 16, one device holds an eighth of each moment.
+  for moments in (adam.mu, adam.nu):
+    held = moments["periods"]["sparse"]["moe"]["w_up_EDF"].get_value().shard_shape((2, 8, 16, 16))
+    assert held == (2, 4, 8, 8)
 
 
 def test_every_parameter_names_its_axes():
@@ -120,6 +141,8 @@ def test_every_parameter_names_its_axes():
     (MeshConfig(data=-1, expert=3), "--expert_parallelism=3: .* 8 devices"),
     (MeshConfig(data=-1, expert=-1), "at most one axis can be -1"),
     (MeshConfig(data=16, expert=1), "8 devices"),
+    (MeshConfig(data=1, fsdp=2, tensor=5), "--fsdp_parallelism=2, --tensor_parallelism=5: .* 8 devices"),
+    (MeshConfig(data=1, slice=16), "--slice_parallelism=16: .* 8 devices"),
   ],
 )
 def test_a_mesh_that_does_not_fit(config, message):
@@ -127,15 +150,37 @@ def test_a_mesh_that_does_not_fit(config, message):
     sharding.make_mesh(config)
 
 
+def test_a_mesh_of_given_devices():
+  """As the compiler for a topology wants it: these devices, all of them, in the order of the axes."""
+  devices = jax.devices()[2:6]
+  mesh = sharding.make_mesh(MeshConfig(slice=2, data=1, tensor=-1), devices)
+  assert dict(mesh.shape) == {"slice": 2, "data": 1, "fsdp": 1, "expert": 1, "tensor": 2}
+  assert mesh.devices.flatten().tolist() == devices
+  with pytest.raises(InputError, match=r"--data_parallelism=2: .* 4 devices"):
+    sharding.make_mesh(MeshConfig(data=2), devices)
+
+
 @pytest.mark.parametrize(
-  ("sizes", "message"),
+  ("mesh", "fields", "sizes", "message"),
   [
-    ({"micro_batch": 12, "num_experts": 8, "num_groups": 8}, "--batch_size.*12 sequences.*8 devices"),
-    ({"micro_batch": 8, "num_experts": 6, "num_groups": 8}, "--num_experts=6.*--expert_parallelism=4"),
-    ({"micro_batch": 8, "num_experts": 8, "num_groups": 4}, "--group_size.*4 routing groups.*8 devices"),
+    ({"data": 2, "expert": 4}, {}, (12, 8), r"--batch_size.*12 sequences.*8 devices.*data=2 x expert=4"),
+    ({"data": 2, "expert": 4}, {}, (8, 4), "--group_size.*4 routing groups.*8 devices"),
+    ({"slice": 2, "tensor": 2}, {"num_heads": 2}, (3, 8), "--batch_size.*3 sequences.*2 devices.*slice=2"),
+    ({"data": 2, "expert": 4}, {"num_experts": 6}, (8, 8), "--num_experts=6.*--expert_parallelism=4"),
+    ({"fsdp": 8}, {"model_dim": 20}, (8, 8), "--model_dim=20.*--fsdp_parallelism=8"),
+    ({"tensor": 4}, {"num_heads": 2}, (8, 8), "--num_heads=2.*--tensor_parallelism=4"),
+    ({"tensor": 2}, {"expert_dim": 15}, (8, 8), "--expert_dim=15.*--tensor_parallelism=2"),
+    ({"tensor": 2}, {"dense_dim": 15, "moe_every": 2}, (8, 8), "--dense_dim=15.*--tensor_parallelism=2"),
+    ({"tensor": 2}, {"dense_dim": 15}, (8, 8), None),  # no layer has it
+    ({"fsdp": 2, "expert": 2, "tensor": 2}, {}, (8, 8), None),
   ],
 )
-def test_what_the_mesh_does_not_divide(sizes, message):
-  mesh = sharding.make_mesh(MeshConfig(data=2, expert=4))
-  with pytest.raises(InputError, match=message):
-    sharding.check_divides(mesh, **sizes)
+def test_what_the_mesh_does_not_divide(mesh, fields, sizes, message):
+  mesh = sharding.make_mesh(MeshConfig(**{"data": 1} | mesh))
+  model = tiny.change(tiny.CONFIG, **fields).model
+  micro_batch, num_groups = sizes
+  if message is None:
+    return sharding.check_divides(mesh, model, micro_batch=micro_batch, num_groups=num_groups)
+  with pytest.raises(InputError, match=message) as error:
+    sharding.check_divides(mesh, model, micro_batch=micro_batch, num_groups=num_groups)
+  assert "\n" not in str(error.value)

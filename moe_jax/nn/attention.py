@@ -5,7 +5,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.config import ModelConfig
-from moe_jax.nn.variables import matrix
+from moe_jax.nn.norm import RMSNorm
+from moe_jax.nn.variables import matrix, weight
+from moe_jax.ops.attention import causal_attention
 
 
 def rotate(x_BLNH: jax.Array, theta: float) -> jax.Array:
@@ -29,11 +31,15 @@ class Attention(nnx.Module):
     self.w_key_DNH = matrix(rngs, (d, config.num_kv_heads, h), ("embed", "kv_heads", "head_dim"), s)
     self.w_value_DNH = matrix(rngs, (d, config.num_kv_heads, h), ("embed", "kv_heads", "head_dim"), s)
     self.w_out_NHD = matrix(rngs, (config.num_heads, h, d), ("heads", "head_dim", "embed"), s, num_in=2)
+    self.query_norm = RMSNorm(h, config.norm_eps) if config.qk_norm else None
+    self.key_norm = RMSNorm(h, config.norm_eps) if config.qk_norm else None
 
   def __call__(self, x_BLD: jax.Array) -> jax.Array:
     dtype = x_BLD.dtype
-    project = lambda w: jnp.einsum("BLD,DNH->BLNH", x_BLD, w[...].astype(dtype))
-    query = rotate(project(self.w_query_DNH), self.theta)
-    key = rotate(project(self.w_key_DNH), self.theta)
-    mixed_BLNH = jax.nn.dot_product_attention(query, key, project(self.w_value_DNH), is_causal=True)
-    return jnp.einsum("BLNH,NHD->BLD", mixed_BLNH, self.w_out_NHD[...].astype(dtype))
+    project = lambda w: jnp.einsum("BLD,DNH->BLNH", x_BLD, weight(w, dtype))
+    query, key = project(self.w_query_DNH), project(self.w_key_DNH)
+    if self.query_norm is not None:
+      query, key = self.query_norm(query), self.key_norm(key)
+    query, key = rotate(query, self.theta), rotate(key, self.theta)
+    mixed_BLNH = causal_attention(query, key, project(self.w_value_DNH))
+    return jnp.einsum("BLNH,NHD->BLD", mixed_BLNH, weight(self.w_out_NHD, dtype))

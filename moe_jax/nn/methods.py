@@ -4,8 +4,9 @@ from typing import NamedTuple
 
 from moe_jax.config import MoEConfig
 from moe_jax.errors import InputError, unknown_name
+from moe_jax.expert_parallel import get_dispatcher
 from moe_jax.ops.balancing import make_balancer
-from moe_jax.ops.dispatch import NEVER_DROPS, default_group_size, get_dispatcher
+from moe_jax.ops.dispatch import default_group_size
 from moe_jax.ops.methods import method_name, split_methods
 from moe_jax.ops.routing import Router, make_router
 
@@ -86,7 +87,7 @@ def check_flat(config: MoEConfig) -> None:
 def sees_later_tokens(config: MoEConfig) -> bool:
   """Whether a token's output depends on later tokens of its sequence."""
   when = leaks(config)
-  return when == "always" or (when == "drops" and config.dispatcher not in NEVER_DROPS)
+  return when == "always" or (when == "drops" and not get_dispatcher(config.dispatcher).never_drops)
 
 
 def deciding_method(config: MoEConfig) -> tuple[str, str]:

@@ -3,7 +3,7 @@
 import jax
 from flax import nnx
 
-from moe_jax.nn.variables import matrix
+from moe_jax.nn.variables import matrix, weight
 
 
 class MLP(nnx.Module):
@@ -16,9 +16,9 @@ class MLP(nnx.Module):
 
   def __call__(self, x_BLD: jax.Array) -> jax.Array:
     dtype = x_BLD.dtype
-    up_BLF = x_BLD @ self.w_up_DF[...].astype(dtype)
+    up_BLF = x_BLD @ weight(self.w_up_DF, dtype)
     if self.w_gate_DF is None:
       hidden_BLF = jax.nn.relu(up_BLF)
     else:
-      hidden_BLF = jax.nn.silu(x_BLD @ self.w_gate_DF[...].astype(dtype)) * up_BLF
-    return hidden_BLF @ self.w_down_FD[...].astype(dtype)
+      hidden_BLF = jax.nn.silu(x_BLD @ weight(self.w_gate_DF, dtype)) * up_BLF
+    return hidden_BLF @ weight(self.w_down_FD, dtype)

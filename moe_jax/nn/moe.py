@@ -6,15 +6,16 @@ from flax import nnx
 
 from moe_jax.config import MoEConfig
 from moe_jax.errors import InputError
+from moe_jax.expert_parallel import get_dispatcher
 from moe_jax.nn.methods import check_flat, check_methods, group_size, num_scored_experts, router_of
 from moe_jax.nn.mlp import MLP
-from moe_jax.nn.variables import BalancerState, matrix
+from moe_jax.nn.variables import BalancerState, matrix, weight
 from moe_jax.nn.zero_computation import ZeroComputation
 from moe_jax.ops import stats
 from moe_jax.ops.balancing import make_balancer
 from moe_jax.ops.balancing.common import normalized_scores
-from moe_jax.ops.dispatch import expert_capacity, get_dispatcher, no_sharding
-from moe_jax.ops.experts import ExpertWeights, expert_ffn
+from moe_jax.ops.dispatch import expert_capacity, no_sharding
+from moe_jax.ops.experts import ExpertWeights
 from moe_jax.ops.routing import to_batch
 from moe_jax.sharding import constrain, on_one_cpu
 from moe_jax.types import Array, BatchRouting, MoEAux, PyTree, Routing, StepStats
@@ -107,7 +108,7 @@ class MoE(nnx.Module):
     router_input_BLD = self._router_input(x_BLD, key_B if train else None)
     further = {
       "token_id_T": token_id_BL,
-      "side_logits_TX": None if self.w_side_DX is None else project(router_input_BLD, self.w_side_DX[...]),
+      "side_logits_TX": None if self.w_side_DX is None else project(router_input_BLD, weight(self.w_side_DX)),
     }
     logits_BLE = self._logits(router_input_BLD, domain_B)
     bias_E = balancer.bias(state)
@@ -136,7 +137,7 @@ class MoE(nnx.Module):
 
   def _logits(self, router_input_BLD: Array, domain_B: Array | None) -> Array:
     if self.w_task_SE is None:
-      return project(router_input_BLD, self.w_router_DE[...])
+      return project(router_input_BLD, weight(self.w_router_DE))
     if domain_B is None:
       raise InputError(f"router {self.config.router}: reads the domain of each sequence: call with domain_B=")
     logits_BE = self.w_task_SE[...][domain_B]
@@ -153,13 +154,19 @@ class MoE(nnx.Module):
     )
     t = routing.mask_T.shape[-1]
     factor = config.capacity_factor if train else config.eval_capacity_factor
-    cast = lambda w: None if w is None else w[...].astype(x_BLD.dtype)
-    weights = ExpertWeights(cast(self.w_gate_EDF), cast(self.w_up_EDF), cast(self.w_down_EFD))
+    dispatcher = get_dispatcher(config.dispatcher)
+    # A dispatcher that spells the exchange gathers what is kept in parts itself.
+    used = (
+      (lambda w: w[...].astype(x_BLD.dtype))
+      if dispatcher.spells_exchange
+      else (lambda w: weight(w, x_BLD.dtype))
+    )
+    matrices = self.w_gate_EDF, self.w_up_EDF, self.w_down_EFD
     x_GTD = constrain(x_BLD.reshape(-1, t, x_BLD.shape[-1]), ("group", None, None))
-    y_GTD, kept_GA = get_dispatcher(config.dispatcher)(
+    y_GTD, kept_GA = dispatcher.dispatch(
       x_GTD,
       assignment,
-      lambda rows, matmul: expert_ffn(weights, rows, matmul),
+      ExpertWeights(*(None if w is None else used(w) for w in matrices)),
       num_experts=config.num_experts,
       capacity=expert_capacity(t, config.num_experts_per_token, factor, config.num_experts),
       shard=no_sharding if on_one_cpu() else constrain,

@@ -10,7 +10,7 @@ class RMSNorm(nnx.Module):
 
   def __init__(self, dim: int, eps: float):
     self.eps = eps
-    self.scale_D = nnx.Param(jnp.ones(dim, jnp.float32), logical_axes=("embed",))
+    self.scale_D = nnx.Param(jnp.ones(dim, jnp.float32), logical_axes=("norm",))
 
   def __call__(self, x: jax.Array) -> jax.Array:
     x32 = x.astype(jnp.float32)

@@ -8,7 +8,7 @@ from moe_jax.config import MoEConfig
 from moe_jax.errors import InputError
 from moe_jax.nn.methods import check_methods
 from moe_jax.nn.mlp import MLP
-from moe_jax.nn.variables import BalancerState, matrix
+from moe_jax.nn.variables import BalancerState, matrix, weight
 from moe_jax.ops import stats
 from moe_jax.ops.balancing import make_balancer
 from moe_jax.ops.dispatch.common import run_experts
@@ -70,7 +70,7 @@ class SoftMoE(nnx.Module):
     if mask_BL is None:
       mask_BL = jnp.ones(x_BLD.shape[:2], bool)
     dispatch_BLEC, combine_BLEC = self._weights(x_BLD, mask_BL)
-    cast = lambda w: None if w is None else w[...].astype(x_BLD.dtype)
+    cast = lambda w: None if w is None else weight(w, x_BLD.dtype)
     weights = ExpertWeights(cast(self.w_gate_EDF), cast(self.w_up_EDF), cast(self.w_down_EFD))
     valid_BLD = jnp.where(mask_BL[..., None], x_BLD, 0)  # padding may hold anything, also infinity
     rows_BECD = jnp.einsum("BLEC,BLD->BECD", dispatch_BLEC.astype(x_BLD.dtype), valid_BLD)
@@ -88,7 +88,7 @@ class SoftMoE(nnx.Module):
     logits_BLEC = self.scale[...] * jnp.einsum(
       "BLD,DEC->BLEC",
       _unit(x_BLD, axis=-1),
-      _unit(self.w_slots_DEC[...], axis=0),
+      _unit(weight(self.w_slots_DEC), axis=0),
       precision=jax.lax.Precision.HIGHEST,
     )
     # Not -inf: a sequence of nothing but padding would go through NaN.

@@ -16,7 +16,8 @@ from moe_jax.nn.mlp import MLP
 from moe_jax.nn.moe import MoE
 from moe_jax.nn.norm import RMSNorm
 from moe_jax.nn.soft_moe import SoftMoE, soft_moe
-from moe_jax.nn.variables import matrix
+from moe_jax.nn.variables import matrix, weight
+from moe_jax.ops.dispatch.common import EXCHANGED
 from moe_jax.ops.methods import build
 from moe_jax.sharding import constrain
 from moe_jax.types import Array, MoEAux, StepStats
@@ -98,8 +99,13 @@ def _stacked_periods(config: ModelConfig, rngs: nnx.Rngs) -> Period:
 def _remat(body, policy: str):
   if policy == "none":
     return body
-  saveable = {"full": None, "dots": jax.checkpoint_policies.dots_saveable}[policy]
-  return jax.checkpoint(body, policy=saveable, prevent_cse=False)
+  policies = jax.checkpoint_policies
+  saveable = {
+    "full": None,
+    "dots": policies.dots_saveable,
+    "exchange": policies.save_only_these_names(EXCHANGED),
+  }
+  return jax.checkpoint(body, policy=saveable[policy], prevent_cse=False)
 
 
 class Transformer(nnx.Module):
@@ -149,7 +155,7 @@ class Transformer(nnx.Module):
     if mask_BL is None:
       mask_BL = jnp.ones(tokens_BL.shape, bool)
     dtype = jnp.dtype(self.config.compute_dtype)
-    x_BLD = constrain(self.embedding_VD[...][tokens_BL].astype(dtype), ("batch", None, None))
+    x_BLD = constrain(weight(self.embedding_VD, dtype)[tokens_BL], ("batch", None, None))
     for layer in self.first:
       x_BLD = layer(x_BLD)
     inputs = {
@@ -160,8 +166,9 @@ class Transformer(nnx.Module):
     }
     x_BLD, aux = self._run_periods(x_BLD, mask_BL, key_B, step_stats, inputs)
     x_BLD = self.final_norm(x_BLD)
-    head_DV = self.embedding_VD[...].T if self.w_head_DV is None else self.w_head_DV[...]
-    logits_BLV = jnp.einsum("BLD,DV->BLV", x_BLD, head_DV.astype(dtype), preferred_element_type=jnp.float32)
+    tied = self.w_head_DV is None
+    head_DV = weight(self.embedding_VD, dtype).T if tied else weight(self.w_head_DV, dtype)
+    logits_BLV = jnp.einsum("BLD,DV->BLV", x_BLD, head_DV, preferred_element_type=jnp.float32)
     return logits_BLV, aux
 
   def _run_periods(self, x_BLD, mask_BL, key_B, step_stats, inputs):

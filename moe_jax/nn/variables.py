@@ -4,6 +4,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax.sharding import gathered
+
+
+def weight(param: nnx.Param, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+  """A parameter as products want it: in their dtype, and whole where it is only kept in parts."""
+  return gathered(param[...].astype(dtype), param.get_metadata()["logical_axes"])
+
 
 class BalancerState(nnx.Variable):
   """State of a balancer: neither differentiated nor seen by the optimizer, changed once per step."""

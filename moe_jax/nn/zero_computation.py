@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.nn.variables import matrix
+from moe_jax.nn.variables import matrix, weight
 from moe_jax.types import Array
 
 
@@ -33,9 +33,9 @@ class ZeroComputation(nnx.Module):
     if not self.constants:
       return copy_BL[..., None].astype(x_BLD.dtype) * x_BLD
     weight_BLC = jnp.stack([weight_BLZ[..., z] for z in self.constants], axis=-1)
-    logits_BLCM = jnp.einsum("BLD,DCM->BLCM", x_BLD.astype(jnp.float32), self.w_mix_DCM[...])
+    logits_BLCM = jnp.einsum("BLD,DCM->BLCM", x_BLD.astype(jnp.float32), weight(self.w_mix_DCM))
     mix_BLCM = jax.nn.softmax(logits_BLCM, axis=-1)
     of_x_BL = copy_BL + jnp.sum(weight_BLC * mix_BLCM[..., 0], axis=-1)
     of_vector_BLC = (weight_BLC * mix_BLCM[..., 1]).astype(x_BLD.dtype)
-    constant_BLD = jnp.einsum("BLC,CD->BLD", of_vector_BLC, self.vector_CD[...].astype(x_BLD.dtype))
+    constant_BLD = jnp.einsum("BLC,CD->BLD", of_vector_BLC, weight(self.vector_CD, x_BLD.dtype))
     return of_x_BL[..., None].astype(x_BLD.dtype) * x_BLD + constant_BLD

@@ -21,11 +21,24 @@ class SortedByExpert(NamedTuple):
 
 
 class ExpertWeights(NamedTuple):
-  """Weights of E experts: SwiGLU with three matrices, or ReLU with two."""
+  """Weights of E experts: SwiGLU with three matrices, or ReLU with two.
+
+  Callable as dispatchers call experts, and a tree of arrays, so what spreads them over devices passes them as
+  arguments and calls those that it finds on its device.
+  """
 
   w_gate_EDF: Array | None  # None: ReLU experts
   w_up_EDF: Array
   w_down_EFD: Array
+
+  def __call__(self, rows: Array, matmul: Matmul | SortedByExpert) -> Array:
+    return expert_ffn(self, rows, matmul)
+
+
+# Logical axes of each field.
+WEIGHT_AXES = ExpertWeights(
+  ("expert", "embed", "mlp"), ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
+)
 
 
 def _swiglu(gate: Array, up: Array) -> Array:

@@ -2,9 +2,12 @@
 
 from moe_jax.config import Config
 from moe_jax.errors import unknown_name
-from moe_jax.presets import laptop, mixtral
+from moe_jax.presets import encoder_decoders, laptop, mixtral, qwen
 
-PRESETS: dict[str, Config] = {**laptop.PRESETS, **mixtral.PRESETS}
+_FAMILIES = (laptop, mixtral, qwen, encoder_decoders)
+PRESETS: dict[str, Config] = {name: config for family in _FAMILIES for name, config in family.PRESETS.items()}
+# V of each preset where no tokenizer says it: for counting and compiling, not for training.
+VOCAB_SIZES: dict[str, int] = {name: v for family in _FAMILIES for name, v in family.VOCAB_SIZES.items()}
 
 
 def get_preset(name: str) -> Config:

@@ -22,3 +22,4 @@ PRESETS = {
     train=TrainConfig(num_steps=60, eval_batches=20),
   ),
 }
+VOCAB_SIZES = {"default": 264, "tiny": 264}  # of the bytes tokenizer

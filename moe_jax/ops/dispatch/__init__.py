@@ -5,7 +5,11 @@
 `assignment` has fields [G, A]. An entry's position in its expert's queue is the number of earlier entries
 of that expert that hold a slot; it is kept if it is valid and its position is below `capacity`.
 y_GTD sums weight * expert(x) over the kept entries; a dropped entry contributes exactly zero, also to
-gradients. All give the same numbers where nothing is dropped.
+gradients. All give the same numbers where nothing is dropped. `experts(rows, matmul)` computes rows of the experts
+that the dispatcher says they belong to; `moe_jax.ops.experts.ExpertWeights` are such experts.
+
+These are plain programs over all groups. Those that spell the exchange between devices have the same signature and
+live in moe_jax/expert_parallel, whose `get_dispatcher` knows all of them.
 """
 
 from moe_jax.errors import unknown_name
@@ -16,7 +20,6 @@ from moe_jax.ops.dispatch.einsum import einsum_dispatch
 from moe_jax.ops.dispatch.sorted import sorted_dispatch
 
 DISPATCHERS = {"einsum": einsum_dispatch, "sorted": sorted_dispatch, "dropless": dropless_dispatch}
-NEVER_DROPS = ("dropless",)  # ignore the capacity
 
 
 def get_dispatcher(name: str):
@@ -28,7 +31,6 @@ def get_dispatcher(name: str):
 
 __all__ = [
   "DISPATCHERS",
-  "NEVER_DROPS",
   "default_group_size",
   "expert_capacity",
   "get_dispatcher",

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.ops.experts import Matmul, SortedByExpert
 from moe_jax.types import Array
@@ -20,7 +21,15 @@ def no_sharding(x: Array, axes: tuple[str | None, ...]) -> Array:
 
 
 BY_GROUP = ("group", None, None, None)  # logical axes of rows_GECD
-BY_EXPERT = ("expert", "group", "capacity", "embed")  # of rows_EGCD
+BY_EXPERT = ("expert", "group", None, None)  # of rows_EGCD
+
+
+EXCHANGED = "exchanged"  # the name by which a remat policy saves rows that have just travelled
+
+
+def exchanged(rows: Array) -> Array:
+  """Rows that have just travelled between devices: `--remat=exchange` keeps them, so they travel once."""
+  return checkpoint_name(rows, EXCHANGED)
 
 
 def run_experts(experts: Experts, rows_GECD: Array, shard: Shard) -> Array:
@@ -30,10 +39,10 @@ def run_experts(experts: Experts, rows_GECD: Array, shard: Shard) -> Array:
   hold the experts, each change of layout is then one all-to-all, and so is each in the backward pass;
   with fewer constraints XLA gathers activations instead.
   """
-  rows_EGCD = shard(shard(rows_GECD, BY_GROUP).swapaxes(0, 1), BY_EXPERT)
+  rows_EGCD = exchanged(shard(shard(rows_GECD, BY_GROUP).swapaxes(0, 1), BY_EXPERT))
   # G and C become one axis: XLA:CPU takes 1.5 times as long for a product with two row axes.
   num_experts, num_groups, capacity, dim = rows_EGCD.shape
   rows_END = rows_EGCD.reshape(num_experts, num_groups * capacity, dim)
   rows_END = experts(rows_END, lambda rows, w_EXY: jnp.einsum("ENX,EXY->ENY", rows, w_EXY))
   rows_EGCD = shard(rows_END.reshape(rows_EGCD.shape), BY_EXPERT)
-  return shard(rows_EGCD.swapaxes(0, 1), BY_GROUP)
+  return exchanged(shard(rows_EGCD.swapaxes(0, 1), BY_GROUP))

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from moe_jax.ops.dispatch.common import Experts, Shard, no_sharding
-from moe_jax.ops.dispatch.slots import make_queues
+from moe_jax.ops.dispatch.slots import as_one_group, in_queue_order, make_queues
 from moe_jax.ops.experts import SortedByExpert
 from moe_jax.ops.grouped_matmul import BLOCK
 from moe_jax.types import Array, Assignment
@@ -17,25 +17,21 @@ def dropless_dispatch(
   num_experts: int,
   capacity: int = 0,
   shard: Shard = no_sharding,
+  num_rows: int | None = None,
 ) -> tuple[Array, Array]:
   """Returns y_GTD = sum of weight * expert(x) over the valid entries, and kept_GA = valid_GA. Fields are [G, A].
 
-  `capacity` is ignored, and groups only delimit the tokens that an entry can name.
+  `capacity` is ignored, and groups only delimit the tokens that an entry can name. `num_rows`: how many valid
+  entries there are at most, where the caller knows it; the experts multiply no more.
   """
   del capacity
-  num_groups, num_tokens, dim = x_GTD.shape
-  x_TD = x_GTD.reshape(num_groups * num_tokens, dim)
-  offset_G = num_tokens * jnp.arange(num_groups, dtype=jnp.int32)
-  token_A = (assignment.token_A + offset_G[:, None]).reshape(-1)
-  valid_A = assignment.valid_A.reshape(-1)
-  queues = make_queues(assignment.expert_A.reshape(-1), valid_A, num_experts)
-
-  in_queue_A = queues.expert_A < num_experts
+  one_group = as_one_group(assignment, x_GTD.shape[1])
+  x_TD = x_GTD.reshape(-1, x_GTD.shape[-1])
+  queues = make_queues(one_group.expert_A, one_group.valid_A, num_experts)
+  token_R, weight_R = in_queue_order(one_group, queues, num_experts, x_TD.shape[0])
   # Rows of no token follow the queues, as the grouped product wants.
-  token_R = jnp.where(in_queue_A, token_A[queues.entry_A], x_TD.shape[0])
-  token_R = jnp.pad(token_R, (0, BLOCK), constant_values=x_TD.shape[0])
-  weight_R = jnp.where(in_queue_A, assignment.weight_A.reshape(-1)[queues.entry_A], 0)
-  weight_R = jnp.pad(weight_R, (0, BLOCK))
+  token_R = jnp.pad(token_R[:num_rows], (0, BLOCK), constant_values=x_TD.shape[0])
+  weight_R = jnp.pad(weight_R[:num_rows], (0, BLOCK))
   rows_RD = x_TD.at[token_R].get(mode="fill", fill_value=0)
   rows_RD = experts(rows_RD, SortedByExpert(queues.length_E))
   weighted_RD = rows_RD * weight_R[:, None]

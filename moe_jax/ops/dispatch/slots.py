@@ -40,6 +40,22 @@ def make_queues(expert_A: Array, holds_slot_A: Array, num_experts: int) -> Queue
   return Queues(entry_A, expert_A, bounds[:-1], bounds[1:] - bounds[:-1])
 
 
+def as_one_group(assignment: Assignment, num_tokens: int) -> Assignment:
+  """The lists of all groups, fields [G, A], as one list [G * A] over their G * T tokens, group after group."""
+  offset_G1 = num_tokens * jnp.arange(assignment.token_A.shape[0], dtype=jnp.int32)[:, None]
+  numbered_through = assignment._replace(token_A=assignment.token_A + offset_G1)
+  return jax.tree.map(lambda field: field.reshape(-1), numbered_through)
+
+
+def in_queue_order(
+  assignment: Assignment, queues: Queues, num_experts: int, num_tokens: int
+) -> tuple[Array, Array]:
+  """Token and combine weight of every entry, sorted by expert; `num_tokens` and 0 for those in no queue."""
+  in_queue_A = queues.expert_A < num_experts
+  token_A = jnp.where(in_queue_A, assignment.token_A[queues.entry_A], num_tokens)
+  return token_A, jnp.where(in_queue_A, assignment.weight_A[queues.entry_A], 0)
+
+
 def assign_slots(assignment: Assignment, num_tokens: int, num_experts: int, capacity: int) -> Slots:
   """Gives the first `capacity` entries of every expert's queue a slot each; the others drop.
 

@@ -1,0 +1,137 @@
+"""Compiles a training step for devices that need not be there, and says what it would cost on each of them."""
+
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from moe_jax import sharding
+from moe_jax.analysis import flops
+from moe_jax.analysis.collectives import by_kind, collectives
+from moe_jax.analysis.hlo import parse
+from moe_jax.analysis.memory import Memory, memory_of, out_of_memory
+from moe_jax.config import Config
+from moe_jax.train_step import init_state, make_train_step
+
+
+class DoesNotFit(NamedTuple):
+  """What the compiler said of a program that it refused for want of memory, in bytes per device."""
+
+  needed: float
+  capacity: float
+
+
+class Compiled(NamedTuple):
+  """A compiled training step."""
+
+  text: str
+  memory: Memory
+  lower_seconds: float
+  compile_seconds: float
+  compile_cpu_seconds: float  # of this process: where others keep the machine busy, it says more
+
+
+def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+  """The shapes of the batch of one step."""
+  shape = (config.data.batch_size, config.data.sequence_length)
+  of = jax.ShapeDtypeStruct
+  tokens = {name: of(shape, jnp.int32) for name in ("tokens_BL", "targets_BL")}
+  return tokens | {"mask_BL": of(shape, jnp.bool_), "domain_B": of(shape[:1], jnp.int32)}
+
+
+def compile_train_step(
+  config: Config, vocab_size: int, mesh: Mesh, options: dict[str, str] | None = None
+) -> Compiled | DoesNotFit:
+  """Forward, backward and optimizer, with the state donated, as a run compiles it; no array is ever made.
+
+  Args:
+    config: checked, see `compiled_steps.check_run`.
+    vocab_size: V.
+    mesh: over the devices to compile for.
+    options: of the compiler.
+  """
+  with jax.set_mesh(mesh):
+    state = jax.eval_shape(lambda: init_state(config, vocab_size, 0))
+    layout = sharding.state_shardings(mesh, state)
+    step = jax.jit(
+      make_train_step(config, vocab_size),
+      in_shardings=(layout, sharding.batch_sharding(mesh)),
+      out_shardings=(layout, sharding.replicated(mesh)),
+      donate_argnums=0,
+    )
+    start = time.monotonic()
+    lowered = step.lower(state, abstract_batch(config))
+    middle, cpu = time.monotonic(), time.process_time()
+    try:
+      compiled = lowered.compile(compiler_options=options or None)
+    except jax.errors.JaxRuntimeError as error:
+      found = out_of_memory(str(error))
+      if found is None:
+        raise
+      return DoesNotFit(*found)
+  return Compiled(
+    text=compiled.as_text(),
+    memory=memory_of(compiled, mesh.devices.flat[0].device_kind),
+    lower_seconds=middle - start,
+    compile_seconds=time.monotonic() - middle,
+    compile_cpu_seconds=time.process_time() - cpu,
+  )
+
+
+def report(config: Config, vocab_size: int, mesh: Mesh, compiled: Compiled | DoesNotFit) -> dict[str, Any]:
+  """What there is to say, as plain values. Bytes and operations are those of one device in one step."""
+  head = {
+    "mesh": dict(mesh.shape),
+    "devices": mesh.size,
+    "device_kind": mesh.devices.flat[0].device_kind,
+    "tokens_per_device": config.data.batch_size * config.data.sequence_length / mesh.size,
+  }
+  if isinstance(compiled, DoesNotFit):
+    return head | {"fits": False, "peak_bytes": compiled.needed, "capacity_bytes": compiled.capacity}
+  program, memory = parse(compiled.text), compiled.memory
+  done, parts = flops.compiled_flops(program)
+  needed = flops.step_flops(config, vocab_size)
+  found = collectives(program, mesh.shape)
+  return head | {
+    "fits": None if memory.free is None else memory.free >= 0,
+    "peak_bytes": memory.peak,
+    "capacity_bytes": memory.capacity,
+    "memory_bytes": {name: getattr(memory, name) for name in Memory._fields if name != "capacity"},
+    "flops": {
+      "compiled": done,
+      "parts": parts,
+      "model": needed.model / mesh.size,
+      "recomputed": needed.recomputed / mesh.size,
+      "ratio": done * mesh.size / sum(needed),
+      "experts_ratio": parts["experts"] * mesh.size / flops.expert_flops(config, vocab_size),
+    },
+    "collectives": by_kind(found),
+    "exchange": exchange(config, mesh, by_kind(found)),
+    "unknown_loops": list(program.unknown_loops),
+    "lower_seconds": compiled.lower_seconds,
+    "compile_seconds": compiled.compile_seconds,
+    "compile_cpu_seconds": compiled.compile_cpu_seconds,
+  }
+
+
+def exchange(config: Config, mesh: Mesh, rows: list[dict]) -> dict[str, float] | None:
+  """Bytes that travel between the devices that hold the experts, against those that must, where K experts per token
+  are anywhere with equal probability. None with one device per expert group.
+
+  Rows travel to their experts and back, forward and backward, and once more where the forward pass is recomputed.
+  """
+  devices = mesh.shape["expert"]
+  if devices == 1:
+    return None
+  model = config.model
+  tokens = config.data.batch_size * config.data.sequence_length / mesh.size
+  row_bytes = model.model_dim * jnp.dtype(model.compute_dtype).itemsize
+  passes = 6 if model.remat == "full" else 4
+  layers = model.num_moe_layers * passes
+  must = tokens * model.moe.num_experts_per_token * row_bytes * (devices - 1) / devices * layers
+  sent = sum(
+    row["sent_bytes"] for row in rows if row["kind"].endswith("all-to-all") and row["axes"] == ["expert"]
+  )
+  return {"sent_bytes": sent, "must_move_bytes": must, "ratio": sent / must}

@@ -1,0 +1,158 @@
+"""Floating-point operations: those a model needs, and those of a compiled program.
+
+Only products count, a multiplication and an addition as 2 operations: they are what the hardware's peak is about.
+"""
+
+import functools
+import math
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_jax.analysis.hlo import Instruction, Program, arrays, called
+from moe_jax.config import Config, ModelConfig
+from moe_jax.nn.methods import num_scored_experts
+
+
+class ModelFlops(NamedTuple):
+  """Operations of one forward pass over one token, by part of the model, all layers together.
+
+  Not counted: embedding look-up, norms, activations, softmax, sorting and moving tokens, losses, the optimizer.
+  """
+
+  attention_projections: float
+  attention_scores: float  # a token attends to itself and what is before: (L + 1) / 2 positions on average
+  router: float
+  experts: float  # of the K that a token is sent to
+  shared_experts: float
+  dense: float  # the layers without experts
+  head: float
+
+  @property
+  def forward(self) -> float:
+    return sum(self)
+
+  @property
+  def layers(self) -> float:
+    return self.forward - self.head
+
+
+def forward_flops(model: ModelConfig, vocab_size: int, sequence_length: int) -> ModelFlops:
+  """Of one token of a sequence of `sequence_length`, on average."""
+  d, h, moe = model.model_dim, model.head_dim, model.moe
+  matrices = 3 if moe.expert_activation == "swiglu" else 2
+  sparse = model.num_moe_layers
+  mlp = lambda width: 2 * matrices * d * width
+  return ModelFlops(
+    attention_projections=model.num_layers * 2 * d * h * (2 * model.num_heads + 2 * model.num_kv_heads),
+    attention_scores=model.num_layers * 2 * 2 * model.num_heads * h * (sequence_length + 1) / 2,
+    router=sparse * 2 * d * num_scored_experts(moe),
+    experts=sparse * moe.num_experts_per_token * mlp(moe.expert_dim),
+    shared_experts=sparse * mlp(moe.num_shared_experts * moe.expert_dim),
+    dense=(model.num_layers - sparse) * mlp(model.dense_dim),
+    head=2 * d * vocab_size,
+  )
+
+
+class StepFlops(NamedTuple):
+  """Of one training step, all devices together. A backward pass takes twice the forward pass."""
+
+  model: float  # forward and backward: what utilisation is usually measured against
+  recomputed: float  # the forward pass of the layers once more, with remat=full
+
+
+def step_flops(config: Config, vocab_size: int) -> StepFlops:
+  """Of one optimizer step of `config`, padding counted as text. Layers of kind `moe` only: `soft_moe` has no K."""
+  flops = forward_flops(config.model, vocab_size, config.data.sequence_length)
+  tokens = config.data.batch_size * config.data.sequence_length
+  recomputed = flops.layers * tokens if config.model.remat == "full" else 0.0
+  return StepFlops(3 * flops.forward * tokens, recomputed)
+
+
+def expert_flops(config: Config, vocab_size: int) -> float:
+  """The routed experts' share of `step_flops`, recomputation included."""
+  flops = forward_flops(config.model, vocab_size, config.data.sequence_length)
+  tokens = config.data.batch_size * config.data.sequence_length
+  return flops.experts * tokens * (4 if config.model.remat == "full" else 3)
+
+
+def compiled_flops(program: Program) -> tuple[float, dict[str, float]]:
+  """Operations of all products that one device runs in a step, loops included, and the same by part.
+
+  Parts are told by the einsum string that a product comes from: `experts`, `dispatch` (one-hot tensors that move
+  tokens, of the einsum dispatcher), `head`, and `other`.
+  """
+  total, parts = 0.0, {"experts": 0.0, "dispatch": 0.0, "head": 0.0, "other": 0.0}
+  # A product inside a fusion may have lost its name; the fusion has it.
+  callers = {below: instruction for _, instruction, _ in program.executed() for below in called(instruction)}
+  for computation, instruction, runs in program.executed():
+    flops = runs * _product(program.computations[computation], instruction)
+    if flops:
+      total += flops
+      parts[_part(_op_name(instruction) or _op_name(callers.get(computation)))] += flops
+  return total, parts
+
+
+def _op_name(instruction: Instruction | None) -> str:
+  found = re.search(r'op_name="([^"]*)"', instruction.attributes) if instruction else None
+  return found.group(1) if found else ""
+
+
+def _part(name: str) -> str:
+  marks = {"ENX,EXY->ENY": "experts", "ragged_dot": "experts", "GTEC": "dispatch", "DV->BLV": "head"}
+  return next((part for mark, part in marks.items() if mark in name), "other")
+
+
+def _product(computation: dict[str, Instruction], instruction: Instruction) -> float:
+  opcode = instruction.opcode
+  if opcode not in ("dot", "convolution", "ragged-dot"):
+    return 0.0
+  left, right = (_dimensions(computation, name) for name in instruction.operands[:2])
+  out = arrays(instruction.shape)[0][1]
+  if opcode == "convolution":
+    return _convolution(left, right, out, instruction.attributes)
+  contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
+  axes = [int(axis) for axis in contracted.group(1).split(",") if axis] if contracted else []
+  # Of a ragged product every row meets one matrix; where the ragged axis is summed over, `out` has the groups in front.
+  groups = (
+    out[0] if opcode == "ragged-dot" and "lhs_ragged_dims" in instruction.attributes and 0 in axes else 1
+  )
+  return 2.0 * math.prod(out) * math.prod(left[axis] for axis in axes) / groups
+
+
+def _dimensions(computation: dict[str, Instruction], name: str) -> tuple[int, ...]:
+  return arrays(computation[name].shape)[0][1]
+
+
+def _convolution(left: tuple, right: tuple, out: tuple, attributes: str) -> float:
+  """XLA:TPU writes every product as a convolution, its batch axes as dilated windows that mostly meet nothing."""
+  labels_left, rest = re.search(r"dim_labels=(\S+?),?(?:\s|$)", attributes).group(1).split("_")
+  labels_right, labels_out = rest.rstrip(",").split("->")
+  window = re.search(r"window=\{([^}]*)\}", attributes)
+  fields = dict(re.findall(r"(\w+)=(\S+)", window.group(1))) if window else {}
+  pairs = 1
+  for i in range(sum(label.isdigit() for label in labels_out)):
+    field = lambda name, default, i=i: fields[name].split("x")[i] if name in fields else default
+    pairs *= _meetings(
+      left[labels_left.index(str(i))],
+      right[labels_right.index(str(i))],
+      out[labels_out.index(str(i))],
+      int(field("stride", "1")),
+      int(field("pad", "0_0").split("_")[0]),
+      int(field("lhs_dilate", "1")),
+      int(field("rhs_dilate", "1")),
+    )
+  groups = re.search(r"batch_group_count=(\d+)", attributes)
+  batch = left[labels_left.index("b")] / (int(groups.group(1)) if groups else 1)
+  return 2.0 * batch * right[labels_right.index("i")] * right[labels_right.index("o")] * pairs
+
+
+@functools.lru_cache(maxsize=4096)
+def _meetings(
+  size: int, window: int, out: int, stride: int, low: int, dilate: int, window_dilate: int
+) -> int:
+  """Pairs of an output and a window position where an element of the input is, not padding nor a gap."""
+  place = np.arange(out)[:, None] * stride - low + np.arange(window)[None, :] * window_dilate
+  inside = (place >= 0) & (place <= (size - 1) * dilate) & (place % dilate == 0)
+  return int(inside.sum())

@@ -1,0 +1,57 @@
+"""What a compiled program holds in a device's memory, and whether that fits."""
+
+import re
+from typing import NamedTuple
+
+GIB = 2**30
+# Per chip as sold; compilers keep a part for themselves, which `Memory.capacity` leaves out of account.
+# https://cloud.google.com/tpu/docs/system-architecture-tpu-vm
+HBM_BYTES = {
+  "TPU v4": 32 * GIB,
+  "TPU v5 lite": 16 * GIB,
+  "TPU v5": 95 * GIB,
+  "TPU v6 lite": 32 * GIB,
+}
+
+
+class Memory(NamedTuple):
+  """Bytes on one device."""
+
+  arguments: int  # parameters, optimizer state and batch
+  outputs: int
+  aliased: int  # outputs in the place of donated arguments
+  temporaries: int  # activations, gradients, buffers of exchanges
+  program: int
+  capacity: int | None  # of the device, where it is known
+
+  @property
+  def peak(self) -> int:
+    """All that is held at once: temporaries are the compiler's most over time."""
+    return self.arguments + self.outputs - self.aliased + self.temporaries + self.program
+
+  @property
+  def free(self) -> int | None:
+    return None if self.capacity is None else self.capacity - self.peak
+
+
+def memory_of(compiled, device_kind: str) -> Memory:
+  """From `compiled.memory_analysis()`, which is per device."""
+  stats = compiled.memory_analysis()
+  return Memory(
+    arguments=stats.argument_size_in_bytes,
+    outputs=stats.output_size_in_bytes,
+    aliased=stats.alias_size_in_bytes,
+    temporaries=stats.temp_size_in_bytes,
+    program=stats.generated_code_size_in_bytes,
+    capacity=HBM_BYTES.get(device_kind),
+  )
+
+
+def out_of_memory(message: str) -> tuple[float, float] | None:
+  """(bytes needed, bytes there) from the TPU compiler's refusal of a program that does not fit; None for other errors."""
+  found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
+  if found is None:
+    return None
+  unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+  used, used_unit, there, there_unit = found.groups()
+  return float(used) * unit[used_unit], float(there) * unit[there_unit]

@@ -1,0 +1,75 @@
+"""Which meshes are worth compiling for: those that divide the model, in the order of an estimate of what they send."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+
+from moe_jax import sharding
+from moe_jax.config import Config, MeshConfig
+from moe_jax.train_step import init_state
+
+_WIRE = 2  # bytes per element that travels: parameters and activations are cast to bfloat16 before
+
+
+class Estimate(NamedTuple):
+  """Of one mesh, per device."""
+
+  mesh: MeshConfig
+  state_bytes: int  # parameters, optimizer and balancer state: exact
+  sent_bytes: float  # per step, see `sent_bytes`
+
+
+def all_meshes(num_devices: int, num_slices: int = 1) -> Iterator[MeshConfig]:
+  """Every way of writing the devices of a slice as data x fsdp x expert x tensor."""
+  inside = num_devices // num_slices
+  divisors = [n for n in range(1, inside + 1) if inside % n == 0]
+  for fsdp, expert, tensor in itertools.product(divisors, repeat=3):
+    if inside % (fsdp * expert * tensor) == 0:
+      data = inside // (fsdp * expert * tensor)
+      yield MeshConfig(slice=num_slices, data=data, fsdp=fsdp, expert=expert, tensor=tensor)
+
+
+def state_bytes(config: Config, vocab_size: int, mesh) -> int:
+  """Of parameters, optimizer and balancer state on one device. `mesh` may be an `AbstractMesh`."""
+  state = jax.eval_shape(lambda: init_state(config, vocab_size, 0))
+  layout = sharding.state_shardings(mesh, state)
+  of_leaf = lambda leaf, where: math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+  return sum(jax.tree.leaves(jax.tree.map(of_leaf, state, layout)))
+
+
+def sent_bytes(config: Config, mesh: MeshConfig) -> float:
+  """A model of what a device sends in a step, good enough to sort meshes by, not to report.
+
+  fsdp: parameters are gathered forward and backward, gradients scattered. expert: rows to their experts and back, see
+  `ahead_of_time.exchange`. slice and data: gradients are summed. tensor: activations are summed behind attention and
+  behind the feed-forward block, forward, recomputed and backward.
+  """
+  model, moe = config.model, config.model.moe
+  matrices = 3 if moe.expert_activation == "swiglu" else 2
+  d, layers = model.model_dim, model.num_layers
+  expert = model.num_moe_layers * moe.num_experts * matrices * d * moe.expert_dim / mesh.expert
+  attention = layers * d * model.head_dim * 2 * (model.num_heads + model.num_kv_heads)
+  dense = (layers - model.num_moe_layers) * matrices * d * model.dense_dim
+  parameters = (expert + attention + dense) / mesh.tensor
+  left = lambda n: (n - 1) / n
+  tokens = config.data.batch_size * config.data.sequence_length
+  tokens /= mesh.slice * mesh.data * mesh.fsdp * mesh.expert
+  passes = 6 if model.remat == "full" else 4
+  rows = tokens * d * moe.num_experts_per_token * model.num_moe_layers
+  sent = 3 * parameters * left(mesh.fsdp)
+  sent += passes * rows * left(mesh.expert)
+  sent += 2 * parameters / mesh.fsdp * left(mesh.slice * mesh.data)
+  sent += 2 * passes * tokens * d * layers * left(mesh.tensor)
+  return _WIRE * sent
+
+
+def estimates(config: Config, vocab_size: int, meshes: list[tuple[MeshConfig, object]]) -> list[Estimate]:
+  """Of each (mesh, `AbstractMesh` of it), least sent first."""
+  found = [
+    Estimate(mesh, state_bytes(config, vocab_size, abstract), sent_bytes(config, mesh))
+    for mesh, abstract in meshes
+  ]
+  return sorted(found, key=lambda one: (one.sent_bytes, one.state_bytes))

@@ -1,0 +1,112 @@
+"""What the processes of one run tell each other. With one process everything here is at once and free."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+
+from moe_jax.errors import InputError
+
+
+def is_first() -> bool:
+  """Whether this process writes what is written once."""
+  return jax.process_index() == 0
+
+
+def wait_for_all(name: str) -> None:
+  """Returns when every process has come to `name`."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+def from_first(value: Any) -> Any:
+  """The JSON value of process 0, in every process."""
+  return value if jax.process_count() == 1 else from_all(value)[0]
+
+
+def from_all(value: Any) -> list[Any]:
+  """The JSON values of all processes, in every process, by process."""
+  if jax.process_count() == 1:
+    return [value]
+  data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.int32(data.size))
+  padded = np.zeros(int(sizes.max()), np.uint8)
+  padded[: data.size] = data
+  rows = multihost_utils.process_allgather(padded)
+  return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
+
+
+def check_agree(value: Any, what: str, right: str) -> None:
+  """Raises `InputError` in all processes if `value` (JSON) differs between them."""
+  values = from_all(value)
+  for index, other in enumerate(values):
+    if other != values[0]:
+      raise InputError(f"{what}: process {index} has {other!r}, process 0 {values[0]!r}; {right}")
+
+
+@contextlib.contextmanager
+def first_writes(name: str) -> Iterator[bool]:
+  """`with first_writes("x") as mine: if mine: ...`: process 0 writes, the others wait until it has."""
+  yield is_first()
+  wait_for_all(name)
+
+
+class BatchShare(NamedTuple):
+  """Which rows of the global batch this process reads: part `index` of `count` equal parts, of those `rows`."""
+
+  index: int
+  count: int
+  rows: np.ndarray | slice = slice(None)
+
+  def state_to_save(self, state: Any) -> Any:
+    """The position in the data of all parts in one, from each process's own `state`."""
+    return merge_states(dict(from_all([self.index, state])))
+
+  def state_to_load(self, state: Any) -> Any:
+    """This process's own of `state_to_save`, which may come from another number of processes."""
+    return _map_rows(
+      state, lambda rows: rows[self.index * len(rows) // self.count :][: len(rows) // self.count]
+    )
+
+
+def batch_share(sharding: NamedSharding, batch_size: int) -> BatchShare:
+  """The share of the process: the rows of a batch that `sharding` puts on its devices.
+
+  Processes whose devices hold the same rows (an axis that does not split the batch goes across them) read the same
+  rows. On a mesh whose device order leaves a process rows that are not one block, it reads the whole batch and keeps
+  its own.
+  """
+  rows: dict[int, set[int]] = {}
+  for device, index in sharding.devices_indices_map((batch_size,)).items():
+    rows.setdefault(device.process_index, set()).update(range(batch_size)[index[0]])
+  own = np.array(sorted(rows[jax.process_index()]))
+  if all(_is_part(sorted(part), batch_size) for part in rows.values()):
+    return BatchShare(int(own[0]) // len(own), batch_size // len(own))
+  return BatchShare(0, 1, own)
+
+
+def _is_part(rows: list[int], batch_size: int) -> bool:
+  """Whether the rows are one of the equal parts of the batch."""
+  count, begin = len(rows), rows[0]
+  return rows[-1] - begin + 1 == count and batch_size % count == 0 and begin % count == 0
+
+
+def merge_states(states: Mapping[int, Any]) -> Any:
+  """One state of the data from those of all parts. Lists, which have an entry per row, follow each other."""
+  parts = [states[i] for i in sorted(states)]
+  if all(part == parts[0] for part in parts):
+    return parts[0]
+  if all(isinstance(part, list) for part in parts):
+    return [row for part in parts for row in part]
+  return {name: merge_states({i: part[name] for i, part in enumerate(parts)}) for name in parts[0]}
+
+
+def _map_rows(state: Any, function: Callable[[list], list]) -> Any:
+  if isinstance(state, dict):
+    return {name: _map_rows(value, function) for name, value in state.items()}
+  return function(state) if isinstance(state, list) else state

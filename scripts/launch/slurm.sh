@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# GPU nodes of a SLURM cluster: submits a job that runs the same command on all of them.
+#
+#   bash scripts/launch/slurm.sh --nodes=2 --gpus_per_node=8 [OPTIONS] -- --preset=tiny --output_dir=runs/slurm
+#
+#   --nodes=N
+#   --gpus_per_node=G
+#   --per=node        one process per node, or per gpu
+#   --cpus=4          CPU cores per GPU
+#   --time=01:00:00
+#   --partition=NAME --account=NAME --constraint=NAME     as sbatch takes them
+#   --python=PATH     default: .venv/bin/python of this checkout, with the extra cuda13
+#   --script=experiments/load_balancing.py
+#   --requeue         start again after a node failure; the run continues from the last checkpoint
+#   --dry_run         print the job's script, submit nothing
+#   --help
+#
+# JAX counts each node as a slice, so --slice_parallelism=N is added; machines that join several nodes by NVLink need
+# their own number. The checkout and --output_dir must be on a file system that all nodes share. srun of SLURM 22.05
+# and newer does not read the job's --cpus-per-task, so it is given to both.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/options.sh"
+
+option_per=node option_cpus=4 option_time=01:00:00 option_script=experiments/load_balancing.py
+option_python="$root/.venv/bin/python"
+read_options "nodes= gpus_per_node= per= cpus= time= partition= account= constraint= python= script= requeue" "$@"
+need nodes gpus_per_node
+need_number nodes gpus_per_node cpus
+need_script
+case "$option_per" in
+  node) tasks=1 cores=$((option_cpus * option_gpus_per_node)) ;;
+  gpu) tasks=$option_gpus_per_node cores=$option_cpus ;;
+  *) wrong "--per=$option_per: node or gpu" ;;
+esac
+need_program sbatch "run this on a login node of the cluster"
+if [ "$option_nodes" -gt 1 ]; then experiment_flags "--slice_parallelism=$option_nodes"; fi
+
+# Only the lines whose option is given.
+optional() {
+  local name value
+  for name in partition account constraint; do
+    value="$(eval "echo \"\$option_$name\"")"
+    if [ -n "$value" ]; then echo "#SBATCH --$name=$value"; fi
+  done
+  if [ -n "$option_requeue" ]; then
+    echo "#SBATCH --requeue"
+    echo "#SBATCH --open-mode=append"
+  fi
+}
+
+job() {
+  cat <<END
+#!/bin/bash
+#SBATCH --job-name=moe_jax
+#SBATCH --nodes=$option_nodes
+#SBATCH --ntasks-per-node=$tasks
+#SBATCH --cpus-per-task=$cores
+#SBATCH --gpus-per-node=$option_gpus_per_node
+#SBATCH --exclusive
+#SBATCH --time=$option_time
+#SBATCH --output=%x-%j.out
+$(optional)
+cd $(quoted "$root")
+# Processes find each other from SLURM's variables. If one ends in an error, the others do too.
+srun --label --kill-on-bad-exit=1 --cpus-per-task=$cores $(quoted "$option_python" -u "$option_script" ${arguments[@]+"${arguments[@]}"})
+END
+}
+
+if [ -n "$option_dry_run" ]; then
+  job | sed '/^$/d'
+else
+  job | sed '/^$/d' | sbatch
+fi

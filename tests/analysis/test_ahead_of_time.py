@@ -1,0 +1,198 @@
+"""The training step compiled for devices that are only described."""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh
+
+from moe_jax import sharding
+from moe_jax.analysis import ahead_of_time, flops, mesh_search, topology
+from moe_jax.analysis.memory import GIB, out_of_memory
+from moe_jax.config import Config, MeshConfig
+from moe_jax.errors import InputError
+from moe_jax.presets import get_preset
+from moe_jax.train_step import model_parts
+from tests import tiny
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+CONFIG = tiny.change(
+  tiny.CONFIG, balancers="switch_loss:0.1", jitter=0.0, dispatcher="einsum", capacity_factor=2.0, num_layers=3
+)
+HAS_TPU_COMPILER = importlib.util.find_spec("libtpu") is not None
+
+
+@functools.cache
+def report(config: Config) -> dict:
+  mesh = sharding.make_mesh(config.mesh)
+  return ahead_of_time.report(
+    config, tiny.VOCAB, mesh, ahead_of_time.compile_train_step(config, tiny.VOCAB, mesh)
+  )
+
+
+def on(config: Config, **axes) -> Config:
+  return dataclasses.replace(config, mesh=MeshConfig(**axes))
+
+
+def test_a_scan_counts_as_the_same_layers_unrolled():
+  scanned, unrolled = (
+    report(tiny.change(on(CONFIG, data=2, expert=4), scan_layers=scan, remat="none"))
+    for scan in (True, False)
+  )
+  assert scanned["unknown_loops"] == unrolled["unknown_loops"] == []
+  assert scanned["flops"]["compiled"] == pytest.approx(unrolled["flops"]["compiled"], rel=0.02)
+  exchanged = [[r for r in one["collectives"] if r["kind"] == "all-to-all"] for one in (scanned, unrolled)]
+  assert exchanged[0] == exchanged[1]
+  assert scanned["exchange"]["must_move_bytes"] == 16 * 2 * 16 * 4 * 3 / 4 * 3 * 4
+
+
+def test_experts_multiply_their_slots_and_no_more():
+  found = report(tiny.change(on(CONFIG, data=2, expert=4), remat="none"))["flops"]
+  assert found["experts_ratio"] == pytest.approx(CONFIG.model.moe.capacity_factor)
+  assert found["parts"]["dispatch"] > 0 and found["parts"]["head"] > 0
+  assert sum(found["parts"].values()) == pytest.approx(found["compiled"])
+
+
+def test_tokens_travel_to_their_experts_and_back():
+  found = report(tiny.change(on(CONFIG, data=2, expert=4), remat="none"))
+  (row,) = (row for row in found["collectives"] if row["kind"] == "all-to-all")
+  assert row["axes"] == ["expert"] and row["count"] == 4 * 3  # there and back, forward and backward, 3 layers
+  assert found["exchange"]["ratio"] == pytest.approx(CONFIG.model.moe.capacity_factor)
+
+
+def test_arguments_are_the_state_and_the_batch():
+  config = on(CONFIG, data=2, fsdp=4)
+  mesh = AbstractMesh((1, 2, 4, 1, 1), sharding.MESH_AXES)
+  state = mesh_search.state_bytes(config, tiny.VOCAB, mesh)
+  batch = 8 * 16 * (4 + 4 + 1) // 8 + 8 * 4 // 8
+  assert report(config)["memory_bytes"]["arguments"] == pytest.approx(state + batch, abs=64)
+
+
+def test_state_is_three_times_the_parameters():
+  """Parameters and the two moments of AdamW, of which fsdp keeps a part on each device."""
+  params = jax.eval_shape(lambda: model_parts(CONFIG, tiny.VOCAB)[1])
+  whole = 3 * 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
+  of = lambda *sizes: mesh_search.state_bytes(CONFIG, tiny.VOCAB, AbstractMesh(sizes, sharding.MESH_AXES))
+  assert of(1, 8, 1, 1, 1) == pytest.approx(whole, rel=0.01)
+  assert of(1, 1, 8, 1, 1) == pytest.approx(whole / 8, rel=0.1)
+
+
+def test_model_operations_of_mixtral():
+  """Against 6 times the active parameters that products read (12.88e9 without the embedding's look-up) and the scores."""
+  model = get_preset("mixtral_8x7b").model
+  found = flops.forward_flops(model, 32_000, 4096)
+  scores = 32 * 4 * 4096 * 4097 / 2
+  norms = 65 * 4096
+  assert found.forward - scores == pytest.approx(2 * (12.749e9 - norms), rel=1e-4)
+
+
+def test_recomputation_is_counted_where_there_is_any():
+  full, none = (flops.step_flops(tiny.change(CONFIG, remat=remat), tiny.VOCAB) for remat in ("full", "none"))
+  assert none.recomputed == 0 and full.model == none.model
+  assert full.recomputed == pytest.approx(flops.forward_flops(CONFIG.model, tiny.VOCAB, 16).layers * 8 * 16)
+
+
+def test_every_mesh_is_found_once():
+  found = list(mesh_search.all_meshes(16, num_slices=2))
+  assert len(found) == len(set(found)) == 20  # 2^3 over 4 axes: (3 + 3 choose 3)
+  assert all(m.slice == 2 and m.data * m.fsdp * m.expert * m.tensor == 8 for m in found)
+
+
+def test_refusals_of_the_compiler_are_read():
+  message = (
+    "RESOURCE_EXHAUSTED: ... Ran out of memory in memory space hbm. Used 33.80G of 31.25G hbm. Exceeded"
+  )
+  assert out_of_memory(message) == (33.80 * GIB, 31.25 * GIB)
+  assert out_of_memory("INVALID_ARGUMENT: no") is None
+
+
+@pytest.mark.parametrize("name", ["cpu:0", "cpu:", "cpu:4x4"])
+def test_wrong_cpu_topologies(name):
+  with pytest.raises(InputError, match=f"--topology={name}: cpu:N with N from 1"):
+    topology.devices_of(name)
+
+
+def test_a_missing_tpu_compiler(monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(InputError, match=r"pip install 'moe_jax\[tpu\]'; cpu:8 needs none"):
+    topology.devices_of("v5p:4x4x4")
+
+
+def run(*args: str) -> subprocess.CompletedProcess:
+  command = [sys.executable, "scripts/aot_compile.py", *args]
+  return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600, check=False)
+
+
+SMALL = ("--preset=tiny", "--num_layers=1", "--dispatcher=einsum", "--sequence_length=16")
+
+
+@pytest.mark.slow
+def test_the_script_end_to_end(tmp_path):
+  out = tmp_path / "found.json"
+  found = run(*SMALL, "--topology=cpu:8", "--expert_parallelism=4", f"--output={out}")
+  assert found.returncode == 0, found.stderr
+  for part in (
+    "mesh: data=2 x expert=4 (8 cpu)",
+    "temporaries",
+    "capacity unknown",
+    "all-to-all",
+    "compiled in",
+  ):
+    assert part in found.stdout
+  saved = json.loads(out.read_text())
+  assert saved["preset"] == "tiny" and saved["result"]["memory_bytes"]["arguments"] > 0
+
+
+@pytest.mark.slow
+def test_the_search_ranks_meshes():
+  found = run(*SMALL, "--topology=cpu:2", "--search", "--search_tries=2")
+  assert found.returncode == 0, found.stderr
+  lines = found.stdout.splitlines()
+  assert lines[0] == "4 meshes divide the model and can hold its state; compiling 2"
+  sent = [float(line.split()[-2]) for line in lines[2:]]
+  assert len(sent) == 2 and sent == sorted(sent)
+
+
+@pytest.mark.parametrize(
+  ("flag", "message"),
+  [
+    ("--expert_parallelism=3", "--expert_parallelism=3: the axes must multiply to the 8 devices here"),
+    ("--topology=cpu:x", "--topology=cpu:x: cpu:N with N from 1 to 9999 virtual devices"),
+  ],
+)
+def test_the_script_answers_wrong_input_with_one_line(flag, message):
+  found = run(*SMALL, "--topology=cpu:8", flag)
+  assert found.returncode == 2
+  assert found.stderr.splitlines()[-1].startswith("error: ") and message in found.stderr
+
+
+needs_tpu_compiler = pytest.mark.skipif(
+  not HAS_TPU_COMPILER, reason="needs the TPU compiler: pip install 'moe_jax[tpu]'"
+)
+
+
+@needs_tpu_compiler
+def test_unknown_tpu_topology():
+  found = run(*SMALL, "--topology=v5p:3x3x3")
+  assert found.returncode == 2
+  assert found.stderr.splitlines()[-1].startswith(
+    "error: --topology=v5p:3x3x3: unknown to the TPU compiler ("
+  )
+
+
+@needs_tpu_compiler
+@pytest.mark.slow
+def test_the_script_for_a_tpu_slice(tmp_path):
+  out = tmp_path / "found.json"
+  found = run(*SMALL, "--topology=v5e:2x4", "--expert_parallelism=4", f"--output={out}")
+  assert found.returncode == 0, found.stderr
+  result = json.loads(out.read_text())["result"]
+  assert result["device_kind"] == "TPU v5 lite" and result["fits"]
+  assert result["unknown_loops"] == []
+  assert result["flops"]["experts_ratio"] == pytest.approx(1.25, rel=0.05)
