@@ -3,9 +3,9 @@
 Question   Bytes per device, busiest link and modelled step time of routers and of expert shadowing, on one real trace.
 Command    python experiments/communication.py
            python experiments/communication.py --balancers=none --output_dir=runs/communication_unbalanced
-           python experiments/communication.py --trace=runs/communication --once_per=node --network_ports=node
+           python experiments/communication.py --trace=runs/communication/run --network_ports=node --output_dir=runs/communication_shared_ports
 Hardware   two CPU cores, 2 GB; any JAX device
-Minutes    about 3 on two CPU cores, most of it for the run that is recorded
+Minutes    about 2 on two CPU cores, most of it for the run that is recorded
 Result     see docs/scaling.md, "Communication, measured"
 
 Without --trace it first trains a small fine-grained model (32 experts, 4 per token) and records its router logits in
@@ -26,7 +26,7 @@ from typing import Any
 
 from absl import flags
 
-from moe_jax import cli
+from moe_jax import cli, distributed
 from moe_jax.errors import InputError
 
 # Of the run that is recorded, unless flags say otherwise: as much active width per token as the default preset.
@@ -63,7 +63,9 @@ flags.DEFINE_float("flops", 400e12, "per second and device, in products with exp
 _NUM_STEPS = flags.DEFINE_integer("num_steps", RUN_STEPS, "of the run that is recorded", lower_bound=1)
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", "runs/communication", "the folder to write")
 cli.define_flags(leave_out=("num_steps", "eval_every", "eval_batches", "record_router_logits", "router"))
-flags.adopt_module_key_flags(cli)  # shown by --help
+distributed.define_flags()
+for module in (cli, distributed):
+  flags.adopt_module_key_flags(module)  # shown by --help
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,18 +95,26 @@ def main(argv: list[str]) -> None:
   # Imported here, so that --help and wrong flags answer at once.
   from rich.console import Console
 
-  from moe_jax.report.communication import print_tables, write_csv, write_plots
+  from moe_jax import processes
 
-  console = Console()
+  console = Console(quiet=not processes.is_first())
   folder = pathlib.Path(_OUTPUT_DIR.value)
   plan, trace = _from_trace(_TRACE.value) if _TRACE.value else _from_run(folder / "run", console)
+  with processes.first_writes("counts") as mine:  # several processes only train together
+    if mine:
+      _count_and_write(plan, trace, folder, console)
+
+
+def _count_and_write(plan: Plan, trace: Any, folder: pathlib.Path, console: Any) -> None:
+  from moe_jax.report.communication import print_tables, write_csv, write_plots
+
   machine, layer = plan.machine, plan.layer
   tokens = _SEQUENCES.value * trace.shape[2]
   console.print(
     f"trace: {trace.folder}, router {trace.header['router']}, balancers "
     f"{trace.header['config']['model']['moe']['balancers']} while training; {trace.shape[3]} experts\n"
-    f"machine: {machine.nodes} nodes of {machine.devices_per_node} devices, {tokens} tokens and "
-    f"{layer.row_bytes / 1e3:.1f} kB per token and device, {layer.expert_bytes / 1e6:.1f} MB per expert",
+    f"machine: {machine.nodes} nodes of {machine.devices_per_node} devices with {tokens} tokens each, "
+    f"{layer.row_bytes / 1e3:.1f} kB per token, {layer.expert_bytes / 1e6:.1f} MB per expert",
     soft_wrap=True,
   )
   rows = _simulate(plan, trace, console)
@@ -128,7 +138,7 @@ def _from_trace(path: str) -> tuple[Plan, Any]:
 
 def _from_run(folder: pathlib.Path, console: Any) -> tuple[Plan, Any]:
   """Trains and records, unless that is done."""
-  from moe_jax import sharding
+  from moe_jax import processes, sharding
   from moe_jax.compiled_steps import check_run
   from moe_jax.data import load_dataset
   from moe_jax.progress import TrainingProgress
@@ -147,11 +157,12 @@ def _from_run(folder: pathlib.Path, console: Any) -> tuple[Plan, Any]:
       f"--output_dir={folder.parent}: the run in it has another configuration; choose another folder, or count that "
       "run with --trace"
     )
-  if (folder / "result.json").exists():
+  if processes.from_first((folder / "result.json").exists()):
     console.print(f"the run in {folder} is done and kept", soft_wrap=True)
   else:
     with TrainingProgress(config.train.num_steps, console) as progress:
       Run(config, load_dataset(data), folder, progress, label=moe.balancers, show="the recorded run").train()
+    processes.wait_for_all("recorded")
   return plan, Trace(folder)
 
 
@@ -295,4 +306,4 @@ def _route(plan: Plan, router: Any, logits_TE: Any, mask_T: Any) -> Any:
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(distributed.on_every_process(main))

@@ -27,7 +27,7 @@ from typing import Any
 
 from absl import flags
 
-from moe_jax import cli
+from moe_jax import cli, distributed
 from moe_jax.config import Config
 from moe_jax.errors import InputError
 
@@ -52,7 +52,9 @@ _BATCH_SIZES = flags.DEFINE_list(
 _NUM_STEPS = flags.DEFINE_integer("num_steps", RUN_STEPS, "of the run that is recorded", lower_bound=1)
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", "runs/replay", "the folder to write")
 cli.define_flags(leave_out=("num_steps", "eval_every", "eval_batches", "record_router_logits"))
-flags.adopt_module_key_flags(cli)  # shown by --help
+distributed.define_flags()
+for module in (cli, distributed):
+  flags.adopt_module_key_flags(module)  # shown by --help
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +71,22 @@ def main(argv: list[str]) -> None:
   # Imported here, so that --help and wrong flags answer at once.
   from rich.console import Console
 
-  console = Console()
+  from moe_jax import processes
+
+  console = Console(quiet=not processes.is_first())
   folder = pathlib.Path(_OUTPUT_DIR.value)
   if _TRACE.value:
     methods, sweep, trace = _from_trace(_TRACE.value)
   else:
     methods, sweep, trace = _from_run(folder / "run", console)
+  with processes.first_writes("replays") as mine:  # several processes only train together
+    if mine:
+      _replay_and_write(methods, sweep, trace, folder, console)
+
+
+def _replay_and_write(
+  methods: list[Job], sweep: list[Job], trace: Any, folder: pathlib.Path, console: Any
+) -> None:
   size = trace.bytes_per_step
   console.print(
     f"trace: {trace.folder}, {len(trace)} steps of {size / 1e3:.0f} kB, router {trace.header['router']}, "
@@ -96,8 +108,7 @@ def _from_trace(path: str) -> tuple[list[Job], list[Job], Any]:
   from moe_jax.replay import recorded_config
   from moe_jax.trace import Trace
 
-  given = cli.config_from_flags()
-  if given != Config():
+  if cli.config_from_flags() != Config():
     raise InputError(f"--trace={path}: that run is recorded already; leave out --preset and the run's flags")
   trace = Trace(path)
   return *_jobs(recorded_config(trace), trace.shape, len(trace)), trace
@@ -105,7 +116,7 @@ def _from_trace(path: str) -> tuple[list[Job], list[Job], Any]:
 
 def _from_run(folder: pathlib.Path, console: Any) -> tuple[list[Job], list[Job], Any]:
   """Trains and records, unless that is done."""
-  from moe_jax import sharding
+  from moe_jax import processes, sharding
   from moe_jax.compiled_steps import check_run
   from moe_jax.data import load_dataset
   from moe_jax.nn.methods import num_scored_experts
@@ -126,19 +137,16 @@ def _from_run(folder: pathlib.Path, console: Any) -> tuple[list[Job], list[Job],
   check_run(config, sharding.make_mesh(config.mesh))
   shape = (config.model.num_moe_layers, data.batch_size, data.sequence_length, num_scored_experts(moe))
   jobs = _jobs(moe, shape, train.num_steps)  # before any training: a wrong flag is answered at once
-  if (folder / FOLDER / "header.json").exists():
-    _check_same(folder, _recorded(folder / FOLDER), config)
-  if (folder / "result.json").exists():
+  header = folder / FOLDER / "header.json"  # there from the run's first step on
+  if header.exists():
+    _check_same(folder, json.loads(header.read_text())["config"], config)
+  if processes.from_first((folder / "result.json").exists()):
     console.print(f"the run in {folder} is done and kept", soft_wrap=True)
   else:
     with TrainingProgress(train.num_steps, console) as progress:
       Run(config, load_dataset(data), folder, progress, label=moe.balancers, show="the recorded run").train()
+    processes.wait_for_all("recorded")
   return *jobs, Trace(folder)
-
-
-def _recorded(folder: pathlib.Path) -> dict[str, Any]:
-  """The configuration in a trace's header, which is there from the run's first step on."""
-  return json.loads((folder / "header.json").read_text())["config"]
 
 
 def _check_same(folder: pathlib.Path, known: dict[str, Any], config: Config) -> None:
@@ -339,4 +347,4 @@ def _plot_oscillation(path: pathlib.Path, replays: dict[Job, Any]) -> pathlib.Pa
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(distributed.on_every_process(main))

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -67,6 +68,11 @@ class Comparison:
       if mine:
         self._check_fingerprint(dataset.info.fingerprint)
         self._claim_folder()
+    processes.check_agree(
+      self._sees_claim(),
+      f"--output_dir={self.folder}: holds the config.json of process 0",
+      "the folder must be on a file system that all processes share",
+    )
     todo = processes.from_first(
       [(arm, seed) for seed in self.seeds for arm in self.arms if not self._result_file(arm, seed).exists()]
     )
@@ -134,6 +140,13 @@ class Comparison:
     }
     self.folder.mkdir(parents=True, exist_ok=True)
     (self.folder / "config.json").write_text(json.dumps(claim, indent=1) + "\n")
+
+  def _sees_claim(self) -> bool:
+    """Whether what process 0 wrote is here; a network's file system may show it late."""
+    deadline = time.monotonic() + 10.0
+    while not self._known() and time.monotonic() < deadline:
+      time.sleep(0.2)
+    return bool(self._known())
 
   def _check_fingerprint(self, fingerprint: str) -> None:
     for path in self.folder.glob("arms/*/seed_*/result.json"):

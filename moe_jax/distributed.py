@@ -126,6 +126,7 @@ def start(options: Options) -> bool:
   jax.config.update("jax_enable_preemption_service", False)
   if (jax.config.jax_platforms or "").startswith("cpu"):
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    _silence_libraries()
   host, port = roll_call.split_address(place.coordinator_address)
   jax.distributed.initialize(
     place.coordinator_address,
@@ -138,6 +139,17 @@ def start(options: Options) -> bool:
     coordinator_bind_address=f"{host}:{port}" if roll_call.is_loopback(host) else None,
   )
   return True
+
+
+def _silence_libraries() -> None:
+  """Gloo writes pieces of lines to the standard output from several threads: only what Python prints still gets there."""
+  if sys.stdout is not sys.__stdout__ or sys.stdout.fileno() != 1:
+    return  # someone reads it already
+  sys.stdout.flush()
+  own = os.dup(1)
+  sys.stdout = os.fdopen(own, "w", buffering=1, encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+  with open(os.devnull, "wb") as nowhere:
+    os.dup2(nowhere.fileno(), 1)
 
 
 def finish() -> None:

@@ -113,8 +113,9 @@ def axis_sizes(config: MeshConfig, num_devices: int, fewer: bool = False) -> dic
   """Devices along each mesh axis, -1 filled in. `fewer`: a mesh may leave devices out.
 
   Raises:
-    InputError: the axes do not multiply to the number of devices.
+    InputError: an axis is 0 or less than -1, or the axes do not multiply to the number of devices.
   """
+  config.check()
   sizes = {name: getattr(config, name) for name in MESH_AXES}
   known = math.prod(size for size in sizes.values() if size != -1)
   free = [name for name, size in sizes.items() if size == -1]

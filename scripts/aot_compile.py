@@ -40,6 +40,9 @@ _SEARCH = flags.DEFINE_bool(
 _TRIES = flags.DEFINE_integer(
   "search_tries", 5, "meshes that the search compiles, the most promising first", lower_bound=1
 )
+_HBM = flags.DEFINE_float(
+  "hbm_gib", 0.0, "have the TPU compiler fit the step into so much per chip; 0: all there is", lower_bound=0
+)
 _OUT = flags.DEFINE_string(
   "output", "", "write what is printed to this JSON file, with everything that is left out"
 )
@@ -50,7 +53,7 @@ def compile_one(config: Config, vocab_size: int, devices: list[jax.Device]) -> d
   """The report on `config` and its mesh."""
   mesh = sharding.make_mesh(config.mesh, devices)
   check_run(config, mesh)
-  compiled = compile_train_step(config, vocab_size, mesh, topology.compiler_options(devices))
+  compiled = compile_train_step(config, vocab_size, mesh, topology.compiler_options(devices, _HBM.value))
   if _HLO.value and hasattr(compiled, "text"):
     pathlib.Path(_HLO.value).write_text(compiled.text)
   return report(config, vocab_size, mesh, compiled)

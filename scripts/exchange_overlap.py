@@ -10,24 +10,21 @@ FLOPs over the model's: it counts the whole receive buffer, which `dropless:buff
 also where the kernel multiplies only the rows that came. Two minutes on 2 CPU cores.
 """
 
-import os
 import time
-
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # this machine is no TPU host: nobody to ask
 
 import jax
 import jax.numpy as jnp
 from absl import flags
-from jax.experimental import topologies
 
 from moe_jax import cli, sharding
 from moe_jax.analysis.hlo import parse
 from moe_jax.analysis.overlap import exchanges
+from moe_jax.analysis.topology import devices_of
 from moe_jax.config import MeshConfig
 from moe_jax.errors import InputError
-from moe_jax.expert_parallel import get_dispatcher
+from moe_jax.expert_parallel import Dispatcher, get_dispatcher
 from moe_jax.ops.experts import WEIGHT_AXES, ExpertWeights
+from moe_jax.ops.methods import method_name
 from moe_jax.types import Assignment
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x2", "TPU generation and grid of chips")
@@ -45,14 +42,16 @@ _LENGTH = flags.DEFINE_integer("group_size", 1024, "tokens of a group", lower_bo
 _FORWARD = flags.DEFINE_bool("forward", False, "leave the backward pass out")
 
 
-def make_mesh():
-  try:
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=_TOPOLOGY.value)
-  except Exception as error:  # the compiler's own errors have no common type
-    reason = str(error).splitlines()[0][:120]
-    wrong = f"--topology={_TOPOLOGY.value}: no TPU compiler (pip install libtpu), or unknown: {reason}"
-    raise InputError(wrong) from None
-  return sharding.make_mesh(MeshConfig(data=-1, expert=_EXPERT_PARALLELISM.value), topology.devices)
+def dispatchers() -> dict[str, Dispatcher]:
+  """By number of chunks. Raises `InputError` on a wrong flag, before anything is compiled."""
+  spec = _DISPATCHER.value
+  if method_name(spec) not in ("dropless", "all_to_all") or "chunks=" in spec:
+    raise InputError(f"--dispatcher={spec}: dropless or all_to_all; the number of chunks is --chunks")
+  if _EXPERTS.value % _EXPERT_PARALLELISM.value:
+    raise InputError(
+      f"--num_experts={_EXPERTS.value}: must be a multiple of --expert_parallelism={_EXPERT_PARALLELISM.value}"
+    )
+  return {chunks: get_dispatcher(f"{spec}:chunks={chunks}") for chunks in _CHUNKS.value}
 
 
 def arguments(mesh):
@@ -70,9 +69,8 @@ def arguments(mesh):
   return array((g, t, d), jnp.bfloat16, "group", None, None), Assignment(*fields), weights
 
 
-def compile_with(chunks: str, mesh):
+def compile_with(dispatcher: Dispatcher, mesh):
   """The compiled program, and the seconds that it took."""
-  dispatcher = get_dispatcher(f"{_DISPATCHER.value}:chunks={chunks}")
   capacity = -(-_LENGTH.value * _K.value // _EXPERTS.value)
 
   def run(x, assignment, weights, d_y):
@@ -102,13 +100,16 @@ def model_flops() -> int:
 
 def main(argv):
   del argv
-  mesh = make_mesh()
+  asked = dispatchers()
+  mesh = sharding.make_mesh(
+    MeshConfig(data=-1, expert=_EXPERT_PARALLELISM.value), devices_of(_TOPOLOGY.value)
+  )
   print(f"{_DISPATCHER.value} on {_TOPOLOGY.value}, jax {jax.__version__}, mesh {dict(mesh.shape)}")
   print(
     "chunks  exchanges  waiting  enclosing products  products enclosed  temporary MiB  FLOPs/model's  seconds"
   )
-  for chunks in _CHUNKS.value:
-    compiled, seconds = compile_with(chunks, mesh)
+  for chunks, dispatcher in asked.items():
+    compiled, seconds = compile_with(dispatcher, mesh)
     found = exchanges(parse(compiled.as_text()))
     enclosing = [exchange.products for exchange in found if exchange.products]
     memory = compiled.memory_analysis().temp_size_in_bytes / 2**20

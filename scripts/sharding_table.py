@@ -20,13 +20,16 @@ from jax.sharding import AbstractMesh, NamedSharding
 from moe_jax import cli, sharding
 from moe_jax.compiled_steps import check_run
 from moe_jax.config import Config
+from moe_jax.expert_parallel import get_dispatcher
 from moe_jax.nn.methods import group_size, layer_kind, num_scored_experts
 from moe_jax.ops.dispatch import expert_capacity
 from moe_jax.ops.dispatch.common import BY_EXPERT, BY_GROUP
 from moe_jax.train_step import TrainState, init_state
 
-_DEVICES = flags.DEFINE_integer("num_devices", 0, "devices of the mesh; 0: as many as the axes say, 1 for -1")
-_VOCAB = flags.DEFINE_integer("vocab_size", 32_000, "V, which otherwise the tokenizer gives")
+_DEVICES = flags.DEFINE_integer(
+  "num_devices", 0, "devices of the mesh; 0: as many as the axes say, 1 for -1", lower_bound=0
+)
+_VOCAB = flags.DEFINE_integer("vocab_size", 32_000, "V, which otherwise the tokenizer gives", lower_bound=1)
 
 Axes = tuple[str | None, ...]
 
@@ -52,7 +55,7 @@ def parameters(state: TrainState) -> list[Tensor]:
   found = []
   for path, variable in nnx.to_flat_state(state.params):
     shape, axes = variable.get_value().shape, variable.get_metadata()["logical_axes"]
-    name = ".".join(str(part) for part in path if part not in ("periods", "sparse", "dense"))
+    name = ".".join(str(part) for part in path if part not in ("periods", "sparse"))
     found.append(Tensor(name, shape, ("layers",) * (len(shape) - len(axes)) + axes, jnp.float32))
   return found
 
@@ -70,12 +73,16 @@ def constrained(config: Config) -> list[Tensor]:
   rows = [Tensor("x_BLD", (b, length, d), ("batch", None, None), dtype)]
   if not layer_kind(moe).routes:
     return rows
-  return [
-    *rows,
+  rows += [
     Tensor("x_GTD, y_GTD", (g, t, d), ("group", None, None), dtype),
     Tensor("router logits_GTE", (g, t, num_scored_experts(moe)), ("group", None, None), jnp.float32),
-    Tensor("slots by group_GECD (einsum, sorted)", (g, e, c, d), BY_GROUP, dtype),
-    Tensor("slots by expert_EGCD (einsum, sorted)", (e, g, c, d), BY_EXPERT, dtype),
+  ]
+  if get_dispatcher(moe.dispatcher).spells_exchange:
+    return rows
+  return [
+    *rows,
+    Tensor("slots by group_GECD", (g, e, c, d), BY_GROUP, dtype),
+    Tensor("slots by expert_EGCD", (e, g, c, d), BY_EXPERT, dtype),
   ]
 
 
@@ -94,11 +101,9 @@ def derived(config: Config, vocab_size: int) -> list[Tensor]:
     Tensor("key, value_BLXH", (b, length, x, h), ("batch", None, "kv_heads", None), dtype),
     Tensor("logits_BLV", (b, length, vocab_size), ("batch", None, "vocab"), jnp.float32),
   ]
-  if layer_kind(moe).routes:
+  if layer_kind(moe).routes and not get_dispatcher(moe.dispatcher).spells_exchange:
     axes = ("expert", "group", None, "mlp")
-    rows.append(
-      Tensor("hidden of experts_EGCF (einsum, sorted)", (moe.num_experts, g, c, moe.expert_dim), axes, dtype)
-    )
+    rows.append(Tensor("hidden of experts_EGCF", (moe.num_experts, g, c, moe.expert_dim), axes, dtype))
   if model.num_dense_first or model.moe_every > 1:
     rows.append(Tensor("dense hidden_BLF", (b, length, model.dense_dim), ("batch", None, "mlp"), dtype))
   return rows
@@ -198,9 +203,16 @@ def main(argv: list[str]) -> None:
   mesh = mesh_of(config, _DEVICES.value)
   check_run(config, mesh)
   state = jax.eval_shape(lambda: init_state(config, _VOCAB.value, 0))
-  print(" x ".join(f"{name}={size}" for name, size in mesh.shape.items()), f"= {mesh.size} devices\n")
-  print(parameter_table(parameters(state), mesh, config.model.compute_dtype), "\n")
-  print(activation_table(activations(config, _VOCAB.value), mesh), "\n")
+  moe, dtype = config.model.moe, config.model.compute_dtype
+  print(" x ".join(f"{name}={size}" for name, size in mesh.shape.items()), f"= {mesh.size} devices")
+  print(f"`-` is whole on every device. Parameters are kept in float32 and multiplied in {dtype}, ", end="")
+  print("norms and routers in float32.\n")
+  print(parameter_table(parameters(state), mesh, dtype) + "\n")
+  print(activation_table(activations(config, _VOCAB.value), mesh) + "\n")
+  if get_dispatcher(moe.dispatcher).spells_exchange:
+    print(
+      f"--dispatcher={moe.dispatcher} keeps the rows that travel inside each device's program: docs/scaling.md.\n"
+    )
   for name, count in state_bytes(state, mesh).items():
     print(f"{name}: {_size(count)} on each device")
 

@@ -30,7 +30,7 @@ def test_some_assignments_drop_and_balancers_act(expected):
     {"remat": "dots", "accumulation": 2},
     {"scan_layers": False},
     {"mesh": MeshConfig(data=8, expert=1)},
-    {"mesh": MeshConfig(data=2, expert=4)},
+    {"mesh": MeshConfig(data=2, expert=4), "remat": "exchange"},
     {"mesh": MeshConfig(data=1, expert=4), "accumulation": 2},
   ],
   ids=lambda fields: "-".join(f"{k}={v}" for k, v in fields.items()),

@@ -14,6 +14,7 @@ import pytest
 from moe_jax import sharding
 from moe_jax.compiled_steps import check_run, compile_steps
 from moe_jax.config import MeshConfig
+from moe_jax.ops.methods import method_name
 from tests import tiny
 
 EMPTY, CROWDED = 3, 0  # experts: one without any token, one with more than its slots hold
@@ -25,6 +26,7 @@ CONFIG = tiny.change(
   head_dim=4,
   num_shared_experts=1,  # a dense feed-forward block, too
   balancers="switch_loss:0.1,loss_free_bias:0.01",
+  jitter=0.0,  # draws on meshes: tests/test_invariance.py
 )
 DROPS, DROPLESS = ("sorted", "einsum", "all_to_all"), ("dropless", "all_gather")
 
@@ -35,12 +37,11 @@ MATRIX = [
   ({"fsdp": 2}, ("einsum",)),
   ({"expert": 2}, ("all_gather",)),
   ({"tensor": 2}, ("all_to_all",)),
-  ({"fsdp": 2, "tensor": 2}, ("all_gather",)),
   ({"expert": 2, "tensor": 2}, ("dropless",)),
   ({"slice": 2, "data": 2, "fsdp": 2}, ("sorted",)),
   ({"slice": 2, "expert": 2, "tensor": 2}, ("einsum",)),
-  ({"data": 2, "expert": 2, "tensor": 2}, ("sorted", "all_to_all")),
-  ({"fsdp": 2, "expert": 2, "tensor": 2}, ("sorted", "einsum", "dropless", "all_gather")),
+  ({"data": 2, "expert": 2, "tensor": 2}, ("all_to_all:chunks=2",)),
+  ({"fsdp": 2, "expert": 2, "tensor": 2}, ("dropless", "all_gather")),
   ({"fsdp": 8}, ("all_to_all",)),
   ({"expert": 8}, ("dropless",)),
   ({"expert": 2, "tensor": 4}, ("sorted",)),  # more devices than key-value heads: those are whole
@@ -106,7 +107,7 @@ def test_loads_are_uneven_and_one_expert_is_empty():
   ),
 )
 def test_step_is_the_same(sizes, dispatcher):
-  tiny.assert_same(step_on(dispatcher, sizes), on_one_device(dispatcher in DROPS))
+  tiny.assert_same(step_on(dispatcher, sizes), on_one_device(method_name(dispatcher) in DROPS))
 
 
 def test_the_rows_cover_axes_pairs_and_dispatchers():
@@ -117,7 +118,7 @@ def test_the_rows_cover_axes_pairs_and_dispatchers():
   assert pairs == {frozenset((a, b)) for a in axes for b in axes if a != b}
   assert {int(np.prod(list(sizes.values()))) for sizes, _ in ROWS} == {2, 4, 8}
   for dispatcher in (*DROPS, *DROPLESS):
-    used = {axis for sizes, name in ROWS if name == dispatcher for axis in sizes}
+    used = {axis for sizes, name in ROWS if method_name(name) == dispatcher for axis in sizes}
     assert used >= {"fsdp", "expert", "tensor"}, dispatcher
 
 

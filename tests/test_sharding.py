@@ -143,6 +143,8 @@ def test_every_parameter_names_its_axes():
     (MeshConfig(data=16, expert=1), "8 devices"),
     (MeshConfig(data=1, fsdp=2, tensor=5), "--fsdp_parallelism=2, --tensor_parallelism=5: .* 8 devices"),
     (MeshConfig(data=1, slice=16), "--slice_parallelism=16: .* 8 devices"),
+    (MeshConfig(data=0), "--data_parallelism=0: must be positive or -1"),
+    (MeshConfig(data=1, expert=-2), "--expert_parallelism=-2: must be positive or -1"),
   ],
 )
 def test_a_mesh_that_does_not_fit(config, message):

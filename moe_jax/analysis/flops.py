@@ -106,6 +106,8 @@ def _part(name: str) -> str:
 
 def _product(computation: dict[str, Instruction], instruction: Instruction) -> float:
   opcode = instruction.opcode
+  if opcode == "custom-call" and "/ragged-dot" in _op_name(instruction):
+    return _ragged_kernel(computation, instruction)
   if opcode not in ("dot", "convolution", "ragged-dot"):
     return 0.0
   left, right = (_dimensions(computation, name) for name in instruction.operands[:2])
@@ -119,6 +121,14 @@ def _product(computation: dict[str, Instruction], instruction: Instruction) -> f
     out[0] if opcode == "ragged-dot" and "lhs_ragged_dims" in instruction.attributes and 0 in axes else 1
   )
   return 2.0 * math.prod(out) * math.prod(left[axis] for axis in axes) / groups
+
+
+def _ragged_kernel(computation: dict[str, Instruction], instruction: Instruction) -> float:
+  """XLA:TPU makes a kernel of a ragged product. Its last two operands are rows [M, X] and either matrices [E, X, Y], or
+  rows [M, Y] whose products are summed by group. All M rows count, those behind the last group too."""
+  left, right = (_dimensions(computation, name) for name in instruction.operands[-2:])
+  out = arrays(instruction.shape)[0][1]
+  return 2.0 * math.prod(left) * (out[-1] if len(right) == 3 else right[-1])
 
 
 def _dimensions(computation: dict[str, Instruction], name: str) -> tuple[int, ...]:

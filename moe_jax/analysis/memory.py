@@ -35,21 +35,35 @@ class Memory(NamedTuple):
 
 
 def memory_of(compiled, device_kind: str) -> Memory:
-  """From `compiled.memory_analysis()`, which is per device."""
+  """From `compiled.memory_analysis()`, which is per device.
+
+  For a TPU its temporaries count on-chip memories too; `total_allocation_bytes` is HBM alone, arguments included.
+  """
   stats = compiled.memory_analysis()
+  temporaries = stats.temp_size_in_bytes
+  in_hbm = getattr(stats, "total_allocation_bytes", 0)
+  if device_kind.startswith("TPU") and in_hbm:
+    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    temporaries = in_hbm - stats.argument_size_in_bytes - outputs
   return Memory(
     arguments=stats.argument_size_in_bytes,
     outputs=stats.output_size_in_bytes,
     aliased=stats.alias_size_in_bytes,
-    temporaries=stats.temp_size_in_bytes,
+    temporaries=temporaries,
     program=stats.generated_code_size_in_bytes,
     capacity=HBM_BYTES.get(device_kind),
   )
 
 
 def out_of_memory(message: str) -> tuple[float, float] | None:
-  """(bytes needed, bytes there) from the TPU compiler's refusal of a program that does not fit; None for other errors."""
-  found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
+  """(bytes needed, bytes there) from the TPU compiler's refusal of a program that does not fit; None for other errors.
+
+  It has two ways of saying so: before it gives out addresses, and after.
+  """
+  number = r"([\d.]+)([KMGT]?)"
+  found = re.search(rf"Used {number} of {number} hbm", message) or re.search(
+    rf"\({number}\) exceeds available HBM \({number}\)", message
+  )
   if found is None:
     return None
   unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

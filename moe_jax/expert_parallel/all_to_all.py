@@ -58,8 +58,10 @@ def _on_device(x_GTD, assignment, experts, group, *, num_experts, capacity, opti
   one_group = as_one_group(kept, x_GTD.shape[1])
   chunks = _cut(one_group, options.chunks)  # fields [chunks, entries]
   entries = chunks.valid_A.shape[1]
-  # Groups are cut between groups where that comes out even, and then no chunk has more rows than its groups.
-  groups_of_chunk = num_groups // options.chunks if num_groups % options.chunks == 0 else num_groups
+  # Chunks are cut between groups where that comes out even: then one has no more rows than its own groups have
+  # slots. Where groups share slots, those of the first chunk may have taken all of them.
+  alone = options.capacity == "group" and num_groups % options.chunks == 0
+  groups_of_chunk = num_groups // options.chunks if alone else num_groups
   per_pair, received = capacity.rows(entries, groups_of_chunk, own_experts, group)
   if options.buffer_factor:
     per_pair = min(per_pair, math.ceil(entries * options.buffer_factor / group.size))

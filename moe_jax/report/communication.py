@@ -52,7 +52,8 @@ def print_tables(rows: Sequence[Row], console: Any) -> None:
     title = f"A row travels once per {once_per}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     for i, name in enumerate(HEADER):
-      table.add_column(name, justify="right" if i else "left", no_wrap=True)
+      # Where the terminal is narrow, long names are folded and numbers stay whole.
+      table.add_column(name, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
     for row in of_mode:
       table.add_row(*_cells(row))
     console.print(table)
@@ -70,16 +71,21 @@ NOTE = (
 
 def _cells(row: Row) -> list[str]:
   devices = len(row["sent_bytes_P"])
-  milliseconds = lambda name: f"{1e3 * row[name]:.2f}"
+  milliseconds = lambda name: _short(1e3 * row[name])
   return [
     row["arm"],
-    *(f"{row[name] / devices / 1e6:.1f}" for name in ("network_bytes", "local_bytes")),
+    *(_short(row[name] / devices / 1e6) for name in ("network_bytes", "local_bytes")),
     f"{row['received_over_mean']:.2f}",
     *map(milliseconds, ("exchange_seconds", "compute_seconds")),
     milliseconds("shadow_seconds") if row["shadowed"] else "-",
     milliseconds("step_seconds"),
     f"{row['choices_kept']:.0%}",
   ]
+
+
+def _short(number: float) -> str:
+  """At most two decimals, and fewer where four figures are more than enough."""
+  return f"{number:.{2 if number < 100 else 1 if number < 1000 else 0}f}"
 
 
 def _by_mode(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -116,9 +122,10 @@ def _plot_devices(path: pathlib.Path, rows: Sequence[Row]) -> pathlib.Path:
       ax.set_title(f"{what}, once per {once_per}", loc="left")
     line[0].set_ylim(bottom=0)
     line[0].set_ylabel("MB of a dispatch")
+  for ax in axes.flat:
+    ax.xaxis.get_major_locator().set_params(integer=True)
   for ax in axes[-1]:
     ax.set_xlabel("device")
-    ax.xaxis.get_major_locator().set_params(integer=True)
   axes[0][1].legend(loc="upper left", bbox_to_anchor=(1.01, 1.02), borderaxespad=0.0, fontsize=8)
   return canvas.save(figure, path, "").path
 

@@ -49,7 +49,7 @@ for ((i = 0; i < option_processes; i++)); do
   if [ -n "$option_dry_run" ]; then
     run "${command[@]}"
   else
-    "${command[@]}" > >(grep --line-buffered -v '^\[Gloo\]' | sed -u "s/^/[$i] /") 2> >(sed -u "s/^/[$i] /" >&2) &
+    "${command[@]}" > >(sed -u "s/^/[$i] /") 2> >(sed -u "s/^/[$i] /" >&2) &
     started+=($!)
   fi
 done

@@ -16,6 +16,7 @@ from moe_jax.analysis import communication as com
 from moe_jax.analysis.machine import Machine, busiest_link, links
 from moe_jax.config import MeshConfig, MoEConfig
 from moe_jax.errors import InputError
+from moe_jax.expert_parallel.exchange import Shape, exchange, make_plan, ragged_arguments
 from moe_jax.nn import MoE
 from moe_jax.ops.balancing import make_balancer
 from moe_jax.ops.dispatch import expert_capacity
@@ -370,34 +371,38 @@ def test_capacity_buffers_move_as_counted(dispatcher, data, expert):
 
 
 def test_dropless_rows_move_as_counted(rng):
-  """A real exchange of routed rows, padded to the fullest pair: rows that arrive from elsewhere, one by one."""
+  """The exchange of the dropless dispatcher: rows that arrive from elsewhere, one by one, and what is asked for them."""
   machine, dim = Machine(nodes=2, devices_per_node=4), 3
   routed = draw(machine, rng, tokens=64, experts=16, k=3)
   target_A, source_A = routed.device_E[routed.expert_A], routed.device_T[routed.token_A]
-  queues = {pair: [] for pair in itertools.product(range(8), range(8))}
-  for token, pair in zip(routed.token_A, zip(source_A.tolist(), target_A.tolist())):
-    queues[pair].append(1 + token)
-  width = max(map(len, queues.values()))
-  rows = np.zeros((8, 8, width, dim), np.float32)
-  for (p, q), tokens in queues.items():
-    rows[p, q, : len(tokens)] = np.array(tokens, np.float32)[:, None]
+  counts_PPE = np.zeros((8, 8, 2), np.int32)
+  np.add.at(counts_PPE, (source_A, target_A, routed.expert_A % 2), 1)
+  here, width = 64 // 8 * 3, int(counts_PPE.sum(axis=2).max())
+  rows_MD = np.repeat(1.0 + np.arange(8, dtype=np.float32), here)[:, None] * np.ones((1, dim), np.float32)
+
+  def move(rows_MD, counts_PPE):
+    plan = make_plan(counts_PPE, jax.lax.axis_index("expert"))
+    _, send_size_X, _, _ = ragged_arguments(plan)
+    return exchange(rows_MD, plan, Shape("expert", "padded", here, 8 * width, width)), send_size_X
 
   mesh = jax.make_mesh((8,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
   by_device = PartitionSpec("expert")
-  exchange = jax.shard_map(
-    lambda rows_1QRD: jax.lax.all_to_all(rows_1QRD, "expert", split_axis=1, concat_axis=0),
-    mesh=mesh,
-    in_specs=by_device,
-    out_specs=PartitionSpec(None, "expert"),
-  )
-  compiled = jax.jit(exchange).lower(jax.device_put(rows, NamedSharding(mesh, by_device))).compile()
-  arrived_PQ = (np.asarray(compiled(rows))[..., 0] > 0).sum(axis=2)
-  np.fill_diagonal(arrived_PQ, 0)
+  moved = jax.shard_map(move, mesh=mesh, in_specs=(by_device, PartitionSpec()), out_specs=by_device)
+  compiled = jax.jit(moved).lower(rows_MD, counts_PPE).compile()
+  placed = (jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in
+            ((rows_MD, by_device), (counts_PPE, PartitionSpec())))  # fmt: skip
+  arrived_MD, send_size_X = map(np.asarray, compiled(*placed))
+  sender_QR = arrived_MD[:, 0].reshape(8, -1)
+  arrived_PQ = (sender_QR[None] == 1.0 + np.arange(8)[:, None, None]).sum(axis=2)
+  # What a device with the ragged exchange, such as a TPU, is told to send.
+  asked_PQ = send_size_X.reshape(8, 8, 2).sum(axis=2)
+  for found_PQ in (arrived_PQ, asked_PQ):
+    np.fill_diagonal(found_PQ, 0)
 
   traffic = com.dispatch_rows(routed, machine, "expert")
-  np.testing.assert_array_equal(arrived_PQ, traffic.network_PQ + traffic.local_PQ)
-  away = int((source_A != target_A).sum())
-  assert traffic.total == away
+  for found_PQ in (arrived_PQ, asked_PQ):
+    np.testing.assert_array_equal(found_PQ, traffic.network_PQ + traffic.local_PQ)
+  assert traffic.total == int((source_A != target_A).sum())
   # The padded exchange moves the fullest pair's rows for every pair.
   (held,) = all_to_all_bytes(compiled.as_text())
   padded = com.capacity_rows(machine, groups=8, num_experts=8, capacity=width)

@@ -191,6 +191,24 @@ def test_operations_of_convolutions(window, shapes, expected):
   assert flops.compiled_flops(hlo.parse(text))[0] == expected
 
 
+@pytest.mark.parametrize(
+  ("right", "out"),
+  [
+    ("bf16[4,8,6]", "bf16[32,6]"),
+    ("bf16[32,6]", "bf16[4,8,6]"),
+  ],  # rows by matrix; rows by rows, summed by group
+)
+def test_operations_of_the_kernel_that_a_ragged_product_becomes(right, out):
+  text = (
+    f"HloModule m\n\nENTRY %main (s: s32[5], x: bf16[32,8], w: {right}) -> {out} {{\n"
+    f"  %s = s32[5] parameter(0)\n  %x = bf16[32,8] parameter(1)\n  %w = {right} parameter(2)\n"
+    f'  ROOT %ragged-dot-none = {out} custom-call(%s, %x, %w), custom_call_target="tpu_custom_call", '
+    'metadata={op_name="jit(f)/ragged_dot_general/ragged-dot-none"}\n}\n'
+  )
+  done, parts = flops.compiled_flops(hlo.parse(text))
+  assert done == parts["experts"] == 2 * 32 * 8 * 6
+
+
 @pytest.mark.parametrize("scan", [True, False])
 def test_products_in_a_loop_count_as_often_as_they_run(scan):
   """XLA's own count is right where nothing is in a loop."""

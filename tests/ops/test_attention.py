@@ -27,7 +27,7 @@ def arrays(rng):
   return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
 
 
-@pytest.mark.parametrize("block", [24, 12, 8, 7, 1])  # 7: the last block is shorter
+@pytest.mark.parametrize("block", [24, 8, 7])  # 7: the last block is shorter
 def test_values_are_those_of_the_definition(arrays, block):
   out = causal_attention(*map(jnp.asarray, arrays), block=block)
   expected = reference(*(x.astype(np.float64) for x in arrays))
