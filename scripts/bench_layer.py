@@ -185,19 +185,19 @@ def method_step(config, inputs):
   return lambda: step(params, x_BLD)
 
 
-def compare_method(name, arm, base, inputs):
-  """One row: the layer with the arm's methods against `base`, plain top-k without balancing."""
-  config = dataclasses.replace(base, **arm)
-  counts_E = np.asarray(method_step(config, inputs)()[2]).sum(axis=0)
+def compare_method(name, step, base_step):
+  """One row: the layer with an arm's methods against plain top-k without balancing; see `method_step`."""
+  counts_E = np.asarray(step()[2]).sum(axis=0)
   return {
     "name": name,
-    **ratios(method_step(base, inputs), method_step(config, inputs)),
+    **ratios(base_step, step),
     "max_vio": float(counts_E.max() / max(counts_E.mean(), 1e-9) - 1),
     "dropped": float("nan"),
   }
 
 
 def method_rows(inputs):
+  """Yields the rows as they are measured."""
   base = MoEConfig(
     num_experts=_EXPERTS.value,
     num_experts_per_token=_K.value,
@@ -207,7 +207,20 @@ def method_rows(inputs):
   found = arms_from_flag("balancing", _BALANCING.value, BALANCING, balancing_arm) if _BALANCING.value else {}
   if _ROUTERS.value:
     found |= arms_from_flag("routers", _ROUTERS.value, routers(_EXPERT_DIM.value), routing_arm)
-  return [compare_method(name, arm, base, inputs) for name, arm in found.items()]
+  base_step = method_step(base, inputs)
+  for name, arm in found.items():
+    yield compare_method(name, method_step(dataclasses.replace(base, **arm), inputs), base_step)
+
+
+def print_table(rows, width):
+  """Each row as soon as it is measured."""
+  print(f"{'':<{width}}  ratio_median  ratio_min  base_ms       ms  max_vio  dropped", flush=True)
+  for r in rows:
+    print(
+      f"{r['name']:<{width}} {r['ratio_median']:>13.2f} {r['ratio_min']:>10.2f}"
+      f" {r['base_ms']:>8.1f} {r['ms']:>8.1f} {r['max_vio']:>8.2f} {r['dropped']:>8.3f}",
+      flush=True,
+    )
 
 
 def main(argv):
@@ -215,13 +228,13 @@ def main(argv):
   logging.set_verbosity(logging.WARNING)  # JAX tells which backends it does not find
   inputs = make_inputs()
   methods = bool(_BALANCING.value or _ROUTERS.value)
-  rows = method_rows(inputs) if methods else [compare(spec, inputs) for spec in _DISPATCHERS.value]
+  rows = method_rows(inputs) if methods else (compare(spec, inputs) for spec in _DISPATCHERS.value)
   shape = {
     flag.name: flag.value for flag in (_TOKENS, _DIM, _EXPERT_DIM, _EXPERTS, _K, _CAPACITY, _ROUTER, _DTYPE)
   }
   device = f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
   if _JSON.value:
-    print(json.dumps({"shape": shape, "device": device, "rows": rows}))
+    print(json.dumps({"shape": shape, "device": device, "rows": list(rows)}))
     return
   print("  ".join(f"{name}={value}" for name, value in shape.items()), f" on {device}")
   if methods:
@@ -233,13 +246,7 @@ def main(argv):
       f"base: dense SwiGLU of hidden width K*F={_K.value * _EXPERT_DIM.value}. Routing is real: a random router on"
     )
     print("random inputs chooses; max_vio = max(load)/mean(load)-1 over all tokens, before capacity.\n")
-  width = max(len(r["name"]) for r in rows)
-  print(f"{'':<{width}}  ratio_median  ratio_min  base_ms       ms  max_vio  dropped")
-  for r in rows:
-    print(
-      f"{r['name']:<{width}} {r['ratio_median']:>13.2f} {r['ratio_min']:>10.2f}"
-      f" {r['base_ms']:>8.1f} {r['ms']:>8.1f} {r['max_vio']:>8.2f} {r['dropped']:>8.3f}"
-    )
+  print_table(rows, 38 if methods else 14)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,12 @@ def check_methods(config: MoEConfig) -> None:
       f"--balancers={config.balancers}: reads the smooth load, which router {method_name(config.router)} does "
       "not give; use --router=noisy_topk"
     )
+  for number in balancer.zero_computation:
+    if number != router.num_extra_logits:
+      raise InputError(
+        f"--balancers={config.balancers}: counts on {number} zero-computation experts, and --router={config.router} "
+        f"has {router.num_extra_logits}; say zero_computation={router.num_extra_logits}"
+      )
 
 
 def _check_unrouted(config: MoEConfig) -> None:

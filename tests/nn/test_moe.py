@@ -264,6 +264,13 @@ def test_balancer_state_has_no_gradient():
     ({"balancers": "none,swich_loss:0.1"}, "unknown balancer 'swich_loss': did you mean switch_loss"),
     ({"dispatcher": "sort"}, "unknown dispatcher 'sort': did you mean sorted"),
     ({"num_experts_per_token": E + 1}, f"num_experts_per_token={E + 1}"),
+    (
+      {"router": "expert_choice", "balancers": "loss_free_bias"},
+      "by a bias, and router expert_choice takes none",
+    ),
+    ({"router": "group_limited_topk:groups=3"}, "groups=3"),
+    ({"balancers": "load_loss"}, "reads the smooth load, which router softmax_topk does not give"),
+    ({"router": "moe_plus_plus:zeros=2", "balancers": "heterogeneous_loss"}, "has 5; say zero_computation=5"),
   ],
 )
 def test_wrong_names_are_answered_at_construction(fields, words):

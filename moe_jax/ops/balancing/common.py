@@ -27,6 +27,7 @@ class Balancer(NamedTuple):
     then makes a first pass that only observes.
   needs_sequences: `losses` or `observe` treats each sequence on its own, so a flat list of tokens will not do.
   needs_smooth_load: reads `routing.smooth_load_BLE`, which only routers with noise give.
+  zero_computation: what the method was told of the number of zero-computation experts that the router scores.
   """
 
   init: Callable[[int], PyTree] = lambda num_experts: ()
@@ -37,6 +38,7 @@ class Balancer(NamedTuple):
   needs_whole_step: bool = False
   needs_sequences: bool = False
   needs_smooth_load: bool = False
+  zero_computation: tuple[int, ...] = ()
 
 
 def combine(balancers: Mapping[str, Balancer]) -> Balancer:
@@ -68,6 +70,7 @@ def combine(balancers: Mapping[str, Balancer]) -> Balancer:
     needs_whole_step=any(part.needs_whole_step for part in parts),
     needs_sequences=any(part.needs_sequences for part in parts),
     needs_smooth_load=any(part.needs_smooth_load for part in parts),
+    zero_computation=sum((part.zero_computation for part in parts), ()),
   )
 
 

@@ -57,4 +57,6 @@ def heterogeneous_loss(
     # load_balancing multiplies by the number of experts, which is 1 / share for equal shares.
     return normalized_scores(routing) / (num_experts * share_E / share_E.sum())[None, None]
 
-  return load_balancing(weight, scope, all_choices, importance=importance)._replace(init=init)
+  return load_balancing(weight, scope, all_choices, importance=importance)._replace(
+    init=init, zero_computation=(zero_computation,)
+  )
