@@ -77,6 +77,7 @@ def _compile_steps(
   abstract = jax.eval_shape(lambda: init_state(config, vocab_size, 0))
   shardings = sharding.state_shardings(mesh, abstract)
   batch, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+  options = sharding.compiler_options(mesh.devices.flat[0].platform) or None
   plain_moe = dataclasses.replace(config.model.moe, balancers="none", dispatcher="sorted", jitter=0.0)
   plain_init = _compile_init(
     dataclasses.replace(config, model=dataclasses.replace(config.model, moe=plain_moe)), vocab_size, mesh
@@ -88,11 +89,13 @@ def _compile_steps(
       in_shardings=(shardings, batch),
       out_shardings=(shardings, everywhere),
       donate_argnums=0,
+      compiler_options=options,
     ),
     evaluate=jax.jit(
       make_eval_step(config, vocab_size, num_domains),
       in_shardings=(shardings, batch),
       out_shardings=everywhere,
+      compiler_options=options,
     ),
     abstract_state=abstract,
     state_shardings=shardings,

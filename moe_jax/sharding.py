@@ -109,6 +109,19 @@ def on_one_cpu() -> bool:
   return jax.default_backend() == "cpu" and (mesh.empty or mesh.size == 1)
 
 
+def compiler_options(platform: str) -> dict[str, str]:
+  """What the steps are compiled with, beyond the compiler's defaults."""
+  if platform != "tpu":
+    return {}
+  return {
+    # Otherwise the partitioner turns gathers and the products behind them into rings of permutes: four times as long
+    # to compile, and no collective is where the rules say it is.
+    "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
+    # Otherwise the layers' stacked parameters are cast in front of the loop, and a second copy of all is kept.
+    "xla_jf_bf16_propagation": "false",
+  }
+
+
 def axis_sizes(config: MeshConfig, num_devices: int, fewer: bool = False) -> dict[str, int]:
   """Devices along each mesh axis, -1 filled in. `fewer`: a mesh may leave devices out.
 
@@ -152,9 +165,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
   if sizes["slice"] != num_slices:
     raise InputError(f"--slice_parallelism={sizes['slice']}: the devices here are in {num_slices} slices")
   outer = (num_slices, *(1 for _ in shape[1:]))
-  grid = mesh_utils.create_hybrid_device_mesh(
-    (1, *shape[1:]), outer, devices, allow_split_physical_axes=True
-  )
+  grid = mesh_utils.create_hybrid_device_mesh((1, *shape[1:]), outer, devices, allow_split_physical_axes=True)
   return Mesh(grid, MESH_AXES, axis_types=auto)
 
 

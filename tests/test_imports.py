@@ -39,9 +39,7 @@ class Part(NamedTuple):
   never: set[str] = frozenset()  # top-level packages
 
 
-BELOW_TRAINING = (
-  "nn ops types sharding expert_parallel config presets errors optim data checkpoint metric_writer progress trace processes"
-)
+BELOW_TRAINING = "nn ops types sharding expert_parallel config presets errors optim data checkpoint metric_writer progress trace processes"
 BELOW_LOOP = f"train_step compiled_steps results {BELOW_TRAINING}"
 BELOW_EXPERIMENTS = f"train_loop report analysis interop {BELOW_LOOP}"
 EVERYTHING = f"comparison replay arms cli distributed {BELOW_EXPERIMENTS}"

@@ -9,18 +9,12 @@ from collections.abc import Iterator
 import jax
 from jax.experimental import topologies
 
+from moe_jax import sharding
 from moe_jax.errors import InputError
 
 EXAMPLES = "v5p:4x4x4, v5e:4x4, v6e:4x4, v4:4x4x4 or cpu:8"
 # By default a v4 chip is two devices; everything here counts chips.
 _OPTIONS = {"v4": {"chip_config_name": "megacore"}}
-_TPU_COMPILER_OPTIONS = {
-  # Otherwise the partitioner turns gathers and the products behind them into rings of permutes: four times as long to
-  # compile, and no collective is where the rules say it is.
-  "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
-  # Otherwise the layers' stacked parameters are cast in front of the loop, and a second copy of all is kept.
-  "xla_jf_bf16_propagation": "false",
-}
 
 
 def devices_of(topology: str, num_slices: int = 1) -> list[jax.Device]:
@@ -57,14 +51,13 @@ def devices_of(topology: str, num_slices: int = 1) -> list[jax.Device]:
 
 
 def compiler_options(devices: list[jax.Device], hbm_gib: float = 0.0) -> dict[str, str]:
-  """What to compile for such devices with. `hbm_gib`: memory per chip that a program may use; 0: all there is.
+  """What a run compiles with on such devices. `hbm_gib`: memory per chip that a program may use; 0: all there is.
 
-  With room to spare the compiler spends it. A run gets the same options by LIBTPU_INIT_ARGS="--NAME=VALUE ...".
+  With room to spare the compiler spends it.
   """
-  if devices[0].platform != "tpu":
-    return {}
-  limit = {"xla_tpu_max_hbm_size_mib": str(round(hbm_gib * 1024))} if hbm_gib else {}
-  return _TPU_COMPILER_OPTIONS | limit
+  platform = devices[0].platform
+  limit = {"xla_tpu_max_hbm_size_mib": str(round(hbm_gib * 1024))} if hbm_gib and platform == "tpu" else {}
+  return sharding.compiler_options(platform) | limit
 
 
 def _cpu_devices(topology: str, number: str, num_slices: int) -> list[jax.Device]:

@@ -7,6 +7,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
@@ -14,7 +15,7 @@ from jax.sharding import AbstractMesh
 
 from moe_jax import sharding
 from moe_jax.analysis import ahead_of_time, flops, mesh_search, topology
-from moe_jax.analysis.memory import GIB, out_of_memory
+from moe_jax.analysis.memory import GIB, memory_of, out_of_memory
 from moe_jax.config import Config, MeshConfig
 from moe_jax.errors import InputError
 from moe_jax.presets import get_preset
@@ -126,6 +127,20 @@ def test_a_missing_tpu_compiler(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(InputError, match=r"pip install 'moe_jax\[tpu\]'; cpu:8 needs none"):
     topology.devices_of("v5p:4x4x4")
+
+
+def test_memory_of_a_tpu_is_hbm_alone():
+  """Its temporaries count on-chip memories too."""
+
+  class Compiled:
+    @staticmethod
+    def memory_analysis():
+      sizes = {"argument": 100, "output": 90, "alias": 80, "temp": 70, "generated_code": 3}
+      named = {f"{name}_size_in_bytes": size for name, size in sizes.items()}
+      return types.SimpleNamespace(**named, total_allocation_bytes=160)
+
+  assert (memory_of(Compiled, "TPU v5").temporaries, memory_of(Compiled, "TPU v5").peak) == (50, 163)
+  assert memory_of(Compiled, "cpu").temporaries == 70
 
 
 def test_a_limit_of_memory_is_for_tpus():
