@@ -136,7 +136,8 @@ def print_report(found: dict[str, Any]) -> None:
   print("\ncollectives per chip and step")
   for row in found["collectives"]:
     axes = ",".join(row["axes"])
-    print(f"  {row['kind']:20s} {axes:16s} {row['count']:6d} x   sends {size_of(row['sent_bytes'])}")
+    what = row["purpose"] or "NOT explained by the layouts of moe_jax/sharding.py"
+    print(f"  {row['kind']:18s} {axes:16s} {row['count']:5d} x   sends {size_of(row['sent_bytes'])}   {what}")
   if found["exchange"]:
     print(f"  tokens to experts and back: {found['exchange']['ratio']:.3f} x the bytes that must move")
   print(f"\nlowered in {found['lower_seconds']:.1f} s, compiled in {found['compile_seconds']:.1f} s", end=" ")

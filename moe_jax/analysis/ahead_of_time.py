@@ -9,10 +9,11 @@ from jax.sharding import Mesh
 
 from moe_jax import sharding
 from moe_jax.analysis import flops
-from moe_jax.analysis.collectives import by_kind, collectives
+from moe_jax.analysis.collectives import by_kind, collectives, purpose
 from moe_jax.analysis.hlo import parse
 from moe_jax.analysis.memory import Memory, memory_of, out_of_memory
 from moe_jax.config import Config
+from moe_jax.expert_parallel import get_dispatcher
 from moe_jax.train_step import init_state, make_train_step
 
 
@@ -93,7 +94,9 @@ def report(config: Config, vocab_size: int, mesh: Mesh, compiled: Compiled | Doe
   program, memory = parse(compiled.text), compiled.memory
   done, parts = flops.compiled_flops(program)
   needed = flops.step_flops(config, vocab_size)
-  found = collectives(program, mesh.shape)
+  spells_exchange = get_dispatcher(config.model.moe.dispatcher).spells_exchange
+  rows = by_kind(collectives(program, mesh.shape))
+  rows = [row | {"purpose": purpose(row["kind"], row["axes"], spells_exchange)} for row in rows]
   return head | {
     "fits": None if memory.free is None else memory.free >= 0,
     "peak_bytes": memory.peak,
@@ -107,8 +110,8 @@ def report(config: Config, vocab_size: int, mesh: Mesh, compiled: Compiled | Doe
       "ratio": done * mesh.size / sum(needed),
       "experts_ratio": parts["experts"] * mesh.size / flops.expert_flops(config, vocab_size),
     },
-    "collectives": by_kind(found),
-    "exchange": exchange(config, mesh, by_kind(found)),
+    "collectives": rows,
+    "exchange": exchange(config, mesh, rows),
     "unknown_loops": list(program.unknown_loops),
     "lower_seconds": compiled.lower_seconds,
     "compile_seconds": compiled.compile_seconds,

@@ -3,7 +3,7 @@
 import collections
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,37 @@ KINDS = (
   "collective-permute",
   "collective-broadcast",
 )
+
+# (kinds, mesh axes, what the layouts of `moe_jax.sharding.RULES` need it for); over some of the axes is enough.
+_PURPOSES = (
+  (("all-to-all", "ragged-all-to-all"), {"expert"}, "rows to their experts and back"),
+  (("all-gather",), {"fsdp"}, "parameters, where they are used"),
+  (("reduce-scatter",), {"fsdp"}, "gradients of parameters that are kept in parts"),
+  (("all-reduce",), {"tensor"}, "sums over heads, hidden widths and vocabulary"),
+  (
+    ("all-reduce",),
+    {"slice", "data", "fsdp", "expert", "tensor"},
+    "gradients of what is whole, statistics, the loss",
+  ),
+)
+# Of dispatchers that spell the exchange.
+_SPELLED = (
+  (("all-gather",), {"expert"}, "rows per expert, or the tokens themselves"),
+  (("reduce-scatter",), {"expert"}, "sums of the experts' results, back to their tokens"),
+)
+
+
+def purpose(kind: str, axes: Sequence[str], spells_exchange: bool = False) -> str:
+  """What a collective is for; empty: no rule explains it.
+
+  Args:
+    kind, axes: of a row of `by_kind`.
+    spells_exchange: of the dispatcher, see `moe_jax.expert_parallel.Dispatcher`.
+  """
+  for kinds, known, what in _PURPOSES + (_SPELLED if spells_exchange else ()):
+    if kind in kinds and set(axes) <= known:
+      return what
+  return ""
 
 
 class Collective(NamedTuple):

@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh
 
 from moe_jax import sharding
 from moe_jax.analysis import ahead_of_time, flops, mesh_search, topology
+from moe_jax.analysis.collectives import purpose
 from moe_jax.analysis.memory import GIB, memory_of, out_of_memory
 from moe_jax.config import Config, MeshConfig
 from moe_jax.errors import InputError
@@ -65,6 +66,25 @@ def test_tokens_travel_to_their_experts_and_back():
   (row,) = (row for row in found["collectives"] if row["kind"] == "all-to-all")
   assert row["axes"] == ["expert"] and row["count"] == 4 * 3  # there and back, forward and backward, 3 layers
   assert found["exchange"]["ratio"] == pytest.approx(CONFIG.model.moe.capacity_factor)
+
+
+@pytest.mark.parametrize(
+  ("config", "reordered"),
+  [
+    (tiny.change(on(CONFIG, data=2, expert=4), remat="none"), 0.0),
+    (on(CONFIG, data=2, fsdp=4), 0.0),
+    # XLA scatters gradients of what tensor keeps whole over all devices first, and then puts the parts in order.
+    (tiny.change(on(CONFIG, data=1, fsdp=2, expert=2, tensor=2), dispatcher="dropless"), 0.02),
+  ],
+  ids=["expert", "fsdp", "fsdp x expert x tensor"],
+)
+def test_the_layouts_explain_every_collective(config, reordered):
+  rows = report(config)["collectives"]
+  unexplained = [row for row in rows if not row["purpose"]]
+  sends = lambda rows: sum(row["sent_bytes"] for row in rows)
+  assert len(rows) > 1 and sends(unexplained) <= reordered * sends(rows)
+  assert {row["kind"] for row in unexplained} <= {"collective-permute"}
+  assert not purpose("all-gather", ["data"]) and not purpose("all-gather", ["expert"])  # the check can fail
 
 
 def test_arguments_are_the_state_and_the_batch():
