@@ -213,7 +213,10 @@ class Watch:
       peer.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
   def start(self) -> None:
-    threading.Thread(target=self._listen, name="moe_jax-watch", daemon=True).start()
+    selector = selectors.DefaultSelector()
+    for peer in self._peers:
+      selector.register(peer.connection, selectors.EVENT_READ, peer)
+    threading.Thread(target=self._listen, args=(selector,), name="moe_jax-watch", daemon=True).start()
 
   def leave(self) -> None:
     """The end that was planned: the others may go too."""
@@ -254,11 +257,8 @@ class Watch:
           if peer.messages() is None:
             break
 
-  def _listen(self) -> None:
+  def _listen(self, selector: selectors.BaseSelector) -> None:
     beat = self._roll.heartbeat / 4
-    selector = selectors.DefaultSelector()
-    for peer in self._peers:
-      selector.register(peer.connection, selectors.EVENT_READ, peer)
     next_beat = awake = time.monotonic()
     while selector.get_map() and not self._stopping:
       if time.monotonic() >= next_beat:
