@@ -1,6 +1,7 @@
 """What every test runs under. JAX reads its settings from the environment when it is first imported, so
 they are set here, as environment variables, which also reach the processes that tests start."""
 
+import gc
 import hashlib
 import importlib.metadata
 import os
@@ -75,3 +76,22 @@ def pytest_configure(config: pytest.Config) -> None:
 def rng() -> np.random.Generator:
   """A fresh generator, the same in every test and every run."""
   return np.random.default_rng(0)
+
+
+def _memory_mappings() -> int:
+  """Of this process; 0 where the system does not say."""
+  try:
+    return pathlib.Path("/proc/self/maps").read_bytes().count(b"\n")
+  except OSError:
+    return 0
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_compiled_programs():
+  """Every compiled program takes memory mappings, of which Linux gives a process 65,530; past them XLA crashes."""
+  yield
+  if _memory_mappings() > 20_000:
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
