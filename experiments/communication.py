@@ -26,7 +26,8 @@ from typing import Any
 
 from absl import flags
 
-from moe_jax import cli, distributed
+from moe_jax import cli
+from moe_jax.cluster import start as distributed
 from moe_jax.errors import InputError
 
 # Of the run that is recorded, unless flags say otherwise: as much active width per token as the default preset.
@@ -95,7 +96,7 @@ def main(argv: list[str]) -> None:
   # Imported here, so that --help and wrong flags answer at once.
   from rich.console import Console
 
-  from moe_jax import processes
+  from moe_jax.cluster import processes
 
   console = Console(quiet=not processes.is_first())
   folder = pathlib.Path(_OUTPUT_DIR.value)
@@ -106,7 +107,7 @@ def main(argv: list[str]) -> None:
 
 
 def _count_and_write(plan: Plan, trace: Any, folder: pathlib.Path, console: Any) -> None:
-  from moe_jax.report.communication import print_tables, write_csv, write_plots
+  from moe_jax.analysis.communication.report import print_tables, write_csv, write_plots
 
   machine, layer = plan.machine, plan.layer
   tokens = _SEQUENCES.value * trace.shape[2]
@@ -126,9 +127,9 @@ def _count_and_write(plan: Plan, trace: Any, folder: pathlib.Path, console: Any)
 
 
 def _from_trace(path: str) -> tuple[Plan, Any]:
+  from moe_jax.analysis.replay import recorded_config
   from moe_jax.config import Config
-  from moe_jax.replay import recorded_config
-  from moe_jax.trace import Trace
+  from moe_jax.training.router_trace import Trace
 
   if cli.config_from_flags() != Config():
     raise InputError(f"--trace={path}: that run is recorded already; leave out --preset and the run's flags")
@@ -138,12 +139,13 @@ def _from_trace(path: str) -> tuple[Plan, Any]:
 
 def _from_run(folder: pathlib.Path, console: Any) -> tuple[Plan, Any]:
   """Trains and records, unless that is done."""
-  from moe_jax import processes, sharding
-  from moe_jax.compiled_steps import check_run
+  from moe_jax import sharding
+  from moe_jax.cluster import processes
   from moe_jax.data import load_dataset
-  from moe_jax.progress import TrainingProgress
-  from moe_jax.trace import FOLDER, Trace
-  from moe_jax.train_loop import Run
+  from moe_jax.training.compiled import check_run
+  from moe_jax.training.loop import Run
+  from moe_jax.training.progress import TrainingProgress
+  from moe_jax.training.router_trace import FOLDER, Trace
 
   config = _run_config()
   check_run(config, sharding.make_mesh(config.mesh))
@@ -182,8 +184,8 @@ def _run_config() -> Any:
 
 def _plan(moe: Any, shape: tuple[int, int, int, int], num_steps: int) -> Plan:
   """Raises `InputError` on whatever does not fit a trace of so many steps of `shape` (R, B, L, E)."""
-  from moe_jax.analysis.communication import ONCE_PER, Layer
-  from moe_jax.analysis.machine import Machine
+  from moe_jax.analysis.communication.machine import Machine
+  from moe_jax.analysis.communication.simulate import ONCE_PER, Layer
   from moe_jax.ops.routing import make_router
 
   fields = (field.name for field in dataclasses.fields(Machine))
@@ -245,7 +247,7 @@ def _simulate(plan: Plan, trace: Any, console: Any) -> list[dict[str, Any]]:
   """A row per arm and `once_per`: means over layers and simulated steps."""
   from rich.progress import track
 
-  from moe_jax.analysis.communication import mean_summary
+  from moe_jax.analysis.communication.simulate import mean_summary
 
   found: dict[tuple[Arm, str], list[dict[str, Any]]] = {}
   jobs = list(_batches(plan, trace))
@@ -270,7 +272,7 @@ def _batches(plan: Plan, trace: Any) -> Iterator[tuple[Any, Any]]:
 def _count(plan: Plan, logits_TE: Any, mask_T: Any) -> Iterator[tuple[Arm, str, dict[str, Any]]]:
   import numpy as np
 
-  from moe_jax.analysis.communication import choose_shadows, step_cost, summary
+  from moe_jax.analysis.communication.simulate import choose_shadows, step_cost, summary
 
   routed = {spec: _route(plan, router, logits_TE, mask_T) for spec, router in plan.routers.items()}
   best_TK = np.argsort(-logits_TE, axis=1, kind="stable")[:, : plan.num_experts_per_token]
@@ -291,7 +293,7 @@ def _route(plan: Plan, router: Any, logits_TE: Any, mask_T: Any) -> Any:
   import jax.numpy as jnp
   import numpy as np
 
-  from moe_jax.analysis.communication import Routed
+  from moe_jax.analysis.communication.simulate import Routed
 
   static = {"train": False} if "train" in router.reads else {}
   assignment = router(jnp.asarray(logits_TE, jnp.float32), mask_T=jnp.asarray(mask_T), **static).assignment

@@ -18,7 +18,8 @@ import sys
 
 from absl import flags
 
-from moe_jax import cli, distributed
+from moe_jax import cli
+from moe_jax.cluster import start as distributed
 
 METHODS = "none,switch_loss:0.01,loss_free_bias:0.003"
 
@@ -26,7 +27,7 @@ _METHODS = flags.DEFINE_string(
   "methods",
   METHODS,
   "all, or arms separated by commas; an arm joins balancers by +, e.g. switch_loss:0.01+z_loss:0.001, and may "
-  "bring its own router, e.g. load_loss:0.1@noisy_topk; or a name in moe_jax/arms.py, e.g. deepseek_v3",
+  "bring its own router, e.g. load_loss:0.1@noisy_topk; or a name in moe_jax/comparison/arms.py, e.g. deepseek_v3",
 )
 _SEEDS = flags.DEFINE_integer("seeds", 3, "runs per arm, with seeds 0, 1, ...", lower_bound=1)
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", "runs/load_balancing", "the folder to write")
@@ -39,8 +40,8 @@ for module in (cli, distributed):
 def main(argv: list[str]) -> None:
   del argv
   # Imported here, so that --help and wrong flags answer at once.
-  from moe_jax.arms import BALANCING, arms_from_flag, balancing_arm
-  from moe_jax.comparison import Comparison
+  from moe_jax.comparison.arms import BALANCING, arms_from_flag, balancing_arm
+  from moe_jax.comparison.comparison import Comparison
 
   comparison = Comparison(
     arms=arms_from_flag("methods", _METHODS.value, BALANCING, balancing_arm),

@@ -27,7 +27,8 @@ from typing import Any
 
 from absl import flags
 
-from moe_jax import cli, distributed
+from moe_jax import cli
+from moe_jax.cluster import start as distributed
 from moe_jax.config import Config
 from moe_jax.errors import InputError
 
@@ -66,12 +67,10 @@ class Job:
   piece: int  # sequences routed at a time: the same for all of a sweep, which is compiled once per rate
 
 
-def main(argv: list[str]) -> None:
-  del argv
-  # Imported here, so that --help and wrong flags answer at once.
+def main(unused_argv: list[str]) -> None:
   from rich.console import Console
 
-  from moe_jax import processes
+  from moe_jax.cluster import processes
 
   console = Console(quiet=not processes.is_first())
   folder = pathlib.Path(_OUTPUT_DIR.value)
@@ -105,8 +104,8 @@ def _replay_and_write(
 
 
 def _from_trace(path: str) -> tuple[list[Job], list[Job], Any]:
-  from moe_jax.replay import recorded_config
-  from moe_jax.trace import Trace
+  from moe_jax.analysis.replay import recorded_config
+  from moe_jax.training.router_trace import Trace
 
   if cli.config_from_flags() != Config():
     raise InputError(f"--trace={path}: that run is recorded already; leave out --preset and the run's flags")
@@ -116,13 +115,14 @@ def _from_trace(path: str) -> tuple[list[Job], list[Job], Any]:
 
 def _from_run(folder: pathlib.Path, console: Any) -> tuple[list[Job], list[Job], Any]:
   """Trains and records, unless that is done."""
-  from moe_jax import processes, sharding
-  from moe_jax.compiled_steps import check_run
+  from moe_jax import sharding
+  from moe_jax.cluster import processes
   from moe_jax.data import load_dataset
   from moe_jax.nn.methods import num_scored_experts
-  from moe_jax.progress import TrainingProgress
-  from moe_jax.trace import FOLDER, Trace
-  from moe_jax.train_loop import Run
+  from moe_jax.training.compiled import check_run
+  from moe_jax.training.loop import Run
+  from moe_jax.training.progress import TrainingProgress
+  from moe_jax.training.router_trace import FOLDER, Trace
 
   config = cli.config_from_flags()
   train = dataclasses.replace(
@@ -163,7 +163,7 @@ def _check_same(folder: pathlib.Path, known: dict[str, Any], config: Config) -> 
 
 def _jobs(moe: Any, shape: tuple[int, int, int, int], num_steps: int) -> tuple[list[Job], list[Job]]:
   """(methods at the recorded batch size, rates at all batch sizes), all checked."""
-  from moe_jax.replay import bias_methods, check_replay
+  from moe_jax.analysis.replay import bias_methods, check_replay
 
   _, batch, _, num_scored = shape
   names = [name.strip() for name in _METHODS.value.split(",") if name.strip()]
@@ -196,7 +196,7 @@ def _number(flag: str, text: str, kind: type) -> Any:
 def _replay_all(trace: Any, jobs: list[Job], console: Any) -> dict[Job, Any]:
   from rich.progress import track
 
-  from moe_jax.replay import replay
+  from moe_jax.analysis.replay import replay
 
   shown = track(jobs, "replaying", console=console, disable=not console.is_terminal)
   return {job: replay(trace, job.method, batch_size=job.batch_size, piece_size=job.piece) for job in shown}
@@ -258,7 +258,7 @@ def _plot(
 ) -> list[pathlib.Path]:
   from matplotlib import rc_context
 
-  from moe_jax.report import canvas
+  from moe_jax.comparison.report import canvas
 
   with rc_context(canvas.RC):
     return [
@@ -276,7 +276,7 @@ def _running_mean(values: Any, width: int) -> Any:
 
 
 def _plot_max_vio(path: pathlib.Path, replays: dict[str, Any]) -> pathlib.Path:
-  from moe_jax.report import canvas
+  from moe_jax.comparison.report import canvas
 
   figure = canvas.figure(6.4, 3.6)
   ax = figure.subplots()
@@ -297,7 +297,7 @@ def _plot_max_vio(path: pathlib.Path, replays: dict[str, Any]) -> pathlib.Path:
 
 def _plot_bias(path: pathlib.Path, replays: dict[str, Any]) -> pathlib.Path:
   """The last layer's bias, a line per expert and a panel per method."""
-  from moe_jax.report import canvas
+  from moe_jax.comparison.report import canvas
 
   shown = {method: result for method, result in replays.items() if result.bias_IRE is not None}
   columns = min(3, max(1, len(shown)))
@@ -318,7 +318,7 @@ def _plot_bias(path: pathlib.Path, replays: dict[str, Any]) -> pathlib.Path:
 
 def _plot_oscillation(path: pathlib.Path, replays: dict[Job, Any]) -> pathlib.Path:
   """Mean and standard deviation of MaxVio over the tail, against rate and against batch size."""
-  from moe_jax.report import canvas
+  from moe_jax.comparison.report import canvas
 
   rate_of = lambda job: float(job.method.partition(":")[2])
   sides = (("rate", rate_of, lambda job: job.batch_size), ("batch size", lambda job: job.batch_size, rate_of))

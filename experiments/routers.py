@@ -18,12 +18,15 @@ import sys
 
 from absl import flags
 
-from moe_jax import cli, distributed
+from moe_jax import cli
+from moe_jax.cluster import start as distributed
 
 ROUTERS = "softmax_topk,switch_top1,hash_topk,dense"
 
 _ROUTERS = flags.DEFINE_string(
-  "routers", ROUTERS, "all, or arms separated by commas: a name in moe_jax/arms.py, or ROUTER[@BALANCERS]"
+  "routers",
+  ROUTERS,
+  "all, or arms separated by commas: a name in moe_jax/comparison/arms.py, or ROUTER[@BALANCERS]",
 )
 _BALANCERS = flags.DEFINE_string(
   "balancers", "switch_loss:0.01", "of the arms that bring none; several are joined by +"
@@ -39,8 +42,8 @@ for module in (cli, distributed):
 def main(argv: list[str]) -> None:
   del argv
   # Imported here, so that --help and wrong flags answer at once.
-  from moe_jax.arms import arms_from_flag, routers, routing_arm
-  from moe_jax.comparison import Comparison
+  from moe_jax.comparison.arms import arms_from_flag, routers, routing_arm
+  from moe_jax.comparison.comparison import Comparison
 
   config = cli.config_from_flags()
   every = routers(config.model.moe.expert_dim)

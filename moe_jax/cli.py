@@ -19,7 +19,7 @@ from moe_jax.config import (
   TrainConfig,
 )
 from moe_jax.errors import InputError, unknown_name
-from moe_jax.presets import PRESETS, get_preset
+from moe_jax.models import PRESETS, get_preset
 
 _RENAMED = {("mesh", field.name): f"{field.name}_parallelism" for field in dataclasses.fields(MeshConfig)}
 _DEFINERS = {

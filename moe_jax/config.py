@@ -17,7 +17,7 @@ def _require(ok: bool, field: str, value: Any, right: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
-  """The MoE layer. Methods are `name` or `name:value:option=value`, see `moe_jax.ops.methods`."""
+  """The MoE layer. Methods are `name` or `name:value:option=value`, see `moe_jax.registry`."""
 
   num_experts: int = 16  # E
   num_experts_per_token: int = 2  # K

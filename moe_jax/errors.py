@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class InputError(ValueError):
@@ -17,3 +18,9 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> InputError:
   near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
   hint = f"did you mean {' or '.join(near)}? " if near else ""
   return InputError(f"unknown {what} {name!r}: {hint}known: {', '.join(known)}")
+
+
+def require_option(what: str, option: str, value: Any, allowed: tuple[str, ...]) -> None:
+  """Raises `InputError` unless `value` is one of `allowed`."""
+  if value not in allowed:
+    raise InputError(f"{what}: {option} must be one of {', '.join(allowed)}, got {value!r}")

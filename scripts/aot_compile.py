@@ -25,10 +25,10 @@ from moe_jax.analysis import topology
 from moe_jax.analysis.ahead_of_time import compile_train_step, report
 from moe_jax.analysis.memory import GIB, HBM_BYTES
 from moe_jax.analysis.mesh_search import Estimate, all_meshes, estimates
-from moe_jax.compiled_steps import check_run
 from moe_jax.config import Config, MeshConfig
 from moe_jax.errors import InputError
-from moe_jax.presets import VOCAB_SIZES
+from moe_jax.models import VOCAB_SIZES
+from moe_jax.training.compiled import check_run
 
 _TOPOLOGY = flags.DEFINE_string("topology", "cpu:8", f"what to compile for: {topology.EXAMPLES}")
 _VOCAB = flags.DEFINE_integer(
@@ -136,7 +136,7 @@ def print_report(found: dict[str, Any]) -> None:
   print("\ncollectives per chip and step")
   for row in found["collectives"]:
     axes = ",".join(row["axes"])
-    what = row["purpose"] or "NOT explained by the layouts of moe_jax/sharding.py"
+    what = row["purpose"] or "NOT explained by the layouts of moe_jax/sharding/__init__.py"
     print(f"  {row['kind']:18s} {axes:16s} {row['count']:5d} x   sends {size_of(row['sent_bytes'])}   {what}")
   if found["exchange"]:
     print(f"  tokens to experts and back: {found['exchange']['ratio']:.3f} x the bytes that must move")

@@ -25,7 +25,7 @@ from absl import flags, logging
 from flax import nnx
 
 from moe_jax import cli
-from moe_jax.arms import BALANCING, arms_from_flag, balancing_arm, routers, routing_arm
+from moe_jax.comparison.arms import BALANCING, arms_from_flag, balancing_arm, routers, routing_arm
 from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.errors import InputError
 from moe_jax.nn.transformer import make_layer

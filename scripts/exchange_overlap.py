@@ -22,9 +22,9 @@ from moe_jax.analysis.overlap import exchanges
 from moe_jax.analysis.topology import devices_of
 from moe_jax.config import MeshConfig
 from moe_jax.errors import InputError
-from moe_jax.expert_parallel import Dispatcher, get_dispatcher
 from moe_jax.ops.experts import WEIGHT_AXES, ExpertWeights
-from moe_jax.ops.methods import method_name
+from moe_jax.registry import method_name
+from moe_jax.sharding.dispatchers import Dispatcher, get_dispatcher
 from moe_jax.types import Assignment
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x2", "TPU generation and grid of chips")

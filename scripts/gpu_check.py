@@ -29,12 +29,12 @@ from flax import nnx
 
 from moe_jax import cli, sharding
 from moe_jax.analysis.flops import forward_flops, step_flops
-from moe_jax.compiled_steps import CompiledSteps, check_run, compile_steps
 from moe_jax.config import Config, DataConfig, MeshConfig, MoEConfig, OptimizerConfig, TrainConfig
-from moe_jax.expert_parallel import get_dispatcher
 from moe_jax.nn import MoE
 from moe_jax.ops.routing import make_router
-from moe_jax.results import versions
+from moe_jax.sharding.dispatchers import get_dispatcher
+from moe_jax.training.compiled import CompiledSteps, check_run, compile_steps
+from moe_jax.training.results import versions
 
 _DISPATCHERS = flags.DEFINE_list("dispatchers", ["einsum", "sorted", "dropless"], "to check and to time")
 _PLATFORM = flags.DEFINE_string("platform", "gpu", "cpu: tries this script itself")

@@ -23,7 +23,7 @@ SEEN = 1e-5  # smaller changes are rounding: earlier tokens meet other sums
 def main(argv: list[str]) -> None:
   del argv
   # Imported here, so that wrong flags answer at once.
-  from moe_jax.arms import arms_from_flag, routers, routing_arm
+  from moe_jax.comparison.arms import arms_from_flag, routers, routing_arm
   from moe_jax.config import MoEConfig
   from moe_jax.nn.causality import future_influence
   from moe_jax.nn.methods import check_methods, leaks

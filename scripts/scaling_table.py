@@ -17,10 +17,10 @@ from moe_jax import cli, sharding
 from moe_jax.analysis import topology
 from moe_jax.analysis.ahead_of_time import compile_train_step, report
 from moe_jax.analysis.memory import GIB
-from moe_jax.compiled_steps import check_run
 from moe_jax.config import Config
 from moe_jax.errors import InputError
-from moe_jax.presets import VOCAB_SIZES
+from moe_jax.models import VOCAB_SIZES
+from moe_jax.training.compiled import check_run
 
 _TOPOLOGIES = flags.DEFINE_list(
   "topologies",

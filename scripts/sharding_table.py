@@ -1,4 +1,4 @@
-"""What the rules of moe_jax/sharding.py make of every parameter and activation on a mesh. Needs no devices.
+"""What the rules of moe_jax/sharding/__init__.py make of every parameter and activation on a mesh. Needs no devices.
 
   python scripts/sharding_table.py --preset=mixtral_8x7b --num_devices=64 --fsdp_parallelism=16 --expert_parallelism=4
   python scripts/sharding_table.py --expert_parallelism=4 --tensor_parallelism=2 --num_devices=8
@@ -18,13 +18,13 @@ from flax import nnx
 from jax.sharding import AbstractMesh, NamedSharding
 
 from moe_jax import cli, sharding
-from moe_jax.compiled_steps import check_run
 from moe_jax.config import Config
-from moe_jax.expert_parallel import get_dispatcher
 from moe_jax.nn.methods import group_size, layer_kind, num_scored_experts
 from moe_jax.ops.dispatch import expert_capacity
 from moe_jax.ops.dispatch.common import BY_EXPERT, BY_GROUP
-from moe_jax.train_step import TrainState, init_state
+from moe_jax.sharding.dispatchers import get_dispatcher
+from moe_jax.training.compiled import check_run
+from moe_jax.training.step import TrainState, init_state
 
 _DEVICES = flags.DEFINE_integer(
   "num_devices", 0, "devices of the mesh; 0: as many as the axes say, 1 for -1", lower_bound=0

@@ -7,7 +7,6 @@ import jax
 import numpy as np
 
 from moe_jax import sharding
-from moe_jax.compiled_steps import compile_steps
 from moe_jax.config import (
   Config,
   DataConfig,
@@ -17,6 +16,7 @@ from moe_jax.config import (
   OptimizerConfig,
   TrainConfig,
 )
+from moe_jax.training.compiled import compile_steps
 
 VOCAB, DOMAINS = 32, 2
 ONE_DEVICE = MeshConfig(data=1, expert=1)

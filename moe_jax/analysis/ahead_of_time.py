@@ -13,8 +13,8 @@ from moe_jax.analysis.collectives import by_kind, collectives, purpose
 from moe_jax.analysis.hlo import parse
 from moe_jax.analysis.memory import Memory, memory_of, out_of_memory
 from moe_jax.config import Config
-from moe_jax.expert_parallel import get_dispatcher
-from moe_jax.train_step import init_state, make_train_step
+from moe_jax.sharding.dispatchers import get_dispatcher
+from moe_jax.training.step import init_state, make_train_step
 
 
 class DoesNotFit(NamedTuple):

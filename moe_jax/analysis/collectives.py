@@ -44,7 +44,7 @@ def purpose(kind: str, axes: Sequence[str], spells_exchange: bool = False) -> st
 
   Args:
     kind, axes: of a row of `by_kind`.
-    spells_exchange: of the dispatcher, see `moe_jax.expert_parallel.Dispatcher`.
+    spells_exchange: of the dispatcher, see `moe_jax.sharding.dispatchers.Dispatcher`.
   """
   for kinds, known, what in _PURPOSES + (_SPELLED if spells_exchange else ()):
     if kind in kinds and set(axes) <= known:

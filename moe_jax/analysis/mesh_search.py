@@ -9,7 +9,7 @@ import jax
 
 from moe_jax import sharding
 from moe_jax.config import Config, MeshConfig
-from moe_jax.train_step import init_state
+from moe_jax.training.step import init_state
 
 _WIRE = 2  # bytes per element that travels: parameters and activations are cast to bfloat16 before
 

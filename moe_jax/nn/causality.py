@@ -9,7 +9,7 @@ from flax import nnx
 from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.nn.methods import deciding_method
 from moe_jax.nn.transformer import Transformer
-from moe_jax.ops.methods import method_name
+from moe_jax.registry import method_name
 
 _VOCAB, _BATCH, _LENGTH, _TRIALS = 32, 4, 16, 4
 

@@ -4,11 +4,11 @@ from typing import NamedTuple
 
 from moe_jax.config import MoEConfig
 from moe_jax.errors import InputError, unknown_name
-from moe_jax.expert_parallel import get_dispatcher
 from moe_jax.ops.balancing import make_balancer
 from moe_jax.ops.dispatch import default_group_size
-from moe_jax.ops.methods import method_name, split_methods
 from moe_jax.ops.routing import Router, make_router
+from moe_jax.registry import method_name, split_methods
+from moe_jax.sharding.dispatchers import get_dispatcher
 
 
 class LayerKind(NamedTuple):

@@ -6,7 +6,6 @@ from flax import nnx
 
 from moe_jax.config import MoEConfig
 from moe_jax.errors import InputError
-from moe_jax.expert_parallel import get_dispatcher
 from moe_jax.nn.methods import check_flat, check_methods, group_size, num_scored_experts, router_of
 from moe_jax.nn.mlp import MLP
 from moe_jax.nn.variables import BalancerState, matrix, weight
@@ -18,6 +17,7 @@ from moe_jax.ops.dispatch import expert_capacity, no_sharding
 from moe_jax.ops.experts import ExpertWeights
 from moe_jax.ops.routing import to_batch
 from moe_jax.sharding import constrain, on_one_cpu
+from moe_jax.sharding.dispatchers import get_dispatcher
 from moe_jax.types import Array, BatchRouting, MoEAux, PyTree, Routing, StepStats
 
 

@@ -18,7 +18,7 @@ from moe_jax.nn.norm import RMSNorm
 from moe_jax.nn.soft_moe import SoftMoE, soft_moe
 from moe_jax.nn.variables import matrix, weight
 from moe_jax.ops.dispatch.common import EXCHANGED
-from moe_jax.ops.methods import build
+from moe_jax.registry import build
 from moe_jax.sharding import constrain
 from moe_jax.types import Array, MoEAux, StepStats
 

@@ -19,8 +19,8 @@ from moe_jax.analysis.collectives import purpose
 from moe_jax.analysis.memory import GIB, memory_of, out_of_memory
 from moe_jax.config import Config, MeshConfig
 from moe_jax.errors import InputError
-from moe_jax.presets import get_preset
-from moe_jax.train_step import model_parts
+from moe_jax.models import get_preset
+from moe_jax.training.step import model_parts
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

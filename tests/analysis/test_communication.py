@@ -12,15 +12,15 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import sharding
-from moe_jax.analysis import communication as com
-from moe_jax.analysis.machine import Machine, busiest_link, links
+from moe_jax.analysis.communication import simulate as com
+from moe_jax.analysis.communication.machine import Machine, busiest_link, links
 from moe_jax.config import MeshConfig, MoEConfig
 from moe_jax.errors import InputError
-from moe_jax.expert_parallel.exchange import Shape, exchange, make_plan, ragged_arguments
 from moe_jax.nn import MoE
 from moe_jax.ops.balancing import make_balancer
 from moe_jax.ops.dispatch import expert_capacity
 from moe_jax.ops.routing import make_router, to_batch
+from moe_jax.sharding.exchange import Shape, exchange, make_plan, ragged_arguments
 from moe_jax.types import StepStats
 
 SMALL = Machine(nodes=2, devices_per_node=2)  # devices 0 and 1, 2 and 3

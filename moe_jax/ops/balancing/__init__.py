@@ -9,7 +9,7 @@ from moe_jax.ops.balancing.dynamic import entropy_loss, heterogeneous_loss
 from moe_jax.ops.balancing.importance import importance_loss, load_loss
 from moe_jax.ops.balancing.losses import gshard_loss, st_moe_loss, switch_loss, z_loss
 from moe_jax.ops.balancing.quantile import quantile_balancing
-from moe_jax.ops.methods import build, method_name, split_methods
+from moe_jax.registry import build, method_name, split_methods
 
 
 def none() -> Balancer:

@@ -10,9 +10,8 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from moe_jax.errors import InputError
+from moe_jax.errors import InputError, require_option
 from moe_jax.ops.balancing.common import Balancer
-from moe_jax.ops.methods import require_option
 from moe_jax.types import Array, BatchRouting, ExpertScale, PyTree
 
 RULES = ("sign", "proportional", "rms")

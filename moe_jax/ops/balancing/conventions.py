@@ -13,8 +13,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from moe_jax.errors import InputError, unknown_name
-from moe_jax.ops.methods import require_option
+from moe_jax.errors import InputError, require_option, unknown_name
 
 LAYERS = ("sum", "mean", "pooled", "caller")
 
@@ -57,7 +56,7 @@ CONVENTIONS: Mapping[str, Convention] = {
     layers="mean",
     counts="all",
     accumulation="weighted by tokens: equals the whole batch",
-    source="moe_jax/ops/balancing/losses.py, moe_jax/train_step.py",
+    source="moe_jax/ops/balancing/losses.py, moe_jax/training/step.py",
     checked="its own tests",
   ),
   "gshard": Convention(

@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 
+from moe_jax.errors import require_option
 from moe_jax.ops.balancing.common import Balancer
 from moe_jax.ops.balancing.importance import importance_loss
 from moe_jax.ops.balancing.losses import SCOPES, all_choices, fractions, units
-from moe_jax.ops.methods import require_option
 
 
 def squared_deviation_loss(

@@ -10,9 +10,9 @@ Tensor2Tensor adds 1e-10 to the squared mean; with it, weights that shrink all t
 import jax
 import jax.numpy as jnp
 
+from moe_jax.errors import require_option
 from moe_jax.ops.balancing.common import Balancer, normalized_scores
 from moe_jax.ops.balancing.losses import SCOPES, units
-from moe_jax.ops.methods import require_option
 from moe_jax.types import Array, BatchRouting
 
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from moe_jax.errors import require_option
 from moe_jax.ops.balancing.common import Balancer, normalized_scores, token_mean
-from moe_jax.ops.methods import require_option
 from moe_jax.types import Array, BatchRouting, PyTree
 
 SCOPES = ("sequence", "group", "micro_batch", "buffer", "global_batch")

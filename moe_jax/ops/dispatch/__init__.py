@@ -9,7 +9,7 @@ gradients. All give the same numbers where nothing is dropped. `experts(rows, ma
 that the dispatcher says they belong to; `moe_jax.ops.experts.ExpertWeights` are such experts.
 
 These are plain programs over all groups. Those that spell the exchange between devices have the same signature and
-live in moe_jax/expert_parallel, whose `get_dispatcher` knows all of them.
+live in moe_jax/sharding, whose `get_dispatcher` knows all of them.
 """
 
 from moe_jax.errors import unknown_name

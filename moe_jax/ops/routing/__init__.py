@@ -1,6 +1,5 @@
 """Routers: router logits of one group -> `Routing`. One factory per method, one file per family."""
 
-from moe_jax.ops.methods import build
 from moe_jax.ops.routing.base_assignment import base_assignment
 from moe_jax.ops.routing.common import Router, selected_experts, to_batch
 from moe_jax.ops.routing.expert_choice import expert_choice
@@ -18,6 +17,7 @@ from moe_jax.ops.routing.top_p import top_p
 from moe_jax.ops.routing.topk import sigmoid_topk, softmax_topk, sqrt_softplus_topk, switch_top1
 from moe_jax.ops.routing.topology import topology_aware_topk
 from moe_jax.ops.routing.zero_computation import moe_plus_plus
+from moe_jax.registry import build
 
 ROUTERS = {
   "softmax_topk": softmax_topk,

@@ -10,8 +10,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.errors import InputError
-from moe_jax.ops.methods import require_option
+from moe_jax.errors import InputError, require_option
 from moe_jax.ops.routing.common import Router, full_mask, token_major
 from moe_jax.ops.routing.topk import LOG_SCORES, weigh
 from moe_jax.types import Array, Routing

@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 import jax
 
-from moe_jax.errors import InputError
-from moe_jax.ops.methods import require_option
+from moe_jax.errors import InputError, require_option
 from moe_jax.ops.routing.common import Router, full_mask, select_top_k, take_experts, token_major
 from moe_jax.ops.routing.noisy import add_noise, learned_std, real_tokens, win_probability
 from moe_jax.types import Array, ExpertScale, Routing

@@ -6,8 +6,7 @@ A token first chooses its `groups_per_token` best groups, then its K best expert
 
 import jax.numpy as jnp
 
-from moe_jax.errors import InputError
-from moe_jax.ops.methods import require_option
+from moe_jax.errors import InputError, require_option
 from moe_jax.ops.routing.common import (
   Router,
   apply_bias,

@@ -3,8 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from moe_jax.errors import InputError
-from moe_jax.ops.methods import require_option
+from moe_jax.errors import InputError, require_option
 from moe_jax.ops.routing.common import Router, full_mask, select_top_k, take_experts, token_major
 from moe_jax.types import Array, Routing
 

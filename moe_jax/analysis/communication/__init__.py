@@ -1,0 +1,1 @@
+"""What an expert-parallel layer sends through a simulated machine."""

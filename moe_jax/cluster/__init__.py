@@ -1,0 +1,1 @@
+"""Several processes: how they start, share work, and end together."""

@@ -1,0 +1,1 @@
+"""Several arms over several seeds: what is run, and what may be concluded."""

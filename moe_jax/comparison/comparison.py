@@ -1,0 +1,196 @@
+"""A comparison: the same model on the same batches under several arms, over several seeds, resumable."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+
+from moe_jax import sharding
+from moe_jax.cluster import processes
+from moe_jax.comparison import report
+from moe_jax.comparison.arms import Arm
+from moe_jax.config import Config
+from moe_jax.data import load_dataset
+from moe_jax.errors import InputError
+from moe_jax.training.compiled import check_run
+from moe_jax.training.loop import Run
+from moe_jax.training.progress import TrainingProgress
+
+Result = dict[str, Any]
+
+
+class Comparison:
+  """Runs every arm with every seed into `output_dir`, keeping what an earlier call finished.
+
+  A seed fixes the initial parameters, the order of the batches and the router's draws; all arms of a
+  seed share them, so differences are paired. With several processes, all make the same calls; process 0
+  alone prints and writes, and says what is done already.
+
+  Args:
+    arms: name -> the fields of MoEConfig in which this arm differs from `config`. The first is the baseline.
+    seeds: of the runs.
+    config: of every run; `seed` and `data_seed` are set by the seed.
+    output_dir: new, or holding an earlier run of the same configuration.
+
+  Raises:
+    InputError: a wrong field, or a folder that holds another configuration's run. Before any training.
+  """
+
+  def __init__(
+    self,
+    arms: Mapping[str, Arm],
+    seeds: Iterable[int],
+    config: Config,
+    output_dir: str | os.PathLike[str],
+  ):
+    mesh = sharding.make_mesh(config.mesh)
+    for arm in arms.values():
+      check_run(_with(config.check(), arm, 0).check(), mesh)
+    self.arms, self.seeds = {name: dict(arm) for name, arm in arms.items()}, list(seeds)
+    self.config = _with(config, {}, 0)  # the seed is of the run, not of the comparison
+    self.folder = pathlib.Path(output_dir)
+    self.console = Console(quiet=not processes.is_first())
+    if processes.is_first():  # where it fails, the others are stopped with its message
+      self._check_folder()
+
+  def run(self) -> list[Result]:
+    """Trains what is not done yet. One result per arm and seed, in the order of the arms."""
+    dataset = load_dataset(self.config.data)
+    self._describe(dataset.info)
+    processes.check_agree(
+      dataset.info.fingerprint, "--dataset: fingerprint of the text", "all processes must read the same text"
+    )
+    with processes.first_writes("claim") as mine:
+      if mine:
+        self._check_fingerprint(dataset.info.fingerprint)
+        self._claim_folder()
+    processes.check_agree(
+      self._sees_claim(),
+      f"--output_dir={self.folder}: holds the config.json of process 0",
+      "the folder must be on a file system that all processes share",
+    )
+    todo = processes.from_first(
+      [(arm, seed) for seed in self.seeds for arm in self.arms if not self._result_file(arm, seed).exists()]
+    )
+    kept = len(self.arms) * len(self.seeds) - len(todo)
+    if kept:
+      self.console.print(f"{kept} of {kept + len(todo)} runs in {self.folder} are done and kept")
+    with TrainingProgress(len(todo) * self.config.train.num_steps, self.console) as progress:
+      for arm, seed in todo:
+        folder = self._run_folder(arm, seed)
+        config = _with(self.config, self.arms[arm], seed)
+        Run(config, dataset, folder, progress, label=arm, show=f"{arm} seed {seed}").train()
+    processes.wait_for_all("results")
+    return [json.loads(self._result_file(arm, seed).read_text()) for arm in self.arms for seed in self.seeds]
+
+  def report(
+    self, results: list[Result], *, title: str, question: str, command: str, notes: Sequence[str]
+  ) -> None:
+    """Writes metrics.jsonl, summary.csv, the plots and report.html; prints the table. In process 0."""
+    with processes.first_writes("report") as mine:
+      if mine:
+        self._report(results, title=title, question=question, command=command, notes=notes)
+
+  def _report(self, results: list[Result], **texts: Any) -> None:
+    self._merge_metrics()
+    report.print_table(report.summarise(results), self.console)
+    if len(self.arms) > 1:
+      differences = [
+        d for d in report.paired_differences(results) if d.key in ("perplexity", "max_vio_global")
+      ]
+      report.print_differences(differences, next(iter(self.arms)), self.console)
+    paths = report.write_report(self.folder, results, **texts)
+    self.console.print(f"report: {paths['html']}", soft_wrap=True)
+
+  def _run_folder(self, arm: str, seed: int) -> pathlib.Path:
+    return self.folder / "arms" / re.sub(r"[^\w.=+-]", "_", arm) / f"seed_{seed}"
+
+  def _result_file(self, arm: str, seed: int) -> pathlib.Path:
+    return self._run_folder(arm, seed) / "result.json"
+
+  def _check_folder(self) -> None:
+    """Raises unless the folder is new, empty, or of the same configuration; arms and seeds may be added."""
+    known = self._known()
+    changed = _differences(known["config"], self.config.to_dict()) if known else []
+    for name in self.arms.keys() & known.get("arms", {}).keys():
+      changed += [f"arm {name}: {line}" for line in _differences(known["arms"][name], self.arms[name])]
+    if changed:
+      raise InputError(
+        f"--output_dir={self.folder}: holds a run with another configuration ({'; '.join(changed[:3])}); "
+        "choose another folder or remove this one"
+      )
+    if not known and self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+      raise InputError(f"--output_dir={self.folder}: is not empty and holds no run; choose another folder")
+
+  def _known(self) -> dict[str, Any]:
+    """What config.json of the folder says; empty if there is none."""
+    path = self.folder / "config.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+  def _claim_folder(self) -> None:
+    known = self._known()
+    claim = {
+      "arms": known.get("arms", {}) | self.arms,
+      "seeds": sorted({*known.get("seeds", []), *self.seeds}),
+      "config": self.config.to_dict(),
+    }
+    self.folder.mkdir(parents=True, exist_ok=True)
+    (self.folder / "config.json").write_text(json.dumps(claim, indent=1) + "\n")
+
+  def _sees_claim(self) -> bool:
+    """Whether what process 0 wrote is here; a network's file system may show it late."""
+    deadline = time.monotonic() + 10.0
+    while not self._known() and time.monotonic() < deadline:
+      time.sleep(0.2)
+    return bool(self._known())
+
+  def _check_fingerprint(self, fingerprint: str) -> None:
+    for path in self.folder.glob("arms/*/seed_*/result.json"):
+      other = json.loads(path.read_text())["fingerprint"]
+      if other != fingerprint:
+        raise InputError(
+          f"--output_dir={self.folder}: holds results on other text (fingerprint {other[:12]}, now "
+          f"{fingerprint[:12]}: another Python version or changed files); choose another folder"
+        )
+
+  def _describe(self, info: Any) -> None:
+    shares = ""
+    if "train" in info.targets_per_domain:
+      counts = info.targets_per_domain["train"]
+      shares = ", ".join(
+        f"{name} {n / sum(counts):.0%}" for name, n in zip(info.domains, counts, strict=True)
+      )
+      shares = f", {sum(counts) / 1e6:.1f}M training tokens: {shares}"
+    self.console.print(f"data: {info.name} (fingerprint {info.fingerprint[:12]}){shares}", soft_wrap=True)
+
+  def _merge_metrics(self) -> None:
+    """All runs' metrics in one file, each line with its arm and seed in front."""
+    with (self.folder / "metrics.jsonl").open("w") as out:
+      for arm in self.arms:
+        for seed in self.seeds:
+          label = json.dumps({"arm": arm, "seed": seed})[:-1]
+          for line in (self._run_folder(arm, seed) / "metrics.jsonl").read_text().splitlines():
+            out.write(f"{label}, {line[1:]}\n")  # as text: JSON has no literal for a loss that is not finite
+
+
+def _with(config: Config, arm: Arm, seed: int) -> Config:
+  """`config` for one arm and seed."""
+  model = dataclasses.replace(config.model, moe=dataclasses.replace(config.model.moe, **arm))
+  data = dataclasses.replace(config.data, data_seed=seed)
+  return dataclasses.replace(
+    config, model=model, data=data, train=dataclasses.replace(config.train, seed=seed)
+  )
+
+
+def _differences(old: Any, new: Any, name: str = "") -> list[str]:
+  """`field: old, now new` for every leaf that differs."""
+  if isinstance(old, dict) and isinstance(new, dict):
+    keys = [*old, *(key for key in new if key not in old)]
+    return [line for key in keys for line in _differences(old.get(key), new.get(key), key)]
+  return [] if old == new else [f"{name} was {old!r}, now {new!r}"]

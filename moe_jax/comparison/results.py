@@ -1,0 +1,143 @@
+"""Reading the result files of a run folder, and what makes a comparison unfair."""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from moe_jax.errors import InputError
+from moe_jax.training import metric_writer
+
+Result = dict[str, Any]
+
+# What two runs must share for their difference to have a verdict, and what it is called (docs/fair_comparison.md).
+PROTOCOL = {
+  "num_steps": "number of steps",
+  "tokens_per_step": "tokens per step",
+  "schedule": "optimizer and schedule",
+  "dataset": "data set",
+  "fingerprint": "data fingerprint",
+  "sees_later_tokens": "view of later tokens",
+}
+# What is told when it differs, besides.
+_SHARED = PROTOCOL | {
+  "num_params": "number of parameters",
+  "num_active_params": "number of active parameters",
+  "device": "device",
+  "versions": "versions",
+}
+
+
+def load_results(run_dir: str | os.PathLike[str]) -> list[Result]:
+  """The results of a run folder's finished arms, in order: arm, then seed.
+
+  Arms come in the order of config.json's "arms" where there is one, so the first stays the baseline; others
+  follow by name, "none" before all. A seed folder without a whole result.json is unfinished and skipped.
+
+  Raises:
+    InputError: a result.json has no "arm" or "seed".
+  """
+  results = []
+  for path in sorted(pathlib.Path(run_dir).glob("arms/*/seed_*/result.json")):
+    result = _read_json(path)
+    if result is None:
+      continue
+    if "arm" not in result or "seed" not in result:
+      raise InputError(f'{path}: a result needs the keys "arm" and "seed"')
+    results.append(result)
+  order = {str(arm): i for i, arm in enumerate(_configured_arms(run_dir))}
+
+  def rank(result: Result) -> tuple[Any, ...]:
+    arm = str(result["arm"])
+    return order.get(arm, len(order)), arm != "none", arm, result["seed"]
+
+  return sorted(results, key=rank)
+
+
+def load_metrics(run_dir: str | os.PathLike[str]) -> dict[tuple[str, int], list[dict[str, Any]]]:
+  """(arm, seed) -> the lines of the metrics.jsonl beside its result.json, for finished arms."""
+  metrics = {}
+  for path in sorted(pathlib.Path(run_dir).glob("arms/*/seed_*/result.json")):
+    result, lines = _read_json(path), path.with_name("metrics.jsonl")
+    if result is not None and lines.exists():
+      metrics[str(result.get("arm")), result.get("seed")] = metric_writer.read_jsonl(lines)
+  return metrics
+
+
+def load_config(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
+  """config.json of the run folder, or {}."""
+  return _read_json(pathlib.Path(run_dir) / "config.json") or {}
+
+
+def group_by_arm(results: Iterable[Result]) -> dict[str, list[Result]]:
+  """arm -> its results by seed; arms in the order in which they first come."""
+  arms: dict[str, list[Result]] = {}
+  for result in results:
+    arms.setdefault(str(result["arm"]), []).append(result)
+  for arm, of_arm in arms.items():
+    of_arm.sort(key=lambda r: r["seed"])
+    seeds = [r["seed"] for r in of_arm]
+    if len(set(seeds)) < len(seeds):
+      raise InputError(f"arm {arm} has two results of one seed: {seeds}")
+  return arms
+
+
+def lookup(result: Result, *path: str) -> Any:
+  """result[path[0]][path[1]]..., or None where a key is missing."""
+  value: Any = result
+  for key in path:
+    if not isinstance(value, dict) or key not in value:
+      return None
+    value = value[key]
+  return value
+
+
+def broken_protocol(one: Result, other: Result) -> str:
+  """What two results do not share and should, in words; empty if they can be compared. A key that one of
+  them does not record is no contradiction."""
+  keys = [key for key in PROTOCOL if key in one and key in other and one[key] != other[key]]
+  tails = [lookup(result, "training", "tail_steps") for result in (one, other)]
+  words = [PROTOCOL[key] for key in keys]
+  return ", ".join(words + (["tail window"] if None not in tails and tails[0] != tails[1] else []))
+
+
+def warnings(run_dir: str | os.PathLike[str], results: Sequence[Result]) -> list[str]:
+  """One sentence per reason why these results may not be comparable; empty if none is found."""
+  found = []
+  for key, words in _SHARED.items():
+    # Results without the key are of an experiment that does not record it, which is no contradiction.
+    values = {json.dumps(r[key], sort_keys=True) for r in results if key in r}
+    if len(values) > 1:
+      found.append(f"The {words} differs between results: {', '.join(sorted(values))}.")
+  seeds = {arm: tuple(r["seed"] for r in of_arm) for arm, of_arm in group_by_arm(results).items()}
+  if len(set(seeds.values())) > 1:
+    each = "; ".join(f"{arm}: {', '.join(map(str, s))}" for arm, s in seeds.items())
+    found.append(f"The arms have different seeds ({each}). Paired differences use the shared seeds only.")
+  absent = [str(arm) for arm in _configured_arms(run_dir) if str(arm) not in seeds]
+  if absent:
+    found.append(f"Arms of this folder that are not in this report: {', '.join(absent)}.")
+  run_dir = pathlib.Path(run_dir)
+  torn = [p for p in sorted(run_dir.glob("arms/*/seed_*")) if _read_json(p / "result.json") is None]
+  if torn:
+    found.append(
+      f"Unfinished, left out: {', '.join(p.relative_to(run_dir / 'arms').as_posix() for p in torn)}."
+    )
+  return found
+
+
+def _configured_arms(run_dir: str | os.PathLike[str]) -> list[Any]:
+  arms = load_config(run_dir).get("arms")
+  if isinstance(arms, str):
+    # Flags keep their text. Commas also join the balancers of one arm, so only a real list tells the arms.
+    return []
+  return list(arms) if isinstance(arms, (list, tuple, dict)) else []
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
+  """The object in a file; None if the file is absent, torn or not an object."""
+  try:
+    value = json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError):
+    return None
+  return value if isinstance(value, dict) else None

@@ -1,0 +1,98 @@
+"""Dispatchers by name, those of one program and those that spell the exchange between devices.
+
+  einsum, sorted           capacity buffers; XLA's partitioner inserts the all-to-alls (GShard, 2006.16668)
+  dropless[:OPTIONS]       no capacity; devices sort their own tokens, rows travel to their experts and back
+  all_to_all[:OPTIONS]     the same exchange with a capacity
+  all_gather[:OPTIONS]     tokens travel to every device of the expert group, for small groups
+
+Every one has the signature of `moe_jax.ops.dispatch`; the last three take their experts as `ExpertWeights`,
+whose arrays they hand to each device. docs/adr/0006 has the reasons.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from moe_jax.errors import InputError, require_option
+from moe_jax.ops.dispatch import DISPATCHERS as LOCAL
+from moe_jax.registry import build
+from moe_jax.sharding.all_gather import all_gather_dispatch
+from moe_jax.sharding.all_to_all import Options, all_to_all_dispatch
+from moe_jax.sharding.capacity import SCOPES
+from moe_jax.sharding.exchange import FORMS
+
+
+class Dispatcher(NamedTuple):
+  """What must be known of a dispatcher."""
+
+  dispatch: Callable  # see moe_jax/ops/dispatch/__init__.py
+  never_drops: bool = False
+  spells_exchange: bool = False  # gathers parameters that are kept in parts, too
+
+
+def einsum() -> Dispatcher:
+  return Dispatcher(LOCAL["einsum"])
+
+
+def sorted_() -> Dispatcher:
+  return Dispatcher(LOCAL["sorted"])
+
+
+def all_to_all(
+  capacity: str = "group", chunks: int = 1, buffer_factor: float = 0.0, exchange: str = "auto"
+) -> Dispatcher:
+  """Rows travel to the devices that hold their experts.
+
+  Args:
+    capacity: who shares an expert's slots: each routing `group` has its own, or those of all groups of one
+      `device`, or of the expert group of devices (`global`, MiniMax-01's global router, 2501.08313) are one
+      pool that groups draw on in their order; `none`: no limit. Only `group` and `none` give the same on any
+      mesh.
+    chunks: parts that a device's entries are exchanged in, so that one's matmul can hide another's exchange.
+    buffer_factor: with b > 0, a device sends another at most b times its fair share of a chunk's entries;
+      later ones drop. Memory is then bounded too. 0: room for all that can come.
+    exchange: `ragged` sends what there is; `padded` buffers of a fixed size, on devices without the former.
+
+  Raises:
+    InputError: a value that is not one of these.
+  """
+  require_option("dispatcher all_to_all", "capacity", capacity, SCOPES)
+  require_option("dispatcher all_to_all", "exchange", exchange, FORMS)
+  if chunks < 1:
+    raise InputError(f"--dispatcher: chunks must be 1 or more, got {chunks}")
+  if buffer_factor < 0 or not math.isfinite(buffer_factor):
+    raise InputError(f"--dispatcher: buffer_factor must be 0 (room for all) or more, got {buffer_factor}")
+  options = Options(capacity, chunks, buffer_factor, exchange)
+  dispatch = functools.partial(all_to_all_dispatch, options=options)
+  return Dispatcher(dispatch, capacity == "none" and not buffer_factor, spells_exchange=True)
+
+
+def dropless(chunks: int = 1, buffer_factor: float = 0.0, exchange: str = "auto") -> Dispatcher:
+  """`all_to_all` without a capacity. On one device, the grouped product over all sorted tokens."""
+  return all_to_all("none", chunks, buffer_factor, exchange)
+
+
+def all_gather(capacity: str = "none") -> Dispatcher:
+  """Tokens travel to all devices of the expert group. `capacity`: as in `all_to_all`."""
+  require_option("dispatcher all_gather", "capacity", capacity, SCOPES)
+  dispatch = functools.partial(all_gather_dispatch, scope=capacity)
+  return Dispatcher(dispatch, capacity == "none", spells_exchange=True)
+
+
+DISPATCHERS = {
+  "einsum": einsum,
+  "sorted": sorted_,
+  "dropless": dropless,
+  "all_to_all": all_to_all,
+  "all_gather": all_gather,
+}
+
+
+@functools.cache
+def get_dispatcher(spec: str) -> Dispatcher:
+  """The dispatcher that `spec` names, e.g. `dropless:chunks=4`. Raises `InputError` naming what is known."""
+  return build("dispatcher", DISPATCHERS, spec)
+
+
+__all__ = ["DISPATCHERS", "Dispatcher", "get_dispatcher"]

@@ -1,0 +1,1 @@
+"""One run: objectives, optimizer, step, hooks, metrics, and the loop around them."""

@@ -1,0 +1,63 @@
+"""Orbax checkpoints of a train state, with the position in the data beside it."""
+
+import os
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from moe_jax.cluster import processes
+from moe_jax.types import PyTree
+
+
+class Checkpoints:
+  """The checkpoints of one run: saved in the background, restored onto any mesh.
+
+  Every process saves the parts that its devices hold, so all call the same methods in the same order.
+
+  Args:
+    folder: made when the first checkpoint is saved; all processes must see the same one.
+    keep: how many of the newest to keep.
+
+  Raises:
+    InputError: the processes see different checkpoints in it.
+  """
+
+  def __init__(self, folder: str | os.PathLike[str], keep: int = 2):
+    self.folder = pathlib.Path(folder).absolute()
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+    self._manager = ocp.CheckpointManager(self.folder, options=options)
+    processes.check_agree(
+      self.latest_step,
+      f"--output_dir: newest checkpoint in {self.folder}",
+      "the folder must be on a file system that all processes share",
+    )
+
+  @property
+  def latest_step(self) -> int | None:
+    """The step of the newest whole checkpoint."""
+    return self._manager.latest_step()
+
+  def save(self, step: int, state: PyTree, extra: dict[str, Any]) -> None:
+    """Saves `state` (arrays) and `extra` (JSON values). A step that is already saved is left alone."""
+    if step == self.latest_step:
+      return
+    items = ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra))
+    self._manager.save(step, args=items)
+
+  def restore(self, abstract_state: PyTree, shardings: PyTree) -> tuple[PyTree, dict[str, Any]]:
+    """(state, extra) of the newest checkpoint, each array laid out by its entry in `shardings`."""
+    target = jax.tree.map(
+      lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+      abstract_state,
+      shardings,
+    )
+    items = ocp.args.Composite(state=ocp.args.StandardRestore(target), extra=ocp.args.JsonRestore())
+    restored = self._manager.restore(self.latest_step, args=items)
+    return restored.state, restored.extra
+
+  def close(self) -> None:
+    """Waits for saves that are under way."""
+    self._manager.wait_until_finished()
+    self._manager.close()

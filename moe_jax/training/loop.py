@@ -1,0 +1,262 @@
+"""Training with all its side effects: data, checkpoints, metrics, progress. The steps stay pure."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from moe_jax import sharding
+from moe_jax.cluster import processes
+from moe_jax.config import Config
+from moe_jax.data import Dataset
+from moe_jax.errors import InputError
+from moe_jax.nn.methods import group_size, num_scored_experts, sees_later_tokens
+from moe_jax.ops.dispatch import expert_capacity
+from moe_jax.training.checkpoint import Checkpoints
+from moe_jax.training.compiled import check_run, compile_steps
+from moe_jax.training.metric_writer import JsonlWriter, MetricWriter, MultiWriter, TensorBoardWriter
+from moe_jax.training.progress import TrainingProgress
+from moe_jax.training.results import TailMeans, count_params, validation_summary, versions
+from moe_jax.training.router_trace import FOLDER, TraceWriter
+from moe_jax.training.step import TrainState
+
+
+class Run:
+  """One training run in one folder. `Run(...).train()` starts or continues it and gives its result.
+
+  Args:
+    config: checked here, before anything is compiled.
+    dataset: what to train and evaluate on.
+    folder: gets metrics.jsonl, result.json, checkpoints/, tensorboard/ and, if asked for, router_logits/.
+    progress: where to show the numbers; None: nowhere.
+    label: of the run, in the result.
+    show: of the run, on the progress bar; empty: the label.
+
+  Raises:
+    InputError: a wrong field, or a loss that is no longer finite.
+  """
+
+  def __init__(
+    self,
+    config: Config,
+    dataset: Dataset,
+    folder: str | os.PathLike[str],
+    progress: TrainingProgress | None = None,
+    label: str = "",
+    show: str = "",
+  ):
+    self.config, self.dataset, self.label, self.show = config.check(), dataset, label, show or label
+    self.folder = pathlib.Path(folder)
+    self.progress = progress
+    self.mesh = sharding.make_mesh(config.mesh)
+    check_run(config, self.mesh)
+    self.share = processes.batch_share(sharding.batch_sharding(self.mesh), config.data.batch_size)
+    self.tail = TailMeans(config)
+    self.seconds, self.timed_steps, self.compile_seconds = 0.0, 0, 0.0
+
+  def train(self) -> dict[str, Any]:
+    """Trains to `num_steps`, from the newest checkpoint if there is one, and writes result.json."""
+    info = self.dataset.info
+    with jax.set_mesh(self.mesh):
+      self.steps = compile_steps(self.config, info.vocab_size, len(info.domains), self.mesh)
+      self.checkpoints = Checkpoints(self.folder / "checkpoints")
+      self.batches = self.dataset.train_batches(
+        process_index=self.share.index,
+        process_count=self.share.count,
+        data_seed=self.config.data.data_seed,
+      )
+      state = self._start()
+      if self.progress:
+        self.progress.start_run(self.show, self.config.train.num_steps)
+      with self._writer(int(state.step)) as writer, self._recorder(int(state.step)) as recorder:
+        state = self._loop(state, writer, recorder)
+        validation = self.evaluate(state)
+      self.checkpoints.close()
+    result = self._result(state, validation)
+    if processes.is_first():
+      _write_json(self.folder / "result.json", result)
+    if self.progress:
+      self.progress.finish_run()
+    return result
+
+  def _start(self) -> TrainState:
+    if self.checkpoints.latest_step is None:
+      return self.steps.init(self.config.train.seed)
+    state, extra = self.checkpoints.restore(self.steps.abstract_state, self.steps.state_shardings)
+    self.batches.set_state(self.share.state_to_load(extra["data"]))
+    self.tail.from_json(extra["tail"])
+    self.seconds, self.timed_steps = extra["seconds"], extra["timed_steps"]
+    if self.progress:
+      self.progress.note(f"{self.show}: continues from step {int(state.step)}")
+    return state
+
+  def _writer(self, step: int) -> MetricWriter:
+    if not processes.is_first():
+      return MultiWriter([])
+    writers: list[MetricWriter] = [JsonlWriter(self.folder / "metrics.jsonl", resume_step=step)]
+    if self.config.train.tensorboard:
+      writers.append(TensorBoardWriter(self.folder / "tensorboard", resume_step=step))
+    return MultiWriter(writers)
+
+  def _recorder(self, step: int) -> contextlib.AbstractContextManager[TraceWriter | None]:
+    if not processes.is_first() or not self.config.train.record_router_logits:
+      return contextlib.nullcontext()
+    return TraceWriter(self.folder / FOLDER, self._trace_header(), resume_step=step)
+
+  def _loop(self, state: TrainState, writer: MetricWriter, recorder: TraceWriter | None) -> TrainState:
+    train = self.config.train
+    pending: list[dict] = []
+    started = time.monotonic()
+    start_step = int(state.step)
+    for step in range(start_step + 1, train.num_steps + 1):
+      state, metrics = self.steps.train(state, self._on_devices(next(self.batches)))
+      trace = metrics.pop("router_trace", None)
+      if recorder and step % train.record_router_logits == 0:
+        recorder.add(step, trace)
+      pending.append(metrics)
+      last = step == train.num_steps
+      evaluate = train.eval_every and step % train.eval_every == 0 and not last
+      save = last or (train.checkpoint_every and step % train.checkpoint_every == 0)
+      first = step == start_step + 1
+      if first or step % train.log_every == 0 or last or evaluate or save:
+        # Reading the metrics waits for the steps, so time is taken after it.
+        values = self._read(step, pending)
+        elapsed = time.monotonic() - started
+        if first:
+          self.compile_seconds = elapsed
+        else:
+          self.seconds, self.timed_steps = self.seconds + elapsed, self.timed_steps + len(pending)
+        pending = []
+        self._log(step, values, writer)
+        if evaluate:
+          writer.write(step, {f"eval_{k}": v for k, v in _scalars(self.evaluate(state)).items()})
+        if save:
+          if recorder:
+            recorder.flush()  # a run that continues from here has all steps up to here
+          self.checkpoints.save(step, state, self._extra())
+        started = time.monotonic()
+    return state
+
+  def _read(self, step: int, pending: list[dict]) -> dict[str, np.ndarray]:
+    """The metrics of `step`; those of the steps before it in `pending` go into the tail means."""
+    values = jax.device_get(pending)
+    for offset, metrics in enumerate(values):
+      at = step - len(values) + 1 + offset
+      if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])):
+        self._stop_non_finite(at, metrics)
+      self.tail.add(at, metrics)
+    return values[-1]
+
+  def _stop_non_finite(self, step: int, metrics: dict[str, np.ndarray]) -> None:
+    latest = self.checkpoints.latest_step
+    self.checkpoints.close()
+    kept = "there is no earlier checkpoint (see --checkpoint_every)"
+    if latest is not None:
+      kept = f"the checkpoint of step {latest} in {self.checkpoints.folder} is good"
+    raise InputError(
+      f"--learning_rate={self.config.optimizer.learning_rate:g}: {self.show or 'the run'} has loss "
+      f"{metrics['loss']:g} and gradient norm {metrics['grad_norm']:g} at step {step}; {kept}; try a lower "
+      "learning rate"
+    )
+
+  def _log(self, step: int, values: dict[str, np.ndarray], writer: MetricWriter) -> None:
+    speed = self.timed_steps * self._tokens_per_step / self.seconds if self.seconds else 0.0
+    writer.write(step, values | ({"tokens_per_second": speed} if speed else {}))
+    if self.progress:
+      self.progress.update(step, float(values["loss"]), float(values["max_vio"].mean()), speed)
+
+  def _extra(self) -> dict[str, Any]:
+    return {
+      "data": self.share.state_to_save(self.batches.get_state()),
+      "tail": self.tail.to_json(),
+      "seconds": self.seconds,
+      "timed_steps": self.timed_steps,
+    }
+
+  def _trace_header(self) -> dict[str, Any]:
+    moe, length, info = self.config.model.moe, self.config.data.sequence_length, self.dataset.info
+    group, k = group_size(moe, length), moe.num_experts_per_token
+    return {
+      "router": moe.router,
+      "num_experts": moe.num_experts,
+      "num_scored_experts": num_scored_experts(moe),
+      "num_experts_per_token": k,
+      "group_size": group,
+      "capacity": expert_capacity(group, k, moe.capacity_factor, moe.num_experts),
+      "domains": list(info.domains),
+      "fingerprint": info.fingerprint,
+      "config": self.config.to_dict(),
+    }
+
+  @property
+  def _tokens_per_step(self) -> int:
+    return self.config.data.batch_size * self.config.data.sequence_length
+
+  def _on_devices(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    layout = sharding.batch_sharding(self.mesh)
+    whole = self.config.data.batch_size
+    return {
+      name: jax.make_array_from_process_local_data(layout, x[self.share.rows], (whole, *x.shape[1:]))
+      for name, x in batch.items()
+    }
+
+  def evaluate(self, state: TrainState) -> dict[str, Any]:
+    """The `validation` part of a result: ratios of sums over the validation set, per layer."""
+    total = None
+    for batch in self.dataset.validation_batches(
+      process_index=self.share.index,
+      process_count=self.share.count,
+      limit=self.config.train.eval_batches,
+    ):
+      sums = self.steps.evaluate(state, self._on_devices(batch))
+      sums = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(sums))
+      total = sums if total is None else jax.tree.map(np.add, total, sums)
+    return validation_summary(total)
+
+  def _result(self, state: TrainState, validation: dict[str, Any]) -> dict[str, Any]:
+    info, tail = self.dataset.info, self.tail.means()
+    num_params, num_active = count_params(self.config, state)
+    return {
+      "arm": self.label,
+      "seed": self.config.train.seed,
+      "num_steps": self.config.train.num_steps,
+      "tokens_per_step": self._tokens_per_step,
+      "sees_later_tokens": sees_later_tokens(self.config.model.moe),
+      "schedule": dataclasses.asdict(self.config.optimizer),
+      "num_params": num_params,
+      "num_active_params": num_active,
+      "dataset": info.name,
+      "fingerprint": info.fingerprint,
+      "domains": list(info.domains),
+      "entropy_rate": info.entropy_rate,
+      "validation_floor": info.validation_floor,
+      "validation": validation,
+      "training": {
+        "loss_tail": tail["loss"],
+        "max_vio_batch_tail": tail["max_vio"],
+        "dropped_fraction_tail": tail["dropped_fraction"],
+        "tail_steps": self.tail.count,
+        "tokens_per_second": self.timed_steps * self._tokens_per_step / max(self.seconds, 1e-9),
+        "seconds": self.seconds,
+        "compile_seconds": self.compile_seconds,
+      },
+      "versions": versions(),
+      "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
+    }
+
+
+def _scalars(validation: dict[str, Any]) -> dict[str, Any]:
+  return {name: value for name, value in validation.items() if name not in ("load", "load_by_domain")}
+
+
+def _write_json(path: pathlib.Path, value: Any) -> None:
+  """Whole or not at all: a result.json that exists is complete."""
+  temporary = path.with_suffix(".tmp")
+  temporary.write_text(json.dumps(value, indent=1))
+  temporary.replace(path)

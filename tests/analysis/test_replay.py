@@ -1,0 +1,258 @@
+"""A replay of a run's own balancer is that run; of another one, what slow loops over the same logits give."""
+
+import json
+import math
+import subprocess
+import sys
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax import sharding
+from moe_jax.analysis.replay import bias_methods, replay
+from moe_jax.errors import InputError
+from moe_jax.ops import stats
+from moe_jax.training.compiled import compile_steps
+from moe_jax.training.router_trace import Trace, TraceWriter
+from tests import tiny
+
+CONFIG = tiny.change(tiny.CONFIG, record_router_logits=1, router_logits_dtype="float32")
+STEPS = 6
+
+
+class Recorded(NamedTuple):
+  trace: Trace
+  tokens_per_expert_IRE: np.ndarray
+  max_vio_IR: np.ndarray
+  state_leaves: list[list[np.ndarray]]  # of the balancers, before each step and after the last
+
+
+def train(folder, **fields) -> Recorded:
+  """A few real steps of a model, recorded, on batches with padding."""
+  config = tiny.change(CONFIG, **fields)
+  mesh = sharding.make_mesh(config.mesh)
+  metrics = []
+  with jax.set_mesh(mesh), TraceWriter(folder, {"config": config.to_dict()}) as writer:
+    steps = compile_steps(config, tiny.VOCAB, tiny.DOMAINS, mesh)
+    state = steps.init(0)
+    leaves = [jax.device_get(jax.tree.leaves(state.balancer))]
+    for step in range(1, STEPS + 1):
+      batch = jax.device_put(tiny.make_batch(seed=step), sharding.batch_sharding(mesh))
+      state, found = steps.train(state, batch)
+      writer.add(step, found.pop("router_trace"))
+      metrics.append(jax.device_get(found))
+      leaves.append(jax.device_get(jax.tree.leaves(state.balancer)))
+  stacked = [np.stack([m[name] for m in metrics]) for name in ("tokens_per_expert", "max_vio")]
+  return Recorded(Trace(folder), *stacked, leaves)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+  """With jitter, drops, losses and a bias, in one piece."""
+  return train(tmp_path_factory.mktemp("recorded"))
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [
+    {},
+    {"accumulation": 4},
+    {"router": "sigmoid_topk", "balancers": "loss_free_bias:0.02", "jitter": 0.0},
+    {"balancers": "multiplicative_bias:0.05"},
+    {"balancers": "quantile_balancing:bins=50"},
+    # draws the second expert by the run's keys
+    {"router": "gshard_top2", "balancers": "loss_free_bias:0.02", "accept_leaks": "gshard_top2"},
+    {"balancers": "none"},
+  ],
+  ids=lambda fields: "-".join(str(v) for v in fields.values()) or "all-at-once",
+)
+def test_replaying_a_runs_own_balancer_is_the_run(tmp_path, fields):
+  """The same choices and the same biases at every step, from logits in float32."""
+  run = train(tmp_path, **fields)
+  config = tiny.change(CONFIG, **fields).model.moe
+  result = replay(run.trace, config.balancers)
+  np.testing.assert_array_equal(result.tokens_per_expert_IRE, run.tokens_per_expert_IRE)
+  np.testing.assert_allclose(result.max_vio_IR, run.max_vio_IR, rtol=1e-6)
+  assert result.step_I.tolist() == list(range(1, STEPS + 1))
+  if config.balancers == "none":
+    assert result.bias_IRE is None and result.final_bias_RE is None
+    return
+  bias = [*result.bias_IRE, result.final_bias_RE]
+  assert len({b.tobytes() for b in bias}) == STEPS + 1  # it moves at every step
+  for found_RE, leaves in zip(bias, run.state_leaves, strict=True):
+    (expected_RE,) = [leaf for leaf in leaves if leaf.shape == found_RE.shape]
+    # The sums are exact; how the compiler rounds the update itself may differ.
+    np.testing.assert_allclose(found_RE, expected_RE, rtol=1e-5, atol=1e-7)
+
+
+def loops(trace: Trace, rate: float, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+  """(counts, bias) of loss-free balancing of a softmax router, in float64, one token at a time."""
+  steps = trace.read(0, len(trace))
+  num_steps, layers, rows, length, experts = steps.logits_IRBLE.shape
+  bias = np.zeros((layers, experts))
+  all_counts, all_bias = [], []
+  for update in range(num_steps * rows // batch_size):
+    counts = np.zeros((layers, experts))
+    for sequence in range(update * batch_size, (update + 1) * batch_size):
+      step, row = divmod(sequence, rows)
+      for layer in range(layers):
+        for position in range(length):
+          if steps.mask_IBL[step, row, position]:
+            x = steps.logits_IRBLE[step, layer, row, position].astype(np.float64)
+            score = np.exp(x - x.max())
+            score = score / score.sum() + bias[layer]
+            counts[layer, np.argsort(-score, kind="stable")[:2]] += 1
+    all_counts.append(counts)
+    all_bias.append(bias)
+    bias = bias + rate * np.sign(counts.mean(axis=1, keepdims=True) - counts)
+  return np.array(all_counts), np.array(all_bias)
+
+
+@pytest.mark.parametrize("batch_size", [2, 8, 12, 16, 40])
+def test_another_rate_and_batch_size(recorded, batch_size):
+  """Parts of steps, whole ones, several; 12 and 40 leave sequences over, of which nothing is seen."""
+  result = replay(recorded.trace, "loss_free_bias:0.02", batch_size=batch_size)
+  counts_IRE, bias_IRE = loops(recorded.trace, 0.02, batch_size)
+  np.testing.assert_array_equal(result.tokens_per_expert_IRE, counts_IRE)
+  np.testing.assert_allclose(result.bias_IRE, bias_IRE, atol=1e-6)
+  updates = STEPS * 8 // batch_size
+  assert result.step_I.tolist() == [math.ceil((i + 1) * batch_size / 8) for i in range(updates)]
+
+
+@pytest.mark.parametrize("batch_size", [4, 8, 24])
+@pytest.mark.parametrize("method", ["loss_free_bias:0.02", "quantile_balancing:bins=50"])
+def test_chunks_and_pieces_change_nothing(recorded, method, batch_size):
+  whole = replay(recorded.trace, method, batch_size=batch_size)
+  for sizes in (
+    {"chunk_steps": 1},
+    {"chunk_steps": 4},
+    {"piece_size": 2},
+    {"piece_size": 1, "chunk_steps": 5},
+  ):
+    result = replay(recorded.trace, method, batch_size=batch_size, **sizes)
+    np.testing.assert_array_equal(result.tokens_per_expert_IRE, whole.tokens_per_expert_IRE)
+    np.testing.assert_allclose(result.bias_IRE, whole.bias_IRE, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(result.final_bias_RE, whole.final_bias_RE, rtol=1e-5, atol=1e-7)
+
+
+def test_losses_beside_a_bias_do_nothing(recorded):
+  alone = replay(recorded.trace, "loss_free_bias:0.02")
+  beside = replay(recorded.trace, "switch_loss:1.0+loss_free_bias:0.02")
+  np.testing.assert_array_equal(alone.bias_IRE, beside.bias_IRE)
+
+
+def test_half_precision_flips_few_choices(recorded, tmp_path):
+  config = tiny.change(CONFIG, router_logits_dtype="float16")
+  with TraceWriter(tmp_path, {"config": config.to_dict()}) as writer:
+    for steps in recorded.trace.chunks(1):
+      names = ("logits_RBLE", "mask_BL", "domain_B", "key_B")
+      arrays = dict(zip(names, (x[0] for x in steps[1:]), strict=True))
+      writer.add(int(steps.step_I[0]), arrays | {"logits_RBLE": arrays["logits_RBLE"].astype(np.float16)})
+  exact, rounded = (
+    replay(trace, "none").tokens_per_expert_IRE for trace in (recorded.trace, Trace(tmp_path))
+  )
+  moved = np.abs(exact - rounded).sum() / 2
+  assert moved <= 0.005 * exact.sum()
+
+
+def test_tail_is_of_the_last_updates(recorded):
+  result = replay(recorded.trace, "loss_free_bias:0.02")
+  tail = result.tail(0.5)
+  max_vio_IR = result.max_vio_IR[-3:]
+  assert tail.updates == 3
+  assert tail.max_vio == pytest.approx(max_vio_IR.mean())
+  assert tail.max_vio_std == pytest.approx(np.std(max_vio_IR, axis=0).mean())
+  summed = stats.max_vio(result.tokens_per_expert_IRE[-3:].sum(axis=0))
+  assert tail.max_vio_summed == pytest.approx(float(np.mean(summed)))
+  assert tail.max_vio_summed <= tail.max_vio + 1e-6  # the maximum of a mean is at most the mean of the maxima
+  assert replay(recorded.trace, "none").tail().bias_std is None
+
+
+def test_the_methods_of_the_registry_that_have_a_bias():
+  names = bias_methods(8)
+  assert {"loss_free_bias", "multiplicative_bias", "quantile_balancing"} <= set(names)
+  assert not {"none", "switch_loss", "z_loss"} & set(names)
+
+
+@pytest.mark.parametrize(
+  ("balancers", "options", "message"),
+  [
+    ("switch_loss:0.1", {}, "--balancers=switch_loss:0.1: acts only through a loss"),
+    ("z_loss+gshard_loss:scope=sequence", {}, "acts only through a loss"),
+    ("loss_free_bia", {}, "unknown balancer 'loss_free_bia': did you mean loss_free_bias"),
+    ("loss_free_bias", {"router": "noisy_topk"}, "reads side_logits_TX, which a trace does not have"),
+    ("none", {"router": "hash_topk"}, "reads token_id_T, which a trace does not have"),
+    ("none", {"router": "moe_plus_plus"}, "scores 12 experts, and the trace has logits of 8"),
+    ("none", {"batch_size": -1}, "--batch_size=-1: must be 1 or more"),
+    ("none", {"batch_size": 49}, "--batch_size=49: more than the 48 recorded sequences"),
+    ("none", {"batch_size": 12, "piece_size": 8}, "--batch_size=12: replayed 8 sequences at a time"),
+  ],
+)
+def test_what_cannot_be_replayed_is_one_line(recorded, balancers, options, message):
+  with pytest.raises(InputError, match=message) as caught:
+    replay(recorded.trace, balancers, **options)
+  assert "\n" not in str(caught.value)
+
+
+# The experiment
+
+TINY = [
+  *(
+    "--preset=tiny",
+    "--dataset=markov",
+    "--markov_states=16",
+    "--num_layers=1",
+    "--model_dim=16",
+    "--head_dim=8",
+  ),
+  *("--batch_size=4", "--sequence_length=16", "--num_steps=12", "--notensorboard", "--data_parallelism=1"),
+]
+REPLAYS = ["--methods=loss_free_bias:0.01", "--rates=0.01,0.1", "--batch_sizes=2,8"]
+
+
+def _experiment(*arguments):
+  command = [sys.executable, "experiments/replay.py", *arguments]
+  return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_the_experiment_records_once_and_replays_any_run(tmp_path):
+  done = _experiment(*TINY, *REPLAYS, f"--output_dir={tmp_path / 'one'}")
+  assert done.returncode == 0, done.stderr
+  files = {path.name for path in (tmp_path / "one").iterdir()}
+  plots = {"replay_max_vio.png", "replay_bias.png", "replay_oscillation.png"}
+  assert files == {"run", "summary.csv", *plots}
+  lines = (tmp_path / "one" / "summary.csv").read_text().splitlines()
+  # none, the method, and two rates at three batch sizes, of which one is the method again
+  assert len(lines) == 1 + 2 + 6 - 1
+  assert lines[1].startswith("none,4,3,") and "rate" in done.stdout
+  result = json.loads((tmp_path / "one" / "run" / "result.json").read_text())
+  assert result["num_steps"] == 12 and result["arm"] == "none"
+
+  again = _experiment(f"--trace={tmp_path / 'one' / 'run'}", *REPLAYS, f"--output_dir={tmp_path / 'two'}")
+  assert again.returncode == 0, again.stderr
+  assert (tmp_path / "two" / "summary.csv").read_text().splitlines() == lines
+
+  other = _experiment(*TINY, *REPLAYS, "--num_experts=16", f"--output_dir={tmp_path / 'one'}")
+  assert other.returncode == 2
+  assert "the run in it has another configuration (num_experts)" in other.stderr
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--methods=switch_loss"], "--balancers=switch_loss: acts only through a loss"),
+    (["--rates=fast"], "--rates=fast: not a number (float)"),
+    (["--batch_sizes=0"], "--batch_size=0: must be 1 or more"),
+    (["--trace=nowhere"], "nowhere: holds no router logits; train with --record_router_logits=1"),
+    (["--trace=nowhere", "--num_experts=4"], "leave out --preset and the run's flags"),
+    (["--router=hash_topk"], "--router=hash_topk: reads token_id_T"),
+    (["--record=1"], "unknown flag '--record'"),
+  ],
+)
+def test_wrong_flags_of_the_experiment_are_one_line(tmp_path, arguments, message):
+  done = _experiment(*arguments, f"--output_dir={tmp_path / 'run'}")
+  assert done.returncode == 2
+  assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+  assert not (tmp_path / "run").exists()

@@ -1,0 +1,253 @@
+"""Two real processes with four virtual devices each, over Gloo on the loopback interface, against one process.
+
+The first run is killed halfway. What it left is continued by one process on eight devices, by one on four (another
+mesh), and by two processes with the same command; all must follow the curve of a run that was never stopped.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from moe_jax.config import Config, MeshConfig
+from moe_jax.data import load_dataset
+from moe_jax.training.loop import Run
+from moe_jax.training.metric_writer import read_jsonl
+from tests import tiny
+
+SLOW = 600.0  # seconds that anything may take on a machine with much else to do; the tests need far fewer
+ARM = "switch_loss:0.1+loss_free_bias:0.01"
+FIELDS = {
+  "num_layers": 1,
+  "model_dim": 16,
+  "num_heads": 2,
+  "num_kv_heads": 1,
+  "head_dim": 8,
+  "num_experts": 8,
+  "expert_dim": 16,
+  "capacity_factor": 1.0,
+  "jitter": 0.1,
+  "remat": "none",
+  "dataset": "markov",
+  "markov_states": tiny.VOCAB,
+  "markov_domains": tiny.DOMAINS,
+  "sequence_length": 16,
+  "batch_size": 16,
+  "num_steps": 16,
+  "warmup_steps": 3,
+  "log_every": 1,
+  "checkpoint_every": 4,
+  "eval_batches": 2,
+  "tensorboard": False,
+}
+BOTH = MeshConfig(data=4, expert=2)
+FLAGS = [f"--{name}={value}" for name, value in FIELDS.items()]
+FLAGS += [f"--methods={ARM}", "--seeds=1", "--data_parallelism=4", "--expert_parallelism=2"]
+
+XLA_FLAGS = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"]).strip()
+ENVIRONMENT = os.environ | {"XLA_FLAGS": XLA_FLAGS, "PYTHONPATH": os.getcwd()}
+
+
+def _free_port() -> int:
+  with socket.create_server(("127.0.0.1", 0)) as server:
+    return server.getsockname()[1]
+
+
+class Pair:
+  """Two processes; leaving it kills what still runs, by process id."""
+
+  def __init__(self, command: list[str], folder: pathlib.Path, ids=(0, 1), timeout: float = SLOW):
+    self.outputs = {i: folder / f"{folder.name}_{i}_{time.monotonic_ns()}.txt" for i in ids}
+    address = f"--coordinator_address=127.0.0.1:{_free_port()}"
+    env = ENVIRONMENT | {"XLA_FLAGS": f"{XLA_FLAGS} --xla_force_host_platform_device_count=4"}
+    self.processes = {}
+    for i, path in self.outputs.items():
+      own = [address, "--num_processes=2", f"--process_id={i}", f"--initialization_timeout={timeout}"]
+      with path.open("w") as out:
+        self.processes[i] = subprocess.Popen(
+          [sys.executable, *command, *own], stdout=out, stderr=out, env=env
+        )
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *unused_exception):
+    for process in self.processes.values():
+      if process.poll() is None:
+        process.kill()
+      process.wait(timeout=30)
+
+  def output(self, i: int) -> str:
+    return self.outputs[i].read_text()
+
+  def wait_until(self, condition, seconds: float, what: str):
+    deadline = time.monotonic() + seconds
+    while not condition():
+      ended = [i for i, process in self.processes.items() if process.poll() is not None]
+      assert not ended and time.monotonic() < deadline, (
+        f"no {what}: {[self.output(i)[-2000:] for i in ended]}"
+      )
+      time.sleep(0.02)
+
+  def ends(self, i: int, seconds: float) -> int:
+    return self.processes[i].wait(timeout=seconds)
+
+
+def _run_folder(output_dir: pathlib.Path) -> pathlib.Path:
+  return output_dir / "arms" / ARM.replace(":", "_") / "seed_0"
+
+
+def _losses(folder: pathlib.Path) -> dict[int, float]:
+  return {line["step"]: line["loss"] for line in read_jsonl(folder / "metrics.jsonl")}
+
+
+def _assert_same_curve(actual: dict[int, float], expected: dict[int, float]) -> None:
+  steps = list(actual)
+  assert steps == list(range(1, len(steps) + 1))  # each step once, in order
+  np.testing.assert_allclose([actual[s] for s in steps], [expected[s] for s in steps], rtol=2e-5)
+
+
+def _config(mesh: MeshConfig) -> Config:
+  return tiny.change(Config(), **FIELDS, balancers=ARM.replace("+", ","), mesh=mesh)
+
+
+@pytest.fixture(scope="module")
+def dataset():
+  return load_dataset(_config(BOTH).data)
+
+
+@pytest.fixture(scope="module")
+def expected(dataset, tmp_path_factory):
+  """The losses of one process on the same eight devices, never stopped."""
+  folder = tmp_path_factory.mktemp("expected")
+  Run(_config(BOTH), dataset, folder).train()
+  return _losses(folder)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+  """(output folder, exit status of the survivor, seconds it took, its output) of a run whose process 1 was killed."""
+  folder = tmp_path_factory.mktemp("two")
+  output_dir = folder / "run"
+  metrics, checkpoints = _run_folder(output_dir) / "metrics.jsonl", _run_folder(output_dir) / "checkpoints"
+  with Pair(["experiments/load_balancing.py", *FLAGS, f"--output_dir={output_dir}"], folder) as pair:
+    saved = lambda: metrics.exists() and '"step": 6' in metrics.read_text() and (checkpoints / "4").is_dir()
+    pair.wait_until(saved, SLOW, "sixth step")
+    pair.processes[1].kill()
+    started = time.monotonic()
+    status = pair.ends(0, SLOW)
+    return output_dir, status, time.monotonic() - started, pair.output(0)
+
+
+def test_a_process_that_is_killed_ends_the_other_with_one_line(killed):
+  output_dir, status, seconds, output = killed
+  assert status == 1 and seconds < 60
+  (line,) = re.findall(r"(?m)^error: .*", output)
+  assert re.fullmatch(
+    r"error: process 1 of 2 \(.*, pid \d+\) died or was killed; all processes stop, .*", line
+  )
+  assert "Traceback" not in output and "Check failure" not in output
+  assert not (_run_folder(output_dir) / "result.json").exists()
+
+
+def test_two_processes_follow_the_curve_of_one(killed, expected):
+  losses = _losses(_run_folder(killed[0]))
+  assert 6 <= len(losses) < FIELDS["num_steps"]
+  _assert_same_curve(losses, expected)
+
+
+@pytest.mark.parametrize("mesh", [BOTH, MeshConfig(data=1, expert=4)], ids=["8 devices", "4 devices"])
+def test_one_process_continues_what_two_have_saved(killed, expected, dataset, tmp_path, mesh):
+  folder = tmp_path / "run"
+  shutil.copytree(_run_folder(killed[0]), folder)
+  resumed_at = []
+
+  class Notes:
+    def note(self, text):
+      resumed_at.append(int(text.rsplit(" ", 1)[1]))
+
+    def __getattr__(self, name):
+      return lambda *unused_arguments: None
+
+  Run(_config(mesh), dataset, folder, progress=Notes()).train()
+  assert resumed_at and resumed_at[0] >= 4 and resumed_at[0] % 4 == 0
+  losses = _losses(folder)
+  assert len(losses) == FIELDS["num_steps"]
+  _assert_same_curve(losses, expected)
+
+
+def test_the_same_flags_continue_and_everything_is_written_once(killed, expected, tmp_path):
+  """Through the launcher for one machine, on the same mesh and batches."""
+  output_dir = tmp_path / "run"
+  shutil.copytree(killed[0], output_dir)
+  command = ["bash", "scripts/launch/local.sh", f"--python={sys.executable}", "--", *FLAGS]
+  ended = subprocess.run(
+    [*command, f"--output_dir={output_dir}"], capture_output=True, text=True, timeout=SLOW, env=ENVIRONMENT
+  )
+  assert ended.returncode == 0, ended.stderr
+  lines = ended.stdout.splitlines()
+  assert lines and all(line.startswith("[0] ") for line in lines)  # process 1 has nothing to say
+  assert (
+    sum("continues from step" in line for line in lines) == sum("report: " in line for line in lines) == 1
+  )
+  folder = _run_folder(output_dir)
+  _assert_same_curve(_losses(folder), expected)
+  assert len(_losses(folder)) == FIELDS["num_steps"]
+  result = json.loads((folder / "result.json").read_text())
+  assert result["device"].endswith("x 8")
+  newest = folder / "checkpoints" / str(FIELDS["num_steps"]) / "state"
+  assert {path.name for path in newest.glob("ocdbt.process_*")} == {"ocdbt.process_0", "ocdbt.process_1"}
+
+
+TALK = """
+import sys, time
+from absl import app
+from moe_jax import cli
+from moe_jax.cluster import start as distributed
+distributed.define_flags()
+def main(argv):
+  from moe_jax.cluster import processes
+  for step in range(10_000):
+    processes.from_all(step)
+    if step == 3: print("talking", flush=True)
+cli.run(distributed.on_every_process(main))
+"""
+
+
+def _talk(tmp_path: pathlib.Path) -> list[str]:
+  script = tmp_path / "talk.py"
+  script.write_text(TALK)
+  return [str(script), "--heartbeat_timeout=10"]
+
+
+def test_the_others_end_too_when_process_0_is_killed(tmp_path):
+  with Pair(_talk(tmp_path), tmp_path) as pair:
+    pair.wait_until(lambda: "talking" in pair.output(1), SLOW, "talk")
+    pair.processes[0].kill()
+    started = time.monotonic()
+    assert pair.ends(1, SLOW) != 0
+    assert time.monotonic() - started < 60
+    # JAX's own abort may be quicker than the line; then it is what the output ends with.
+    assert re.search("error: process 0 of 2 .* died or was killed|JAX distributed service", pair.output(1))
+
+
+def test_a_process_that_never_joins_is_named_after_a_bounded_wait(tmp_path):
+  with contextlib.ExitStack() as stack:  # both wait at the same time, each for another that is not there
+    pairs = [stack.enter_context(Pair(_talk(tmp_path), tmp_path, ids=(i,), timeout=1.5)) for i in (0, 1)]
+    assert [pair.ends(i, SLOW) for i, pair in enumerate(pairs)] == [2, 2]
+    lines = [pair.output(i) for i, pair in enumerate(pairs)]
+  assert re.fullmatch(
+    r"error: --num_processes=2: process 1 did not join at 127.0.0.1:\d+ within 1.5 s .*\n", lines[0]
+  )
+  assert re.fullmatch(
+    r"error: --coordinator_address=\S+: process 0 was not there within 1.5 s .*\n", lines[1]
+  )

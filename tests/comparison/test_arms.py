@@ -1,0 +1,57 @@
+"""The arms of the comparisons: every registered method is in one, and every one of them can run."""
+
+import dataclasses
+
+import pytest
+
+from moe_jax import sharding
+from moe_jax.comparison.arms import BALANCING, arms_from_flag, balancing_arm, routers, routing_arm
+from moe_jax.config import Config, MeshConfig
+from moe_jax.errors import InputError
+from moe_jax.ops.balancing import BALANCERS
+from moe_jax.ops.routing import ROUTERS
+from moe_jax.registry import method_name, split_methods
+from moe_jax.training.compiled import check_run
+
+CONFIG = Config(mesh=MeshConfig(data=1, expert=1))
+ROUTING = routers(CONFIG.model.moe.expert_dim)
+
+
+def test_every_balancer_is_in_an_arm():
+  named = {method_name(part) for arm in BALANCING.values() for part in split_methods(arm["balancers"])}
+  assert named == set(BALANCERS)
+
+
+def test_every_router_is_in_an_arm():
+  assert {method_name(arm["router"]) for arm in ROUTING.values()} == set(ROUTERS)
+
+
+@pytest.mark.parametrize("name", [*BALANCING, *(f"router {name}" for name in ROUTING)])
+def test_every_arm_can_run(name):
+  arm = BALANCING.get(name) or {"balancers": "switch_loss:0.01"} | dict(ROUTING[name.removeprefix("router ")])
+  model = CONFIG.model
+  config = dataclasses.replace(
+    CONFIG, model=dataclasses.replace(model, moe=dataclasses.replace(model.moe, **arm))
+  )
+  check_run(config.check(), sharding.make_mesh(config.mesh))
+
+
+def test_routers_have_equal_active_width():
+  moe = CONFIG.model.moe
+  for name, arm in ROUTING.items():
+    k, f = arm.get("num_experts_per_token", moe.num_experts_per_token), arm.get("expert_dim", moe.expert_dim)
+    assert k * f == 2 * moe.expert_dim or name == "top_p"  # which sends a token to at most K experts
+
+
+def test_arms_by_name_by_spec_and_all():
+  every = {"none": {"balancers": "none"}, "noisy": {"balancers": "load_loss:0.1", "router": "noisy_topk"}}
+  read = lambda text: arms_from_flag("methods", text, every, balancing_arm)
+  assert read("all") == every
+  assert read("noisy, switch_loss:0.1@sigmoid_topk") == {
+    "noisy": every["noisy"],
+    "switch_loss:0.1@sigmoid_topk": {"balancers": "switch_loss:0.1", "router": "sigmoid_topk"},
+  }
+  assert routing_arm("sinkhorn@none") == {"router": "sinkhorn", "balancers": "none"}
+  for text, message in ((" ,", "--methods=: name at least one arm"), ("none,none", "an arm is named twice")):
+    with pytest.raises(InputError, match=message):
+      read(text)

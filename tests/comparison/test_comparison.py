@@ -1,0 +1,154 @@
+"""The main job: paired arms, one folder, kept work, and one clear line for what is wrong."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from moe_jax.comparison.arms import balancing_arm
+from moe_jax.comparison.comparison import Comparison
+from moe_jax.errors import InputError
+from moe_jax.training import loop as train_loop
+from moe_jax.training.metric_writer import read_jsonl
+from tests import tiny
+
+NAMES = ["none", "loss_free_bias:0.05", "switch_loss:0.1+z_loss:0.01"]
+ARMS = {name: balancing_arm(name) for name in NAMES}
+TWO = {name: ARMS[name] for name in NAMES[:2]}
+CONFIG = tiny.change(tiny.CONFIG, num_steps=3, eval_batches=2, clip_norm=1.0)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """(folder, results) of two arms."""
+  folder = tmp_path_factory.mktemp("comparison") / "run"
+  comparison = Comparison(TWO, [0], CONFIG, folder)
+  results = comparison.run()
+  comparison.report(results, title="t", question="q", command="c", notes=["a note"])
+  return folder, results
+
+
+def test_writes_one_folder(finished):
+  folder, _ = finished
+  names = {path.name for path in folder.iterdir()}
+  assert {
+    "config.json",
+    "metrics.jsonl",
+    "summary.csv",
+    "report.html",
+    "max_vio.png",
+    "load_heatmap.png",
+  } <= names
+  page = (folder / "report.html").read_text().replace("<wbr>", "")
+  assert "a note" in page and all(arm in page for arm in TWO)
+  lines = read_jsonl(folder / "metrics.jsonl")
+  assert [(line["arm"], line["step"]) for line in lines] == [(arm, s) for arm in TWO for s in (1, 2, 3)]
+
+
+def test_arms_start_alike_and_read_the_same_batches(finished):
+  """The first step's loss and load come before any balancing has acted."""
+  folder, _ = finished
+  first = [line for line in read_jsonl(folder / "metrics.jsonl") if line["step"] == 1]
+  assert first[0]["loss"] == first[1]["loss"]
+  assert first[0]["tokens_per_expert"] == first[1]["tokens_per_expert"]
+  assert first[0]["arm"] != first[1]["arm"]
+
+
+def test_finished_runs_are_kept_and_arms_can_be_added(finished, monkeypatch):
+  folder, results = finished
+  trained = []
+  train = train_loop.Run.train
+
+  def recorded(self):
+    trained.append(self.label)
+    return train(self)
+
+  monkeypatch.setattr(train_loop.Run, "train", recorded)
+  again = Comparison(ARMS, [0], CONFIG, folder).run()
+  assert trained == NAMES[2:]
+  assert again[:2] == results
+  assert json.loads((folder / "config.json").read_text())["arms"] == ARMS
+
+
+def test_another_configuration_is_refused(finished):
+  folder, _ = finished
+  with pytest.raises(InputError, match=r"holds a run with another configuration \(num_steps was 3, now 4\)"):
+    Comparison(ARMS, [0], tiny.change(CONFIG, num_steps=4), folder)
+
+
+def test_other_text_is_refused(finished):
+  folder, _ = finished
+  with pytest.raises(InputError, match="holds results on other text"):
+    Comparison(ARMS, [0], CONFIG, folder)._check_fingerprint("0" * 64)
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
+  (tmp_path / "thesis.tex").write_text("precious")
+  with pytest.raises(InputError, match="is not empty and holds no run"):
+    Comparison(ARMS, [0], CONFIG, tmp_path)
+  assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+  ("arms", "fields", "message"),
+  [
+    (["none", "switch_los:0.1"], {}, "unknown balancer 'switch_los': did you mean switch_loss"),
+    (
+      ["none"],
+      {"num_experts_per_token": 9},
+      "--num_experts_per_token=9: must be between 1 and num_experts=8",
+    ),
+    (["none"], {"capacity_factor": 0.0}, "--capacity_factor=0.0: must be above 0"),
+    (["none"], {"router": "softmax_top"}, "unknown router 'softmax_top': did you mean softmax_topk"),
+    (["none"], {"router": "switch_top1"}, "--num_experts_per_token=2: router switch_top1 takes 1"),
+    (["none"], {"dispatcher": "einsun"}, "unknown dispatcher 'einsun': did you mean einsum"),
+    (["none"], {"batch_size": 7, "accumulation": 2}, "--accumulation=2: must divide batch_size=7"),
+    (["none"], {"moe_every": 3}, "--moe_every=3: must divide the 2 layers"),
+    (["none"], {"num_kv_heads": 3}, "--num_kv_heads=3: must divide num_heads=2"),
+  ],
+)
+def test_wrong_input_is_one_line_before_anything_is_written(tmp_path, arms, fields, message):
+  with pytest.raises(InputError, match=message) as caught:
+    arms = {arm: balancing_arm(arm) for arm in arms}
+    Comparison(arms, [0], tiny.change(CONFIG, **fields), tmp_path / "run")
+  assert "\n" not in str(caught.value)
+  assert not (tmp_path / "run").exists()
+
+
+def test_an_arm_that_changes_its_meaning_is_refused(finished):
+  folder, _ = finished
+  changed = {"none": {"balancers": "z_loss"}}
+  with pytest.raises(InputError, match="arm none: balancers was 'none', now 'z_loss'"):
+    Comparison(changed, [0], CONFIG, folder)
+
+
+def _experiment(*arguments, folder):
+  command = [sys.executable, "experiments/load_balancing.py", f"--output_dir={folder}", *arguments]
+  return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--num_expert=3"], "unknown flag '--num_expert': did you mean --num_experts"),
+    (["--seeds=many"], "flag --seeds=many"),
+    (["arms"], "unexpected argument 'arms'"),
+    (["--preset=tinny"], "unknown preset 'tinny': did you mean tiny"),
+    (["--num_experts=2", "--num_experts_per_token=4"], "--num_experts_per_token=4: must be between 1 and"),
+    (["--dataset=text_folder", "--text_folder=/no/such/folder"], "--text_folder=/no/such/folder"),
+    (["--dataset=stdlibb"], "unknown dataset 'stdlibb': did you mean stdlib"),
+  ],
+)
+def test_a_wrong_flag_ends_with_one_line_and_status_2(tmp_path, arguments, message):
+  ended = _experiment(*arguments, folder=tmp_path / "run")
+  assert ended.returncode == 2
+  assert ended.stderr.count("\n") == 1 and ended.stderr.startswith("error: ") and message in ended.stderr
+  assert not (tmp_path / "run").exists()
+
+
+def test_help_names_every_flag_with_its_default(tmp_path):
+  ended = _experiment("--helpshort", folder=tmp_path / "run")
+  assert all(
+    words in ended.stdout for words in ("slots per expert / (T*K/E)", "--num_experts_per_token", "1.25")
+  )

@@ -1,0 +1,305 @@
+"""Recorded router logits: what is written is what the model computed, whole steps survive a kill, and how the
+step was cut changes nothing."""
+
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax import sharding
+from moe_jax.config import MeshConfig
+from moe_jax.data import load_dataset
+from moe_jax.errors import InputError
+from moe_jax.ops.routing.common import select_top_k
+from moe_jax.training.checkpoint import Checkpoints
+from moe_jax.training.compiled import check_run, compile_steps
+from moe_jax.training.loop import Run
+from moe_jax.training.metric_writer import read_jsonl
+from moe_jax.training.router_trace import Trace, TraceWriter
+from tests import tiny
+
+CONFIG = tiny.change(
+  tiny.CONFIG, num_steps=6, eval_batches=1, record_router_logits=1, router_logits_dtype="float32"
+)
+
+
+def make_steps(num: int, rows: int = 4, seed: int = 0) -> list[dict[str, np.ndarray]]:
+  rng = np.random.default_rng(seed)
+  return [
+    {
+      "logits_RBLE": rng.normal(size=(2, rows, 3, 5)).astype(np.float16),
+      "mask_BL": rng.random((rows, 3)) > 0.2,
+      "domain_B": rng.integers(0, 3, rows).astype(np.int32),
+      "key_B": rng.integers(0, 99, (rows, 2)).astype(np.uint32),
+    }
+    for _ in range(num)
+  ]
+
+
+def write(folder, steps, *, first=1, resume_step=0):
+  with TraceWriter(folder, {"what": "a test"}, resume_step=resume_step) as writer:
+    for i, arrays in enumerate(steps):
+      writer.add(first + i, arrays)
+
+
+def assert_holds(trace: Trace, steps: list[dict], first: int = 1) -> None:
+  assert trace.step_I.tolist() == list(range(first, first + len(steps)))
+  found = trace.read(0, len(trace))
+  for field, name in zip(found._fields[1:], ("logits_RBLE", "mask_BL", "domain_B", "key_B"), strict=True):
+    expected = np.stack([arrays[name] for arrays in steps])
+    assert getattr(found, field).dtype == expected.dtype
+    np.testing.assert_array_equal(getattr(found, field), expected, err_msg=field)
+
+
+def test_round_trip(tmp_path):
+  steps = make_steps(7)
+  write(tmp_path / "router_logits", steps)
+  trace = Trace(tmp_path)  # a run's folder, or the trace's own
+  assert len(trace) == len(Trace(tmp_path / "router_logits")) == 7
+  assert trace.shape == (2, 4, 3, 5) and trace.header["what"] == "a test"
+  assert_holds(trace, steps)
+  assert trace.bytes_per_step == sum(x.nbytes for x in steps[0].values()) + 8
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 100])
+def test_chunks_are_the_whole_in_order(tmp_path, size):
+  steps = make_steps(7)
+  write(tmp_path, steps)
+  chunks = list(Trace(tmp_path).chunks(size))
+  assert [len(chunk.step_I) for chunk in chunks[:-1]] == [size] * (len(chunks) - 1)
+  for field, expected in zip(zip(*chunks, strict=True), Trace(tmp_path).read(0, 7), strict=True):
+    np.testing.assert_array_equal(np.concatenate(field), expected)
+
+
+def test_any_numpy_reads_the_files(tmp_path):
+  steps = make_steps(12)  # the number of steps gets a second digit
+  write(tmp_path, steps)
+  logits = np.load(tmp_path / "logits.npy", mmap_mode="r")
+  np.testing.assert_array_equal(logits, np.stack([arrays["logits_RBLE"] for arrays in steps]))
+
+
+@pytest.mark.parametrize("name", ["step", "logits", "mask", "domain", "key"])
+def test_a_file_that_was_cut_short_is_read_up_to_its_last_whole_step(tmp_path, name):
+  steps = make_steps(7)
+  write(tmp_path, steps)
+  path = tmp_path / f"{name}.npy"
+  array = np.load(path)
+  header = path.stat().st_size - array.nbytes
+  path.write_bytes(path.read_bytes()[: header + array[0].nbytes * 5 // 2])  # two steps and a half
+  assert_holds(Trace(tmp_path), steps[:2])
+  write(tmp_path, steps[2:], first=3, resume_step=2)
+  assert_holds(Trace(tmp_path), steps)
+
+
+def test_a_kill_between_data_and_header_leaves_the_steps_before(tmp_path):
+  """The header is written last: what it counts is whole."""
+  steps = make_steps(3)
+  write(tmp_path, steps)
+  with (tmp_path / "logits.npy").open("ab") as file:
+    file.write(b"half a step")
+  assert_holds(Trace(tmp_path), steps)
+  write(tmp_path, make_steps(2, seed=1), first=4, resume_step=3)
+  assert_holds(Trace(tmp_path), steps + make_steps(2, seed=1))
+
+
+@pytest.mark.parametrize("resume_step", [0, 2, 5, 9])
+def test_resuming_writes_no_step_twice(tmp_path, resume_step):
+  steps = make_steps(5)
+  write(tmp_path, steps)
+  kept = steps[:resume_step]
+  write(tmp_path, steps[len(kept) :], first=len(kept) + 1, resume_step=resume_step)
+  assert_holds(Trace(tmp_path), steps)
+
+
+def test_no_trace_is_one_line(tmp_path):
+  with pytest.raises(InputError, match="holds no router logits; train with --record_router_logits=1"):
+    Trace(tmp_path)
+  write(tmp_path, [])
+  with pytest.raises(InputError, match="hold no whole step"):
+    Trace(tmp_path)
+  write(tmp_path, make_steps(1))
+  for name, right in (("logits", "hold no whole step"), ("header", "holds no router logits")):
+    path = tmp_path / ("header.json" if name == "header" else f"{name}.npy")
+    path.write_bytes(path.read_bytes()[:10])
+    with pytest.raises(InputError, match=right):
+      Trace(tmp_path)
+
+
+def test_steps_of_another_shape_are_refused(tmp_path):
+  write(tmp_path, make_steps(2))
+  with pytest.raises(
+    InputError, match=r"holds steps of float16 \(2, 4, 3, 5\), and the run now makes float16"
+  ):
+    write(tmp_path, make_steps(1, rows=8), first=3, resume_step=2)
+
+
+# The recording of a run
+
+
+@pytest.fixture(scope="module")
+def dataset():
+  return load_dataset(CONFIG.data)
+
+
+@pytest.fixture(scope="module")
+def finished(dataset, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("finished")
+  return folder, Run(CONFIG, dataset, folder).train()
+
+
+def test_a_run_records_its_batches(finished, dataset):
+  folder, _ = finished
+  trace, model = Trace(folder), CONFIG.model
+  assert trace.shape == (model.num_moe_layers, 8, 16, model.moe.num_experts)
+  assert trace.header["config"] == json.loads(json.dumps(CONFIG.to_dict()))
+  assert {k: trace.header[k] for k in ("num_experts_per_token", "group_size", "capacity")} == {
+    "num_experts_per_token": 2,
+    "group_size": 16,
+    "capacity": 4,
+  }
+  batches = dataset.train_batches(data_seed=0)
+  for steps in trace.chunks(1):
+    batch = next(batches)
+    np.testing.assert_array_equal(steps.mask_IBL[0], batch["mask_BL"])
+    np.testing.assert_array_equal(steps.domain_IB[0], batch["domain_B"])
+
+
+def test_recording_changes_no_number_of_the_run(finished, dataset, tmp_path):
+  folder, _ = finished
+  Run(tiny.change(CONFIG, record_router_logits=0), dataset, tmp_path).train()
+  assert not (tmp_path / "router_logits").exists()
+  lines = [read_jsonl(f / "metrics.jsonl") for f in (folder, tmp_path)]
+  for recorded, plain in zip(*lines, strict=True):
+    assert recorded.keys() == plain.keys()
+    np.testing.assert_allclose(recorded["loss"], plain["loss"], rtol=1e-6)
+    assert recorded["tokens_per_expert"] == plain["tokens_per_expert"]
+
+
+class StopsAt:
+  """Stands for the progress display of a run that the user stops."""
+
+  def __init__(self, step):
+    self.step = step
+
+  def start_run(self, label, num_steps): ...
+
+  def finish_run(self): ...
+
+  def note(self, text): ...
+
+  def update(self, step, *numbers):
+    if step == self.step:
+      raise KeyboardInterrupt
+
+
+def test_a_stopped_run_records_no_step_twice(finished, dataset, tmp_path, monkeypatch):
+  folder, _ = finished
+  config = tiny.change(CONFIG, checkpoint_every=2)
+  save, written = Checkpoints.save, []
+
+  def noted(self, step, state, extra):
+    written.append((step, len(Trace(tmp_path))))
+    save(self, step, state, extra)
+
+  monkeypatch.setattr(Checkpoints, "save", noted)
+  with pytest.raises(KeyboardInterrupt):
+    Run(config, dataset, tmp_path, progress=StopsAt(5)).train()
+  assert len(Trace(tmp_path)) == 5  # more than the checkpoint
+  Run(config, dataset, tmp_path).train()
+  # Also after a kill no step before a checkpoint is missing.
+  assert {step for step, _ in written} == {2, 4, 6} and all(step == steps for step, steps in written)
+  for one, other in zip(Trace(tmp_path).read(0, 9), Trace(folder).read(0, 9), strict=True):
+    np.testing.assert_array_equal(one, other)
+
+
+def test_every_third_step(finished, dataset, tmp_path):
+  folder, _ = finished
+  Run(tiny.change(CONFIG, record_router_logits=3), dataset, tmp_path).train()
+  assert Trace(tmp_path).step_I.tolist() == [3, 6]
+  np.testing.assert_array_equal(
+    Trace(tmp_path).read(1, 2).logits_IRBLE, Trace(folder).read(5, 6).logits_IRBLE
+  )
+
+
+def test_a_layer_without_a_router_is_refused():
+  config = tiny.change(CONFIG, layer="soft_moe", accept_leaks="soft_moe", balancers="none", jitter=0.0)
+  with pytest.raises(InputError, match="--record_router_logits=1: --layer=soft_moe has no router"):
+    check_run(config, sharding.make_mesh(config.mesh))
+
+
+# One step of it, however it is cut
+
+
+@functools.cache
+def recorded_step(**fields) -> dict[str, np.ndarray]:
+  config = tiny.change(CONFIG, **fields)
+  mesh = sharding.make_mesh(config.mesh)
+  with jax.set_mesh(mesh):
+    steps = compile_steps(config, tiny.VOCAB, tiny.DOMAINS, mesh)
+    batch = jax.device_put(tiny.make_batch(), sharding.batch_sharding(mesh))
+    return jax.device_get(steps.train(steps.init(0), batch)[1])
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [
+    {"accumulation": 4},
+    {"mesh": MeshConfig(data=8, expert=1)},
+    {"mesh": MeshConfig(data=2, expert=2), "accumulation": 2},
+    {"scan_layers": False},
+  ],
+  ids=lambda fields: "-".join(f"{k}={v}" for k, v in fields.items()),
+)
+def test_the_trace_does_not_depend_on_how_the_step_is_cut(fields):
+  expected, found = recorded_step()["router_trace"], recorded_step(**fields)["router_trace"]
+  np.testing.assert_allclose(found["logits_RBLE"], expected["logits_RBLE"], rtol=2e-5, atol=2e-5)
+  for name in ("mask_BL", "domain_B", "key_B"):
+    np.testing.assert_array_equal(found[name], expected[name])
+  # Otherwise the order of the sequences would be checked by nothing.
+  rows = expected["logits_RBLE"][0]
+  assert np.abs(rows[1:] - rows[:-1]).max(axis=(1, 2)).min() > 0.1
+
+
+def test_the_logits_are_those_of_the_choices():
+  """Without jitter, bias and drops the K highest logits of each valid token are its experts."""
+  metrics = recorded_step(balancers="none")
+  trace = metrics["router_trace"]
+  order = np.argsort(-trace["logits_RBLE"], axis=-1)[..., :2]
+  chosen_RBLE = np.any(order[..., None] == np.arange(8), axis=-2) & trace["mask_BL"][None, :, :, None]
+  np.testing.assert_array_equal(chosen_RBLE.sum(axis=(1, 2)), metrics["tokens_per_expert"])
+
+
+def test_without_recording_the_step_gives_no_logits():
+  config = tiny.change(CONFIG, record_router_logits=0)
+  mesh = sharding.make_mesh(config.mesh)
+  with jax.set_mesh(mesh):
+    steps = compile_steps(config, tiny.VOCAB, tiny.DOMAINS, mesh)
+    _, metrics = jax.eval_shape(steps.train, steps.abstract_state, tiny.make_batch())
+  assert "router_trace" not in metrics
+  assert max(x.size for x in jax.tree.leaves(metrics)) == 2 * 8  # tokens per expert of two layers
+
+
+def flipped(logits_TE: np.ndarray, rounded_TE: np.ndarray) -> float:
+  """Share of tokens that choose other experts."""
+  choice = lambda x: np.sort(np.asarray(select_top_k(np.asarray(x, np.float32), None, 2)), axis=1)
+  return float(np.any(choice(logits_TE) != choice(rounded_TE), axis=1).mean())
+
+
+def test_how_many_choices_rounding_flips():
+  """float16 flips about one in two thousand, and only ties: bfloat16 would flip eight times as many."""
+  logits_TE = np.random.default_rng(0).normal(size=(40_000, 16)).astype(np.float32) * 2
+  half = flipped(logits_TE, logits_TE.astype(np.float16))
+  brain = flipped(logits_TE, logits_TE.astype(jax.numpy.bfloat16))
+  assert 0 < half < 1e-3
+  assert 4 < brain / half < 16
+
+
+def test_logits_beyond_float16_stay_numbers():
+  from moe_jax.training.step import _router_trace
+
+  logits = np.array([1e30, -1e30, 3.0, 1e-30], np.float32).reshape(1, 1, 1, 1, 4)
+  batch = {"mask_BL": None, "domain_B": None, "key_B": None}
+  found = np.asarray(_router_trace(jax.numpy.asarray(logits), batch, "float16")["logits_RBLE"])
+  assert found.ravel().tolist() == [65504.0, -65504.0, 3.0, 0.0]
