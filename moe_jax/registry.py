@@ -1,15 +1,162 @@
-"""Methods by name: `switch_loss:0.01:scope=sequence` -> a call of the registered factory.
+"""Parts by name, and what a name becomes: `switch_loss:0.01:scope=sequence` -> a `Method`.
 
-Grammar: NAME[:VALUE ...][:OPTION=VALUE ...]. Plain values fill the factory's options in order.
-Several methods are joined by `,` or `+`. Values take the type of the option's default.
+A name is resolved once, where a user says it: on the command line, in a configuration, in a call. Everything below
+holds `Method` objects, which are equal if they would build the same thing.
+
+Grammar: NAME[:VALUE ...][:OPTION=VALUE ...]. Plain values fill the factory's options in order. Several methods are
+joined by `,` or `+`. Values take the type of the option's default.
 """
 
+import dataclasses
+import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from moe_jax.errors import InputError, unknown_name
+from moe_jax.fingerprint import digest, is_builtin, place
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """A factory with its options, not called yet. Hashable; equal if factory, its source and options are.
+
+  So what is compiled can be cached by it: a function that is redefined under the same name is another method.
+  """
+
+  factory: Callable[..., Any]
+  options: tuple[tuple[str, Any], ...] = ()  # every option of the factory, in its order
+  source: str = ""  # digest of a user's code; empty for what this package brings
+  name: str = dataclasses.field(default="", compare=False)
+
+  def __call__(self, **offered: Any) -> Any:
+    """Builds the part. A factory takes, by name, what it needs of what it is offered."""
+    takes = _parameters(self.factory)
+    return self.factory(**{k: v for k, v in offered.items() if k in takes}, **dict(self.options))
+
+  def __str__(self) -> str:
+    """The shortest text that names it."""
+    defaults = {name: p.default for name, p in _parameters(self.factory).items()}
+    changed = [f"{k}={_to_text(v)}" for k, v in self.options if v != defaults.get(k)]
+    return ":".join([self.name, *changed])
+
+  @property
+  def fingerprint(self) -> str:
+    """What the results of another process depend on: name, options and, for a user's code, its source."""
+    return f"{self} [{self.source}]" if self.source else str(self)
+
+
+Spec = str | Method | Callable[..., Any]
+
+
+class Registry(Mapping[str, Callable[..., Any]]):
+  """The factories of one kind of part, by name.
+
+  Args:
+    kind: what they are, for errors: "router", "balancer", ...
+    factories: what this package brings.
+    offered: what a factory may take by name. Its other parameters must have defaults: they are its options.
+  """
+
+  def __init__(self, kind: str, factories: Mapping[str, Callable[..., Any]], offered: Sequence[str] = ()):
+    self.kind, self.offered = kind, tuple(offered)
+    self._factories = dict(factories)
+    self._builtin = frozenset(factories)
+
+  def __getitem__(self, name: str) -> Callable[..., Any]:
+    return self._factories[name]
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._factories)
+
+  def __len__(self) -> int:
+    return len(self._factories)
+
+  def register(self, name: str, factory: Callable[..., Any]) -> None:
+    """Gives `factory` a name. The same code defined once more, as when a notebook cell runs again, replaces itself.
+
+    Raises:
+      InputError: the name is taken or no name, or the factory is none; says where the factory is defined.
+    """
+    if not name.isidentifier():
+      raise InputError(f"{self.kind} {name!r}: a name consists of letters, digits and _")
+    if not callable(factory):
+      raise InputError(f"{self.kind} {name!r}: {factory!r} is no function or class that makes one")
+    other = self._factories.get(name)
+    if name in self._builtin or (other is not None and not _same_place(other, factory)):
+      whose = "moe_jax" if name in self._builtin else place(other)
+      raise InputError(
+        f"{self.kind} {name!r} ({place(factory)}): the name is taken by {whose}; choose another"
+      )
+    self._options(factory, name)
+    self._factories[name] = factory
+
+  def resolve(self, spec: Spec) -> Method:
+    """The method that a name with options, a factory, or a `functools.partial` of one stands for.
+
+    Raises:
+      InputError: unknown name or option, or a value that does not read as the option's type.
+    """
+    if isinstance(spec, Method):
+      return spec
+    if isinstance(spec, str):
+      return self._parse(spec)
+    given: dict[str, Any] = {}
+    if isinstance(spec, functools.partial):
+      if spec.args:
+        raise InputError(f"{self.kind} {spec.func!r}: give the options of a partial by name")
+      spec, given = spec.func, dict(spec.keywords)
+    if not callable(spec):
+      raise InputError(f"{self.kind} {spec!r}: must be a name, or a function or class that makes one")
+    name = next((n for n, f in self._factories.items() if f is spec), getattr(spec, "__name__", repr(spec)))
+    return self._method(name, spec, given)
+
+  def resolve_all(self, specs: Spec | Sequence[Spec]) -> tuple[Method, ...]:
+    """Several: a text with `,` or `+` between them, one spec, or a sequence of specs."""
+    if isinstance(specs, str):
+      specs = split_methods(specs)
+    elif not isinstance(specs, Sequence):
+      specs = [specs]
+    return tuple(self.resolve(spec) for spec in specs)
+
+  def _options(self, factory: Callable[..., Any], name: str) -> dict[str, inspect.Parameter]:
+    """The factory's options: what it takes beyond what it is offered."""
+    options = {n: p for n, p in _parameters(factory).items() if n not in self.offered}
+    for option, parameter in options.items():
+      if parameter.default is inspect.Parameter.empty:
+        raise InputError(
+          f"{self.kind} {name!r} ({place(factory)}): takes {option!r}, which is neither offered "
+          f"({', '.join(self.offered) or 'nothing is'}) nor an option with a default"
+        )
+    return options
+
+  def _method(self, name: str, factory: Callable[..., Any], given: Mapping[str, Any]) -> Method:
+    options = self._options(factory, name)
+    for option in given:
+      if option not in options:
+        raise InputError(f"{self.kind} {name!r}: no option {option!r}; options: {_describe(options)}")
+    values = {n: p.default for n, p in options.items()} | dict(given)
+    return Method(factory, tuple(values.items()), "" if is_builtin(factory) else digest(factory), name)
+
+  def _parse(self, spec: str) -> Method:
+    name, *fields = [field.strip() for field in spec.split(":")]
+    if name not in self:
+      raise unknown_name(self.kind, name, self)
+    options = self._options(self[name], name)
+    given: dict[str, Any] = {}
+    for i, field in enumerate(fields):
+      option, equals, text = (part.strip() for part in field.partition("="))
+      if not equals:
+        if i >= len(options):
+          raise InputError(f"{self.kind} {spec!r}: takes {len(options)} values: {_describe(options)}")
+        option, text = list(options)[i], field
+      if option not in options:
+        raise InputError(f"{self.kind} {spec!r}: no option {option!r}; options: {_describe(options)}")
+      if option in given:
+        raise InputError(f"{self.kind} {spec!r}: {option} is given twice")
+      given[option] = _convert(f"{self.kind} {spec!r}", options[option], text)
+    return self._method(name, self[name], given)
 
 
 def split_methods(spec: str) -> list[str]:
@@ -18,57 +165,35 @@ def split_methods(spec: str) -> list[str]:
   return [part for part in parts if part]
 
 
-def method_name(spec: str) -> str:
-  return spec.split(":", 1)[0].strip()
+@functools.cache
+def _parameters(factory: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+  return inspect.signature(factory).parameters
 
 
-def build(what: str, registry: Mapping[str, Callable[..., Any]], spec: str, *args: Any) -> Any:
-  """Calls the factory that `spec` names with `args` first, then the options that `spec` gives.
-
-  Args:
-    what: the flag's name, for errors: "router", "balancer", "dispatcher".
-    registry: name -> factory. The factory's keyword parameters with defaults are its options.
-    spec: see the module docstring.
-    *args: positional arguments that every factory of the registry takes.
-
-  Raises:
-    InputError: unknown name or option, or a value that does not read as the option's type.
-  """
-  name, *fields = [field.strip() for field in spec.split(":")]
-  if name not in registry:
-    raise unknown_name(what, name, registry)
-  factory = registry[name]
-  parameters = list(inspect.signature(factory).parameters.values())[len(args) :]
-  options = {p.name: p for p in parameters}
-  given: dict[str, Any] = {}
-  for i, field in enumerate(fields):
-    option, equals, text = (part.strip() for part in field.partition("="))
-    if not equals:
-      if i >= len(parameters):
-        raise InputError(f"{what} {spec!r}: takes {len(parameters)} values: {_describe(options)}")
-      option, text = parameters[i].name, field
-    if option not in options:
-      raise InputError(f"{what} {spec!r}: no option {option!r}; options: {_describe(options)}")
-    if option in given:
-      raise InputError(f"{what} {spec!r}: {option} is given twice")
-    given[option] = _convert(what, spec, options[option], text)
-  return factory(*args, **given)
+def _same_place(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
+  """Whether one is a new definition of the other."""
+  named = lambda f: (getattr(f, "__module__", ""), getattr(f, "__qualname__", ""))
+  return named(one) == named(other) != ("", "")
 
 
 def _describe(options: Mapping[str, inspect.Parameter]) -> str:
   return ", ".join(f"{p.name}={p.default}" for p in options.values()) or "none"
 
 
-def _convert(what: str, spec: str, parameter: inspect.Parameter, text: str) -> Any:
+def _to_text(value: Any) -> str:
+  return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _convert(what: str, parameter: inspect.Parameter, text: str) -> Any:
   kind = type(parameter.default)
   if kind is bool:
     if text.lower() not in ("true", "false"):
-      raise InputError(f"{what} {spec!r}: {parameter.name} must be true or false, got {text!r}")
+      raise InputError(f"{what}: {parameter.name} must be true or false, got {text!r}")
     return text.lower() == "true"
   try:
     value = kind(text)
-  except ValueError:
-    raise InputError(f"{what} {spec!r}: {parameter.name} must be {kind.__name__}, got {text!r}") from None
+  except (TypeError, ValueError):
+    raise InputError(f"{what}: {parameter.name} must be {kind.__name__}, got {text!r}") from None
   if kind is float and not math.isfinite(value):
-    raise InputError(f"{what} {spec!r}: {parameter.name} must be finite, got {text!r}")
+    raise InputError(f"{what}: {parameter.name} must be finite, got {text!r}")
   return value

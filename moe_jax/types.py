@@ -38,18 +38,37 @@ class Assignment(NamedTuple):
   holds_slot_A: Array | None = None
 
 
+class RouterContext(NamedTuple):
+  """What a router may read besides the activations.
+
+  A router module gets fields of all groups, [G, T]; the pure choice of one group gets its own, [T].
+  """
+
+  mask: Array  # bool [G, T], False: padding, which is sent nowhere and takes no capacity
+  bias_E: Any = (
+    None  # float32 or an `ExpertScale`, of a balancer: moves the choice of experts, never a weight
+  )
+  key: Array | None = None  # [G] random keys; None: choose without drawing, as in evaluation
+  token_id: Array | None = None  # int32 [G, T], vocabulary ids
+  sequence: Array | None = None  # int32 [G, T], which of the group's sequences the token belongs to
+  domain: Array | None = None  # int32 [G, T], the domain of the token's sequence
+  train: bool = False  # static, for methods that choose differently in evaluation
+
+
 class Routing(NamedTuple):
-  """What a router decides for one group of T tokens. `vmap` adds a leading G to every field."""
+  """What a router decides. Of one group of T tokens; with a leading G in every field, of all groups."""
 
   logits_TE: Array  # float32, before any bias
   # float32, log of the softmax, sigmoid, ... of the logits; never includes the expert bias. Logarithms,
   # because a sigmoid below exp(-87) is 0 in float32, and the ratios of such scores still mean something.
   log_scores_TE: Array
   mask_T: Array  # bool, False: padding, which neither counts nor takes capacity
+  # Its experts may lie beyond those that have a network: such entries count and are never dispatched, for the
+  # router has served them itself, in `direct_TD`.
   assignment: Assignment
   # float32, differentiable: the probability that noise would send the token to the expert (1701.06538, eq. 9)
   smooth_load_TE: Array | None = None
-  bypass_TZ: Array | None = None  # float32, differentiable: weights of the router's zero-computation experts
+  direct_TD: Array | None = None  # differentiable: what the router adds to the layer's output by itself
 
   @property
   def scores_TE(self) -> Array:
@@ -88,13 +107,13 @@ class StepStats(NamedTuple):
 
 
 class MoEAux(NamedTuple):
-  """What an MoE layer knows besides its output. Every array is a sum over tokens, so it adds over
-  micro-batches and devices; losses are means over the micro-batch's valid tokens, weights included."""
+  """What a feed-forward part with experts knows besides its output. Every array but the logits is a sum over tokens,
+  so it adds over micro-batches and devices; losses are means over the micro-batch's valid tokens, weights included."""
 
   losses: dict[str, Array]  # name -> scalar
-  balancer_stats: PyTree  # sum of the balancer's `observe`
+  balancer_stats: PyTree  # sum of the balancer's `observe`; None where nothing is balanced
   tokens_per_expert_BE: Array  # float32 counts before capacity, per sequence
   kept_per_expert_E: Array  # float32 counts after capacity
   router_entropy: Array  # scalar, nats, summed over valid tokens
   num_tokens: Array  # scalar, valid tokens
-  logits_BLE: Array | None = None  # float32, what the router was given; None unless asked for. Not a sum.
+  logits_BLE: Array | None = None  # float32, what the router decided by; None unless asked for. Not a sum.

@@ -1,7 +1,10 @@
-"""Routers: router logits of one group -> `Routing`. One factory per method, one file per family."""
+"""Choices: router logits of one group -> `Routing`. One factory per method, one file per family.
+
+`moe_jax.nn.routers` gives them their projections.
+"""
 
 from moe_jax.ops.routing.base_assignment import base_assignment
-from moe_jax.ops.routing.common import Router, selected_experts, to_batch
+from moe_jax.ops.routing.common import Choice, selected_experts, to_batch
 from moe_jax.ops.routing.expert_choice import expert_choice
 from moe_jax.ops.routing.gshard import gshard_top2
 from moe_jax.ops.routing.hashing import frozen_table_topk, hash_topk
@@ -17,39 +20,43 @@ from moe_jax.ops.routing.top_p import top_p
 from moe_jax.ops.routing.topk import sigmoid_topk, softmax_topk, sqrt_softplus_topk, switch_top1
 from moe_jax.ops.routing.topology import topology_aware_topk
 from moe_jax.ops.routing.zero_computation import moe_plus_plus
-from moe_jax.registry import build
+from moe_jax.registry import Registry, Spec
 
-ROUTERS = {
-  "softmax_topk": softmax_topk,
-  "sigmoid_topk": sigmoid_topk,
-  "sqrt_softplus_topk": sqrt_softplus_topk,
-  "switch_top1": switch_top1,
-  "gshard_top2": gshard_top2,
-  "noisy_topk": noisy_topk,
-  "vmoe_topk": vmoe_topk,
-  "hierarchical_topk": hierarchical_topk,
-  "st_moe_topn": st_moe_topn,
-  "top_p": top_p,
-  "task_level": task_level,
-  "sequence_level": sequence_level,
-  "moe_plus_plus": moe_plus_plus,
-  "group_limited_topk": group_limited_topk,
-  "device_limited_topk": device_limited_topk,
-  "node_limited_topk": node_limited_topk,
-  "topology_aware_topk": topology_aware_topk,
-  "hash_topk": hash_topk,
-  "frozen_table_topk": frozen_table_topk,
-  "batch_prioritized": batch_prioritized,
-  "expert_choice": expert_choice,
-  "base_assignment": base_assignment,
-  "sinkhorn": sinkhorn,
-  "quantile_topk": quantile_topk,
-}
+CHOICES = Registry(
+  "router",
+  {
+    "softmax_topk": softmax_topk,
+    "sigmoid_topk": sigmoid_topk,
+    "sqrt_softplus_topk": sqrt_softplus_topk,
+    "switch_top1": switch_top1,
+    "gshard_top2": gshard_top2,
+    "noisy_topk": noisy_topk,
+    "vmoe_topk": vmoe_topk,
+    "hierarchical_topk": hierarchical_topk,
+    "st_moe_topn": st_moe_topn,
+    "top_p": top_p,
+    "task_level": task_level,
+    "sequence_level": sequence_level,
+    "moe_plus_plus": moe_plus_plus,
+    "group_limited_topk": group_limited_topk,
+    "device_limited_topk": device_limited_topk,
+    "node_limited_topk": node_limited_topk,
+    "topology_aware_topk": topology_aware_topk,
+    "hash_topk": hash_topk,
+    "frozen_table_topk": frozen_table_topk,
+    "batch_prioritized": batch_prioritized,
+    "expert_choice": expert_choice,
+    "base_assignment": base_assignment,
+    "sinkhorn": sinkhorn,
+    "quantile_topk": quantile_topk,
+  },
+  offered=("num_experts", "num_experts_per_token"),
+)
 
 
-def make_router(spec: str, num_experts: int, num_experts_per_token: int) -> Router:
-  """`"sigmoid_topk:normalize=true"` -> router."""
-  return build("router", ROUTERS, spec, num_experts, num_experts_per_token)
+def make_choice(spec: Spec, num_experts: int, num_experts_per_token: int) -> Choice:
+  """`"sigmoid_topk:normalize=true"` -> its choice."""
+  return CHOICES.resolve(spec)(num_experts=num_experts, num_experts_per_token=num_experts_per_token)
 
 
-__all__ = ["ROUTERS", "Router", "make_router", "selected_experts", "to_batch"]
+__all__ = ["CHOICES", "Choice", "make_choice", "selected_experts", "to_batch"]

@@ -1,4 +1,4 @@
-"""What all routers share: the contract, selection, and the two orders of an assignment."""
+"""What all routers share: the contract of a choice, selection, and the two orders of an assignment."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -6,49 +6,52 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax.types import Array, Assignment, BatchRouting, ExpertScale, Routing
+from moe_jax.errors import InputError
+from moe_jax.types import Array, Assignment, BatchRouting, ExpertScale, RouterContext, Routing
 
 
-class Router(NamedTuple):
-  """A routing method. A plain one names only `route`; the other fields say what is special about it.
+class Choice(NamedTuple):
+  """How a router chooses, given its logits: pure, for one group of T tokens. A plain method names only `choose`.
 
-  route: `route(logits_TE, *, bias_E=None, key=None, mask_T=None, **further) -> Routing` for one group of T
-    tokens; the layer maps it over groups.
-      logits_TE: float32 router logits.
-      bias_E: moves the choice of experts, never a weight: added to the scores, or an `ExpertScale`.
-      key: randomness for routers that draw; None (evaluation): the deterministic choice.
-      mask_T: bool, False for padding. None: no padding.
-      further: the keyword arguments named in `reads`.
-  reads: further arguments of `route`, of these:
-      train: a Python bool, for methods that choose differently in evaluation.
-      token_id_T: int32 vocabulary ids.
-      sequence_T: int32, which of the group's sequences the token belongs to; the layer then makes groups
-        of whole sequences.
-      side_logits_TX: float32, a second learned projection of the router input.
+  choose: `choose(logits_TE, context) -> Routing`, with a `RouterContext` of one group. A method with several
+    projections takes their results first: `choose(logits_TE, noise_logits_TE, context)`.
   leaks: whether the choice for a token depends on later tokens of its sequence: "" never, "drops" only where
     capacity drops assignments, "always" otherwise. A causal model refuses the latter two.
   takes_bias: False where there is no choice that a bias could move.
   gives_smooth_load: fills in `Routing.smooth_load_TE`.
-  num_side_logits: X, columns of the second projection; 0: there is none.
-  zero_init: the router's projections start at zero.
-  num_tasks: above 0, the logits are a learned row per domain of the text, not a projection of activations.
-  num_extra_logits: columns of logits_TE beyond the E experts that have a feed-forward network.
-  bypass: kinds of the Z zero-computation experts that `Routing.bypass_TZ` weighs: zero, copy, constant.
+  whole_sequences: reads `context.sequence`, so groups must hold whole sequences.
+  num_tasks: domains that it knows; 0: it reads none.
+  zero_init: the projections start at zero.
   """
 
-  route: Callable[..., Routing]
-  reads: tuple[str, ...] = ()
+  choose: Callable[..., Routing]
   leaks: str = ""
   takes_bias: bool = True
   gives_smooth_load: bool = False
-  num_side_logits: int = 0
-  zero_init: bool = False
+  whole_sequences: bool = False
   num_tasks: int = 0
-  num_extra_logits: int = 0
-  bypass: tuple[str, ...] = ()
+  zero_init: bool = False
 
-  def __call__(self, logits_TE: Array, **kwargs) -> Routing:
-    return self.route(logits_TE, **kwargs)
+
+def in_groups(choose: Callable[..., Routing], *logits_GTE: Array, context: RouterContext) -> Routing:
+  """`choose(*logits_TE, context)` of every group; each field of the result has a leading G."""
+  shared = {"bias_E": context.bias_E, "train": context.train}
+
+  def of_group(own: RouterContext, *logits_TE: Array) -> Routing:
+    return choose(*logits_TE, own._replace(**shared))
+
+  return jax.vmap(of_group)(context._replace(bias_E=None, train=None), *logits_GTE)
+
+
+def require(value: Array | None, who: str, name: str) -> Array:
+  """`value`, which `who` reads from its context.
+
+  Raises:
+    InputError: the layer was called without it.
+  """
+  if value is None:
+    raise InputError(f"{who}: reads {name}, which the layer was not given")
+  return value
 
 
 def apply_bias(scores_TE: Array, bias_E: Array | ExpertScale | None) -> Array:
@@ -58,6 +61,15 @@ def apply_bias(scores_TE: Array, bias_E: Array | ExpertScale | None) -> Array:
   if isinstance(bias_E, ExpertScale):
     return scores_TE * bias_E.factor_E[None]
   return scores_TE + bias_E[None]
+
+
+def top_k(logits_TE: Array, num_experts_per_token: int, context: RouterContext) -> Routing:
+  """The plain choice, for a router of your own: the K experts with the highest softmax (and bias), weighted by
+  the softmax over the K chosen logits (2401.04088)."""
+  log_scores_TE = jax.nn.log_softmax(logits_TE, axis=-1)
+  expert_TK = select_top_k(jnp.exp(log_scores_TE), context.bias_E, num_experts_per_token)
+  weight_TK = jax.nn.softmax(take_experts(logits_TE, expert_TK), axis=-1)
+  return Routing(logits_TE, log_scores_TE, context.mask, token_major(expert_TK, weight_TK, context.mask))
 
 
 def select_top_k(scores_TE: Array, bias_E: Array | ExpertScale | None, k: int) -> Array:
@@ -80,10 +92,6 @@ def take_experts(values_TE: Array, expert_TK: Array) -> Array:
   """`values_TE[t, expert_TK[t, k]]` as [T, K], differentiable without a scatter."""
   is_chosen_TKE = expert_TK[:, :, None] == jnp.arange(values_TE.shape[-1])[None, None, :]
   return jnp.sum(jnp.where(is_chosen_TKE, values_TE[:, None, :], 0), axis=-1)
-
-
-def full_mask(logits_TE: Array, mask_T: Array | None) -> Array:
-  return jnp.ones(logits_TE.shape[:1], bool) if mask_T is None else mask_T
 
 
 def token_major(

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.errors import InputError, require_option
-from moe_jax.ops.routing.common import Router, full_mask, select_top_k, take_experts, token_major
-from moe_jax.types import Array, Routing
+from moe_jax.ops.routing.common import Choice, select_top_k, take_experts, token_major
+from moe_jax.types import Array, RouterContext, Routing
 
 
 def log_sqrt_softplus(logits_TE: Array) -> Array:
@@ -29,7 +29,7 @@ def weigh(log_scores_TE: Array, expert_TK: Array, normalize: bool, scale: float)
   return scale * (jax.nn.softmax(chosen_TK, axis=-1) if normalize else jnp.exp(chosen_TK))
 
 
-def softmax_topk(num_experts: int, num_experts_per_token: int, softmax: str = "after") -> Router:
+def softmax_topk(num_experts: int, num_experts_per_token: int, softmax: str = "after") -> Choice:
   """Softmax top-k. `after` the selection (Mixtral, 2401.04088): the K weights of a token sum to 1.
   `before` it (DeepSeekMoE, 2401.06066, eq. 3-5): the weights are the probabilities among all experts.
 
@@ -37,68 +37,56 @@ def softmax_topk(num_experts: int, num_experts_per_token: int, softmax: str = "a
   """
   require_option("router softmax_topk", "softmax", softmax, ("before", "after"))
 
-  def route(
-    logits_TE: Array, *, bias_E: Array | None = None, key: Array | None = None, mask_T: Array | None = None
-  ) -> Routing:
-    del key
-    mask_T = full_mask(logits_TE, mask_T)
+  def choose(logits_TE: Array, context: RouterContext) -> Routing:
     log_scores_TE = jax.nn.log_softmax(logits_TE, axis=-1)
     scores_TE = jnp.exp(log_scores_TE)
-    expert_TK = select_top_k(scores_TE, bias_E, num_experts_per_token)
+    expert_TK = select_top_k(scores_TE, context.bias_E, num_experts_per_token)
     if softmax == "after":
       weight_TK = jax.nn.softmax(take_experts(logits_TE, expert_TK), axis=-1)
     else:
       weight_TK = take_experts(scores_TE, expert_TK)
-    return Routing(logits_TE, log_scores_TE, mask_T, token_major(expert_TK, weight_TK, mask_T))
+    return Routing(logits_TE, log_scores_TE, context.mask, token_major(expert_TK, weight_TK, context.mask))
 
-  return Router(route)
+  return Choice(choose)
 
 
 def sigmoid_topk(
   num_experts: int, num_experts_per_token: int, normalize: bool = False, scale: float = 1.0
-) -> Router:
+) -> Choice:
   """Sigmoid top-k (2408.15664: weights are the plain scores). `normalize` divides a token's
   weights by their sum, `scale` multiplies them (DeepSeek-V3, 2412.19437, eq. 12-16: true and 2.5)."""
 
-  def route(
-    logits_TE: Array, *, bias_E: Array | None = None, key: Array | None = None, mask_T: Array | None = None
-  ) -> Routing:
-    del key
-    mask_T = full_mask(logits_TE, mask_T)
+  def choose(logits_TE: Array, context: RouterContext) -> Routing:
     log_scores_TE = jax.nn.log_sigmoid(logits_TE)
-    expert_TK = select_top_k(jnp.exp(log_scores_TE), bias_E, num_experts_per_token)
+    expert_TK = select_top_k(jnp.exp(log_scores_TE), context.bias_E, num_experts_per_token)
     weight_TK = weigh(log_scores_TE, expert_TK, normalize, scale)
-    return Routing(logits_TE, log_scores_TE, mask_T, token_major(expert_TK, weight_TK, mask_T))
+    return Routing(logits_TE, log_scores_TE, context.mask, token_major(expert_TK, weight_TK, context.mask))
 
-  return Router(route)
+  return Choice(choose)
 
 
 def sqrt_softplus_topk(
   num_experts: int, num_experts_per_token: int, normalize: bool = True, scale: float = 1.0
-) -> Router:
+) -> Choice:
   """Top-k of sqrt(softplus(x)), weights divided by their sum (DeepSeek-V4, 2606.19348, section 2.1).
 
   Unlike a sigmoid the score has no upper bound. `scale` multiplies the weights: 1.5 in the released V4-Flash,
   2.5 in V4-Pro.
   """
 
-  def route(
-    logits_TE: Array, *, bias_E: Array | None = None, key: Array | None = None, mask_T: Array | None = None
-  ) -> Routing:
-    del key
-    mask_T = full_mask(logits_TE, mask_T)
+  def choose(logits_TE: Array, context: RouterContext) -> Routing:
     log_scores_TE = log_sqrt_softplus(logits_TE)
-    expert_TK = select_top_k(jnp.exp(log_scores_TE), bias_E, num_experts_per_token)
+    expert_TK = select_top_k(jnp.exp(log_scores_TE), context.bias_E, num_experts_per_token)
     weight_TK = weigh(log_scores_TE, expert_TK, normalize, scale)
-    return Routing(logits_TE, log_scores_TE, mask_T, token_major(expert_TK, weight_TK, mask_T))
+    return Routing(logits_TE, log_scores_TE, context.mask, token_major(expert_TK, weight_TK, context.mask))
 
-  return Router(route)
+  return Choice(choose)
 
 
-def switch_top1(num_experts: int, num_experts_per_token: int) -> Router:
+def switch_top1(num_experts: int, num_experts_per_token: int) -> Choice:
   """Switch (2101.03961, eq. 2): one expert, weighted by its probability among all experts."""
   if num_experts_per_token != 1:
-    raise InputError(f"--num_experts_per_token={num_experts_per_token}: router switch_top1 takes 1")
+    raise InputError(f"num_experts_per_token={num_experts_per_token}: router switch_top1 takes 1")
   return softmax_topk(num_experts, 1, softmax="before")
 
 

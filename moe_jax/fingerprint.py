@@ -1,0 +1,83 @@
+"""What a piece of a user's code is: where it is defined, and a digest that changes whenever it does."""
+
+import hashlib
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+_PACKAGE = __name__.partition(".")[0]
+
+
+def is_builtin(code: Callable[..., Any]) -> bool:
+  """Whether `code` comes with this package."""
+  return (getattr(inspect.unwrap(code), "__module__", None) or "").partition(".")[0] == _PACKAGE
+
+
+def place(code: Callable[..., Any]) -> str:
+  """`file:line` of a definition, as far as Python knows it."""
+  code = inspect.unwrap(code)
+  try:
+    return f"{inspect.getsourcefile(code)}:{inspect.getsourcelines(code)[1]}"
+  except (OSError, TypeError):
+    return getattr(code, "__module__", None) or "an unknown place"
+
+
+def digest(code: Callable[..., Any]) -> str:
+  """Of the source of `code` and of what it uses of its own module: functions, classes and plain constants.
+
+  Results on disk are compared by it. Code without a source (typed into an interpreter) counts by its instructions.
+  """
+  parts: list[str] = []
+  _collect(inspect.unwrap(code), parts, set())
+  return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
+def _collect(code: Any, parts: list[str], seen: set[int]) -> None:
+  if id(code) in seen:
+    return
+  seen.add(id(code))
+  parts.append(_source(code))
+  for function in _functions(code):
+    for name, value in _used(function):
+      if isinstance(value, types.FunctionType | type):
+        if value.__module__ == code.__module__:
+          _collect(value, parts, seen)
+      elif isinstance(value, int | float | str | bytes | tuple | None):
+        parts.append(f"{name}={value!r}")
+
+
+def _source(code: Any) -> str:
+  try:
+    return inspect.getsource(code)
+  except (OSError, TypeError):
+    return "\n".join(_instructions(function.__code__) for function in _functions(code))
+
+
+def _instructions(code: types.CodeType) -> str:
+  nested = [_instructions(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
+  return f"{code.co_code.hex()} {code.co_names} {nested}"
+
+
+def _functions(code: Any) -> list[types.FunctionType]:
+  if isinstance(code, types.FunctionType):
+    return [code]
+  return (
+    [f for f in vars(code).values() if isinstance(f, types.FunctionType)] if isinstance(code, type) else []
+  )
+
+
+def _used(function: types.FunctionType) -> list[tuple[str, Any]]:
+  """(name, value) of the globals and outer variables that a function reads, nested functions included."""
+  names, waiting = set(), [function.__code__]
+  while waiting:
+    code = waiting.pop()
+    names.update(code.co_names)
+    waiting += [c for c in code.co_consts if isinstance(c, types.CodeType)]
+  found = [(name, function.__globals__[name]) for name in sorted(names) if name in function.__globals__]
+  for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
+    try:
+      found.append((name, cell.cell_contents))
+    except ValueError:  # not assigned yet
+      continue
+  return found
