@@ -52,6 +52,7 @@ class RouterContext(NamedTuple):
   token_id: Array | None = None  # int32 [G, T], vocabulary ids
   sequence: Array | None = None  # int32 [G, T], which of the group's sequences the token belongs to
   domain: Array | None = None  # int32 [G, T], the domain of the token's sequence
+  layer_input: Array | None = None  # [G, T, D], what the experts see: of any float type, and never jittered
   train: bool = False  # static, for methods that choose differently in evaluation
 
 
@@ -114,6 +115,5 @@ class MoEAux(NamedTuple):
   balancer_stats: PyTree  # sum of the balancer's `observe`; None where nothing is balanced
   tokens_per_expert_BE: Array  # float32 counts before capacity, per sequence
   kept_per_expert_E: Array  # float32 counts after capacity
-  router_entropy: Array  # scalar, nats, summed over valid tokens
-  num_tokens: Array  # scalar, valid tokens
+  metrics: dict[str, PyTree]  # name -> sums, see `moe_jax.ops.metrics`
   logits_BLE: Array | None = None  # float32, what the router decided by; None unless asked for. Not a sum.

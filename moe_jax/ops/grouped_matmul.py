@@ -154,3 +154,58 @@ def _block_backward(activation, rows_MX, w_in, w_out_EHY, group_sizes_E, inner, 
   zeros = tuple(jnp.zeros_like(a) for a in (rows_MX, *w_in, w_out_EHY))
   d_rows_MX, *d_in, d_w_out = lax.fori_loop(0, w_out_EHY.shape[0], expert, zeros)
   return _clear_tail(d_rows_MX, group_sizes_E), tuple(d_in), d_w_out
+
+
+@jax.custom_vjp
+def grouped_matmul(rows_MX: Array, w_EXY: Array, group_sizes_E: Array) -> Array:
+  """`rows[m] @ w[e]` for the `group_sizes_E[e]` rows of expert e, which follow those of e-1; [M, X] -> [M, Y].
+
+  As in `grouped_ffn`, at least BLOCK rows must follow the last group; they give zero.
+  """
+  cpu = functools.partial(_block_rows, _ROWS_BY_MATRIX)
+  return lax.platform_dependent(rows_MX, w_EXY, group_sizes_E, cpu=cpu, default=_ragged_rows)
+
+
+def _matmul_bwd(saved, d_out_MY):
+  rows_MX, w_EXY, group_sizes_E = saved
+  d_rows = functools.partial(_block_rows, _ROWS_BY_TRANSPOSED)
+  ragged = lambda d_out, w, sizes: _ragged_rows(d_out, w.swapaxes(1, 2), sizes)
+  d_rows_MX = lax.platform_dependent(d_out_MY, w_EXY, group_sizes_E, cpu=d_rows, default=ragged)
+  d_w_EXY = lax.platform_dependent(rows_MX, d_out_MY, group_sizes_E, cpu=_block_w, default=_ragged_w)
+  return d_rows_MX.astype(rows_MX.dtype), d_w_EXY.astype(w_EXY.dtype), None
+
+
+grouped_matmul.defvjp(lambda *args: (grouped_matmul(*args), args), _matmul_bwd)
+
+
+def _block_rows(dimensions, rows_MX, w_EXY, group_sizes_E):
+  start_E = jnp.cumsum(group_sizes_E) - group_sizes_E
+
+  def expert(e, out_MY):
+    def block(start, left, out_MY):
+      del left
+      x = lax.dynamic_slice_in_dim(rows_MX, start, BLOCK)
+      return _write([out_MY], [lax.dot_general(x, w_EXY[e], dimensions)], start)[0]
+
+    return _for_blocks(group_sizes_E[e], start_E[e], block, out_MY)
+
+  width = w_EXY.shape[2 if dimensions == _ROWS_BY_MATRIX else 1]
+  out_MY = jnp.zeros((rows_MX.shape[0], width), jnp.result_type(rows_MX, w_EXY))
+  return _clear_tail(lax.fori_loop(0, w_EXY.shape[0], expert, out_MY), group_sizes_E)
+
+
+def _block_w(rows_MX, d_out_MY, group_sizes_E):
+  """The gradient of the matrices: sums over the rows of each expert."""
+  start_E = jnp.cumsum(group_sizes_E) - group_sizes_E
+  shape = (rows_MX.shape[1], d_out_MY.shape[1])
+
+  def expert(e, d_w_EXY):
+    def block(start, left, d_w):
+      own_B1 = (jnp.arange(BLOCK) < left)[:, None]
+      x, dy = (jnp.where(own_B1, lax.dynamic_slice_in_dim(a, start, BLOCK), 0) for a in (rows_MX, d_out_MY))
+      return d_w + lax.dot_general(x, dy, _SUM_OVER_ROWS, preferred_element_type=jnp.float32)
+
+    d_w = _for_blocks(group_sizes_E[e], start_E[e], block, jnp.zeros(shape, jnp.float32))
+    return d_w_EXY.at[e].set(d_w)
+
+  return lax.fori_loop(0, group_sizes_E.shape[0], expert, jnp.zeros((group_sizes_E.shape[0], *shape)))
