@@ -9,8 +9,6 @@ Sources: kexue.fm/archives/11619 (the article), and the technical report of Kimi
 The article repeats cutoffs and quantiles on one batch; for training it recommends one round per step from the
 bias of the step before, and so does the report: that is what is here. Quantiles are read from a histogram per
 expert, which adds up over micro-batches and devices, where the article sorts one batch.
-
-Letter of this file: Q bins of a histogram.
 """
 
 from typing import NamedTuple
