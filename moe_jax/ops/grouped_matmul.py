@@ -149,7 +149,7 @@ def _block_backward(activation, rows_MD, w_in, w_out_EFD, group_sizes_E, inner, 
 
     zeros = (jnp.zeros(w.shape, jnp.float32) for w in (*own_w_in, w_out_FD))
     d_rows_MD, *d_own = _for_blocks(group_sizes_E[e], start_E[e], block, (d_rows_MD, *zeros))
-    return d_rows_MD, *(d_E.at[e].set(d.astype(d_E.dtype)) for d_E, d in zip(d_w, d_own))
+    return d_rows_MD, *(all_d.at[e].set(d.astype(all_d.dtype)) for all_d, d in zip(d_w, d_own))
 
   zeros = tuple(jnp.zeros_like(a) for a in (rows_MD, *w_in, w_out_EFD))
   d_rows_MD, *d_in, d_w_out = lax.fori_loop(0, w_out_EFD.shape[0], expert, zeros)

@@ -94,8 +94,8 @@ def communication_loss(
     sent_BLP = (by_device(routing.selected_BLE, devices) > 0).astype(jnp.float32)
     return sent_BLP, devices_per_token * routing.mask_BL.astype(jnp.float32)
 
-  def load(sums_U):
-    sent_UP, allowed_U = sums_U
+  def load(sums):
+    sent_UP, allowed_U = sums
     return sent_UP / jnp.maximum(allowed_U[:, None], 1.0)
 
   importance = lambda routing: by_device(normalized_scores(routing), devices)

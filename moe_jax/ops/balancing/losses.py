@@ -63,12 +63,12 @@ def load_balancing(
     # where, not a product: padding may hold logits that give no number.
     probs_BLX = jnp.where(routing.mask_BL[..., None], probs_BLX, 0)
     if scope == "global_batch":
-      sums_U = jax.tree.map(lambda x: x[None], step_stats.whole)
+      sums = jax.tree.map(lambda x: x[None], step_stats.whole)
     elif scope == "buffer":
-      sums_U = jax.tree.map(lambda x: x[None], step_stats.so_far)
+      sums = jax.tree.map(lambda x: x[None], step_stats.so_far)
     else:
-      sums_U = jax.tree.map(lambda x: x.reshape(-1, unit, *x.shape[2:]).sum(axis=1), count(routing))
-    load_UX = load(jax.lax.stop_gradient(sums_U))
+      sums = jax.tree.map(lambda x: x.reshape(-1, unit, *x.shape[2:]).sum(axis=1), count(routing))
+    load_UX = load(jax.lax.stop_gradient(sums))
     # sum over tokens, not their mean: it weighs each unit by its tokens, and an empty unit by nothing.
     importance_sum_UX = probs_BLX.reshape(-1, unit, probs_BLX.shape[-1]).sum(axis=1)
     loss = probs_BLX.shape[-1] * jnp.sum(load_UX * importance_sum_UX) / jnp.maximum(mask_UT.sum(), 1.0)
