@@ -13,7 +13,7 @@ from jax import lax
 from moe_jax.ops.dispatch.common import Shard, no_sharding
 from moe_jax.ops.dispatch.dropless import dropless_dispatch
 from moe_jax.ops.dispatch.slots import as_one_group
-from moe_jax.ops.experts import ExpertWeights
+from moe_jax.ops.experts import Experts
 from moe_jax.sharding.capacity import Capacity, kept_entries
 from moe_jax.sharding.devices import on_each_device
 from moe_jax.types import Array, Assignment
@@ -22,7 +22,7 @@ from moe_jax.types import Array, Assignment
 def all_gather_dispatch(
   x_GTD: Array,
   assignment: Assignment,
-  experts: ExpertWeights,
+  experts: Experts,
   *,
   num_experts: int,
   capacity: int,

@@ -11,7 +11,7 @@ from jax import lax
 from moe_jax.ops.dispatch.common import Shard, exchanged, no_sharding
 from moe_jax.ops.dispatch.dropless import dropless_dispatch
 from moe_jax.ops.dispatch.slots import as_one_group, in_queue_order, make_queues
-from moe_jax.ops.experts import ExpertWeights, SortedByExpert
+from moe_jax.ops.experts import Experts, Sorted
 from moe_jax.ops.grouped_matmul import BLOCK
 from moe_jax.sharding.capacity import Capacity, kept_entries, within_budget
 from moe_jax.sharding.devices import on_each_device
@@ -31,7 +31,7 @@ class Options(NamedTuple):
 def all_to_all_dispatch(
   x_GTD: Array,
   assignment: Assignment,
-  experts: ExpertWeights,
+  experts: Experts,
   *,
   num_experts: int,
   capacity: int,
@@ -81,7 +81,7 @@ def _on_device(x_GTD, assignment, experts, group, *, num_experts, capacity, opti
     counts_PPO = length_PJE[:, i].reshape(group.size, group.size, own_experts)
     plan = make_plan(counts_PPO, lax.axis_index(group.axis))
     rows_MD = exchanged(exchange(x_YD.at[token_X].get(mode="fill", fill_value=0), plan, there))
-    rows_MD = experts(rows_MD, SortedByExpert(plan.recv_size_PO.sum(axis=0)))
+    rows_MD = experts(rows_MD, Sorted(plan.recv_size_PO.sum(axis=0), rows_MD.shape[0]))
     rows_XD = exchanged(exchange(rows_MD, plan.back(), there.back()))
     y_YD = y_YD.at[token_X].add(rows_XD * weight_X[:, None], mode="drop")
   return y_YD.astype(x_GTD.dtype).reshape(x_GTD.shape), kept_GA

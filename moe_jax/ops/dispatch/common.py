@@ -5,12 +5,9 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.ops.experts import Matmul, SortedByExpert
+from moe_jax.ops.experts import Batched, Experts
 from moe_jax.types import Array
 
-Experts = Callable[
-  [Array, Matmul | SortedByExpert], Array
-]  # experts(rows, matmul) -> rows, see ops/experts.py
 Shard = Callable[[Array, tuple[str | None, ...]], Array]  # constrains the sharding of named axes
 
 

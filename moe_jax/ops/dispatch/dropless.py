@@ -2,9 +2,9 @@
 
 import jax.numpy as jnp
 
-from moe_jax.ops.dispatch.common import Experts, Shard, no_sharding
+from moe_jax.ops.dispatch.common import Shard, no_sharding
 from moe_jax.ops.dispatch.slots import as_one_group, in_queue_order, make_queues
-from moe_jax.ops.experts import SortedByExpert
+from moe_jax.ops.experts import Experts, Sorted
 from moe_jax.ops.grouped_matmul import BLOCK
 from moe_jax.types import Array, Assignment
 
@@ -33,7 +33,7 @@ def dropless_dispatch(
   token_M = jnp.pad(token_M[:num_rows], (0, BLOCK), constant_values=x_XD.shape[0])
   weight_M = jnp.pad(weight_M[:num_rows], (0, BLOCK))
   rows_MD = x_XD.at[token_M].get(mode="fill", fill_value=0)
-  rows_MD = experts(rows_MD, SortedByExpert(queues.length_E))
+  rows_MD = experts(rows_MD, Sorted(queues.length_E, rows_MD.shape[0]))
   weighted_MD = rows_MD * weight_M[:, None]
   y_XD = jnp.zeros(x_XD.shape, weighted_MD.dtype).at[token_M].add(weighted_MD, mode="drop")
   return shard(y_XD.astype(x_GTD.dtype).reshape(x_GTD.shape), ("group", None, None)), assignment.valid_A
