@@ -33,7 +33,7 @@ def _cpu() -> bytes:
 
 def _data_sources() -> bytes:
   """Whatever builds the corpora: built ones are kept between runs until this changes."""
-  sources = [ROOT / "moe_jax/config.py", *sorted((ROOT / "moe_jax/data").rglob("*.py"))]
+  sources = [*sorted((ROOT / "moe_jax/config").glob("*.py")), *sorted((ROOT / "moe_jax/data").rglob("*.py"))]
   return b"\0".join(path.read_bytes() for path in sources)
 
 

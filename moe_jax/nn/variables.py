@@ -16,6 +16,14 @@ class BalancerState(nnx.Variable):
   """State of a balancer: neither differentiated nor seen by the optimizer, changed once per step."""
 
 
+def freeze(module: nnx.Module) -> nnx.Module:
+  """Marks every parameter of `module` as frozen: the optimizer leaves it as it is. Returns the module."""
+  for _, leaf in nnx.iter_graph(module):
+    if isinstance(leaf, nnx.Param):
+      leaf.set_metadata(group="frozen")
+  return module
+
+
 def matrix(
   rngs: nnx.Rngs,
   shape: tuple[int, ...],
@@ -26,8 +34,12 @@ def matrix(
 ) -> nnx.Param:
   """A float32 parameter with std sqrt(scale / fan_in), truncated at two standard deviations.
 
-  Axes named "expert" are batch axes; of the rest the first `num_in` are inputs. Switch
-  (2101.03961, section 2.4) uses scale 0.1. `zero`: all zeros instead.
+  Args:
+    rngs: draws the values.
+    shape, axes: one logical axis (`moe_jax.sharding.RULES`) per dimension. Those named "expert" are batch axes.
+    scale: Switch (2101.03961, section 2.4) uses 0.1.
+    num_in: how many of the other axes, from the left, are inputs.
+    zero: all zeros instead.
   """
   if zero:
     return nnx.Param(jnp.zeros(shape, jnp.float32), logical_axes=axes)
@@ -42,3 +54,8 @@ def matrix(
     batch_axis=batch,
   )
   return nnx.Param(init(rngs.params(), shape, jnp.float32), logical_axes=axes)
+
+
+def vector(values: jax.Array, axes: tuple[str, ...]) -> nnx.Param:
+  """A parameter that starts at `values`, such as a bias or a temperature."""
+  return nnx.Param(jnp.asarray(values, jnp.float32), logical_axes=axes)

@@ -1,58 +1,155 @@
-"""The feed-forward network of one expert, written once for every way of multiplying by E matrices."""
+"""What dispatchers know of experts: a tree of arrays, and a function that computes rows by it.
 
-from collections.abc import Callable
-from typing import NamedTuple
+The function is written once for every way of multiplying by E matrices. The dispatcher supplies the `Product`, for
+only it knows which row belongs to which expert.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 
-from moe_jax.ops.grouped_matmul import grouped_ffn
+from moe_jax.ops.grouped_matmul import grouped_ffn, grouped_matmul
 from moe_jax.types import Array
 
-# matmul(rows_..X, w_EXY) -> rows_..Y: each row times the matrix of the expert that the row belongs to.
-# The dispatcher supplies it, because only the dispatcher knows which row belongs to whom.
-Matmul = Callable[[Array, Array], Array]
+Activation = Callable[..., Array]  # one or two arrays of hidden units -> hidden units; zeros give zeros
 
 
-class SortedByExpert(NamedTuple):
-  """Supplied instead of a matmul where the rows are sorted by expert: how many belong to each. At least
-  `grouped_matmul.BLOCK` rows of no expert follow."""
+class Product(Protocol):
+  """Rows times the matrices of their experts.
 
-  group_sizes_E: Array
-
-
-class ExpertWeights(NamedTuple):
-  """Weights of E experts: SwiGLU with three matrices, or ReLU with two.
-
-  Callable as dispatchers call experts, and a tree of arrays, so what spreads them over devices passes them as
-  arguments and calls those that it finds on its device.
+  parts: devices whose outputs add up to the experts' (each has a part of the hidden units): what is added to the
+    output, and not made by a product, is divided by it.
   """
 
-  w_gate_EDF: Array | None  # None: ReLU experts
-  w_up_EDF: Array
-  w_down_EFD: Array
+  parts: int
 
-  def __call__(self, rows: Array, matmul: Matmul | SortedByExpert) -> Array:
-    return expert_ffn(self, rows, matmul)
+  def __call__(self, rows: Array, w_EXY: Array) -> Array:
+    """[.., X] -> [.., Y]: every row times the matrix of its expert."""
+
+  def per_row(self, values_EX: Array) -> Array:
+    """What broadcasts with rows [.., X]: for every row the vector of its expert, such as a bias."""
+
+  def hidden(self, rows: Array) -> Array:
+    """The experts' hidden units on their way to the last product; a wrapper may change them."""
+
+  def ffn(self, activation: Activation, rows: Array, w_in: Sequence[Array], w_out_EFD: Array) -> Array:
+    """`activation(*(rows w for w in w_in)) w_out`, in one pass where that is faster."""
 
 
-# Logical axes of each field.
-WEIGHT_AXES = ExpertWeights(
-  ("expert", "embed", "mlp"), ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
-)
+class Batched(NamedTuple):
+  """Rows [E, M, D], M for each expert: one batched product. Empty slots may hold anything; nobody reads them."""
+
+  parts: int = 1
+
+  def __call__(self, rows_EMX: Array, w_EXY: Array) -> Array:
+    return jnp.einsum("EMX,EXY->EMY", rows_EMX, w_EXY)
+
+  def per_row(self, values_EX: Array) -> Array:
+    return values_EX[:, None]
+
+  def hidden(self, rows: Array) -> Array:
+    return rows
+
+  def ffn(self, activation: Activation, rows: Array, w_in: Sequence[Array], w_out_EFD: Array) -> Array:
+    return self(self.hidden(activation(*(self(rows, w) for w in w_in))), w_out_EFD)
 
 
-def _swiglu(gate: Array, up: Array) -> Array:
+class Sorted(NamedTuple):
+  """Rows [M, D] sorted by expert, `group_sizes_E` of each. At least `grouped_matmul.BLOCK` rows of no expert follow."""
+
+  group_sizes_E: Array
+  num_rows: int  # M, static
+  parts: int = 1
+
+  def __call__(self, rows_MX: Array, w_EXY: Array) -> Array:
+    return grouped_matmul(rows_MX, w_EXY, self.group_sizes_E)
+
+  def per_row(self, values_EX: Array) -> Array:
+    ends_E = jnp.cumsum(self.group_sizes_E)
+    expert_M = jnp.searchsorted(ends_E, jnp.arange(self.num_rows), side="right")
+    return values_EX[jnp.minimum(expert_M, values_EX.shape[0] - 1)]
+
+  def hidden(self, rows: Array) -> Array:
+    return rows
+
+  def ffn(self, activation: Activation, rows: Array, w_in: Sequence[Array], w_out_EFD: Array) -> Array:
+    return grouped_ffn(activation, rows, tuple(w_in), w_out_EFD, self.group_sizes_E)
+
+
+class Wrapper:
+  """A product that changes something of another one; on its own, nothing."""
+
+  def __init__(self, product: Product):
+    self.product, self.parts = product, product.parts
+
+  def __call__(self, rows: Array, w_EXY: Array) -> Array:
+    return self.product(rows, w_EXY)
+
+  def per_row(self, values_EX: Array) -> Array:
+    return self.product.per_row(values_EX)
+
+  def hidden(self, rows: Array) -> Array:
+    return self.product.hidden(rows)
+
+  def ffn(self, activation: Activation, rows: Array, w_in: Sequence[Array], w_out_EFD: Array) -> Array:
+    return self.product.ffn(activation, rows, w_in, w_out_EFD)
+
+
+class PartOfSum(Wrapper):
+  """A product whose output is one of `parts` that somebody adds up."""
+
+  def __init__(self, product: Product, parts: int):
+    super().__init__(product)
+    self.parts = parts
+
+
+Axes = tuple[str | None, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Experts:
+  """E experts as dispatchers call them: `experts(rows, product)`, [.., D] -> [.., D].
+
+  Whoever spreads experts over devices hands each device its part of the weights, and calls those that it finds there.
+  Rows of no token may come out as anything finite: their combine weight is zero.
+  """
+
+  weights: tuple[Array, ...]  # those with a leading axis named "expert" are split by expert
+  axes: tuple[Axes, ...] = dataclasses.field(metadata={"static": True})  # logical axes of each
+  compute: Callable[[tuple[Array, ...], Array, Product], Array] = dataclasses.field(metadata={"static": True})
+
+  def __call__(self, rows: Array, product: Product) -> Array:
+    return self.compute(self.weights, rows, product)
+
+  @property
+  def num_experts(self) -> int:
+    """Of the weights that are here."""
+    return next(w.shape[0] for w, axes in zip(self.weights, self.axes) if axes[:1] == ("expert",))
+
+
+def swiglu(gate: Array, up: Array) -> Array:
+  """silu(gate) * up (2002.05202)."""
   return jax.nn.silu(gate) * up
 
 
-def expert_ffn(weights: ExpertWeights, rows: Array, matmul: Matmul | SortedByExpert) -> Array:
-  """`(silu(x Wg) * (x Wu)) Wd` (2002.05202) or `relu(x Wu) Wd` for every row, [.., D] -> [.., D].
+def gated_experts(w_gate_EDF: Array, w_up_EDF: Array, w_down_EFD: Array) -> Experts:
+  """SwiGLU experts of plain arrays: `(silu(x Wg) * (x Wu)) Wd`."""
+  into, out = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
+  return Experts((w_gate_EDF, w_up_EDF, w_down_EFD), (into, into, out), _gated)
 
-  A row of zeros gives zeros, so empty slots need no mask.
-  """
-  activation, w_in = jax.nn.relu, (weights.w_up_EDF,)
-  if weights.w_gate_EDF is not None:
-    activation, w_in = _swiglu, (weights.w_gate_EDF, weights.w_up_EDF)
-  if isinstance(matmul, SortedByExpert):
-    return grouped_ffn(activation, rows, w_in, weights.w_down_EFD, matmul.group_sizes_E)
-  return matmul(activation(*(matmul(rows, w) for w in w_in)), weights.w_down_EFD)
+
+def relu_experts(w_up_EDF: Array, w_down_EFD: Array) -> Experts:
+  """ReLU experts of plain arrays: `relu(x Wu) Wd`."""
+  return Experts((w_up_EDF, w_down_EFD), (("expert", "embed", "mlp"), ("expert", "mlp", "embed")), _relu)
+
+
+def _gated(weights: tuple[Array, ...], rows: Array, product: Product) -> Array:
+  return product.ffn(swiglu, rows, weights[:2], weights[2])
+
+
+def _relu(weights: tuple[Array, ...], rows: Array, product: Product) -> Array:
+  return product.ffn(jax.nn.relu, rows, weights[:1], weights[1])

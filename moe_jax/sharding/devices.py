@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from moe_jax import sharding
 from moe_jax.errors import InputError
-from moe_jax.ops.experts import WEIGHT_AXES, ExpertWeights
+from moe_jax.ops.experts import Experts, PartOfSum, Product
 from moe_jax.types import Array, Assignment
 
 
@@ -22,11 +22,11 @@ class ExpertGroup(NamedTuple):
 
 
 # (x_GTD, assignment, experts, group) -> (y_GTD, kept_GA), each the part of one device.
-OnDevice = Callable[[Array, Assignment, ExpertWeights, ExpertGroup], tuple[Array, Array]]
+OnDevice = Callable[[Array, Assignment, Experts, ExpertGroup], tuple[Array, Array]]
 
 
 def on_each_device(
-  function: OnDevice, x_GTD: Array, assignment: Assignment, experts: ExpertWeights
+  function: OnDevice, x_GTD: Array, assignment: Assignment, experts: Experts
 ) -> tuple[Array, Array]:
   """`function` on the part of every device of the mesh in use, by `jax.shard_map`.
 
@@ -41,20 +41,21 @@ def on_each_device(
   if mesh.empty or mesh.size == 1:
     return function(x_GTD, assignment, experts, ExpertGroup(None, 1))
   (expert_axis,), (hidden_axis,) = sharding.RULES["expert"], sharding.RULES["mlp"]
-  _check(mesh, x_GTD.shape[0], experts.w_up_EDF.shape[0], expert_axis)
+  _check(mesh, x_GTD.shape[0], experts.num_experts, expert_axis)
   group = ExpertGroup(expert_axis, mesh.shape[expert_axis])
   parts = mesh.shape[hidden_axis]  # of the sum that a row's output is
 
   by_group = sharding.partition_spec(("group",))
-  weight_specs = [sharding.partition_spec(axes) for w, axes in zip(experts, WEIGHT_AXES) if w is not None]
-  weights, weights_tree = jax.tree.flatten(experts)
+  weight_specs = tuple(sharding.partition_spec(axes) for axes in experts.axes)
   fields, fields_tree = jax.tree.flatten(assignment)
 
+  def part_of_sum(weights: tuple[Array, ...], rows: Array, product: Product) -> Array:
+    return experts.compute(weights, rows, PartOfSum(product, parts))
+
   def body(x_GTD, fields, weights):
-    weights = [_whole(w, spec) for w, spec in zip(weights, weight_specs)]
-    y_GTD, kept_GA = function(
-      x_GTD, jax.tree.unflatten(fields_tree, fields), jax.tree.unflatten(weights_tree, weights), group
-    )
+    weights = tuple(_whole(w, spec) for w, spec in zip(weights, weight_specs, strict=True))
+    here = Experts(weights, experts.axes, experts.compute if parts == 1 else part_of_sum)
+    y_GTD, kept_GA = function(x_GTD, jax.tree.unflatten(fields_tree, fields), here, group)
     return (y_GTD if parts == 1 else y_GTD[None]), kept_GA
 
   y, kept_GA = jax.shard_map(
@@ -62,7 +63,7 @@ def on_each_device(
     in_specs=(by_group, by_group, weight_specs),
     out_specs=(by_group if parts == 1 else PartitionSpec(hidden_axis, *by_group), by_group),
     check_vma=False,
-  )(x_GTD, fields, weights)
+  )(x_GTD, fields, experts.weights)
   return (y if parts == 1 else y.sum(axis=0)), kept_GA
 
 

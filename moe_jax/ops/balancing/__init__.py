@@ -1,5 +1,7 @@
 """Balancers: what keeps experts evenly loaded. One factory per method, one file per family."""
 
+from collections.abc import Sequence
+
 from moe_jax.ops.balancing.adaptive import adaptive_loss
 from moe_jax.ops.balancing.bias import loss_free_bias, multiplicative_bias
 from moe_jax.ops.balancing.common import Balancer, combine
@@ -9,7 +11,7 @@ from moe_jax.ops.balancing.dynamic import entropy_loss, heterogeneous_loss
 from moe_jax.ops.balancing.importance import importance_loss, load_loss
 from moe_jax.ops.balancing.losses import gshard_loss, st_moe_loss, switch_loss, z_loss
 from moe_jax.ops.balancing.quantile import quantile_balancing
-from moe_jax.registry import build, method_name, split_methods
+from moe_jax.registry import Method, Registry, Spec
 
 
 def none() -> Balancer:
@@ -17,7 +19,9 @@ def none() -> Balancer:
   return Balancer()
 
 
-BALANCERS = {
+BALANCERS = Registry(
+  "balancer",
+  {
   "none": none,
   "switch_loss": switch_loss,
   "gshard_loss": gshard_loss,
@@ -35,17 +39,27 @@ BALANCERS = {
   "loss_free_bias": loss_free_bias,
   "multiplicative_bias": multiplicative_bias,
   "quantile_balancing": quantile_balancing,
-}
+},
+)
 
 
-def make_balancer(spec: str) -> Balancer:
-  """`"switch_loss:0.01,z_loss:0.001"` -> their combination. A repeated name gets a number."""
+def make_balancer(specs: Spec | Sequence[Spec]) -> Balancer:
+  """`"switch_loss:0.01,z_loss:0.001"` -> their combination."""
+  return combined(BALANCERS.resolve_all(specs))
+
+
+def combined(methods: Sequence[Method]) -> Balancer:
+  """All of `methods` at once. A repeated name gets a number."""
   parts: dict[str, Balancer] = {}
-  for part in split_methods(spec):
-    name = method_name(part)
-    number = sum(known.split("#")[0] == name for known in parts) + 1
-    parts[name if number == 1 else f"{name}#{number}"] = build("balancer", BALANCERS, part)
+  for method in methods:
+    number = sum(known.split("#")[0] == method.name for known in parts) + 1
+    parts[method.name if number == 1 else f"{method.name}#{number}"] = method()
   return combine(parts)
 
 
-__all__ = ["BALANCERS", "Balancer", "combine", "make_balancer"]
+def balancer_of(balancer: Spec | Sequence[Spec] | Balancer) -> Balancer:
+  """A balancer as it is, or what specs of balancers make."""
+  return balancer if isinstance(balancer, Balancer) else make_balancer(balancer)
+
+
+__all__ = ["BALANCERS", "Balancer", "balancer_of", "combine", "make_balancer"]

@@ -12,16 +12,16 @@ from moe_jax.ops.balancing.losses import SCOPES, all_choices, fractions, units
 def squared_deviation_loss(
   weight: float = 0.01, of: str = "importance", scope: str = "global_batch"
 ) -> Balancer:
-  """The squared distance of expert usage from 1/E; 0 at balance, unlike losses of the kind f * P.
+  """The squared distance of expert usage from 1/E; 0 at balance, unlike losses of the kind f * p.
 
-  of=load: weight * sum_e(c_e / S - 1/E)^2, which summaries of 2501.11873 print as its loss. The paper has
-    E * sum_e(f_e * P_e), `switch_loss`. Counts c_e are steps of the logits, so this one's gradient is zero: it
-    is here to be looked at. S is the number of assignments, K per token; where S is read as the number of tokens,
-    the target has to be K/E.
-  of=importance: weight * E * sum_e(P_e - 1/E)^2, P_e the mean of the scores over their sum: the nearest loss with
+  of=load: weight * sum_e(c_e / A - 1/E)^2, which summaries of 2501.11873 print as its loss. The paper has
+    E * sum_e(f_e * p_e), `switch_loss`. Counts c_e are steps of the logits, so this one's gradient is zero: it
+    is here to be looked at. The summaries' divisor, S, is read as the number of assignments A, K per token; with the
+    number of tokens the target would have to be K/E.
+  of=importance: weight * E * sum_e(p_e - 1/E)^2, p_e the mean of the scores over their sum: the nearest loss with
     a gradient. With the factor E a weight means the same for every E: this is the squared coefficient of variation
-    `importance_loss:of=scores`, and `switch_loss` minus 1 with P in the place of f. It does not see what is
-    chosen: all tokens may choose the same experts by a hair while P is flat.
+    `importance_loss:of=scores`, and `switch_loss` minus 1 with p in the place of f. It does not see what is
+    chosen: all tokens may choose the same experts by a hair while p is flat.
 
   `scope` as for `switch_loss`.
   """

@@ -9,8 +9,6 @@ Sources: kexue.fm/archives/11619 (the article), and the technical report of Kimi
 The article repeats cutoffs and quantiles on one batch; for training it recommends one round per step from the
 bias of the step before, and so does the report: that is what is here. Quantiles are read from a histogram per
 expert, which adds up over micro-batches and devices, where the article sorts one batch.
-
-Letter of this file: Q bins of a histogram.
 """
 
 from typing import NamedTuple
@@ -103,11 +101,11 @@ def _require_options(ema: float, bins: int, reach: float, cutoff: str) -> None:
 def _cutoff(scores_TE: Array, bias_E: Array, k: int, cutoff: str) -> Array:
   """[T], what a score with bias must exceed to be among the K best."""
   num_experts = bias_E.size
-  best_TK = take_experts(scores_TE + bias_E[None], select_top_k(scores_TE, bias_E, min(k + 1, num_experts)))
+  best_TX = take_experts(scores_TE + bias_E[None], select_top_k(scores_TE, bias_E, min(k + 1, num_experts)))
   if cutoff == "next" or k == num_experts:
-    return best_TK[:, -1]
+    return best_TX[:, -1]
   # numpy's and JAX's quantile: position (1 - K/E) * (E - 1), counted from the lowest, between neighbours.
-  return best_TK[:, -1] + k / num_experts * (best_TK[:, -2] - best_TK[:, -1])
+  return best_TX[:, -1] + k / num_experts * (best_TX[:, -2] - best_TX[:, -1])
 
 
 def _range(bias_E: Array, reach: float) -> tuple[Array, Array]:

@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from moe_jax.ops.dispatch.common import Experts, Shard, no_sharding, run_experts
+from moe_jax.ops.dispatch.common import Shard, no_sharding, run_experts
 from moe_jax.ops.dispatch.slots import assign_slots
+from moe_jax.ops.experts import Experts
 from moe_jax.types import Array, Assignment
 
 

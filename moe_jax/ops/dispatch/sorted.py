@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from moe_jax.ops.dispatch.common import Experts, Shard, no_sharding, run_experts
+from moe_jax.ops.dispatch.common import Shard, no_sharding, run_experts
 from moe_jax.ops.dispatch.dropless import dropless_dispatch
 from moe_jax.ops.dispatch.slots import assign_slots
+from moe_jax.ops.experts import Experts
 from moe_jax.types import Array, Assignment
 
 

@@ -4,15 +4,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.config import MoEConfig
 from moe_jax.errors import InputError
-from moe_jax.nn.methods import check_methods
-from moe_jax.nn.mlp import MLP
-from moe_jax.nn.variables import BalancerState, matrix, weight
-from moe_jax.ops import stats
-from moe_jax.ops.balancing import make_balancer
+from moe_jax.nn.context import DEFAULT, Context
+from moe_jax.nn.experts import EXPERTS, ExpertNetwork, as_experts
+from moe_jax.nn.parts import made
+from moe_jax.nn.variables import matrix, weight
 from moe_jax.ops.dispatch.common import run_experts
-from moe_jax.ops.experts import ExpertWeights, expert_ffn
+from moe_jax.ops.metrics import LayerRecord, observe
+from moe_jax.registry import Spec
 from moe_jax.sharding import constrain
 from moe_jax.types import Array, MoEAux
 
@@ -33,53 +32,52 @@ class SoftMoE(nnx.Module):
   no slot and gets zero. A slot holds later tokens too, so in a causal model the layer leaks.
 
   Raises:
-    InputError: the configuration names a router, balancers, groups or jitter, which this layer has not.
+    InputError: less than one slot.
   """
 
-  def __init__(self, config: MoEConfig, dim: int, init_scale: float = 1.0, slots: int = 1, *, rngs: nnx.Rngs):
-    check_methods(config)
+  def __init__(
+    self,
+    dim: int,
+    num_experts: int,
+    expert_dim: int,
+    *,
+    slots: int = 1,
+    experts: Spec | ExpertNetwork = "swiglu",
+    shared: nnx.Module | None = None,
+    init_scale: float = 1.0,
+    rngs: nnx.Rngs,
+  ):
     if slots < 1:
-      raise InputError(f"layer soft_moe: slots must be at least 1, got {slots}")
-    e, f = config.num_experts, config.expert_dim
-    into, out = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
-    gated = config.expert_activation == "swiglu"
-    self.w_slots_DEC = matrix(rngs, (dim, e, slots), ("embed", "router", "capacity"))
+      raise InputError(f"ffn soft_moe: slots must be at least 1, got {slots}")
+    self.w_slots_DEC = matrix(rngs, (dim, num_experts, slots), ("embed", "router", "capacity"))
     self.scale = nnx.Param(jnp.ones((), jnp.float32), logical_axes=())
-    self.w_gate_EDF = matrix(rngs, (e, dim, f), into, init_scale) if gated else None
-    self.w_up_EDF = matrix(rngs, (e, dim, f), into, init_scale)
-    self.w_down_EFD = matrix(rngs, (e, f, dim), out, init_scale)
-    shared = config.num_shared_experts * f
-    self.shared = MLP(dim, shared, config.expert_activation, init_scale, rngs=rngs) if shared else None
-    self.balancer = config.balancers  # none: only so that the train step finds the state that it expects
-    self.balancer_state = BalancerState(make_balancer(self.balancer).init(e))
+    sizes = {"num_experts": num_experts, "dim": dim, "expert_dim": expert_dim}
+    self.experts = made(EXPERTS, experts, **sizes, init_scale=init_scale, rngs=rngs)
+    self.shared = shared
 
-  def __call__(self, x_BLD: Array, mask_BL: Array | None = None, **unused) -> tuple[Array, MoEAux]:
-    """One forward pass.
+  def __call__(self, x_BLD: Array, context: Context = DEFAULT) -> tuple[Array, MoEAux]:
+    """One forward pass. Nothing is drawn, balanced, or different in training.
 
     Args:
       x_BLD: activations of any float dtype; the softmaxes work in float32 whatever it is.
-      mask_BL: bool, False for padding.
-      **unused: what `MoE` takes besides; nothing here is drawn, balanced, or different in training.
+      context: only its mask matters, and the step's key where the experts draw.
 
     Returns:
       y_BLD, and a `MoEAux` without losses whose counts are soft: an expert's tokens are the combine weights that
       tokens give to its slots, so they sum to the number of valid tokens. The dispatch weights would say
       nothing: those of a slot always sum to 1. The entropy is that of a token's combine weights over experts.
     """
-    del unused
-    if mask_BL is None:
-      mask_BL = jnp.ones(x_BLD.shape[:2], bool)
+    mask_BL = context.mask_of(x_BLD)
     dispatch_BLEC, combine_BLEC = self._weights(x_BLD, mask_BL)
-    cast = lambda w: None if w is None else weight(w, x_BLD.dtype)
-    weights = ExpertWeights(cast(self.w_gate_EDF), cast(self.w_up_EDF), cast(self.w_down_EFD))
+    experts = as_experts(self.experts.for_step(context.step_key if context.train else None), x_BLD.dtype, True)
     valid_BLD = jnp.where(mask_BL[..., None], x_BLD, 0)  # padding may hold anything, also infinity
     rows_BECD = jnp.einsum("BLEC,BLD->BECD", dispatch_BLEC.astype(x_BLD.dtype), valid_BLD)
-    rows_BECD = run_experts(lambda rows, matmul: expert_ffn(weights, rows, matmul), rows_BECD, constrain)
+    rows_BECD = run_experts(experts, rows_BECD, constrain)
     y_BLD = jnp.einsum("BLEC,BECD->BLD", combine_BLEC.astype(x_BLD.dtype), rows_BECD)
     y_BLD = constrain(y_BLD, ("batch", None, None))
     if self.shared is not None:
-      y_BLD = y_BLD + self.shared(x_BLD)
-    return y_BLD, self._aux(combine_BLEC, mask_BL)
+      y_BLD = y_BLD + self.shared(x_BLD)[0]
+    return y_BLD, self._aux(combine_BLEC, mask_BL, context)
 
   def _weights(self, x_BLD: Array, mask_BL: Array) -> tuple[Array, Array]:
     """The dispatch and combine weights [B, L, E, C]; both are 0 for padding."""
@@ -97,23 +95,12 @@ class SoftMoE(nnx.Module):
     combine_BLEC = jax.nn.softmax(logits_BLEC, axis=(2, 3))
     return jnp.where(mask_BLEC, dispatch_BLEC, 0), jnp.where(mask_BLEC, combine_BLEC, 0)
 
-  def _aux(self, combine_BLEC: Array, mask_BL: Array) -> MoEAux:
+  def _aux(self, combine_BLEC: Array, mask_BL: Array, context: Context) -> MoEAux:
     combine_BLE = combine_BLEC.sum(axis=-1)
     tokens_per_expert_BE = combine_BLE.sum(axis=1)
-    aux = MoEAux(
-      losses={},
-      balancer_stats=make_balancer(self.balancer).observe(self.balancer_state.get_value(), None),
-      tokens_per_expert_BE=tokens_per_expert_BE,
-      kept_per_expert_E=tokens_per_expert_BE.sum(axis=0),
-      router_entropy=jnp.sum(stats.entropy(combine_BLE)),
-      num_tokens=mask_BL.sum().astype(jnp.float32),
-    )
-    return jax.lax.stop_gradient(aux)
-
-
-def soft_moe(config: MoEConfig, dim: int, init_scale: float, rngs: nnx.Rngs, slots: int = 1) -> SoftMoE:
-  """Soft MoE (2308.00951) with `slots` slots per expert."""
-  return SoftMoE(config, dim, init_scale, slots, rngs=rngs)
+    domain_BS = context.domain_one_hot(mask_BL)
+    layer = LayerRecord(tokens_per_expert_BE, tokens_per_expert_BE.sum(axis=0), combine_BLE, mask_BL, domain_BS)
+    return jax.lax.stop_gradient(MoEAux({}, None, *layer[:2], observe(layer)))
 
 
 def _unit(x: Array, axis: int) -> Array:

@@ -1,0 +1,49 @@
+"""Configurations as plain JSON values, and back."""
+
+import dataclasses
+from typing import Any
+
+from moe_jax.config.model import BlockConfig, ModelConfig, MoEConfig, Segment
+from moe_jax.errors import InputError
+from moe_jax.registry import Method
+
+
+def spec_text(spec: Any) -> str:
+  """A method, a sequence of them, or a name, as text."""
+  if isinstance(spec, tuple | list):
+    return ",".join(spec_text(part) for part in spec)
+  if isinstance(spec, str | Method):
+    return str(spec)
+  return getattr(spec, "__name__", repr(spec))
+
+
+def to_plain(value: Any) -> Any:
+  """JSON values; methods as the text that names them."""
+  is_spec = lambda x: isinstance(x, str | Method) or callable(x)
+  if dataclasses.is_dataclass(value) and not is_spec(value):
+    return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+  if isinstance(value, tuple | list):
+    return spec_text(value) if value and all(map(is_spec, value)) else [to_plain(part) for part in value]
+  return spec_text(value) if is_spec(value) else value
+
+
+def from_fields(cls: type, values: dict[str, Any]) -> Any:
+  """Raises `InputError` on fields that this version does not have."""
+  unknown = sorted(values.keys() - {field.name for field in dataclasses.fields(cls)})
+  if unknown:
+    raise InputError(f"configuration: {cls.__name__} has no field {', '.join(unknown)} in this version")
+  return cls(**values)
+
+
+def model_from_plain(values: dict[str, Any]) -> ModelConfig:
+  nested = {
+    "moe": from_fields(MoEConfig, values["moe"]),
+    "segments": tuple(_segment(segment) for segment in values.get("segments", ())),
+  }
+  return from_fields(ModelConfig, values | nested)
+
+
+def _segment(values: dict[str, Any]) -> Segment:
+  moe = lambda block: None if block["moe"] is None else from_fields(MoEConfig, block["moe"])
+  blocks = (from_fields(BlockConfig, block | {"moe": moe(block)}) for block in values["pattern"])
+  return Segment(tuple(blocks), values["repeats"])

@@ -1,0 +1,104 @@
+"""What surrounds a model in a run: optimizer, data, training loop, mesh."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from moe_jax.config.fields import flag, one_of, positive, require
+from moe_jax.registry import Spec
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """The optimizer, with warm-up and a decay to `final_learning_rate_fraction` at the last step."""
+
+  optimizer: Spec = flag("adamw", "what turns gradients into updates")
+  learning_rate: float = flag(3e-3, "at the end of the warm-up")
+  schedule: str = flag("cosine", "decay after the warm-up: cosine, linear or constant")
+  warmup_steps: int = flag(20, "steps in which the learning rate rises, at most half of all")
+  final_learning_rate_fraction: float = flag(0.1, "learning rate of the last step / learning_rate")
+  weight_decay: float = flag(0.1, "of matrices; norms and vectors do not decay")
+  beta1: float = flag(0.9, "decay of Adam's mean of gradients")
+  beta2: float = flag(0.95, "decay of Adam's mean of squared gradients")
+  clip_norm: float = flag(1.0, "largest norm of the gradient over all parameters; 0 turns clipping off")
+
+  def check(self) -> None:
+    require(self.learning_rate > 0, "learning_rate", self.learning_rate, "must be above 0")
+    one_of(self, "schedule", "cosine", "linear", "constant")
+    require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "must be 0 or more")
+    require(self.clip_norm >= 0, "clip_norm", self.clip_norm, "must be 0 (off) or more")
+    for name in ("beta1", "beta2"):
+      require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Where text comes from and how it is cut into batches."""
+
+  dataset: str = flag("stdlib", "stdlib, markov, text_folder, or any TFDS text data set, e.g. lm1b, c4/en")
+  data_dir: str = flag("", "where TFDS data sets live; empty: $MOE_JAX_DATA_DIR or ~/.cache/moe_jax")
+  text_folder: str = flag(
+    "", "with dataset=text_folder: a folder of text files; its sub-folders are the domains"
+  )
+  tokenizer: str = flag("bytes", "bytes, a SentencePiece .model file, or a Hugging Face tokenizer.json")
+  sequence_length: int = flag(128, "L, tokens of a sequence")
+  batch_size: int = flag(8, "B, sequences per optimizer step over all processes")
+  data_seed: int = flag(0, "order of the training windows; the same for every method that is compared")
+  markov_domains: int = flag(
+    4, "with dataset=markov: Markov chains in the mixture, whose entropy rate is known"
+  )
+  markov_states: int = flag(64, "with dataset=markov: states of each chain")
+  markov_temperature: float = flag(
+    1.0, "with dataset=markov: of the transition logits; lower is more predictable"
+  )
+
+  def check(self) -> None:
+    positive(self, "sequence_length", "batch_size", "markov_domains", "markov_states")
+    require(
+      self.markov_temperature > 0, "markov_temperature", self.markov_temperature, "must be above 0, e.g. 1.0"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """What is trained for, and the loop around the steps."""
+
+  objective: Spec = flag("next_token", "what is trained: next_token, or masked_lm on a bidirectional model")
+  hooks: Spec | Sequence[Spec] = flag("", "what else runs after every optimizer step, joined by commas")
+  num_steps: int = flag(180, "optimizer steps")
+  accumulation: int = flag(1, "micro-batches per optimizer step")
+  seed: int = flag(0, "of the parameters and of everything that is drawn in training")
+  log_every: int = flag(10, "steps between lines of metrics.jsonl")
+  eval_every: int = flag(0, "steps between evaluations; 0: only at the end")
+  eval_batches: int = flag(0, "batches of an evaluation; 0: the whole validation set")
+  checkpoint_every: int = flag(0, "steps between checkpoints; 0: only at the end")
+  tail_fraction: float = flag(0.2, "the last part of training that MaxVio per batch is averaged over")
+  tensorboard: bool = flag(True, "write TensorBoard event files, too")
+  record_router_logits: int = flag(
+    0, "steps between those whose router logits are kept for a replay; 0: none"
+  )
+  router_logits_dtype: str = flag("float16", "of recorded router logits: float16 or float32")
+
+  def check(self) -> None:
+    positive(self, "num_steps", "accumulation", "log_every")
+    for name in ("eval_every", "eval_batches", "checkpoint_every", "record_router_logits"):
+      require(getattr(self, name) >= 0, name, getattr(self, name), "must be 0 or more")
+    one_of(self, "router_logits_dtype", "float16", "float32")
+    require(0 < self.tail_fraction <= 1, "tail_fraction", self.tail_fraction, "must be in (0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices along each mesh axis; -1 takes what is left. `sharding.RULES` says what each axis splits."""
+
+  slice: int = flag(1, "devices along the outer mesh axis, across slices or nodes; -1: what is left")
+  data: int = flag(-1, "devices that replicate the parameters and split the batch; -1: what is left")
+  fsdp: int = flag(
+    1, "devices that split the batch, and parameters and optimizer state along the model dimension"
+  )
+  expert: int = flag(1, "devices that split the batch and the experts")
+  tensor: int = flag(1, "devices that split heads, hidden dimensions (of each expert, too) and vocabulary")
+
+  def check(self) -> None:
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      require(value == -1 or value >= 1, f"{field.name}_parallelism", value, "must be positive or -1")

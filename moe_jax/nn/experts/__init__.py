@@ -1,0 +1,24 @@
+"""Networks of experts. `EXPERTS` has all by name."""
+
+from moe_jax.nn.experts.base import ExpertNetwork, as_experts
+from moe_jax.nn.experts.clipped_swiglu import ClippedSwiGLU
+from moe_jax.nn.experts.dropout import ExpertDropout
+from moe_jax.nn.experts.low_rank import LowRankExperts
+from moe_jax.nn.experts.plain import GELU, ReLU
+from moe_jax.nn.experts.swiglu import SwiGLU
+from moe_jax.registry import Registry
+
+EXPERTS = Registry(
+  "experts",
+  {
+    "swiglu": SwiGLU,
+    "relu": ReLU,
+    "gelu": GELU,
+    "clipped_swiglu": ClippedSwiGLU,
+    "expert_dropout": ExpertDropout,
+    "low_rank": LowRankExperts,
+  },
+  offered=("num_experts", "dim", "expert_dim", "init_scale", "rngs", "experts"),
+)
+
+__all__ = ["EXPERTS", "ExpertNetwork", "as_experts"]

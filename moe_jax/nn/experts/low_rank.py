@@ -1,0 +1,53 @@
+"""Low-rank adapters on frozen experts (LoRA, 2106.09685)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax.errors import InputError
+from moe_jax.nn.experts.base import ExpertNetwork
+from moe_jax.nn.experts.swiglu import SwiGLU
+from moe_jax.nn.variables import freeze, matrix
+from moe_jax.ops.experts import Product
+from moe_jax.types import Array
+
+
+class LowRankExperts(ExpertNetwork):
+  """`experts`, frozen, each of whose matrices W has a trained addition: W + alpha / rank * A B.
+
+  A starts random and B at zero, so the layer starts as the frozen experts are (2106.09685, section 4.1). The sum
+  is formed per expert and step, which any network of experts allows; it costs rank products per weight.
+  """
+
+  def __init__(
+    self,
+    num_experts: int,
+    dim: int,
+    expert_dim: int,
+    *,
+    rank: int = 8,
+    alpha: float = 16.0,
+    experts: type[ExpertNetwork] | None = None,
+    init_scale: float = 1.0,
+    rngs: nnx.Rngs,
+  ):
+    if rank < 1:
+      raise InputError(f"experts low_rank: rank must be at least 1, got {rank}")
+    self.scale = alpha / rank
+    self.experts = freeze((experts or SwiGLU)(num_experts, dim, expert_dim, init_scale=init_scale, rngs=rngs))
+    down, up = {}, {}
+    for name, w in vars(self.experts).items():
+      if isinstance(w, nnx.Param) and w.get_value().ndim == 3:
+        _, rows, columns = w.get_value().shape
+        _, of_rows, of_columns = w.get_metadata()["logical_axes"]
+        down[name] = matrix(rngs, (num_experts, rows, rank), ("expert", of_rows, "rank"))
+        up[name] = matrix(rngs, (num_experts, rank, columns), ("expert", "rank", of_columns), zero=True)
+    self.down, self.up = nnx.Dict(down), nnx.Dict(up)
+
+  def __call__(self, rows: Array, product: Product) -> Array:
+    adapted = nnx.clone(self.experts)
+    for name in self.down:
+      addition = jnp.einsum("EXr,ErY->EXY", self.down[name][...], self.up[name][...])
+      frozen = jax.lax.stop_gradient(getattr(self.experts, name)[...])
+      getattr(adapted, name).set_value(frozen + self.scale * addition)
+    return adapted(rows, product)

@@ -1,0 +1,32 @@
+"""The dense feed-forward part: SwiGLU (2002.05202), ReLU or GELU."""
+
+import jax
+from flax import nnx
+
+from moe_jax.nn.context import Context
+from moe_jax.nn.variables import matrix, weight
+
+ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu}
+
+
+class MLP(nnx.Module):
+  """x_BLD -> y_BLD through `dense_dim` hidden units; also the shared experts of an MoE layer."""
+
+  def __init__(
+    self, dim: int, dense_dim: int, activation: str = "swiglu", *, init_scale: float = 1.0, rngs: nnx.Rngs
+  ):
+    into, out, scale = ("embed", "mlp"), ("mlp", "embed"), init_scale
+    self.activation = activation
+    self.w_gate_DF = matrix(rngs, (dim, dense_dim), into, scale) if activation == "swiglu" else None
+    self.w_up_DF = matrix(rngs, (dim, dense_dim), into, scale)
+    self.w_down_FD = matrix(rngs, (dense_dim, dim), out, scale)
+
+  def __call__(self, x_BLD: jax.Array, context: Context | None = None) -> tuple[jax.Array, None]:
+    del context
+    dtype = x_BLD.dtype
+    up_BLF = x_BLD @ weight(self.w_up_DF, dtype)
+    if self.w_gate_DF is None:
+      hidden_BLF = ACTIVATIONS[self.activation](up_BLF)
+    else:
+      hidden_BLF = jax.nn.silu(x_BLD @ weight(self.w_gate_DF, dtype)) * up_BLF
+    return hidden_BLF @ weight(self.w_down_FD, dtype), None

@@ -1,0 +1,28 @@
+"""Routers: modules that decide where tokens go. `ROUTERS` has all by name.
+
+A method whose logits are one matrix is a pure choice in `moe_jax.ops.routing`; one with parameters of its own is a
+module here.
+"""
+
+from moe_jax.nn.routers.base import Router, project
+from moe_jax.nn.routers.linear import Linear, LinearRouter
+from moe_jax.nn.routers.noisy import HierarchicalTopK, NoisyTopK
+from moe_jax.nn.routers.task import TaskLevel
+from moe_jax.nn.routers.zero_computation import BaseAssignment, MoEPlusPlus
+from moe_jax.ops.routing import CHOICES
+from moe_jax.registry import Registry
+
+ROUTERS = Registry(
+  "router",
+  {name: Linear(choice) for name, choice in CHOICES.items()}
+  | {
+    "noisy_topk": NoisyTopK,
+    "hierarchical_topk": HierarchicalTopK,
+    "task_level": TaskLevel,
+    "moe_plus_plus": MoEPlusPlus,
+    "base_assignment": BaseAssignment,
+  },
+  offered=("dim", "num_experts", "num_experts_per_token", "init_scale", "rngs"),
+)
+
+__all__ = ["ROUTERS", "Linear", "LinearRouter", "Router", "project"]

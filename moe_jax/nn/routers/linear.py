@@ -1,0 +1,65 @@
+"""The common router: one matrix makes the logits, and a pure choice does the rest."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from flax import nnx
+
+from moe_jax.nn.routers.base import Router, project
+from moe_jax.nn.variables import matrix, weight
+from moe_jax.ops.routing.common import Choice, in_groups
+from moe_jax.sharding import constrain
+from moe_jax.types import Array, RouterContext, Routing
+
+
+class LinearRouter(Router):
+  """logits = x W, then `choice`. Subclasses add parameters."""
+
+  def __init__(self, choice: Choice, dim: int, num_logits: int, init_scale: float, *, rngs: nnx.Rngs):
+    self.choose = choice.choose
+    self.leaks, self.takes_bias = choice.leaks, choice.takes_bias
+    self.gives_smooth_load, self.whole_sequences = choice.gives_smooth_load, choice.whole_sequences
+    self.w_router_DE = matrix(rngs, (dim, num_logits), ("embed", "router"), init_scale, zero=choice.zero_init)
+
+  def logits(self, x_GTD: Array) -> Array:
+    return constrain(project(x_GTD, weight(self.w_router_DE)), ("group", None, None))
+
+  def __call__(self, x_GTD: Array, context: RouterContext) -> Routing:
+    return in_groups(self.choose, self.logits(x_GTD), context=context)
+
+  def from_logits(self, logits_GTE: Array, context: RouterContext) -> Routing | None:
+    return in_groups(self.choose, logits_GTE, context=context)
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+  """The router factory of a choice: `Linear(softmax_topk)(dim=..., num_experts=..., ...)`."""
+
+  choice: Callable[..., Choice]
+
+  def __call__(
+    self,
+    dim: int,
+    num_experts: int,
+    num_experts_per_token: int,
+    *,
+    init_scale: float = 1.0,
+    rngs: nnx.Rngs,
+    **options: Any,
+  ) -> LinearRouter:
+    choice = self.choice(num_experts, num_experts_per_token, **options)
+    return LinearRouter(choice, dim, num_experts, init_scale, rngs=rngs)
+
+  @property
+  def __wrapped__(self) -> Callable[..., Choice]:
+    return self.choice
+
+  @property
+  def __signature__(self) -> inspect.Signature:
+    own = list(inspect.signature(type(self).__call__).parameters.values())[1:-1]  # without self and options
+    options = list(inspect.signature(self.choice).parameters.values())[2:]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    by_name = [p.replace(kind=keyword) for p in (*own[3:], *options)]
+    return inspect.Signature([*own[:3], *by_name])

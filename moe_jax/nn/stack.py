@@ -1,0 +1,95 @@
+"""Segments of repeated blocks: their parameters are stacked, and the program loops over them.
+
+Compile time follows the number of different blocks, not the depth.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax.nn.block import Block, BlockAux
+from moe_jax.nn.context import Context
+from moe_jax.ops.dispatch.common import EXCHANGED
+from moe_jax.types import Array, StepStats
+
+_POLICIES = {
+  "full": None,
+  "dots": jax.checkpoint_policies.dots_saveable,
+  "exchange": jax.checkpoint_policies.save_only_these_names(EXCHANGED),
+}
+
+
+class Pattern(nnx.Module):
+  """The blocks that a segment repeats."""
+
+  def __init__(self, blocks: list[Block]):
+    self.blocks = nnx.List(blocks)
+
+
+class SegmentStack(nnx.Module):
+  """One pattern of blocks, `repeats` times, every variable with those of all repetitions on a leading axis.
+
+  Whether the forward pass loops over that axis or is unrolled changes the compiled program and nothing else.
+
+  Args:
+    make: makes the blocks of one repetition.
+    repeats: how many there are.
+    first_layer: the number of the segment's first block in the model.
+    scan: loop over the repetitions.
+    remat: what the backward pass recomputes: full, dots, exchange, none.
+  """
+
+  def __init__(
+    self,
+    make: Callable[[nnx.Rngs], list[Block]],
+    repeats: int,
+    *,
+    first_layer: int = 0,
+    scan: bool = True,
+    remat: str = "none",
+    rngs: nnx.Rngs,
+  ):
+    self.repeats, self.first_layer, self.scan, self.remat = repeats, first_layer, scan, remat
+    graphdefs = []
+
+    def build(key):
+      graphdef, state = nnx.split(Pattern(make(nnx.Rngs(key))))
+      graphdefs.append(graphdef)
+      return state
+
+    # vmap and not a loop: the initialisers are compiled once, whatever the depth
+    states = jax.vmap(build)(jax.random.split(rngs.params(), repeats))
+    self.pattern = nnx.merge(graphdefs[0], states)
+
+  @property
+  def num_layers(self) -> int:
+    return self.repeats * len(self.pattern.blocks)
+
+  def __call__(
+    self, x_BLD: Array, context: Context, step_stats: tuple[StepStats | None, ...]
+  ) -> tuple[Array, tuple[BlockAux, ...]]:
+    """`step_stats`: per block of the pattern, with a leading axis of repetitions. So has the aux of each block."""
+    graphdef, stacked = nnx.split(self.pattern)
+    size = len(self.pattern.blocks)
+
+    def body(x_BLD, xs):
+      state, repetition, stats = xs
+      auxes = []
+      for i, block in enumerate(nnx.merge(graphdef, state).blocks):
+        layer = self.first_layer + repetition * size + i
+        x_BLD, aux = block(x_BLD, context.of_layer(layer, stats[i]))
+        auxes.append(aux)
+      return x_BLD, tuple(auxes)
+
+    if self.remat != "none":
+      body = jax.checkpoint(body, policy=_POLICIES[self.remat], prevent_cse=False)
+    xs = (stacked, jnp.arange(self.repeats), step_stats)
+    if self.scan:
+      return jax.lax.scan(body, x_BLD, xs)
+    auxes = []
+    for i in range(self.repeats):
+      x_BLD, aux = body(x_BLD, jax.tree.map(lambda leaf, i=i: leaf[i], xs))
+      auxes.append(aux)
+    return x_BLD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *auxes)
