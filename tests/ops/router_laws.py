@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.ops.routing import make_router
+from moe_jax.ops.routing import make_choice
+from tests.ops.choosing import route
 from tests.ops.router_row import T
 from tests.reference import routing as reference
 from tests.reference.moe_layer import kept_entries
@@ -14,13 +15,13 @@ from tests.reference.moe_layer import kept_entries
 MASK_T = np.arange(T) % 5 != 3
 
 
-def router_of(row):
-  return make_router(row.spec, row.num_experts, row.k)
+def choice_of(row):
+  return make_choice(row.spec, row.num_experts, row.k)
 
 
 def columns_of(row):
   """Columns of the logits."""
-  return row.num_experts + router_of(row).num_extra_logits
+  return row.num_experts + row.zero_computation
 
 
 def logits_of(row, seed=0):
@@ -36,28 +37,32 @@ def key_of(row, seed=0):
   return jax.random.key(seed) if row.draw else None
 
 
-def loop(row, logits_TE, *, bias_E=None, key=None, mask_T=None, seed=0):
+def loop(row, logits_TE, *, bias_E=None, key=None, mask=None, seed=0):
   """The entries that the reference gives for the same arguments."""
   return row.reference(
     logits_TE,
     row.k,
     np.zeros(columns_of(row)) if bias_E is None else bias_E,
-    np.ones(T, bool) if mask_T is None else mask_T,
+    np.ones(T, bool) if mask is None else mask,
     None if key is None else row.draw(key),
-    **row.further(seed),
+    *row.more_logits(seed),
+    **row.context(seed),
   )
 
 
+def route_eagerly(row, logits_TE, seed=0, **context):
+  context |= row.context(seed) | {"train": row.train}
+  return route(choice_of(row), jnp.asarray(logits_TE), *row.more_logits(seed), **context)
+
+
 class Step:
-  """A router jitted with the gradients of sum(c * weight); counts how often it is traced."""
+  """A choice jitted with the gradients of sum(c * weight); counts how often it is traced."""
 
   def __init__(self, row):
     self.row, self.traces = row, 0
-    router = router_of(row)
-    static = {name: value for name, value in row.further(0).items() if isinstance(value, bool)}
 
-    def loss(logits_TE, bias_E, key, mask_T, c_A, further):
-      routing = router(logits_TE, bias_E=bias_E, key=key, mask_T=mask_T, **static, **further)
+    def loss(logits_TE, bias_E, c_A, more_logits, context):
+      routing = route(choice_of(row), logits_TE, *more_logits, bias_E=bias_E, train=row.train, **context)
       return jnp.sum(c_A * routing.assignment.weight_A), routing
 
     def step(*args):
@@ -67,22 +72,22 @@ class Step:
     self.jitted = jax.jit(step)
     self.num_entries = len(loop(row, logits_of(row)))
 
-  def __call__(self, logits_TE, *, bias_E=None, key=None, mask_T=None, c_A=None, seed=0):
+  def __call__(self, logits_TE, *, bias_E=None, key=None, mask=None, c_A=None, seed=0):
     """Returns the routing, and the gradients with respect to logits and bias. No bias is one of zeros."""
     row = self.row
-    further = {name: value for name, value in row.further(seed).items() if not isinstance(value, bool)}
     if bias_E is None and row.takes_bias:
       bias_E = np.zeros(columns_of(row), np.float32)
-    mask_T = np.ones(T, bool) if mask_T is None else mask_T
+    mask = np.ones(T, bool) if mask is None else mask
     c_A = np.zeros(self.num_entries, np.float32) if c_A is None else c_A
-    gradients, routing = self.jitted(logits_TE, bias_E, key, mask_T, c_A, further)
+    context = row.context(seed) | {"key": key, "mask": mask}
+    gradients, routing = self.jitted(logits_TE, bias_E, c_A, row.more_logits(seed), context)
     return jax.tree.map(np.asarray, routing), jax.tree.map(np.asarray, gradients)
 
 
 step_of = functools.cache(Step)
 
 
-def route(row, logits_TE, **kwargs):
+def route_row(row, logits_TE, **kwargs):
   return step_of(row)(logits_TE, **kwargs)[0]
 
 

@@ -22,7 +22,7 @@ def uniform_per_further_choice(key):
 def four_sequences(seed):
   """Which of four sequences each token belongs to; their lengths depend on the seed."""
   lengths = [3, 3, 3, 3] if seed % 2 == 0 else [1, 5, 2, 4]
-  return {"sequence_T": np.repeat(np.arange(4, dtype=np.int32), lengths)}
+  return {"sequence": np.repeat(np.arange(4, dtype=np.int32), lengths)}
 
 
 def normals(*widths):
@@ -36,31 +36,27 @@ def normals(*widths):
   return draw
 
 
-def side_logits(width):
-  return lambda seed: {
-    "side_logits_TX": np.random.default_rng(seed + 50).normal(size=(T, width)).astype(np.float32)
-  }
+def further_logits(*widths):
+  """seed -> an array [T, width] for each width."""
+
+  def draw(seed):
+    rng = np.random.default_rng(seed + 50)
+    return tuple(rng.normal(size=(T, width)).astype(np.float32) for width in widths)
+
+  return draw
 
 
 def twenty_ids(seed):
   """Vocabulary ids in [0, 20), for tables with fewer rows too."""
-  return {"token_id_T": np.random.default_rng(seed + 50).integers(0, 20, T).astype(np.int32)}
-
-
-def in_training(seed):
-  return {"train": True}
-
-
-def in_evaluation(seed):
-  return {"train": False}
+  return {"token_id": np.random.default_rng(seed + 50).integers(0, 20, T).astype(np.int32)}
 
 
 class Row(NamedTuple):
   """One router under test.
 
-  `reference(logits_TE, k, bias_E, mask_T, draw, **further)` is a slow loop in float64 that gives a list of
-  `reference.Entry`, in priority order. `bias_E` is an array of zeros where there is no bias, and `draw` is None
-  where the router got no key.
+  `reference(logits_TE, k, bias_E, mask_T, draw, *more_logits, **context)` is a slow loop in float64 that gives a
+  list of `reference.Entry`, in priority order. `bias_E` is an array of zeros where there is no bias, and `draw` is
+  None where the router got no key.
   """
 
   spec: str
@@ -69,12 +65,15 @@ class Row(NamedTuple):
   reference: Callable
   score: Callable = reference.softmax  # logits_E -> scores_E, a list of floats
   draw: Callable | None = None  # key -> the random numbers that the router draws from it, as numpy
-  draws_per_expert: bool = (
-    False  # what is drawn belongs to experts, so experts cannot be permuted under a key
-  )
+  draws_per_expert: bool = False  # what is drawn belongs to experts: they cannot be permuted under a key
   leaks: str = ""  # as the router declares it
   leak_found: str | None = None  # what the laws find, where that is less: in evaluation
-  further: Callable[[int], dict[str, Any]] = lambda seed: {}  # seed -> the router's further arguments
+  more_logits: Callable[[int], tuple] = (
+    lambda seed: ()
+  )  # seed -> the results of the router's further projections
+  context: Callable[[int], dict[str, Any]] = lambda seed: {}  # seed -> further fields of the `RouterContext`
+  train: bool = False
+  zero_computation: int = 0  # columns of the logits beyond the experts
   takes_bias: bool = True
   bias_decides: bool = True  # an overwhelming bias brings its expert to every token
   own_weights: bool = False  # a weight does not depend on which other experts the token has

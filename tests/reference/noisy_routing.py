@@ -60,19 +60,19 @@ def _row(draw_TE, t):
   return None if draw_TE is None else draw_TE[t]
 
 
-def noisy_topk(logits_TE, k, bias_E, mask_T, draw_TE, side_logits_TX, min_std=0.01):
+def noisy_topk(logits_TE, k, bias_E, mask_T, draw_TE, noise_logits_TE, min_std=0.01):
   entries = []
   for t, logits_E in enumerate(np.asarray(logits_TE, np.float64)):
-    noisy_E, _ = noisy_logits(logits_E, np.asarray(side_logits_TX[t], float), _row(draw_TE, t), min_std)
+    noisy_E, _ = noisy_logits(logits_E, np.asarray(noise_logits_TE[t], float), _row(draw_TE, t), min_std)
     entries += _entries(t, *gate(noisy_E, bias_E, k), mask_T)
   return entries
 
 
-def noisy_topk_load(logits_TE, k, draw_TE, side_logits_TX, min_std=0.01):
+def noisy_topk_load(logits_TE, k, draw_TE, noise_logits_TE, min_std=0.01):
   """P(x, i), [T, E]."""
   rows = []
   for t, logits_E in enumerate(np.asarray(logits_TE, np.float64)):
-    noisy_E, stds = noisy_logits(logits_E, np.asarray(side_logits_TX[t], float), _row(draw_TE, t), min_std)
+    noisy_E, stds = noisy_logits(logits_E, np.asarray(noise_logits_TE[t], float), _row(draw_TE, t), min_std)
     rows.append(win_probabilities(logits_E, noisy_E, stds, k))
   return np.array(rows)
 
@@ -101,48 +101,56 @@ def vmoe_topk_load(logits_TE, k, draw_TE, noise=1.0):
   return np.array(rows)
 
 
-def _two_levels(logits_E, side_X, draws, t, groups, min_std):
-  """(logits, noisy logits, stds) of the groups, and a list with the same of each group's experts.
+def _two_levels(t, logits_TE, logits_TP, noise_logits_TE, noise_logits_TP, draws, min_std):
+  """(logits, noisy logits, stds) of the parts for token t, and a list with the same for each part's experts."""
+  parts = len(logits_TP[t])
+  draw_TP, draw_TE = (None, None) if draws is None else draws
 
-  Side logits: those of the groups, then what their noise comes from, then what the experts' noise comes from.
-  Without the latter two there is no noise.
-  """
-  members = len(logits_E) // groups
-  side_X = [float(s) for s in side_X]
-  draw_M, draw_E = ([0.0] * groups, [0.0] * len(logits_E)) if draws is None else (draws[0][t], draws[1][t])
+  def level(logits_TX, noise_logits_TX, draw_TX, of=slice(None)):
+    clean = [float(x) for x in logits_TX[t][of]]
+    if noise_logits_TX is None:
+      return clean, clean, None
+    noise_logits = [float(x) for x in noise_logits_TX[t][of]]
+    return clean, *noisy_logits(clean, noise_logits, None if draw_TX is None else draw_TX[t][of], min_std)
 
-  def level(clean, noise_side, draw):
-    return (clean, *noisy_logits(clean, noise_side, draw, min_std)) if noise_side else (clean, clean, None)
-
-  of_group = lambda values, g: values[g * members : (g + 1) * members]
-  inners = [
-    level(of_group(logits_E, g), of_group(side_X[2 * groups :], g), of_group(draw_E, g))
-    for g in range(groups)
-  ]
-  return level(side_X[:groups], side_X[groups : 2 * groups], draw_M), inners
+  size = len(logits_TE[t]) // parts
+  inners = [level(logits_TE, noise_logits_TE, draw_TE, slice(p * size, (p + 1) * size)) for p in range(parts)]
+  return level(logits_TP, noise_logits_TP, draw_TP), inners
 
 
 def hierarchical_topk(
-  logits_TE, k, bias_E, mask_T, draws, side_logits_TX, groups, groups_per_token, min_std=0.01
+  logits_TE,
+  k,
+  bias_E,
+  mask_T,
+  draws,
+  logits_TP,
+  noise_logits_TE=None,
+  noise_logits_TP=None,
+  *,
+  groups_per_token,
+  min_std=0.01,
 ):
-  """1701.06538, eq. 12. `draws`: (of the groups [T, M], of the experts [T, E])."""
-  entries, members = [], len(bias_E) // groups
-  bias_MP = [list(bias_E[g * members : (g + 1) * members]) for g in range(groups)]
-  for t, logits_E in enumerate(np.asarray(logits_TE, np.float64)):
-    outer, inners = _two_levels(logits_E, side_logits_TX[t], draws, t, groups, min_std)
-    for g, group_weight in zip(*gate(outer[1], [sum(b) / members for b in bias_MP], groups_per_token)):
-      chosen, weights = gate(inners[g][1], bias_MP[g], k // groups_per_token)
-      entries += _entries(t, [g * members + e for e in chosen], [group_weight * w for w in weights], mask_T)
+  """1701.06538, eq. 12. `draws`: (of the parts [T, P], of the experts [T, E])."""
+  entries, bias_PO = [], np.reshape(bias_E, (len(logits_TP[0]), -1))
+  for t in range(len(logits_TE)):
+    outer, inners = _two_levels(t, logits_TE, logits_TP, noise_logits_TE, noise_logits_TP, draws, min_std)
+    for p, part_weight in zip(*gate(outer[1], bias_PO.mean(axis=1), groups_per_token)):
+      chosen, weights = gate(inners[p][1], bias_PO[p], k // groups_per_token)
+      experts = [p * bias_PO.shape[1] + o for o in chosen]
+      entries += _entries(t, experts, [part_weight * w for w in weights], mask_T)
   return entries
 
 
-def hierarchical_topk_load(logits_TE, k, draws, side_logits_TX, groups, groups_per_token, min_std=0.01):
+def hierarchical_topk_load(
+  logits_TE, k, draws, logits_TP, noise_logits_TE, noise_logits_TP, groups_per_token, min_std=0.01
+):
   """The product of both levels' P(x, i), [T, E]."""
   rows = []
-  for t, logits_E in enumerate(np.asarray(logits_TE, np.float64)):
-    outer, inners = _two_levels(logits_E, side_logits_TX[t], draws, t, groups, min_std)
-    p_M = win_probabilities(*outer, groups_per_token)
+  for t in range(len(logits_TE)):
+    outer, inners = _two_levels(t, logits_TE, logits_TP, noise_logits_TE, noise_logits_TP, draws, min_std)
+    p_P = win_probabilities(*outer, groups_per_token)
     rows.append(
-      [p * q for p, inner in zip(p_M, inners) for q in win_probabilities(*inner, k // groups_per_token)]
+      [p * q for p, inner in zip(p_P, inners) for q in win_probabilities(*inner, k // groups_per_token)]
     )
   return np.array(rows)

@@ -24,28 +24,26 @@ def random_table(vocab_size, num_experts, k, seed):
   return table
 
 
-def by_table(
-  logits_TE, k, bias_E, mask_T, draw_T=None, *, token_id_T, table, score, normalize=True, scale=1.0
-):
+def by_table(logits_TE, k, bias_E, mask_T, draw_T=None, *, token_id, table, score, normalize=True, scale=1.0):
   """Token after token, the experts that the table has for its id."""
   entries = []
   for t, logits_E in enumerate(np.asarray(logits_TE, np.float64)):
-    experts = table[int(token_id_T[t]) % len(table)]
+    experts = table[int(token_id[t]) % len(table)]
     scores_E = score(logits_E)
     weights = weights_of([scores_E[e] for e in experts], normalize, scale)
     entries += [Entry(t, e, w, bool(mask_T[t]), bool(mask_T[t])) for e, w in zip(experts, weights)]
   return entries
 
 
-def hash_topk(logits_TE, k, bias_E, mask_T, draw_T=None, *, token_id_T, seed, vocab_size):
+def hash_topk(logits_TE, k, bias_E, mask_T, draw_T=None, *, token_id, seed, vocab_size):
   table = random_table(vocab_size, len(logits_TE[0]), k, seed)
   return by_table(
-    logits_TE, k, bias_E, mask_T, draw_T, token_id_T=token_id_T, table=table, score=uniform, normalize=True
+    logits_TE, k, bias_E, mask_T, draw_T, token_id=token_id, table=table, score=uniform, normalize=True
   )
 
 
 def frozen_table_topk(
-  logits_TE, k, bias_E, mask_T, draw_T=None, *, token_id_T, seed, vocab_size, score, normalize, scale
+  logits_TE, k, bias_E, mask_T, draw_T=None, *, token_id, seed, vocab_size, score, normalize, scale
 ):
   table = random_table(vocab_size, len(logits_TE[0]), k, seed)
   return by_table(
@@ -54,7 +52,7 @@ def frozen_table_topk(
     bias_E,
     mask_T,
     draw_T,
-    token_id_T=token_id_T,
+    token_id=token_id,
     table=table,
     score=SCORES[score],
     normalize=normalize,

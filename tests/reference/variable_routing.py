@@ -54,8 +54,8 @@ def sequence_mean(logits_TE, mask_T, sequence_T):
   return mean_TE
 
 
-def sequence_level(logits_TE, k, bias_E, mask_T, draw_T=None, *, sequence_T):
-  return softmax_topk(sequence_mean(logits_TE, mask_T, sequence_T), k, bias_E, mask_T)
+def sequence_level(logits_TE, k, bias_E, mask_T, draw_T=None, *, sequence):
+  return softmax_topk(sequence_mean(logits_TE, mask_T, sequence), k, bias_E, mask_T)
 
 
 def moe_plus_plus(num_experts, zeros, normalize=False):

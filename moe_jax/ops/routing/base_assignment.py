@@ -6,48 +6,49 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.errors import InputError
-from moe_jax.ops.routing.common import Router, full_mask, select_top_k, take_experts, token_major
-from moe_jax.types import Array, Routing
+from moe_jax.ops.routing.common import Choice, select_top_k, take_experts, token_major
+from moe_jax.types import Array, Assignment, RouterContext, Routing
 
 
-def base_assignment(num_experts: int, num_experts_per_token: int, mix: bool = False) -> Router:
+def base_assignment(num_experts: int, num_experts_per_token: int) -> Choice:
   """BASE (2103.16716): K = 1, equal numbers of tokens per expert in training, the best expert in evaluation.
 
-  In training the assignment has the largest possible sum of logits of all that give every expert n / E of the
-  group's n valid tokens (rounded up or down where E does not divide n); see `balanced_assignment` for how
+  In training the assignment maximises the sum of logits among all assignments that give every expert n / E of
+  the group's n valid tokens (rounded up or down where E does not divide n). `balanced_assignment` says how
   exact that is. In evaluation every token takes its largest logit. The weight is a = sigmoid(x . w_e).
 
-  The published layer computes a E(x) + (1 - a) x with experts that hold a residual, E(x) = x + F(norm(x)), so
-  that it is x + a F(norm(x)) (fairseq, base_layer.py). That is what a transformer block of this package
-  computes, whose residual is around the layer, with experts F and weight a. `mix=true` is for a layer without
-  a residual around it: it adds (1 - a) x by a copy expert.
+  The published layer computes a E(x) + (1 - a) x, where the expert E(x) = x + F(norm(x)) contains a residual
+  connection; together that is x + a F(norm(x)) (fairseq, base_layer.py). A transformer block of this package
+  computes the same: its residual connection is around the layer, F is the expert, and a its weight. A layer
+  without a residual connection around it needs the term (1 - a) x as well: see `copy_weight`.
 
-  Leaks the future in training: which expert a token gets depends on all tokens of the group.
+  Leaks the future in training: the expert of a token depends on all tokens of the group.
+
+  Raises:
+    InputError: K is not 1.
   """
   if num_experts_per_token != 1:
-    raise InputError(f"--num_experts_per_token={num_experts_per_token}: router base_assignment takes 1")
+    raise InputError(f"num_experts_per_token={num_experts_per_token}: router base_assignment takes 1")
 
-  def route(
-    logits_TE: Array,
-    *,
-    train: bool,
-    bias_E: Array | None = None,
-    key: Array | None = None,
-    mask_T: Array | None = None,
-  ) -> Routing:
-    del bias_E, key
-    mask_T = full_mask(logits_TE, mask_T)
-    if train:
-      expert_TK = jnp.where(mask_T, balanced_assignment(logits_TE, mask_T), 0)[:, None]
+  def choose(logits_TE: Array, context: RouterContext) -> Routing:
+    if context.train:
+      expert_T = balanced_assignment(logits_TE, context.mask)
+      expert_TK = jnp.where(context.mask, expert_T, 0)[:, None]
     else:
       expert_TK = select_top_k(logits_TE, None, 1)
-    chosen_TK = take_experts(logits_TE, expert_TK)
-    assignment = token_major(expert_TK, jax.nn.sigmoid(chosen_TK), mask_T)
-    bypass_TZ = jnp.where(mask_T[:, None], jax.nn.sigmoid(-chosen_TK), 0) if mix else None
-    return Routing(logits_TE, jax.nn.log_sigmoid(logits_TE), mask_T, assignment, bypass_TZ=bypass_TZ)
+    weight_TK = jax.nn.sigmoid(take_experts(logits_TE, expert_TK))
+    assignment = token_major(expert_TK, weight_TK, context.mask)
+    return Routing(logits_TE, jax.nn.log_sigmoid(logits_TE), context.mask, assignment)
 
-  bypass = ("copy",) if mix else ()
-  return Router(route, reads=("train",), leaks="always", takes_bias=False, bypass=bypass)
+  return Choice(choose, leaks="always", takes_bias=False)
+
+
+def copy_weight(assignment: Assignment) -> Array:
+  """1 - a for each token that `base_assignment` sends to an expert with weight a; 0 for padding.
+
+  Float32 with the shape of `weight_A`, which is [T] or [G, T] because K is 1. Differentiable.
+  """
+  return jnp.where(assignment.valid_A, 1 - assignment.weight_A, 0)
 
 
 class _Matching(NamedTuple):

@@ -14,7 +14,8 @@ class Choice(NamedTuple):
   """How a router chooses, given its logits: pure, for one group of T tokens. A plain method names only `choose`.
 
   choose: `choose(logits_TE, context) -> Routing`, with a `RouterContext` of one group. A method with several
-    projections takes their results first: `choose(logits_TE, noise_logits_TE, context)`.
+    projections takes their results first: `choose(logits_TE, noise_logits_TE, context)`. One that hands its
+    module more than the routing returns a tuple that begins with it.
   leaks: whether the choice for a token depends on later tokens of its sequence: "" never, "drops" only where
     capacity drops assignments, "always" otherwise. A causal model refuses the latter two.
   takes_bias: False where there is no choice that a bias could move.

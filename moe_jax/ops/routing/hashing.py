@@ -1,7 +1,8 @@
-"""Routers by a fixed table: vocabulary id -> K experts. Nothing about the choice is learned.
+"""Routers with a fixed table from vocabulary ids to K experts. Nothing about the choice is learned.
 
-A table is an array `table_VK` of experts, one row per vocabulary id. The two routers by name make theirs from
-a seed; any other table, such as one balanced over a text or one read from a checkpoint, goes to `table_topk`.
+A table is an array `table_VK` of experts with one row per vocabulary id. The two routers with a name make
+theirs from a seed. Any other table, such as one balanced over a text or one read from a checkpoint, goes to
+`table_topk`.
 """
 
 import functools
@@ -11,23 +12,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.errors import InputError, require_option
-from moe_jax.ops.routing.common import Router, full_mask, token_major
+from moe_jax.ops.routing.common import Choice, require, token_major
 from moe_jax.ops.routing.topk import LOG_SCORES, weigh
-from moe_jax.types import Array, Routing
+from moe_jax.types import Array, RouterContext, Routing
 
 
 def hash_topk(
   num_experts: int, num_experts_per_token: int, kind: str = "random", seed: int = 0, vocab_size: int = 32768
-) -> Router:
-  """Hash layers (2106.04426): the token's vocabulary id chooses, each of the K experts weighs 1/K.
+) -> Choice:
+  """Hash layers (2106.04426): the token's vocabulary id chooses, and each of the K experts has weight 1/K.
 
-  The paper has K = 1, and weight 1. No logits are read, so the router's projection gets no gradient.
+  The paper has K = 1, so its weight is 1. The values of the logits are ignored and get no gradient.
 
   Args:
-    kind: `random`: every id gets K random experts. `even`: so that all experts have equally many ids. The
-      paper's "balanced" hash counts tokens instead of ids: `table_topk` with a `balanced_table`.
-    seed: of the table; the same in every layer.
-    vocab_size: V, rows of the table. An id past it takes the row of its remainder by V.
+    kind: `random`: every id gets K random experts. `even`: all experts get equally many ids. The paper's
+      "balanced" hash counts tokens instead of ids: use `table_topk` with a `balanced_table`.
+    seed: seed of the table, which is the same in every layer.
+    vocab_size: V, the rows of the table. An id outside [0, V) takes the row of its remainder by V.
   """
   table_VK = _table_from_seed(kind, num_experts, num_experts_per_token, seed, vocab_size)
   return table_topk(table_VK, num_experts, _log_uniform)
@@ -42,14 +43,14 @@ def frozen_table_topk(
   score: str = "sqrt_softplus",
   normalize: bool = True,
   scale: float = 1.0,
-) -> Router:
-  """The first layers of DeepSeek-V4 (2606.19348, section 2.1): a frozen table chooses, a learned score weighs.
+) -> Choice:
+  """The first layers of DeepSeek-V4 (2606.19348, section 2.1): a fixed table chooses, a learned score weighs.
 
   Args:
     kind, seed, vocab_size: the table, as for `hash_topk`. How the released one was made is not published.
     score: softmax, sigmoid or sqrt_softplus of the logits.
     normalize: divide the scores of the K experts by their sum.
-    scale: multiplies the weights, 1.5 in the released V4-Flash, 2.5 in V4-Pro.
+    scale: multiplies the weights; 1.5 in the released V4-Flash, 2.5 in V4-Pro.
   """
   require_option("router frozen_table_topk", "score", score, tuple(LOG_SCORES))
   table_VK = _table_from_seed(kind, num_experts, num_experts_per_token, seed, vocab_size)
@@ -62,37 +63,29 @@ def table_topk(
   log_score: Callable[[Array], Array],
   normalize: bool = True,
   scale: float = 1.0,
-) -> Router:
-  """A router by a given table.
+) -> Choice:
+  """A choice by a given table. It reads `context.token_id`.
 
   Args:
-    table_VK: ints in [0, E), the K different experts of every vocabulary id. An id outside [0, V) takes the
-      row of its remainder by V: there is no such thing as an unknown token.
-    log_score: logits_TE -> log_scores_TE, which give the weights.
+    table_VK: ints in [0, E), the K different experts of every vocabulary id. It is copied. An id outside
+      [0, V) takes the row of its remainder by V, so there are no unknown tokens.
+    log_score: maps logits_TE to log_scores_TE, which give the weights.
     normalize: divide the scores of the K experts by their sum.
     scale: multiplies the weights.
 
   Raises:
-    InputError: an expert that does not exist, or one that is twice in a row of the table.
+    InputError: the table names an expert that does not exist, or one expert twice in a row.
   """
   table_VK = _checked(table_VK, num_experts)
 
-  def route(
-    logits_TE: Array,
-    *,
-    token_id_T: Array,
-    bias_E: Array | None = None,
-    key: Array | None = None,
-    mask_T: Array | None = None,
-  ) -> Routing:
-    del bias_E, key
-    mask_T = full_mask(logits_TE, mask_T)
+  def choose(logits_TE: Array, context: RouterContext) -> Routing:
+    token_id_T = require(context.token_id, "router by table", "token ids")
     log_scores_TE = log_score(logits_TE)
     expert_TK = jnp.asarray(table_VK)[jnp.mod(token_id_T, len(table_VK))]
     weight_TK = weigh(log_scores_TE, expert_TK, normalize, scale)
-    return Routing(logits_TE, log_scores_TE, mask_T, token_major(expert_TK, weight_TK, mask_T))
+    return Routing(logits_TE, log_scores_TE, context.mask, token_major(expert_TK, weight_TK, context.mask))
 
-  return Router(route, reads=("token_id_T",), takes_bias=False)
+  return Choice(choose, takes_bias=False)
 
 
 def random_table(vocab_size: int, num_experts: int, k: int, seed: int) -> np.ndarray:

@@ -1,22 +1,22 @@
 """Group-limited routers: the K experts of a token lie in few groups, so it travels to few devices.
 
-Here the E experts are cut into P equal groups of neighbours (`groups`): the experts of one device or node.
-A token first chooses its `groups_per_token` best groups, then its K best experts inside them.
+The E experts are cut into P equal groups of neighbours, such as the experts of one device or node. A token
+first chooses its W best groups, then its K best experts within them. Groups of experts have the axis P, because
+G stands for groups of tokens.
 """
 
 import jax.numpy as jnp
 
 from moe_jax.errors import InputError, require_option
 from moe_jax.ops.routing.common import (
-  Router,
+  Choice,
   apply_bias,
-  full_mask,
   select_top_k,
   take_experts,
   token_major,
 )
 from moe_jax.ops.routing.topk import LOG_SCORES, weigh
-from moe_jax.types import Array, Routing
+from moe_jax.types import Array, RouterContext, Routing
 
 
 def group_limited_topk(
@@ -28,54 +28,50 @@ def group_limited_topk(
   score: str = "sigmoid",
   normalize: bool = True,
   scale: float = 1.0,
-) -> Router:
+) -> Choice:
   """Top-k within the best groups of experts.
 
+  Experts of the other groups are masked with minus infinity. Several codebases mask with 0, which lets these
+  experts back in where the bias makes the scores of the chosen groups negative.
+
   Args:
-    groups: P equal groups of neighbouring experts.
-    groups_per_token: M, how many of them a token may use. M = P is plain top-k.
-    group_top: a group's score is the sum of its `group_top` best scores, bias included. 1: the best one
-      (DeepSeek-V2, 2405.04434, section 2.2.2). 2: DeepSeek-V3 (2412.19437, section 2.1.2), whose text says
-      K / M, and whose released code 2. Megatron-LM takes K // M, also for V2.
+    groups: P, the number of groups of neighbouring experts.
+    groups_per_token: W, how many of them a token may use. W = P is plain top-k.
+    group_top: the score of a group is the sum of its `group_top` best scores, bias included. DeepSeek-V2
+      (2405.04434, section 2.2.2) has 1. DeepSeek-V3 (2412.19437, section 2.1.2) has K / W in the paper and 2
+      in the released code. Megatron-LM has K // W, also for V2.
     score: softmax, sigmoid or sqrt_softplus of the logits.
     normalize: divide a token's weights by their sum.
     scale: multiplies the weights.
 
-  Experts of the other groups are masked with minus infinity. A mask of 0, found in several codebases, lets
-  them back in where the bias makes the scores of the chosen groups negative.
-
   Raises:
-    InputError: groups that do not divide the experts, or too few experts in a token's groups.
+    InputError: P does not divide E, or W groups have fewer than K experts, or a wrong option.
   """
   require_option("router group_limited_topk", "score", score, tuple(LOG_SCORES))
   _check_groups(num_experts, num_experts_per_token, groups, groups_per_token, group_top)
 
-  def route(
-    logits_TE: Array, *, bias_E: Array | None = None, key: Array | None = None, mask_T: Array | None = None
-  ) -> Routing:
-    del key
-    mask_T = full_mask(logits_TE, mask_T)
+  def choose(logits_TE: Array, context: RouterContext) -> Routing:
     log_scores_TE = LOG_SCORES[score](logits_TE)
-    biased_TE = apply_bias(jnp.exp(log_scores_TE), bias_E)
+    biased_TE = apply_bias(jnp.exp(log_scores_TE), context.bias_E)
     eligible_TE = _in_best_groups(biased_TE, groups, groups_per_token, group_top)
     expert_TK = select_top_k(jnp.where(eligible_TE, biased_TE, -jnp.inf), None, num_experts_per_token)
     weight_TK = weigh(log_scores_TE, expert_TK, normalize, scale)
-    return Routing(logits_TE, log_scores_TE, mask_T, token_major(expert_TK, weight_TK, mask_T))
+    return Routing(logits_TE, log_scores_TE, context.mask, token_major(expert_TK, weight_TK, context.mask))
 
-  return Router(route)
+  return Choice(choose)
 
 
 def _in_best_groups(biased_TE: Array, groups: int, groups_per_token: int, group_top: int) -> Array:
   """[T, E] bool: the experts of each token's best groups."""
   tokens, num_experts = biased_TE.shape
   per_group = num_experts // groups
-  # Every group is a row with `per_group` columns, so that its best are found as a token's best are.
-  rows = biased_TE.reshape(tokens * groups, per_group)
-  best = take_experts(rows, select_top_k(rows, None, group_top))
+  # Each group becomes a row, so that its best scores are found in the same way as a token's best experts.
+  rows_XO = biased_TE.reshape(tokens * groups, per_group)
+  best = take_experts(rows_XO, select_top_k(rows_XO, None, group_top))
   group_score_TP = best.sum(axis=-1).reshape(tokens, groups)
-  chosen = select_top_k(group_score_TP, None, groups_per_token)  # [T, groups_per_token]
+  group_TW = select_top_k(group_score_TP, None, groups_per_token)
   group_E = jnp.arange(num_experts) // per_group
-  return jnp.any(chosen[:, :, None] == group_E[None, None, :], axis=1)
+  return jnp.any(group_TW[:, :, None] == group_E[None, None, :], axis=1)
 
 
 def _check_groups(num_experts: int, k: int, groups: int, groups_per_token: int, group_top: int) -> None:
@@ -106,11 +102,12 @@ def device_limited_topk(
   groups: int = 8,
   groups_per_token: int = 3,
   scale: float = 16.0,
-) -> Router:
+) -> Choice:
   """Device-limited routing of DeepSeek-V2 (2405.04434, section 2.2.2), defaults as released.
 
-  Softmax over all experts, not normalised again; a group counts as much as its best expert. The released
-  `scale` of 16 makes up for probabilities among 160 experts; with few experts use about 1.
+  Weights are the softmax over all experts, not normalised again. The score of a group is that of its best
+  expert. The released `scale` of 16 makes up for the small probabilities among 160 experts; with few experts
+  use about 1.
   """
   return group_limited_topk(
     num_experts,
@@ -130,10 +127,11 @@ def node_limited_topk(
   groups: int = 8,
   groups_per_token: int = 4,
   scale: float = 2.5,
-) -> Router:
+) -> Choice:
   """Node-limited routing of DeepSeek-V3 (2412.19437, eq. 12-16 and section 2.1.2), defaults as released.
 
-  Sigmoid scores, weights divided by their sum; a group counts as much as its two best experts, with bias.
+  Scores are sigmoids, and a token's weights are divided by their sum. The score of a group is the sum of its
+  two best scores, bias included.
   """
   return group_limited_topk(
     num_experts,

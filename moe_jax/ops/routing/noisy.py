@@ -1,20 +1,20 @@
 """Top-k of noisy logits: noise spreads the choice, and makes the load of an expert differentiable.
 
-How many tokens an expert gets is a count and has no gradient. The probability that it would get a token if its
-noise were drawn again has one: the smooth load, which `load_loss` balances.
+The number of tokens that an expert gets is a count and has no gradient. The probability that it would get a
+token if its noise were drawn again has one. That is the smooth load, which `load_loss` balances.
 """
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.errors import InputError
-from moe_jax.ops.routing.common import Router, full_mask, select_top_k, take_experts, token_major
-from moe_jax.types import Array, Routing
+from moe_jax.ops.routing.common import Choice, select_top_k, take_experts, token_major
+from moe_jax.types import Array, RouterContext, Routing
 
 
-def learned_std(side_logits_TX: Array, min_std: float) -> Array:
+def learned_std(noise_logits_TE: Array, min_std: float) -> Array:
   """The standard deviation of the noise, learned per token and expert (1701.06538, eq. 4)."""
-  return jax.nn.softplus(side_logits_TX) + min_std
+  return jax.nn.softplus(noise_logits_TE) + min_std
 
 
 def add_noise(logits_TE: Array, std_TE: Array | float, key: Array | None) -> Array:
@@ -25,11 +25,12 @@ def add_noise(logits_TE: Array, std_TE: Array | float, key: Array | None) -> Arr
 def win_probability(
   logits_TE: Array, noisy_TE: Array, std_TE: Array | float, k: int, with_self: bool = False
 ) -> Array:
-  """[T, E], the probability that a new draw of an expert's noise alone puts it among the k best.
+  """[T, E], the probability that an expert is among the k best if only its own noise is drawn again.
 
-  1701.06538, eq. 8-9: the threshold is the k-th highest noisy logit of the other experts. That is the next one
-  below for an expert among the k best, and the last one among them for all others. `with_self`: of all
-  experts, as in V-MoE. Differentiable in everything that is an array, also through the threshold.
+  1701.06538, eq. 8-9. An expert is compared with the k-th highest noisy logit of the other experts: for one of
+  the k best experts that is the (k+1)-th highest of all, otherwise the k-th highest. With `with_self` it is
+  always the k-th highest of all experts, as in V-MoE. Differentiable in every array, also through what an
+  expert is compared with.
   """
   num_experts = logits_TE.shape[-1]
   if k == num_experts and not with_self:
@@ -44,59 +45,50 @@ def win_probability(
 
 
 def real_tokens(values_TE: Array, mask_T: Array) -> Array:
-  """0 for padding, which may hold numbers that overflow and would give gradients that are no numbers."""
+  """`values_TE` with 0 for padding, whose values could overflow and make gradients NaN."""
   return jnp.where(mask_T[:, None], values_TE, 0)
 
 
-def noisy_topk(num_experts: int, num_experts_per_token: int, min_std: float = 0.01) -> Router:
-  """Noisy top-k (1701.06538, eq. 3-5 and appendix A): h = logits + std * normal, std = softplus(side logits).
+def noisy_topk(num_experts: int, num_experts_per_token: int, min_std: float = 0.01) -> Choice:
+  """Noisy top-k (1701.06538, eq. 3-5 and appendix A): h = logits + std * normal, std = softplus(noise logits).
 
-  The weights are the softmax over the K highest h, so they sum to 1. Without a key (evaluation) there is no
-  noise: h = logits. Logits and side logits start at 0: then noise alone chooses, all experts alike.
+  The choice is `choose(logits_TE, noise_logits_TE, context)`; both arguments are learned projections, which
+  start at zero. So noise alone chooses at first, and all experts are equally likely.
 
-  The scores, which other balancers read, are the softmax of the logits without noise. A bias is added to the
-  softmax of h, for the choice only. The smooth load is that without a bias.
+  The weights are the softmax over the K highest h, so they sum to 1. Without a key, as in evaluation, there is
+  no noise and h = logits. Scores, which balancers read, are the softmax of the logits without noise. A bias is
+  added to the softmax of h for the choice only, and the smooth load ignores it.
 
-  min_std: added to std, and above 0: the slope of the smooth load grows as 1 / std. The paper adds nothing;
-    Tensor2Tensor has such a term.
+  Args:
+    min_std: added to std, above 0. Without it the slope of the smooth load, which grows as 1 / std, has no
+      bound. The paper has no such term; Tensor2Tensor has.
   """
   if not min_std > 0:
     raise InputError(f"router noisy_topk: min_std must be above 0, got {min_std}")
 
-  def route(
-    logits_TE: Array,
-    *,
-    side_logits_TX: Array,
-    bias_E: Array | None = None,
-    key: Array | None = None,
-    mask_T: Array | None = None,
-  ) -> Routing:
-    mask_T = full_mask(logits_TE, mask_T)
-    clean_TE = real_tokens(logits_TE, mask_T)
-    std_TE = learned_std(real_tokens(side_logits_TX, mask_T), min_std)
-    noisy_TE = add_noise(clean_TE, std_TE, key)
-    expert_TK = select_top_k(jax.nn.softmax(noisy_TE, axis=-1), bias_E, num_experts_per_token)
+  def choose(logits_TE: Array, noise_logits_TE: Array, context: RouterContext) -> Routing:
+    clean_TE = real_tokens(logits_TE, context.mask)
+    std_TE = learned_std(real_tokens(noise_logits_TE, context.mask), min_std)
+    noisy_TE = add_noise(clean_TE, std_TE, context.key)
+    expert_TK = select_top_k(jax.nn.softmax(noisy_TE, axis=-1), context.bias_E, num_experts_per_token)
     weight_TK = jax.nn.softmax(take_experts(noisy_TE, expert_TK), axis=-1)
     return Routing(
       logits_TE,
       jax.nn.log_softmax(logits_TE, axis=-1),
-      mask_T,
-      token_major(expert_TK, weight_TK, mask_T),
+      context.mask,
+      token_major(expert_TK, weight_TK, context.mask),
       smooth_load_TE=win_probability(clean_TE, noisy_TE, std_TE, num_experts_per_token),
     )
 
-  return Router(
-    route, reads=("side_logits_TX",), gives_smooth_load=True, num_side_logits=num_experts, zero_init=True
-  )
+  return Choice(choose, gives_smooth_load=True, zero_init=True)
 
 
-def vmoe_topk(num_experts: int, num_experts_per_token: int, noise: float = 1.0) -> Router:
-  """V-MoE's router (2106.05974; as in its code, google-research/vmoe: vmoe/nn/routing.py): the noise is fixed,
-  h = logits + noise / E * normal.
+def vmoe_topk(num_experts: int, num_experts_per_token: int, noise: float = 1.0) -> Choice:
+  """V-MoE's router (2106.05974), as in its code (google-research/vmoe, vmoe/nn/routing.py).
 
-  Further differences from `noisy_topk`: the weights are the softmax of h among all experts, taken before the K
-  highest are chosen; and the smooth load compares with the K-th highest h of all experts, that of the expert
-  itself included.
+  The noise has a fixed size: h = logits + noise / E * normal. There are two more differences from
+  `noisy_topk`. The weights are the softmax of h over all experts, taken before the K highest are chosen. The
+  smooth load compares with the K-th highest h of all experts, the expert itself included.
 
   Its published losses are `importance_loss:0.005:group:scores` and `load_loss:0.005:group`.
   """
@@ -106,20 +98,17 @@ def vmoe_topk(num_experts: int, num_experts_per_token: int, noise: float = 1.0) 
     )
   std = noise / num_experts
 
-  def route(
-    logits_TE: Array, *, bias_E: Array | None = None, key: Array | None = None, mask_T: Array | None = None
-  ) -> Routing:
-    mask_T = full_mask(logits_TE, mask_T)
-    clean_TE = real_tokens(logits_TE, mask_T)
-    noisy_TE = add_noise(clean_TE, std, key)
+  def choose(logits_TE: Array, context: RouterContext) -> Routing:
+    clean_TE = real_tokens(logits_TE, context.mask)
+    noisy_TE = add_noise(clean_TE, std, context.key)
     probs_TE = jax.nn.softmax(noisy_TE, axis=-1)
-    expert_TK = select_top_k(probs_TE, bias_E, num_experts_per_token)
+    expert_TK = select_top_k(probs_TE, context.bias_E, num_experts_per_token)
     return Routing(
       logits_TE,
       jax.nn.log_softmax(logits_TE, axis=-1),
-      mask_T,
-      token_major(expert_TK, take_experts(probs_TE, expert_TK), mask_T),
+      context.mask,
+      token_major(expert_TK, take_experts(probs_TE, expert_TK), context.mask),
       smooth_load_TE=win_probability(clean_TE, noisy_TE, std, num_experts_per_token, with_self=True),
     )
 
-  return Router(route, gives_smooth_load=True)
+  return Choice(choose, gives_smooth_load=True)

@@ -1,11 +1,11 @@
-"""Quantile balancing within a group: thresholds of experts, solved for the group that they route."""
+"""Quantile balancing within a group: every group is routed with thresholds that are solved for itself."""
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.errors import InputError, require_option
-from moe_jax.ops.routing.common import Router, full_mask, select_top_k, take_experts, token_major
-from moe_jax.types import Array, Routing
+from moe_jax.ops.routing.common import Choice, select_top_k, take_experts, token_major
+from moe_jax.types import Array, RouterContext, Routing
 
 
 def quantile_topk(
@@ -14,23 +14,28 @@ def quantile_topk(
   score: str = "sigmoid",
   rounds: int = 5,
   strength: float = 1.0,
-) -> Router:
-  """Top-k of s - strength * beta, with expert thresholds beta_e of the group's own (kexue.fm/archives/11619).
+) -> Choice:
+  """Top-k of s - strength * beta, with one threshold beta_e per expert and group (kexue.fm/archives/11619).
 
-  Of all assignments that give a token K experts and an expert n K / E of the n valid tokens, the one with the
-  largest sum of scores is the top-k of s - beta, with beta from the dual of that linear program. `rounds` of
-  alternating minimisation find it: alpha_t between the K-th and next largest of s_te - beta_e, and beta_e
-  between the q-th and next largest of s_te - alpha_t, q = n K / E rounded. Any value between the two is a
-  minimum of its step. The article takes the lower one, or numpy's interpolated quantile; this takes the
-  middle, which goes on improving where the lower one stalls. Counts are near n K / E, not equal to it.
+  Consider all assignments that give each token K experts and each expert n K / E of the n valid tokens. The one
+  with the largest sum of scores s is the top-k of s - beta, where beta solves the dual of that linear program.
+  `rounds` of alternating minimisation approximate it. In each, alpha_t is set between the K-th and the next
+  largest of s_te - beta_e, then beta_e between the q-th and the next largest of s_te - alpha_t, where q is
+  n K / E rounded. Any value between the two minimises its step. The article takes the lower one, or numpy's
+  interpolated quantile. Here it is the middle, which still improves where the lower one stalls. The counts are
+  close to n K / E, not equal to it.
 
-  Weights are the plain scores, `sigmoid` or `softmax` over all experts: thresholds move the choice only.
-  `strength` below 1 balances in part (archives/11760 advises 0.3 there, where 1 costs quality).
+  Weights are the plain scores; thresholds move the choice only.
 
-  The group is what gets balanced: with groups of one sequence, which is what `sorted` and `dropless` take,
-  every sequence is balanced by itself. Leaks the future always, also without drops: thresholds see all tokens
-  of the group. So there is no generation token by token with it; archives/11760 replaces the quantile by that
-  of a moving histogram of earlier tokens, which is another method.
+  The group is what gets balanced. With groups of one sequence, as `sorted` and `dropless` have them, every
+  sequence is balanced by itself. Leaks the future even where nothing drops, because the thresholds depend on
+  all tokens of the group. It therefore cannot generate token by token. For that, archives/11760 takes the
+  quantile of a moving histogram of earlier tokens, which is another method.
+
+  Args:
+    score: `sigmoid`, or `softmax` over all experts.
+    rounds: of the minimisation, at least 1.
+    strength: in [0, 1]. Below 1 it balances in part: archives/11760 advises 0.3 where 1 costs quality.
   """
   require_option("router quantile_topk", "score", score, ("sigmoid", "softmax"))
   if rounds < 1:
@@ -38,19 +43,15 @@ def quantile_topk(
   if not 0 <= strength <= 1:
     raise InputError(f"router quantile_topk: strength must be in [0, 1], got {strength}")
 
-  def route(
-    logits_TE: Array, *, bias_E: Array | None = None, key: Array | None = None, mask_T: Array | None = None
-  ) -> Routing:
-    del bias_E, key
-    mask_T = full_mask(logits_TE, mask_T)
+  def choose(logits_TE: Array, context: RouterContext) -> Routing:
     log_scores_TE = jax.nn.log_sigmoid(logits_TE) if score == "sigmoid" else jax.nn.log_softmax(logits_TE)
     scores_TE = jnp.exp(log_scores_TE)
-    beta_E = expert_thresholds(scores_TE, mask_T, num_experts_per_token, rounds)
+    beta_E = expert_thresholds(scores_TE, context.mask, num_experts_per_token, rounds)
     expert_TK = select_top_k(scores_TE, -strength * beta_E, num_experts_per_token)
     weight_TK = take_experts(scores_TE, expert_TK)
-    return Routing(logits_TE, log_scores_TE, mask_T, token_major(expert_TK, weight_TK, mask_T))
+    return Routing(logits_TE, log_scores_TE, context.mask, token_major(expert_TK, weight_TK, context.mask))
 
-  return Router(route, leaks="always", takes_bias=False)
+  return Choice(choose, leaks="always", takes_bias=False)
 
 
 def expert_thresholds(scores_TE: Array, mask_T: Array, k: int, rounds: int) -> Array:

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.errors import InputError, require_option
-from moe_jax.ops.routing.common import Router, full_mask, select_top_k, take_experts, token_major
-from moe_jax.types import Array, Routing
+from moe_jax.ops.routing.common import Choice, select_top_k, take_experts, token_major
+from moe_jax.types import Array, RouterContext, Routing
 
 
 def sinkhorn(
@@ -14,21 +14,25 @@ def sinkhorn(
   score: str = "auto",
   tolerance: float = 1e-4,
   max_iterations: int = 100,
-) -> Router:
+) -> Choice:
   """S-BASE (Clark et al., 2202.01169) in Megatron-LM's form (moe_utils.py, `sinkhorn`).
 
-  In training a token takes the K largest entries of its row of the plan d0_t exp(x_te) d1_e, whose rows sum
-  to 1 and whose columns sum to n / E, for the n valid tokens of the group. In evaluation it takes the K
-  largest logits. Weights are always those of the raw logits: `score=sigmoid` or `softmax` over all experts;
-  `auto` is Megatron's rule, sigmoid for K = 1 and softmax else. No gradient goes through the iterations.
+  In training a token takes the K largest entries of its row of the plan d0_t exp(x_te) d1_e. The rows of the
+  plan sum to 1 and its columns to n / E, for the n valid tokens of the group. In evaluation a token takes its K
+  largest logits. Weights are always scores of the logits themselves. No gradient goes through the iterations.
 
-  The plan is balanced, the choice only nearly so: it takes the largest of entries that are not 0 or 1.
+  The plan is balanced, the choice only nearly so, because the entries of the plan are not 0 or 1.
 
-  `tolerance` bounds how far the sum of any row may be from 1 where the iteration stops (columns are then
-  exact), unless `max_iterations` ends it before. Megatron stops at a mean change of d1 below 1e-4, without a
-  bound on iterations, and exponentiates the logits with an epsilon of 1e-8; here all is in logarithms.
+  Megatron iterates without a bound until d1 changes by less than 1e-4 on average, and exponentiates the logits
+  with an epsilon of 1e-8. Here everything is computed with logarithms.
 
   Leaks the future in training: d1 depends on all tokens of the group.
+
+  Args:
+    score: of the weights: `sigmoid`, or `softmax` over all experts. `auto` is Megatron's rule: sigmoid for
+      K = 1, otherwise softmax.
+    tolerance: the iterations stop once every row sum is this close to 1. Columns are then exact.
+    max_iterations: or after this many iterations.
   """
   require_option("router sinkhorn", "score", score, ("auto", "sigmoid", "softmax"))
   if tolerance <= 0:
@@ -37,24 +41,15 @@ def sinkhorn(
     raise InputError(f"router sinkhorn: max_iterations must be at least 1, got {max_iterations}")
   use_sigmoid = score == "sigmoid" or (score == "auto" and num_experts_per_token == 1)
 
-  def route(
-    logits_TE: Array,
-    *,
-    train: bool,
-    bias_E: Array | None = None,
-    key: Array | None = None,
-    mask_T: Array | None = None,
-  ) -> Routing:
-    del bias_E, key
-    mask_T = full_mask(logits_TE, mask_T)
+  def choose(logits_TE: Array, context: RouterContext) -> Routing:
     log_scores_TE = jax.nn.log_sigmoid(logits_TE) if use_sigmoid else jax.nn.log_softmax(logits_TE, axis=-1)
-    # d0 scales a whole row: it does not change which entries of the row are the largest.
-    log_d1_E = column_scale(logits_TE, mask_T, tolerance, max_iterations) if train else None
+    # d0 scales a whole row, which does not change the order of its entries.
+    log_d1_E = column_scale(logits_TE, context.mask, tolerance, max_iterations) if context.train else None
     expert_TK = select_top_k(logits_TE, log_d1_E, num_experts_per_token)
     weight_TK = jnp.exp(take_experts(log_scores_TE, expert_TK))
-    return Routing(logits_TE, log_scores_TE, mask_T, token_major(expert_TK, weight_TK, mask_T))
+    return Routing(logits_TE, log_scores_TE, context.mask, token_major(expert_TK, weight_TK, context.mask))
 
-  return Router(route, reads=("train",), leaks="always", takes_bias=False)
+  return Choice(choose, leaks="always", takes_bias=False)
 
 
 def column_scale(logits_TE: Array, mask_T: Array, tolerance: float, max_iterations: int) -> Array:

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.errors import InputError
-from moe_jax.ops.routing.common import Router, full_mask, select_top_k, take_experts, token_major
-from moe_jax.types import Array, Routing
+from moe_jax.ops.routing.common import Choice, select_top_k, take_experts, token_major
+from moe_jax.types import Array, RouterContext, Routing
 
 
 def moe_plus_plus(
@@ -15,49 +15,60 @@ def moe_plus_plus(
   copies: int = 1,
   constants: int = 2,
   normalize: bool = False,
-) -> Router:
-  """Top-K of E feed-forward experts and Z = zeros + copies + constants that compute next to nothing.
+) -> Choice:
+  """Top-k of E feed-forward experts and Z = zeros + copies + constants zero-computation experts.
 
-  An easy token takes fewer feed-forward experts by choosing others: `zero` gives 0, `copy` gives x, `constant`
-  a mix of x and a learned vector (eq. 3-5). The logits have E + Z columns, feed-forward experts first, then
-  zero, copy and constant ones. The defaults are the paper's 1/1/2 for up to 16 feed-forward experts.
+  Easy tokens use fewer feed-forward experts by choosing the others: `zero` computes 0, `copy` the input x,
+  `constant` a mix of x and a learned vector (eq. 3-5). The defaults are the paper's 1, 1 and 2 for up to 16
+  feed-forward experts. The loss is the balancer `heterogeneous_loss`.
 
-  normalize=false: weights are the probabilities among all E + Z experts (eq. 1).
-  normalize=true: divided by their sum over the chosen experts, zero experts left out, as in the released
-    code: next to a zero expert the other one has weight 1. (That code doubles the layer's input besides; not here.)
+  The choice is `choose(logits_TE, context) -> (routing, weight_TZ)`. logits_TE have E + Z columns:
+  feed-forward experts first, then zero, copy and constant ones. weight_TZ, float32 and differentiable, are the
+  weights of the zero-computation experts, 0 where one is not chosen and for padding.
 
-  Entries of zero-computation experts stay in the assignment (expert E or above), so balancers and statistics
-  count them; they take no capacity and never drop, while the paper's eq. 8 limits them too. Its capacity of a
-  feed-forward expert, gamma tau T / (tau E + Z), is `capacity_factor` gamma tau E / (K (tau E + Z)).
-  The loss is the balancer `heterogeneous_loss`. The gating residual (eq. 6), which adds the previous layer's
-  logits, is left out: layers here do not see each other's routing.
+  Zero-computation experts also have entries in the assignment, as experts E and above, so balancers and
+  statistics count them. They take no capacity and never drop, although eq. 8 of the paper limits them too. The
+  paper's capacity of a feed-forward expert, gamma tau T / (tau E + Z), is `capacity_factor`
+  gamma tau E / (K (tau E + Z)). The gating residual (eq. 6) is left out: it adds the logits of the previous
+  layer, and layers here do not see each other's routing.
+
+  Args:
+    zeros, copies, constants: how many there are of each kind.
+    normalize: false: weights are the probabilities among all E + Z experts (eq. 1). true: these are divided by
+      their sum over the chosen experts without the zero experts, as in the released code, so next to a zero
+      expert the only other one has weight 1. (That code also doubles the layer's input. This does not.)
   """
-  kinds = ("zero",) * zeros + ("copy",) * copies + ("constant",) * constants
-  if min(zeros, copies, constants) < 0 or not kinds:
-    raise InputError(
-      f"router moe_plus_plus: zeros={zeros}, copies={copies}, constants={constants} must be 0 or more, and not all 0"
-    )
+  num_zero_computation = len(zero_computation_kinds(zeros, copies, constants))
 
-  def route(
-    logits_TE: Array, *, bias_E: Array | None = None, key: Array | None = None, mask_T: Array | None = None
-  ) -> Routing:
-    del key
-    mask_T = full_mask(logits_TE, mask_T)
+  def choose(logits_TE: Array, context: RouterContext) -> tuple[Routing, Array]:
     log_scores_TE = jax.nn.log_softmax(logits_TE, axis=-1)
     scores_TE = jnp.exp(log_scores_TE)
-    expert_TK = select_top_k(scores_TE, bias_E, num_experts_per_token)
+    expert_TK = select_top_k(scores_TE, context.bias_E, num_experts_per_token)
     if normalize:
       is_zero_TK = (expert_TK >= num_experts) & (expert_TK < num_experts + zeros)
       weight_TK = _softmax_of(take_experts(logits_TE, expert_TK), ~is_zero_TK)
     else:
       weight_TK = take_experts(scores_TE, expert_TK)
-    is_bypass_TKZ = expert_TK[:, :, None] == num_experts + jnp.arange(len(kinds))[None, None, :]
-    taken_TKZ = is_bypass_TKZ & mask_T[:, None, None]
-    bypass_TZ = jnp.sum(jnp.where(taken_TKZ, weight_TK[:, :, None], 0), axis=1)
-    assignment = token_major(expert_TK, weight_TK, mask_T)
-    return Routing(logits_TE, log_scores_TE, mask_T, assignment, bypass_TZ=bypass_TZ)
+    is_chosen_TKZ = expert_TK[:, :, None] == num_experts + jnp.arange(num_zero_computation)[None, None, :]
+    is_chosen_TKZ &= context.mask[:, None, None]
+    weight_TZ = jnp.sum(jnp.where(is_chosen_TKZ, weight_TK[:, :, None], 0), axis=1)
+    assignment = token_major(expert_TK, weight_TK, context.mask)
+    return Routing(logits_TE, log_scores_TE, context.mask, assignment), weight_TZ
 
-  return Router(route, num_extra_logits=len(kinds), bypass=kinds)
+  return Choice(choose)
+
+
+def zero_computation_kinds(zeros: int, copies: int, constants: int) -> tuple[str, ...]:
+  """The kind of each zero-computation expert, in the order of the logits: "zero", "copy" or "constant".
+
+  Raises:
+    InputError: a negative number, or no expert at all.
+  """
+  if min(zeros, copies, constants) < 0 or not (zeros or copies or constants):
+    raise InputError(
+      f"router moe_plus_plus: zeros={zeros}, copies={copies}, constants={constants} must be 0 or more, and not all 0"
+    )
+  return ("zero",) * zeros + ("copy",) * copies + ("constant",) * constants
 
 
 def _softmax_of(logits_TK: Array, counts_TK: Array) -> Array:
