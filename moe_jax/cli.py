@@ -1,10 +1,8 @@
 """absl flags from the config dataclasses, and how entry points end on a wrong one."""
 
 import dataclasses
-import inspect
-import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from absl import app, flags, logging
@@ -20,6 +18,7 @@ from moe_jax.config import (
 )
 from moe_jax.errors import InputError, unknown_name
 from moe_jax.models import PRESETS, get_preset
+from moe_jax.plugins import import_plugins
 
 _RENAMED = {("mesh", field.name): f"{field.name}_parallelism" for field in dataclasses.fields(MeshConfig)}
 _DEFINERS = {
@@ -38,26 +37,23 @@ _PARTS = {
 }
 
 
-def _fields() -> Iterable[tuple[str, dataclasses.Field, str]]:
-  """(part, field, flag name) of every plain field."""
+def _fields() -> Iterator[tuple[str, dataclasses.Field, str]]:
+  """(part, field, flag name) of every field that is a flag: those with a help text."""
   for part, cls in _PARTS.items():
     for field in dataclasses.fields(cls):
-      if not dataclasses.is_dataclass(field.default):
+      if "help" in field.metadata:
         yield part, field, _RENAMED.get((part, field.name), field.name)
 
 
-def _comment(cls: type, name: str) -> str:
-  """The comment behind a field in the dataclass's source: the flag's help."""
-  found = re.search(rf"^  {name}: .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE)
-  return found.group(1) if found else name.replace("_", " ")
-
-
 def define_flags(leave_out: Iterable[str] = ()) -> None:
-  """`--preset` and one flag per config field, except those named in `leave_out`."""
+  """`--preset`, `--plugins` and one flag per config field, except those named in `leave_out`."""
   flags.DEFINE_string("preset", "default", f"base configuration: {', '.join(sorted(PRESETS))}")
-  for part, field, flag in _fields():
+  flags.DEFINE_list(
+    "plugins", [], "Python files or modules that register methods of your own, imported before flags are read"
+  )
+  for _, field, flag in _fields():
     if flag not in leave_out:
-      _DEFINERS[type(field.default)](flag, field.default, _comment(_PARTS[part], field.name))
+      _DEFINERS[type(field.default)](flag, field.default, field.metadata["help"])
 
 
 def config_from_flags() -> Config:
@@ -94,6 +90,8 @@ def run(main: Callable[[list[str]], None]) -> None:
 
   def guarded(argv: list[str]) -> None:
     try:
+      if "plugins" in flags.FLAGS:
+        import_plugins(flags.FLAGS.plugins)
       main(argv)
     except InputError as error:
       _fail(error)

@@ -7,7 +7,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from moe_jax.config import MeshConfig, ModelConfig
+from moe_jax.config import MeshConfig, ModelConfig, spec_text
 from moe_jax.errors import InputError
 from moe_jax.sharding.rules import BATCH_AXES, MESH_AXES
 
@@ -95,9 +95,11 @@ def check_divides(
       f"--group_size: gives {num_groups} routing groups per micro-batch, which the {parts} devices that the mesh "
       f"splits them over ({given}) do not divide; use a smaller group or a larger batch"
     )
-  split = [("num_experts", model.moe.num_experts, "expert"), ("model_dim", model.model_dim, "fsdp")]
-  split += [("num_heads", model.num_heads, "tensor"), ("expert_dim", model.moe.expert_dim, "tensor")]
-  if model.num_dense_first or model.moe_every > 1:
+  split = [("model_dim", model.model_dim, "fsdp"), ("num_heads", model.num_heads, "tensor")]
+  for moe in model.moe_configs:
+    split += [("num_experts", moe.num_experts, "expert"), ("expert_dim", moe.expert_dim, "tensor")]
+  kinds = {spec_text(block.ffn).partition(":")[0] for segment in model.blocks for block in segment.pattern}
+  if kinds & {"mlp", "parallel_moe"}:
     split.append(("dense_dim", model.dense_dim, "tensor"))
   for field, value, axis in split:
     if value % mesh.shape[axis]:

@@ -1,8 +1,6 @@
 """Training with all its side effects: data, checkpoints, metrics, progress. The steps stay pure."""
 
 import contextlib
-import dataclasses
-import json
 import os
 import pathlib
 import time
@@ -14,15 +12,18 @@ import numpy as np
 from moe_jax import sharding
 from moe_jax.cluster import processes
 from moe_jax.config import Config
+from moe_jax.config.plain import to_plain
 from moe_jax.data import Dataset
 from moe_jax.errors import InputError
-
+from moe_jax.nn.build import different_blocks, routed_part
+from moe_jax.nn.leaks import sees_later_tokens
 from moe_jax.ops.dispatch import expert_capacity
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import check_run, compile_steps
+from moe_jax.training.load import CONFIG_FILE, LoadedRun, load_run, write_json
 from moe_jax.training.metric_writer import JsonlWriter, MetricWriter, MultiWriter, TensorBoardWriter
 from moe_jax.training.progress import TrainingProgress
-from moe_jax.training.results import TailMeans, count_params, validation_summary, versions
+from moe_jax.training.results import TailMeans, count_params, table_columns, validation_summary, versions
 from moe_jax.training.router_trace import FOLDER, TraceWriter
 from moe_jax.training.step import TrainState
 
@@ -31,9 +32,9 @@ class Run:
   """One training run in one folder. `Run(...).train()` starts or continues it and gives its result.
 
   Args:
-    config: checked here, before anything is compiled.
+    config: checked here, and its names resolved, before anything is compiled.
     dataset: what to train and evaluate on.
-    folder: gets metrics.jsonl, result.json, checkpoints/, tensorboard/ and, if asked for, router_logits/.
+    folder: gets config.json, metrics.jsonl, result.json, checkpoints/, tensorboard/ and, if asked for, router_logits/.
     progress: where to show the numbers; None: nowhere.
     label: of the run, in the result.
     show: of the run, on the progress bar; empty: the label.
@@ -51,21 +52,23 @@ class Run:
     label: str = "",
     show: str = "",
   ):
-    self.config, self.dataset, self.label, self.show = config.check(), dataset, label, show or label
+    self.dataset, self.label, self.show = dataset, label, show or label
     self.folder = pathlib.Path(folder)
     self.progress = progress
-    self.mesh = sharding.make_mesh(config.mesh)
-    check_run(config, self.mesh)
+    self.mesh = sharding.make_mesh(config.check().mesh)
+    self.config = check_run(config, self.mesh)
     self.share = processes.batch_share(sharding.batch_sharding(self.mesh), config.data.batch_size)
     self.tail = TailMeans(config)
     self.seconds, self.timed_steps, self.compile_seconds = 0.0, 0, 0.0
 
   def train(self) -> dict[str, Any]:
     """Trains to `num_steps`, from the newest checkpoint if there is one, and writes result.json."""
-    info = self.dataset.info
-    with jax.set_mesh(self.mesh):
+    with jax.set_mesh(self.mesh), contextlib.ExitStack() as stack:
+      info = self.dataset.info
       self.steps = compile_steps(self.config, info.vocab_size, len(info.domains), self.mesh)
       self.checkpoints = Checkpoints(self.folder / "checkpoints")
+      stack.callback(self.checkpoints.close)  # on every way out: a save under way must not meet the next manager
+      self._write_config()
       self.batches = self.dataset.train_batches(
         process_index=self.share.index,
         process_count=self.share.count,
@@ -74,16 +77,30 @@ class Run:
       state = self._start()
       if self.progress:
         self.progress.start_run(self.show, self.config.train.num_steps)
-      with self._writer(int(state.step)) as writer, self._recorder(int(state.step)) as recorder:
-        state = self._loop(state, writer, recorder)
-        validation = self.evaluate(state)
-      self.checkpoints.close()
-    result = self._result(state, validation)
+      writer = stack.enter_context(self._writer(int(state.step)))
+      recorder = stack.enter_context(self._recorder(int(state.step)))
+      state = self._loop(state, writer, recorder)
+      validation = self.evaluate(state)
+    result = self._result(validation)
     if processes.is_first():
-      _write_json(self.folder / "result.json", result)
+      write_json(self.folder / "result.json", result)
     if self.progress:
       self.progress.finish_run()
     return result
+
+  def _write_config(self) -> None:
+    """What `load` needs to make the model again."""
+    if processes.is_first():
+      values = self.config.to_dict() | {
+        "vocab_size": self.dataset.info.vocab_size,
+        "domains": list(self.dataset.info.domains),
+      }
+      write_json(self.folder / CONFIG_FILE, values)
+
+  @staticmethod
+  def load(folder: str | os.PathLike[str]) -> LoadedRun:
+    """A run of an earlier process: see `moe_jax.training.load.load_run`."""
+    return load_run(folder)
 
   def _start(self) -> TrainState:
     if self.checkpoints.latest_step is None:
@@ -155,7 +172,6 @@ class Run:
 
   def _stop_non_finite(self, step: int, metrics: dict[str, np.ndarray]) -> None:
     latest = self.checkpoints.latest_step
-    self.checkpoints.close()
     kept = "there is no earlier checkpoint (see --checkpoint_every)"
     if latest is not None:
       kept = f"the checkpoint of step {latest} in {self.checkpoints.folder} is good"
@@ -169,7 +185,8 @@ class Run:
     speed = self.timed_steps * self._tokens_per_step / self.seconds if self.seconds else 0.0
     writer.write(step, values | ({"tokens_per_second": speed} if speed else {}))
     if self.progress:
-      self.progress.update(step, float(values["loss"]), float(values["max_vio"].mean()), speed)
+      max_vio = float(np.mean(values["max_vio"])) if "max_vio" in values else 0.0
+      self.progress.update(step, float(values["loss"]), max_vio, speed)
 
   def _extra(self) -> dict[str, Any]:
     return {
@@ -180,15 +197,17 @@ class Run:
     }
 
   def _trace_header(self) -> dict[str, Any]:
-    moe, length, info = self.config.model.moe, self.config.data.sequence_length, self.dataset.info
-    group, k = group_size(moe, length), moe.num_experts_per_token
+    length, info = self.config.data.sequence_length, self.dataset.info
+    block = next(b for b in different_blocks(self.config.model) if routed_part(b) is not None)
+    layer, k = routed_part(block), block.moe.num_experts_per_token
+    group = layer.tokens_per_group(length)
     return {
-      "router": moe.router,
-      "num_experts": moe.num_experts,
-      "num_scored_experts": num_scored_experts(moe),
+      "router": str(block.moe.router),
+      "num_experts": layer.num_experts,
+      "num_scored_experts": layer.num_scored_experts,
       "num_experts_per_token": k,
       "group_size": group,
-      "capacity": expert_capacity(group, k, moe.capacity_factor, moe.num_experts),
+      "capacity": expert_capacity(group, k, layer.capacity_factor, layer.num_experts),
       "domains": list(info.domains),
       "fingerprint": info.fingerprint,
       "config": self.config.to_dict(),
@@ -219,16 +238,17 @@ class Run:
       total = sums if total is None else jax.tree.map(np.add, total, sums)
     return validation_summary(total)
 
-  def _result(self, state: TrainState, validation: dict[str, Any]) -> dict[str, Any]:
-    info, tail = self.dataset.info, self.tail.means()
-    num_params, num_active = count_params(self.config, state)
+  def _result(self, validation: dict[str, Any]) -> dict[str, Any]:
+    info = self.dataset.info
+    num_params, num_active = count_params(self.steps.model)
     return {
       "arm": self.label,
       "seed": self.config.train.seed,
       "num_steps": self.config.train.num_steps,
       "tokens_per_step": self._tokens_per_step,
-      "sees_later_tokens": sees_later_tokens(self.config.model.moe),
-      "schedule": dataclasses.asdict(self.config.optimizer),
+      "objective": str(self.config.train.objective),
+      "sees_later_tokens": sees_later_tokens(self.config.model),
+      "schedule": to_plain(self.config.optimizer),
       "num_params": num_params,
       "num_active_params": num_active,
       "dataset": info.name,
@@ -236,11 +256,10 @@ class Run:
       "domains": list(info.domains),
       "entropy_rate": info.entropy_rate,
       "validation_floor": info.validation_floor,
+      "columns": table_columns(),
       "validation": validation,
       "training": {
-        "loss_tail": tail["loss"],
-        "max_vio_batch_tail": tail["max_vio"],
-        "dropped_fraction_tail": tail["dropped_fraction"],
+        **self.tail.means(),
         "tail_steps": self.tail.count,
         "tokens_per_second": self.timed_steps * self._tokens_per_step / max(self.seconds, 1e-9),
         "seconds": self.seconds,
@@ -252,11 +271,5 @@ class Run:
 
 
 def _scalars(validation: dict[str, Any]) -> dict[str, Any]:
-  return {name: value for name, value in validation.items() if name not in ("load", "load_by_domain")}
-
-
-def _write_json(path: pathlib.Path, value: Any) -> None:
-  """Whole or not at all: a result.json that exists is complete."""
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text(json.dumps(value, indent=1))
-  temporary.replace(path)
+  """Numbers and numbers per layer, as a line of metrics takes them."""
+  return {name: value for name, value in validation.items() if np.ndim(value) < 2}

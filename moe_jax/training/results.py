@@ -7,42 +7,66 @@ from typing import Any
 import flax
 import jax
 import numpy as np
+from flax import nnx
 
 from moe_jax import __version__
 from moe_jax.config import Config
-from moe_jax.ops import stats
-from moe_jax.training.step import EvalSums, TrainState
+from moe_jax.nn.aux import by_layer
+from moe_jax.nn.moe import MoE
+from moe_jax.nn.transformer import Transformer
+from moe_jax.ops.metrics import METRICS
+from moe_jax.training.step import EvalSums
 
 
 def validation_summary(sums: EvalSums) -> dict[str, Any]:
-  """Ratios from the sums over an evaluation, as plain lists over the R layers with experts."""
-  by_expert_RE = sums.tokens_per_expert_RSE.sum(axis=1)
-  per_layer = {
-    "max_vio_global": stats.max_vio(by_expert_RE),
-    "dropped_fraction": stats.dropped_fraction(by_expert_RE, sums.kept_per_expert_RE),
-    "dead_experts": stats.dead_experts(by_expert_RE),
-    "load_entropy": stats.load_entropy(by_expert_RE),
-    "router_entropy": sums.router_entropy_R / sums.num_tokens,
-    "mutual_information": stats.mutual_information(sums.tokens_per_expert_RSE),
-    "load": stats.load(by_expert_RE),
-    "load_by_domain": stats.load(sums.tokens_per_expert_RSE),
-  }
-  nll = float(sums.nll / sums.num_tokens)
+  """What the sums over an evaluation say, per layer, as plain lists over the R layers with experts."""
+  read = lambda name, block: METRICS[name].read(jax.tree.map(np.asarray, block[name]))
+  found = [blocks for blocks in sums.metrics if blocks]
+  nll = float(sums.nll / sums.num_targets)
   return {
     "nll": nll,
-    "perplexity": math.exp(nll),
+    "perplexity": math.exp(min(nll, 700.0)),
     "num_tokens": int(sums.num_tokens),
-    **{name: np.asarray(value).tolist() for name, value in per_layer.items()},
+    "num_targets": int(sums.num_targets),
+    **{
+      name: np.asarray(by_layer([[read(name, b) for b in blocks] for blocks in found])).tolist()
+      for name, metric in METRICS.items()
+      if found and metric.validation is not None
+    },
   }
 
 
-def count_params(config: Config, state: TrainState) -> tuple[int, int]:
-  """(all parameters, those that one token uses: K of E routed experts), embeddings included in both."""
-  sizes = {"/".join(map(str, path)): leaf.size for path, leaf in flax.nnx.to_flat_state(state.params)}
-  total = sum(sizes.values())
-  routed = sum(size for path, size in sizes.items() if path.endswith(("_EDF", "_EFD")))
-  moe = config.model.moe
-  return total, total - routed + routed * moe.num_experts_per_token // moe.num_experts
+def table_columns() -> list[dict[str, Any]]:
+  """What tables must know of each metric that has a column; stored with the results, so that they need no code."""
+  columns = []
+  for where, of in (("validation", lambda m: m.validation), ("training", lambda m: m.training)):
+    for name, metric in METRICS.items():
+      if of(metric):
+        columns.append(
+          {
+            "key": f"{where}/{name}",
+            "title": of(metric),
+            "unit": metric.unit,
+            "format": metric.format,
+            "lower_is_better": metric.lower_is_better,
+          }
+        )
+  return columns
+
+
+def count_params(model: Transformer) -> tuple[int, int]:
+  """(all parameters, those that one token uses: K of E routed experts), embeddings included in both.
+
+  Args:
+    model: may be abstract.
+  """
+  total = sum(w.size for w in jax.tree.leaves(nnx.state(model, nnx.Param)))
+  unused = 0
+  for _, layer in nnx.iter_modules(model):
+    if isinstance(layer, MoE):
+      routed = sum(w.size for w in jax.tree.leaves(nnx.state(layer.experts, nnx.Param)))
+      unused += routed - routed * layer.num_experts_per_token // layer.num_experts
+  return total, total - unused
 
 
 def versions() -> dict[str, str]:
@@ -59,10 +83,9 @@ def versions() -> dict[str, str]:
 class TailMeans:
   """Means over the last part of training of what single steps measure noisily."""
 
-  NAMES = ("loss", "max_vio", "dropped_fraction")
-
   def __init__(self, config: Config):
     steps = math.ceil(config.train.num_steps * config.train.tail_fraction)
+    self.names = ["loss", *(name for name, metric in METRICS.items() if metric.training)]
     self.first = config.train.num_steps - steps + 1
     self.count = 0
     self.sums: dict[str, Any] = {}
@@ -70,8 +93,9 @@ class TailMeans:
   def add(self, step: int, metrics: dict[str, np.ndarray]) -> None:
     if step >= self.first:
       self.count += 1
-      for name in self.NAMES:
-        self.sums[name] = self.sums.get(name, 0) + np.asarray(metrics[name], np.float64)
+      for name in self.names:
+        if name in metrics:
+          self.sums[name] = self.sums.get(name, 0) + np.asarray(metrics[name], np.float64)
 
   def means(self) -> dict[str, Any]:
     return {name: (total / self.count).tolist() for name, total in self.sums.items()}

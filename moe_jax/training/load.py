@@ -1,0 +1,73 @@
+"""A finished run, loaded back: its model with the trained parameters, its configuration, its tokenizer."""
+
+import json
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from moe_jax import sharding
+from moe_jax.config import Config
+from moe_jax.data.tokenizers import Tokenizer, load_tokenizer
+from moe_jax.errors import InputError
+from moe_jax.nn.transformer import Transformer
+from moe_jax.training.checkpoint import Checkpoints
+from moe_jax.training.compiled import abstract_model, make_init, resolve_config
+
+CONFIG_FILE = "config.json"  # in the folder of a run
+
+
+class LoadedRun(NamedTuple):
+  """What `Run.load` gives."""
+
+  model: Transformer  # with the parameters and balancers of the newest checkpoint
+  config: Config
+  tokenizer: Tokenizer
+  step: int  # of the checkpoint
+
+
+def load_run(folder: str | os.PathLike[str]) -> LoadedRun:
+  """The run in `folder`, as its newest checkpoint left it, on one device.
+
+  Raises:
+    InputError: the folder holds no run, or one whose methods have no name here, or of another layout.
+  """
+  folder = pathlib.Path(folder)
+  values = _read(folder / CONFIG_FILE)
+  vocab_size = values.pop("vocab_size")
+  values.pop("domains")
+  config = resolve_config(Config.from_dict(values))
+  mesh = jax.sharding.Mesh([[[[[jax.devices()[0]]]]]], sharding.MESH_AXES)
+  abstract = jax.eval_shape(make_init(config, vocab_size), 0)
+  checkpoints = Checkpoints(folder / "checkpoints")
+  try:
+    if checkpoints.latest_step is None:
+      raise InputError(f"{folder}: has no checkpoint yet")
+    state, _ = checkpoints.restore(abstract, sharding.state_shardings(mesh, abstract))
+  finally:
+    checkpoints.close()
+  graphdef = nnx.graphdef(abstract_model(config, vocab_size))
+  model = nnx.merge(graphdef, state.params, state.variables)
+  return LoadedRun(model, config, load_tokenizer(config.data.tokenizer), int(state.step))
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    values = json.loads(path.read_text())
+  except (OSError, ValueError):
+    raise InputError(f"{path.parent}: holds no run ({path.name} is missing or not whole)") from None
+  if "vocab_size" not in values:
+    raise InputError(
+      f"{path.parent}: is no folder of a run; in a comparison's folder, a run is arms/ARM/seed_SEED"
+    )
+  return values
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Whole or not at all: a file that exists is complete."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_suffix(".tmp")
+  temporary.write_text(json.dumps(value, indent=1))
+  temporary.replace(path)
