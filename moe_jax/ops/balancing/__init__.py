@@ -1,4 +1,4 @@
-"""Balancers: what keeps experts evenly loaded. One factory per method, one file per family."""
+"""Balancers keep experts evenly loaded. There is one factory per method and one file per family of methods."""
 
 from moe_jax.ops.balancing.adaptive import adaptive_loss
 from moe_jax.ops.balancing.bias import loss_free_bias, multiplicative_bias
@@ -39,7 +39,10 @@ BALANCERS = {
 
 
 def make_balancer(spec: str) -> Balancer:
-  """`"switch_loss:0.01,z_loss:0.001"` -> their combination. A repeated name gets a number."""
+  """Returns the combination of balancers that e.g. `"switch_loss:0.01,z_loss:0.001"` names.
+
+  Repeated names are numbered.
+  """
   parts: dict[str, Balancer] = {}
   for part in split_methods(spec):
     name = method_name(part)

@@ -1,7 +1,7 @@
-"""DeepSeek's losses: balance within each sequence, between devices, and of what devices receive.
+"""DeepSeek's losses. They balance experts within each sequence, devices, and what devices receive.
 
 The expert-level loss of DeepSeekMoE (2401.06066, eq. 12-14) and DeepSeek-V2 (2405.04434, eq. 23-25) is
-`switch_loss`: over all K choices, and V2's T tokens are those of one sequence, `switch_loss:scope=sequence`.
+`switch_loss` over all K choices. V2's T tokens are those of one sequence, so it is `switch_loss:scope=sequence`.
 """
 
 import jax
@@ -15,7 +15,7 @@ from moe_jax.types import Array, BatchRouting
 
 
 def best_scores(routing: BatchRouting) -> Array:
-  """[B, L, E]: 1 for the K experts with the highest scores, whatever a bias or a group limit made of the choice."""
+  """Returns 1 for the K experts with the highest scores, ignoring any bias and group limit. [B, L, E]"""
   batch, length, num_experts = routing.log_scores_BLE.shape
   scores_TE = routing.log_scores_BLE.reshape(-1, num_experts)
   expert_TK = select_top_k(scores_TE, None, routing.num_experts_per_token)
@@ -24,12 +24,13 @@ def best_scores(routing: BatchRouting) -> Array:
 
 
 def sequence_loss(weight: float = 0.0001) -> Balancer:
-  """DeepSeek-V3's complementary loss (2412.19437, eq. 17-20): weight * sum_e(f_e * P_e), sequence by sequence.
+  """DeepSeek-V3's complementary loss (2412.19437, eq. 17-20): weight * sum_e(f_e * P_e), computed per sequence.
 
-  f_e = E / (K T) * the T tokens of a sequence that have expert e among their K highest scores, without the bias
-  that moves the choice (and without the limit on groups). So it asks the scores themselves to balance, where
-  `switch_loss:scope=sequence` counts what was chosen; without bias and limit the two are equal. P_e is the mean
-  of the scores over their sum. 1 at balance; V3 used 0.0001 beside its bias.
+  f_e is E / (K T) times the number of the sequence's T tokens that have expert e among their K highest scores,
+  without the bias that changes the choice (and without the limit on groups). The loss therefore balances the
+  scores themselves, whereas `switch_loss:scope=sequence` counts what was chosen. Without bias and limit, the two
+  are equal. P_e is the mean of the scores divided by their sum. The loss is 1 at balance. V3 used 0.0001 together
+  with its bias.
   """
   return load_balancing(weight, "sequence", best_scores)
 
@@ -40,7 +41,7 @@ def by_device(values_BLE: Array, devices: int) -> Array:
 
 
 def _check_devices(name: str, devices: int):
-  """The `init` of a balancer that cuts experts into `devices` equal parts."""
+  """Returns the `init` of a balancer that splits experts into `devices` equal parts."""
   if devices < 1:
     raise InputError(f"balancer {name}: devices must be 1 or more, got {devices}")
 
