@@ -1,4 +1,4 @@
-r"""How much slower than a dense FFN of equal FLOPs is an MoE layer, forward and backward?
+r"""Compares the time of an MoE layer, forward and backward, with that of a dense FFN of equal FLOPs.
 
   python scripts/bench_layer.py
   python scripts/bench_layer.py --num_experts=64 --num_experts_per_token=8 --expert_dim=128
@@ -6,11 +6,11 @@ r"""How much slower than a dense FFN of equal FLOPs is an MoE layer, forward and
   python scripts/bench_layer.py --balancing=all     # each method's layer against the one with plain top-k
   python scripts/bench_layer.py --routers=all
 
-Times value_and_grad with respect to the input and all weights, router included: router matmul, softmax,
-top-k, dispatch, experts, combine. The dense FFN is a SwiGLU of hidden width K*F. Dense and MoE steps
-alternate in one process, and the table gives the ratio of the minima and the median of the paired ratios.
-Where these two are far from each other, the machine is busy: run again. About a minute on 2 CPU cores, and
-ten seconds per method with --balancing or --routers.
+The script times value_and_grad with respect to the input and all weights, including the router: router matmul,
+softmax, top-k, dispatch, experts, combine. The dense FFN is a SwiGLU of hidden width K*F. Dense and MoE steps
+alternate in one process. The table gives the ratio of the minima and the median of the paired ratios. If the two
+differ a lot, the machine is busy: run again. It takes about a minute on 2 CPU cores, and ten seconds per method
+with --balancing or --routers.
 """
 
 import dataclasses

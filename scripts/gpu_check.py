@@ -1,16 +1,16 @@
-r"""Does this GPU compute the right numbers, and how fast is each dispatcher on it?
+r"""Checks whether this GPU computes correct values, and measures how fast each dispatcher is on it.
 
   python scripts/gpu_check.py
   python scripts/gpu_check.py --dispatchers=dropless,all_to_all --num_experts=128 --batch_size=16
   python scripts/gpu_check.py --compute_dtype=float32 --json
   python scripts/gpu_check.py --preset=tiny --platform=cpu --matmul_size=256
 
-Values: one layer against every expert on every token, and one training step against the same step with capacity
-buffers, both in float32 with full products, on few tokens and where nothing drops. Speed: the layer, forward and
-backward, and the training step with AdamW, against the operations that the model needs and against the fastest of
-several plain matrix products of the same type, measured in the same run. Without --preset, sizes are those of
-Qwen3-30B-A3B with two layers and half of its experts. Uses the first GPU; needs neither grain nor TFDS. Exit status 1
-if a value is wrong; without a GPU it says so, with 0.
+Values: the script compares one layer with every expert on every token, and one training step with the same step using
+capacity buffers, both in float32 with full-precision products, on few tokens without drops. Speed: it times the layer
+(forward and backward) and the training step with AdamW, relative to the operations that the model needs and to the
+fastest of several plain matrix products of the same type in the same run. Without --preset, sizes are those of
+Qwen3-30B-A3B with two layers and half of its experts. It uses the first GPU, and needs neither grain nor TFDS. The exit
+status is 1 if a value is wrong. Without a GPU, the script says so and exits with 0.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Finds meshes that are worth compiling for: those that divide the model, sorted by an estimate of the bytes they send."""
+"""Finds meshes worth compiling for: those that divide the model, sorted by an estimate of the bytes they send."""
 
 import itertools
 import math

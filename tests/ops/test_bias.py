@@ -1,4 +1,4 @@
-"""What is particular to balancing by a bias: it follows the load of whole steps and balances without a loss."""
+"""Properties of balancing with a bias: it follows the load of whole steps and balances without a loss."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Each codebase's loss written out as it is there, against what the converter says of it."""
+"""Compares the converter with the loss of each codebase, written out as in that codebase."""
 
 import functools
 import math
