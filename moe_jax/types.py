@@ -1,16 +1,27 @@
 """Axis letters, and the records that cross module borders.
 
-Axes have one letter each everywhere, as name suffixes and in einsum strings:
+Axes have one letter each everywhere, as name suffixes and in einsum strings. A letter has one meaning in
+the whole package (tests/test_axis_letters.py):
 
-  B batch                 L sequence             T tokens of one routing group
-  G groups                D model                F expert hidden
-  E experts               K experts per token    C capacity (slots of one expert in one group)
-  A assignments           N heads                H head dim
-  V vocabulary            S domains              R layers with routed experts
-  X side logits           Z zero-computation experts
+  B batch                            L sequence
+  T tokens of one routing group      G groups
+  D model                            F expert hidden
+  E experts                          K experts per token
+  C capacity (slots of one expert in one group)
+  A assignments, pairs of token and expert
+  N heads (of queries, or of keys and values)
+  H head dim                         V vocabulary
+  R layers with routed experts       S domains
+  U units that a loss balances over  Q bins of a histogram
+  P parts that the experts are cut into: devices, nodes, groups of experts
+  O experts of one part              W parts that a token uses
+  M rows sorted by expert            Z zero-computation experts
+  J pieces of a step: chunks, micro-batches
+  I recorded steps
+  X, Y any axis
 
-Suffixes name logical axes, never the sharding. Flattening B*L tokens in order and cutting them into
-G groups of T tokens gives the group layout: `x_BLD.reshape(G, T, D)`.
+A digit is an axis of that length: `mask_11XL`. Suffixes name logical axes, never the sharding. Flattening
+B*L tokens in order and cutting them into G groups of T tokens gives the group layout: `x_BLD.reshape(G, T, D)`.
 """
 
 from typing import Any, NamedTuple

@@ -21,7 +21,7 @@ _TARGET = flags.DEFINE_string("target", "moe_jax", "the codebase to convert to")
 _LOSS = flags.DEFINE_string("loss", "load_balancing", "load_balancing or z (router z-loss)")
 _EXPERTS = flags.DEFINE_integer("num_experts", 8, "E")
 _K = flags.DEFINE_integer("num_experts_per_token", 2, "K")
-_LAYERS = flags.DEFINE_integer("num_layers", 32, "L, layers with experts")
+_LAYERS = flags.DEFINE_integer("num_layers", 32, "R, layers with experts")
 
 WEIGHTS = {"load_balancing": 0.01, "z": 0.001}
 TITLES = {"load_balancing": "Load-balancing loss", "z": "Router z-loss"}
@@ -36,9 +36,9 @@ def weight_of(loss: str) -> float:
 
 
 def formula(convention) -> str:
-  """The loss of the whole model at balance with coefficient 1, as text: "L/K", "1/E^2", "1"."""
+  """The loss of the whole model at balance with coefficient 1, as text: "R/K", "1/E^2", "1"."""
   layers = 1 if convention.layers == "sum" else 0
-  powers = {"L": layers, "K": convention.choice_power, "E": convention.expert_power}
+  powers = {"R": layers, "K": convention.choice_power, "E": convention.expert_power}
   text = {letter: letter if abs(power) == 1 else f"{letter}^{abs(power)}" for letter, power in powers.items()}
   above = "*".join(text[letter] for letter, power in powers.items() if power > 0) or "1"
   below = "".join(f"/{text[letter]}" for letter, power in powers.items() if power < 0)
@@ -106,7 +106,7 @@ def main(argv: list[str]) -> None:
     "num_experts_per_token": _K.value,
     "num_layers": _LAYERS.value,
   }
-  text = f"E = {_EXPERTS.value}, K = {_K.value}, L = {_LAYERS.value} layers"
+  text = f"E = {_EXPERTS.value}, K = {_K.value}, R = {_LAYERS.value} layers"
   if _SOURCE.value is not None:
     conventions.get_convention(_SOURCE.value, _LOSS.value)
     weight = weight_of(_LOSS.value)

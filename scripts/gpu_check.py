@@ -43,7 +43,7 @@ _CHECK_LENGTH = flags.DEFINE_integer(
   "check_length", 128, "L where values are checked, with two sequences", lower_bound=1
 )
 _MATMUL = flags.DEFINE_integer(
-  "matmul_size", 8192, "N of the largest N x N product of the ceiling", lower_bound=4
+  "matmul_size", 8192, "n of the largest n x n product of the ceiling", lower_bound=4
 )
 _REPEATS = flags.DEFINE_integer("repeats", 20, "timed runs, of which the median counts", lower_bound=1)
 _JSON = flags.DEFINE_bool("json", False, "print one JSON object instead of the tables")
@@ -233,7 +233,7 @@ def median_seconds(function: Callable) -> float:
 
 
 def ceiling(dtype: str) -> float:
-  """Operations per second of the fastest plain product of N x N matrices, of the largest N, its half and its quarter."""
+  """Operations per second of the fastest plain product of n x n matrices, of the largest n, its half and its quarter."""
   best = 0.0
   for n in (_MATMUL.value, _MATMUL.value // 2, _MATMUL.value // 4):
     a, b = (jax.random.normal(key, (n, n)).astype(dtype) for key in jax.random.split(jax.random.key(0)))

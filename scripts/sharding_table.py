@@ -98,7 +98,7 @@ def derived(config: Config, vocab_size: int) -> list[Tensor]:
   g, c = b * length // t, expert_capacity(t, moe.num_experts_per_token, moe.capacity_factor, moe.num_experts)
   rows = [
     Tensor("query, mixed_BLNH", (b, length, n, h), ("batch", None, "heads", None), dtype),
-    Tensor("key, value_BLXH", (b, length, x, h), ("batch", None, "kv_heads", None), dtype),
+    Tensor("key, value_BLNH", (b, length, x, h), ("batch", None, "kv_heads", None), dtype),
     Tensor("logits_BLV", (b, length, vocab_size), ("batch", None, "vocab"), jnp.float32),
   ]
   if layer_kind(moe).routes and not get_dispatcher(moe.dispatcher).spells_exchange:

@@ -104,7 +104,7 @@ def _op_name(instruction: Instruction | None) -> str:
 
 
 def _part(name: str) -> str:
-  marks = {"ENX,EXY->ENY": "experts", "ragged_dot": "experts", "GTEC": "dispatch", "DV->BLV": "head"}
+  marks = {"EMX,EXY->EMY": "experts", "ragged_dot": "experts", "GTEC": "dispatch", "DV->BLV": "head"}
   return next((part for mark, part in marks.items() if mark in name), "other")
 
 

@@ -1,7 +1,7 @@
 """`Dataset`: the interface through which training and evaluation read data from any source.
 
-The global batch of a step does not depend on the number of processes. Process p of P produces only rows
-[p*B/P, (p+1)*B/P) of it.
+The global batch of a step does not depend on the number of processes. Process p of n produces only rows
+[p*B/n, (p+1)*B/n) of it.
 """
 
 import functools
@@ -115,7 +115,7 @@ def dataset_of_texts(
     tokens = ((tokenizer.encode(text), domain) for text, domain in texts)
     windows[split] = DocumentWindows(tokens, tokenizer, config.sequence_length)
   for split, w in windows.items():
-    if w.targets_W.sum() < config.sequence_length:
+    if w.targets_per_window.sum() < config.sequence_length:
       right = f"too little text for one {split} window of {config.sequence_length} tokens"
       raise InputError(f"--{flag[0]}={flag[1]}: {right}")
   info = DatasetInfo(

@@ -41,21 +41,21 @@ class MarkovChains:
     entropy_SV = -np.sum(p * np.log(np.where(p > 0, p, 1.0)), axis=-1)
     return float(np.mean(np.sum(self.stationary_SV * entropy_SV, axis=-1)))
 
-  def optimal_nll(self, windows_WL1: np.ndarray) -> float:
+  def optimal_nll(self, windows_BX: np.ndarray) -> float:
     """Nats per target of the true mixture model, which infers the domain from the tokens of the window so far.
 
     Args:
-      windows_WL1: [W, L+1] tokens. The first token is given, not predicted, but it is evidence of the domain.
+      windows_BX: [B, L+1] tokens. The first token is given, not predicted, but it is evidence of the domain.
     """
     with np.errstate(divide="ignore"):
       log_p, log_start = np.log(self.transition_SVV), np.log(self.stationary_SV)
-    joint_SW = log_start[:, windows_WL1[:, 0]]  # log p(tokens so far | domain)
-    first_W = np.logaddexp.reduce(joint_SW, axis=0)
-    for now, then in zip(windows_WL1.T[:-1], windows_WL1.T[1:], strict=True):
-      joint_SW = joint_SW + log_p[:, now, then]
+    joint_SB = log_start[:, windows_BX[:, 0]]  # log p(tokens so far | domain)
+    first_B = np.logaddexp.reduce(joint_SB, axis=0)
+    for now, then in zip(windows_BX.T[:-1], windows_BX.T[1:], strict=True):
+      joint_SB = joint_SB + log_p[:, now, then]
     # By the chain rule, the log likelihoods of the predictions sum to log p(window) - log p(first token).
     # The uniform prior over domains cancels.
-    return float(np.mean(first_W - np.logaddexp.reduce(joint_SW, axis=0)) / (windows_WL1.shape[1] - 1))
+    return float(np.mean(first_B - np.logaddexp.reduce(joint_SB, axis=0)) / (windows_BX.shape[1] - 1))
 
 
 class MarkovWindows:
@@ -75,12 +75,12 @@ class MarkovWindows:
     """Returns the windows with these indices. All rows advance together, each with its own random numbers."""
     generators = [np.random.default_rng((_CHAIN_SEED, self._split, int(i))) for i in indices]
     draws = [g.random(self._length + 2) for g in generators]
-    u_BL = np.array(draws).reshape(len(draws), self._length + 2)
-    domain_B = (u_BL[:, 0] * len(self._start_SV)).astype(np.int32)
+    u_BX = np.array(draws).reshape(len(draws), self._length + 2)
+    domain_B = (u_BX[:, 0] * len(self._start_SV)).astype(np.int32)
     window = np.empty((len(draws), self._length + 1), np.int32)
-    window[:, 0] = _invert(self._start_SV[domain_B], u_BL[:, 1])
+    window[:, 0] = _invert(self._start_SV[domain_B], u_BX[:, 1])
     for t in range(self._length):
-      window[:, t + 1] = _invert(self._next_SVV[domain_B, window[:, t]], u_BL[:, t + 2])
+      window[:, t + 1] = _invert(self._next_SVV[domain_B, window[:, t]], u_BX[:, t + 2])
     return {
       "tokens_BL": window[:, :-1],
       "targets_BL": window[:, 1:],
@@ -111,7 +111,7 @@ def load_markov(config: DataConfig) -> Dataset:
 
 
 def _stationary(p_VV: np.ndarray) -> np.ndarray:
-  """The left eigenvector of eigenvalue 1, from pi (P - I) = 0 and sum(pi) = 1; unique if every p > 0."""
+  """The left eigenvector of eigenvalue 1, from pi @ p_VV = pi and sum(pi) = 1; unique if every p > 0."""
   n = len(p_VV)
   equations = np.concatenate([p_VV.T - np.eye(n), np.ones((1, n))])
   pi = np.linalg.lstsq(equations, np.eye(n + 1)[n], rcond=None)[0]

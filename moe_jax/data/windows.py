@@ -59,8 +59,8 @@ class DocumentWindows:
     self._tokens = np.concatenate(tokens)
     self._starts = np.concatenate([np.zeros(0, np.int64), *starts]).astype(np.int64)
     # real targets per window
-    self.targets_W = np.concatenate([np.zeros(0, np.int64), *counts]).astype(np.int64)
-    self.domain_W = np.concatenate([np.zeros(0, np.int64), *domains]).astype(np.int32)
+    self.targets_per_window = np.concatenate([np.zeros(0, np.int64), *counts]).astype(np.int64)
+    self.domain_per_window = np.concatenate([np.zeros(0, np.int64), *domains]).astype(np.int32)
 
   def __len__(self) -> int:
     return len(self._starts)
@@ -69,23 +69,26 @@ class DocumentWindows:
     """Returns the windows with these indices, in this order."""
     index_B = np.asarray(indices, np.int64)
     position = np.arange(self._length + 1)
-    count_B1 = self.targets_W[index_B, None]
+    count_B1 = self.targets_per_window[index_B, None]
     at = np.minimum(self._starts[index_B, None] + position, len(self._tokens) - 1)
     window = np.where(position <= count_B1, self._tokens[at], self._pad).astype(np.int32)
     return {
       "tokens_BL": window[:, :-1],
       "targets_BL": window[:, 1:],
       "mask_BL": position[:-1] < count_B1,
-      "domain_B": self.domain_W[index_B],
+      "domain_B": self.domain_per_window[index_B],
     }
 
   def targets_per_domain(self, num_domains: int) -> tuple[int, ...]:
-    return tuple(int(n) for n in np.bincount(self.domain_W, weights=self.targets_W, minlength=num_domains))
+    return tuple(
+      int(n)
+      for n in np.bincount(self.domain_per_window, weights=self.targets_per_window, minlength=num_domains)
+    )
 
   @property
   def padded_fraction(self) -> float:
     """Masked positions / all positions."""
-    return 1.0 - float(self.targets_W.sum()) / max(1, len(self) * self._length)
+    return 1.0 - float(self.targets_per_window.sum()) / max(1, len(self) * self._length)
 
 
 def masked_rows(batch: Batch, num_rows: int, pad_id: int) -> Batch:

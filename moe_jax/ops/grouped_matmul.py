@@ -18,36 +18,36 @@ _ROWS_BY_MATRIX, _ROWS_BY_TRANSPOSED, _SUM_OVER_ROWS = (
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def grouped_ffn(
   activation: Callable[..., Array],
-  rows_MX: Array,
+  rows_MD: Array,
   w_in: tuple[Array, ...],
-  w_out_EHY: Array,
+  w_out_EFD: Array,
   group_sizes_E: Array,
 ) -> Array:
   """`out[m] = activation(*(rows[m] @ w[e] for w in w_in)) @ w_out[e]` for the `group_sizes_E[e]` rows of
-  expert e, which follow those of e-1. `w_in` are [E, X, H], and `activation` maps zeros to zeros.
+  expert e, which follow those of e-1. `w_in` are [E, D, F], and `activation` maps zeros to zeros.
 
   At least BLOCK rows must follow the last group: the CPU's last block reaches into them, and the caller
   appends them for nothing where it gathers the rows. They give zero and have zero gradient.
 
   On CPU this is a loop over blocks of rows, since XLA:CPU multiplies every expert with every row for
   `ragged_dot`. A block goes through the whole network and, backward, through all its products: with one
-  such loop per product, whose [M, H] results go through memory, a training step takes 1.2 times as long.
+  such loop per product, whose [M, F] results go through memory, a training step takes 1.2 times as long.
   """
-  return _fwd(activation, rows_MX, w_in, w_out_EHY, group_sizes_E)[0]
+  return _fwd(activation, rows_MD, w_in, w_out_EFD, group_sizes_E)[0]
 
 
-def _fwd(activation, rows_MX, w_in, w_out_EHY, group_sizes_E):
-  args = rows_MX, w_in, w_out_EHY, group_sizes_E
+def _fwd(activation, rows_MD, w_in, w_out_EFD, group_sizes_E):
+  args = rows_MD, w_in, w_out_EFD, group_sizes_E
   cpu, default = (functools.partial(f, activation) for f in (_block_forward, _ragged_forward))
-  out_MY, inner = lax.platform_dependent(*args, cpu=cpu, default=default)
-  return out_MY, (*args, inner)
+  out_MD, inner = lax.platform_dependent(*args, cpu=cpu, default=default)
+  return out_MD, (*args, inner)
 
 
-def _bwd(activation, saved, d_out_MY):
-  rows_MX, w_in, w_out_EHY, _, _ = saved
+def _bwd(activation, saved, d_out_MD):
+  rows_MD, w_in, w_out_EFD, _, _ = saved
   cpu, default = (functools.partial(f, activation) for f in (_block_backward, _ragged_backward))
-  gradients = lax.platform_dependent(*saved, d_out_MY, cpu=cpu, default=default)
-  d_rows, d_in, d_out = jax.tree.map(lambda d, x: d.astype(x.dtype), gradients, (rows_MX, w_in, w_out_EHY))
+  gradients = lax.platform_dependent(*saved, d_out_MD, cpu=cpu, default=default)
+  d_rows, d_in, d_out = jax.tree.map(lambda d, x: d.astype(x.dtype), gradients, (rows_MD, w_in, w_out_EFD))
   return d_rows, d_in, d_out, None
 
 
@@ -68,17 +68,17 @@ def _ragged_w(rows_MX, d_out_MY, group_sizes_E):
   return lax.ragged_dot_general(rows_MX, d_out_MY, group_sizes_E, dims)
 
 
-def _ragged_forward(activation, rows_MX, w_in, w_out_EHY, group_sizes_E):
-  inner = tuple(_ragged_rows(rows_MX, w, group_sizes_E) for w in w_in)
-  return _ragged_rows(activation(*inner), w_out_EHY, group_sizes_E), inner
+def _ragged_forward(activation, rows_MD, w_in, w_out_EFD, group_sizes_E):
+  inner = tuple(_ragged_rows(rows_MD, w, group_sizes_E) for w in w_in)
+  return _ragged_rows(activation(*inner), w_out_EFD, group_sizes_E), inner
 
 
-def _ragged_backward(activation, rows_MX, w_in, w_out_EHY, group_sizes_E, inner, d_out_MY):
-  hidden_MH, pullback = jax.vjp(activation, *inner)
-  d_inner = pullback(_ragged_rows(d_out_MY, w_out_EHY.swapaxes(1, 2), group_sizes_E))
-  d_rows_MX = sum(_ragged_rows(d, w.swapaxes(1, 2), group_sizes_E) for d, w in zip(d_inner, w_in))
-  d_in = tuple(_ragged_w(rows_MX, d, group_sizes_E) for d in d_inner)
-  return d_rows_MX, d_in, _ragged_w(hidden_MH, d_out_MY, group_sizes_E)
+def _ragged_backward(activation, rows_MD, w_in, w_out_EFD, group_sizes_E, inner, d_out_MD):
+  hidden_MF, pullback = jax.vjp(activation, *inner)
+  d_inner = pullback(_ragged_rows(d_out_MD, w_out_EFD.swapaxes(1, 2), group_sizes_E))
+  d_rows_MD = sum(_ragged_rows(d, w.swapaxes(1, 2), group_sizes_E) for d, w in zip(d_inner, w_in))
+  d_in = tuple(_ragged_w(rows_MD, d, group_sizes_E) for d in d_inner)
+  return d_rows_MD, d_in, _ragged_w(hidden_MF, d_out_MD, group_sizes_E)
 
 
 def _write(outs, blocks, start):
@@ -88,10 +88,10 @@ def _write(outs, blocks, start):
   )
 
 
-def _clear_tail(out_MX, group_sizes_E):
+def _clear_tail(out_MD, group_sizes_E):
   """Zeros for what the last block wrote beyond the last group."""
-  zeros = jnp.zeros((BLOCK, out_MX.shape[1]), out_MX.dtype)
-  return lax.dynamic_update_slice_in_dim(out_MX, zeros, jnp.sum(group_sizes_E), 0)
+  zeros = jnp.zeros((BLOCK, out_MD.shape[1]), out_MD.dtype)
+  return lax.dynamic_update_slice_in_dim(out_MD, zeros, jnp.sum(group_sizes_E), 0)
 
 
 def _for_blocks(size, start, block, carry):
@@ -101,56 +101,56 @@ def _for_blocks(size, start, block, carry):
   return lax.fori_loop(0, (size + BLOCK - 1) // BLOCK, step, carry)
 
 
-def _block_forward(activation, rows_MX, w_in, w_out_EHY, group_sizes_E):
+def _block_forward(activation, rows_MD, w_in, w_out_EFD, group_sizes_E):
   start_E = jnp.cumsum(group_sizes_E) - group_sizes_E
 
   def expert(e, outs):
-    own_w_in, w_out_HY = jax.tree.map(lambda w: w[e], (w_in, w_out_EHY))
+    own_w_in, w_out_FD = jax.tree.map(lambda w: w[e], (w_in, w_out_EFD))
 
     def block(start, left, outs):
       del left
-      x = lax.dynamic_slice_in_dim(rows_MX, start, BLOCK)
+      x = lax.dynamic_slice_in_dim(rows_MD, start, BLOCK)
       inner = tuple(lax.dot_general(x, w, _ROWS_BY_MATRIX) for w in own_w_in)
-      return _write(outs, (lax.dot_general(activation(*inner), w_out_HY, _ROWS_BY_MATRIX), *inner), start)
+      return _write(outs, (lax.dot_general(activation(*inner), w_out_FD, _ROWS_BY_MATRIX), *inner), start)
 
     return _for_blocks(group_sizes_E[e], start_E[e], block, outs)
 
-  num_rows, (num_experts, hidden, width) = rows_MX.shape[0], w_out_EHY.shape
-  dtype = jnp.result_type(rows_MX, *w_in)
+  num_rows, (num_experts, hidden, width) = rows_MD.shape[0], w_out_EFD.shape
+  dtype = jnp.result_type(rows_MD, *w_in)
   outs = (
-    jnp.zeros((num_rows, width), jnp.result_type(dtype, w_out_EHY)),
+    jnp.zeros((num_rows, width), jnp.result_type(dtype, w_out_EFD)),
     *(jnp.zeros((num_rows, hidden), dtype) for _ in w_in),
   )
-  out_MY, *inner = lax.fori_loop(0, num_experts, expert, outs)
-  return _clear_tail(out_MY, group_sizes_E), tuple(inner)
+  out_MD, *inner = lax.fori_loop(0, num_experts, expert, outs)
+  return _clear_tail(out_MD, group_sizes_E), tuple(inner)
 
 
-def _block_backward(activation, rows_MX, w_in, w_out_EHY, group_sizes_E, inner, d_out_MY):
+def _block_backward(activation, rows_MD, w_in, w_out_EFD, group_sizes_E, inner, d_out_MD):
   start_E = jnp.cumsum(group_sizes_E) - group_sizes_E
 
   def sum_over_rows(x, dy):
     return lax.dot_general(x, dy, _SUM_OVER_ROWS, preferred_element_type=jnp.float32)
 
   def expert(e, carry):
-    d_rows_MX, *d_w = carry
-    own_w_in, w_out_HY = jax.tree.map(lambda w: w[e], (w_in, w_out_EHY))
+    d_rows_MD, *d_w = carry
+    own_w_in, w_out_FD = jax.tree.map(lambda w: w[e], (w_in, w_out_EFD))
 
     def block(start, left, carry):
-      d_rows_MX, *d_own = carry
-      own_B1 = (jnp.arange(BLOCK) < left)[:, None]
+      d_rows_MD, *d_own = carry
+      own_X1 = (jnp.arange(BLOCK) < left)[:, None]
       x, dy, *z = (
-        jnp.where(own_B1, lax.dynamic_slice_in_dim(a, start, BLOCK), 0) for a in (rows_MX, d_out_MY, *inner)
+        jnp.where(own_X1, lax.dynamic_slice_in_dim(a, start, BLOCK), 0) for a in (rows_MD, d_out_MD, *inner)
       )
       hidden, pullback = jax.vjp(activation, *z)
-      d_z = pullback(lax.dot_general(dy, w_out_HY, _ROWS_BY_TRANSPOSED).astype(hidden.dtype))
+      d_z = pullback(lax.dot_general(dy, w_out_FD, _ROWS_BY_TRANSPOSED).astype(hidden.dtype))
       dx = sum(lax.dot_general(d, w, _ROWS_BY_TRANSPOSED) for d, w in zip(d_z, own_w_in))
       sums = *(sum_over_rows(x, d) for d in d_z), sum_over_rows(hidden, dy)
-      return *_write([d_rows_MX], [dx], start), *(d + more for d, more in zip(d_own, sums))
+      return *_write([d_rows_MD], [dx], start), *(d + more for d, more in zip(d_own, sums))
 
-    zeros = (jnp.zeros(w.shape, jnp.float32) for w in (*own_w_in, w_out_HY))
-    d_rows_MX, *d_own = _for_blocks(group_sizes_E[e], start_E[e], block, (d_rows_MX, *zeros))
-    return d_rows_MX, *(d_E.at[e].set(d.astype(d_E.dtype)) for d_E, d in zip(d_w, d_own))
+    zeros = (jnp.zeros(w.shape, jnp.float32) for w in (*own_w_in, w_out_FD))
+    d_rows_MD, *d_own = _for_blocks(group_sizes_E[e], start_E[e], block, (d_rows_MD, *zeros))
+    return d_rows_MD, *(all_d.at[e].set(d.astype(all_d.dtype)) for all_d, d in zip(d_w, d_own))
 
-  zeros = tuple(jnp.zeros_like(a) for a in (rows_MX, *w_in, w_out_EHY))
-  d_rows_MX, *d_in, d_w_out = lax.fori_loop(0, w_out_EHY.shape[0], expert, zeros)
-  return _clear_tail(d_rows_MX, group_sizes_E), tuple(d_in), d_w_out
+  zeros = tuple(jnp.zeros_like(a) for a in (rows_MD, *w_in, w_out_EFD))
+  d_rows_MD, *d_in, d_w_out = lax.fori_loop(0, w_out_EFD.shape[0], expert, zeros)
+  return _clear_tail(d_rows_MD, group_sizes_E), tuple(d_in), d_w_out

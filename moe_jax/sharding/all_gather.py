@@ -47,20 +47,20 @@ def _on_device(x_GTD, assignment, experts, group, *, num_experts, capacity):
   gather = lambda x: lax.all_gather(x, group.axis, tiled=True)
   one_group = as_one_group(kept, num_tokens)
   # Two integers per entry in one message; no expert stands for an entry that is not kept.
-  expert_A = jnp.where(one_group.valid_A, one_group.expert_A, num_experts)
-  token_A = one_group.token_A + lax.axis_index(group.axis) * num_groups * num_tokens
-  token_A, expert_A = gather(jnp.stack([token_A, expert_A], axis=-1)).T
-  expert_A -= lax.axis_index(group.axis) * own_experts
-  mine_A = (expert_A >= 0) & (expert_A < own_experts)
-  entries = Assignment(token_A, jnp.where(mine_A, expert_A, 0), gather(one_group.weight_A), mine_A)
+  expert_X = jnp.where(one_group.valid_A, one_group.expert_A, num_experts)
+  token_X = one_group.token_A + lax.axis_index(group.axis) * num_groups * num_tokens
+  token_X, expert_X = gather(jnp.stack([token_X, expert_X], axis=-1)).T
+  expert_X -= lax.axis_index(group.axis) * own_experts
+  mine_X = (expert_X >= 0) & (expert_X < own_experts)
+  entries = Assignment(token_X, jnp.where(mine_X, expert_X, 0), gather(one_group.weight_A), mine_X)
 
   _, num_rows = capacity.rows(kept_GA.size, num_groups, own_experts, group)
-  y_GTD, _ = dropless_dispatch(
+  y, _ = dropless_dispatch(
     gather(x_GTD).reshape(1, -1, dim),
     Assignment(*(field if field is None else field[None] for field in entries)),
     experts,
     num_experts=own_experts,
     num_rows=num_rows,
   )
-  y_TD = lax.psum_scatter(y_GTD[0], group.axis, tiled=True)
-  return y_TD.reshape(x_GTD.shape), kept_GA
+  y = lax.psum_scatter(y[0], group.axis, tiled=True)
+  return y.reshape(x_GTD.shape), kept_GA

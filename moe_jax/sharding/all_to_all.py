@@ -53,10 +53,11 @@ def _on_device(x_GTD, assignment, experts, group, *, num_experts, capacity, opti
     y_GTD, _ = dropless_dispatch(x_GTD, kept, experts, num_experts=num_experts)
     return y_GTD, kept_GA
 
-  x_TD = x_GTD.reshape(-1, x_GTD.shape[-1])
+  # X: entries of one chunk. Y: tokens of all groups.
+  x_YD = x_GTD.reshape(-1, x_GTD.shape[-1])
   num_groups, own_experts = x_GTD.shape[0], num_experts // group.size
   one_group = as_one_group(kept, x_GTD.shape[1])
-  chunks = _cut(one_group, options.chunks)  # fields [chunks, entries]
+  chunks = _cut(one_group, options.chunks)  # fields [J, entries]
   entries = chunks.valid_A.shape[1]
   # Chunks are cut between groups where that comes out even: then one has no more rows than its own groups have
   # slots. Where groups share slots, those of the first chunk may have taken all of them.
@@ -72,21 +73,21 @@ def _on_device(x_GTD, assignment, experts, group, *, num_experts, capacity, opti
 
   there = Shape(group.axis, options.exchange, entries, received + BLOCK, per_pair)
   queues = jax.vmap(lambda chunk: make_queues(chunk.expert_A, chunk.valid_A, num_experts))(chunks)
-  length_PNE = lax.all_gather(queues.length_E, group.axis)  # N chunks; one message for all of them
-  y_TD = jnp.zeros(x_TD.shape, jnp.result_type(x_TD, assignment.weight_A))
+  length_PJE = lax.all_gather(queues.length_E, group.axis)  # one message for all J chunks
+  y_YD = jnp.zeros(x_YD.shape, jnp.result_type(x_YD, assignment.weight_A))
   for i in range(options.chunks):  # nothing of one waits for another: its matmul can hide another's exchange
     chunk, queue = jax.tree.map(lambda field, i=i: field[i], (chunks, queues))
-    token_A, weight_A = in_queue_order(chunk, queue, num_experts, x_TD.shape[0])
-    counts_PPE = length_PNE[:, i].reshape(group.size, group.size, own_experts)
-    plan = make_plan(counts_PPE, lax.axis_index(group.axis))
-    rows_RD = exchanged(exchange(x_TD.at[token_A].get(mode="fill", fill_value=0), plan, there))
-    rows_RD = experts(rows_RD, SortedByExpert(plan.recv_size_PE.sum(axis=0)))
-    rows_AD = exchanged(exchange(rows_RD, plan.back(), there.back()))
-    y_TD = y_TD.at[token_A].add(rows_AD * weight_A[:, None], mode="drop")
-  return y_TD.astype(x_GTD.dtype).reshape(x_GTD.shape), kept_GA
+    token_X, weight_X = in_queue_order(chunk, queue, num_experts, x_YD.shape[0])
+    counts_PPO = length_PJE[:, i].reshape(group.size, group.size, own_experts)
+    plan = make_plan(counts_PPO, lax.axis_index(group.axis))
+    rows_MD = exchanged(exchange(x_YD.at[token_X].get(mode="fill", fill_value=0), plan, there))
+    rows_MD = experts(rows_MD, SortedByExpert(plan.recv_size_PO.sum(axis=0)))
+    rows_XD = exchanged(exchange(rows_MD, plan.back(), there.back()))
+    y_YD = y_YD.at[token_X].add(rows_XD * weight_X[:, None], mode="drop")
+  return y_YD.astype(x_GTD.dtype).reshape(x_GTD.shape), kept_GA
 
 
 def _cut(one_group: Assignment, chunks: int) -> Assignment:
-  """Fields [A] -> [chunks, A / chunks], filled up with invalid entries."""
+  """Fields [A] -> [J, A / J], filled up with invalid entries."""
   more = -one_group.valid_A.shape[0] % chunks
   return jax.tree.map(lambda field: jnp.pad(field, (0, more)).reshape(chunks, -1), one_group)

@@ -51,12 +51,12 @@ def kept_entries(assignment: Assignment, capacity: Capacity, num_experts: int, g
     position = jax.vmap(lambda expert, holds: _positions(expert, holds, num_experts)[0])
     return valid_GA & (position(assignment.expert_A, holds_GA) < limit)
   one = as_one_group(assignment._replace(holds_slot_A=holds_GA), num_tokens=0)
-  position_A, length_E = _positions(one.expert_A, one.holds_slot_A, num_experts)
+  position_X, length_E = _positions(one.expert_A, one.holds_slot_A, num_experts)
   if capacity.scope == "global" and group.size > 1:
     length_PE = lax.all_gather(length_E, group.axis)
     earlier_P1 = (jnp.arange(group.size) < lax.axis_index(group.axis))[:, None]
-    position_A += jnp.sum(jnp.where(earlier_P1, length_PE, 0), axis=0)[one.expert_A]
-  return valid_GA & (position_A < limit).reshape(valid_GA.shape)
+    position_X += jnp.sum(jnp.where(earlier_P1, length_PE, 0), axis=0)[one.expert_A]
+  return valid_GA & (position_X < limit).reshape(valid_GA.shape)
 
 
 def within_budget(device_A: Array, valid_A: Array, num_devices: int, budget: int) -> Array:

@@ -1,6 +1,6 @@
 """Rows to the devices that hold their experts, and back.
 
-P devices form an expert group and hold E experts each, so fields [P, E] say something of expert e of device
+P devices form an expert group and hold O experts each, so fields [P, O] say something of expert o of device
 p. A device keeps what it sends sorted by device and expert. What it receives is sorted by expert, then by
 sender: the order that the grouped product wants, so nothing is moved again after the exchange.
 """
@@ -18,40 +18,40 @@ FORMS = ("auto", "ragged", "padded")
 
 
 class Plan(NamedTuple):
-  """Which rows one device sends and receives: one slice for each device and expert. All int32 [P, E]."""
+  """Which rows one device sends and receives: one slice for each device and expert. All int32 [P, O]."""
 
-  send_start_PE: Array  # where the rows for device p begin here
-  send_size_PE: Array
-  there_start_PE: Array  # where those rows begin on device p, once there
-  recv_start_PE: Array  # where the rows from device p begin here
-  recv_size_PE: Array
-  from_start_PE: Array  # where those rows began on device p
+  send_start_PO: Array  # where the rows for device p begin here
+  send_size_PO: Array
+  there_start_PO: Array  # where those rows begin on device p, once there
+  recv_start_PO: Array  # where the rows from device p begin here
+  recv_size_PO: Array
+  from_start_PO: Array  # where those rows began on device p
 
   def back(self) -> "Plan":
     """Every row to where it came from."""
     return Plan(
-      self.recv_start_PE,
-      self.recv_size_PE,
-      self.from_start_PE,
-      self.send_start_PE,
-      self.send_size_PE,
-      self.there_start_PE,
+      self.recv_start_PO,
+      self.recv_size_PO,
+      self.from_start_PO,
+      self.send_start_PO,
+      self.send_size_PO,
+      self.there_start_PO,
     )
 
 
-def make_plan(counts_PPE: Array, me: Array | int) -> Plan:
-  """The plan of device `me`. `counts_PPE[p, q, e]`: rows that device p has for expert e of device q."""
-  by_device = _starts(counts_PPE)
-  by_expert = _starts(counts_PPE.transpose(1, 2, 0)).transpose(2, 0, 1)
+def make_plan(counts_PPO: Array, me: Array | int) -> Plan:
+  """The plan of device `me`. `counts_PPO[p, q, o]`: rows that device p has for expert o of device q."""
+  by_device = _starts(counts_PPO)
+  by_expert = _starts(counts_PPO.transpose(1, 2, 0)).transpose(2, 0, 1)
   return Plan(
-    by_device[me], counts_PPE[me], by_expert[me], by_expert[:, me], counts_PPE[:, me], by_device[:, me]
+    by_device[me], counts_PPO[me], by_expert[me], by_expert[:, me], counts_PPO[:, me], by_device[:, me]
   )
 
 
-def _starts(size_PXX: Array) -> Array:
+def _starts(size_PXY: Array) -> Array:
   """Where each slice begins if those of a device follow each other, in the order of the last two axes."""
-  flat = size_PXX.reshape(size_PXX.shape[0], -1)
-  return (jnp.cumsum(flat, axis=1, dtype=jnp.int32) - flat).reshape(size_PXX.shape)
+  flat = size_PXY.reshape(size_PXY.shape[0], -1)
+  return (jnp.cumsum(flat, axis=1, dtype=jnp.int32) - flat).reshape(size_PXY.shape)
 
 
 class Shape(NamedTuple):
@@ -89,7 +89,7 @@ exchange.defvjp(
 
 def ragged_arguments(plan: Plan) -> tuple[Array, Array, Array, Array]:
   """Input offsets, send sizes, output offsets (on the receivers), receive sizes of `ragged_all_to_all`."""
-  fields = plan.send_start_PE, plan.send_size_PE, plan.there_start_PE, plan.recv_size_PE
+  fields = plan.send_start_PO, plan.send_size_PO, plan.there_start_PO, plan.recv_size_PO
   return tuple(field.reshape(-1) for field in fields)
 
 
@@ -100,22 +100,22 @@ def _ragged(rows_MD, plan, shape):
 
 def _padded(rows_MD, plan, shape):
   """Each pair of devices exchanges a buffer of `rows_per_pair` rows, whatever is in it."""
-  from_PR = padded_index(plan.send_start_PE, plan.send_size_PE, shape.rows_per_pair, shape.rows_here)
-  to_PR = padded_index(plan.recv_start_PE, plan.recv_size_PE, shape.rows_per_pair, shape.rows_there)
-  sent_PRD = rows_MD.at[from_PR].get(mode="fill", fill_value=0)
-  got_PRD = lax.all_to_all(sent_PRD, shape.axis, 0, 0, tiled=True)
+  from_PX = padded_index(plan.send_start_PO, plan.send_size_PO, shape.rows_per_pair, shape.rows_here)
+  to_PX = padded_index(plan.recv_start_PO, plan.recv_size_PO, shape.rows_per_pair, shape.rows_there)
+  sent_PXD = rows_MD.at[from_PX].get(mode="fill", fill_value=0)
+  got_PXD = lax.all_to_all(sent_PXD, shape.axis, 0, 0, tiled=True)
   out = jnp.zeros((shape.rows_there, rows_MD.shape[1]), rows_MD.dtype)
-  return out.at[to_PR].set(got_PRD, mode="drop")
+  return out.at[to_PX].set(got_PXD, mode="drop")
 
 
-def padded_index(start_PE: Array, size_PE: Array, rows: int, nowhere: int) -> Array:
+def padded_index(start_PO: Array, size_PO: Array, rows: int, nowhere: int) -> Array:
   """[P, rows]: the slices of each device one behind the other, as row numbers; `nowhere` behind the last."""
 
-  def of_device(start_E, size_E):
-    end_E = jnp.cumsum(size_E, dtype=jnp.int32)
-    row_R = jnp.arange(rows, dtype=jnp.int32)
-    slice_R = jnp.minimum(jnp.searchsorted(end_E, row_R, side="right"), size_E.shape[0] - 1)
-    index_R = (start_E - (end_E - size_E))[slice_R] + row_R
-    return jnp.where(row_R < end_E[-1], index_R, nowhere)
+  def of_device(start_O, size_O):
+    end_O = jnp.cumsum(size_O, dtype=jnp.int32)
+    row_X = jnp.arange(rows, dtype=jnp.int32)
+    slice_X = jnp.minimum(jnp.searchsorted(end_O, row_X, side="right"), size_O.shape[0] - 1)
+    index_X = (start_O - (end_O - size_O))[slice_X] + row_X
+    return jnp.where(row_X < end_O[-1], index_X, nowhere)
 
-  return jax.vmap(of_device)(start_PE, size_PE)
+  return jax.vmap(of_device)(start_PO, size_PO)

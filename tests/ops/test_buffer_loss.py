@@ -45,17 +45,17 @@ def loss_and_gradient(balancer, logits_BLE, mask_BL, chosen, so_far):
 def test_each_micro_batch_sees_the_load_so_far(name):
   balancer = make_balancer(f"{name}:1:buffer")
   load_k = K if name == "switch_loss" else 1
-  counts_ME, probs_ME, found, so_far = [], [], [], None
+  counts_JE, probs_JE, found, so_far = [], [], [], None
   for logits_BLE, mask_BL, chosen in micro_batches():
     observed = balancer.observe(((),), routing_of("softmax", logits_BLE, mask_BL, chosen))
     so_far = jax.tree.map(np.add, so_far, observed) if so_far else observed
     value, gradient = loss_and_gradient(balancer, logits_BLE, mask_BL, chosen, so_far)
     found.append(value)
-    counts_ME.append(reference.selected(logits_BLE, mask_BL, load_k, "softmax").sum(axis=(0, 1)))
-    probs_ME.append(np.asarray(jax.nn.softmax(logits_BLE.astype(float)))[mask_BL].mean(axis=0))
-  np.testing.assert_allclose(found, further.buffer_losses(counts_ME, probs_ME), rtol=1e-5)
-  # The gradient of the last one goes through P alone, towards experts that had little so far.
-  load_E = np.sum(counts_ME, axis=0) / np.sum(counts_ME)
+    counts_JE.append(reference.selected(logits_BLE, mask_BL, load_k, "softmax").sum(axis=(0, 1)))
+    probs_JE.append(np.asarray(jax.nn.softmax(logits_BLE.astype(float)))[mask_BL].mean(axis=0))
+  np.testing.assert_allclose(found, further.buffer_losses(counts_JE, probs_JE), rtol=1e-5)
+  # The gradient of the last one goes through the probabilities alone, towards experts that had little so far.
+  load_E = np.sum(counts_JE, axis=0) / np.sum(counts_JE)
   probs_BLE = np.asarray(jax.nn.softmax(logits_BLE))
   want = E * probs_BLE * (load_E - (probs_BLE @ load_E)[..., None]) / mask_BL.sum() * mask_BL[..., None]
   np.testing.assert_allclose(gradient, want, atol=1e-6)
@@ -93,7 +93,7 @@ def rows_of(batch, rows):
 
 @pytest.fixture(scope="module")
 def micro_batch_routing():
-  """(counts, P, tokens) of each micro-batch alone, [M, R, E], [M, R, E] and [M], read by a probe."""
+  """(counts, probabilities, tokens) of each micro-batch alone, [J, R, E], [J, R, E] and [J], read by a probe."""
 
   def probe():
     def losses(state, routing, step_stats):
@@ -117,14 +117,14 @@ def micro_batch_routing():
 
 
 def test_training_equals_the_papers_buffer(micro_batch_routing):
-  counts_MRE, probs_MRE, tokens_M = micro_batch_routing
+  counts_JRE, probs_JRE, tokens_J = micro_batch_routing
   (metrics,) = train_steps(config_of(PIECES), [tiny.make_batch()])
-  share_M = tokens_M / tokens_M.sum()
-  for layer in range(counts_MRE.shape[1]):
-    counts_ME, probs_ME = counts_MRE[:, layer], probs_MRE[:, layer]
-    buffer = share_M @ further.buffer_losses(counts_ME, probs_ME)
-    alone = share_M @ [further.buffer_losses([c], [p])[0] for c, p in zip(counts_ME, probs_ME)]
-    whole = share_M @ [further.buffer_losses([counts_ME.sum(axis=0)], [p])[0] for p in probs_ME]
+  share_J = tokens_J / tokens_J.sum()
+  for layer in range(counts_JRE.shape[1]):
+    counts_JE, probs_JE = counts_JRE[:, layer], probs_JRE[:, layer]
+    buffer = share_J @ further.buffer_losses(counts_JE, probs_JE)
+    alone = share_J @ [further.buffer_losses([c], [p])[0] for c, p in zip(counts_JE, probs_JE)]
+    whole = share_J @ [further.buffer_losses([counts_JE.sum(axis=0)], [p])[0] for p in probs_JE]
     found = [metrics[name][layer] for name in NAMES]
     np.testing.assert_allclose(found, WEIGHT * np.array([buffer, alone, whole]), rtol=1e-5)
     # The first micro-batch sees itself, the last one the whole step: between the other two.

@@ -33,15 +33,15 @@ def counts_of(chosen_TK, e):
   return np.bincount(np.ravel(chosen_TK), minlength=e)
 
 
-# --- load-balancing losses: (probs_NTE, chosen_NTK best first) of N layers -> the loss with coefficient 1 ---
+# --- load-balancing losses: (probs_RTE, chosen_RTK best first) of R layers -> the loss with coefficient 1 ---
 
 
 def summed(layer_loss):
-  return lambda probs_NTE, chosen_NTK: sum(map(layer_loss, probs_NTE, chosen_NTK))
+  return lambda probs_RTE, chosen_RTK: sum(map(layer_loss, probs_RTE, chosen_RTK))
 
 
 def averaged(layer_loss):
-  return lambda probs_NTE, chosen_NTK: np.mean(list(map(layer_loss, probs_NTE, chosen_NTK)))
+  return lambda probs_RTE, chosen_RTK: np.mean(list(map(layer_loss, probs_RTE, chosen_RTK)))
 
 
 def gshard(probs_TE, chosen_TK):
@@ -86,25 +86,25 @@ def levanter(probs_TE, chosen_TK):
   return np.sum(f_E * probs_TE.mean(axis=0))
 
 
-def olmo_core(probs_NTE, chosen_NTK):
-  weight, total = 1 / len(probs_NTE), 0.0
-  for probs_TE, chosen_TK in zip(probs_NTE, chosen_NTK):
+def olmo_core(probs_RTE, chosen_RTK):
+  weight, total = 1 / len(probs_RTE), 0.0
+  for probs_TE, chosen_TK in zip(probs_RTE, chosen_RTK):
     t, e = probs_TE.shape
     total += weight * e / chosen_TK.shape[1] * np.dot(counts_of(chosen_TK, e), probs_TE.mean(axis=0)) / t
   return total
 
 
-def megablocks(probs_NTE, chosen_NTK):
-  n, t, e = probs_NTE.shape
-  scores = np.concatenate(list(probs_NTE), axis=1).mean(axis=0)
-  tokens_per_expert = np.concatenate([counts_of(chosen_TK, e) for chosen_TK in chosen_NTK])
-  return e / (n * t * chosen_NTK.shape[2]) * np.dot(tokens_per_expert, scores)
+def megablocks(probs_RTE, chosen_RTK):
+  n, t, e = probs_RTE.shape
+  scores = np.concatenate(list(probs_RTE), axis=1).mean(axis=0)
+  tokens_per_expert = np.concatenate([counts_of(chosen_TK, e) for chosen_TK in chosen_RTK])
+  return e / (n * t * chosen_RTK.shape[2]) * np.dot(tokens_per_expert, scores)
 
 
-def hugging_face(probs_NTE, chosen_NTK):
-  e = probs_NTE.shape[2]
-  mask_KE = np.eye(e)[np.concatenate(list(chosen_NTK))].mean(axis=0)
-  return np.sum(mask_KE * np.concatenate(list(probs_NTE)).mean(axis=0)[None]) * e
+def hugging_face(probs_RTE, chosen_RTK):
+  e = probs_RTE.shape[2]
+  mask_KE = np.eye(e)[np.concatenate(list(chosen_RTK))].mean(axis=0)
+  return np.sum(mask_KE * np.concatenate(list(probs_RTE)).mean(axis=0)[None]) * e
 
 
 def deepseek(probs_TE, chosen_TK):
@@ -136,7 +136,7 @@ ORACLES = {
 }
 OURS = {"all": averaged(ours), "first": averaged(functools.partial(ours, k=1))}
 
-# --- router z-losses: logits_NTE, K -> the loss with coefficient 1 ---
+# --- router z-losses: logits_RTE, K -> the loss with coefficient 1 ---
 
 
 def lse2(logits_TE):
@@ -144,13 +144,13 @@ def lse2(logits_TE):
 
 
 Z_ORACLES = {
-  "moe_jax": lambda x_NTE, k: np.mean([lse2(x).mean() for x in x_NTE]),
-  "mesh_tensorflow": lambda x_NTE, k: sum(lse2(x).sum() / len(x) for x in x_NTE),
-  "flaxformer": lambda x_NTE, k: np.mean([lse2(x).sum() / len(x) for x in x_NTE]),
-  "megatron_lm": lambda x_NTE, k: sum(lse2(x).mean() for x in x_NTE),
-  "levanter": lambda x_NTE, k: sum(lse2(x).mean() for x in x_NTE),
-  "olmo_core": lambda x_NTE, k: sum(1 / len(x_NTE) * lse2(x).sum() / len(x) for x in x_NTE),
-  "megablocks_fork": lambda x_NTE, k: lse2(np.concatenate(x_NTE)).sum() / (len(x_NTE) * len(x_NTE[0]) * k),
+  "moe_jax": lambda x_RTE, k: np.mean([lse2(x).mean() for x in x_RTE]),
+  "mesh_tensorflow": lambda x_RTE, k: sum(lse2(x).sum() / len(x) for x in x_RTE),
+  "flaxformer": lambda x_RTE, k: np.mean([lse2(x).sum() / len(x) for x in x_RTE]),
+  "megatron_lm": lambda x_RTE, k: sum(lse2(x).mean() for x in x_RTE),
+  "levanter": lambda x_RTE, k: sum(lse2(x).mean() for x in x_RTE),
+  "olmo_core": lambda x_RTE, k: sum(1 / len(x_RTE) * lse2(x).sum() / len(x) for x in x_RTE),
+  "megablocks_fork": lambda x_RTE, k: lse2(np.concatenate(x_RTE)).sum() / (len(x_RTE) * len(x_RTE[0]) * k),
 }
 
 
@@ -165,18 +165,18 @@ def balanced(e, k, layers):
 
 def random(e, k, layers, tokens=6, seed=0):
   """Unbalanced: experts differ in popularity, layers differ."""
-  x_NTE = np.random.default_rng(seed).normal(size=(layers, tokens, e)) + np.linspace(1, -1, e)[None, None]
-  probs_NTE = np.exp(x_NTE) / np.exp(x_NTE).sum(axis=-1, keepdims=True)
-  return probs_NTE, np.argsort(-probs_NTE, axis=-1)[..., :k]
+  x_RTE = np.random.default_rng(seed).normal(size=(layers, tokens, e)) + np.linspace(1, -1, e)[None, None]
+  probs_RTE = np.exp(x_RTE) / np.exp(x_RTE).sum(axis=-1, keepdims=True)
+  return probs_RTE, np.argsort(-probs_RTE, axis=-1)[..., :k]
 
 
-def gradient(loss, probs_NTE, chosen_NTK):
+def gradient(loss, probs_RTE, chosen_RTK):
   """With respect to the probabilities. Exact: load fractions are constants, so losses are linear in them."""
-  found = np.zeros_like(probs_NTE)
-  for index in np.ndindex(*probs_NTE.shape):
-    step = np.zeros_like(probs_NTE)
+  found = np.zeros_like(probs_RTE)
+  for index in np.ndindex(*probs_RTE.shape):
+    step = np.zeros_like(probs_RTE)
     step[index] = 1
-    found[index] = loss(probs_NTE + step, chosen_NTK) - loss(probs_NTE, chosen_NTK)
+    found[index] = loss(probs_RTE + step, chosen_RTK) - loss(probs_RTE, chosen_RTK)
   return found
 
 
@@ -199,8 +199,8 @@ def test_value_at_balance(name, e, k, layers):
 @every_shape
 @pytest.mark.parametrize("name", Z_ORACLES)
 def test_z_loss_in_units_of_the_mean(name, e, k, layers):
-  logits_NTE = np.random.default_rng(0).normal(size=(layers, 5, e))
-  want = Z_ORACLES[name](logits_NTE, k) / lse2(logits_NTE).mean()
+  logits_RTE = np.random.default_rng(0).normal(size=(layers, 5, e))
+  want = Z_ORACLES[name](logits_RTE, k) / lse2(logits_RTE).mean()
   np.testing.assert_allclose(value_at_balance(name, **sizes(e, k, layers), loss="z"), want, rtol=1e-12)
 
 
@@ -252,10 +252,10 @@ def test_pooling_is_a_mean_where_layers_route_alike_and_hides_collapse_where_not
   mean = averaged(ours)
   np.testing.assert_allclose(gradient(hugging_face, *alike), k * gradient(mean, *alike), rtol=1e-9)
   # Layer 0 uses only experts 0 and 1, layer 1 only 2 and 3.
-  chosen_NTK = np.broadcast_to(np.array([[0, 1], [2, 3]])[:, None], (2, 6, 2))
-  probs_NTE = np.eye(e)[chosen_NTK].sum(axis=2) / 2
-  np.testing.assert_allclose(hugging_face(probs_NTE, chosen_NTK), k)  # as if balanced
-  np.testing.assert_allclose(mean(probs_NTE, chosen_NTK), e / k)
+  chosen_RTK = np.broadcast_to(np.array([[0, 1], [2, 3]])[:, None], (2, 6, 2))
+  probs_RTE = np.eye(e)[chosen_RTK].sum(axis=2) / 2
+  np.testing.assert_allclose(hugging_face(probs_RTE, chosen_RTK), k)  # as if balanced
+  np.testing.assert_allclose(mean(probs_RTE, chosen_RTK), e / k)
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ def test_the_page_holds_exactly_what_the_script_prints():
 
 def test_the_script_converts_and_answers_a_wrong_name_with_one_line():
   done = script("--source=levanter", "--target=hugging_face", "--num_layers=4", "--weight=0.5")
-  assert done.stdout == "0.5 in levanter is 0.5 in hugging_face (E = 8, K = 2, L = 4 layers)\n"
+  assert done.stdout == "0.5 in levanter is 0.5 in hugging_face (E = 8, K = 2, R = 4 layers)\n"
   done = script("--source=megatron")
   assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
   assert "did you mean megatron_lm" in done.stderr

@@ -115,7 +115,7 @@ def test_communication_loss_is_one_where_tokens_reach_m_devices_evenly():
   """Two experts on each of two neighbouring devices, of four."""
   routing = chosen_by(lambda t: [2 * t % 8, (2 * t + 1) % 8, (2 * t + 2) % 8, (2 * t + 3) % 8], 8, 4)
   np.testing.assert_allclose(loss_of("communication_loss:1:4:2", routing), 1, rtol=1e-5)
-  # A router that stays below its limit of M devices is not asked to use it up.
+  # A router that stays below its limit of W devices is not asked to use it up.
   one_device = chosen_by(lambda t: [2 * (t % 4), 2 * (t % 4) + 1], 8, 2)
   np.testing.assert_allclose(loss_of("communication_loss:1:4:2", one_device), 1 / 2, rtol=1e-5)
 

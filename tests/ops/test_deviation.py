@@ -63,7 +63,7 @@ def test_values_of_both_forms(scope):
 
 @pytest.mark.parametrize(("num_experts", "k"), [(2, 1), (4, 1), (4, 2), (8, 1), (8, 4), (8, 8)])
 def test_zero_at_balance_for_every_k(num_experts, k):
-  """Also for K > 1, because S is the number of assignments. With S tokens the target would be K/E."""
+  """Also for K > 1, because the divisor is the number of assignments. With tokens the target would be K/E."""
   base_E = np.linspace(2, -2, num_experts)
   routing = routing_with(np.stack([np.roll(base_E, t) for t in range(8)]), k)
   for of in ("load", "importance"):
@@ -87,7 +87,7 @@ def test_importance_does_not_see_what_is_chosen():
 
 
 def test_importance_is_switch_loss_less_one_with_f_replaced_by_p():
-  """E * sum((P - 1/E)^2) = E * sum(P * P) - 1: half its gradient is that of switch_loss with f = P."""
+  """E * sum((p - 1/E)^2) = E * sum(p * p) - 1: half its gradient is that of switch_loss with f = p."""
   routing = routing_of("softmax", logits_of(), np.ones((B, L), bool), np.ones((B, L, E), np.float32))
   mean_E = np.asarray(jax.nn.softmax(logits_of()).mean(axis=(0, 1)))
   as_load_BLE = np.broadcast_to(mean_E, (B, L, E))

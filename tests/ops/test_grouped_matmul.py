@@ -8,7 +8,7 @@ import pytest
 from moe_jax.ops import grouped_matmul as module
 from moe_jax.ops.grouped_matmul import BLOCK, grouped_ffn
 
-X, H, Y, ROWS = 5, 6, 7, 300
+D, F, D_OUT, ROWS = 5, 6, 7, 300  # nothing needs as many columns out as in
 
 
 def gated(gate, up):
@@ -49,7 +49,7 @@ SIZES = {
 
 
 def make_inputs(num_in, dtype=jnp.float32):
-  shapes = [(ROWS + BLOCK, X), (3, H, Y), (ROWS + BLOCK, Y), *[(3, X, H)] * num_in]
+  shapes = [(ROWS + BLOCK, D), (3, F, D_OUT), (ROWS + BLOCK, D_OUT), *[(3, D, F)] * num_in]
   keys = jax.random.split(jax.random.key(0), len(shapes))
   rows, w_out, d_out, *w_in = (jax.random.normal(k, s).astype(dtype) for k, s in zip(keys, shapes))
   return rows, tuple(w_in), w_out, d_out
@@ -102,5 +102,5 @@ def test_bfloat16_sums_in_float32():
   results = FORMS["blocks"](lambda up: up, rows, w_in, w_out, sizes, d_out)
   assert {leaf.dtype for leaf in jax.tree.leaves(results)} == {jnp.dtype(jnp.bfloat16)}
   # Bfloat16 sums of ones and fives stop at 256 and 1024.
-  np.testing.assert_array_equal(results[2][0][0], jnp.bfloat16(300 * Y))
-  np.testing.assert_array_equal(results[3][0], jnp.bfloat16(300 * X))
+  np.testing.assert_array_equal(results[2][0][0], jnp.bfloat16(300 * D_OUT))
+  np.testing.assert_array_equal(results[3][0], jnp.bfloat16(300 * D))

@@ -26,8 +26,8 @@ def _units(batch, length, group, scope):
 
 
 def load_balancing_loss(logits_BLE, mask_BL, k, score, scope, group, step_counts_E=None):
-  """E * sum_e f_e * P_e: units weighted by their valid tokens. f has the `k` best choices of each token,
-  P the scores over their sum. `step_counts_E`: what f is made of for the scopes `buffer` and `global_batch`."""
+  """E * sum_e f_e * p_e: units weighted by their valid tokens. f has the `k` best choices of each token,
+  p the scores over their sum. `step_counts_E`: what f is made of for the scopes `buffer` and `global_batch`."""
   batch, length, num_experts = np.shape(logits_BLE)
   total, num_tokens = 0.0, 0
   for unit in _units(batch, length, group, scope):

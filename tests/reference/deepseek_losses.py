@@ -25,7 +25,7 @@ def _mean_over_tokens(units, loss_of_unit):
 
 
 def _mean_score(logits_BLE, unit, e, score):
-  """P_e: the mean over tokens of expert e's score over the sum of all scores."""
+  """p_e: the mean over tokens of expert e's score over the sum of all scores."""
   shares = [SCORES[score](logits_BLE[b][t]) for b, t in unit]
   return sum(scores_E[e] / sum(scores_E) for scores_E in shares) / len(unit)
 
@@ -46,7 +46,7 @@ def sequence_loss(logits_BLE, mask_BL, k, score):
 
 
 def device_of(e, num_experts, devices):
-  """Device d holds experts d * E/D, ..., (d + 1) * E/D - 1."""
+  """Device d holds experts d * E/P, ..., (d + 1) * E/P - 1."""
   return next(d for d in range(devices) if e < (d + 1) * num_experts // devices)
 
 
@@ -65,7 +65,7 @@ def device_arrivals(selected_BLE, tokens, devices):
 
 
 def device_loss(logits_BLE, mask_BL, selected_BLE, k, devices, size, score, step=None):
-  """2401.06066, eq. 15-17: f' is the mean of f over the experts of a device, P' the sum of P.
+  """2401.06066, eq. 15-17: f' is the mean of f over the experts of a device, p' the sum of p.
 
   `step`: (tokens, counts_E) of the whole step, from which f is then taken; None: from the unit."""
   num_experts = len(logits_BLE[0][0])
@@ -87,10 +87,10 @@ def communication_loss(logits_BLE, mask_BL, selected_BLE, m, devices, size, scor
   num_experts = len(logits_BLE[0][0])
 
   def loss(unit):
-    tokens, sent_D = step or (len(unit), device_arrivals(selected_BLE, unit, devices))
+    tokens, sent_P = step or (len(unit), device_arrivals(selected_BLE, unit, devices))
     total = 0.0
     for e in range(num_experts):
-      f = devices / (m * tokens) * sent_D[device_of(e, num_experts, devices)]
+      f = devices / (m * tokens) * sent_P[device_of(e, num_experts, devices)]
       total += f * _mean_score(logits_BLE, unit, e, score)
     return total
 
@@ -98,13 +98,13 @@ def communication_loss(logits_BLE, mask_BL, selected_BLE, m, devices, size, scor
 
 
 def deviation_of_counts(counts_E):
-  """sum_e(c_e / S - 1/E)^2, S the number of assignments; 0 for none."""
+  """sum_e(c_e / A - 1/E)^2, A the number of assignments; 0 for none."""
   total = sum(counts_E)
   return sum((c / total - 1 / len(counts_E)) ** 2 for c in counts_E) if total else 0.0
 
 
 def deviation_of_importance(logits_BLE, mask_BL, size, score):
-  """E * sum_e(P_e - 1/E)^2 per unit of `size` tokens."""
+  """E * sum_e(p_e - 1/E)^2 per unit of `size` tokens."""
   num_experts = len(logits_BLE[0][0])
   loss = lambda unit: sum(
     num_experts * (_mean_score(logits_BLE, unit, e, score) - 1 / num_experts) ** 2 for e in range(num_experts)
@@ -112,11 +112,11 @@ def deviation_of_importance(logits_BLE, mask_BL, size, score):
   return _mean_over_tokens(_units(mask_BL, size), loss)
 
 
-def buffer_losses(counts_ME, probs_ME):
-  """2501.11873 under gradient accumulation: for each of M micro-batches E * sum_e(f_e * P_e), f from the counts in
-  a buffer that is empty when the step begins and has the micro-batch's own already; P is the micro-batch's."""
-  buffer_E, found = [0.0] * len(counts_ME[0]), []
-  for counts_E, probs_E in zip(counts_ME, probs_ME):
+def buffer_losses(counts_JE, probs_JE):
+  """2501.11873 under gradient accumulation: for each of J micro-batches E * sum_e(f_e * p_e), f from the counts in
+  a buffer that is empty when the step begins and has the micro-batch's own already; p is the micro-batch's."""
+  buffer_E, found = [0.0] * len(counts_JE[0]), []
+  for counts_E, probs_E in zip(counts_JE, probs_JE):
     buffer_E = [b + c for b, c in zip(buffer_E, counts_E)]
     f_E = [b / sum(buffer_E) for b in buffer_E]
     found.append(len(f_E) * sum(f * p for f, p in zip(f_E, probs_E)))

@@ -16,7 +16,7 @@ def cv_squared(values_E):
 
 
 def gates(logits_E, k):
-  """G(x): the softmax over the k best, 0 for all others."""
+  """The softmax over the k best, 0 for all others."""
   chosen = pick(list(logits_E), [0.0] * len(logits_E), k)
   total = sum(math.exp(logits_E[e]) for e in chosen)
   return [math.exp(x) / total if e in chosen else 0.0 for e, x in enumerate(logits_E)]

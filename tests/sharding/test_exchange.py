@@ -56,17 +56,17 @@ def simulate_ragged(operands, outputs, arguments):
 @pytest.mark.parametrize("devices, experts", [(2, 1), (4, 3), (3, 4)])
 def test_plans_against_a_simulation_of_the_primitive(devices, experts):
   r = np.random.default_rng(devices)
-  counts_PPE = r.integers(0, 4, (devices, devices, experts)) * (r.random((devices, devices, experts)) < 0.7)
-  counts_PPE[:, 0] = 0  # nothing for the first device
-  counts_PPE[0] = 0  # and nothing from it
-  counts_PPE[1, 1, 0] = 9
-  counts_PPE = counts_PPE.astype(np.int32)
-  plans = [jax.device_get(make_plan(jnp.asarray(counts_PPE), me)) for me in range(devices)]
+  counts_PPO = r.integers(0, 4, (devices, devices, experts)) * (r.random((devices, devices, experts)) < 0.7)
+  counts_PPO[:, 0] = 0  # nothing for the first device
+  counts_PPO[0] = 0  # and nothing from it
+  counts_PPO[1, 1, 0] = 9
+  counts_PPO = counts_PPO.astype(np.int32)
+  plans = [jax.device_get(make_plan(jnp.asarray(counts_PPO), me)) for me in range(devices)]
   # rows are (receiver, expert, sender, number), which is also the order in which senders keep them
   cells = [(q, e) for q in range(devices) for e in range(experts)]
-  row = lambda p: [(q, e, p, n) for q, e in cells for n in range(counts_PPE[p, q, e])]
+  row = lambda p: [(q, e, p, n) for q, e in cells for n in range(counts_PPO[p, q, e])]
   sent = [np.array(row(p), int).reshape(-1, 4) for p in range(devices)]
-  room = int(counts_PPE.sum())
+  room = int(counts_PPO.sum())
   empty = [np.full((room, 4), -1) for _ in range(devices)]
   arguments = [tuple(map(np.asarray, ragged_arguments(plan))) for plan in plans]
   got = simulate_ragged(sent, empty, arguments)

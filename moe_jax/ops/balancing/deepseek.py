@@ -24,19 +24,19 @@ def best_scores(routing: BatchRouting) -> Array:
 
 
 def sequence_loss(weight: float = 0.0001) -> Balancer:
-  """DeepSeek-V3's complementary loss (2412.19437, eq. 17-20): weight * sum_e(f_e * P_e), computed per sequence.
+  """DeepSeek-V3's complementary loss (2412.19437, eq. 17-20): weight * sum_e(f_e * p_e), computed per sequence.
 
   f_e is E / (K T) times the number of the sequence's T tokens that have expert e among their K highest scores,
   without the bias that changes the choice (and without the limit on groups). The loss therefore balances the
   scores themselves, whereas `switch_loss:scope=sequence` counts what was chosen. Without bias and limit, the two
-  are equal. P_e is the mean of the scores divided by their sum. The loss is 1 at balance. V3 used 0.0001 together
-  with its bias.
+  are equal. p_e, the paper's P_e, is the mean of the scores divided by their sum. The loss is 1 at balance.
+  V3 used 0.0001 together with its bias.
   """
   return load_balancing(weight, "sequence", best_scores)
 
 
 def by_device(values_BLE: Array, devices: int) -> Array:
-  """[B, L, D]: sums over the experts of each device, which holds E/D neighbours."""
+  """Returns the sums over the experts of each device, [B, L, P]. A device holds E/P consecutive experts."""
   return values_BLE.reshape(*values_BLE.shape[:2], devices, -1).sum(axis=-1)
 
 
@@ -56,18 +56,19 @@ def _check_devices(name: str, devices: int):
 
 
 def device_loss(weight: float = 0.05, devices: int = 4, scope: str = "sequence") -> Balancer:
-  """Device-level balance (2401.06066, eq. 15-17; 2405.04434, eq. 26-28): weight * sum_d(f'_d * P'_d).
+  """Device-level balance loss (2401.06066, eq. 15-17; 2405.04434, eq. 26-28): weight * sum_d(f'_d * p'_d).
 
-  f'_d is the mean of f_e = E / (K T) * count_e over the experts of device d, P'_d the sum of their mean scores:
-  experts may differ in load as long as devices do not. 1 at balance, D where all goes to one device. Experts are
-  cut into equal parts in order; with as many devices as experts it is `switch_loss`. DeepSeekMoE 145B used 0.05
-  with 4 devices, V2 the same weight with 8. `scope` as for `switch_loss`; V2's is the sequence.
+  f'_d is the mean of f_e = E / (K T) * count_e over the experts of device d. p'_d is the sum of their mean scores.
+  Experts may differ in load as long as devices do not. The loss is 1 at balance, and P if all assignments go to
+  one device. The experts are split into P equal parts in order; with as many devices as experts, the loss equals
+  `switch_loss`. DeepSeekMoE 145B used a weight of 0.05 with 4 devices, V2 the same weight with 8. `scope` is the
+  same as for `switch_loss`; V2 uses the sequence.
   """
   init = _check_devices("device_loss", devices)
   balancer = load_balancing(
     weight,
     scope,
-    # The mean of f over E/D experts is D / (K T) * their count: D times the device's share of all counts.
+    # The mean of f over E/P experts is P / (K T) times their count, so P times the device's share of all counts.
     count=lambda routing: by_device(all_choices(routing), devices),
     importance=lambda routing: by_device(normalized_scores(routing), devices),
   )
@@ -77,13 +78,13 @@ def device_loss(weight: float = 0.05, devices: int = 4, scope: str = "sequence")
 def communication_loss(
   weight: float = 0.02, devices: int = 8, devices_per_token: int = 3, scope: str = "sequence"
 ) -> Balancer:
-  """Communication balance of DeepSeek-V2 (2405.04434, eq. 29-31): weight * sum_d(f''_d * P''_d).
+  """Communication balance loss of DeepSeek-V2 (2405.04434, eq. 29-31): weight * sum_d(f''_d * p''_d).
 
-  f''_d = D / (M T) * the number of tokens that send anything to device d, P''_d the sum of the mean scores of its
-  experts. It balances what devices receive: what a token sends is bounded already, by a router that is limited
-  to M = `devices_per_token` devices. A token with several experts on a device travels there once and counts once,
-  which is the difference from `device_loss`. 1 where each token reaches exactly M devices and each device gets
-  M T / D tokens; m / M where tokens reach only m devices.
+  f''_d is P / (W T) times the number of tokens that have at least one expert on device d. p''_d is the sum of the
+  mean scores of the device's experts. The loss balances what devices receive. What a token sends is already
+  bounded by a router that is limited to W = `devices_per_token` devices. A token with several experts on one
+  device is sent there once and counts once; `device_loss` counts every expert. The loss is 1 if each token reaches
+  exactly W devices and each device receives W T / P tokens. It is w / W if tokens reach only w devices, evenly.
   """
   init = _check_devices("communication_loss", devices)
   if not 1 <= devices_per_token <= devices:
@@ -92,12 +93,12 @@ def communication_loss(
     )
 
   def count(routing: BatchRouting):
-    sent_BLD = (by_device(routing.selected_BLE, devices) > 0).astype(jnp.float32)
-    return sent_BLD, devices_per_token * routing.mask_BL.astype(jnp.float32)
+    sent_BLP = (by_device(routing.selected_BLE, devices) > 0).astype(jnp.float32)
+    return sent_BLP, devices_per_token * routing.mask_BL.astype(jnp.float32)
 
-  def load(sums_U):
-    sent_UD, allowed_U = sums_U
-    return sent_UD / jnp.maximum(allowed_U[:, None], 1.0)
+  def load(sums):
+    sent_UP, allowed_U = sums
+    return sent_UP / jnp.maximum(allowed_U[:, None], 1.0)
 
   importance = lambda routing: by_device(normalized_scores(routing), devices)
   return load_balancing(weight, scope, count, load, importance)._replace(init=init)

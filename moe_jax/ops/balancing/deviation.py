@@ -12,16 +12,16 @@ from moe_jax.ops.balancing.losses import SCOPES, all_choices, fractions, units
 def squared_deviation_loss(
   weight: float = 0.01, of: str = "importance", scope: str = "global_batch"
 ) -> Balancer:
-  """The squared distance of expert usage from 1/E. It is 0 at balance, unlike losses of the form f * P.
+  """The squared distance of expert usage from 1/E. It is 0 at balance, unlike losses of the form f * p.
 
-  of=load: weight * sum_e(c_e / S - 1/E)^2, which summaries of 2501.11873 print as its loss. The paper uses
-    E * sum_e(f_e * P_e), which is `switch_loss`. The counts c_e are step functions of the logits, so the gradient
-    of this form is zero. It is included only for comparison. S is the number of assignments, K per token. If S is
-    read as the number of tokens, the target must be K/E.
-  of=importance: weight * E * sum_e(P_e - 1/E)^2, where P_e is the mean of the scores divided by their sum. This is
+  of=load: weight * sum_e(c_e / A - 1/E)^2, which summaries of 2501.11873 print as its loss. The paper uses
+    E * sum_e(f_e * p_e), which is `switch_loss`. The counts c_e are step functions of the logits, so the gradient
+    of this form is zero. It is included only for comparison. The summaries' divisor, S, is read as the number of
+    assignments A, K per token. With the number of tokens, the target would have to be K/E.
+  of=importance: weight * E * sum_e(p_e - 1/E)^2, where p_e is the mean of the scores divided by their sum. This is
     the closest loss with a gradient. With the factor E, a weight means the same for every E: the loss is the squared
-    coefficient of variation `importance_loss:of=scores`, and `switch_loss` minus 1 with P in place of f. It does
-    not depend on the choices: all tokens may choose the same experts by a small margin while P is flat.
+    coefficient of variation `importance_loss:of=scores`, and `switch_loss` minus 1 with p in place of f. It does
+    not depend on the choices: all tokens may choose the same experts by a small margin while p is flat.
 
   `scope` is the same as for `switch_loss`.
   """

@@ -27,7 +27,7 @@ def entropy_loss(weight: float = 0.0001) -> Balancer:
 def heterogeneous_loss(
   weight: float = 0.01, zero_computation: int = 4, tau: float = 0.75, scope: str = "global_batch"
 ) -> Balancer:
-  """MoE++'s load-balancing loss sum_i eta_i f_i P_i, with eta = tau for zero-computation experts (2410.07348, eq. 7).
+  """MoE++'s load-balancing loss sum_i eta_i f_i p_i, with eta = tau for zero-computation experts (2410.07348, eq. 7).
 
   A smaller `tau` sends more tokens to zero-computation experts. The loss drives an expert's share to be
   proportional to 1/eta, which is tau / (tau E + Z) for each of the E feed-forward experts and 1 / (tau E + Z) for

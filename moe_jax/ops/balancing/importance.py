@@ -72,7 +72,7 @@ def _balance(weight: float, scope: str, name: str, values_of, needs_smooth_load:
 def importance_loss(weight: float = 0.1, scope: str = "global_batch", of: str = "weights") -> Balancer:
   """weight * CV(importance)^2, where importance_e is a sum over tokens (1701.06538, eq. 6-7).
 
-  of: `weights` sums the combine weights of the chosen experts, G(x) in the paper. `scores` sums the scores of all
+  of: `weights` sums the combine weights of the chosen experts, as the paper does. `scores` sums the scores of all
     experts divided by their sum, as V-MoE does (2106.05974, appendix A).
   """
   require_option("balancer importance_loss", "of", of, ("weights", "scores"))

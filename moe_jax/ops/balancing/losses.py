@@ -41,9 +41,9 @@ def load_balancing(
   load: Callable[[PyTree], Array] = fractions,
   importance: Callable[[BatchRouting], Array] = normalized_scores,
 ) -> Balancer:
-  """Returns weight * N * sum_n(load_n * importance_n), with load and importance over the units of `scope`.
+  """Returns weight * X * sum_x(load_x * importance_x), with load and importance over the units of `scope`.
 
-  N is the number of experts, or of devices that hold them. load_N has no gradient; importance_N is a mean over
+  The X axis is experts, or the parts that they are cut into. load_X has no gradient; importance_X is a mean over
   valid tokens. Units are weighted by their valid tokens. For `global_batch`, the load is that of the whole optimizer
   step while the importance stays local, so the mean over micro-batches equals the loss of the whole batch exactly.
   `buffer` is that of 2501.11873: it uses the load of the step's micro-batches up to this one, and needs one pass
@@ -51,27 +51,27 @@ def load_balancing(
 
   Args:
     count: routing -> a tree of [B, L, ...], what each token adds to the load; 0 at padding.
-    load: the sums of these counts over units, [U, ...] -> load_UN, each 1/N at balance.
-    importance: routing -> [B, L, N], differentiable; padding may hold any value.
+    load: the sums of these counts over units, [U, ...] -> load_UX, each 1/X at balance.
+    importance: routing -> [B, L, X], differentiable; padding may hold any value.
   """
   require_option("load-balancing loss", "scope", scope, SCOPES)
 
   def losses(state, routing, step_stats):
     unit = units(routing, scope)
     mask_UT = routing.mask_BL.reshape(-1, unit).astype(jnp.float32)
-    probs_BLN = importance(routing)
+    probs_BLX = importance(routing)
     # where instead of a product, because logits at padding may produce NaN.
-    probs_BLN = jnp.where(routing.mask_BL[..., None], probs_BLN, 0)
+    probs_BLX = jnp.where(routing.mask_BL[..., None], probs_BLX, 0)
     if scope == "global_batch":
-      sums_U = jax.tree.map(lambda x: x[None], step_stats.whole)
+      sums = jax.tree.map(lambda x: x[None], step_stats.whole)
     elif scope == "buffer":
-      sums_U = jax.tree.map(lambda x: x[None], step_stats.so_far)
+      sums = jax.tree.map(lambda x: x[None], step_stats.so_far)
     else:
-      sums_U = jax.tree.map(lambda x: x.reshape(-1, unit, *x.shape[2:]).sum(axis=1), count(routing))
-    load_UN = load(jax.lax.stop_gradient(sums_U))
+      sums = jax.tree.map(lambda x: x.reshape(-1, unit, *x.shape[2:]).sum(axis=1), count(routing))
+    load_UX = load(jax.lax.stop_gradient(sums))
     # A sum over tokens instead of a mean, so that each unit is weighted by its tokens and an empty unit by 0.
-    importance_sum_UN = probs_BLN.reshape(-1, unit, probs_BLN.shape[-1]).sum(axis=1)
-    loss = probs_BLN.shape[-1] * jnp.sum(load_UN * importance_sum_UN) / jnp.maximum(mask_UT.sum(), 1.0)
+    importance_sum_UX = probs_BLX.reshape(-1, unit, probs_BLX.shape[-1]).sum(axis=1)
+    loss = probs_BLX.shape[-1] * jnp.sum(load_UX * importance_sum_UX) / jnp.maximum(mask_UT.sum(), 1.0)
     return {"load_balancing_loss": weight * loss}
 
   if scope not in ("buffer", "global_batch"):

@@ -9,8 +9,6 @@ eq. 14 takes quantiles of score - cutoff; appendix D takes quantiles of required
 The article iterates cutoffs and quantiles on one batch. For training, both the article and the report recommend one
 round per step, starting from the bias of the previous step. This module does the same. The article sorts one batch.
 Here, quantiles come from a histogram per expert, which can be summed over micro-batches and devices.
-
-Letter of this file: Q bins of a histogram.
 """
 
 from typing import NamedTuple
@@ -103,11 +101,11 @@ def _require_options(ema: float, bins: int, reach: float, cutoff: str) -> None:
 def _cutoff(scores_TE: Array, bias_E: Array, k: int, cutoff: str) -> Array:
   """Returns the value that a score with bias must exceed to be among the K best, [T]."""
   num_experts = bias_E.size
-  best_TK = take_experts(scores_TE + bias_E[None], select_top_k(scores_TE, bias_E, min(k + 1, num_experts)))
+  best_TX = take_experts(scores_TE + bias_E[None], select_top_k(scores_TE, bias_E, min(k + 1, num_experts)))
   if cutoff == "next" or k == num_experts:
-    return best_TK[:, -1]
+    return best_TX[:, -1]
   # As in numpy's and JAX's quantile: position (1 - K/E) * (E - 1) from the lowest, interpolated between neighbours.
-  return best_TK[:, -1] + k / num_experts * (best_TK[:, -2] - best_TK[:, -1])
+  return best_TX[:, -1] + k / num_experts * (best_TX[:, -2] - best_TX[:, -1])
 
 
 def _range(bias_E: Array, reach: float) -> tuple[Array, Array]:

@@ -42,7 +42,7 @@ def run_experts(experts: Experts, rows_GECD: Array, shard: Shard) -> Array:
   rows_EGCD = exchanged(shard(shard(rows_GECD, BY_GROUP).swapaxes(0, 1), BY_EXPERT))
   # G and C become one axis, because XLA:CPU takes 1.5 times as long for a product with two row axes.
   num_experts, num_groups, capacity, dim = rows_EGCD.shape
-  rows_END = rows_EGCD.reshape(num_experts, num_groups * capacity, dim)
-  rows_END = experts(rows_END, lambda rows, w_EXY: jnp.einsum("ENX,EXY->ENY", rows, w_EXY))
-  rows_EGCD = shard(rows_END.reshape(rows_EGCD.shape), BY_EXPERT)
+  rows_EMD = rows_EGCD.reshape(num_experts, num_groups * capacity, dim)
+  rows_EMD = experts(rows_EMD, lambda rows, w_EXY: jnp.einsum("EMX,EXY->EMY", rows, w_EXY))
+  rows_EGCD = shard(rows_EMD.reshape(rows_EGCD.shape), BY_EXPERT)
   return exchanged(shard(rows_EGCD.swapaxes(0, 1), BY_GROUP))

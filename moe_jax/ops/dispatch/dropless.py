@@ -26,14 +26,14 @@ def dropless_dispatch(
   """
   del capacity
   one_group = as_one_group(assignment, x_GTD.shape[1])
-  x_TD = x_GTD.reshape(-1, x_GTD.shape[-1])
+  x_XD = x_GTD.reshape(-1, x_GTD.shape[-1])
   queues = make_queues(one_group.expert_A, one_group.valid_A, num_experts)
-  token_R, weight_R = in_queue_order(one_group, queues, num_experts, x_TD.shape[0])
+  token_M, weight_M = in_queue_order(one_group, queues, num_experts, x_XD.shape[0])
   # Rows without a token follow the queues, as the grouped product requires.
-  token_R = jnp.pad(token_R[:num_rows], (0, BLOCK), constant_values=x_TD.shape[0])
-  weight_R = jnp.pad(weight_R[:num_rows], (0, BLOCK))
-  rows_RD = x_TD.at[token_R].get(mode="fill", fill_value=0)
-  rows_RD = experts(rows_RD, SortedByExpert(queues.length_E))
-  weighted_RD = rows_RD * weight_R[:, None]
-  y_TD = jnp.zeros(x_TD.shape, weighted_RD.dtype).at[token_R].add(weighted_RD, mode="drop")
-  return shard(y_TD.astype(x_GTD.dtype).reshape(x_GTD.shape), ("group", None, None)), assignment.valid_A
+  token_M = jnp.pad(token_M[:num_rows], (0, BLOCK), constant_values=x_XD.shape[0])
+  weight_M = jnp.pad(weight_M[:num_rows], (0, BLOCK))
+  rows_MD = x_XD.at[token_M].get(mode="fill", fill_value=0)
+  rows_MD = experts(rows_MD, SortedByExpert(queues.length_E))
+  weighted_MD = rows_MD * weight_M[:, None]
+  y_XD = jnp.zeros(x_XD.shape, weighted_MD.dtype).at[token_M].add(weighted_MD, mode="drop")
+  return shard(y_XD.astype(x_GTD.dtype).reshape(x_GTD.shape), ("group", None, None)), assignment.valid_A
