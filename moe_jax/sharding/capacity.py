@@ -41,7 +41,7 @@ class Capacity(NamedTuple):
 
 
 def kept_entries(assignment: Assignment, capacity: Capacity, num_experts: int, group: ExpertGroup) -> Array:
-  """Returns kept_GA: valid entries with a position below the limit in their expert's queue. Fields [G, A] of one device."""
+  """Returns kept_GA: the valid entries below the limit in their expert's queue. Fields are [G, A] of one device."""
   valid_GA = assignment.valid_A
   if capacity.scope == "none":
     return valid_GA

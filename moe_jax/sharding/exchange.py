@@ -40,7 +40,7 @@ class Plan(NamedTuple):
 
 
 def make_plan(counts_PPO: Array, me: Array | int) -> Plan:
-  """Returns the plan of device `me`. `counts_PPO[p, q, o]` is the number of rows that device p has for expert o of q."""
+  """Returns the plan of device `me`. `counts_PPO[p, q, o]`: the rows of device p for expert o of device q."""
   by_device = _starts(counts_PPO)
   by_expert = _starts(counts_PPO.transpose(1, 2, 0)).transpose(2, 0, 1)
   return Plan(
