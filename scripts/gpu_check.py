@@ -36,20 +36,14 @@ from moe_jax.sharding.dispatchers import get_dispatcher
 from moe_jax.training.compiled import CompiledSteps, check_run, compile_steps
 from moe_jax.training.results import versions
 
-_DISPATCHERS = flags.DEFINE_list(
-  "dispatchers", ["einsum", "sorted", "dropless"], "the dispatchers to check and to time"
-)
+_DISPATCHERS = flags.DEFINE_list("dispatchers", ["einsum", "sorted", "dropless"], "what to check and time")
 _PLATFORM = flags.DEFINE_string("platform", "gpu", "use cpu to try the script without a GPU")
 _VOCAB = flags.DEFINE_integer("vocab_size", 8192, "V", lower_bound=1)
-_CHECK_LENGTH = flags.DEFINE_integer(
-  "check_length", 128, "L for checking values, with two sequences", lower_bound=1
-)
+_CHECK_LENGTH = flags.DEFINE_integer("check_length", 128, "L for checking values; B is 2", lower_bound=1)
 _MATMUL = flags.DEFINE_integer(
   "matmul_size", 8192, "n of the largest n x n product that measures the ceiling", lower_bound=4
 )
-_REPEATS = flags.DEFINE_integer(
-  "repeats", 20, "number of timed runs; their median is reported", lower_bound=1
-)
+_REPEATS = flags.DEFINE_integer("repeats", 20, "timed runs; their median is reported", lower_bound=1)
 _JSON = flags.DEFINE_bool("json", False, "print one JSON object instead of the tables")
 _OTHERS = (DataConfig, TrainConfig, OptimizerConfig)  # this script uses only two of their fields
 cli.define_flags(

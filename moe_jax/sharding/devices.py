@@ -21,7 +21,7 @@ class ExpertGroup(NamedTuple):
   size: int
 
 
-# (x_GTD, assignment, experts, group) -> (y_GTD, kept_GA). All are the part of one device.
+# (x_GTD, assignment, experts, group) -> (y_GTD, kept_GA), each the part of one device.
 OnDevice = Callable[[Array, Assignment, ExpertWeights, ExpertGroup], tuple[Array, Array]]
 
 

@@ -28,7 +28,7 @@ class Dispatcher(NamedTuple):
 
   dispatch: Callable  # see moe_jax/ops/dispatch/__init__.py
   never_drops: bool = False
-  spells_exchange: bool = False  # it also gathers parameters that are sharded over fsdp
+  spells_exchange: bool = False  # gathers parameters that are kept in parts, too
 
 
 def einsum() -> Dispatcher:
