@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this", and how unknown names are answered."""
+"""`InputError`, the exception for errors that the user can fix, and helpers that raise it."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,14 +6,15 @@ from typing import Any
 
 
 class InputError(ValueError):
-  """A flag, field or file that the user can correct. One line: what, its value, what would be right.
+  """An invalid flag, field or file that the user can correct.
 
-  Entry points print the message without a traceback and exit with status 2.
+  The message is one line that says what is wrong, its value, and what would be right. Entry points print the
+  message without a traceback and exit with status 2.
   """
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> InputError:
-  """The error for a name that is in no registry: says the nearest names, then all of them."""
+  """Returns the error for a name that is not registered. The message lists the nearest names, then all names."""
   known = sorted(known)
   near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
   hint = f"did you mean {' or '.join(near)}? " if near else ""

@@ -1,4 +1,4 @@
-r"""Would this model train on those devices? Compiles the whole training step for devices that need not be there.
+r"""Compiles the whole training step for devices that need not be present, and reports whether it fits.
 
   python scripts/aot_compile.py --preset=mixtral_8x7b --topology=v5p:4x4x4 --fsdp_parallelism=64
   python scripts/aot_compile.py --preset=mixtral_8x7b --topology=v5p:4x4x4 --dispatcher=einsum \
@@ -6,10 +6,10 @@ r"""Would this model train on those devices? Compiles the whole training step fo
   python scripts/aot_compile.py --preset=mixtral_8x7b --topology=v5p:4x4x4 --search
   python scripts/aot_compile.py --preset=tiny --topology=cpu:8 --expert_parallelism=4        # without libtpu
 
-Forward, backward and AdamW, from shapes alone: no weight is in memory. Prints memory per chip by kind and whether it
-fits, operations against those that the model needs, and the collectives with their bytes. TPU topologies need
-`pip install 'moe_jax[tpu]'` and no TPU; --slice_parallelism=2 means two slices of the topology. --batch_size is of all
-devices together.
+The step is forward, backward and AdamW. It is compiled from shapes alone, so no weights are in memory. The script
+prints memory per chip by kind and whether it fits, operations compared with those that the model needs, and the
+collectives with their bytes. TPU topologies need `pip install 'moe_jax[tpu]'` but no TPU. --slice_parallelism=2 means
+two slices of the topology. --batch_size is the total over all devices.
 """
 
 import json
@@ -31,26 +31,22 @@ from moe_jax.models import VOCAB_SIZES
 from moe_jax.training.compiled import check_run
 
 _TOPOLOGY = flags.DEFINE_string("topology", "cpu:8", f"what to compile for: {topology.EXAMPLES}")
-_VOCAB = flags.DEFINE_integer(
-  "vocab_size", 0, "V, which otherwise a tokenizer gives; 0: of the preset", lower_bound=0
-)
+_VOCAB = flags.DEFINE_integer("vocab_size", 0, "V; 0: that of the preset", lower_bound=0)
 _SEARCH = flags.DEFINE_bool(
-  "search", False, "try meshes instead of the one that is given, and rank those that fit"
+  "search", False, "try many meshes instead of the given one, and rank those that fit"
 )
 _TRIES = flags.DEFINE_integer(
-  "search_tries", 5, "meshes that the search compiles, the most promising first", lower_bound=1
+  "search_tries", 5, "how many meshes the search compiles, most promising first", lower_bound=1
 )
 _HBM = flags.DEFINE_float(
-  "hbm_gib", 0.0, "have the TPU compiler fit the step into so much per chip; 0: all there is", lower_bound=0
+  "hbm_gib", 0.0, "limit of the TPU compiler for memory per chip; 0: all of it", lower_bound=0
 )
-_OUT = flags.DEFINE_string(
-  "output", "", "write what is printed to this JSON file, with everything that is left out"
-)
+_OUT = flags.DEFINE_string("output", "", "write the complete report to this JSON file")
 _HLO = flags.DEFINE_string("hlo", "", "write the compiled program to this text file")
 
 
 def compile_one(config: Config, vocab_size: int, devices: list[jax.Device]) -> dict[str, Any]:
-  """The report on `config` and its mesh."""
+  """Returns the report on `config` and its mesh."""
   mesh = sharding.make_mesh(config.mesh, devices)
   check_run(config, mesh)
   compiled = compile_train_step(config, vocab_size, mesh, topology.compiler_options(devices, _HBM.value))

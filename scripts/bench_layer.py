@@ -1,4 +1,4 @@
-r"""How much slower than a dense FFN of equal FLOPs is an MoE layer, forward and backward?
+r"""Compares the time of an MoE layer, forward and backward, with that of a dense FFN of equal FLOPs.
 
   python scripts/bench_layer.py
   python scripts/bench_layer.py --num_experts=64 --num_experts_per_token=8 --expert_dim=128
@@ -6,11 +6,11 @@ r"""How much slower than a dense FFN of equal FLOPs is an MoE layer, forward and
   python scripts/bench_layer.py --balancing=all     # each method's layer against the one with plain top-k
   python scripts/bench_layer.py --routers=all
 
-Times value_and_grad with respect to the input and all weights, router included: router matmul, softmax,
-top-k, dispatch, experts, combine. The dense FFN is a SwiGLU of hidden width K*F. Dense and MoE steps
-alternate in one process, and the table gives the ratio of the minima and the median of the paired ratios.
-Where these two are far from each other, the machine is busy: run again. About a minute on 2 CPU cores, and
-ten seconds per method with --balancing or --routers.
+The script times value_and_grad with respect to the input and all weights, including the router: router matmul,
+softmax, top-k, dispatch, experts, combine. The dense FFN is a SwiGLU of hidden width K*F. Dense and MoE steps
+alternate in one process. The table gives the ratio of the minima and the median of the paired ratios. If the two
+differ a lot, the machine is busy: run again. It takes about a minute on 2 CPU cores, and ten seconds per method
+with --balancing or --routers.
 """
 
 import dataclasses
@@ -35,24 +35,24 @@ from moe_jax.ops.experts import ExpertWeights, expert_ffn
 from moe_jax.ops.routing import make_router
 from moe_jax.sharding import constrain, on_one_cpu
 
-_TOKENS = flags.DEFINE_integer("num_tokens", 4096, "tokens in all", lower_bound=1)
+_TOKENS = flags.DEFINE_integer("num_tokens", 4096, "total number of tokens", lower_bound=1)
 _LENGTH = flags.DEFINE_integer(
-  "sequence_length", 1024, "L: the default group size is chosen from it", lower_bound=1
+  "sequence_length", 1024, "L, which determines the default group size", lower_bound=1
 )
 _DIM = flags.DEFINE_integer("model_dim", 256, "D", lower_bound=1)
 _EXPERT_DIM = flags.DEFINE_integer("expert_dim", 512, "F", lower_bound=1)
 _EXPERTS = flags.DEFINE_integer("num_experts", 16, "E", lower_bound=1)
 _K = flags.DEFINE_integer("num_experts_per_token", 2, "K", lower_bound=1)
-_CAPACITY = flags.DEFINE_float("capacity_factor", 1.25, "slots per expert / (T*K/E); dropless has none")
-_ROUTER = flags.DEFINE_string("router", "softmax_topk", "router")
+_CAPACITY = flags.DEFINE_float("capacity_factor", 1.25, "slots per expert / (T*K/E); dropless ignores it")
+_ROUTER = flags.DEFINE_string("router", "softmax_topk", "name of the router")
 _DISPATCHERS = flags.DEFINE_list(
   "dispatchers",
   ["sorted", "buffers", "einsum:64", "einsum", "dropless"],
-  "NAME or NAME:GROUP_SIZE; 0: all tokens in one group; buffers: sorted in the form for several devices",
+  "NAME or NAME:GROUP_SIZE (0: all tokens in one group); buffers is sorted in its form for several devices",
 )
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of tokens and experts")
-_PAIRS = flags.DEFINE_integer("pairs", 21, "timed pairs per dispatcher", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "of inputs and weights")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "dtype of tokens and experts")
+_PAIRS = flags.DEFINE_integer("pairs", 21, "number of timed pairs per dispatcher", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "seed of inputs and weights")
 _BALANCING = flags.DEFINE_string(
   "balancing", "", "all, or arms as in experiments/load_balancing.py --methods"
 )
@@ -61,7 +61,7 @@ _JSON = flags.DEFINE_bool("json", False, "print one JSON object instead of the t
 
 
 def make_inputs():
-  """x_TD, the output's cotangent, and parameters with fan-in initialisation."""
+  """Returns x_TD, the output's cotangent, and the dense and MoE parameters, initialised by fan-in."""
   d, f, e, k = _DIM.value, _EXPERT_DIM.value, _EXPERTS.value, _K.value
   keys = iter(jax.random.split(jax.random.key(_SEED.value), 16))
   dtype = jnp.dtype(_DTYPE.value)
@@ -83,7 +83,7 @@ def dense_ffn(weights, x_TD):
 
 
 def moe_layer(params, x_TD, *, dispatcher, group_size):
-  """The routed layer on one flat batch; also counts per expert before capacity, and drops."""
+  """Applies the routed layer to one flat batch. Also returns MaxVio before capacity, and the dropped fraction."""
   router_DE, weights = params
   x_GTD = x_TD.reshape(-1, group_size, x_TD.shape[-1])
   logits_GTE = x_GTD.astype(jnp.float32) @ router_DE
@@ -106,7 +106,7 @@ def moe_layer(params, x_TD, *, dispatcher, group_size):
 
 
 def train_step(layer, cotangent_TD):
-  """jitted (params, x) -> ((loss, info), gradients of both)."""
+  """Returns a jitted (params, x) -> ((loss, info), gradients of both)."""
 
   def loss(params, x_TD):
     y_TD, info = layer(params, x_TD)
@@ -122,7 +122,7 @@ def seconds(step, *args):
 
 
 def ratios(base, other):
-  """`base` and `other`: () -> anything, alternating. Their times as a dict of ratios and milliseconds."""
+  """Runs `base` and `other`, functions without arguments, alternately. Returns ratios and milliseconds."""
   jax.block_until_ready((base(), other()))
   pairs = np.array([(seconds(base), seconds(other)) for _ in range(_PAIRS.value)])
   base_s, other_s = pairs.T
@@ -135,7 +135,7 @@ def ratios(base, other):
 
 
 def compare(spec, inputs):
-  """One row of the table: a dispatcher against the dense FFN, alternating."""
+  """Returns one row of the table: a dispatcher compared with the dense FFN."""
   x_TD, cotangent_TD, dense_params, moe_params = inputs
   name, _, size = spec.partition(":")
   group_size = int(size) if size else default_group_size(name, min(_LENGTH.value, _TOKENS.value))
@@ -156,7 +156,7 @@ def compare(spec, inputs):
 
 
 def method_step(config, inputs):
-  """() -> gradients and balancer state of the whole module `MoE` in training: router, balancer and its update."""
+  """Returns a function that computes gradients and the updated balancer state of the whole module `MoE`."""
   x_TD, cotangent_TD, _, _ = inputs
   length = min(_LENGTH.value, _TOKENS.value)
   x_BLD, cotangent_BLD = (x.reshape(-1, length, x.shape[-1]) for x in (x_TD, cotangent_TD))
@@ -186,7 +186,7 @@ def method_step(config, inputs):
 
 
 def compare_method(name, step, base_step):
-  """One row: the layer with an arm's methods against plain top-k without balancing; see `method_step`."""
+  """Returns one row: the layer with an arm's methods compared with plain top-k without balancing."""
   counts_E = np.asarray(step()[2]).sum(axis=0)
   return {
     "name": name,
@@ -197,7 +197,7 @@ def compare_method(name, step, base_step):
 
 
 def method_rows(inputs):
-  """Yields the rows as they are measured."""
+  """Yields each row when it has been measured."""
   base = MoEConfig(
     num_experts=_EXPERTS.value,
     num_experts_per_token=_K.value,
@@ -213,7 +213,7 @@ def method_rows(inputs):
 
 
 def print_table(rows, width):
-  """Each row as soon as it is measured."""
+  """Prints each row as soon as it is measured."""
   print(f"{'':<{width}}  ratio_median  ratio_min  base_ms       ms  max_vio  dropped", flush=True)
   for r in rows:
     print(
@@ -225,7 +225,7 @@ def print_table(rows, width):
 
 def main(argv):
   del argv
-  logging.set_verbosity(logging.WARNING)  # JAX tells which backends it does not find
+  logging.set_verbosity(logging.WARNING)  # otherwise JAX logs which backends it does not find
   inputs = make_inputs()
   methods = bool(_BALANCING.value or _ROUTERS.value)
   rows = method_rows(inputs) if methods else (compare(spec, inputs) for spec in _DISPATCHERS.value)
@@ -239,13 +239,13 @@ def main(argv):
   print("  ".join(f"{name}={value}" for name, value in shape.items()), f" on {device}")
   if methods:
     print(
-      "base: the same layer with softmax_topk, no balancing. max_vio: over all tokens, at initialisation.\n"
+      "base: the same layer with softmax_topk and no balancing. max_vio is over all tokens, at initialisation.\n"
     )
   else:
     print(
-      f"base: dense SwiGLU of hidden width K*F={_K.value * _EXPERT_DIM.value}. Routing is real: a random router on"
+      f"base: a dense SwiGLU of hidden width K*F={_K.value * _EXPERT_DIM.value}. A random router chooses experts for"
     )
-    print("random inputs chooses; max_vio = max(load)/mean(load)-1 over all tokens, before capacity.\n")
+    print("random inputs. max_vio = max(load)/mean(load)-1 over all tokens, before capacity.\n")
   print_table(rows, 38 if methods else 14)
 
 

@@ -1,11 +1,11 @@
-"""What a balancing coefficient of another codebase or paper is here.
+"""Converts balancing coefficients between codebases and papers.
 
   python scripts/coefficients.py
   python scripts/coefficients.py --source=megatron_lm --weight=0.01 --num_experts=64 --num_layers=16
   python scripts/coefficients.py --source=moe_jax --target=hugging_face --weight=0.02
   python scripts/coefficients.py --source=megablocks_fork --loss=z --weight=0.001
 
-Without --source it prints the tables of docs/coefficients.md for the sizes given (Mixtral 8x7B's by default).
+Without --source, the script prints the tables of docs/coefficients.md for the given sizes (Mixtral 8x7B by default).
 """
 
 import sys
@@ -16,8 +16,8 @@ from moe_jax import cli
 from moe_jax.errors import InputError
 
 _WEIGHT = flags.DEFINE_float("weight", None, "the coefficient; default 0.01, and 0.001 for the z-loss")
-_SOURCE = flags.DEFINE_string("source", None, "where the coefficient is from; without it, tables of all")
-_TARGET = flags.DEFINE_string("target", "moe_jax", "where it shall work the same")
+_SOURCE = flags.DEFINE_string("source", None, "where the coefficient is from; omit to print tables of all")
+_TARGET = flags.DEFINE_string("target", "moe_jax", "the codebase to convert to")
 _LOSS = flags.DEFINE_string("loss", "load_balancing", "load_balancing or z (router z-loss)")
 _EXPERTS = flags.DEFINE_integer("num_experts", 8, "E")
 _K = flags.DEFINE_integer("num_experts_per_token", 2, "K")
@@ -36,7 +36,7 @@ def weight_of(loss: str) -> float:
 
 
 def formula(convention) -> str:
-  """The whole loss at balance with coefficient 1, as text: "R/K", "1/E^2", "1"."""
+  """The loss of the whole model at balance with coefficient 1, as text: "R/K", "1/E^2", "1"."""
   layers = 1 if convention.layers == "sum" else 0
   powers = {"R": layers, "K": convention.choice_power, "E": convention.expert_power}
   text = {letter: letter if abs(power) == 1 else f"{letter}^{abs(power)}" for letter, power in powers.items()}
@@ -51,7 +51,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def meaning(loss: str, sizes: dict[str, int]) -> str:
-  """One row per convention: its normalisation, and what the coefficient amounts to."""
+  """A table with one row per convention: its normalisation, and what the coefficient is worth."""
   from moe_jax.ops.balancing import conventions
 
   weight, rows = weight_of(loss), []
@@ -66,12 +66,19 @@ def meaning(loss: str, sizes: dict[str, int]) -> str:
   counts = ["choices counted"] if loss == "load_balancing" else []
   unit = "value at balance" if loss == "load_balancing" else "factor"
   shown = number(weight)
-  header = ["name", *counts, "layers", unit, f"{shown} there: weight of one layer", f"{shown} there is here"]
+  header = [
+    "name",
+    *counts,
+    "layers",
+    unit,
+    f"weight of one layer for {shown}",
+    f"equivalent of {shown} in moe_jax",
+  ]
   return markdown(header, rows)
 
 
 def sources() -> str:
-  """One row per convention and loss: where it comes from and what was checked."""
+  """A table with one row per convention and loss: where it comes from and what was checked."""
   from moe_jax.ops.balancing import conventions
 
   rows = [
@@ -91,7 +98,7 @@ def sources() -> str:
 
 def main(argv: list[str]) -> None:
   del argv
-  # Imported here, so that --help and wrong flags answer at once.
+  # Imported here so that --help and invalid flags respond immediately.
   from moe_jax.ops.balancing import conventions
 
   sizes = {

@@ -1,10 +1,10 @@
-# Sourced by quickstart.sh, test.sh and .ci/run: makes the virtual environment and installs this project in it.
+# Sourced by quickstart.sh, test.sh and .ci/run. Creates the virtual environment and installs this project in it.
 #
 #   prepare_environment [EXTRAS]    EXTRAS: names from setup.py's extras, e.g. dev or dev,parity
 #
 # Sets $root (the checkout) and $python (the environment's interpreter). Environment variables:
-#   PYTHON          the interpreter to make the environment with   (default: the first that is 3.11 or newer)
-#   MOE_JAX_VENV    where the environment lives                    (default: .venv in the checkout)
+#   PYTHON          the interpreter of the environment      (default: the first that is 3.11 or newer)
+#   MOE_JAX_VENV    the folder of the environment           (default: .venv in the checkout)
 
 root="$(CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="${MOE_JAX_VENV:-$root/.venv}"
@@ -17,10 +17,10 @@ fail() {
   exit 1
 }
 
-# A pyenv shim may exist and still fail, so every candidate has to run.
+# A pyenv shim may exist and still fail, so every candidate is run.
 is_recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
 
-# The first recent interpreter that can make environments (Debian ships that part as its own package).
+# Finds the first recent interpreter that can create environments (Debian ships that part as a separate package).
 find_python() {
   local candidate without_venv=""
   for candidate in "${PYTHON:-}" python3.13 python3.12 python3.11 python3; do
@@ -52,7 +52,7 @@ make_venv() {
   "$base_python" -m venv "$venv" || fail "$base_python -m venv $venv failed, see above"
 }
 
-# One stamp per extra that the environment holds, and `base` for the package itself: what was installed from where.
+# There is one stamp per installed extra, and `base` for the package itself. Each records what was installed from where.
 is_installed() {
   local part
   for part in base ${1//,/ }; do

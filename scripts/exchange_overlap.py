@@ -1,13 +1,13 @@
-r"""Does the TPU program compute while rows travel, and what do the chunks of an exchange cost?
+r"""Measures whether a TPU program overlaps its exchanges with computation, and what the chunks of an exchange cost.
 
   python scripts/exchange_overlap.py
   python scripts/exchange_overlap.py --topology=v5p:2x2x4 --expert_parallelism=16 --chunks=1,4 --forward
 
-Compiles the dispatcher with its experts, forward and backward, for a TPU topology: no TPU is needed, only the
-compiler (pip install libtpu). Prints for each number of chunks the exchanges of rows, how many of them the
-schedule starts before a matrix product and ends after it, the temporary memory of a chip, and the compiler's
-FLOPs over the model's: it counts the whole receive buffer, which `dropless:buffer_factor=1.25` bounds,
-also where the kernel multiplies only the rows that came. Two minutes on 2 CPU cores.
+The script compiles the dispatcher with its experts, forward and backward, for a TPU topology. It needs no TPU, only
+the compiler (pip install libtpu). For each number of chunks, it prints the exchanges of rows, how many of them the
+schedule starts before a matrix product and ends after it, the temporary memory of a chip, and the compiler's FLOPs
+divided by the model's. The compiler counts the whole receive buffer, which `dropless:buffer_factor=1.25` bounds, even
+if the kernel multiplies only the rows that arrived. It takes two minutes on 2 CPU cores.
 """
 
 import time
@@ -43,7 +43,7 @@ _FORWARD = flags.DEFINE_bool("forward", False, "leave the backward pass out")
 
 
 def dispatchers() -> dict[str, Dispatcher]:
-  """By number of chunks. Raises `InputError` on a wrong flag, before anything is compiled."""
+  """Returns the dispatchers by number of chunks. Raises `InputError` for an invalid flag, before compiling anything."""
   spec = _DISPATCHER.value
   if method_name(spec) not in ("dropless", "all_to_all") or "chunks=" in spec:
     raise InputError(f"--dispatcher={spec}: dropless or all_to_all; the number of chunks is --chunks")
@@ -55,7 +55,7 @@ def dispatchers() -> dict[str, Dispatcher]:
 
 
 def arguments(mesh):
-  """Shapes and layouts of x_GTD, the assignment and the experts."""
+  """Returns shapes and layouts of x_GTD, the assignment and the experts."""
 
   def array(shape, dtype, *axes):
     layout = jax.sharding.NamedSharding(mesh, sharding.partition_spec(axes))
@@ -70,7 +70,7 @@ def arguments(mesh):
 
 
 def compile_with(dispatcher: Dispatcher, mesh):
-  """The compiled program, and the seconds that it took."""
+  """Returns the compiled program and the compile time in seconds."""
   capacity = -(-_LENGTH.value * _K.value // _EXPERTS.value)
 
   def run(x, assignment, weights, d_y):
@@ -93,7 +93,7 @@ def compile_with(dispatcher: Dispatcher, mesh):
 
 
 def model_flops() -> int:
-  """Of one chip: three matrices for every entry; twice that again for the backward pass."""
+  """Returns the operations of one chip: three matrices per entry, and twice as many again in the backward pass."""
   forward = 6 * _GROUPS.value * _LENGTH.value * _K.value * _DIM.value * _HIDDEN.value
   return forward if _FORWARD.value else 3 * forward
 

@@ -1,16 +1,16 @@
-r"""Does this GPU compute the right numbers, and how fast is each dispatcher on it?
+r"""Checks whether this GPU computes correct values, and measures how fast each dispatcher is on it.
 
   python scripts/gpu_check.py
   python scripts/gpu_check.py --dispatchers=dropless,all_to_all --num_experts=128 --batch_size=16
   python scripts/gpu_check.py --compute_dtype=float32 --json
   python scripts/gpu_check.py --preset=tiny --platform=cpu --matmul_size=256
 
-Values: one layer against every expert on every token, and one training step against the same step with capacity
-buffers, both in float32 with full products, on few tokens and where nothing drops. Speed: the layer, forward and
-backward, and the training step with AdamW, against the operations that the model needs and against the fastest of
-several plain matrix products of the same type, measured in the same run. Without --preset, sizes are those of
-Qwen3-30B-A3B with two layers and half of its experts. Uses the first GPU; needs neither grain nor TFDS. Exit status 1
-if a value is wrong; without a GPU it says so, with 0.
+Values: the script compares one layer with every expert on every token, and one training step with the same step using
+capacity buffers, both in float32 with full-precision products, on few tokens without drops. Speed: it times the layer
+(forward and backward) and the training step with AdamW, relative to the operations that the model needs and to the
+fastest of several plain matrix products of the same type in the same run. Without --preset, sizes are those of
+Qwen3-30B-A3B with two layers and half of its experts. It uses the first GPU, and needs neither grain nor TFDS. The exit
+status is 1 if a value is wrong. Without a GPU, the script says so and exits with 0.
 """
 
 import dataclasses
@@ -36,25 +36,23 @@ from moe_jax.sharding.dispatchers import get_dispatcher
 from moe_jax.training.compiled import CompiledSteps, check_run, compile_steps
 from moe_jax.training.results import versions
 
-_DISPATCHERS = flags.DEFINE_list("dispatchers", ["einsum", "sorted", "dropless"], "to check and to time")
-_PLATFORM = flags.DEFINE_string("platform", "gpu", "cpu: tries this script itself")
+_DISPATCHERS = flags.DEFINE_list("dispatchers", ["einsum", "sorted", "dropless"], "what to check and time")
+_PLATFORM = flags.DEFINE_string("platform", "gpu", "use cpu to try the script without a GPU")
 _VOCAB = flags.DEFINE_integer("vocab_size", 8192, "V", lower_bound=1)
-_CHECK_LENGTH = flags.DEFINE_integer(
-  "check_length", 128, "L where values are checked, with two sequences", lower_bound=1
-)
+_CHECK_LENGTH = flags.DEFINE_integer("check_length", 128, "L for checking values; B is 2", lower_bound=1)
 _MATMUL = flags.DEFINE_integer(
-  "matmul_size", 8192, "n of the largest n x n product of the ceiling", lower_bound=4
+  "matmul_size", 8192, "n of the largest n x n product that measures the ceiling", lower_bound=4
 )
-_REPEATS = flags.DEFINE_integer("repeats", 20, "timed runs, of which the median counts", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 20, "timed runs; their median is reported", lower_bound=1)
 _JSON = flags.DEFINE_bool("json", False, "print one JSON object instead of the tables")
-_OTHERS = (DataConfig, TrainConfig, OptimizerConfig)  # not of this script, but for two
+_OTHERS = (DataConfig, TrainConfig, OptimizerConfig)  # this script uses only two of their fields
 cli.define_flags(
   leave_out={"dispatcher", *(f"{axis}_parallelism" for axis in sharding.MESH_AXES)}
   | {field.name for part in _OTHERS for field in dataclasses.fields(part)} - {"batch_size", "sequence_length"}
 )
 flags.adopt_module_key_flags(cli)  # shown by --help
 
-# Where neither --preset nor the flag is given.
+# Sizes if neither --preset nor the flag is given.
 SIZES = {
   "moe": {"num_experts": 64, "num_experts_per_token": 8, "expert_dim": 768},
   "model": {"num_layers": 2, "model_dim": 2048, "num_heads": 16, "num_kv_heads": 4, "head_dim": 128,
@@ -62,21 +60,21 @@ SIZES = {
   "data": {"batch_size": 8, "sequence_length": 2048},
 }  # fmt: skip
 
-# Largest error: |value - right| / |right|, with Euclidean norms over a whole array. bfloat16 rounds a number by up to
-# 2**-9 of itself, and TF32, in which GPUs may multiply float32, by 2**-11; a value goes through four to eight of these
-# roundings and a gradient through twice as many. In the training step a rounded activation also sends a few tokens to
-# another expert, which is no error of arithmetic: its bound is wider.
+# The largest allowed error |value - right| / |right|, with Euclidean norms over a whole array. bfloat16 rounds a number
+# by up to 2**-9 of its value. TF32, in which GPUs may multiply float32, rounds by up to 2**-11. A value goes through
+# four to eight such roundings, and a gradient through twice as many. In the training step, rounding also sends a few
+# tokens to another expert. This is not an arithmetic error, so the bound for the step is wider.
 TOLERANCE = {
   "bfloat16": {"y": 0.012, "gradients": 0.025, "loss": 0.01, "step_gradients": 0.25},
   "float32": {"y": 0.003, "gradients": 0.006, "loss": 0.0025, "step_gradients": 0.05},
 }
 
 
-# What is run
+# What the script runs
 
 
 def given_config() -> Config:
-  """Of the flags. The optimizer does not clip: Adam's first moment is then (1 - beta1) times the gradient."""
+  """Returns the flags' configuration, without clipping: Adam's first moment is then (1 - beta1) times the gradient."""
   config = cli.config_from_flags()
   unsaid = {} if flags.FLAGS.preset != "default" else SIZES
   new = {
@@ -94,7 +92,7 @@ def given_config() -> Config:
 
 
 def change(config: Config, dispatcher: str, dtype: str = "") -> Config:
-  """`config` with another dispatcher; with `dtype`, as its values are checked: few tokens, room for all of them."""
+  """Returns `config` with another dispatcher. With `dtype`, also for checking values: few tokens, and no drops."""
   model, data, moe = config.model, config.data, dataclasses.replace(config.model.moe, dispatcher=dispatcher)
   if dtype:
     moe = dataclasses.replace(moe, capacity_factor=moe.num_experts / moe.num_experts_per_token, jitter=0.0)
@@ -106,13 +104,13 @@ def change(config: Config, dispatcher: str, dtype: str = "") -> Config:
 
 
 def only_routed(moe: MoEConfig) -> MoEConfig:
-  """The part of the layer that is compared, whatever a preset has beside it."""
+  """Returns the part of the layer that is compared, without anything that a preset adds."""
   plain = {"router": "softmax_topk", "balancers": "none", "expert_activation": "swiglu"}
   return dataclasses.replace(moe, num_shared_experts=0, group_size=0, **plain)
 
 
 def make_batch(config: Config) -> dict[str, jax.Array]:
-  """Random tokens on the mesh in use."""
+  """Returns a batch of random tokens on the mesh in use."""
   batch, length = config.data.batch_size, config.data.sequence_length
   window = jax.random.randint(jax.random.key(2), (batch, length + 1), 0, _VOCAB.value, jnp.int32)
   return {
@@ -124,7 +122,7 @@ def make_batch(config: Config) -> dict[str, jax.Array]:
 
 
 def random_tokens(config: Config) -> tuple[jax.Array, jax.Array]:
-  """(x_BLD of the compute dtype, cotangent_BLD of float32 with numbers that this dtype holds)."""
+  """Returns x_BLD in the compute dtype, and cotangent_BLD in float32 with values that this dtype can represent."""
   shape = config.data.batch_size, config.data.sequence_length, config.model.model_dim
   draw = lambda key: jax.random.normal(key, shape).astype(config.model.compute_dtype)
   x_BLD, cotangent_BLD = map(draw, jax.random.split(jax.random.key(1)))
@@ -132,10 +130,10 @@ def random_tokens(config: Config) -> tuple[jax.Array, jax.Array]:
 
 
 def make_layer(config: Config) -> tuple[Any, Callable]:
-  """(parameters, jitted (parameters, x_BLD, cotangent_BLD) -> (gradients of parameters and x, y_BLD))."""
+  """Returns parameters, and a jitted (parameters, x_BLD, cotangent_BLD) -> (gradients of parameters and x, y_BLD)."""
   layer = MoE(only_routed(config.model.moe), config.model.model_dim, rngs=nnx.Rngs(0))
   graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
-  # Numbers that the compute dtype holds, so that what is right does not depend on it.
+  # Values that the compute dtype can represent, so that the right result does not depend on this dtype.
   params = jax.tree.map(lambda w: w.astype(config.model.compute_dtype).astype(jnp.float32), params)
 
   def loss(params, x_BLD, cotangent_BLD):
@@ -149,7 +147,7 @@ def make_layer(config: Config) -> tuple[Any, Callable]:
 
 
 def every_expert(moe: MoEConfig, params: Any, x_TD: jax.Array) -> jax.Array:
-  """What the layer means: each expert on every token, times its weight there, which is 0 where it was not chosen."""
+  """The definition of the layer: each expert on every token, times its weight, which is 0 if it was not chosen."""
   router = make_router("softmax_topk", moe.num_experts, moe.num_experts_per_token)
   chosen = router(x_TD @ params["w_router_DE"][...]).assignment
   weight_TE = jnp.zeros((x_TD.shape[0], moe.num_experts))
@@ -165,7 +163,7 @@ def every_expert(moe: MoEConfig, params: Any, x_TD: jax.Array) -> jax.Array:
 
 
 def error(value: Any, right: Any) -> float:
-  """|value - right| / |right| over all arrays of two trees together."""
+  """Returns |value - right| / |right| over all arrays of two trees together."""
   norm = lambda tree: (
     float(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree))) ** 0.5
   )
@@ -174,7 +172,7 @@ def error(value: Any, right: Any) -> float:
 
 
 def check_layer(config: Config, dispatchers: list[str]) -> dict[str, dict[str, float]]:
-  """Errors of y and of the worst of the gradients (x, router, experts), for each dispatcher."""
+  """Returns the errors of y and of the worst gradient (of x, router and experts), for each dispatcher."""
   dtype = config.model.compute_dtype
   configs = {name: change(config, name, dtype) for name in dispatchers}
   first = change(config, "sorted", dtype)
@@ -204,11 +202,11 @@ def compiled(config: Config) -> CompiledSteps:
 
 
 def check_step(config: Config, dispatchers: list[str], init: Callable) -> dict[str, dict[str, float]]:
-  """Errors of the loss and of all gradients together in the first training step, for each dispatcher."""
+  """Returns the errors of the loss and of all gradients together in the first training step, for each dispatcher."""
 
   def first_step(changed: Config) -> tuple[float, Any]:
     state, metrics = compiled(changed).train(init(0), make_batch(changed))
-    return float(metrics["loss"]), state.opt_state[1][0].mu  # all with one factor
+    return float(metrics["loss"]), state.opt_state[1][0].mu  # all gradients, times the same factor
 
   with jax.default_matmul_precision("highest"):
     loss, gradients = first_step(change(config, "sorted", "float32"))
@@ -223,7 +221,7 @@ def check_step(config: Config, dispatchers: list[str], init: Callable) -> dict[s
 
 
 def median_seconds(function: Callable) -> float:
-  """Of `--repeats` runs, after one that compiles and one more."""
+  """Returns the median of `--repeats` runs, after one run that compiles and one more to warm up."""
   times = []
   for _ in range(_REPEATS.value + 2):
     start = time.perf_counter()
@@ -233,7 +231,7 @@ def median_seconds(function: Callable) -> float:
 
 
 def ceiling(dtype: str) -> float:
-  """Operations per second of the fastest plain product of n x n matrices, of the largest n, its half and its quarter."""
+  """Returns the operations per second of the fastest n x n matrix product, for the largest n, its half and quarter."""
   best = 0.0
   for n in (_MATMUL.value, _MATMUL.value // 2, _MATMUL.value // 4):
     a, b = (jax.random.normal(key, (n, n)).astype(dtype) for key in jax.random.split(jax.random.key(0)))
@@ -242,7 +240,7 @@ def ceiling(dtype: str) -> float:
 
 
 def time_layer(config: Config) -> tuple[float, float]:
-  """(seconds, operations that are needed) of the layer, forward and backward."""
+  """Returns the seconds and the necessary operations of the layer, forward and backward."""
   model = dataclasses.replace(config.model, num_layers=1, num_dense_first=0, moe_every=1)
   flops = forward_flops(model, _VOCAB.value, config.data.sequence_length)
   needed = 3 * (flops.router + flops.experts) * tokens(config)
@@ -251,7 +249,7 @@ def time_layer(config: Config) -> tuple[float, float]:
 
 
 def time_step(config: Config, init: Callable) -> tuple[float, float]:
-  """(seconds, operations that are needed) of the training step with AdamW."""
+  """Returns the seconds and the necessary operations of the training step with AdamW."""
   steps, batch, held = compiled(config), make_batch(config), [init(0)]
 
   def step():
@@ -265,12 +263,12 @@ def tokens(config: Config) -> int:
   return config.data.batch_size * config.data.sequence_length
 
 
-# All of it
+# Everything together
 
 
 def measure(config: Config, dispatchers: list[str]) -> dict[str, Any]:
-  """What is printed, as plain values. Runs on JAX's default device."""
-  init = compiled(change(config, "sorted")).init  # one for all: states do not differ
+  """Returns the report as plain values. Runs on JAX's default device."""
+  init = compiled(change(config, "sorted")).init  # one for all dispatchers, whose states are the same
   layer, step = check_layer(config, dispatchers), check_step(config, dispatchers, init)
   errors, limits = {d: layer[d] | step[d] for d in dispatchers}, TOLERANCE[config.model.compute_dtype]
   peak = ceiling(config.model.compute_dtype)
@@ -316,7 +314,9 @@ def print_report(found: dict[str, Any], config: Config) -> None:
     for part, row in parts.items():
       numbers = f"{row['milliseconds']:>9.2f} {row['tokens_per_second']:>10.0f} {row['tflops']:>8.3g}"
       print(f"{name:<{width}} {part:<5} {numbers} {row['of_ceiling']:>11.1%}")
-  print("TFLOP/s: what the model needs, whatever a dispatcher spends on empty slots or on moving tokens.")
+  print(
+    "TFLOP/s counts the operations that the model needs, not those spent on empty slots or on moving tokens."
+  )
 
 
 def main(argv: list[str]) -> None:

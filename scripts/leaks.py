@@ -1,11 +1,12 @@
-"""Which routers show a token what comes after it? The table of docs/leaks.md.
+"""Measures which routers leak later tokens. Prints the table of docs/leaks.md.
 
   python scripts/leaks.py                                  # every router
   python scripts/leaks.py --routers=softmax_topk,my_router
 
-Changes the later tokens of a small causal language model in training and prints the largest change of the
-logits of earlier tokens: with a capacity that drops about half of the assignments, and without drops. Ends with
-status 1 if a router does otherwise than it declares. Two minutes for all on two CPU cores.
+The script changes the later tokens of a small causal language model in training mode and prints the largest
+change in the logits of earlier tokens, once with a capacity that drops about half of the assignments and once
+without drops. It exits with status 1 if a router leaks differently than it declares. All routers take two
+minutes on two CPU cores.
 """
 
 import dataclasses
@@ -17,12 +18,12 @@ from moe_jax import cli
 
 _ROUTERS = flags.DEFINE_string("routers", "all", "all, or arms as in experiments/routers.py --routers")
 
-SEEN = 1e-5  # smaller changes are rounding: earlier tokens meet other sums
+SEEN = 1e-5  # smaller changes are rounding, because sums for earlier tokens are computed differently
 
 
 def main(argv: list[str]) -> None:
   del argv
-  # Imported here, so that wrong flags answer at once.
+  # Imported here so that invalid flags fail immediately.
   from moe_jax.comparison.arms import arms_from_flag, routers, routing_arm
   from moe_jax.config import MoEConfig
   from moe_jax.nn.causality import future_influence
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> None:
     cells = [f"{x:.3f}" if x > SEEN else "0" for x in (with_drops, without)]
     print(f"| `{name}` | {leaks(config) or 'never'} | {cells[0]} | {cells[1]} |", flush=True)
   if not as_declared:
-    print("error: a router leaks otherwise than it declares", file=sys.stderr)
+    print("error: a router leaks differently than it declares", file=sys.stderr)
     sys.exit(1)
 
 

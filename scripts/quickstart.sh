@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a clone to a comparison of load-balancing methods, in one command:
+# Installs the project and runs a comparison of load-balancing methods, in one command:
 #   bash scripts/quickstart.sh [flags of experiments/load_balancing.py]
 # Only the installation needs the network. See environment.sh for PYTHON and MOE_JAX_VENV.
 set -euo pipefail

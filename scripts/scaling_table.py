@@ -1,11 +1,11 @@
-r"""What more chips cost each of them: the training step compiled for one topology after another, by counting.
+r"""Compiles the training step for a series of topologies and counts the cost per chip.
 
   python scripts/scaling_table.py --preset=tiny --fsdp_parallelism=8 --expert_parallelism=1
   python scripts/scaling_table.py --preset=tiny --topologies=cpu:2 --expert_parallelism=2            # without libtpu
 
---batch_size is of the first topology and grows with the devices, so that tokens per chip stay. One mesh axis is left
-open (-1, by default data) and takes the devices that are added. Prints operations and memory per chip, and what each
-kind of collective sends; nothing here is a measured time.
+--batch_size is that of the first topology. It grows with the number of devices, so that tokens per chip stay constant.
+One mesh axis is open (-1, by default data) and takes the added devices. The script prints operations and memory per
+chip, and what each kind of collective sends. It measures no times.
 """
 
 import dataclasses
@@ -27,11 +27,11 @@ _TOPOLOGIES = flags.DEFINE_list(
   ["v5e:2x4", "v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16"],
   f"what to compile for, smallest first: {topology.EXAMPLES}",
 )
-_VOCAB = flags.DEFINE_integer("vocab_size", 0, "V; 0: of the preset", lower_bound=0)
+_VOCAB = flags.DEFINE_integer("vocab_size", 0, "V; 0: that of the preset", lower_bound=0)
 
 
 def row(name: str, config: Config, vocab_size: int, first: int | None) -> dict[str, Any]:
-  """The report on topology `name`, with a batch that grows in proportion to its devices over `first`."""
+  """Returns the report on topology `name`. The batch grows in proportion to its devices divided by `first`."""
   devices = topology.devices_of(name)
   size = config.data.batch_size * len(devices)
   if size % (first or len(devices)):

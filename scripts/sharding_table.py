@@ -1,10 +1,10 @@
-"""What the rules of moe_jax/sharding/__init__.py make of every parameter and activation on a mesh. Needs no devices.
+"""Shows how the rules of moe_jax/sharding lay out every parameter and activation on a mesh. Needs no devices.
 
   python scripts/sharding_table.py --preset=mixtral_8x7b --num_devices=64 --fsdp_parallelism=16 --expert_parallelism=4
   python scripts/sharding_table.py --expert_parallelism=4 --tensor_parallelism=2 --num_devices=8
 
-One row per kind of tensor: its logical axes, the mesh axes that split them, and what one device then holds.
-Parameters have a second layout, the one they are multiplied in: whole along what is only kept in parts.
+Each row is one kind of tensor: its logical axes, the mesh axes that split them, and the part that one device holds.
+Parameters have a second layout for their products, in which the axes that are split only for storage are whole.
 """
 
 import math
@@ -27,9 +27,9 @@ from moe_jax.training.compiled import check_run
 from moe_jax.training.step import TrainState, init_state
 
 _DEVICES = flags.DEFINE_integer(
-  "num_devices", 0, "devices of the mesh; 0: as many as the axes say, 1 for -1", lower_bound=0
+  "num_devices", 0, "devices of the mesh; 0: the product of the axes, counting -1 as 1", lower_bound=0
 )
-_VOCAB = flags.DEFINE_integer("vocab_size", 32_000, "V, which otherwise the tokenizer gives", lower_bound=1)
+_VOCAB = flags.DEFINE_integer("vocab_size", 32_000, "V, which a run takes from the tokenizer", lower_bound=1)
 
 Axes = tuple[str | None, ...]
 
@@ -44,14 +44,14 @@ class Tensor(NamedTuple):
 
 
 def mesh_of(config: Config, num_devices: int) -> AbstractMesh:
-  """The mesh of `config` without any device. Raises `InputError` where the axes do not multiply to it."""
+  """Returns the mesh of `config` without devices. Raises `InputError` if the axes do not multiply to `num_devices`."""
   asked = [getattr(config.mesh, name) for name in sharding.MESH_AXES]
   sizes = sharding.axis_sizes(config.mesh, num_devices or math.prod(max(size, 1) for size in asked))
   return AbstractMesh(tuple(sizes.values()), tuple(sizes))
 
 
 def parameters(state: TrainState) -> list[Tensor]:
-  """One row per kind of parameter; those of stacked layers have the axis `layers` in front."""
+  """Returns one row per kind of parameter. Parameters of stacked layers have the axis `layers` in front."""
   found = []
   for path, variable in nnx.to_flat_state(state.params):
     shape, axes = variable.get_value().shape, variable.get_metadata()["logical_axes"]
@@ -61,7 +61,7 @@ def parameters(state: TrainState) -> list[Tensor]:
 
 
 def activations(config: Config, vocab_size: int) -> list[Tensor]:
-  """Of one micro-batch in training. The first are those that the code constrains; XLA derives the others."""
+  """Returns the activations of one training micro-batch. The code constrains the first ones; XLA derives the others."""
   return constrained(config) + derived(config, vocab_size)
 
 
@@ -114,13 +114,13 @@ def layout(tensor: Tensor, mesh: AbstractMesh, axes: Axes | None = None) -> Name
 
 
 def num_bytes(tensor: Tensor, mesh: AbstractMesh, axes: Axes | None = None, dtype: Any = None) -> int:
-  """On each device."""
+  """Returns the bytes on each device."""
   shape = layout(tensor, mesh, axes).shard_shape(tensor.shape)
   return math.prod(shape) * jnp.dtype(dtype or tensor.dtype).itemsize
 
 
 def _split(tensor: Tensor, mesh: AbstractMesh, axes: Axes | None = None) -> str:
-  """The mesh axes of size above 1 that split each dimension, e.g. `expert · fsdp · -`."""
+  """Returns the mesh axes of size above 1 that split each dimension, e.g. `expert · fsdp · -`."""
   entries = (entry or () for entry in layout(tensor, mesh, axes).spec)
   names = (entry if isinstance(entry, tuple) else (entry,) for entry in entries)
   used = ("+".join(name for name in dim if mesh.shape[name] > 1) or "-" for dim in names)
@@ -166,7 +166,7 @@ def parameter_table(tensors: list[Tensor], mesh: AbstractMesh, compute_dtype: st
 
 
 def _used_bytes(tensor: Tensor, mesh: AbstractMesh, compute_dtype: str) -> int:
-  """Of one layer's part, in the dtype of its products: norms and routers work in float32."""
+  """Returns the bytes of one layer's part, in the dtype of its products. Norms and routers use float32."""
   compute_dtype = "float32" if {"norm", "router"} & set(tensor.axes) else compute_dtype
   layers = math.prod(size for size, axis in zip(tensor.shape, tensor.axes) if axis == "layers")
   return num_bytes(tensor, mesh, sharding.in_use(tensor.axes), compute_dtype) // layers
@@ -188,7 +188,7 @@ def activation_table(tensors: list[Tensor], mesh: AbstractMesh) -> str:
 
 
 def state_bytes(state: TrainState, mesh: AbstractMesh) -> dict[str, int]:
-  """Bytes of the train state on each device, by part."""
+  """Returns the bytes of the train state on each device, by part."""
   layouts = sharding.state_shardings(mesh, state)
   size = lambda x, to: math.prod(to.shard_shape(x.shape)) * x.dtype.itemsize
   parts = {

@@ -1,4 +1,4 @@
-"""scripts/gpu_check.py on a CPU: that it runs without the data libraries, sees wrong values, and says where no GPU is."""
+"""scripts/gpu_check.py on CPU: it runs without the data libraries, detects wrong values, and reports a missing GPU."""
 
 import json
 import os

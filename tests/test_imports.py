@@ -1,4 +1,4 @@
-"""Imports point one way. Walks the ast of every source file and fails on an import that the table lacks."""
+"""Imports go in one direction only. Walks the ast of every source file and fails on imports missing from the table."""
 
 import ast
 import pathlib

@@ -1,4 +1,4 @@
-"""Rules about the files themselves: size, links, notebooks, and words that must not leak in."""
+"""Rules for the files of the repository: size, links, notebooks, and forbidden words."""
 
 import ast
 import json

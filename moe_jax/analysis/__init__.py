@@ -1,1 +1,1 @@
-"""Accounting of what a model, a layer or a compiled program costs; nothing here trains."""
+"""Computes the cost of a model, a layer or a compiled program. Nothing here trains."""

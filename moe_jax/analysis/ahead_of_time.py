@@ -1,4 +1,4 @@
-"""Compiles a training step for devices that need not be there, and says what it would cost on each of them."""
+"""Compiles a training step for devices that need not be present, and reports its cost on each of them."""
 
 import time
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from moe_jax.training.step import init_state, make_train_step
 
 
 class DoesNotFit(NamedTuple):
-  """What the compiler said of a program that it refused for want of memory, in bytes per device."""
+  """The memory figures of a program that the compiler rejected because it does not fit, in bytes per device."""
 
   needed: float
   capacity: float
@@ -31,11 +31,11 @@ class Compiled(NamedTuple):
   memory: Memory
   lower_seconds: float
   compile_seconds: float
-  compile_cpu_seconds: float  # of this process: where others keep the machine busy, it says more
+  compile_cpu_seconds: float  # processor time of this process, more reliable on a busy machine
 
 
 def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-  """The shapes of the batch of one step."""
+  """Returns the shapes of the batch of one step."""
   shape = (config.data.batch_size, config.data.sequence_length)
   of = jax.ShapeDtypeStruct
   tokens = {name: of(shape, jnp.int32) for name in ("tokens_BL", "targets_BL")}
@@ -45,13 +45,13 @@ def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
 def compile_train_step(
   config: Config, vocab_size: int, mesh: Mesh, options: dict[str, str] | None = None
 ) -> Compiled | DoesNotFit:
-  """Forward, backward and optimizer, with the state donated, as a run compiles it; no array is ever made.
+  """Compiles forward pass, backward pass and optimizer, with donated state, as a run does. Creates no arrays.
 
   Args:
-    config: checked, see `compiled_steps.check_run`.
+    config: a configuration that passed `moe_jax.training.compiled.check_run`.
     vocab_size: V.
-    mesh: over the devices to compile for.
-    options: of the compiler.
+    mesh: the mesh of devices to compile for.
+    options: compiler options.
   """
   with jax.set_mesh(mesh):
     state = jax.eval_shape(lambda: init_state(config, vocab_size, 0))
@@ -82,7 +82,7 @@ def compile_train_step(
 
 
 def report(config: Config, vocab_size: int, mesh: Mesh, compiled: Compiled | DoesNotFit) -> dict[str, Any]:
-  """What there is to say, as plain values. Bytes and operations are those of one device in one step."""
+  """Returns a report of plain values. Bytes and operations are those of one device in one step."""
   head = {
     "mesh": dict(mesh.shape),
     "devices": mesh.size,
@@ -120,10 +120,11 @@ def report(config: Config, vocab_size: int, mesh: Mesh, compiled: Compiled | Doe
 
 
 def exchange(config: Config, mesh: Mesh, rows: list[dict]) -> dict[str, float] | None:
-  """Bytes that travel between the devices that hold the experts, against those that must, where K experts per token
-  are anywhere with equal probability. None with one device per expert group.
+  """Compares the bytes sent between the devices that hold the experts with the bytes that must be sent.
 
-  Rows travel to their experts and back, forward and backward, and once more where the forward pass is recomputed.
+  The latter assumes that the K experts of a token are on any device with equal probability. Rows are sent to their
+  experts and back, in the forward and the backward pass, and again if the forward pass is recomputed. Returns None if
+  an expert group has only one device.
   """
   devices = mesh.shape["expert"]
   if devices == 1:

@@ -1,4 +1,4 @@
-"""What a compiled program sends: collectives by kind and mesh axes, with counts and bytes."""
+"""Finds the collectives of a compiled program, by kind and mesh axes, with counts and bytes."""
 
 import collections
 import math
@@ -20,7 +20,7 @@ KINDS = (
   "collective-broadcast",
 )
 
-# (kinds, mesh axes, what the layouts of `moe_jax.sharding.RULES` need it for); over some of the axes is enough.
+# (kinds, mesh axes, why the layouts of `moe_jax.sharding.RULES` need it). A subset of the axes also matches.
 _PURPOSES = (
   (("all-to-all", "ragged-all-to-all"), {"expert"}, "rows to their experts and back"),
   (("all-gather",), {"fsdp"}, "parameters, where they are used"),
@@ -32,7 +32,7 @@ _PURPOSES = (
     "gradients of what is whole, statistics, the loss",
   ),
 )
-# Of dispatchers that spell the exchange.
+# Only for dispatchers that write out the exchange.
 _SPELLED = (
   (("all-gather",), {"expert"}, "rows per expert, or the tokens themselves"),
   (("reduce-scatter",), {"expert"}, "sums of the experts' results, back to their tokens"),
@@ -40,11 +40,11 @@ _SPELLED = (
 
 
 def purpose(kind: str, axes: Sequence[str], spells_exchange: bool = False) -> str:
-  """What a collective is for; empty: no rule explains it.
+  """Returns the purpose of a collective, or an empty string if no rule explains it.
 
   Args:
-    kind, axes: of a row of `by_kind`.
-    spells_exchange: of the dispatcher, see `moe_jax.sharding.dispatchers.Dispatcher`.
+    kind, axes: from a row of `by_kind`.
+    spells_exchange: a property of the dispatcher, see `moe_jax.sharding.dispatchers.Dispatcher`.
   """
   for kinds, known, what in _PURPOSES + (_SPELLED if spells_exchange else ()):
     if kind in kinds and set(axes) <= known:
@@ -53,11 +53,11 @@ def purpose(kind: str, axes: Sequence[str], spells_exchange: bool = False) -> st
 
 
 class Collective(NamedTuple):
-  """One collective instruction of a program, which `count` of its runs share."""
+  """One collective instruction of a program, which a step runs `count` times."""
 
   name: str
   kind: str
-  axes: tuple[str, ...]  # of the mesh, along which it exchanges; ("?",): no product of axes
+  axes: tuple[str, ...]  # the mesh axes along which it exchanges; ("?",): not a product of axes
   group_size: int  # devices that take part together
   count: int  # runs per step
   buffer_bytes: int  # on one device, per run: what is gathered, reduced, or exchanged
@@ -66,11 +66,11 @@ class Collective(NamedTuple):
 
 
 def sent(kind: str, buffer_bytes: int, group_size: int) -> int:
-  """Bytes that a device sends at least, to `n - 1` others, of a buffer of `b` bytes.
+  """Returns the minimum number of bytes of a buffer of `b` bytes that a device sends to `n - 1` others.
 
-  all-gather, reduce-scatter, all-to-all: b (n-1)/n, b being the gathered, the whole, or the exchanged buffer. all-reduce:
-  twice that (a reduce-scatter and an all-gather). collective-permute: b. ragged-all-to-all: its buffer has room for the
-  worst case, so this is an upper bound.
+  all-gather, reduce-scatter, all-to-all: b (n-1)/n, where b is the gathered, the whole, or the exchanged buffer.
+  all-reduce: twice that (a reduce-scatter and an all-gather). collective-permute: b. ragged-all-to-all: its buffer has
+  room for the worst case, so this is an upper bound.
   """
   if kind.startswith("collective-"):
     return buffer_bytes if group_size > 1 else 0
@@ -79,11 +79,11 @@ def sent(kind: str, buffer_bytes: int, group_size: int) -> int:
 
 
 def collectives(program: Program, mesh_shape: Mapping[str, int]) -> list[Collective]:
-  """All collectives that a step runs.
+  """Returns all collectives that a step runs.
 
   Args:
     program: see `hlo.parse`.
-    mesh_shape: mesh axes by size, in the order of the mesh; a device's number is its place in it.
+    mesh_shape: the size of each mesh axis, in the order of the mesh; a device's number is its position in the mesh.
   """
   scattered = _reduce_scatter_computations(program)
   found = []
@@ -93,7 +93,7 @@ def collectives(program: Program, mesh_shape: Mapping[str, int]) -> list[Collect
       continue
     members = _members(instruction, mesh_shape)
     buffer_bytes = _buffer(program.computations[computation], instruction, kind)
-    # XLA:TPU writes a reduce-scatter as a fusion of an all-reduce and the slice that a device keeps.
+    # XLA:TPU implements a reduce-scatter as a fusion of an all-reduce and the slice that a device keeps.
     kind = "reduce-scatter" if computation in scattered and kind == "all-reduce" else kind
     size = len(members[0])
     op_name = re.search(r'op_name="([^"]*)"', instruction.attributes)
@@ -113,7 +113,7 @@ def collectives(program: Program, mesh_shape: Mapping[str, int]) -> list[Collect
 
 
 def by_kind(found: list[Collective]) -> list[dict]:
-  """One row per kind and axes with its count and bytes per step, most bytes first. Groups of one are left out."""
+  """Returns one row per kind and axes with count and bytes per step, most bytes first. Groups of one are left out."""
   rows = collections.defaultdict(lambda: {"count": 0, "buffer_bytes": 0, "sent_bytes": 0})
   for one in found:
     if one.group_size > 1:
@@ -130,7 +130,7 @@ def _reduce_scatter_computations(program: Program) -> set[str]:
 
 
 def _buffer(computation: dict[str, Instruction], instruction: Instruction, kind: str) -> int:
-  """The larger of what goes in and what comes out. The result of a start is not looked at: it repeats the operand."""
+  """Returns the bytes of the larger of input and output. The result of a start repeats its operand and is ignored."""
   operands = [computation[name] for name in instruction.operands if name in computation]
   if kind == "ragged-all-to-all":
     operands = operands[:1]
@@ -142,7 +142,7 @@ def _buffer(computation: dict[str, Instruction], instruction: Instruction, kind:
 
 
 def _members(instruction: Instruction, mesh_shape: Mapping[str, int]) -> np.ndarray:
-  """Numbers of the devices that take part together, [groups, members]."""
+  """Returns the numbers of the devices that take part together, [groups, members]."""
   text, everyone = instruction.attributes, math.prod(mesh_shape.values())
   pairs = re.search(r"source_target_pairs=\{(\{[\d,{} ]*\})\}", text)
   if pairs:
@@ -161,12 +161,15 @@ def _members(instruction: Instruction, mesh_shape: Mapping[str, int]) -> np.ndar
     return np.array(
       [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d, ]+)\}", listed.group(1))]
     )
-  return np.arange(everyone)[None]  # none written: all devices
+  return np.arange(everyone)[None]  # no groups are written: all devices
 
 
 def _groups_of_mesh(sizes: str, devices: str | None, axes: str) -> np.ndarray:
-  """Of the form mesh['data'=2,'expert'=4] {'expert'}; an axis may be written in part, as 'expert':(2)2, and the devices
-  may be in another order, as in device_ids=([2,4]T(1,0)) or (0,2,1,3)."""
+  """Parses the form mesh['data'=2,'expert'=4] {'expert'}.
+
+  An axis may be partial, as in 'expert':(2)2, and the devices may be in another order, as in
+  device_ids=([2,4]T(1,0)) or (0,2,1,3).
+  """
   shape = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", sizes)}
   chosen = {
     name: (int(before or 1), int(size or shape[name]))
@@ -193,9 +196,9 @@ def _device_order(devices: str | None, number: int) -> np.ndarray:
 
 
 def varying_axes(members: np.ndarray, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
-  """The mesh axes along which the members of a group differ; ("?",) if they are not all devices along these.
+  """Returns the mesh axes along which members of a group differ, or ("?",) if they are not all devices along these.
 
-  A permute's members are its senders and receivers, so that any one pair may be part of an axis.
+  The members of a permute are its senders and receivers, so a single pair may be only part of an axis.
   """
   sizes = tuple(mesh_shape.values())
   if members.shape[1] == 1:

@@ -1,6 +1,7 @@
-"""Floating-point operations: those a model needs, and those of a compiled program.
+"""Counts the floating-point operations that a model needs, and those of a compiled program.
 
-Only products count, a multiplication and an addition as 2 operations: they are what the hardware's peak is about.
+Only matrix products count, because the hardware's peak refers to them. A multiplication and an addition are 2
+operations.
 """
 
 import functools
@@ -16,13 +17,13 @@ from moe_jax.nn.methods import num_scored_experts
 
 
 class ModelFlops(NamedTuple):
-  """Operations of one forward pass over one token, by part of the model, all layers together.
+  """Operations of one forward pass over one token, by part of the model, summed over all layers.
 
   Not counted: embedding look-up, norms, activations, softmax, sorting and moving tokens, losses, the optimizer.
   """
 
   attention_projections: float
-  attention_scores: float  # a token attends to itself and what is before: (L + 1) / 2 positions on average
+  attention_scores: float  # a token attends to itself and earlier tokens: (L + 1) / 2 positions on average
   router: float
   experts: float  # of the K that a token is sent to
   shared_experts: float
@@ -39,7 +40,7 @@ class ModelFlops(NamedTuple):
 
 
 def forward_flops(model: ModelConfig, vocab_size: int, sequence_length: int) -> ModelFlops:
-  """Of one token of a sequence of `sequence_length`, on average."""
+  """Returns the operations for one token of a sequence of `sequence_length`, on average."""
   d, h, moe = model.model_dim, model.head_dim, model.moe
   matrices = 3 if moe.expert_activation == "swiglu" else 2
   sparse = model.num_moe_layers
@@ -56,14 +57,17 @@ def forward_flops(model: ModelConfig, vocab_size: int, sequence_length: int) -> 
 
 
 class StepFlops(NamedTuple):
-  """Of one training step, all devices together. A backward pass takes twice the forward pass."""
+  """Operations of one training step on all devices. A backward pass takes twice the forward pass."""
 
-  model: float  # forward and backward: what utilisation is usually measured against
-  recomputed: float  # the forward pass of the layers once more, with remat=full
+  model: float  # forward and backward: the usual reference for utilisation
+  recomputed: float  # the second forward pass of the layers with remat=full
 
 
 def step_flops(config: Config, vocab_size: int) -> StepFlops:
-  """Of one optimizer step of `config`, padding counted as text. Layers of kind `moe` only: `soft_moe` has no K."""
+  """Returns the operations of one optimizer step, counting padding as text.
+
+  Only for layers of kind `moe`, because `soft_moe` has no K.
+  """
   flops = forward_flops(config.model, vocab_size, config.data.sequence_length)
   tokens = config.data.batch_size * config.data.sequence_length
   recomputed = flops.layers * tokens if config.model.remat == "full" else 0.0
@@ -71,20 +75,20 @@ def step_flops(config: Config, vocab_size: int) -> StepFlops:
 
 
 def expert_flops(config: Config, vocab_size: int) -> float:
-  """The routed experts' share of `step_flops`, recomputation included."""
+  """Returns the routed experts' share of `step_flops`, including recomputation."""
   flops = forward_flops(config.model, vocab_size, config.data.sequence_length)
   tokens = config.data.batch_size * config.data.sequence_length
   return flops.experts * tokens * (4 if config.model.remat == "full" else 3)
 
 
 def compiled_flops(program: Program) -> tuple[float, dict[str, float]]:
-  """Operations of all products that one device runs in a step, loops included, and the same by part.
+  """Returns the operations of all products that one device runs in a step, including loops, in total and by part.
 
-  Parts are told by the einsum string that a product comes from: `experts`, `dispatch` (one-hot tensors that move
-  tokens, of the einsum dispatcher), `head`, and `other`.
+  The einsum string of a product identifies its part: `experts`, `dispatch` (the einsum dispatcher's one-hot tensors
+  that move tokens), `head`, or `other`.
   """
   total, parts = 0.0, {"experts": 0.0, "dispatch": 0.0, "head": 0.0, "other": 0.0}
-  # A product inside a fusion may have lost its name; the fusion has it.
+  # A product inside a fusion may have lost its name. The fusion then has it.
   callers = {below: instruction for _, instruction, _ in program.executed() for below in called(instruction)}
   for computation, instruction, runs in program.executed():
     flops = runs * _product(program.computations[computation], instruction)
@@ -116,7 +120,7 @@ def _product(computation: dict[str, Instruction], instruction: Instruction) -> f
     return _convolution(left, right, out, instruction.attributes)
   contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
   axes = [int(axis) for axis in contracted.group(1).split(",") if axis] if contracted else []
-  # Of a ragged product every row meets one matrix; where the ragged axis is summed over, `out` has the groups in front.
+  # In a ragged product, every row meets one matrix. If the ragged axis is summed over, `out` has the groups in front.
   groups = (
     out[0] if opcode == "ragged-dot" and "lhs_ragged_dims" in instruction.attributes and 0 in axes else 1
   )
@@ -124,8 +128,11 @@ def _product(computation: dict[str, Instruction], instruction: Instruction) -> f
 
 
 def _ragged_kernel(computation: dict[str, Instruction], instruction: Instruction) -> float:
-  """XLA:TPU makes a kernel of a ragged product. Its last two operands are rows [M, X] and either matrices [E, X, Y], or
-  rows [M, Y] whose products are summed by group. All M rows count, those behind the last group too."""
+  """Returns the operations of the kernel that XLA:TPU generates for a ragged product.
+
+  Its last two operands are rows [M, X] and either matrices [E, X, Y], or rows [M, Y] whose products are summed by
+  group. All M rows count, including those after the last group.
+  """
   left, right = (_dimensions(computation, name) for name in instruction.operands[-2:])
   out = arrays(instruction.shape)[0][1]
   return 2.0 * math.prod(left) * (out[-1] if len(right) == 3 else right[-1])
@@ -136,7 +143,10 @@ def _dimensions(computation: dict[str, Instruction], name: str) -> tuple[int, ..
 
 
 def _convolution(left: tuple, right: tuple, out: tuple, attributes: str) -> float:
-  """XLA:TPU writes every product as a convolution, its batch axes as dilated windows that mostly meet nothing."""
+  """Returns the operations of a convolution.
+
+  XLA:TPU writes every product as a convolution. Batch axes become dilated windows, most of which see only padding.
+  """
   labels_left, rest = re.search(r"dim_labels=(\S+?),?(?:\s|$)", attributes).group(1).split("_")
   labels_right, labels_out = rest.rstrip(",").split("->")
   window = re.search(r"window=\{([^}]*)\}", attributes)
@@ -162,7 +172,7 @@ def _convolution(left: tuple, right: tuple, out: tuple, attributes: str) -> floa
 def _meetings(
   size: int, window: int, out: int, stride: int, low: int, dilate: int, window_dilate: int
 ) -> int:
-  """Pairs of an output and a window position where an element of the input is, not padding nor a gap."""
+  """Counts the pairs of output and window position at an element of the input, instead of padding or a gap."""
   place = np.arange(out)[:, None] * stride - low + np.arange(window)[None, :] * window_dilate
   inside = (place >= 0) & (place <= (size - 1) * dilate) & (place % dilate == 0)
   return int(inside.sum())

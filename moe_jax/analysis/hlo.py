@@ -1,7 +1,7 @@
-"""Compiled programs as text: instructions, and how often each one runs.
+"""Parses compiled programs: their instructions, and how often each one runs.
 
-XLA's own cost analysis counts the body of a loop once, however often it runs; a model that scans over its layers
-is nearly all loop body. Here every computation has the number of times that one step runs it.
+XLA's own cost analysis counts the body of a loop once, however often it runs. In a model that scans over its layers,
+almost everything is in the body of a loop. Here, every computation has the number of times that one step runs it.
 """
 
 import math
@@ -18,30 +18,30 @@ class Instruction(NamedTuple):
   """One line of a computation."""
 
   name: str
-  shape: str  # with layouts; of a tuple in parentheses
+  shape: str  # with layouts; a tuple is in parentheses
   opcode: str
   operands: tuple[str, ...]  # names
-  arguments: str  # what is between the parentheses
-  attributes: str  # what follows them
+  arguments: str  # the text between the parentheses
+  attributes: str  # the text after them
   is_root: bool
 
 
 class Program(NamedTuple):
-  """A module. `runs` says how often one step runs each computation that it reaches."""
+  """A module. `runs` is the number of times that one step runs each reachable computation."""
 
   computations: dict[str, dict[str, Instruction]]
   runs: dict[str, int]
-  unknown_loops: tuple[str, ...]  # loops whose number of iterations depends on data; counted as one
+  unknown_loops: tuple[str, ...]  # loops whose number of iterations depends on data; counted as one iteration
 
   def executed(self) -> Iterator[tuple[str, Instruction, int]]:
-    """(computation, instruction, runs) of all instructions that run at all."""
+    """Yields (computation, instruction, runs) of all instructions that run."""
     for computation, runs in self.runs.items():
       for instruction in self.computations[computation].values():
         yield computation, instruction, runs
 
 
 def arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
-  """(element type, dimensions) of each array in a shape, tuples flattened.
+  """Returns (element type, dimensions) of each array in a shape, with tuples flattened.
 
   >>> arrays("(bf16[2,4]{1,0:T(8,128)}, u32[])")
   [('bf16', (2, 4)), ('u32', ())]
@@ -52,7 +52,7 @@ def arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def num_bytes(shape: str) -> int:
-  """Bytes of all arrays in a shape, without padding."""
+  """Returns the bytes of all arrays in a shape, without padding."""
   return sum(math.prod(sizes) * _bits(kind) for kind, sizes in arrays(shape)) // 8
 
 
@@ -64,7 +64,7 @@ def _bits(kind: str) -> int:
 
 
 def parse(text: str) -> Program:
-  """Reads `compiled.as_text()`."""
+  """Parses the text of `compiled.as_text()`."""
   computations, entry, current = {}, "", {}
   for line in text.splitlines():
     if line and not line[0].isspace() and line.endswith("{") and not line.startswith("HloModule"):
@@ -97,7 +97,7 @@ def _instruction(line: str) -> Instruction:
 
 
 def _closing(text: str, opening: int) -> int:
-  """Where the parenthesis that opens at `opening` closes."""
+  """Returns the position at which the parenthesis opened at `opening` closes."""
   depth = 0
   for match in re.compile(r"[()]").finditer(text, opening):
     depth += 1 if match.group() == "(" else -1
@@ -107,8 +107,10 @@ def _closing(text: str, opening: int) -> int:
 
 
 def called(instruction: Instruction) -> list[str]:
-  """The computations that an instruction runs each time, the condition of a loop included. The second halves of
-  asynchronous pairs run nothing, and neither counts what reductions and sorts do to single numbers."""
+  """Returns the computations that an instruction runs each time, including the condition of a loop.
+
+  The second halves of asynchronous pairs run nothing. The scalar computations of reductions and sorts do not count.
+  """
   if instruction.opcode.endswith(("-done", "-update")):
     return []
   keys = "calls|called_computations|body|condition|branch_computations|true_computation|false_computation"
@@ -119,7 +121,7 @@ def called(instruction: Instruction) -> list[str]:
 
 
 def _count_runs(computations: dict, entry: str) -> tuple[dict[str, int], tuple[str, ...]]:
-  """Every branch of a conditional counts as if it were taken."""
+  """Counts the runs of every computation, as if every branch of a conditional were taken."""
   order, seen = [], set()
 
   def visit(name):
@@ -147,10 +149,11 @@ def _count_runs(computations: dict, entry: str) -> tuple[dict[str, int], tuple[s
 
 
 def trip_count(computations: dict, name: str, loop: Instruction) -> int | None:
-  """How often a loop's body runs; None where that depends on data.
+  """Returns how often a loop's body runs, or None if this depends on data.
 
-  Compilers for CPU and GPU write it down; the one for TPU does not, and there it is read off a condition that compares
-  one number of the loop's state, which starts at a constant and counts up by one, with another constant.
+  The compilers for CPU and GPU write the number into the program. The compiler for TPU does not. There, the number
+  comes from a condition that compares a counter in the loop's state, which starts at a constant and increases by one,
+  with another constant.
   """
   known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
   if known:
@@ -169,7 +172,7 @@ def trip_count(computations: dict, name: str, loop: Instruction) -> int | None:
 
 
 def _initial(computation: dict, loop: Instruction, index: int) -> int | None:
-  """The constant that an element of the loop's state starts with."""
+  """Returns the constant with which an element of the loop's state starts."""
   state = computation.get(loop.operands[0]) if loop.operands else None
   if state is None or state.opcode != "tuple" or index >= len(state.operands):
     return None

@@ -1,10 +1,10 @@
-"""What a compiled program holds in a device's memory, and whether that fits."""
+"""The memory that a compiled program needs on a device, and whether it fits."""
 
 import re
 from typing import NamedTuple
 
 GIB = 2**30
-# Per chip as sold; compilers keep a part for themselves, which `Memory.capacity` leaves out of account.
+# Nominal memory per chip. Compilers reserve a part of it, which `Memory.capacity` does not subtract.
 # https://cloud.google.com/tpu/docs/system-architecture-tpu-vm
 HBM_BYTES = {
   "TPU v4": 32 * GIB,
@@ -19,14 +19,14 @@ class Memory(NamedTuple):
 
   arguments: int  # parameters, optimizer state and batch
   outputs: int
-  aliased: int  # outputs in the place of donated arguments
+  aliased: int  # outputs that reuse donated arguments
   temporaries: int  # activations, gradients, buffers of exchanges
   program: int
-  capacity: int | None  # of the device, where it is known
+  capacity: int | None  # of the device, if known
 
   @property
   def peak(self) -> int:
-    """All that is held at once: temporaries are the compiler's most over time."""
+    """The total memory held at one time. Temporaries are the compiler's maximum over time."""
     return self.arguments + self.outputs - self.aliased + self.temporaries + self.program
 
   @property
@@ -35,9 +35,9 @@ class Memory(NamedTuple):
 
 
 def memory_of(compiled, device_kind: str) -> Memory:
-  """From `compiled.memory_analysis()`, which is per device.
+  """Returns the memory of a program from `compiled.memory_analysis()`, which is per device.
 
-  For a TPU its temporaries count on-chip memories too; `total_allocation_bytes` is HBM alone, arguments included.
+  On TPU, its temporaries include on-chip memories. `total_allocation_bytes` is HBM only, including the arguments.
   """
   stats = compiled.memory_analysis()
   temporaries = stats.temp_size_in_bytes
@@ -56,9 +56,9 @@ def memory_of(compiled, device_kind: str) -> Memory:
 
 
 def out_of_memory(message: str) -> tuple[float, float] | None:
-  """(bytes needed, bytes there) from the TPU compiler's refusal of a program that does not fit; None for other errors.
+  """Returns (bytes needed, bytes available) from the TPU compiler's out-of-memory error, or None for other errors.
 
-  It has two ways of saying so: before it gives out addresses, and after.
+  The compiler has two such messages, one before it assigns addresses and one after.
   """
   number = r"([\d.]+)([KMGT]?)"
   found = re.search(rf"Used {number} of {number} hbm", message) or re.search(

@@ -1,4 +1,4 @@
-"""Which meshes are worth compiling for: those that divide the model, in the order of an estimate of what they send."""
+"""Finds meshes worth compiling for: those that divide the model, sorted by an estimate of the bytes they send."""
 
 import itertools
 import math
@@ -11,11 +11,11 @@ from moe_jax import sharding
 from moe_jax.config import Config, MeshConfig
 from moe_jax.training.step import init_state
 
-_WIRE = 2  # bytes per element that travels: parameters and activations are cast to bfloat16 before
+_WIRE = 2  # bytes per element sent: parameters and activations are cast to bfloat16 first
 
 
 class Estimate(NamedTuple):
-  """Of one mesh, per device."""
+  """The estimated cost of one mesh, per device."""
 
   mesh: MeshConfig
   state_bytes: int  # parameters, optimizer and balancer state: exact
@@ -23,7 +23,7 @@ class Estimate(NamedTuple):
 
 
 def all_meshes(num_devices: int, num_slices: int = 1) -> Iterator[MeshConfig]:
-  """Every way of writing the devices of a slice as data x fsdp x expert x tensor."""
+  """Yields every factorisation of the devices of a slice into data x fsdp x expert x tensor."""
   inside = num_devices // num_slices
   divisors = [n for n in range(1, inside + 1) if inside % n == 0]
   for fsdp, expert, tensor in itertools.product(divisors, repeat=3):
@@ -33,7 +33,7 @@ def all_meshes(num_devices: int, num_slices: int = 1) -> Iterator[MeshConfig]:
 
 
 def state_bytes(config: Config, vocab_size: int, mesh) -> int:
-  """Of parameters, optimizer and balancer state on one device. `mesh` may be an `AbstractMesh`."""
+  """Returns the bytes of parameters, optimizer and balancer state on one device. `mesh` may be an `AbstractMesh`."""
   state = jax.eval_shape(lambda: init_state(config, vocab_size, 0))
   layout = sharding.state_shardings(mesh, state)
   of_leaf = lambda leaf, where: math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -41,11 +41,11 @@ def state_bytes(config: Config, vocab_size: int, mesh) -> int:
 
 
 def sent_bytes(config: Config, mesh: MeshConfig) -> float:
-  """A model of what a device sends in a step, good enough to sort meshes by, not to report.
+  """Estimates the bytes that a device sends in a step, accurately enough to sort meshes but not to report.
 
-  fsdp: parameters are gathered forward and backward, gradients scattered. expert: rows to their experts and back, see
-  `ahead_of_time.exchange`. slice and data: gradients are summed. tensor: activations are summed behind attention and
-  behind the feed-forward block, forward, recomputed and backward.
+  fsdp: parameters are gathered in the forward and the backward pass, and gradients are scattered. expert: rows are sent
+  to their experts and back, see `ahead_of_time.exchange`. slice and data: gradients are summed. tensor: activations are
+  summed after attention and after the feed-forward block, in the forward, recomputed and backward passes.
   """
   model, moe = config.model, config.model.moe
   matrices = 3 if moe.expert_activation == "swiglu" else 2
@@ -67,7 +67,7 @@ def sent_bytes(config: Config, mesh: MeshConfig) -> float:
 
 
 def estimates(config: Config, vocab_size: int, meshes: list[tuple[MeshConfig, object]]) -> list[Estimate]:
-  """Of each (mesh, `AbstractMesh` of it), least sent first."""
+  """Returns the estimate for each (mesh, `AbstractMesh` of it), fewest bytes sent first."""
   found = [
     Estimate(mesh, state_bytes(config, vocab_size, abstract), sent_bytes(config, mesh))
     for mesh, abstract in meshes

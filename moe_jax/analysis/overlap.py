@@ -1,4 +1,4 @@
-"""Which exchanges of rows a compiled program hides behind products."""
+"""Finds which exchanges of rows a compiled program overlaps with matrix products."""
 
 from typing import NamedTuple
 
@@ -9,16 +9,16 @@ _PRODUCTS = ("dot", "convolution")
 
 
 class Exchange(NamedTuple):
-  """One all-to-all of the program, in the order of its schedule."""
+  """One all-to-all of the program."""
 
   kind: str  # one of ragged-all-to-all, all-to-all
   name: str
-  waits: bool  # the device does nothing else meanwhile: there is no pair of start and done
+  waits: bool  # nothing else runs meanwhile, because there is no pair of start and done
   products: int  # matrix products that are scheduled between start and done
 
 
 def exchanges(program: Program) -> list[Exchange]:
-  """Every exchange that a step runs. The text of a TPU program lists instructions as they are scheduled."""
+  """Returns every exchange that a step runs. The text of a TPU program lists instructions in scheduled order."""
   found = []
   for computation in program.runs:
     done, started = 0, {}
@@ -37,7 +37,7 @@ def exchanges(program: Program) -> list[Exchange]:
 
 
 def _is_product(instruction: Instruction, program: Program) -> bool:
-  """A matrix product: one by itself, one in a fusion, or the kernel that `lax.ragged_dot` becomes."""
+  """Whether this is a matrix product: a single one, one in a fusion, or the kernel of `lax.ragged_dot`."""
   if instruction.opcode == "custom-call":
     return "ragged_dot" in instruction.attributes and "metadata" not in instruction.name
   if instruction.opcode == "fusion":

@@ -1,4 +1,4 @@
-"""Devices that are only compiled for: TPU slices described by libtpu, or virtual CPU devices."""
+"""Devices to compile for: TPU slices described by libtpu, or virtual CPU devices."""
 
 import contextlib
 import importlib.util
@@ -13,19 +13,20 @@ from moe_jax import sharding
 from moe_jax.errors import InputError
 
 EXAMPLES = "v5p:4x4x4, v5e:4x4, v6e:4x4, v4:4x4x4 or cpu:8"
-# By default a v4 chip is two devices; everything here counts chips.
+# By default, a v4 chip is two devices. Everything here counts chips.
 _OPTIONS = {"v4": {"chip_config_name": "megacore"}}
 
 
 def devices_of(topology: str, num_slices: int = 1) -> list[jax.Device]:
-  """The devices of `topology`, one per chip. Must be called before anything asks JAX for its devices.
+  """Returns the devices of `topology`, one per chip. Call it before anything asks JAX for its devices.
 
   Args:
     topology: GENERATION:SHAPE as libtpu names TPU slices, e.g. v5p:4x4x4 for 64 chips, or cpu:8.
-    num_slices: so many of them, connected by a data centre's network.
+    num_slices: the number of slices, connected by a data centre's network.
 
   Raises:
-    InputError: a topology that the compiler does not know, libtpu is not installed, or several slices of CPU devices.
+    InputError: if the compiler does not know the topology, libtpu is not installed, or there are several slices of CPU
+      devices.
   """
   generation, _, shape = topology.partition(":")
   if generation == "cpu":
@@ -34,7 +35,7 @@ def devices_of(topology: str, num_slices: int = 1) -> list[jax.Device]:
     raise InputError(
       f"--topology={topology}: the TPU compiler is not installed: pip install 'moe_jax[tpu]'; cpu:8 needs none"
     )
-  # Describing a slice asks neither for a TPU here nor for the service that tells a TPU machine who it is.
+  # Describing a slice needs neither a local TPU nor the metadata service of a TPU machine.
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   jax.config.update("jax_platforms", "cpu")
@@ -51,9 +52,9 @@ def devices_of(topology: str, num_slices: int = 1) -> list[jax.Device]:
 
 
 def compiler_options(devices: list[jax.Device], hbm_gib: float = 0.0) -> dict[str, str]:
-  """What a run compiles with on such devices. `hbm_gib`: memory per chip that a program may use; 0: all there is.
+  """Returns the compiler options of a run on these devices.
 
-  With room to spare the compiler spends it.
+  `hbm_gib` is the memory per chip that a program may use; 0: all of it. The compiler uses spare memory if it can.
   """
   platform = devices[0].platform
   limit = {"xla_tpu_max_hbm_size_mib": str(round(hbm_gib * 1024))} if hbm_gib and platform == "tpu" else {}
@@ -65,7 +66,7 @@ def _cpu_devices(topology: str, number: str, num_slices: int) -> list[jax.Device
     raise InputError(f"--topology={topology}: cpu:N with N from 1 to 9999 virtual devices")
   if num_slices > 1:
     raise InputError(f"--slice_parallelism={num_slices}: {topology} has no slices; leave it at 1")
-  # Two places that say how many there are would contradict each other.
+  # XLA_FLAGS and jax_num_cpu_devices would contradict each other.
   flags = os.environ.get("XLA_FLAGS", "")
   os.environ["XLA_FLAGS"] = re.sub(r"--xla_force_host_platform_device_count=\d+", "", flags).strip()
   jax.config.update("jax_platforms", "cpu")
@@ -75,7 +76,7 @@ def _cpu_devices(topology: str, number: str, num_slices: int) -> list[jax.Device
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """Without what libtpu says about not being on a TPU, which it writes past Python's stderr."""
+  """Silences libtpu's warnings about the missing TPU, which bypass Python's stderr."""
   kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
   os.dup2(nowhere, 2)
   try:

@@ -1,4 +1,4 @@
-"""Text in, batches of token windows out: TFDS data sets, offline corpora, tokenizers."""
+"""Turns text into batches of token windows: TFDS data sets, offline corpora, tokenizers."""
 
 from moe_jax.data.dataset import Dataset as Dataset
 from moe_jax.data.dataset import DatasetInfo as DatasetInfo

@@ -1,7 +1,7 @@
-"""`Dataset`: what training and evaluation read, whatever the source.
+"""`Dataset`: the interface through which training and evaluation read data from any source.
 
-The global batch of a step does not depend on the number of processes: process p of n makes rows
-[p*B/n, (p+1)*B/n) of it, and only those.
+The global batch of a step does not depend on the number of processes. Process p of n produces only rows
+[p*B/n, (p+1)*B/n) of it.
 """
 
 import functools
@@ -20,17 +20,17 @@ _ENDLESS = 1 << 40  # steps
 
 
 class DatasetInfo(NamedTuple):
-  """What a result needs to say about its data. Split names: train, validation."""
+  """The properties of a data set that a result records. Split names: train, validation."""
 
   name: str
   vocab_size: int  # V, a multiple of 8 except for markov
   domains: tuple[str, ...]  # S names; `domain_B` indexes them
   fingerprint: str  # sha256 over documents, labels and tokenizer; for markov over its parameters
-  num_windows: dict[str, int]  # per split; a split that is cut lazily is not in it, nor in the next two
+  num_windows: dict[str, int]  # per split; lazily cut splits are missing here and in the next two fields
   targets_per_domain: dict[str, tuple[int, ...]]  # per split, S counts
   padded_fraction: dict[str, float]  # per split, masked positions / all positions
-  # markov only. The best mean loss of a model that knows the domain, exact; and the loss on these very
-  # validation windows of the true mixture, which is the floor of a model that is not told the domain
+  # markov only. entropy_rate is the exact best mean loss of a model that knows the domain. validation_floor
+  # is the loss of the true mixture on these validation windows: the floor for a model that must infer the domain.
   entropy_rate: float | None = None  # nats per token
   validation_floor: float | None = None  # nats per target
 
@@ -39,10 +39,10 @@ class Dataset:
   """A data set whose windows can be read in any order.
 
   Args:
-    config: the flags.
+    config: the data configuration.
     info: see `DatasetInfo`.
     train, validation: the windows of the two splits.
-    pad_id: token id of fully masked rows.
+    pad_id: the token id that fills fully masked rows.
   """
 
   def __init__(
@@ -57,33 +57,33 @@ class Dataset:
   def train_batches(
     self, *, process_index: int = 0, process_count: int = 1, data_seed: int | None = None
   ) -> Any:
-    """Endless grain `DatasetIterator` over batches of batch_size / process_count sequences.
+    """Returns an endless grain `DatasetIterator` over batches of batch_size / process_count sequences.
 
-    Windows are shuffled over all documents and domains, anew in each epoch, by `data_seed` alone
-    (None: the config's). A batch may span two epochs. `get_state()` is a small dict, the same for every process, and
-    `set_state()` resumes exactly, also with another number of processes.
+    Windows are shuffled over all documents and domains, and again in each epoch. The order depends only on
+    `data_seed` (None: the config's). A batch may span two epochs. `get_state()` returns a small dict that is the
+    same for every process. `set_state()` resumes exactly, even with another number of processes.
     """
     import grain
 
     own = own_rows(self.config.batch_size, process_index, process_count)
     seed = self.config.data_seed if data_seed is None else data_seed
     indices = shuffled_indices(len(self._train), self.config.batch_size, seed)
-    # only indices are made for the whole batch: a process reads no window of another
+    # Only the indices are computed for the whole batch. A process does not read the windows of other processes.
     batches = grain.MapDataset.range(_ENDLESS).map(lambda step: self._train.rows(indices(step)[own]))
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
   def validation_batches(
     self, batch_size: int | None = None, *, process_index: int = 0, process_count: int = 1, limit: int = 0
   ) -> Iterator[Batch]:
-    """The whole validation split once, in a fixed shuffled order: its beginning is a fair sample of it.
+    """Yields the whole validation split once, in a fixed shuffled order, so that its beginning is a fair sample.
 
     Args:
       batch_size: sequences over all processes; None: `config.batch_size`.
       process_index, process_count: as in `train_batches`.
-      limit: at most this many batches; 0: all.
+      limit: the maximum number of batches; 0: all.
 
-    Every process makes the same number of batches, all of one shape: the last is filled up with rows
-    whose `mask_BL` is False throughout (and `domain_B` 0).
+    Every process yields the same number of batches, all of the same shape. The last batch is padded with rows
+    whose `mask_BL` is all False (and whose `domain_B` is 0).
     """
     batch_size = batch_size or self.config.batch_size
     own = own_rows(batch_size, process_index, process_count)
@@ -104,7 +104,11 @@ def dataset_of_texts(
   domains: tuple[str, ...],
   flag: tuple[str, str],
 ) -> Dataset:
-  """An in-memory data set of documents; `flag` (name, value) is blamed if they hold less than one window."""
+  """Returns an in-memory data set of documents.
+
+  Raises:
+    InputError: naming `flag` (name, value), if a split has less than one window of text.
+  """
   tokenizer = load_tokenizer(config.tokenizer)
   windows = {}
   for split, texts in splits.items():
@@ -127,7 +131,11 @@ def dataset_of_texts(
 
 
 def own_rows(batch_size: int, process_index: int, process_count: int) -> slice:
-  """The rows of the global batch that one process makes. Raises `InputError` if they do not divide."""
+  """Returns the rows of the global batch that one process produces.
+
+  Raises:
+    InputError: if the number of processes does not divide the batch size.
+  """
   if batch_size % process_count:
     raise InputError(f"--batch_size={batch_size}: must be a multiple of the {process_count} processes")
   share = batch_size // process_count
@@ -135,10 +143,10 @@ def own_rows(batch_size: int, process_index: int, process_count: int) -> slice:
 
 
 def shuffled_indices(num_windows: int, batch_size: int, data_seed: int) -> Callable[[int], np.ndarray]:
-  """step -> [batch_size] window indices: one random order of all windows after the other.
+  """Returns a function from step to [batch_size] window indices. Each epoch is a new random order of all windows.
 
-  It is plain numpy, because grain's shuffle and batch work element by element, which for large batches
-  costs more than reading the windows.
+  This is plain numpy because grain shuffles and batches element by element, which costs more than reading the
+  windows when batches are large.
   """
 
   @functools.lru_cache(maxsize=2)
@@ -154,5 +162,5 @@ def shuffled_indices(num_windows: int, batch_size: int, data_seed: int) -> Calla
 
 
 def seed_bits(data_seed: int) -> int:
-  """Generators take 32 bits or no negative numbers; any other integer is folded into 32 bits."""
+  """Folds any integer into 32 bits, because random generators accept only 32 bits or no negative numbers."""
   return int(data_seed) % (1 << 32)

@@ -1,13 +1,13 @@
-"""Windows of data sets too large to tokenise up front, cut while they are read.
+"""Cuts windows on the fly from data sets that are too large to tokenise up front.
 
-Row b of the global batch of B rows walks through its own documents: b, b+B, b+2B, ... of a shuffled order
-of all documents. A batch thus mixes B different documents, one process tokenises only its own rows, and
-the position is two numbers per row, whatever the size of the data set.
+Row b of the global batch of B rows reads its own documents: b, b+B, b+2B, ... of a shuffled order of all
+documents. A batch therefore mixes B different documents, a process tokenises only its own rows, and the
+position is two numbers per row, however large the data set is.
 
-Short documents would be mostly padding (an lm1b sentence fills half a window of 256 bytes), so where there is
-one domain and the first documents are shorter than `SHORT_WINDOWS` windows on average, consecutive
-documents of the shuffled order are joined, `bos` between them. With several domains they never are:
-the domain of a window must be one.
+Windows of short documents would be mostly padding (an lm1b sentence fills half a window of 256 bytes). If there
+is only one domain and the first documents are shorter than `SHORT_WINDOWS` windows on average, consecutive
+documents of the shuffled order are therefore joined, with `bos` between them. Documents are never joined if there
+are several domains, because a window must have a single domain.
 """
 
 import math
@@ -24,11 +24,11 @@ from moe_jax.data.windows import Batch, DocumentWindows, Text, masked_rows
 from moe_jax.errors import InputError
 
 SHORT_WINDOWS = 16  # joined documents have about this many windows: about 3% padding
-_SAMPLE = 200  # documents that are read to learn the typical length
+_SAMPLE = 200  # documents that are read to estimate the typical length
 
 
 class StreamedDataset(Dataset):
-  """`Dataset` over documents instead of windows; see the head of this file."""
+  """A `Dataset` over documents instead of windows; see the module docstring."""
 
   def __init__(
     self,
@@ -51,7 +51,10 @@ class StreamedDataset(Dataset):
   def train_batches(
     self, *, process_index: int = 0, process_count: int = 1, data_seed: int | None = None
   ) -> grain.DatasetIterator:
-    """As `Dataset.train_batches`, but the state is of this process's rows: resume with as many processes."""
+    """Like `Dataset.train_batches`, but the state covers only this process's rows.
+
+    Resuming needs the same number of processes.
+    """
     own = own_rows(self.config.batch_size, process_index, process_count)
     groups = self._groups(
       self._train, seed_bits(self.config.data_seed if data_seed is None else data_seed)
@@ -60,7 +63,7 @@ class StreamedDataset(Dataset):
     return iter(grain.experimental.ThreadPrefetchIterDataset(stream, prefetch_buffer_size=2))
 
   def _groups(self, documents: Sequence[Text], seed: int) -> grain.MapDataset:
-    """The windows (`DocumentWindows`) of each group of documents, in shuffled order."""
+    """Returns the windows (`DocumentWindows`) of each group of documents, in shuffled order."""
     shuffled = grain.MapDataset.source(documents).seed(seed).shuffle()
     return shuffled.batch(self.documents_per_group, batch_fn=list).map(self._cut)
 
@@ -70,11 +73,11 @@ class StreamedDataset(Dataset):
       encoded = self._tokenizer.encode(text)
       if len(encoded):
         tokens += [np.array([self._tokenizer.bos_id], np.int32), encoded]
-    joined = np.concatenate(tokens)[1:]  # DocumentWindows sets the first bos
+    joined = np.concatenate(tokens)[1:]  # DocumentWindows adds the first bos
     return DocumentWindows([(joined, documents[0].domain)], self._tokenizer, self.config.sequence_length)
 
   def _read_validation(self, batch_size: int, own: slice, limit: int) -> Iterator[Batch]:
-    """Every process cuts every document: how many windows there are is known only at the end."""
+    """Every process cuts every document, because the number of windows is known only at the end."""
     pending: list[Batch] = []
     num_pending = num_batches = 0
     for windows in self._groups(self._validation, VALIDATION_SEED):
@@ -106,7 +109,7 @@ class _RowStreams(grain.IterDataset):
 
 
 class _RowStreamsIterator(grain.DatasetIterator):
-  """The state is each row's group, and how many windows of it are used up."""
+  """The state is each row's current group and the number of its windows that have been read."""
 
   def __init__(self, streams: _RowStreams):
     super().__init__()
@@ -119,7 +122,7 @@ class _RowStreamsIterator(grain.DatasetIterator):
   def _next_window(self, row: int) -> Batch:
     if self._windows[row] is None:
       self._windows[row] = self._streams.groups[self._group[row]]
-    while self._used[row] >= len(self._windows[row]):  # also past documents without text
+    while self._used[row] >= len(self._windows[row]):  # also skips documents without text
       self._group[row] += self._streams.stride
       self._used[row] = 0
       self._windows[row] = self._streams.groups[self._group[row]]

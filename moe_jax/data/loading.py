@@ -1,4 +1,4 @@
-"""`load_dataset`: from a `DataConfig` to a `Dataset`."""
+"""`load_dataset` opens the `Dataset` that a `DataConfig` describes."""
 
 import os
 from collections.abc import Callable
@@ -12,10 +12,13 @@ from moe_jax.errors import InputError
 
 
 def load_dataset(config: DataConfig) -> Dataset:
-  """Builds or opens the data set that `config.dataset` names. Raises `InputError` for what a flag can fix.
+  """Builds or opens the data set that `config.dataset` names.
 
-  stdlib, text_folder and small TFDS data sets are tokenised here and held in memory; markov and large
-  TFDS data sets are made while they are read. The first stdlib build takes seconds and is cached.
+  stdlib, text_folder and small TFDS data sets are tokenised here and held in memory. Windows of markov and large
+  TFDS data sets are produced while they are read. The first stdlib build takes seconds and is cached.
+
+  Raises:
+    InputError: if a flag is wrong.
   """
   config.check()
   if config.dataset in _BUILT_IN:
@@ -26,7 +29,7 @@ def load_dataset(config: DataConfig) -> Dataset:
 
 
 def data_dir(config: DataConfig) -> Path:
-  """`config.data_dir`, else $MOE_JAX_DATA_DIR, else ~/.cache/moe_jax."""
+  """Returns `config.data_dir`, or $MOE_JAX_DATA_DIR, or ~/.cache/moe_jax."""
   return Path(config.data_dir or os.environ.get("MOE_JAX_DATA_DIR") or "~/.cache/moe_jax").expanduser()
 
 

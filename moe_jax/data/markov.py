@@ -1,8 +1,8 @@
 """`markov`: a mixture of Markov chains, one per domain, whose best possible loss is known.
 
 Each window comes from one domain, drawn uniformly, and starts in that chain's stationary distribution, so
-every position has the same law. Windows are made on demand from (split, index) alone and have no padding.
-Neither the chains nor the windows depend on `data_seed`, which only orders the training windows.
+every position has the same distribution. Windows are generated on demand from (split, index) alone and have no
+padding. `data_seed` changes neither the chains nor the windows; it only orders the training windows.
 """
 
 import hashlib
@@ -14,16 +14,16 @@ from moe_jax.config import DataConfig
 from moe_jax.data.dataset import Dataset, DatasetInfo
 from moe_jax.data.windows import Batch
 
-NUM_TRAIN = 1 << 20  # windows; nothing is stored, so this only says when the first would come again
+NUM_TRAIN = 1 << 20  # windows; nothing is stored, so this only sets the length of an epoch
 NUM_VALIDATION = 512
 _CHAIN_SEED = 20_240_101
 _SPLITS = {"train": 0, "validation": 1}
 
 
 class MarkovChains:
-  """The parameters: `transition_SVV[s, i, j]` = p(next = j | now = i, domain s), rows sum to 1.
+  """The parameters of the chains: `transition_SVV[s, i, j]` = p(next = j | now = i, domain s). Rows sum to 1.
 
-  Transition logits are standard normal over `temperature`; the stationary distribution is exact.
+  Transition logits are standard normal divided by `temperature`. The stationary distribution is exact.
   """
 
   def __init__(self, domains: int, states: int, temperature: float):
@@ -36,16 +36,16 @@ class MarkovChains:
 
   @property
   def entropy_rate(self) -> float:
-    """Nats per token for who knows the domain: stationary-weighted row entropies, mean over domains."""
+    """Nats per token if the domain is known: row entropies weighted by the stationary distribution, mean over domains."""
     p = self.transition_SVV
     entropy_SV = -np.sum(p * np.log(np.where(p > 0, p, 1.0)), axis=-1)
     return float(np.mean(np.sum(self.stationary_SV * entropy_SV, axis=-1)))
 
   def optimal_nll(self, windows_BX: np.ndarray) -> float:
-    """Nats per target of the true mixture model, which learns the domain from the window as it goes.
+    """Nats per target of the true mixture model, which infers the domain from the tokens of the window so far.
 
     Args:
-      windows_BX: [B, L+1] tokens. The first is given, not predicted, but tells about the domain.
+      windows_BX: [B, L+1] tokens. The first token is given, not predicted, but it is evidence of the domain.
     """
     with np.errstate(divide="ignore"):
       log_p, log_start = np.log(self.transition_SVV), np.log(self.stationary_SV)
@@ -53,13 +53,13 @@ class MarkovChains:
     first_B = np.logaddexp.reduce(joint_SB, axis=0)
     for now, then in zip(windows_BX.T[:-1], windows_BX.T[1:], strict=True):
       joint_SB = joint_SB + log_p[:, now, then]
-    # the chain rule: the predictions' log likelihoods add up to log p(window) - log p(first token);
-    # the uniform prior over domains cancels
+    # By the chain rule, the log likelihoods of the predictions sum to log p(window) - log p(first token).
+    # The uniform prior over domains cancels.
     return float(np.mean(first_B - np.logaddexp.reduce(joint_SB, axis=0)) / (windows_BX.shape[1] - 1))
 
 
 class MarkovWindows:
-  """The windows of one split, made when they are read."""
+  """The windows of one split, generated when they are read."""
 
   def __init__(self, chains: MarkovChains, split: str, num_windows: int, sequence_length: int):
     self._split = _SPLITS[split]
@@ -72,7 +72,7 @@ class MarkovWindows:
     return self._num_windows
 
   def rows(self, indices: Sequence[int]) -> Batch:
-    """The windows with these indices: all rows advance together, each by its own random numbers."""
+    """Returns the windows with these indices. All rows advance together, each with its own random numbers."""
     generators = [np.random.default_rng((_CHAIN_SEED, self._split, int(i))) for i in indices]
     draws = [g.random(self._length + 2) for g in generators]
     u_BX = np.array(draws).reshape(len(draws), self._length + 2)
@@ -111,7 +111,7 @@ def load_markov(config: DataConfig) -> Dataset:
 
 
 def _stationary(p_VV: np.ndarray) -> np.ndarray:
-  """The left eigenvector of eigenvalue 1, from pi @ p_VV = pi and sum(pi) = 1; unique where every p > 0."""
+  """The left eigenvector of eigenvalue 1, from pi @ p_VV = pi and sum(pi) = 1; unique if every p > 0."""
   n = len(p_VV)
   equations = np.concatenate([p_VV.T - np.eye(n), np.ones((1, n))])
   pi = np.linalg.lstsq(equations, np.eye(n + 1)[n], rcond=None)[0]

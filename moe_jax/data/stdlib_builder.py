@@ -1,4 +1,4 @@
-"""`stdlib`: the standard-library corpus as a TFDS data set in ArrayRecord format, built once and cached."""
+"""Builds `stdlib`, the standard-library corpus, as a TFDS data set in ArrayRecord format, and caches it."""
 
 import contextlib
 import hashlib
@@ -22,8 +22,10 @@ _SPLITS = ("train", "validation")
 class MoeStdlib(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   """Features: text, domain. Splits by document: train, validation. See `moe_jax.data.stdlib_text`."""
 
-  VERSION = tfds.core.Version("1.0.0")  # raise it with every change of stdlib_text: it is in the cache key
-  # no checksum file: looking for one needs importlib_resources, which TFDS does not install
+  VERSION = tfds.core.Version(
+    "1.0.0"
+  )  # part of the cache key: raise it whenever stdlib_text changes the text
+  # No checksum file: looking for one needs importlib_resources, which TFDS does not install.
   url_infos = None
   _checksums_path = None
 
@@ -49,17 +51,17 @@ class MoeStdlib(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     return {s: self._generate_examples([d for d in documents if d.split == s]) for s in _SPLITS}
 
   def _generate_examples(self, documents) -> Iterator[tuple[str, dict[str, str]]]:
-    # TFDS orders the examples by the hash of the key: deterministic, and the domains are mixed
+    # TFDS orders examples by the hash of the key, so the order is deterministic and the domains are mixed.
     for i, document in enumerate(documents):
       yield f"{document.domain}-{i}", {"text": document.text, "domain": document.domain}
 
 
 def read_stdlib(data_dir: Path, root: Path | None = None) -> tuple[dict[str, list[Text]], tuple[str, ...]]:
-  """The corpus by split, and its domains; builds it on first use.
+  """Returns the corpus by split, and its domains. Builds the corpus on first use.
 
   Args:
-    data_dir: cache folder, created if missing. Safe when several processes build at the same time.
-    root: the library to read; None: the running interpreter's.
+    data_dir: the cache folder, created if missing. Several processes may build at the same time.
+    root: the library to read; None: that of the running interpreter.
   """
   root = root or stdlib_text.stdlib_root()
   folder = data_dir / "stdlib" / _cache_key(root)
@@ -79,7 +81,7 @@ def read_stdlib(data_dir: Path, root: Path | None = None) -> tuple[dict[str, lis
 def _cache_key(root: Path) -> str:
   """Builder version, Python version, and a hash of the paths and sizes of all candidate files.
 
-  Sizes stand in for contents, which take seconds to read; `DatasetInfo.fingerprint` covers what was read.
+  The key uses sizes because reading the contents takes seconds. `DatasetInfo.fingerprint` covers the contents.
   """
   listing = repr((sys.version, sorted(stdlib_text.list_files(root))))
   version = ".".join(map(str, sys.version_info[:3]))
@@ -87,7 +89,7 @@ def _cache_key(root: Path) -> str:
 
 
 def _build(root: Path, folder: Path) -> None:
-  """Builds beside `folder` and renames, so that `folder` is whole or absent whoever else builds it."""
+  """Builds in a temporary folder and renames it, so that `folder` is complete or absent even if others build it."""
   start = time.monotonic()
   print(f"building the stdlib corpus from {root} in {folder} (once)", file=sys.stderr)
   folder.parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +101,7 @@ def _build(root: Path, folder: Path) -> None:
     try:
       os.rename(builder.data_path, folder)
     except OSError:
-      if not folder.is_dir():  # otherwise another process was first: its build is the same
+      if not folder.is_dir():  # otherwise another process finished the same build first
         raise
   finally:
     shutil.rmtree(scratch, ignore_errors=True)
@@ -108,6 +110,6 @@ def _build(root: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet_tfds() -> Iterator[None]:
-  """Silences the download messages and progress bars, which say nothing about a local build."""
+  """Silences the download messages and progress bars, which are meaningless for a local build."""
   with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
     yield

@@ -1,18 +1,18 @@
-"""The running interpreter's own standard library as a corpus: text that every machine has, in five domains.
+"""Reads the running interpreter's standard library as a corpus that every machine has, in five domains.
 
-  code     modules outside the tests, docstrings taken out, comments kept
+  code     modules outside the tests, without docstrings, with comments
   prose    those docstrings (one document per module), the language reference in `pydoc_data/topics.py`
            (one document per topic) and the README, NEWS and CREDITS files
   tables   `encodings/*.py` from the decoding table on, and `html/entities.py`
   tests    unit tests
-  numbers  decimal and complex arithmetic cases, `*.decTest` and `*math_testcases.txt`, comments taken out
+  numbers  decimal and complex arithmetic cases, `*.decTest` and `*math_testcases.txt`, without comments
 
-Debian ships no `test` package: there the last two domains are missing or small, and a domain of less than
-`MIN_DOMAIN_BYTES` is left out. The code pages in `tables` resemble each other, so its validation
-documents are much easier than new text would be; compare domains with that in mind.
+Debian does not ship the `test` package, so the last two domains are missing or small there. A domain of less than
+`MIN_DOMAIN_BYTES` is left out. The code pages in `tables` resemble each other, so the validation documents of this
+domain are much easier than new text. Keep this in mind when you compare domains.
 
-Which texts are taken is settled by the sha256 of their paths, never by the order of a directory listing.
-A domain is filled to `DOMAIN_BYTES`, so that no domain drowns the others and a build takes seconds.
+The sha256 of a text's path decides whether it is included, never the order of a directory listing. Each domain is
+filled to `DOMAIN_BYTES`, so that no domain dominates the others and a build takes seconds.
 """
 
 import ast
@@ -28,9 +28,9 @@ from typing import NamedTuple
 DOMAINS = ("code", "prose", "tables", "tests", "numbers")
 DOMAIN_BYTES = 1_500_000  # a domain is filled up to this many bytes of utf-8
 MIN_DOMAIN_BYTES = 64_000  # a domain with less is left out
-FILE_BYTES = 12_000  # of a longer text only the beginning is taken: no file dominates a domain
-DOCUMENT_BYTES = 16_000  # shorter texts are joined up to this: half a window of padding is then small
-# Of the bytes of every domain, in whole files: some 280 kB in all, so that evaluating takes seconds.
+FILE_BYTES = 12_000  # longer texts are truncated, so that no file dominates a domain
+DOCUMENT_BYTES = 16_000  # shorter texts are joined up to this size, which makes padding negligible
+# Share of the bytes of every domain, in whole files: about 280 kB in total, so that evaluation takes seconds.
 VALIDATION_FRACTION = 0.04
 
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "lib-dynload"}
@@ -51,7 +51,7 @@ def list_files(root: Path) -> list[tuple[str, int]]:
   """(path relative to `root`, size in bytes) of every candidate file, ordered by the hash of the path."""
   found = []
   for folder, subfolders, names in os.walk(root):
-    # config-3.x and _sysconfigdata hold the paths of the build machine: not text, and different everywhere
+    # config-3.x and _sysconfigdata contain paths of the build machine. They are not text and differ everywhere.
     subfolders[:] = [s for s in subfolders if s not in _SKIPPED_FOLDERS and not s.startswith("config-")]
     for name in names:
       path = Path(folder, name)
@@ -65,16 +65,16 @@ def list_files(root: Path) -> list[tuple[str, int]]:
 def read_documents(
   root: Path, *, domain_bytes: int = DOMAIN_BYTES, min_bytes: int = MIN_DOMAIN_BYTES
 ) -> list[Document]:
-  """The corpus, in a fixed pseudo-random order of documents within each domain and split.
+  """Returns the corpus, in a fixed pseudo-random order of documents within each domain and split.
 
-  A text goes whole to one split: the first texts of a domain, in hash order, fill the validation
-  split to `VALIDATION_FRACTION` of the domain, so both splits are random samples of the same files.
+  A text belongs entirely to one split. The first texts of a domain, in hash order, fill the validation split to
+  `VALIDATION_FRACTION` of the domain, so both splits are random samples of the same files.
   """
   texts: dict[str, list[str]] = {domain: [] for domain in DOMAINS}
   filled = dict.fromkeys(DOMAINS, 0)
   for path, _ in list_files(root):
     for domain, text in _texts_of(root, path, wanted={d for d in DOMAINS if filled[d] < domain_bytes}):
-      text = _beginning(text.encode(errors="replace").decode())  # a docstring may hold a lone surrogate
+      text = _beginning(text.encode(errors="replace").decode())  # a docstring may contain a lone surrogate
       if text.strip() and filled[domain] < domain_bytes:
         texts[domain].append(text)
         filled[domain] += len(text.encode())
@@ -93,7 +93,7 @@ def _hash(text: str) -> str:
 
 
 def _texts_of(root: Path, path: str, wanted: set[str]) -> Iterator[tuple[str, str]]:
-  """(domain, text) of one file; skips the work for domains that are not `wanted`."""
+  """Yields (domain, text) of one file. Skips work for domains that are not `wanted`."""
   parts = path.split("/")
   name = parts[-1]
   in_tests = bool(_TEST_FOLDERS & set(parts[:-1])) or name.startswith("test_")
@@ -126,7 +126,10 @@ def _texts_of(root: Path, path: str, wanted: set[str]) -> Iterator[tuple[str, st
 
 
 def split_docstrings(source: str) -> tuple[str, list[str]]:
-  """A module's source without its docstrings, and these in order. Of an unparsable one, all is source."""
+  """Returns a module's source without its docstrings, and the docstrings in order.
+
+  If the module cannot be parsed, returns all of it as source.
+  """
   try:
     with warnings.catch_warnings():
       warnings.simplefilter("ignore")  # invalid escapes in old modules
@@ -156,14 +159,14 @@ def _dedent(docstring: str) -> str:
 
 
 def _beginning(text: str) -> str:
-  """At most `FILE_BYTES` characters, cut after a line."""
+  """Returns at most `FILE_BYTES` characters, cut at the end of a line."""
   if len(text) <= FILE_BYTES:
     return text
   return text[: text.rfind("\n", 0, FILE_BYTES) + 1] or text[:FILE_BYTES]
 
 
 def _split(texts: list[str], validation_bytes: float) -> tuple[list[str], list[str]]:
-  """The first texts until they hold `validation_bytes`, at least one; and the rest."""
+  """Splits off the first texts, at least one, that together have `validation_bytes`."""
   held = 0
   for i, text in enumerate(texts):
     held += len(text.encode())
@@ -173,7 +176,7 @@ def _split(texts: list[str], validation_bytes: float) -> tuple[list[str], list[s
 
 
 def _join_short(texts: list[str]) -> list[str]:
-  """Consecutive texts joined by an empty line until each document has `DOCUMENT_BYTES` characters."""
+  """Joins consecutive texts with an empty line until each document has `DOCUMENT_BYTES` characters."""
   documents, part = [], ""
   for text in texts:
     part = f"{part}\n\n{text}" if part else text

@@ -1,4 +1,4 @@
-"""`text_folder`: your own text files; each sub-folder of the folder is a domain."""
+"""`text_folder` reads your own text files. Each sub-folder of the folder is a domain."""
 
 import hashlib
 import math
@@ -12,15 +12,15 @@ VALIDATION_FRACTION = 0.1  # of the files of each domain, at least one
 
 
 def read_text_folder(folder: str) -> tuple[dict[str, list[Text]], tuple[str, ...]]:
-  """All files below `folder` by split, and the domains in alphabetical order.
+  """Returns all files below `folder` by split, and the domains in alphabetical order.
 
-  A file is a document, read as utf-8 with wrong bytes replaced. Its domain is the first sub-folder on
-  its path, or the folder's own name for files at the top. Hidden and empty files are skipped. The
-  files of each domain whose path has the lowest hash are its validation split; of a domain that is a
-  single file, the end of it is. All text is held in memory.
+  Each file is a document, read as utf-8 with invalid bytes replaced. Its domain is the first sub-folder on
+  its path, or the folder's own name for files at the top. Hidden and empty files are skipped. The files of each
+  domain whose paths have the lowest hashes form its validation split. If a domain is a single file, the end of
+  that file is the validation split. All text is held in memory.
 
   Raises:
-    InputError: no such folder, or no text in it.
+    InputError: if the folder does not exist or contains no text.
   """
   flag = f"--text_folder={folder}"
   right = "must be a folder of text files, its sub-folders are the domains"
@@ -49,7 +49,7 @@ def read_text_folder(folder: str) -> tuple[dict[str, list[Text]], tuple[str, ...
 
 
 def _cut_in_two(text: str) -> list[tuple[str, str]]:
-  """Two documents, the shorter first: about the last tenth of the lines, and what is before it."""
+  """Returns two documents, the shorter first: about the last tenth of the lines, and everything before it."""
   cut = text.rfind("\n", 0, int(len(text) * (1 - VALIDATION_FRACTION)) + 1) + 1
   return [("end", text[cut:]), ("beginning", text[:cut])]
 

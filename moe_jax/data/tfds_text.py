@@ -1,6 +1,6 @@
-"""Any TFDS text data set by name, read without TensorFlow from ArrayRecord files on disk.
+"""Reads any TFDS text data set by name, without TensorFlow, from ArrayRecord files on disk.
 
-A small one is tokenised when it is opened, like every in-memory data set. A large one is cut lazily, see
+A small data set is tokenised when it is opened, like every in-memory data set. A large one is cut lazily; see
 `moe_jax.data.document_stream`.
 """
 
@@ -17,21 +17,23 @@ from moe_jax.data.windows import Text, fingerprint_texts
 from moe_jax.errors import InputError, unknown_name
 
 IN_MEMORY_BYTES = 64_000_000  # prepared data sets up to this size are tokenised when they are opened
-FINGERPRINT_DOCUMENTS = 1000  # of each split of a larger one
-# Known without their builders: TFDS registers some of these only where TensorFlow is installed.
+FINGERPRINT_DOCUMENTS = 1000  # of each split of a larger data set
+# Names that are known without their builders: TFDS registers some of them only if TensorFlow is installed.
 _WELL_KNOWN = ("c4", "lm1b", "pg19", "tiny_shakespeare", "wiki40b", "wikipedia")
 
 
 def load_tfds(config: DataConfig, data_dir: str, built_in: Sequence[str]) -> Dataset:
-  """Opens `config.dataset` in `data_dir`, else in TFDS's own default folder.
+  """Opens `config.dataset` in `data_dir`, or else in TFDS's default folder.
 
-  The text is the feature `text`, or the only text feature. A class label named `domain` or `label`
-  gives the domains, otherwise there is one, named after the data set. Validation is the split
-  `validation` or `test`, or the last 1% of train.
+  The text is the feature `text`, or the only text feature. A class label named `domain` or `label` gives the
+  domains. Without one, there is a single domain named after the data set. The validation split is `validation` or
+  `test`, or the last 1% of train.
+
+  This function never downloads anything: c4/en has 800 GB, and a typing error should not fetch it.
 
   Raises:
-    InputError: unknown name, not prepared on disk, not in ArrayRecord format, or no usable text feature.
-      Nothing is ever downloaded here: c4/en has 800 GB, and a typing error should not fetch it.
+    InputError: if the name is unknown, or the data set is not prepared on disk, is not in ArrayRecord format, or
+      has no usable text feature.
   """
   builder = _open(config.dataset, data_dir, built_in)
   text_feature, domain_feature, domains = _features(config.dataset, builder.info.features)
@@ -75,12 +77,12 @@ class TextSource:
     example = self._examples[index]
     text = example[self._text_feature]
     text = text.decode(errors="replace") if isinstance(text, bytes) else str(text)
-    # an unlabelled example (-1 by TFDS custom) counts to the first domain
+    # An unlabelled example (-1 by TFDS convention) counts towards the first domain.
     return Text(text, max(0, int(example[self._domain_feature])) if self._domain_feature else 0)
 
 
 def _open(name: str, data_dir: str, built_in: Sequence[str]) -> Any:
-  """The read-only builder of a prepared data set."""
+  """Returns the read-only builder of a prepared data set."""
   import tensorflow_datasets as tfds
 
   for folder in (data_dir, tfds.core.constants.DATA_DIR):  # strings: pathlib would break gs://
@@ -107,7 +109,7 @@ def _build_command(name: str, data_dir: str) -> str:
 
 
 def _features(name: str, features: Any) -> tuple[str, str | None, tuple[str, ...]]:
-  """(text feature, domain feature or None, domain names) of a data set."""
+  """Returns (text feature, domain feature or None, domain names) of a data set."""
   import tensorflow_datasets as tfds
 
   texts = [key for key, feature in features.items() if isinstance(feature, tfds.features.Text)]
@@ -122,7 +124,7 @@ def _features(name: str, features: Any) -> tuple[str, str | None, tuple[str, ...
 
 
 def _split_names(name: str, splits: Any) -> dict[str, str]:
-  """The TFDS split or slice behind our train and validation."""
+  """Returns the TFDS splits or slices that serve as train and validation."""
   if "train" not in splits:
     raise InputError(f"--dataset={name}: has no train split; its splits are {', '.join(splits)}")
   for other in ("validation", "test"):

@@ -1,8 +1,8 @@
-"""Text to token ids: bytes, a SentencePiece model or a Hugging Face tokenizer.json.
+"""Tokenizers: bytes, a SentencePiece model or a Hugging Face tokenizer.json.
 
-Every document begins with `bos_id`. `pad_id` fills masked positions only. A tokenizer file without such
-tokens gets new ids after its own. `vocab_size` is rounded up to a multiple of 8, so that the embedding
-divides over devices; the ids above the last real one never occur.
+Every document begins with `bos_id`. `pad_id` fills masked positions only. If a tokenizer file lacks these tokens,
+they get new ids after its own. `vocab_size` is rounded up to a multiple of 8, so that the embedding can be divided
+over devices. The ids above the last real one never occur.
 """
 
 import hashlib
@@ -21,11 +21,11 @@ class Tokenizer(NamedTuple):
   vocab_size: int
   bos_id: int
   pad_id: int
-  fingerprint: str  # says which tokenizer this is; equal for equal files wherever they lie
+  fingerprint: str  # identifies the tokenizer; equal for equal files in any location
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-  """`bytes`, a SentencePiece `.model` file, or a Hugging Face `.json` file. Raises `InputError` otherwise."""
+  """Loads `bytes`, a SentencePiece `.model` file, or a Hugging Face `.json` file. Raises `InputError` otherwise."""
   if name == "bytes":
     return _bytes_tokenizer()
   path = Path(name).expanduser()
@@ -38,7 +38,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def _bytes_tokenizer() -> Tokenizer:
-  """The 256 bytes of utf-8, then bos and pad."""
+  """Token ids are the 256 bytes of utf-8, then bos and pad."""
 
   def encode(text: str) -> np.ndarray:
     return np.frombuffer(text.encode(errors="replace"), np.uint8).astype(np.int32)
@@ -58,7 +58,7 @@ def _sentencepiece_tokenizer(path: Path) -> Tokenizer:
   try:
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
   except (OSError, RuntimeError) as error:
-    raise InputError(f"--tokenizer={path}: is no SentencePiece model ({_first_line(error)})") from None
+    raise InputError(f"--tokenizer={path}: is not a SentencePiece model ({_first_line(error)})") from None
 
   def encode(text: str) -> np.ndarray:
     return np.asarray(model.encode(text), np.int32)
@@ -79,7 +79,7 @@ def _hugging_face_tokenizer(path: Path) -> Tokenizer:
   try:
     model = tokenizers.Tokenizer.from_file(str(path))
   except Exception as error:  # the library raises plain Exception
-    raise InputError(f"--tokenizer={path}: is no tokenizer.json ({_first_line(error)})") from None
+    raise InputError(f"--tokenizer={path}: is not a tokenizer.json ({_first_line(error)})") from None
   model.no_truncation()
   model.no_padding()
 
@@ -89,7 +89,7 @@ def _hugging_face_tokenizer(path: Path) -> Tokenizer:
   def decode(tokens: np.ndarray) -> str:
     return model.decode([int(t) for t in tokens], skip_special_tokens=True)
 
-  # tokenizer.json does not say which special token begins a document; these names cover the usual models
+  # tokenizer.json does not say which special token begins a document. These names cover the usual models.
   bos = _first_id(model, ("<s>", "<bos>", "<|begin_of_text|>", "[BOS]", "<|endoftext|>", "</s>", "[CLS]"))
   pad = _first_id(model, ("<pad>", "[PAD]", "<|pad|>"))
   size = 1 + max(model.get_vocab(with_added_tokens=True).values())  # ids can have gaps
@@ -103,7 +103,7 @@ def _first_id(model: Any, names: Sequence[str]) -> int | None:
 def _with_specials(
   encode: Callable, decode: Callable, size: int, bos: int | None, pad: int | None, fingerprint: str
 ) -> Tokenizer:
-  """Gives new ids to the missing specials and rounds the size up to a multiple of 8."""
+  """Assigns new ids to missing special tokens and rounds the size up to a multiple of 8."""
   if bos is None:
     bos, size = size, size + 1
   if pad is None:

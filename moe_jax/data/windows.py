@@ -1,8 +1,8 @@
-"""Batches of windows: documents cut into windows of L+1 tokens, and what serves rows of them.
+"""Cuts documents into windows of L+1 tokens and serves batches of them.
 
-A document is `bos` and its tokens. Windows of L+1 tokens start every L tokens, so each token after `bos`
-is the target of exactly one position. Windows never cross documents; the last one of a document is
-padded, and `mask_BL` is False where there is no target. No tail is dropped, however short.
+A document is `bos` followed by its tokens. Windows of L+1 tokens start every L tokens, so each token after `bos`
+is the target of exactly one position. Windows never cross documents. The last window of a document is padded, and
+`mask_BL` is False where there is no target. The tail of a document is never dropped, however short it is.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ Batch = dict[str, np.ndarray]
 
 
 class WindowSource(Protocol):
-  """Random access to windows. Row i is the same whenever and together with whatever it is read."""
+  """Random access to windows. Row i does not depend on when it is read or on the other rows read with it."""
 
   def __len__(self) -> int: ...
 
@@ -33,11 +33,11 @@ class Text(NamedTuple):
 
 
 class DocumentWindows:
-  """The windows of a list of tokenised documents, held in memory: 2 bytes a token (4 above 65536 ids).
+  """The windows of a list of tokenised documents, held in memory: 2 bytes per token (4 above 65536 ids).
 
   Args:
-    documents: (tokens, domain) pairs, tokens without bos; documents without a token are dropped.
-    tokenizer: gives `bos_id` and `pad_id`.
+    documents: (tokens, domain) pairs, tokens without bos; documents without tokens are dropped.
+    tokenizer: provides `bos_id` and `pad_id`.
     sequence_length: L.
   """
 
@@ -66,7 +66,7 @@ class DocumentWindows:
     return len(self._starts)
 
   def rows(self, indices: Sequence[int]) -> Batch:
-    """The windows with these indices, in this order."""
+    """Returns the windows with these indices, in this order."""
     index_B = np.asarray(indices, np.int64)
     position = np.arange(self._length + 1)
     count_B1 = self.targets_per_window[index_B, None]
@@ -92,7 +92,7 @@ class DocumentWindows:
 
 
 def masked_rows(batch: Batch, num_rows: int, pad_id: int) -> Batch:
-  """Appends rows without any target, domain 0, until the batch has `num_rows`."""
+  """Appends rows without targets, with domain 0, until the batch has `num_rows`."""
   missing = num_rows - len(batch["domain_B"])
   fill = {"tokens_BL": pad_id, "targets_BL": pad_id, "mask_BL": False, "domain_B": 0}
   return {
@@ -102,9 +102,9 @@ def masked_rows(batch: Batch, num_rows: int, pad_id: int) -> Batch:
 
 
 def fingerprint_texts(splits: dict[str, Iterable[Text]], domains: Sequence[str], tokenizer: Tokenizer) -> str:
-  """sha256 over the tokenizer and the splits' documents and labels in order.
+  """Returns the sha256 over the tokenizer and the splits' documents and labels, in order.
 
-  Sequence length, batch size and `data_seed` are not part of it: they are in the configuration.
+  It does not include sequence length, batch size or `data_seed`, which are in the configuration.
   """
   digest = hashlib.sha256(tokenizer.fingerprint.encode())
   for split, texts in splits.items():

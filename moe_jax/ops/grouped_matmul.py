@@ -1,4 +1,4 @@
-"""The feed-forward network of every expert on its own rows, where the rows are sorted by expert."""
+"""Applies each expert's feed-forward network to its own rows, which are sorted by expert."""
 
 import functools
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from jax import lax
 
 from moe_jax.types import Array
 
-BLOCK = 128  # rows of one expert that are multiplied at once on CPU
+BLOCK = 128  # the rows of one expert that the CPU multiplies at once
 _ROWS_BY_MATRIX, _ROWS_BY_TRANSPOSED, _SUM_OVER_ROWS = (
   (((rows_axis,), (other_axis,)), ((), ())) for rows_axis, other_axis in ((1, 0), (1, 1), (0, 0))
 )
@@ -23,15 +23,18 @@ def grouped_ffn(
   w_out_EFD: Array,
   group_sizes_E: Array,
 ) -> Array:
-  """`out[m] = activation(*(rows[m] @ w[e] for w in w_in)) @ w_out[e]` for the `group_sizes_E[e]` rows of
-  expert e, which follow those of e-1. `w_in` are [E, D, F], and `activation` maps zeros to zeros.
+  """Returns `out[m] = activation(*(rows[m] @ w[e] for w in w_in)) @ w_out[e]`, where e is the expert of row m.
 
-  At least BLOCK rows must follow the last group: the CPU's last block reaches into them, and the caller
-  appends them for nothing where it gathers the rows. They give zero and have zero gradient.
+  Expert e has `group_sizes_E[e]` rows, which follow those of expert e-1. The arrays of `w_in` are [E, D, F].
+  `activation` must map zeros to zeros.
 
-  On CPU this is a loop over blocks of rows, since XLA:CPU multiplies every expert with every row for
-  `ragged_dot`. A block goes through the whole network and, backward, through all its products: with one
-  such loop per product, whose [M, F] results go through memory, a training step takes 1.2 times as long.
+  At least BLOCK rows must follow the last group, because the CPU's last block extends into them. A caller that
+  gathers the rows can append them at no cost. Their output and their gradient are zero.
+
+  On CPU, this is a loop over blocks of rows, because XLA:CPU multiplies every expert with every row for
+  `ragged_dot`. Each block passes through the whole network, and in the backward pass through all of its products.
+  With one loop per product instead, the [M, F] results go through memory, and a training step takes 1.2 times as
+  long.
   """
   return _fwd(activation, rows_MD, w_in, w_out_EFD, group_sizes_E)[0]
 
@@ -89,14 +92,16 @@ def _write(outs, blocks, start):
 
 
 def _clear_tail(out_MD, group_sizes_E):
-  """Zeros for what the last block wrote beyond the last group."""
+  """Sets the rows to zero that the last block wrote beyond the last group."""
   zeros = jnp.zeros((BLOCK, out_MD.shape[1]), out_MD.dtype)
   return lax.dynamic_update_slice_in_dim(out_MD, zeros, jnp.sum(group_sizes_E), 0)
 
 
 def _for_blocks(size, start, block, carry):
-  """`carry = block(first row, rows left, carry)` for every block of one expert's rows. Its last block
-  reaches into the next expert's rows: the results there are overwritten by that expert's own."""
+  """Runs `carry = block(first row, rows left, carry)` for every block of one expert's rows.
+
+  The last block extends into the next expert's rows. That expert overwrites the results there.
+  """
   step = lambda b, carry: block(start + b * BLOCK, size - b * BLOCK, carry)
   return lax.fori_loop(0, (size + BLOCK - 1) // BLOCK, step, carry)
 

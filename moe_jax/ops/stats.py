@@ -1,7 +1,7 @@
-"""What is measured of a routing: load, MaxVio, entropy, drops, dead experts, specialisation.
+"""Routing statistics: load, MaxVio, entropy, drops, dead experts, specialisation.
 
-All functions take counts, which add over batches, layers' leading axes allowed, and give ratios. An
-average of ratios over batches is not the ratio over the whole set: sum the counts first.
+All functions take counts and return ratios. Counts may have leading axes, for example one for layers. The average
+of ratios over batches is not the ratio over the whole set, so sum the counts over batches first.
 """
 
 import jax.numpy as jnp
@@ -12,12 +12,12 @@ DEAD_LOAD_FRACTION = 0.01  # of the fair share 1/E
 
 
 def load(tokens_per_expert_E: Array) -> Array:
-  """Fractions [..., E] that sum to 1; all 0 where nothing was counted."""
+  """Returns fractions [..., E] that sum to 1, or all 0 if nothing was counted."""
   return tokens_per_expert_E / jnp.maximum(tokens_per_expert_E.sum(axis=-1, keepdims=True), 1)
 
 
 def max_vio(tokens_per_expert_E: Array) -> Array:
-  """max(load) / mean(load) - 1, signed (2408.15664): 0 balanced, E/K - 1 collapsed. [...]"""
+  """max(load) / mean(load) - 1, signed (2408.15664): 0 if balanced, E/K - 1 if collapsed. [...]"""
   mean = tokens_per_expert_E.mean(axis=-1)
   return jnp.where(mean > 0, tokens_per_expert_E.max(axis=-1) / jnp.where(mean > 0, mean, 1) - 1, 0.0)
 
@@ -28,7 +28,7 @@ def entropy(probs: Array) -> Array:
 
 
 def load_entropy(tokens_per_expert_E: Array) -> Array:
-  """Entropy of the load over log E: 1 balanced, log K / log E collapsed. 1 for a single expert. [...]"""
+  """Entropy of the load / log E: 1 if balanced, log K / log E if collapsed, 1 for a single expert. [...]"""
   num_experts = tokens_per_expert_E.shape[-1]
   if num_experts == 1:
     return jnp.ones(tokens_per_expert_E.shape[:-1])
@@ -36,7 +36,7 @@ def load_entropy(tokens_per_expert_E: Array) -> Array:
 
 
 def dropped_fraction(tokens_per_expert_E: Array, kept_per_expert_E: Array) -> Array:
-  """Assignments that capacity dropped / assignments before capacity. [...]"""
+  """Assignments dropped by capacity / assignments before capacity. [...]"""
   wanted = tokens_per_expert_E.sum(axis=-1)
   return (wanted - kept_per_expert_E.sum(axis=-1)) / jnp.maximum(wanted, 1)
 
@@ -50,8 +50,8 @@ def dead_experts(tokens_per_expert_E: Array, threshold: float = DEAD_LOAD_FRACTI
 def mutual_information(tokens_per_expert_SE: Array) -> Array:
   """I(domain; expert) in nats from joint counts [..., S, E]: 0 means experts ignore the domain.
 
-  Each domain counts by its share of assignments. A plug-in estimate: biased upward by about
-  (S-1)(E-1) / (2 * assignments), negligible from some thousands of tokens on.
+  Each domain is weighted by its share of assignments. This is a plug-in estimate, biased upward by about
+  (S-1)(E-1) / (2 * assignments). The bias is negligible for more than a few thousand tokens.
   """
   total = jnp.maximum(tokens_per_expert_SE.sum(axis=(-2, -1), keepdims=True), 1)
   joint_SE = tokens_per_expert_SE / total

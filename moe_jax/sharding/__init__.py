@@ -1,4 +1,4 @@
-"""Where arrays live on a mesh of devices, and the exchange between devices."""
+"""How arrays are sharded over a mesh of devices, and the exchange of tokens between devices."""
 
 from moe_jax.sharding.mesh import axis_sizes, check_divides, compiler_options, make_mesh
 from moe_jax.sharding.rules import (

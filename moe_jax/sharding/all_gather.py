@@ -1,8 +1,8 @@
-"""Tokens travel to all devices of the group, each computes its own experts, and the sums travel back.
+"""Gathers all tokens on every device of the group; each device computes its own experts, and the sums are scattered.
 
-A device receives every token of the group once, and not once per expert that it goes to: less than the
-exchange of rows where a token goes to at least as many experts as the group has devices, and the sizes are
-known beforehand.
+A device receives every token of the group once, rather than once per expert that the token chose. This is less
+than the exchange of rows sends if a token chooses at least as many experts as the group has devices, and all
+sizes are known in advance.
 """
 
 import functools
@@ -46,7 +46,7 @@ def _on_device(x_GTD, assignment, experts, group, *, num_experts, capacity):
   own_experts = num_experts // group.size
   gather = lambda x: lax.all_gather(x, group.axis, tiled=True)
   one_group = as_one_group(kept, num_tokens)
-  # Two integers per entry in one message; no expert stands for an entry that is not kept.
+  # Two integers per entry in one message. Expert number E marks an entry that is not kept.
   expert_X = jnp.where(one_group.valid_A, one_group.expert_A, num_experts)
   token_X = one_group.token_A + lax.axis_index(group.axis) * num_groups * num_tokens
   token_X, expert_X = gather(jnp.stack([token_X, expert_X], axis=-1)).T

@@ -1,4 +1,4 @@
-"""Each row travels to the device that holds its expert, and its result back."""
+"""Sends each row to the device that holds its expert, and returns the result."""
 
 import functools
 import math
@@ -59,8 +59,8 @@ def _on_device(x_GTD, assignment, experts, group, *, num_experts, capacity, opti
   one_group = as_one_group(kept, x_GTD.shape[1])
   chunks = _cut(one_group, options.chunks)  # fields [J, entries]
   entries = chunks.valid_A.shape[1]
-  # Chunks are cut between groups where that comes out even: then one has no more rows than its own groups have
-  # slots. Where groups share slots, those of the first chunk may have taken all of them.
+  # If the number of chunks divides the groups, a chunk consists of whole groups and has at most as many rows as
+  # these groups have slots. If groups share slots, the first chunk may fill all of them.
   alone = options.capacity == "group" and num_groups % options.chunks == 0
   groups_of_chunk = num_groups // options.chunks if alone else num_groups
   per_pair, received = capacity.rows(entries, groups_of_chunk, own_experts, group)
@@ -75,7 +75,7 @@ def _on_device(x_GTD, assignment, experts, group, *, num_experts, capacity, opti
   queues = jax.vmap(lambda chunk: make_queues(chunk.expert_A, chunk.valid_A, num_experts))(chunks)
   length_PJE = lax.all_gather(queues.length_E, group.axis)  # one message for all J chunks
   y_YD = jnp.zeros(x_YD.shape, jnp.result_type(x_YD, assignment.weight_A))
-  for i in range(options.chunks):  # nothing of one waits for another: its matmul can hide another's exchange
+  for i in range(options.chunks):  # chunks are independent, so one's matmul can overlap another's exchange
     chunk, queue = jax.tree.map(lambda field, i=i: field[i], (chunks, queues))
     token_X, weight_X = in_queue_order(chunk, queue, num_experts, x_YD.shape[0])
     counts_PPO = length_PJE[:, i].reshape(group.size, group.size, own_experts)
@@ -88,6 +88,6 @@ def _on_device(x_GTD, assignment, experts, group, *, num_experts, capacity, opti
 
 
 def _cut(one_group: Assignment, chunks: int) -> Assignment:
-  """Fields [A] -> [J, A / J], filled up with invalid entries."""
+  """Splits fields [A] into chunks, [J, ceil(A / J)]. Invalid entries fill the last chunk."""
   more = -one_group.valid_A.shape[0] % chunks
   return jax.tree.map(lambda field: jnp.pad(field, (0, more)).reshape(chunks, -1), one_group)

@@ -1,4 +1,4 @@
-"""Which entries an expert keeps, by how many of the groups share its slots."""
+"""Which entries an expert keeps. This depends on which groups share its slots."""
 
 from typing import NamedTuple
 
@@ -14,24 +14,24 @@ SCOPES = ("none", "group", "device", "global")
 
 
 class Capacity(NamedTuple):
-  """Slots of an expert. Groups that share them queue in their order: the entries of the first come first."""
+  """The slots of an expert. Groups that share slots fill them in order: all entries of the first group come first."""
 
-  scope: str  # none: unlimited; group: each routing group has its own; device, global: those of one share
+  scope: str  # none: unlimited; group: one per routing group; device, global: shared by the groups of these devices
   per_group: int
 
   def limit(self, num_groups: int, group: ExpertGroup) -> int:
-    """Slots of one expert for all that share them, with `num_groups` on each device."""
+    """Returns the slots of one expert that its groups share, if each device has `num_groups` groups."""
     sharing = {"group": 1, "device": num_groups, "global": num_groups * group.size}[self.scope]
     return sharing * self.per_group
 
   def rows(self, entries: int, num_groups: int, num_experts: int, group: ExpertGroup) -> tuple[int, int]:
-    """The most rows that one device sends to another, and that one receives of all.
+    """Returns the maximum number of rows that one device sends to another, and that it receives from all devices.
 
     Args:
-      entries: of one device.
-      num_groups: that these are spread over.
-      num_experts: of one device.
-      group: devices that exchange.
+      entries: the number of entries on one device.
+      num_groups: the number of groups that these entries belong to.
+      num_experts: the number of experts on one device.
+      group: the devices that exchange rows.
     """
     if self.scope == "none":
       return entries, group.size * entries
@@ -41,7 +41,7 @@ class Capacity(NamedTuple):
 
 
 def kept_entries(assignment: Assignment, capacity: Capacity, num_experts: int, group: ExpertGroup) -> Array:
-  """kept_GA: valid, and fewer than the limit before it in its expert's queue. Fields [G, A] of one device."""
+  """Returns kept_GA: the valid entries below the limit in their expert's queue. Fields are [G, A] of one device."""
   valid_GA = assignment.valid_A
   if capacity.scope == "none":
     return valid_GA
@@ -60,12 +60,12 @@ def kept_entries(assignment: Assignment, capacity: Capacity, num_experts: int, g
 
 
 def within_budget(device_A: Array, valid_A: Array, num_devices: int, budget: int) -> Array:
-  """Which valid entries are among the first `budget` that go to their device."""
+  """Returns True for the first `budget` valid entries of every destination device, [A]."""
   return valid_A & (_positions(device_A, valid_A, num_devices)[0] < budget)
 
 
 def _positions(expert_A: Array, holds_A: Array, num_experts: int) -> tuple[Array, Array]:
-  """How many earlier entries each finds in its expert's queue (if it is in one), and the queues' lengths."""
+  """Returns each entry's position in its expert's queue (if it is in one), and the lengths of the queues."""
   queues = make_queues(expert_A, holds_A, num_experts)
   start_A = queues.start_E.at[queues.expert_A].get(mode="fill", fill_value=0)
   position_A = jnp.arange(expert_A.shape[0], dtype=jnp.int32) - start_A

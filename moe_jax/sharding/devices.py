@@ -1,4 +1,4 @@
-"""One program per device: its part of tokens, assignments and experts, and what is made of its results."""
+"""Runs a function on each device's part of the tokens, assignments and experts, and combines the results."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from moe_jax.types import Array, Assignment
 
 
 class ExpertGroup(NamedTuple):
-  """The devices that hold all experts between them. `axis` is None without a mesh."""
+  """The devices that together hold all experts. `axis` is None without a mesh."""
 
   axis: str | None
   size: int
@@ -28,14 +28,14 @@ OnDevice = Callable[[Array, Assignment, Experts, ExpertGroup], tuple[Array, Arra
 def on_each_device(
   function: OnDevice, x_GTD: Array, assignment: Assignment, experts: Experts
 ) -> tuple[Array, Array]:
-  """`function` on the part of every device of the mesh in use, by `jax.shard_map`.
+  """Runs `function` on every device of the mesh in use, each with its own part, using `jax.shard_map`.
 
-  Groups are split over the axes of the batch, experts over theirs. Parameters kept in parts (fsdp) are
-  gathered here, so that their gradients are reduced and scattered in one step. Where the experts' hidden
-  width is split (tensor), each device returns a part of the sum, which is added up outside.
+  Groups are split over the batch axes, and experts over the expert axis. Parameters that are sharded over fsdp are
+  gathered here, so that their gradients come back with one reduce-scatter. If the experts' hidden width is split
+  (tensor), each device returns a partial sum, and the partial sums are added outside.
 
   Raises:
-    InputError: the mesh does not divide the groups or the experts.
+    InputError: if the mesh does not divide the number of groups or experts.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
@@ -43,7 +43,7 @@ def on_each_device(
   (expert_axis,), (hidden_axis,) = sharding.RULES["expert"], sharding.RULES["mlp"]
   _check(mesh, x_GTD.shape[0], experts.num_experts, expert_axis)
   group = ExpertGroup(expert_axis, mesh.shape[expert_axis])
-  parts = mesh.shape[hidden_axis]  # of the sum that a row's output is
+  parts = mesh.shape[hidden_axis]  # partial sums per row
 
   by_group = sharding.partition_spec(("group",))
   weight_specs = tuple(sharding.partition_spec(axes) for axes in experts.axes)
@@ -68,7 +68,7 @@ def on_each_device(
 
 
 def _whole(w: Array, spec: PartitionSpec) -> Array:
-  """One device's part of a matrix, with the dimension that is only kept in parts gathered."""
+  """Returns one device's part of a matrix, gathered along the dimension that is sharded only for storage."""
   kept_in_parts = {axis for name in sharding.KEPT_IN_PARTS for axis in sharding.RULES[name]}
   for dimension, axis in enumerate(spec):
     if axis in kept_in_parts and lax.axis_size(axis) > 1:

@@ -1,9 +1,9 @@
-"""Dispatchers by name, those of one program and those that spell the exchange between devices.
+"""All dispatchers by name: those that leave the exchange between devices to XLA, and those that write it out.
 
   einsum, sorted           capacity buffers; XLA's partitioner inserts the all-to-alls (GShard, 2006.16668)
-  dropless[:OPTIONS]       no capacity; devices sort their own tokens, rows travel to their experts and back
+  dropless[:OPTIONS]       no capacity; devices sort their own tokens, send rows to the experts' devices and back
   all_to_all[:OPTIONS]     the same exchange with a capacity
-  all_gather[:OPTIONS]     tokens travel to every device of the expert group, for small groups
+  all_gather[:OPTIONS]     sends tokens to every device of the expert group; for small groups
 
 Every one has the signature of `moe_jax.ops.dispatch`; the last three hand each device its part of the experts' weights. docs/adr/0006 has the reasons.
 """
@@ -23,7 +23,7 @@ from moe_jax.sharding.exchange import FORMS
 
 
 class Dispatcher(NamedTuple):
-  """What must be known of a dispatcher."""
+  """A dispatcher and its properties."""
 
   dispatch: Callable  # see moe_jax/ops/dispatch/__init__.py
   never_drops: bool = False
@@ -44,20 +44,22 @@ def sorted_() -> Dispatcher:
 def all_to_all(
   capacity: str = "group", chunks: int = 1, buffer_factor: float = 0.0, exchange: str = "auto"
 ) -> Dispatcher:
-  """Rows travel to the devices that hold their experts.
+  """Rows are sent to the devices that hold their experts.
 
   Args:
-    capacity: who shares an expert's slots: each routing `group` has its own, or those of all groups of one
-      `device`, or of the expert group of devices (`global`, MiniMax-01's global router, 2501.08313) are one
-      pool that groups draw on in their order; `none`: no limit. Only `group` and `none` give the same on any
-      mesh.
-    chunks: parts that a device's entries are exchanged in, so that one's matmul can hide another's exchange.
-    buffer_factor: with b > 0, a device sends another at most b times its fair share of a chunk's entries;
-      later ones drop. Memory is then bounded too. 0: room for all that can come.
-    exchange: `ragged` sends what there is; `padded` buffers of a fixed size, on devices without the former.
+    capacity: which groups share an expert's slots. `group`: each routing group has its own slots. `device`: the
+      groups of one device share theirs. `global`: all groups of the expert group of devices share theirs
+      (MiniMax-01's global router, 2501.08313). Groups fill shared slots in order. `none`: no limit. Only `group`
+      and `none` give the same results on every mesh.
+    chunks: the number of parts in which a device exchanges its entries, so that the matmul of one part can overlap
+      with the exchange of another.
+    buffer_factor: if b > 0, a device sends to another at most b times its fair share of a chunk's entries, and
+      later entries drop. This also bounds the memory. 0: buffers have room for all rows that can arrive.
+    exchange: `ragged` sends only the rows that exist. `padded` sends buffers of a fixed size, for devices without
+      a ragged exchange. `auto`: padded on CPU, otherwise ragged.
 
   Raises:
-    InputError: a value that is not one of these.
+    InputError: if an option has any other value.
   """
   require_option("dispatcher all_to_all", "capacity", capacity, SCOPES)
   require_option("dispatcher all_to_all", "exchange", exchange, FORMS)
@@ -71,12 +73,12 @@ def all_to_all(
 
 
 def dropless(chunks: int = 1, buffer_factor: float = 0.0, exchange: str = "auto") -> Dispatcher:
-  """`all_to_all` without a capacity. On one device, the grouped product over all sorted tokens."""
+  """`all_to_all` without a capacity. On one device, this is the grouped product over all sorted tokens."""
   return all_to_all("none", chunks, buffer_factor, exchange)
 
 
 def all_gather(capacity: str = "none") -> Dispatcher:
-  """Tokens travel to all devices of the expert group. `capacity`: as in `all_to_all`."""
+  """Tokens are sent to all devices of the expert group. `capacity` is the same as in `all_to_all`."""
   require_option("dispatcher all_gather", "capacity", capacity, SCOPES)
   dispatch = functools.partial(all_gather_dispatch, scope=capacity)
   return Dispatcher(dispatch, capacity == "none", spells_exchange=True)

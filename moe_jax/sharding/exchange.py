@@ -1,8 +1,8 @@
-"""Rows to the devices that hold their experts, and back.
+"""Sends rows to the devices that hold their experts, and back.
 
-P devices form an expert group and hold O experts each, so fields [P, O] say something of expert o of device
-p. A device keeps what it sends sorted by device and expert. What it receives is sorted by expert, then by
-sender: the order that the grouped product wants, so nothing is moved again after the exchange.
+P devices form an expert group and hold O experts each. Fields [P, O] are about expert o of device p. A device
+sorts the rows it sends by device and expert. The rows it receives are sorted by expert, then by sender. The grouped
+product needs this order, so no rows are moved after the exchange.
 """
 
 import functools
@@ -18,17 +18,17 @@ FORMS = ("auto", "ragged", "padded")
 
 
 class Plan(NamedTuple):
-  """Which rows one device sends and receives: one slice for each device and expert. All int32 [P, O]."""
+  """The rows that one device sends and receives: one slice per device and expert. All fields are int32 [P, O]."""
 
-  send_start_PO: Array  # where the rows for device p begin here
+  send_start_PO: Array  # where the rows for device p begin on this device
   send_size_PO: Array
-  there_start_PO: Array  # where those rows begin on device p, once there
-  recv_start_PO: Array  # where the rows from device p begin here
+  there_start_PO: Array  # where the rows for device p begin there, after the exchange
+  recv_start_PO: Array  # where the rows from device p begin on this device
   recv_size_PO: Array
-  from_start_PO: Array  # where those rows began on device p
+  from_start_PO: Array  # where the rows from device p began there, before the exchange
 
   def back(self) -> "Plan":
-    """Every row to where it came from."""
+    """Returns the plan that sends every row back to where it came from."""
     return Plan(
       self.recv_start_PO,
       self.recv_size_PO,
@@ -40,7 +40,7 @@ class Plan(NamedTuple):
 
 
 def make_plan(counts_PPO: Array, me: Array | int) -> Plan:
-  """The plan of device `me`. `counts_PPO[p, q, o]`: rows that device p has for expert o of device q."""
+  """Returns the plan of device `me`. `counts_PPO[p, q, o]`: the rows of device p for expert o of device q."""
   by_device = _starts(counts_PPO)
   by_expert = _starts(counts_PPO.transpose(1, 2, 0)).transpose(2, 0, 1)
   return Plan(
@@ -49,18 +49,18 @@ def make_plan(counts_PPO: Array, me: Array | int) -> Plan:
 
 
 def _starts(size_PXY: Array) -> Array:
-  """Where each slice begins if those of a device follow each other, in the order of the last two axes."""
+  """Returns where each slice begins if a device's slices are contiguous, in the order of the last two axes."""
   flat = size_PXY.reshape(size_PXY.shape[0], -1)
   return (jnp.cumsum(flat, axis=1, dtype=jnp.int32) - flat).reshape(size_PXY.shape)
 
 
 class Shape(NamedTuple):
-  """What the compiler must know of an exchange. The caller guarantees the numbers of rows as upper bounds."""
+  """The static description of an exchange. The caller guarantees that the numbers of rows are upper bounds."""
 
   axis: str  # the mesh axis of the expert group
-  form: str  # one of FORMS; auto: padded on CPU, which has no ragged exchange, else ragged
-  rows_here: int  # of the operand
-  rows_there: int  # of the result
+  form: str  # one of FORMS; auto: padded on CPU, which has no ragged exchange, otherwise ragged
+  rows_here: int  # rows of the operand
+  rows_there: int  # rows of the result
   rows_per_pair: int  # from any device to any other; only the padded form reads it
 
   def back(self) -> "Shape":
@@ -69,9 +69,9 @@ class Shape(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def exchange(rows_MD: Array, plan: Plan, shape: Shape) -> Array:
-  """The received rows [rows_there, D] of this device; zeros where nothing arrives.
+  """Returns the rows that this device receives, [rows_there, D], with zeros where nothing arrives.
 
-  Inside `jax.shard_map`. The gradient is the same exchange the other way, and needs no message about offsets.
+  Call this inside `jax.shard_map`. The gradient is the reverse exchange, and no offsets are communicated for it.
   """
   if shape.form == "padded":
     return _padded(rows_MD, plan, shape)
@@ -88,7 +88,7 @@ exchange.defvjp(
 
 
 def ragged_arguments(plan: Plan) -> tuple[Array, Array, Array, Array]:
-  """Input offsets, send sizes, output offsets (on the receivers), receive sizes of `ragged_all_to_all`."""
+  """Returns input offsets, send sizes, output offsets (on the receivers) and receive sizes for `ragged_all_to_all`."""
   fields = plan.send_start_PO, plan.send_size_PO, plan.there_start_PO, plan.recv_size_PO
   return tuple(field.reshape(-1) for field in fields)
 
@@ -99,7 +99,7 @@ def _ragged(rows_MD, plan, shape):
 
 
 def _padded(rows_MD, plan, shape):
-  """Each pair of devices exchanges a buffer of `rows_per_pair` rows, whatever is in it."""
+  """Each pair of devices exchanges a buffer of `rows_per_pair` rows, however many of them are used."""
   from_PX = padded_index(plan.send_start_PO, plan.send_size_PO, shape.rows_per_pair, shape.rows_here)
   to_PX = padded_index(plan.recv_start_PO, plan.recv_size_PO, shape.rows_per_pair, shape.rows_there)
   sent_PXD = rows_MD.at[from_PX].get(mode="fill", fill_value=0)
@@ -109,7 +109,7 @@ def _padded(rows_MD, plan, shape):
 
 
 def padded_index(start_PO: Array, size_PO: Array, rows: int, nowhere: int) -> Array:
-  """[P, rows]: the slices of each device one behind the other, as row numbers; `nowhere` behind the last."""
+  """Returns the row numbers of each device's concatenated slices, [P, rows], followed by `nowhere`."""
 
   def of_device(start_O, size_O):
     end_O = jnp.cumsum(size_O, dtype=jnp.int32)

@@ -1,4 +1,4 @@
-"""The mesh: how many devices along each axis, where each device stands, and what a model must divide into."""
+"""The mesh: its size along each axis, the placement of devices, and the sizes of a model that it must divide."""
 
 import math
 from collections.abc import Sequence
@@ -13,23 +13,23 @@ from moe_jax.sharding.rules import BATCH_AXES, MESH_AXES
 
 
 def compiler_options(platform: str) -> dict[str, str]:
-  """What the steps are compiled with, beyond the compiler's defaults."""
+  """Returns the compiler options for the steps that differ from the compiler's defaults."""
   if platform != "tpu":
     return {}
   return {
-    # Otherwise the partitioner turns gathers and the products behind them into rings of permutes: four times as long
-    # to compile, and no collective is where the rules say it is.
+    # By default, the partitioner turns gathers and the products after them into rings of permutes. Compilation then
+    # takes four times as long, and the collectives are not those that the rules describe.
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
-    # Otherwise the layers' stacked parameters are cast in front of the loop, and a second copy of all is kept.
+    # By default, the layers' stacked parameters are cast before the loop, which keeps a second copy of them all.
     "xla_jf_bf16_propagation": "false",
   }
 
 
 def axis_sizes(config: MeshConfig, num_devices: int, fewer: bool = False) -> dict[str, int]:
-  """Devices along each mesh axis, -1 filled in. `fewer`: a mesh may leave devices out.
+  """Returns the number of devices along each mesh axis, with -1 replaced. `fewer`: the mesh may use fewer devices.
 
   Raises:
-    InputError: an axis is 0 or less than -1, or the axes do not multiply to the number of devices.
+    InputError: if an axis is 0 or less than -1, or the axes do not multiply to the number of devices.
   """
   config.check()
   sizes = {name: getattr(config, name) for name in MESH_AXES}
@@ -47,13 +47,14 @@ def axis_sizes(config: MeshConfig, num_devices: int, fewer: bool = False) -> dic
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """The mesh of `config` over `devices`: all of all processes, or those of a topology that is only compiled for.
+  """Returns the mesh of `config` over `devices`. The default is all devices of all processes.
 
-  Without `devices`, a single process may ask for fewer than it has and gets the first ones. Where the devices say
-  which slice they are in, `slice` goes over slices and every other axis stays inside one.
+  `devices` may be those of a topology that is only compiled for. Without `devices`, a single process may ask for
+  fewer devices than it has, and gets the first ones. If devices have a slice index, the axis `slice` goes over
+  slices, and every other axis stays inside one slice.
 
   Raises:
-    InputError: the axes do not multiply to the number of devices, or `slice` not to the number of slices.
+    InputError: if the axes do not multiply to the number of devices, or `slice` is not the number of slices.
   """
   fewer = devices is None and jax.process_count() == 1
   devices = list(jax.devices() if devices is None else devices)
@@ -62,7 +63,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
   shape, auto = tuple(sizes.values()), (AxisType.Auto,) * len(sizes)
   num_slices = len({getattr(device, "slice_index", 0) for device in devices})
   if num_slices == 1:
-    # An axis may take a part of a torus dimension, so every mesh that multiplies to the devices can be laid.
+    # An axis may use part of a torus dimension, so every mesh with the right number of devices can be placed.
     grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, MESH_AXES, axis_types=auto)
   if sizes["slice"] != num_slices:
@@ -75,13 +76,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 def check_divides(
   mesh: Mesh | AbstractMesh, model: ModelConfig, *, micro_batch: int, num_groups: int
 ) -> None:
-  """Raises `InputError` where the mesh does not divide what it has to split.
+  """Raises `InputError` if the mesh does not divide a size that it splits.
 
   Args:
-    mesh: with the axes `MESH_AXES`.
+    mesh: has the axes `MESH_AXES`.
     model: its experts, heads, hidden widths and model dimension are split.
-    micro_batch: sequences of each micro-batch.
-    num_groups: routing groups of each micro-batch.
+    micro_batch: the number of sequences in each micro-batch.
+    num_groups: the number of routing groups in each micro-batch.
   """
   parts = math.prod(mesh.shape[name] for name in BATCH_AXES)
   given = " x ".join(f"{name}={mesh.shape[name]}" for name in BATCH_AXES if mesh.shape[name] > 1)

@@ -1,8 +1,8 @@
-"""Logical axes -> mesh axes. The only file that spells mesh axes.
+"""Maps logical axes to mesh axes. This is the only file that names mesh axes.
 
-Parameters and activations name their logical axes; `RULES` says where each goes, and `scripts/sharding_table.py`
-prints what that makes of every tensor. The mesh has automatic axis types: maths files stay free of shardings and
-XLA's partitioner inserts collectives (docs/adr/0002).
+Parameters and activations name their logical axes. `RULES` maps each to mesh axes, and `scripts/sharding_table.py`
+prints the resulting sharding of every tensor. The mesh has automatic axis types, so the mathematical code contains
+no shardings, and XLA's partitioner inserts the collectives (docs/adr/0002).
 """
 
 import functools
@@ -15,29 +15,29 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # The mesh axes, from the slowest links to the fastest. All but `tensor` split the batch:
-#   slice   across slices of a pod, or nodes: only gradients cross it
+#   slice   slices of a pod, or nodes: only gradients are communicated across it
 #   data    replicas of the parameters
-#   fsdp    parameters and optimizer state are kept in parts, and gathered layer by layer where they are used
-#   expert  each device holds some of the experts; tokens travel to them and back
+#   fsdp    parameters and optimizer state are sharded, and gathered layer by layer where they are used
+#   expert  each device holds some of the experts; tokens are sent there and back
 #   tensor  heads, the experts' and dense hidden dimensions, the vocabulary
 MESH_AXES = ("slice", "data", "fsdp", "expert", "tensor")
 BATCH_AXES = ("slice", "data", "fsdp", "expert")
 
-# Logical axes that are not named here are whole on every device.
+# Logical axes that are not listed here are not split.
 RULES: dict[str, tuple[str, ...]] = {
   "batch": BATCH_AXES,  # sequences
   "group": BATCH_AXES,  # routing groups: parts of sequences, in the same order
   "expert": ("expert",),
-  "embed": ("fsdp",),  # of parameters, where they are kept; see `gathered`
+  "embed": ("fsdp",),  # of parameters, as they are stored; see `gathered`
   "mlp": ("tensor",),
   "heads": ("tensor",),
   "kv_heads": ("tensor",),
   "vocab": ("tensor",),
 }
-# Whole where the mesh does not divide them: a vocabulary is what it is, and key-value heads are few. Anything
-# else that does not divide is refused by `check_divides`.
+# These are not split if the mesh does not divide them: the size of a vocabulary is given, and key-value heads are
+# few. `check_divides` rejects any other size that the mesh does not divide.
 WHERE_IT_FITS = ("kv_heads", "vocab")
-KEPT_IN_PARTS = ("embed",)  # split where a parameter is kept, whole where it is used
+KEPT_IN_PARTS = ("embed",)  # split where a parameter is stored, whole where it is used
 
 
 def partition_spec(
@@ -45,14 +45,16 @@ def partition_spec(
   shape: Sequence[int] | None = None,
   sizes: Mapping[str, int] | None = None,
 ) -> PartitionSpec:
-  """Mesh axes for each logical axis; a mesh axis that an earlier dimension took is not used again.
+  """Returns the mesh axes of each logical axis. A mesh axis that an earlier dimension uses is not used again.
 
-  So ("group", "embed") is split over all axes of the batch, and ("expert", "group", ...) over expert by its first
-  dimension and over the others by its second: going from one to the other is the all-to-all.
+  For example, the first dimension of ("group", "embed") is split over all batch axes. ("expert", "group", ...) is
+  split over expert in its first dimension and over the other batch axes in its second. Changing from one to the
+  other is the all-to-all.
 
   Args:
-    logical_axes: one per dimension; None is whole.
-    shape, sizes: of the array and of the mesh; with them, axes in `WHERE_IT_FITS` are whole where they do not fit.
+    logical_axes: one per dimension; None is not split.
+    shape: the shape of the array. With it, axes in `WHERE_IT_FITS` are not split if the mesh does not divide them.
+    sizes: the sizes of the mesh axes, needed with `shape`.
   """
   taken: set[str] = set()
   spec = []
@@ -66,7 +68,7 @@ def partition_spec(
 
 
 def constrain(x: jax.Array, logical_axes: tuple[str | None, ...]) -> jax.Array:
-  """Asks XLA for the layout of `logical_axes` on the mesh in use (`jax.set_mesh`); without one, `x`."""
+  """Constrains `x` to the layout of `logical_axes` on the mesh in use (`jax.set_mesh`). Without a mesh, returns `x`."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return x
@@ -74,7 +76,7 @@ def constrain(x: jax.Array, logical_axes: tuple[str | None, ...]) -> jax.Array:
 
 
 def in_use(logical_axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
-  """The logical axes of a parameter where it is multiplied: whole along what is only kept in parts."""
+  """Returns the logical axes of a parameter where it is used: not split along axes that are split only for storage."""
   return tuple(None if name in KEPT_IN_PARTS else name for name in logical_axes)
 
 
@@ -83,14 +85,15 @@ def _gathered(w: jax.Array, logical_axes: tuple[str | None, ...]) -> jax.Array:
   return constrain(w, in_use(logical_axes))
 
 
-# The rule of `constrain` would ask for the whole gradient on every device, and a scan over layers would stack those.
+# The derivative of `constrain` would put the whole gradient on every device, and a scan over layers would stack these.
 _gathered.defvjp(lambda w, axes: (_gathered(w, axes), None), lambda axes, _, d_w: (constrain(d_w, axes),))
 
 
 def gathered(w: jax.Array, logical_axes: tuple[str | None, ...]) -> jax.Array:
-  """A parameter, kept in parts over fsdp, whole for its use; its gradient comes back in parts.
+  """Gathers a parameter that is sharded over fsdp, for its use. Its gradient is sharded again.
 
-  Cast it before: half the bytes travel. Inside a scan over layers, one layer's parameters are whole at a time.
+  Cast the parameter first, so that half the bytes are sent. Inside a scan over layers, only one layer's parameters
+  are gathered at a time.
   """
   sizes = jax.sharding.get_abstract_mesh().shape
   axes = [a for name in logical_axes if name in KEPT_IN_PARTS for a in RULES[name]]
@@ -100,16 +103,16 @@ def gathered(w: jax.Array, logical_axes: tuple[str | None, ...]) -> jax.Array:
 
 
 def on_one_cpu() -> bool:
-  """Whether the program being traced runs on a single CPU device: there is no exchange to prepare."""
+  """Returns whether the program being traced runs on a single CPU device, where there is no exchange to prepare."""
   mesh = jax.sharding.get_abstract_mesh()
   return jax.default_backend() == "cpu" and (mesh.empty or mesh.size == 1)
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:
-  """A tree like `state` with a NamedSharding for each array.
+  """Returns a tree like `state` with a NamedSharding for each array.
 
-  Variables that name logical axes follow the rules, and so do an optimizer's moments, which keep their
-  parameter's names. Stacked layers have one more axis in front. Everything else is replicated.
+  Variables that name logical axes follow the rules. So do an optimizer's moments, because they keep the names of
+  their parameter. Stacked layers have one more axis in front. Everything else is replicated.
   """
 
   def of_leaf(leaf):
@@ -130,5 +133,5 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Of arrays with a leading batch axis."""
+  """Returns the sharding of arrays with a leading batch axis."""
   return NamedSharding(mesh, partition_spec(("batch",)))

@@ -1,4 +1,4 @@
-"""Orbax checkpoints of a train state, with the position in the data beside it."""
+"""Orbax checkpoints of a train state and the position in the data."""
 
 import os
 import pathlib
@@ -14,14 +14,14 @@ from moe_jax.types import PyTree
 class Checkpoints:
   """The checkpoints of one run: saved in the background, restored onto any mesh.
 
-  Every process saves the parts that its devices hold, so all call the same methods in the same order.
+  Every process saves the parts that its devices hold, so all processes must call the same methods in the same order.
 
   Args:
-    folder: made when the first checkpoint is saved; all processes must see the same one.
-    keep: how many of the newest to keep.
+    folder: created when the first checkpoint is saved; all processes must see the same folder.
+    keep: how many of the newest checkpoints to keep.
 
   Raises:
-    InputError: the processes see different checkpoints in it.
+    InputError: if the processes see different checkpoints in the folder.
   """
 
   def __init__(self, folder: str | os.PathLike[str], keep: int = 2):
@@ -36,18 +36,18 @@ class Checkpoints:
 
   @property
   def latest_step(self) -> int | None:
-    """The step of the newest whole checkpoint."""
+    """The step of the newest complete checkpoint, or None."""
     return self._manager.latest_step()
 
   def save(self, step: int, state: PyTree, extra: dict[str, Any]) -> None:
-    """Saves `state` (arrays) and `extra` (JSON values). A step that is already saved is left alone."""
+    """Saves `state` (arrays) and `extra` (JSON values). Does nothing if the step is already saved."""
     if step == self.latest_step:
       return
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra))
     self._manager.save(step, args=items)
 
   def restore(self, abstract_state: PyTree, shardings: PyTree) -> tuple[PyTree, dict[str, Any]]:
-    """(state, extra) of the newest checkpoint, each array laid out by its entry in `shardings`."""
+    """Returns (state, extra) of the newest checkpoint, with each array laid out by its entry in `shardings`."""
     target = jax.tree.map(
       lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
       abstract_state,
@@ -58,6 +58,6 @@ class Checkpoints:
     return restored.state, restored.extra
 
   def close(self) -> None:
-    """Waits for saves that are under way."""
+    """Waits for pending saves to finish and closes the manager."""
     self._manager.wait_until_finished()
     self._manager.close()

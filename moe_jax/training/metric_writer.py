@@ -1,7 +1,7 @@
-"""Where metrics go: JSON lines, TensorBoard event files, or both. Imports no jax; takes its arrays.
+"""Writes metrics to JSON lines, TensorBoard event files, or both. Accepts JAX arrays without importing JAX.
 
 A metric is a scalar, a vector with one value per layer [R], or a matrix such as tokens per expert
-[R, E]. `write` turns arrays into numpy, so on an accelerator it waits for the step that made them.
+[R, E]. `write` converts arrays to numpy, so on an accelerator it waits for the step that computes them.
 """
 
 import abc
@@ -17,19 +17,19 @@ import numpy as np
 
 from moe_jax.errors import InputError
 
-# JSON has no literal for these. Strings keep which one it was, and any JSON reader takes them.
+# JSON has no literal for these. Strings preserve the value, and any JSON reader accepts them.
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class MetricWriter(abc.ABC):
-  """Takes the metrics of a step. A context manager: leaving it closes the files."""
+  """Records the metrics of steps. It is a context manager that closes the files on exit."""
 
   @abc.abstractmethod
   def write(self, step: int, metrics: Mapping[str, Any]) -> None:
     """Records scalars and arrays under their names. A step may be written more than once."""
 
   def close(self) -> None:
-    """Closes the files; a second call does nothing."""
+    """Closes the files. A second call does nothing."""
 
   def __enter__(self) -> Self:
     return self
@@ -41,14 +41,14 @@ class MetricWriter(abc.ABC):
 class JsonlWriter(MetricWriter):
   """Appends one JSON object per `write` to a file: `{"step": 10, "loss": 2.5, "max_vio": [0.1, 0.2]}`.
 
-  Non-finite floats become the strings "NaN", "Infinity" and "-Infinity"; `read_jsonl` turns them back.
-  Every line is flushed, so a killed run loses at most the line it was writing, which the next
-  opening removes.
+  Non-finite floats become the strings "NaN", "Infinity" and "-Infinity"; `read_jsonl` converts them back.
+  Every line is flushed, so a killed run loses at most the line that it was writing. The incomplete line is removed
+  when the file is next opened.
 
   Args:
-    path: the file; it and its folders are made if absent.
-    resume_step: the last step that the restored checkpoint holds. Lines of later steps are removed, for
-      the run will write them again. None: keep every whole line.
+    path: the file; it and its folders are created if absent.
+    resume_step: the step of the restored checkpoint. Lines of later steps are removed, because the run will
+      write them again. None: keep every complete line.
   """
 
   def __init__(self, path: str | os.PathLike[str], *, resume_step: int | None = None):
@@ -70,15 +70,15 @@ class JsonlWriter(MetricWriter):
 
 
 class TensorBoardWriter(MetricWriter):
-  """Writes event files that TensorBoard reads.
+  """Writes event files for TensorBoard.
 
-  A scalar `loss` is the tag `loss`; a vector `max_vio` [R] is the scalars `max_vio/layer_0`, ...; a matrix
-  `tokens_per_expert` [R, E] is one histogram over its E values per row, `tokens_per_expert/layer_0`, ...
-  Rows with non-finite values have no histogram.
+  A scalar `loss` becomes the tag `loss`. A vector `max_vio` [R] becomes the scalars `max_vio/layer_0`, ... A matrix
+  `tokens_per_expert` [R, E] becomes one histogram over E values per row, `tokens_per_expert/layer_0`, ...
+  Rows with non-finite values get no histogram.
 
   Args:
     directory: the folder of the event files.
-    resume_step: as in `JsonlWriter`; TensorBoard is told to forget events of later steps.
+    resume_step: as in `JsonlWriter`; TensorBoard discards events of later steps.
   """
 
   def __init__(self, directory: str | os.PathLike[str], *, resume_step: int | None = None):
@@ -126,18 +126,18 @@ class MultiWriter(MetricWriter):
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-  """The lines of a metrics file as dicts, non-finite floats restored.
+  """Returns the lines of a metrics file as dicts, with non-finite floats restored.
 
-  A last line without its newline is what a killed run left: it is skipped.
+  A last line without a newline, left by a killed run, is skipped.
 
   Raises:
-    InputError: another line is not a JSON object with an integer "step"; says which.
+    InputError: if any other line is not a JSON object with an integer "step"; the message names the line.
   """
   return [_restore(line) for _, line in _lines(pathlib.Path(path))]
 
 
 def to_numpy(name: str, value: Any) -> np.ndarray:
-  """Any number or array of numbers as numpy; types that numpy lacks (bfloat16) become float32."""
+  """Converts a number or an array of numbers to numpy. Types that numpy lacks (bfloat16) become float32."""
   array = np.asarray(value)
   if array.dtype.kind not in "biuf":
     try:
@@ -148,7 +148,7 @@ def to_numpy(name: str, value: Any) -> np.ndarray:
 
 
 def _to_json(array: np.ndarray) -> Any:
-  """Nested lists of Python numbers that `json.dumps(allow_nan=False)` takes."""
+  """Converts to nested lists of Python numbers that `json.dumps(allow_nan=False)` accepts."""
   if array.dtype.kind != "f" or np.isfinite(array).all():
     return array.tolist()
 
@@ -172,12 +172,12 @@ def _restore(x: Any) -> Any:
 
 
 def _lines(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
-  """(text with its newline, parsed object) of every whole line."""
+  """Returns (text with its newline, parsed object) for every complete line."""
   lines = []
   with path.open(encoding="utf-8", newline="\n", errors="replace") as file:
     for number, text in enumerate(file, start=1):
       if not text.endswith("\n"):
-        break  # torn by a kill
+        break  # incomplete, left by a killed run
       try:
         line = json.loads(text)
         if not isinstance(line["step"], int):
@@ -189,7 +189,7 @@ def _lines(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _truncate(path: pathlib.Path, resume_step: int | None) -> None:
-  """Removes a torn last line, and with `resume_step` the lines of later steps. A kill halfway changes nothing."""
+  """Removes an incomplete last line and the lines of steps after `resume_step`. The file is replaced atomically."""
   kept = [text for text, line in _lines(path) if resume_step is None or line["step"] <= resume_step]
   temporary = path.with_name(path.name + ".tmp")
   with temporary.open("w", encoding="utf-8", newline="\n") as file:

@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a progress bar on a terminal, a line now and then elsewhere."""
+"""Shows the progress of training: a progress bar on a terminal, an occasional line otherwise."""
 
 import time
 
@@ -9,10 +9,10 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class TrainingProgress:
-  """Loss, MaxVio, speed and time left of one run after another. A context manager.
+  """Shows loss, MaxVio, speed and remaining time of consecutive runs. It is a context manager.
 
   Args:
-    total_steps: of all runs together; the time left is that of the whole.
+    total_steps: the number of steps of all runs together; the remaining time is for all of them.
     console: where to print; None: the terminal.
   """
 
@@ -41,12 +41,12 @@ class TrainingProgress:
     self._bar.stop()
 
   def start_run(self, label: str, num_steps: int) -> None:
-    """The next run of `num_steps` steps begins."""
+    """Starts the next run, which has `num_steps` steps."""
     self._label, self._steps = label, num_steps
     self._bar.update(self._task, description=label, numbers="compiling")
 
   def finish_run(self) -> None:
-    """The run is done; the next one counts on from here."""
+    """Ends the run. The next run continues the step count."""
     self._done_before += self._steps
     self._bar.update(self._task, completed=self._done_before)
 
@@ -62,10 +62,10 @@ class TrainingProgress:
     if not self.console.is_terminal and due:
       self._last_line = now
       left = ""
-      if tokens_per_second:  # not yet at the first step, whose time is compilation
+      if tokens_per_second:  # not at the first step, whose time is mostly compilation
         left = f"  about {(now - self._started) * (self._total - done) / max(done, 1):.0f} s left"
       self.console.print(f"{self._label}  {numbers}{left}", soft_wrap=True, highlight=False)
 
   def note(self, text: str) -> None:
-    """A line above the bar."""
+    """Prints a line above the bar."""
     self.console.print(text, soft_wrap=True, highlight=False, markup=False)

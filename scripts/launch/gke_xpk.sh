@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# TPU slices of a GKE cluster, through XPK: a workload that runs the same command on all hosts of all slices.
+# TPU slices of a GKE cluster, through XPK: creates a workload that runs the same command on all hosts of all slices.
 #
 #   bash scripts/launch/gke_xpk.sh --cluster=CLUSTER --workload=NAME --type=v5litepod-16 --image=IMAGE -- --preset=tiny
 #   bash scripts/launch/gke_xpk.sh --cluster=CLUSTER --workload=NAME --delete
 #
-#   --cluster=NAME    made before with `xpk cluster create`
-#   --workload=NAME   of this job
+#   --cluster=NAME    an existing cluster, created with `xpk cluster create`
+#   --workload=NAME   the name of this job
 #   --type=TYPE       TPU type of one slice, e.g. v5litepod-16, v5p-128
-#   --slices=1        more than one: multislice; adds --slice_parallelism
-#   --image=IMAGE     base image with Python 3.11 or newer; this checkout is added to it, and installed at the start
-#   --storage=NAME    made before with `xpk storage`; where it is mounted is what --output_dir must be in
-#   --restarts=0      how often to start again when a process dies; the run continues from the last checkpoint
-#   --project=ID --zone=ZONE     default: gcloud's
-#   --script=experiments/load_balancing.py
-#   --delete          end the workload
-#   --dry_run         print the commands, run nothing
-#   --help
+#   --slices=1        number of slices; more than one is multislice and adds --slice_parallelism
+#   --image=IMAGE     base image with Python 3.11 or newer; this checkout is added to it and installed at the start
+#   --storage=NAME    an existing storage, created with `xpk storage`; --output_dir must be in its mount point
+#   --restarts=0      how often to restart when a process dies; the run continues from the last checkpoint
+#   --project=ID --zone=ZONE     default: those of gcloud
+#   --script=experiments/load_balancing.py     the program to run
+#   --delete          delete the workload
+#   --dry_run         print the commands without running them
+#   --help            print this text
 #
-# Written against XPK 1.16.0 (pip install xpk).
+# Written for XPK 1.16.0 (pip install xpk).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/options.sh"
 
@@ -40,7 +40,7 @@ need type image
 if [ "$option_slices" -gt 1 ]; then experiment_flags "--slice_parallelism=$option_slices"; fi
 experiment="$(quoted python3 -u "$option_script" ${arguments[@]+"${arguments[@]}"})"
 restart=()
-# A process whose partner died ends with status 1, which XPK does not start again by itself.
+# If one process dies, the others end with status 1, for which XPK does not restart by default.
 if [ "$option_restarts" -gt 0 ]; then restart=("--max-restarts=$option_restarts" --restart-on-exit-codes=1); fi
 run xpk workload create "${where[@]}" "--tpu-type=$option_type" "--num-slices=$option_slices" \
   "--base-docker-image=$option_image" "--script-dir=$root" ${option_storage:+"--storage=$option_storage"} \

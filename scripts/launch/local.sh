@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Several processes on this machine, joined as on a pod: a demonstration, and a check before renting one.
+# Several processes on this machine, connected as on a pod: for demonstration, and to test a run before renting a pod.
 #
 #   bash scripts/launch/local.sh [OPTIONS] [-- FLAGS OF THE EXPERIMENT]
 #   bash scripts/launch/local.sh -- --preset=tiny --expert_parallelism=2 --output_dir=runs/two_processes
 #
-#   --processes=2     how many
-#   --devices=4       virtual CPU devices of each
-#   --script=experiments/load_balancing.py
-#   --python=PATH     the interpreter; without it .venv is made first, see environment.sh
-#   --dry_run         print the commands, run nothing
-#   --help
+#   --processes=2     number of processes
+#   --devices=4       virtual CPU devices per process
+#   --script=experiments/load_balancing.py     the program to run
+#   --python=PATH     the interpreter; by default, .venv is created first, see environment.sh
+#   --dry_run         print the commands without running them
+#   --help            print this text
 #
-# Each line of output has its process in front. If one process fails, all end, with its status.
+# Each line of output starts with the number of its process. If one process fails, all end, with its exit status.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/options.sh"
 

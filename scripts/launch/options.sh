@@ -1,8 +1,8 @@
-# Sourced by the launchers: reads --name=value options, and runs commands or only prints them.
+# The launchers source this file. It reads --name=value options, and runs commands or prints them.
 #
-#   read_options "name= other_name= switch ..." "$@"    sets $option_name, ...; what follows -- goes to $arguments
-#   need name ...                                       ends with one line if an option is empty
-#   run COMMAND...                                      runs it; with --dry_run prints it as one would type it
+#   read_options "name= other_name= switch ..." "$@"    sets $option_name, ...; puts what follows -- into $arguments
+#   need name ...                                       exits with a one-line error if an option is empty
+#   run COMMAND...                                      runs it; with --dry_run, prints it as one would type it
 
 root="$(CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 arguments=()
@@ -13,7 +13,7 @@ wrong() {
   exit 2
 }
 
-# The comment at the head of the launcher.
+# Prints the comment at the top of the launcher.
 show_help() {
   sed -n '2,/^[^#]/{s/^# \{0,1\}//p;}' "$0"
   exit 0
@@ -82,11 +82,11 @@ need_script() {
   if [ ! -f "$root/$option_script" ]; then wrong "--script=$option_script: no such file in $root"; fi
 }
 
-# Words as one line that a shell reads back.
+# Prints words as one line, quoted for the shell.
 quoted() {
   local line="" word
   for word in "$@"; do
-    # '=' and ',' need no quotes; printf %q would put some
+    # '=' and ',' need no quotes, but printf %q would add them
     case "$word" in
       '' | *[!A-Za-z0-9_./:=,@%+-]*) word="'$(printf '%s' "$word" | sed "s/'/'\\\\''/g")'" ;;
     esac
@@ -105,7 +105,7 @@ run() {
   fi
 }
 
-# The experiment's own flags, with --NAME=VALUE in front unless it is among them.
+# Puts --NAME=VALUE in front of the experiment's flags, unless they contain --NAME.
 experiment_flags() {
   local given=" ${arguments[*]+"${arguments[*]}"} " flag
   for flag in "$@"; do

@@ -3,21 +3,21 @@
 #
 #   bash scripts/launch/slurm.sh --nodes=2 --gpus_per_node=8 [OPTIONS] -- --preset=tiny --output_dir=runs/slurm
 #
-#   --nodes=N
+#   --nodes=N         number of nodes
 #   --gpus_per_node=G
-#   --per=node        one process per node, or per gpu
+#   --per=node        one process per node; --per=gpu: one per GPU
 #   --cpus=4          CPU cores per GPU
-#   --time=01:00:00
-#   --partition=NAME --account=NAME --constraint=NAME     as sbatch takes them
+#   --time=01:00:00   time limit of the job
+#   --partition=NAME --account=NAME --constraint=NAME     passed to sbatch
 #   --python=PATH     default: .venv/bin/python of this checkout, with the extra cuda13
-#   --script=experiments/load_balancing.py
-#   --requeue         start again after a node failure; the run continues from the last checkpoint
-#   --dry_run         print the job's script, submit nothing
-#   --help
+#   --script=experiments/load_balancing.py     the program to run
+#   --requeue         restart after a node failure; the run continues from the last checkpoint
+#   --dry_run         print the job's script without submitting it
+#   --help            print this text
 #
-# JAX counts each node as a slice, so --slice_parallelism=N is added; machines that join several nodes by NVLink need
-# their own number. The checkout and --output_dir must be on a file system that all nodes share. srun of SLURM 22.05
-# and newer does not read the job's --cpus-per-task, so it is given to both.
+# JAX treats each node as a slice, so --slice_parallelism=N is added. Set it yourself if NVLink connects several nodes.
+# The checkout and --output_dir must be on a file system that all nodes share. srun of SLURM 22.05 and newer does not
+# read the job's --cpus-per-task, so both sbatch and srun get it.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/options.sh"
 
@@ -35,7 +35,7 @@ esac
 need_program sbatch "run this on a login node of the cluster"
 if [ "$option_nodes" -gt 1 ]; then experiment_flags "--slice_parallelism=$option_nodes"; fi
 
-# Only the lines whose option is given.
+# Prints the lines for those options that are given.
 optional() {
   local name value
   for name in partition account constraint; do
@@ -61,7 +61,7 @@ job() {
 #SBATCH --output=%x-%j.out
 $(optional)
 cd $(quoted "$root")
-# Processes find each other from SLURM's variables. If one ends in an error, the others do too.
+# Processes find each other through SLURM's variables. If one fails, the others end too.
 srun --label --kill-on-bad-exit=1 --cpus-per-task=$cores $(quoted "$option_python" -u "$option_script" ${arguments[@]+"${arguments[@]}"})
 END
 }

@@ -1,29 +1,29 @@
 #!/usr/bin/env bash
-# A TPU pod slice, or several slices, through gcloud: a queued resource, and the same command on all its hosts.
+# A TPU pod slice, or several, through gcloud: creates a queued resource and runs the same command on all its hosts.
 #
 #   bash scripts/launch/tpu_pod.sh --action=create  --name=NAME --zone=ZONE --type=v5litepod-16
 #   bash scripts/launch/tpu_pod.sh --action=install --name=NAME --zone=ZONE
 #   bash scripts/launch/tpu_pod.sh --action=run     --name=NAME --zone=ZONE -- --preset=tiny --output_dir=/mnt/shared/run
 #   bash scripts/launch/tpu_pod.sh --action=delete  --name=NAME --zone=ZONE
 #
-#   --action=create   ask for the slices, and wait until they are there
+#   --action=create   request the slices, and wait until they are ready
 #            install  copy the last commit of this checkout to all hosts and install it there
-#            run      start the experiment on all hosts; Ctrl-C leaves it running there
-#            stop     end what `run` started
-#            delete   give the slices back
-#   --name=NAME       of the queued resource
+#            run      start the experiment on all hosts; it continues there after Ctrl-C
+#            stop     stop what `run` started
+#            delete   delete the slices
+#   --name=NAME       name of the queued resource
 #   --zone=ZONE       e.g. us-west4-a
-#   --project=ID      default: gcloud's
+#   --project=ID      default: that of gcloud
 #   --type=TYPE       accelerator type of one slice, e.g. v5litepod-16, v5p-128, v6e-64
-#   --runtime=VERSION of the hosts' software; default: Google's for JAX on that type
-#   --slices=1        more than one: multislice; `run` then adds --slice_parallelism
-#   --spot            may be taken away; the same `run` continues from the last checkpoint
-#   --script=experiments/load_balancing.py
-#   --dry_run         print the commands, run nothing
-#   --help
+#   --runtime=VERSION software version of the hosts; default: Google's for JAX on that type
+#   --slices=1        number of slices; more than one is multislice, and `run` then adds --slice_parallelism
+#   --spot            use spot capacity, which may be preempted; the same `run` continues from the last checkpoint
+#   --script=experiments/load_balancing.py     the program to run
+#   --dry_run         print the commands without running them
+#   --help            print this text
 #
 # --output_dir must be a folder that all hosts share (Filestore, or a bucket mounted with gcsfuse). Only `create` and
-# `run` need --slices, and with the same number. Written against Google Cloud SDK 528.0.0.
+# `run` need --slices, with the same number. Written for Google Cloud SDK 528.0.0.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/options.sh"
 
@@ -76,7 +76,7 @@ install() {
     '--command=mkdir -p moe_jax && tar -xzf moe_jax.tar.gz -C moe_jax && cd moe_jax && bash -c "source scripts/environment.sh && prepare_environment tpu"'
 }
 
-# The process keeps running when the connection is lost; its output is in moe_jax/run.log of each host.
+# The process continues if the connection is lost. Its output is in moe_jax/run.log on each host.
 start() {
   if [ "$option_slices" -gt 1 ]; then experiment_flags "--slice_parallelism=$option_slices"; fi
   local experiment

@@ -1,4 +1,4 @@
-"""The training step compiled for devices that are only described."""
+"""Compiles the training step for devices that are described but not present."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Traffic on simulated machines: cases counted by hand, slow loops, conservation, and what compiled programs move."""
+"""Traffic on simulated machines against cases counted by hand, slow loops, conservation, and compiled programs."""
 
 import itertools
 import re

@@ -1,4 +1,4 @@
-"""What is read off compiled programs, against programs whose collectives and products are known."""
+"""Tests the parser of compiled programs on programs whose collectives and products are known."""
 
 import functools
 

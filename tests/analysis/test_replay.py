@@ -1,4 +1,4 @@
-"""A replay of a run's own balancer is that run; of another one, what slow loops over the same logits give."""
+"""Replaying a run's own balancer reproduces the run. Replaying another one matches slow loops over the same logits."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The launchers: what they would run, word for word, and one line for what is wrong."""
+"""The launchers print the exact commands that they would run, and one line for invalid input."""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-"""Start-up without starting: who this process is, who has joined, and which rows it reads."""
+"""Start-up of processes without a real cluster: which process this is, which have joined, and which rows it reads."""
 
 import socket
 import threading

@@ -1,4 +1,4 @@
-"""The arms of the comparisons: every registered method is in one, and every one of them can run."""
+"""The arms of the comparisons: every registered method is in an arm, and every arm can run."""
 
 import dataclasses
 

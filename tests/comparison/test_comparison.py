@@ -1,4 +1,4 @@
-"""The main job: paired arms, one folder, kept work, and one clear line for what is wrong."""
+"""Comparisons: paired arms, one output folder, resumed work, and one-line errors for invalid input."""
 
 import json
 import subprocess

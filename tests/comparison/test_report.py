@@ -1,4 +1,4 @@
-"""The report says what the results say: statistics by hand, verdicts, files that stand alone."""
+"""The report matches the results: statistics computed by hand, verdicts, self-contained files."""
 
 import csv
 import io

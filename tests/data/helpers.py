@@ -1,4 +1,4 @@
-"""Small corpora and slow, obvious restatements of what the pipelines do."""
+"""Small corpora, and slow and obvious reimplementations of the pipelines."""
 
 import dataclasses
 from pathlib import Path

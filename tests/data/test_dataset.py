@@ -1,4 +1,4 @@
-"""Order, resumption and sharing of batches, for every kind of source."""
+"""The order, resumption and division of batches among processes, for every kind of source."""
 
 import numpy as np
 import pytest

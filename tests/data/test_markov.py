@@ -1,4 +1,4 @@
-"""The Markov mixture against plain loops, and its floor against what it must be."""
+"""The Markov mixture compared with plain loops, and its loss floor compared with theory."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Bytes, SentencePiece and Hugging Face tokenizers through the same windows."""
+"""Bytes, SentencePiece and Hugging Face tokenizers produce the same kind of windows."""
 
 import sys
 

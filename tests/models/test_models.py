@@ -1,4 +1,4 @@
-"""Presets are whole, and published models have their published number of parameters."""
+"""Presets are complete, and published models have their published number of parameters."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Later tokens must not reach earlier ones in a language model, unless the router says that they do."""
+"""Later tokens must not affect earlier ones in a language model, unless the router declares that they do."""
 
 import pytest
 

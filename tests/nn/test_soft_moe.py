@@ -1,4 +1,4 @@
-"""Soft MoE (2308.00951) against a loop over slots, and what it means to be soft."""
+"""Soft MoE (2308.00951) compared with a loop over slots, and the properties of soft assignment."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Runs rows of the balancers' laws table: compiled once for all, with values and gradients as numpy."""
+"""Runs rows of the balancers' laws table. Compiles once for all rows; returns values and gradients as numpy."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Runs one row of the routers' laws table: compiled once, with values and gradients as numpy."""
+"""Runs one row of the routers' laws table. Compiles once; returns values and gradients as numpy."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""A router that prefers some experts, to be balanced by a bias alone."""
+"""A router that prefers some experts, which a bias alone must balance."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""The adaptive weight: its rule, what it measures, and that it moves once per optimizer step."""
+"""The adaptive weight: its rule, its measurements, and its update once per optimizer step."""
 
 import jax
 import numpy as np

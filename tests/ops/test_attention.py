@@ -1,4 +1,4 @@
-"""Attention in blocks is attention."""
+"""Attention in blocks equals plain attention."""
 
 import jax
 import jax.numpy as jnp

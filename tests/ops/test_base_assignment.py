@@ -1,4 +1,4 @@
-"""What is particular to BASE (2103.16716): a balanced assignment, and none with a larger sum of scores."""
+"""Properties of BASE (2103.16716): the assignment is balanced, and no balanced one has a larger sum of scores."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What is particular to routers that choose for a whole group at once. BASE has its own file."""
+"""Properties of routers that choose for a whole group at once. BASE has its own file."""
 
 import itertools
 

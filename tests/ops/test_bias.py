@@ -1,4 +1,4 @@
-"""What is particular to balancing by a bias: it follows the load of whole steps and balances without a loss."""
+"""Properties of balancing with a bias: it follows the load of whole steps and balances without a loss."""
 
 import jax
 import jax.numpy as jnp
@@ -179,7 +179,7 @@ def test_multiplicative_bias_moves_the_choice_and_no_weight():
 
 def test_multiplicative_bias_stands_alone():
   balancer = make_balancer("multiplicative_bias,loss_free_bias")
-  with pytest.raises(InputError, match="a bias that multiplies cannot be joined with another bias"):
+  with pytest.raises(InputError, match="a multiplicative bias cannot be combined with another bias"):
     balancer.bias(balancer.init(4))
 
 

@@ -1,4 +1,4 @@
-"""Several balancers as one, and wrong settings."""
+"""Combinations of several balancers, and invalid settings."""
 
 import jax
 import numpy as np

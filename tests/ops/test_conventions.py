@@ -1,4 +1,4 @@
-"""Each codebase's loss written out as it is there, against what the converter says of it."""
+"""Compares the converter with the loss of each codebase, written out as in that codebase."""
 
 import functools
 import math
@@ -265,7 +265,7 @@ def test_pooling_is_a_mean_where_layers_route_alike_and_hides_collapse_where_not
     (lambda: convert(0.01, "moe_jax", "olmo", **sizes(8, 2, 4)), "unknown convention of the load-balancing"),
     (lambda: value_at_balance("gshard", **sizes(8, 2, 4), loss="z"), "unknown convention of the z loss"),
     (lambda: value_at_balance("moe_jax", **sizes(8, 2, 4), loss="y"), "loss must be one of"),
-    (lambda: value_at_balance("megablocks", **sizes(8, 2, 4), loss="z"), "averages them olmo_core"),
+    (lambda: value_at_balance("megablocks", **sizes(8, 2, 4), loss="z"), "olmo_core if it averages them"),
     (lambda: value_at_balance("moe_jax", **sizes(2, 3, 4)), "num_experts_per_token=3, num_experts=2"),
     (lambda: convert(math.nan, "switch", "moe_jax", **sizes(8, 2, 4)), "weight must be finite"),
   ],

@@ -1,4 +1,4 @@
-"""DeepSeek's sequence, device and communication losses, and ST-MoE's: what sets each apart from switch_loss."""
+"""DeepSeek's sequence, device and communication losses and ST-MoE's loss: how each differs from switch_loss."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The squared deviation: zero at balance, no gradient as it is printed, a gradient on importance."""
+"""The squared deviation: zero at balance, without a gradient in its printed form, with a gradient on importance."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""What is particular to GShard's top-2 (2006.16668, Algorithm 1)."""
+"""Properties of GShard's top-2 (2006.16668, Algorithm 1)."""
 
 import functools
 

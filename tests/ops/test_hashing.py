@@ -1,4 +1,4 @@
-"""What is particular to routers by a table: the tables, ids outside them, and what is learned."""
+"""Properties of routers with a fixed table: the tables, ids outside them, and the learned parts."""
 
 import itertools
 

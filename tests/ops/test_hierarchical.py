@@ -1,4 +1,4 @@
-"""What is particular to the two gates of a hierarchical mixture (1701.06538, appendix B)."""
+"""Properties of the two gates of a hierarchical mixture (1701.06538, appendix B)."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""What is particular to the losses on a coefficient of variation (1701.06538, eq. 6-7 and 10-11)."""
+"""Properties of the losses on a coefficient of variation (1701.06538, eq. 6-7 and 10-11)."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What is particular to group-limited routers and to the sqrt-softplus score."""
+"""Properties of group-limited routers and of the sqrt-softplus score."""
 
 import math
 import pathlib

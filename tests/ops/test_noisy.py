@@ -1,4 +1,4 @@
-"""What is particular to noisy top-k (1701.06538) and V-MoE's variant of it (2106.05974)."""
+"""Properties of noisy top-k (1701.06538) and V-MoE's variant of it (2106.05974)."""
 
 import functools
 

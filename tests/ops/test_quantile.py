@@ -1,4 +1,4 @@
-"""What is particular to quantile balancing: the bias is solved for, up to a bin of a histogram that adds up."""
+"""Properties of quantile balancing: the bias is solved for up to one bin, and histograms add up."""
 
 import functools
 import re

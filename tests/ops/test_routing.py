@@ -1,4 +1,4 @@
-"""What routers share, and wrong settings."""
+"""Functions that routers share, and invalid settings."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""What is particular to FasterMoE's topology-aware router: who leaves the node, and who stays."""
+"""Properties of FasterMoE's topology-aware router: which tokens leave the node, and which stay."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,4 @@
-"""What is particular to routers whose tokens use varying numbers of experts, or share a choice."""
+"""Properties of routers whose tokens use varying numbers of experts, or share a choice."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Which messages the compiled programs hold, none of them unaccounted for, and what a TPU hides."""
+"""The collectives of compiled programs are all accounted for, and a TPU overlaps some of them with computation."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""Dispatchers that spell their exchange, against slow loops on every mesh; what drops; wrong options."""
+"""Dispatchers that write out their exchange, compared with slow loops on every mesh; drops; invalid options."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""The plan of an exchange, and the primitive that CPUs lack, by its documented meaning."""
+"""The plan of an exchange, and the primitive that CPUs lack, tested against its documentation."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""One training step is the same however the mesh spreads it: dispatchers x axes x devices against one device.
+"""A training step is the same on every mesh: dispatchers x axes x devices compared with one device.
 
 The full product would compile for an hour. The rows cover it: every axis alone, every pair of axes in some triple
 on eight devices, axes of size 4 and 8, and every dispatcher with the axes that its code knows (fsdp, expert,

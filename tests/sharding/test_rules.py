@@ -1,4 +1,4 @@
-"""Where things go on a mesh, and which collectives the compiled MoE layer holds."""
+"""How arrays are laid out on a mesh, and which collectives the compiled MoE layer has."""
 
 import re
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Which collectives a compiled model holds on each axis, and where: what docs and truth table promise."""
+"""A compiled model has the collectives on each axis that the documentation and the sharding table promise."""
 
 import re
 from typing import NamedTuple

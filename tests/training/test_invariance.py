@@ -1,4 +1,4 @@
-"""What must not change a training step: how its batch is cut, recomputed, looped, spread or padded."""
+"""A training step does not depend on how its batch is split, recomputed, looped over, distributed or padded."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""A run from start to result: resumable, stopped by what is not finite, the same curve every time."""
+"""A run from start to result: it can be resumed, stops at non-finite values, and is reproducible."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Balancers: what keeps experts evenly loaded. One factory per method, one file per family."""
+"""Balancers keep experts evenly loaded. There is one factory per method and one file per family of methods."""
 
 from collections.abc import Sequence
 
@@ -44,7 +44,7 @@ BALANCERS = Registry(
 
 
 def make_balancer(specs: Spec | Sequence[Spec]) -> Balancer:
-  """`"switch_loss:0.01,z_loss:0.001"` -> their combination."""
+  """`"switch_loss:0.01,z_loss:0.001"` -> the combination of the balancers that they name."""
   return combined(BALANCERS.resolve_all(specs))
 
 

@@ -1,4 +1,4 @@
-"""A load-balancing loss whose weight follows how many assignments do not fit."""
+"""A load-balancing loss whose weight adapts to the number of assignments over capacity."""
 
 import jax.numpy as jnp
 
@@ -10,7 +10,7 @@ from moe_jax.types import Array, BatchRouting, StepStats
 
 
 def over_capacity(routing: BatchRouting, capacity_factor: float) -> Array:
-  """How many assignments exceed the capacity of their expert in their group, before anything is dropped."""
+  """Returns the number of assignments that exceed the capacity of their expert in their group."""
   num_experts = routing.logits_BLE.shape[-1]
   size = routing.group_size
   capacity = expert_capacity(size, routing.num_experts_per_token, capacity_factor, num_experts)
@@ -30,17 +30,17 @@ def adaptive_loss(
 ) -> Balancer:
   """`switch_loss` times a scale that keeps the over-capacity ratio between `min_ratio` and `max_ratio`.
 
-  The rule is that of axlearn (apple/axlearn:axlearn/common/mixture_of_experts.py, AdaptiveLoadBalanceLoss), per
-  layer, once per optimizer step n = 1, 2, ...: with a = max(`average`, 1/n),
+  The rule is that of axlearn (apple/axlearn:axlearn/common/mixture_of_experts.py, AdaptiveLoadBalanceLoss). It is
+  applied per layer, once per optimizer step n = 1, 2, ...: with a = max(`average`, 1/n),
     mean <- (1 - a) * mean + a * ratio,
-    log(scale) <- log(scale) + rate * ((mean > max_ratio) - (mean < min_ratio)), from 0.
-  ratio: assignments above ceil(capacity_factor * T * K / E) per expert and group, over all assignments of the
-  step; with the layer's capacity factor that is its dropped fraction.
+    log(scale) <- log(scale) + rate * ((mean > max_ratio) - (mean < min_ratio)), starting at 0.
+  The ratio is the number of assignments above ceil(capacity_factor * T * K / E) per expert and group, divided by
+  all assignments of the step. With the layer's capacity factor, this is its dropped fraction.
 
-  What differs there: the new scale acts in the same step, here in the next; the ratio is the largest of those of
-  first, second, ... choices, the same for K = 1; the loss counts first choices; the scale has no bound, while here
-  it stays in [1/limit, limit], so that a ratio that cannot be reached does not end in infinity. Of the options
-  axlearn has defaults for min_ratio and rate only, those above; the others are our choice.
+  axlearn differs in four ways. Its new scale acts in the same step; ours acts in the next. Its ratio is the
+  largest of the ratios of first, second, ... choices, which is the same for K = 1. Its loss counts first choices.
+  Its scale is unbounded; ours stays in [1/limit, limit], so that it does not diverge if the ratio cannot be reached.
+  axlearn has defaults only for min_ratio and rate, which we use; the other defaults are our choice.
   """
   for name, value, right, want in (
     ("min_ratio", min_ratio, 0 <= min_ratio <= max_ratio, f"in [0, max_ratio={max_ratio}]"),

@@ -1,7 +1,7 @@
-"""Balancing without a loss: a bias per expert that moves only the choice, changed a little every step.
+"""Balancing without a loss: a bias per expert that affects only the choice of experts and changes every step.
 
-After each optimizer step the bias of an expert that got too many tokens falls and that of an expert that got
-too few rises. The counts are those of the whole step before capacity, and the new bias acts on the next step,
+After each optimizer step, the bias decreases for experts that received too many tokens and increases for experts
+that received too few. The counts are those of the whole step before capacity. The new bias acts on the next step,
 so no token's choice depends on later tokens.
 """
 
@@ -20,7 +20,7 @@ MIN_FACTOR = 1e-3
 
 
 class ScheduledBias(NamedTuple):
-  """State of a bias whose rate changes; with a constant rate the state is the bias alone."""
+  """The state of a bias whose rate changes. With a constant rate, the state is only the bias."""
 
   bias_E: Array  # float32
   step: Array  # int32, optimizer steps so far
@@ -38,21 +38,21 @@ def loss_free_bias(
   Args:
     rate: how far a bias moves per optimizer step, in units of the score. After n steps of `sign`, |b_e| is at
       most n * rate.
-    rule: how the error e = mean(counts) - counts_e becomes a move.
+    rule: how the error e = mean(counts) - counts_e becomes an update.
       sign: Algorithm 1.
-      proportional: e / mean(counts), 1 for an expert without tokens. The paper's variant for softmax scores
-        (section 4.3, appendix C) is b_e += rate * e; its rates fit no error in counts, and the divisor is not
-        said. Divided by the mean, a rate means the same for every E, K and batch.
-      rms: e / sqrt(mean(e^2)), as large as `sign` on average, but small errors move little
+      proportional: e / mean(counts), which is 1 for an expert without tokens. The paper's variant for softmax
+        scores (section 4.3, appendix C) is b_e += rate * e, but its rates do not fit an error in counts, and the
+        paper does not state the divisor. With division by the mean, a rate means the same for every E, K and batch.
+      rms: e / sqrt(mean(e^2)), as large as `sign` on average, but small errors cause small updates
         (kexue.fm/archives/10757).
-    schedule, steps: how the rate goes over optimizer steps: `constant`; `stop`: 0 after `steps` of them
-      (DeepSeek-V3, 2412.19437, section 4.2); `linear` and `cosine`: falls to 0 within `steps`.
-    centre: subtracts the mean bias after every move, which keeps biases bounded and changes no choice.
+    schedule, steps: how the rate changes over optimizer steps: `constant`; `stop`: 0 after `steps` of them
+      (DeepSeek-V3, 2412.19437, section 4.2); `linear` and `cosine`: decays to 0 within `steps`.
+    centre: whether to subtract the mean bias after every update, which keeps biases bounded and changes no choice.
 
   State: bias_E [E], or a `ScheduledBias`. Statistics: counts_E [E], tokens per expert before capacity.
 
   Raises:
-    InputError: a negative rate, an unknown rule or schedule, or `steps` that do not suit the schedule.
+    InputError: if the rate is negative, the rule or schedule is unknown, or `steps` does not fit the schedule.
   """
   move = _mover("loss_free_bias", rate, rule, schedule, steps)
   finish = (lambda bias_E: bias_E - bias_E.mean()) if centre else (lambda bias_E: bias_E)
@@ -62,10 +62,10 @@ def loss_free_bias(
 def multiplicative_bias(
   rate: float = 0.001, rule: str = "sign", schedule: str = "constant", steps: int = 0
 ) -> Balancer:
-  """The multiplying variant of loss-free balancing (2408.15664, eq. 5): the K best of score * b, b = 1 at start.
+  """The multiplicative variant of loss-free balancing (2408.15664, eq. 5): the K best of score * b, b = 1 at first.
 
-  b moves as in `loss_free_bias`. It would reach 0, where all tokens are equal to an expert, so it is kept at
-  `MIN_FACTOR` or more (our choice; the paper says nothing of it). It can stand beside no other bias.
+  b is updated as in `loss_free_bias`. It could reach 0, where an expert scores all tokens the same, so it is kept
+  at `MIN_FACTOR` or more (our choice; the paper does not mention it). It cannot be combined with another bias.
   """
   move = _mover("multiplicative_bias", rate, rule, schedule, steps)
   return _counting(1.0, schedule, lambda *args: jnp.maximum(move(*args), MIN_FACTOR), ExpertScale)
@@ -77,7 +77,7 @@ def _counting(
   move: Callable[[Array, Array, Array | int], Array],
   as_bias: Callable[[Array], Array | ExpertScale],
 ) -> Balancer:
-  """A balancer with one number per expert, `move(number_E, counts_E, step)` its next value."""
+  """Returns a balancer with one number per expert, whose next value is `move(number_E, counts_E, step)`."""
   counted = schedule != "constant"
 
   def init(num_experts: int) -> PyTree:
@@ -97,7 +97,7 @@ def _counting(
 
 
 def _mover(name: str, rate: float, rule: str, schedule: str, steps: int):
-  """(bias_E, counts_E, step) -> bias_E after one step."""
+  """Returns the update rule: (bias_E, counts_E, step) -> bias_E after one step."""
   what = f"balancer {name}"
   require_option(what, "rule", rule, RULES)
   require_option(what, "schedule", schedule, SCHEDULES)
@@ -113,8 +113,8 @@ def _mover(name: str, rate: float, rule: str, schedule: str, steps: int):
 
 
 def _error(rule: str, counts_E: Array) -> Array:
-  """Positive for experts with too few tokens; exactly 0 at balance and without tokens."""
-  # Not mean - count: XLA divides by a constant E with a rounded reciprocal, and balance would not be 0.
+  """The error, positive for experts with too few tokens. It is exactly 0 at balance and if there are no tokens."""
+  # Not mean - count: XLA divides by a constant E with a rounded reciprocal, so the error would not be 0 at balance.
   error_E = counts_E.sum() - counts_E.size * counts_E
   if rule == "sign":
     return jnp.sign(error_E)

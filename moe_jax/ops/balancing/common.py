@@ -1,7 +1,7 @@
-"""The balancer contract, and how several become one.
+"""The interface of balancers, and a function that combines several into one.
 
-A balancer is shaped like an optax transformation: pure functions with explicit state. Its statistics are
-sums of `observe` over everything that one optimizer step sees: all micro-batches, all devices.
+A balancer resembles an optax transformation: pure functions with explicit state. Its statistics are sums of
+`observe` over everything that one optimizer step sees: all micro-batches and all devices.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,19 +15,19 @@ from moe_jax.types import Array, BatchRouting, ExpertScale, PyTree, StepStats
 
 
 class Balancer(NamedTuple):
-  """Every field has a default that does nothing, so a method names only what it needs.
+  """A balancing method. Every field has a default that does nothing, so a method sets only what it needs.
 
-  init: number of experts -> state of one layer. Raises InputError if the method does not suit that number.
-  bias: state -> bias_E that moves the choice of experts (or an `ExpertScale`), or None.
-  losses: (state, routing, step_stats) -> name -> scalar, weight included. A mean over the valid
-    tokens of `routing`, so the train step can weigh micro-batches by their number of tokens.
-  observe: (state, routing) -> stats that add over micro-batches and devices. No gradient.
-  update: (state, stats of the whole step) -> state, once per optimizer step, never in evaluation.
-  needs_whole_step: `losses` reads `step_stats.whole`; with several micro-batches per step, the train step
-    then makes a first pass that only observes.
-  needs_sequences: `losses` or `observe` treats each sequence on its own, so a flat list of tokens will not do.
-  suits: raises InputError if the method cannot work with a router, given as anything with the attributes of
-    `moe_jax.nn.routers.Router` and the number of experts that it scores beyond those that have a network.
+  init: number of experts -> state of one layer. Raises InputError if the method does not support that number.
+  bias: state -> bias_E that changes the choice of experts (or an `ExpertScale`), or None.
+  losses: (state, routing, step_stats) -> name -> scalar, including the weight. Each is a mean over the valid
+    tokens of `routing`, so the train step can weight micro-batches by their number of tokens.
+  observe: (state, routing) -> stats that can be added over micro-batches and devices. Has no gradient.
+  update: (state, stats of the whole step) -> state. Called once per optimizer step, never in evaluation.
+  needs_whole_step: `losses` reads `step_stats.whole`. With several micro-batches per step, the train step
+    then runs a first pass that only observes.
+  needs_sequences: `losses` or `observe` treats each sequence separately, so it cannot use a flat list of tokens.
+  suits: raises InputError if the method does not support a router. It gets anything with the attributes of
+    `moe_jax.nn.routers.Router`, and the number of experts that the router scores beyond those with a network.
   """
 
   init: Callable[[int], PyTree] = lambda num_experts: ()
@@ -41,7 +41,7 @@ class Balancer(NamedTuple):
 
 
 def combine(balancers: Mapping[str, Balancer]) -> Balancer:
-  """All of `balancers` at once: losses side by side, biases added, each its own state and stats."""
+  """Returns a balancer that applies all of `balancers`: it merges losses, adds biases, and keeps separate states."""
   names = tuple(balancers)
   parts = tuple(balancers.values())
 
@@ -49,7 +49,7 @@ def combine(balancers: Mapping[str, Balancer]) -> Balancer:
     given = [b for b in (part.bias(s) for part, s in zip(parts, state, strict=True)) if b is not None]
     if len(given) > 1 and any(isinstance(b, ExpertScale) for b in given):
       raise InputError(
-        f"balancers {', '.join(names)}: a bias that multiplies cannot be joined with another bias"
+        f"balancers {', '.join(names)}: a multiplicative bias cannot be combined with another bias"
       )
     return given[0] if len(given) == 1 else sum(given) if given else None
 
@@ -77,12 +77,15 @@ def combine(balancers: Mapping[str, Balancer]) -> Balancer:
 
 
 def normalized_scores(routing: BatchRouting) -> Array:
-  """[B, L, E], scores divided by their sum over E: from logarithms, with no epsilon that a router could
-  escape to by shrinking all its scores."""
+  """Returns scores divided by their sum over E, [B, L, E].
+
+  They are computed from logarithms. An epsilon in the division would let a router lower a loss by shrinking all
+  its scores.
+  """
   return jax.nn.softmax(routing.log_scores_BLE, axis=-1)
 
 
 def token_mean(values_BL: Array, routing: BatchRouting) -> Array:
-  """The mean over valid tokens; 0 without any. Padding may hold anything, also infinity."""
+  """Returns the mean over valid tokens, or 0 if there are none. Padding may hold any value, including infinity."""
   total = jnp.sum(jnp.where(routing.mask_BL, values_BL, 0))
   return total / jnp.maximum(routing.mask_BL.sum(), 1)

@@ -1,12 +1,13 @@
-"""What the same coefficient means elsewhere: normalisation conventions of balancing losses, and a converter.
+"""Normalisation conventions of balancing losses in other codebases, and a converter between them.
 
-Here a load-balancing loss of weight w is w x 1 at perfect balance for every E, K and number of layers,
-because load fractions are over all K choices and layers are averaged. Other codebases give w x K, w / K,
-w / E^2, and add layers up or average them. A convention is therefore two powers and what becomes of layers.
+In this project, a load-balancing loss of weight w equals w x 1 at perfect balance for every E, K and number
+of layers, because load fractions are over all K choices and layers are averaged. Other codebases have w x K,
+w / K or w / E^2 at balance, and sum or average over layers. A convention is therefore two powers and a rule
+for combining layers.
 
-The conversion is exact where both losses count the same choices (`counts`) and do not pool layers: there one
-loss is a constant times the other, and so are their gradients. Otherwise it makes them equal at balance.
-Units: coefficients and losses are plain numbers (nats, where added to a language-model loss in nats).
+The conversion is exact if both losses count the same choices (`counts`) and do not pool layers. One loss is
+then a constant times the other, and so are their gradients. Otherwise the conversion makes the losses equal at
+balance. Coefficients and losses are plain numbers (nats, if added to a language-model loss in nats).
 """
 
 import dataclasses
@@ -22,16 +23,17 @@ LAYERS = ("sum", "mean", "pooled", "caller")
 class Convention:
   """How one codebase or paper normalises a loss.
 
-  The term of one layer with coefficient 1 is E^expert_power * K^choice_power at perfect balance; for the
-  router z-loss that factor multiplies the mean over tokens of logsumexp(logits)^2.
+  With coefficient 1, the term of one layer is E^expert_power * K^choice_power at perfect balance. For the
+  router z-loss, that factor multiplies the mean over tokens of logsumexp(logits)^2.
 
-  title: for people. setting: the option that holds the coefficient there.
-  layers: how the terms of layers become one number. sum; mean; pooled: the tokens of all layers are one
-    batch, which is a mean where layers route alike; caller: one number per layer is returned.
-  counts: which choices make the load fractions, all K or only the first. Empty for the z-loss.
-  accumulation: what happens over the micro-batches of one optimizer step.
+  title: a readable name.
+  setting: the option of that codebase that holds the coefficient.
+  layers: how the terms of all layers are combined. sum; mean; pooled: the tokens of all layers form one
+    batch, which equals a mean if all layers route alike; caller: one number per layer is returned.
+  counts: which choices the load fractions count, all K or only the first. Empty for the z-loss.
+  accumulation: how the micro-batches of one optimizer step are combined.
   source: arXiv id, or repository:path.
-  checked: what of this row was read in that source, and what was not.
+  checked: which parts of this row were read in that source, and which were not.
   """
 
   title: str
@@ -45,13 +47,13 @@ class Convention:
   counts: str = ""
 
 
-_UNSAID = "not said"
+_UNSAID = "not stated"
 _READ = "formula and layers read"
 
-# Load-balancing losses. Figures of docs/coefficients.md come from here.
+# Load-balancing losses. The figures in docs/coefficients.md come from here.
 CONVENTIONS: Mapping[str, Convention] = {
   "moe_jax": Convention(
-    title="moe_jax: switch_loss; gshard_loss is the same with first choices",
+    title="moe_jax: switch_loss; gshard_loss counts first choices only",
     setting="--balancers=switch_loss:WEIGHT",
     layers="mean",
     counts="all",
@@ -67,7 +69,7 @@ CONVENTIONS: Mapping[str, Convention] = {
     counts="first",
     accumulation=_UNSAID,
     source="2006.16668, Algorithm 1",
-    checked="as documented, not re-read; it writes one l_aux: that layers add up is our reading",
+    checked="as documented, not re-read; the paper writes a single l_aux, and summing over layers is our reading",
   ),
   "mesh_tensorflow": Convention(
     title="Mesh-TensorFlow, top_2 gating",
@@ -93,7 +95,7 @@ CONVENTIONS: Mapping[str, Convention] = {
     choice_power=1,
     layers="mean",
     counts="all",
-    accumulation="added up, not divided",
+    accumulation="summed, not divided",
     source="google/flaxformer:flaxformer/architectures/moe/routing.py, google-research/t5x:t5x/contrib/moe/models.py",
     checked=f"{_READ}; accumulation in a copy of t5x/trainer.py",
   ),
@@ -112,7 +114,7 @@ CONVENTIONS: Mapping[str, Convention] = {
     choice_power=1,
     layers="mean",
     counts="all",
-    accumulation="divided by the tokens of the step: with it on, far too weak",
+    accumulation="with accumulation, divided by the tokens of the step, so far too weak",
     source="AI-Hypercomputer/maxtext:src/maxtext/trainers/pre_train/train.py, utils/gradient_accumulation.py",
     checked="layers and accumulation read; formula in copies of layers/moe.py",
   ),
@@ -127,7 +129,7 @@ CONVENTIONS: Mapping[str, Convention] = {
     checked=f"{_READ}, and accumulation",
   ),
   "olmo_core": Convention(
-    title="OLMo-core; dense layers count in its mean; scale_loss_by_num_layers=False adds up",
+    title="OLMo-core; its mean includes dense layers; scale_loss_by_num_layers=False sums",
     setting="lb_loss_weight",
     layers="mean",
     counts="all",
@@ -150,9 +152,9 @@ CONVENTIONS: Mapping[str, Convention] = {
     choice_power=1,
     layers="pooled",
     counts="all",
-    accumulation="added up where the Trainer leaves the division to the model",
+    accumulation="summed if the Trainer leaves the division to the model",
     source="huggingface/transformers:src/transformers/models/mixtral/modeling_mixtral.py",
-    checked=f"{_READ}; accumulation in copies of trainer.py, versions differ",
+    checked=f"{_READ}; accumulation in copies of trainer.py, whose versions differ",
   ),
   "deepseek": Convention(
     title="DeepSeekMoE, DeepSeek-V2 and V3 papers",
@@ -176,7 +178,7 @@ Z_CONVENTIONS: Mapping[str, Convention] = {
     layers="sum",
     accumulation="divided by their number",
     source="tensorflow/mesh:mesh_tensorflow/transformer/moe.py",
-    checked="not in the version read; formula and accumulation from a quotation, layers as for its other loss",
+    checked="not in the version read; formula and accumulation are from a quotation, layers as for its other loss",
   ),
   "flaxformer": dataclasses.replace(
     CONVENTIONS["flaxformer"], setting="router_z_loss_factor", choice_power=0, counts=""
@@ -193,7 +195,7 @@ Z_CONVENTIONS: Mapping[str, Convention] = {
     checked="formula read in a copy",
   ),
   "megablocks_fork": Convention(
-    title="A fork of MegaBlocks with a z-loss in the load-balancing function; divides by K as well",
+    title="A fork of MegaBlocks with a z-loss in the load-balancing function; also divides by K",
     setting="moe_zloss_weight",
     choice_power=-1,
     layers="mean",
@@ -210,7 +212,7 @@ def get_convention(name: str, loss: str = "load_balancing") -> Convention:
   """The convention `name` for `loss`, "load_balancing" or "z".
 
   Raises:
-    InputError: unknown loss or name; the message has the nearest names.
+    InputError: if the loss or the name is unknown; the message suggests the nearest names.
   """
   require_option("conventions", "loss", loss, tuple(LOSSES))
   if name not in LOSSES[loss]:
@@ -226,13 +228,13 @@ def value_at_balance(
   num_layers: int,
   loss: str = "load_balancing",
 ) -> float:
-  """The loss of the whole model with coefficient 1 at perfect balance; 1 for "moe_jax".
+  """Returns the loss of the whole model with coefficient 1 at perfect balance; 1 for "moe_jax".
 
-  For `loss="z"`: in units of the mean over tokens and layers of logsumexp(logits)^2. `num_layers` counts
-  layers with experts.
+  For `loss="z"`, the unit is the mean over tokens and layers of logsumexp(logits)^2. `num_layers` counts
+  only layers with experts.
 
   Raises:
-    InputError: unknown name, sizes that are no model, or a loss whose layers are left to the caller.
+    InputError: if the name is unknown, the sizes are invalid, or the loss leaves combining layers to the caller.
   """
   convention = get_convention(name, loss)
   e, k, layers = num_experts, num_experts_per_token, num_layers
@@ -243,8 +245,8 @@ def value_at_balance(
     )
   if convention.layers == "caller":
     raise InputError(
-      f"convention {name}: returns one {loss} loss per layer; where your trainer adds them up take "
-      f"megatron_lm, where it averages them olmo_core"
+      f"convention {name}: returns one {loss} loss per layer; use megatron_lm if your trainer sums them, "
+      f"olmo_core if it averages them"
     )
   one_layer = float(e) ** convention.expert_power * float(k) ** convention.choice_power
   return one_layer * (layers if convention.layers == "sum" else 1)
@@ -264,7 +266,7 @@ def per_layer_weight(
   num_layers: int,
   loss: str = "load_balancing",
 ) -> float:
-  """What multiplies one layer's loss where that loss is 1 at balance. Raises as `convert`."""
+  """Returns the factor on one layer's loss, if that loss is 1 at balance. Raises the same errors as `convert`."""
   _check_weight(weight)
   value = value_at_balance(
     name,
@@ -286,10 +288,10 @@ def convert(
   num_layers: int,
   loss: str = "load_balancing",
 ) -> float:
-  """The coefficient that does in `target` what `weight` does in `source`, without gradient accumulation.
+  """Returns the coefficient in `target` that is equivalent to `weight` in `source`, without gradient accumulation.
 
   Raises:
-    InputError: as `value_at_balance`, or a weight that is no finite number.
+    InputError: as in `value_at_balance`, or if the weight is not finite.
   """
   _check_weight(weight)
   sizes = {"num_experts_per_token": num_experts_per_token, "num_layers": num_layers}

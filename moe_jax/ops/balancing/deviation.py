@@ -1,4 +1,4 @@
-"""The squared deviation from balance: as it is often printed, which trains nothing, and with a gradient."""
+"""The squared deviation from balance: the form often printed, which has no gradient, and one that has a gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -12,18 +12,18 @@ from moe_jax.ops.balancing.losses import SCOPES, all_choices, fractions, units
 def squared_deviation_loss(
   weight: float = 0.01, of: str = "importance", scope: str = "global_batch"
 ) -> Balancer:
-  """The squared distance of expert usage from 1/E; 0 at balance, unlike losses of the kind f * p.
+  """The squared distance of expert usage from 1/E. It is 0 at balance, unlike losses of the form f * p.
 
-  of=load: weight * sum_e(c_e / A - 1/E)^2, which summaries of 2501.11873 print as its loss. The paper has
-    E * sum_e(f_e * p_e), `switch_loss`. Counts c_e are steps of the logits, so this one's gradient is zero: it
-    is here to be looked at. The summaries' divisor, S, is read as the number of assignments A, K per token; with the
-    number of tokens the target would have to be K/E.
-  of=importance: weight * E * sum_e(p_e - 1/E)^2, p_e the mean of the scores over their sum: the nearest loss with
-    a gradient. With the factor E a weight means the same for every E: this is the squared coefficient of variation
-    `importance_loss:of=scores`, and `switch_loss` minus 1 with p in the place of f. It does not see what is
-    chosen: all tokens may choose the same experts by a hair while p is flat.
+  of=load: weight * sum_e(c_e / A - 1/E)^2, which summaries of 2501.11873 print as its loss. The paper uses
+    E * sum_e(f_e * p_e), which is `switch_loss`. The counts c_e are step functions of the logits, so the gradient
+    of this form is zero. It is included only for comparison. The summaries' divisor, S, is read as the number of
+    assignments A, K per token. With the number of tokens, the target would have to be K/E.
+  of=importance: weight * E * sum_e(p_e - 1/E)^2, where p_e is the mean of the scores divided by their sum. This is
+    the closest loss with a gradient. With the factor E, a weight means the same for every E: the loss is the squared
+    coefficient of variation `importance_loss:of=scores`, and `switch_loss` minus 1 with p in place of f. It does
+    not depend on the choices: all tokens may choose the same experts by a small margin while p is flat.
 
-  `scope` as for `switch_loss`.
+  `scope` is the same as for `switch_loss`.
   """
   require_option("balancer squared_deviation_loss", "of", of, ("load", "importance"))
   require_option("balancer squared_deviation_loss", "scope", scope, SCOPES)

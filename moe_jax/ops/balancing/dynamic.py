@@ -1,4 +1,4 @@
-"""Losses of methods whose tokens take varying numbers of experts."""
+"""Losses for methods in which tokens use a varying number of experts."""
 
 from typing import Any
 
@@ -14,8 +14,8 @@ from moe_jax.types import BatchRouting
 def entropy_loss(weight: float = 0.0001) -> Balancer:
   """The dynamic loss of top-p routing: the mean over tokens of -sum_e p_e log p_e, in nats (2403.07652).
 
-  A peaked distribution passes `p` with fewer experts, so it keeps the router `top_p` from taking all of them.
-  It balances nothing: the paper adds a load-balancing loss (`switch_loss`).
+  A peaked distribution exceeds `p` with fewer experts, so this loss keeps the router `top_p` from choosing all of
+  them. It does not balance experts: the paper adds a load-balancing loss (`switch_loss`).
   """
 
   def losses(state, routing, step_stats):
@@ -31,12 +31,13 @@ def heterogeneous_loss(
 ) -> Balancer:
   """MoE++'s load-balancing loss sum_i eta_i f_i p_i, with eta = tau for zero-computation experts (2410.07348, eq. 7).
 
-  A smaller `tau` sends more tokens to zero-computation experts: the loss wants an expert's share to be
+  A smaller `tau` sends more tokens to zero-computation experts. The loss drives an expert's share to be
   proportional to 1/eta, which is tau / (tau E + Z) for each of the E feed-forward experts and 1 / (tau E + Z) for
-  each of the Z others, as in eq. 8. Written as sum_i load_i importance_i / share_i it is the paper's sum times
-  (tau E + Z) / (tau K), so that it is 1 at those shares, whatever E, Z, K and tau; `tau` 1 is `switch_loss`.
+  each of the Z others, as in eq. 8. It is computed as sum_i load_i importance_i / share_i, which is the paper's sum
+  times (tau E + Z) / (tau K). It is therefore 1 at those shares, for all E, Z, K and tau. `tau` 1 is `switch_loss`.
 
-  `zero_computation` is Z, the last columns of the router: 4 for the defaults of the router `moe_plus_plus`.
+  `zero_computation` is Z: the last Z columns of the router are zero-computation experts. The defaults of the router
+  `moe_plus_plus` have 4.
   """
   if zero_computation < 0 or not tau > 0:
     raise InputError(
@@ -63,7 +64,7 @@ def heterogeneous_loss(
     num_experts = routing.logits_BLE.shape[-1]
     is_ffn_E = jnp.arange(num_experts) < num_experts - zero_computation
     share_E = jnp.where(is_ffn_E, tau, 1.0)
-    # load_balancing multiplies by the number of experts, which is 1 / share for equal shares.
+    # load_balancing multiplies by the number of experts, which is 1 / share if all shares are equal.
     return normalized_scores(routing) / (num_experts * share_E / share_E.sum())[None, None]
 
   return load_balancing(weight, scope, all_choices, importance=importance)._replace(

@@ -1,10 +1,10 @@
-"""Balancing by the coefficient of variation (CV): how unequal experts are, as standard deviation / mean.
+"""Balancing with the coefficient of variation (CV) over experts: standard deviation / mean.
 
-CV^2 is 0 at perfect balance, where the load-balancing losses of `losses.py` are 1, and E / K - 1 where all
-tokens give the same K experts equal parts. So a weight here means something else than a weight there.
+CV^2 is 0 at perfect balance, where the load-balancing losses of `losses.py` are 1. It is E / K - 1 if all tokens
+give the same K experts equal weights. A weight here therefore does not mean the same as a weight there.
 
 The variance is that of the E experts themselves (divided by E, not E - 1), and the quotient has no epsilon.
-Tensor2Tensor adds 1e-10 to the squared mean; with it, weights that shrink all together lower the loss.
+Tensor2Tensor adds 1e-10 to the squared mean. With that epsilon, shrinking all weights together lowers the loss.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from moe_jax.types import Array, BatchRouting
 
 
 def cv_squared(values_UE: Array) -> Array:
-  """[U], the squared coefficient of variation over experts; 0 where all are 0. Scaling changes nothing."""
+  """Returns the squared coefficient of variation over experts, [U]. It is 0 if all are 0, and scale-invariant."""
   num_experts = values_UE.shape[-1]
   total_U1 = values_UE.sum(axis=-1, keepdims=True)
   relative_UE = num_experts * values_UE / jnp.where(total_U1 > 0, total_U1, 1)
@@ -27,11 +27,11 @@ def cv_squared(values_UE: Array) -> Array:
 
 
 def _balance(weight: float, scope: str, name: str, values_of, suits=Balancer().suits) -> Balancer:
-  """weight * CV^2 of the mean over tokens of `values_of(routing)` [B, L, E], per unit of `scope`.
+  """Returns weight * CV^2 of the mean over tokens of `values_of(routing)` [B, L, E], per unit of `scope`.
 
-  Units are weighted by their valid tokens. Over the whole step (`global_batch`) the loss is f(m), m the mean
-  over all its tokens, of which a micro-batch has only its own part with a gradient. Each micro-batch takes the
-  value f(m) and the gradient f'(m) d(its own mean); these, weighted by shares of tokens, add up to f(m) and its
+  Units are weighted by their valid tokens. Over the whole step (`global_batch`), the loss is f(m), where m is the
+  mean over all its tokens. A micro-batch has a gradient only for its own part of m. Each micro-batch therefore uses
+  the value f(m) and the gradient f'(m) d(its own mean). Weighted by shares of tokens, these sum to f(m) and its
   exact gradient. `buffer` does the same with the mean over the micro-batches so far.
   """
   require_option(f"balancer {name}", "scope", scope, SCOPES)
@@ -39,7 +39,7 @@ def _balance(weight: float, scope: str, name: str, values_of, suits=Balancer().s
   def tokens_and_sums(routing: BatchRouting, unit: int) -> tuple[Array, Array]:
     mask_UT = routing.mask_BL.reshape(-1, unit)
     values_UTE = values_of(routing).reshape(-1, unit, routing.logits_BLE.shape[-1])
-    # where, not a product: padding may hold what is no number.
+    # where instead of a product, because padding may hold NaN.
     return mask_UT.sum(axis=1).astype(jnp.float32), jnp.where(mask_UT[..., None], values_UTE, 0).sum(axis=1)
 
   def mean(tokens_U: Array, sums_UE: Array) -> Array:
@@ -72,10 +72,10 @@ def _balance(weight: float, scope: str, name: str, values_of, suits=Balancer().s
 
 
 def importance_loss(weight: float = 0.1, scope: str = "global_batch", of: str = "weights") -> Balancer:
-  """weight * CV(importance)^2, importance_e = sum over tokens (1701.06538, eq. 6-7).
+  """weight * CV(importance)^2, where importance_e is a sum over tokens (1701.06538, eq. 6-7).
 
-  of: `weights` sums the combine weights of the chosen experts, as the paper does; `scores` the router's scores
-    divided by their sum, of all experts, as V-MoE does (2106.05974, appendix A).
+  of: `weights` sums the combine weights of the chosen experts, as the paper does. `scores` sums the scores of all
+    experts divided by their sum, as V-MoE does (2106.05974, appendix A).
   """
   require_option("balancer importance_loss", "of", of, ("weights", "scores"))
   values_of = normalized_scores if of == "scores" else lambda routing: routing.weights_BLE
@@ -83,9 +83,9 @@ def importance_loss(weight: float = 0.1, scope: str = "global_batch", of: str = 
 
 
 def load_loss(weight: float = 0.1, scope: str = "global_batch") -> Balancer:
-  """weight * CV(load)^2, load_e = sum over tokens of the smooth load (1701.06538, eq. 10-11).
+  """weight * CV(load)^2, where load_e is the sum over tokens of the smooth load (1701.06538, eq. 10-11).
 
-  For routers that give one: `noisy_topk`, `vmoe_topk`, `hierarchical_topk`.
+  It needs a router that computes the smooth load: `noisy_topk`, `vmoe_topk` or `hierarchical_topk`.
   """
   return _balance(weight, scope, "load_loss", lambda routing: routing.smooth_load_BLE, _needs_smooth_load)
 

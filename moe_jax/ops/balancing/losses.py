@@ -1,4 +1,4 @@
-"""Losses that are added to the language-model loss. Each is weight x 1 at perfect balance."""
+"""Losses that are added to the language-model loss. Each equals weight x 1 at perfect balance."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ SCOPES = ("sequence", "group", "micro_batch", "buffer", "global_batch")
 
 
 def units(routing: BatchRouting, scope: str) -> int:
-  """Tokens in one of the units that `scope` balances over; B*L tokens in order are cut into such units."""
+  """Returns the number of tokens in each unit that `scope` balances over. B*L tokens are split into units in order."""
   return {"sequence": routing.mask_BL.shape[1], "group": routing.group_size}.get(scope, routing.mask_BL.size)
 
 
@@ -41,18 +41,18 @@ def load_balancing(
   load: Callable[[PyTree], Array] = fractions,
   importance: Callable[[BatchRouting], Array] = normalized_scores,
 ) -> Balancer:
-  """weight * X * sum_x(load_x * importance_x), load and importance taken over the units of `scope`.
+  """Returns weight * X * sum_x(load_x * importance_x), with load and importance over the units of `scope`.
 
   The X axis is experts, or the parts that they are cut into. load_X has no gradient; importance_X is a mean over
-  valid tokens. Units are weighted by their valid tokens. For `global_batch` the load is that of the whole
-  optimizer step while importance stays local, so the mean over micro-batches equals the loss of the whole batch
-  exactly. `buffer` is the one of 2501.11873: the load of the step's micro-batches up to this one, in one pass
+  valid tokens. Units are weighted by their valid tokens. For `global_batch`, the load is that of the whole optimizer
+  step while the importance stays local, so the mean over micro-batches equals the loss of the whole batch exactly.
+  `buffer` is that of 2501.11873: it uses the load of the step's micro-batches up to this one, and needs one pass
   instead of two.
 
   Args:
-    count: a tree of [B, L, ...], 0 at padding: what a token adds to the load.
-    load: the sums of those over units, [U, ...] -> load_UX, each 1/X at balance.
-    importance: [B, L, X], differentiable; padding may hold anything.
+    count: routing -> a tree of [B, L, ...], what each token adds to the load; 0 at padding.
+    load: the sums of these counts over units, [U, ...] -> load_UX, each 1/X at balance.
+    importance: routing -> [B, L, X], differentiable; padding may hold any value.
   """
   require_option("load-balancing loss", "scope", scope, SCOPES)
 
@@ -60,7 +60,7 @@ def load_balancing(
     unit = units(routing, scope)
     mask_UT = routing.mask_BL.reshape(-1, unit).astype(jnp.float32)
     probs_BLX = importance(routing)
-    # where, not a product: padding may hold logits that give no number.
+    # where instead of a product, because logits at padding may produce NaN.
     probs_BLX = jnp.where(routing.mask_BL[..., None], probs_BLX, 0)
     if scope == "global_batch":
       sums = jax.tree.map(lambda x: x[None], step_stats.whole)
@@ -69,7 +69,7 @@ def load_balancing(
     else:
       sums = jax.tree.map(lambda x: x.reshape(-1, unit, *x.shape[2:]).sum(axis=1), count(routing))
     load_UX = load(jax.lax.stop_gradient(sums))
-    # sum over tokens, not their mean: it weighs each unit by its tokens, and an empty unit by nothing.
+    # A sum over tokens instead of a mean, so that each unit is weighted by its tokens and an empty unit by 0.
     importance_sum_UX = probs_BLX.reshape(-1, unit, probs_BLX.shape[-1]).sum(axis=1)
     loss = probs_BLX.shape[-1] * jnp.sum(load_UX * importance_sum_UX) / jnp.maximum(mask_UT.sum(), 1.0)
     return {"load_balancing_loss": weight * loss}
@@ -91,11 +91,11 @@ def gshard_loss(weight: float = 0.01, scope: str = "global_batch") -> Balancer:
 
 
 def st_moe_loss(weight: float = 0.01, scope: str = "group") -> Balancer:
-  """ST-MoE's load-balancing loss (2202.08906): GShard's, over first choices also for K > 1, group by group.
+  """ST-MoE's load-balancing loss (2202.08906): GShard's loss over first choices, even for K > 1, per group.
 
-  Mesh-TensorFlow, with which it was trained, counts first choices only (mesh_tensorflow/transformer/moe.py);
-  flaxformer counts all K choices and does not divide by K, which is K times `switch_loss:scope=group`. There
-  padding counts as tokens, here it does not.
+  ST-MoE was trained with Mesh-TensorFlow, which counts first choices only (mesh_tensorflow/transformer/moe.py).
+  flaxformer counts all K choices and does not divide by K, which is K times `switch_loss:scope=group`. There,
+  padding counts as tokens; here it does not.
   """
   return load_balancing(weight, scope, first_choice)
 

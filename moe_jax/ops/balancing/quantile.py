@@ -1,14 +1,14 @@
-"""Quantile balancing: the bias that would have balanced the last step, solved for and not approached.
+"""Quantile balancing: solves for the bias that would have balanced the last step.
 
-Let a token's cutoff be the score (with bias) that an expert must exceed to be chosen, and the required bias of
-a pair the cutoff less the plain score: with that bias the expert would stand exactly at the cutoff. An expert
-whose bias is the K/E quantile of its required biases is chosen by a share K/E of the tokens: balance.
+A token's cutoff is the score (with bias) that an expert must exceed to be chosen. The required bias of a token and
+an expert is the cutoff minus the plain score; with that bias, the expert would be exactly at the cutoff. If an
+expert's bias is the K/E quantile of its required biases, a share K/E of the tokens choose it, which is balance.
 
-Sources: kexue.fm/archives/11619 (the article), and the technical report of Kimi K3, eq. 13-14 and appendix D
-(its eq. 14 takes quantiles of score - cutoff; appendix D, with the sign changed, those of required biases).
-The article repeats cutoffs and quantiles on one batch; for training it recommends one round per step from the
-bias of the step before, and so does the report: that is what is here. Quantiles are read from a histogram per
-expert, which adds up over micro-batches and devices, where the article sorts one batch.
+Sources: kexue.fm/archives/11619 (the article), and the technical report of Kimi K3, eq. 13-14 and appendix D (its
+eq. 14 takes quantiles of score - cutoff; appendix D takes quantiles of required biases, with the opposite sign).
+The article iterates cutoffs and quantiles on one batch. For training, both the article and the report recommend one
+round per step, starting from the bias of the previous step. This module does the same. The article sorts one batch.
+Here, quantiles come from a histogram per expert, which can be summed over micro-batches and devices.
 """
 
 from typing import NamedTuple
@@ -24,7 +24,7 @@ CUTOFFS = ("next", "quantile")
 
 
 class RequiredBiases(NamedTuple):
-  """What one step observes. Sums over tokens, so the quantile is that of the whole step however it is cut."""
+  """The statistics of one step. They are sums over tokens, so the quantile does not depend on how the step is split."""
 
   count_EQ: Array  # float32, tokens per expert and bin of required bias
   num_choices: Array  # float32 scalar, K times the tokens
@@ -37,32 +37,32 @@ def quantile_balancing(
   cutoff: str = "next",
   centre: bool = True,
 ) -> Balancer:
-  """Quantile balancing as in Kimi K3. `centre=false` is the article's form; its program has `cutoff=quantile` too.
+  """Quantile balancing as in Kimi K3. `centre=false` is the article's form; its program also has `cutoff=quantile`.
 
-  b_e <- the K/E quantile over the step's tokens of cutoff_t - score_te, then b <- b - mean(b). Once per
-  optimizer step, and the new bias acts on the next one: no token's choice depends on later tokens. There is
-  no rate; the bias goes in one step as far as it must.
+  Once per optimizer step, b_e becomes the K/E quantile over the step's tokens of cutoff_t - score_te, and then
+  b <- b - mean(b). The new bias acts on the next step, so no token's choice depends on later tokens. There is no
+  rate: the bias moves as far as necessary in one step.
 
-  The quantile is that of the histogram, linear within its bin: off by at most one bin width,
-  (max(b) - min(b) + 2 * reach) / bins. Keep that small beside the differences of scores: a softmax over many
-  experts, with scores near 1/E, wants more bins or a shorter reach.
+  The quantile is that of the histogram, interpolated linearly within its bin. It is off by at most one bin width,
+  (max(b) - min(b) + 2 * reach) / bins. Keep this small compared with the differences between scores. A softmax over
+  many experts, with scores near 1/E, needs more bins or a shorter reach.
 
-  Meant for routers that take the K best of scores plus this bias. Noise, groups of experts, a number of
-  experts that varies, or a second balancer with a bias are not known to the cutoff.
+  Use this with routers that choose the K best of scores plus this bias. The cutoff does not account for noise,
+  groups of experts, a varying number of experts, or a second balancer with a bias.
 
   Args:
-    ema: share of the old bias in the new one, in [0, 1).
-    bins: bins per expert, uniform in [min(b) - reach, max(b) + reach]; what lies outside counts in the end bins.
-    reach: 1 is right for scores in [0, 1]: nothing then lies outside. With a shorter reach, or scores without
-      bound, a bias moves at most `reach` beyond the others per step, and gets there in several steps.
+    ema: the share of the old bias in the new one, in [0, 1).
+    bins: bins per expert, uniform in [min(b) - reach, max(b) + reach]; values outside count in the end bins.
+    reach: 1 is right for scores in [0, 1], because no value is then outside. With a shorter reach, or unbounded
+      scores, a bias moves at most `reach` beyond the others per step, and needs several steps.
     cutoff: `next`, the (K+1)-th best score with bias; `quantile`, the 1 - K/E quantile of the token's scores
-      with bias, which lies between the K-th and the (K+1)-th best. With K = E the lowest score in both cases.
+      with bias, which lies between the K-th and the (K+1)-th best. With K = E, both are the lowest score.
     centre: whether to subtract the mean bias, which changes no choice.
 
   State: bias_E [E] float32. Statistics: `RequiredBiases`. A step without tokens changes nothing.
 
   Raises:
-    InputError: an option outside its range.
+    InputError: if an option is outside its range.
   """
   _require_options(ema, bins, reach, cutoff)
 
@@ -99,12 +99,12 @@ def _require_options(ema: float, bins: int, reach: float, cutoff: str) -> None:
 
 
 def _cutoff(scores_TE: Array, bias_E: Array, k: int, cutoff: str) -> Array:
-  """[T], what a score with bias must exceed to be among the K best."""
+  """Returns the value that a score with bias must exceed to be among the K best, [T]."""
   num_experts = bias_E.size
   best_TX = take_experts(scores_TE + bias_E[None], select_top_k(scores_TE, bias_E, min(k + 1, num_experts)))
   if cutoff == "next" or k == num_experts:
     return best_TX[:, -1]
-  # numpy's and JAX's quantile: position (1 - K/E) * (E - 1), counted from the lowest, between neighbours.
+  # As in numpy's and JAX's quantile: position (1 - K/E) * (E - 1) from the lowest, interpolated between neighbours.
   return best_TX[:, -1] + k / num_experts * (best_TX[:, -2] - best_TX[:, -1])
 
 
@@ -113,20 +113,20 @@ def _range(bias_E: Array, reach: float) -> tuple[Array, Array]:
 
 
 def _histogram(values_TE: Array, mask_T: Array, low: Array, high: Array, bins: int) -> Array:
-  """[E, Q] float32: valid tokens per uniform bin of [low, high]; outside values count in the end bins."""
+  """Returns valid tokens per uniform bin of [low, high], [E, Q] float32. Values outside count in the end bins."""
   num_experts = values_TE.shape[-1]
   bin_TE = jnp.clip(jnp.floor((values_TE - low) * bins / (high - low)), 0, bins - 1).astype(jnp.int32)
-  # One scatter into a flat array: on a CPU three times as fast as one per expert, 100 times as one-hot products.
+  # On CPU, one scatter into a flat array is 3 times as fast as one per expert, and 100 times as one-hot products.
   flat_TE = bins * jnp.arange(num_experts)[None] + bin_TE
-  # Padding may hold anything and fall into any bin, or none: it counts 0.
+  # Padding may hold any value and fall into any bin, or none. It counts 0.
   valid_TE = jnp.broadcast_to(mask_T[:, None], flat_TE.shape).astype(jnp.float32)
   return jnp.zeros(num_experts * bins, jnp.float32).at[flat_TE].add(valid_TE).reshape(num_experts, bins)
 
 
 def _quantile(count_EQ: Array, rank: Array, low: Array, high: Array) -> Array:
-  """[E], the value below which `rank` of an expert's tokens lie, linear within its bin."""
+  """Returns the value below which `rank` of an expert's tokens lie, [E], interpolated linearly within its bin."""
   num_experts, bins = count_EQ.shape
-  # Counts differ from rank by multiples of 1/E, so half of that is a margin for its rounding.
+  # Counts differ from rank by multiples of 1/E, so half of that is a safe margin for rounding errors in rank.
   reached_EQ = jnp.cumsum(count_EQ, axis=-1) > rank - 0.5 / num_experts
   bin_E = jnp.argmax(reached_EQ, axis=-1)
   below_E = jnp.sum(jnp.where(reached_EQ, 0, count_EQ), axis=-1)

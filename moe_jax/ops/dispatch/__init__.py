@@ -1,15 +1,15 @@
-"""Tokens to experts and back. Every dispatcher is one function with the same signature:
+"""Dispatchers send tokens to experts and combine the results. All are functions with the same signature:
 
   dispatch(x_GTD, assignment, experts, *, num_experts, capacity, shard) -> (y_GTD, kept_GA)
 
 `assignment` has fields [G, A]. An entry's position in its expert's queue is the number of earlier entries
-of that expert that hold a slot; it is kept if it is valid and its position is below `capacity`.
-y_GTD sums weight * expert(x) over the kept entries; a dropped entry contributes exactly zero, also to
-gradients. All give the same numbers where nothing is dropped. `experts(rows, product)` computes rows of the experts
-that the dispatcher says they belong to, see `moe_jax.ops.experts`.
+of that expert that hold a slot. An entry is kept if it is valid and its position is below `capacity`.
+y_GTD sums weight * expert(x) over the kept entries. A dropped entry contributes exactly zero, also to
+gradients. All dispatchers give the same results if nothing is dropped. `experts(rows, product)` applies to each row
+the expert that the dispatcher assigns to it (see `moe_jax.ops.experts`).
 
-These are plain programs over all groups. Those that spell the exchange between devices have the same signature and
-live in `moe_jax.sharding`, where `dispatchers.DISPATCHERS` has all of them by name.
+These dispatchers are plain programs over all groups. Dispatchers that write out the exchange between devices have
+the same signature and are in `moe_jax.sharding`, where `dispatchers.DISPATCHERS` has all of them by name.
 """
 
 from moe_jax.ops.dispatch.capacity import default_group_size, expert_capacity

@@ -1,4 +1,4 @@
-"""What every dispatcher is given."""
+"""Types and functions that all dispatchers share."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ Shard = Callable[[Array, tuple[str | None, ...]], Array]  # constrains the shard
 
 
 def no_sharding(x: Array, axes: tuple[str | None, ...]) -> Array:
-  """The default `shard`: one device, so no dispatcher has to prepare an exchange."""
+  """The default `shard` for one device, on which no dispatcher needs to prepare an exchange."""
   del axes
   return x
 
@@ -20,23 +20,23 @@ BY_GROUP = ("group", None, None, None)  # logical axes of rows_GECD
 BY_EXPERT = ("expert", "group", None, None)  # of rows_EGCD
 
 
-EXCHANGED = "exchanged"  # the name by which a remat policy saves rows that have just travelled
+EXCHANGED = "exchanged"  # the name by which a remat policy saves rows received from other devices
 
 
 def exchanged(rows: Array) -> Array:
-  """Rows that have just travelled between devices: the remat policy `exchange` keeps them, so they travel once."""
+  """Marks rows that were just exchanged between devices. The remat policy `exchange` saves them, so they are sent once."""
   return checkpoint_name(rows, EXCHANGED)
 
 
 def run_experts(experts: Experts, rows_GECD: Array, shard: Shard) -> Array:
-  """The experts on their capacity buffers, [G, E, C, D] -> the same: one batched product over E.
+  """Runs the experts on their capacity buffers as one batched product over E. [G, E, C, D] -> [G, E, C, D].
 
-  Both layouts are constrained on both sides of the experts. Where groups are spread over the devices that
-  hold the experts, each change of layout is then one all-to-all, and so is each in the backward pass;
-  with fewer constraints XLA gathers activations instead.
+  Both layouts are constrained on both sides of the experts. If groups are spread over the devices that hold the
+  experts, each change of layout is then one all-to-all, in the forward and in the backward pass. With fewer
+  constraints, XLA gathers activations instead.
   """
   rows_EGCD = exchanged(shard(shard(rows_GECD, BY_GROUP).swapaxes(0, 1), BY_EXPERT))
-  # G and C become one axis: XLA:CPU takes 1.5 times as long for a product with two row axes.
+  # G and C become one axis, because XLA:CPU takes 1.5 times as long for a product with two row axes.
   num_experts, num_groups, capacity, dim = rows_EGCD.shape
   rows_EMD = rows_EGCD.reshape(num_experts, num_groups * capacity, dim)
   rows_EMD = experts(rows_EMD, Batched())

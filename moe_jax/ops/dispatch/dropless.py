@@ -1,4 +1,4 @@
-"""No capacity: a grouped matmul over all tokens sorted by expert (MegaBlocks, 2211.15841)."""
+"""Dispatch without a capacity: a grouped matmul over all tokens sorted by expert (MegaBlocks, 2211.15841)."""
 
 import jax.numpy as jnp
 
@@ -21,15 +21,15 @@ def dropless_dispatch(
 ) -> tuple[Array, Array]:
   """Returns y_GTD = sum of weight * expert(x) over the valid entries, and kept_GA = valid_GA. Fields are [G, A].
 
-  `capacity` is ignored, and groups only delimit the tokens that an entry can name. `num_rows`: how many valid
-  entries there are at most, where the caller knows it; the experts multiply no more.
+  `capacity` is ignored, and groups only delimit the tokens that an entry can refer to. `num_rows` is the maximum
+  number of valid entries, if the caller knows it. The experts then multiply at most that many rows.
   """
   del capacity
   one_group = as_one_group(assignment, x_GTD.shape[1])
   x_XD = x_GTD.reshape(-1, x_GTD.shape[-1])
   queues = make_queues(one_group.expert_A, one_group.valid_A, num_experts)
   token_M, weight_M = in_queue_order(one_group, queues, num_experts, x_XD.shape[0])
-  # Rows of no token follow the queues, as the grouped product wants.
+  # Rows without a token follow the queues, as the grouped product requires.
   token_M = jnp.pad(token_M[:num_rows], (0, BLOCK), constant_values=x_XD.shape[0])
   weight_M = jnp.pad(weight_M[:num_rows], (0, BLOCK))
   rows_MD = x_XD.at[token_M].get(mode="fill", fill_value=0)

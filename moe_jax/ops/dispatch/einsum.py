@@ -1,4 +1,4 @@
-"""GShard's dispatch and combine tensors (2006.16668): the form that XLA shards into all-to-alls by itself."""
+"""GShard's dispatch and combine tensors (2006.16668), for which XLA inserts the all-to-alls automatically."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def einsum_dispatch(
   weight_GEC = jax.vmap(lambda w, e: w.at[e].get(mode="fill", fill_value=0))(
     assignment.weight_A, slots.entry_EC
   )
-  # A comparison, not a scatter: XLA fuses it, and it partitions over groups without communication.
+  # This is a comparison instead of a scatter: XLA fuses it, and it partitions over groups without communication.
   dispatch_GTEC = slots.token_EC[:, None] == jnp.arange(num_tokens)[None, :, None, None]
   combine_GTEC = jnp.where(dispatch_GTEC, weight_GEC[:, None], 0).astype(x_GTD.dtype)
 

@@ -1,4 +1,4 @@
-"""Gather tokens by index, scatter the experts' outputs back: through capacity buffers, or without."""
+"""Gathers tokens by index and scatters the experts' outputs back, with or without capacity buffers."""
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,9 @@ def sorted_dispatch(
 ) -> tuple[Array, Array]:
   """Returns y_GTD = sum of weight * expert(x) over the kept entries, and kept_GA. Fields are [G, A].
 
-  Buffers of a fixed size are what devices can exchange. Without `shard` there is nobody to exchange with, and
-  the kept entries go through the grouped product, which multiplies no empty slot: on CPU, at capacity factor
-  1.25, a training step of the layer takes 0.9 times as long (scripts/bench_layer.py, `sorted`, `buffers`).
+  Devices exchange buffers of a fixed size. Without `shard`, there is no exchange, and the kept entries go through
+  the grouped product, which skips empty slots. On CPU, at capacity factor 1.25, a training step of the layer then
+  takes 0.9 times as long (scripts/bench_layer.py, `sorted`, `buffers`).
   """
   _, num_tokens, _ = x_GTD.shape
   slots = jax.vmap(lambda a: assign_slots(a, num_tokens, num_experts, capacity))(assignment)
