@@ -22,7 +22,9 @@ def import_plugins(plugins: Iterable[str]) -> None:
     except InputError as error:
       raise InputError(f"--plugins={plugin}: {error}") from None
     except Exception as error:
-      raise InputError(f"--plugins={plugin}: {_where(error, plugin)}: {type(error).__name__}: {error}") from None
+      raise InputError(
+        f"--plugins={plugin}: {_where(error, plugin)}: {type(error).__name__}: {error}"
+      ) from None
 
 
 def _import(plugin: str) -> None:

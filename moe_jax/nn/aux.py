@@ -95,7 +95,9 @@ def update_balancers(model: nnx.Module, aux: PyTree) -> None:
     )
   for layer, own in zip(layers, auxes, strict=True):
     update = layer.balancer.update
-    if own.kept_per_expert_E.ndim == 2:  # stacked layers of a segment; the index gives vmap an axis in any case
+    if (
+      own.kept_per_expert_E.ndim == 2
+    ):  # stacked layers of a segment; the index gives vmap an axis in any case
       indexed = lambda layer, state, stats, update=update: update(state, stats)
       update = lambda state, stats, own=own, f=indexed: jax.vmap(f)(
         jnp.arange(own.kept_per_expert_E.shape[0]), state, stats

@@ -17,9 +17,8 @@ from moe_jax.nn.ffn import FFNS
 from moe_jax.nn.mixers import MIXERS
 from moe_jax.nn.moe import MoE
 from moe_jax.nn.residual import RESIDUALS
-from moe_jax.nn.routers import ROUTERS, Router
+from moe_jax.nn.routers import ROUTERS
 from moe_jax.ops.balancing import BALANCERS
-from moe_jax.registry import split_methods
 from moe_jax.sharding.dispatchers import DISPATCHERS
 
 _MOE_PARTS = {"router": ROUTERS, "experts": EXPERTS, "dispatcher": DISPATCHERS}
@@ -128,3 +127,13 @@ def _naming_of(moe: MoEConfig) -> Iterator[None]:
     if text.startswith("num_experts"):
       raise InputError(f"--{text}") from None
     raise (InputError(f"--{flag}={spec_text(getattr(moe, flag))}: {text}") if flag else error) from None
+
+
+def num_routed_layers(config: ModelConfig) -> int:
+  """R, layers of a resolved model with routed experts."""
+  return sum(
+    segment.repeats
+    for segment in config.blocks
+    for block in segment.pattern
+    if routed_part(block) is not None
+  )

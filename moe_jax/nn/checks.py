@@ -22,6 +22,4 @@ def check_flat(router: Router, balancer: Balancer) -> None:
   if router.whole_sequences:
     raise InputError(f"the router decides for whole sequences, and {wrong}")
   if balancer.needs_sequences:
-    raise InputError(
-      f"the balancer balances within each sequence, and {wrong}, or choose scope=global_batch"
-    )
+    raise InputError(f"the balancer balances within each sequence, and {wrong}, or choose scope=global_batch")

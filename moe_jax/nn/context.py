@@ -15,9 +15,13 @@ class Context(NamedTuple):
   Keys belong to sequences, so cutting the batch into micro-batches or over devices changes no draw.
   """
 
-  mask_BL: Array | None = None  # bool, False: padding, behind the text; it is routed nowhere and counts nowhere
+  mask_BL: Array | None = (
+    None  # bool, False: padding, behind the text; it is routed nowhere and counts nowhere
+  )
   key_B: Array | None = None  # a random key per sequence; None: nothing is drawn
-  step_key: Array | None = None  # one random key for the whole optimizer step, the same in all its micro-batches
+  step_key: Array | None = (
+    None  # one random key for the whole optimizer step, the same in all its micro-batches
+  )
   token_id_BL: Array | None = None  # int32, vocabulary ids
   domain_B: Array | None = None  # int32, the domain of each sequence
   num_domains: int = 1  # S, static

@@ -63,7 +63,9 @@ def _attend(
   window: int,
 ) -> Array:
   """Queries from position `start` on, keys from position `first` on."""
-  behind_XY = (start + jnp.arange(query_BXNH.shape[1]))[:, None] - (first + jnp.arange(key_BYNH.shape[1]))[None]
+  behind_XY = (start + jnp.arange(query_BXNH.shape[1]))[:, None] - (first + jnp.arange(key_BYNH.shape[1]))[
+    None
+  ]
   mask_XY = behind_XY >= 0 if causal else jnp.ones(behind_XY.shape, bool)
   if window:
     mask_XY &= jnp.abs(behind_XY) < window

@@ -66,7 +66,9 @@ def all_to_all(
   if chunks < 1:
     raise InputError(f"dispatcher all_to_all: chunks must be 1 or more, got {chunks}")
   if buffer_factor < 0 or not math.isfinite(buffer_factor):
-    raise InputError(f"dispatcher all_to_all: buffer_factor must be 0 (room for all) or more, got {buffer_factor}")
+    raise InputError(
+      f"dispatcher all_to_all: buffer_factor must be 0 (room for all) or more, got {buffer_factor}"
+    )
   options = Options(capacity, chunks, buffer_factor, exchange)
   dispatch = functools.partial(all_to_all_dispatch, options=options)
   return Dispatcher(dispatch, capacity == "none" and not buffer_factor, spells_exchange=True)

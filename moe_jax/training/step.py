@@ -61,7 +61,9 @@ class Options(NamedTuple):
   vocab_size: int = 0  # V, for objectives that draw ids
   schedule: Callable[[Array], Array] | None = None  # of the learning rate, only to be logged
   gradients: bool = False  # give them, as the metric `gradients`
-  record_logits: str = ""  # float16 | float32: give `router_trace`, the fields of `router_trace.Steps` but the step
+  record_logits: str = (
+    ""  # float16 | float32: give `router_trace`, the fields of `router_trace.Steps` but the step
+  )
 
 
 def make_step(

@@ -63,7 +63,7 @@ def test_a_stopped_run_continues_to_the_same_numbers(finished, dataset, tmp_path
   assert not (tmp_path / "result.json").exists()
   result = Run(config, dataset, tmp_path, label="arm").train()
   assert result["validation"] == expected["validation"]
-  for key in ("loss_tail", "max_vio_batch_tail", "dropped_fraction_tail", "tail_steps"):
+  for key in ("loss", "max_vio", "dropped_fraction", "tail_steps"):
     assert result["training"][key] == expected["training"][key]
   lines = [read_jsonl(f / "metrics.jsonl") for f in (tmp_path, folder)]
   assert [line["step"] for line in lines[0]] == [1, 2, 3, 4, 5, 6]
@@ -73,7 +73,7 @@ def test_a_stopped_run_continues_to_the_same_numbers(finished, dataset, tmp_path
 def test_the_result_holds_what_the_report_reads(finished, dataset):
   folder, result = finished
   assert json.loads((folder / "result.json").read_text()) == result
-  layers, experts = CONFIG.model.num_moe_layers, CONFIG.model.moe.num_experts
+  layers, experts = CONFIG.model.num_layers, CONFIG.model.moe.num_experts
   validation = result["validation"]
   assert validation["perplexity"] == pytest.approx(math.exp(validation["nll"]))
   assert np.shape(validation["load"]) == (layers, experts)
@@ -81,7 +81,7 @@ def test_the_result_holds_what_the_report_reads(finished, dataset):
   np.testing.assert_allclose(np.sum(validation["load"], axis=1), 1, rtol=1e-6)
   # signed, of the summed counts
   np.testing.assert_allclose(
-    validation["max_vio_global"], np.max(validation["load"], axis=1) * experts - 1, rtol=1e-5
+    validation["max_vio"], np.max(validation["load"], axis=1) * experts - 1, rtol=1e-5
   )
   assert result["fingerprint"] == dataset.info.fingerprint
   assert result["validation_floor"] <= validation["nll"]
@@ -110,7 +110,7 @@ def test_evaluation_does_not_depend_on_the_batch_size(finished, dataset, tmp_pat
     run.steps = steps
     validation = run.evaluate(state)
   assert validation["num_tokens"] == result["validation"]["num_tokens"]
-  for key in ("nll", "max_vio_global", "mutual_information", "router_entropy", "dropped_fraction"):
+  for key in ("nll", "max_vio", "mutual_information", "router_entropy", "dropped_fraction"):
     np.testing.assert_allclose(validation[key], result["validation"][key], rtol=1e-5, atol=1e-7)
 
 

@@ -71,7 +71,9 @@ class SoftMoE(nnx.Module):
     """
     mask_BL = context.mask_of(x_BLD)
     dispatch_BLEC, combine_BLEC = self._weights(x_BLD, mask_BL)
-    experts = as_experts(self.experts.for_step(context.step_key if context.train else None), x_BLD.dtype, True)
+    experts = as_experts(
+      self.experts.for_step(context.step_key if context.train else None), x_BLD.dtype, True
+    )
     valid_BLD = jnp.where(mask_BL[..., None], x_BLD, 0)  # padding may hold anything, also infinity
     rows_BECD = jnp.einsum("BLEC,BLD->BECD", dispatch_BLEC.astype(x_BLD.dtype), valid_BLD)
     rows_BECD = run_experts(experts, rows_BECD, constrain)
@@ -101,7 +103,9 @@ class SoftMoE(nnx.Module):
     combine_BLE = combine_BLEC.sum(axis=-1)
     tokens_per_expert_BE = combine_BLE.sum(axis=1)
     domain_BS = context.domain_one_hot(mask_BL)
-    layer = LayerRecord(tokens_per_expert_BE, tokens_per_expert_BE.sum(axis=0), combine_BLE, mask_BL, domain_BS)
+    layer = LayerRecord(
+      tokens_per_expert_BE, tokens_per_expert_BE.sum(axis=0), combine_BLE, mask_BL, domain_BS
+    )
     return jax.lax.stop_gradient(MoEAux({}, None, *layer[:2], observe(layer)))
 
 

@@ -67,6 +67,4 @@ def heterogeneous_loss(
     # load_balancing multiplies by the number of experts, which is 1 / share if all shares are equal.
     return normalized_scores(routing) / (num_experts * share_E / share_E.sum())[None, None]
 
-  return load_balancing(weight, scope, all_choices, importance=importance)._replace(
-    init=init, suits=suits
-  )
+  return load_balancing(weight, scope, all_choices, importance=importance)._replace(init=init, suits=suits)
