@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from moe_jax.errors import InputError
 from moe_jax.ops.routing.common import Choice, select_top_k, take_experts, token_major
-from moe_jax.types import Array, Assignment, RouterContext, Routing
+from moe_jax.types import Array, RouterContext, Routing
 
 
 def base_assignment(num_experts: int, num_experts_per_token: int) -> Choice:
@@ -20,7 +20,8 @@ def base_assignment(num_experts: int, num_experts_per_token: int) -> Choice:
   The published layer computes a E(x) + (1 - a) x, where the expert E(x) = x + F(norm(x)) contains a residual
   connection; together that is x + a F(norm(x)) (fairseq, base_layer.py). A transformer block of this package
   computes the same: its residual connection is around the layer, F is the expert, and a its weight. A layer
-  without a residual connection around it needs the term (1 - a) x as well: see `copy_weight`.
+  without a residual connection around it needs the term (1 - a) x as well, which the router module adds with its
+  option `mix`.
 
   Leaks the future in training: the expert of a token depends on all tokens of the group.
 
@@ -41,14 +42,6 @@ def base_assignment(num_experts: int, num_experts_per_token: int) -> Choice:
     return Routing(logits_TE, jax.nn.log_sigmoid(logits_TE), context.mask, assignment)
 
   return Choice(choose, leaks="always", takes_bias=False)
-
-
-def copy_weight(assignment: Assignment) -> Array:
-  """1 - a for each token that `base_assignment` sends to an expert with weight a; 0 for padding.
-
-  Float32 with the shape of `weight_A`, which is [T] or [G, T] because K is 1. Differentiable.
-  """
-  return jnp.where(assignment.valid_A, 1 - assignment.weight_A, 0)
 
 
 class _Matching(NamedTuple):
