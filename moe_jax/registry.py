@@ -167,6 +167,8 @@ def split_methods(spec: str) -> list[str]:
 
 @functools.cache
 def _parameters(factory: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+  if isinstance(factory, type):  # not the class itself: a metaclass may hide what __init__ takes
+    return dict(list(inspect.signature(factory.__init__).parameters.items())[1:])
   return inspect.signature(factory).parameters
 
 

@@ -1,7 +1,8 @@
 """Flax NNX modules: own parameters, call `ops`, name logical axes."""
 
+from moe_jax.nn.context import Context
 from moe_jax.nn.moe import MoE
 from moe_jax.nn.transformer import Transformer
 from moe_jax.nn.variables import BalancerState
 
-__all__ = ["BalancerState", "MoE", "Transformer"]
+__all__ = ["BalancerState", "Context", "MoE", "Transformer"]

@@ -1,4 +1,6 @@
-"""Causal attention that never holds the scores of a whole long sequence."""
+"""Softmax attention that never holds the scores of a whole long sequence."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,31 +10,63 @@ from moe_jax.types import Array
 BLOCK = 1024  # queries whose scores are held at once
 
 
-def causal_attention(query_BLNH: Array, key_BLNH: Array, value_BLNH: Array, block: int = BLOCK) -> Array:
-  """Each position's softmax-weighted mean of the values up to itself, [B, L, N, H]. The heads of keys and
-  values divide those of the queries.
+def attend(
+  query_BLNH: Array,
+  key_BLNH: Array,
+  value_BLNH: Array,
+  *,
+  causal: bool = True,
+  window: int = 0,
+  mask_BL: Array | None = None,
+  block: int = BLOCK,
+) -> Array:
+  """Each position's softmax-weighted mean of the values that it sees, [B, L, N, H].
 
   Scores are [B, N, L, L] in float32: at L = 4096, 32 heads and 4 sequences 8 GiB per layer. So queries go in
-  blocks, each with the keys up to its own end only, and the backward pass recomputes a block's scores
+  blocks, each with the keys that it can see only, and the backward pass recomputes a block's scores
   (the idea of 2205.14135, left to XLA): B * N * block * L numbers are held instead. With L / block = 4 blocks
   10/16 of the L x L products are made, with 8 blocks 9/16.
+
+  Args:
+    query_BLNH, key_BLNH, value_BLNH: of any float type. The heads of keys and values divide those of the queries.
+    causal: a position sees what is before it, and itself.
+    window: and of that only the last `window` positions; 0: all. Without `causal`, as many on either side.
+    mask_BL: bool, False: nobody sees the position. None: all are seen.
+    block: queries whose scores are held at once.
   """
   length = query_BLNH.shape[1]
-  attend = lambda query, key, value: jax.nn.dot_product_attention(query, key, value, is_causal=True)
-  if length <= block:
-    return attend(query_BLNH, key_BLNH, value_BLNH)
+  if length <= block and causal and not window and mask_BL is None:
+    return jax.nn.dot_product_attention(query_BLNH, key_BLNH, value_BLNH, is_causal=True)
   # A barrier (prevent_cse) keeps XLA from merging this recomputation with that of the layer around it.
-  one_block = jax.checkpoint(_attend_to_the_past)
   rows = []
   for start in range(0, length, block):
     end = min(start + block, length)
-    rows.append(one_block(query_BLNH[:, start:end], key_BLNH[:, :end], value_BLNH[:, :end]))
-  return jnp.concatenate(rows, axis=1)
+    first = max(0, start - window + 1) if window else 0
+    last = end if causal else min(length, end + window - 1) if window else length
+    one_block = functools.partial(_attend, start=start, first=first, causal=causal, window=window)
+    if length > block:
+      one_block = jax.checkpoint(one_block)
+    seen = None if mask_BL is None else mask_BL[:, first:last]
+    rows.append(one_block(query_BLNH[:, start:end], key_BLNH[:, first:last], value_BLNH[:, first:last], seen))
+  return rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=1)
 
 
-def _attend_to_the_past(query_BXNH: Array, key_BLNH: Array, value_BLNH: Array) -> Array:
-  """Queries that are the last X of the L positions."""
-  queries, keys = query_BXNH.shape[1], key_BLNH.shape[1]
-  position_X = keys - queries + jnp.arange(queries)
-  mask_11XL = (jnp.arange(keys)[None, :] <= position_X[:, None])[None, None]
-  return jax.nn.dot_product_attention(query_BXNH, key_BLNH, value_BLNH, mask=mask_11XL)
+def _attend(
+  query_BXNH: Array,
+  key_BYNH: Array,
+  value_BYNH: Array,
+  seen_BY: Array | None,
+  *,
+  start: int,
+  first: int,
+  causal: bool,
+  window: int,
+) -> Array:
+  """Queries from position `start` on, keys from position `first` on."""
+  behind_XY = (start + jnp.arange(query_BXNH.shape[1]))[:, None] - (first + jnp.arange(key_BYNH.shape[1]))[None]
+  mask_XY = behind_XY >= 0 if causal else jnp.ones(behind_XY.shape, bool)
+  if window:
+    mask_XY &= jnp.abs(behind_XY) < window
+  mask_11XY = mask_XY[None, None]
+  mask = mask_11XY if seen_BY is None else mask_11XY & seen_BY[:, None, None, :]
+  return jax.nn.dot_product_attention(query_BXNH, key_BYNH, value_BYNH, mask=mask)

@@ -5,8 +5,7 @@
   all_to_all[:OPTIONS]     the same exchange with a capacity
   all_gather[:OPTIONS]     tokens travel to every device of the expert group, for small groups
 
-Every one has the signature of `moe_jax.ops.dispatch`; the last three take their experts as `ExpertWeights`,
-whose arrays they hand to each device. docs/adr/0006 has the reasons.
+Every one has the signature of `moe_jax.ops.dispatch`; the last three hand each device its part of the experts' weights. docs/adr/0006 has the reasons.
 """
 
 import functools
@@ -15,8 +14,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from moe_jax.errors import InputError, require_option
-from moe_jax.ops.dispatch import DISPATCHERS as LOCAL
-from moe_jax.registry import build
+from moe_jax.ops.dispatch import einsum_dispatch, sorted_dispatch
+from moe_jax.registry import Registry, Spec
 from moe_jax.sharding.all_gather import all_gather_dispatch
 from moe_jax.sharding.all_to_all import Options, all_to_all_dispatch
 from moe_jax.sharding.capacity import SCOPES
@@ -29,14 +28,17 @@ class Dispatcher(NamedTuple):
   dispatch: Callable  # see moe_jax/ops/dispatch/__init__.py
   never_drops: bool = False
   spells_exchange: bool = False  # gathers parameters that are kept in parts, too
+  small_groups: bool = False  # its cost per token grows with the routing group
 
 
 def einsum() -> Dispatcher:
-  return Dispatcher(LOCAL["einsum"])
+  """GShard's dispatch and combine tensors."""
+  return Dispatcher(einsum_dispatch, small_groups=True)
 
 
 def sorted_() -> Dispatcher:
-  return Dispatcher(LOCAL["sorted"])
+  """Tokens gathered by index into capacity buffers."""
+  return Dispatcher(sorted_dispatch)
 
 
 def all_to_all(
@@ -60,9 +62,9 @@ def all_to_all(
   require_option("dispatcher all_to_all", "capacity", capacity, SCOPES)
   require_option("dispatcher all_to_all", "exchange", exchange, FORMS)
   if chunks < 1:
-    raise InputError(f"--dispatcher: chunks must be 1 or more, got {chunks}")
+    raise InputError(f"dispatcher all_to_all: chunks must be 1 or more, got {chunks}")
   if buffer_factor < 0 or not math.isfinite(buffer_factor):
-    raise InputError(f"--dispatcher: buffer_factor must be 0 (room for all) or more, got {buffer_factor}")
+    raise InputError(f"dispatcher all_to_all: buffer_factor must be 0 (room for all) or more, got {buffer_factor}")
   options = Options(capacity, chunks, buffer_factor, exchange)
   dispatch = functools.partial(all_to_all_dispatch, options=options)
   return Dispatcher(dispatch, capacity == "none" and not buffer_factor, spells_exchange=True)
@@ -80,19 +82,21 @@ def all_gather(capacity: str = "none") -> Dispatcher:
   return Dispatcher(dispatch, capacity == "none", spells_exchange=True)
 
 
-DISPATCHERS = {
-  "einsum": einsum,
-  "sorted": sorted_,
-  "dropless": dropless,
-  "all_to_all": all_to_all,
-  "all_gather": all_gather,
-}
+DISPATCHERS = Registry(
+  "dispatcher",
+  {
+    "einsum": einsum,
+    "sorted": sorted_,
+    "dropless": dropless,
+    "all_to_all": all_to_all,
+    "all_gather": all_gather,
+  },
+)
 
 
-@functools.cache
-def get_dispatcher(spec: str) -> Dispatcher:
-  """The dispatcher that `spec` names, e.g. `dropless:chunks=4`. Raises `InputError` naming what is known."""
-  return build("dispatcher", DISPATCHERS, spec)
+def get_dispatcher(spec: Spec) -> Dispatcher:
+  """The dispatcher of that name, e.g. `dropless:chunks=4`. Raises `InputError` naming what is known."""
+  return DISPATCHERS.resolve(spec)()
 
 
 __all__ = ["DISPATCHERS", "Dispatcher", "get_dispatcher"]

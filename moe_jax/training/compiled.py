@@ -1,4 +1,4 @@
-"""The pure steps, jitted on a mesh with the layouts of their arguments, compiled once per configuration."""
+"""The steps of a run, jitted on a mesh with the layouts of their arguments, compiled once per configuration."""
 
 import dataclasses
 import functools
@@ -6,106 +6,235 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+from flax import nnx
 
 from moe_jax import sharding
 from moe_jax.config import Config
 from moe_jax.errors import InputError
-from moe_jax.nn.methods import check_causal, check_methods, group_size, layer_kind, router_of
-from moe_jax.training.step import (
-  EvalSums,
-  TrainState,
-  init_state,
-  make_eval_step,
-  make_train_step,
-  with_balancers_of,
-)
+from moe_jax.nn.build import different_blocks, naming, resolve, routed_part
+from moe_jax.nn.leaks import check_causal
+from moe_jax.nn.moe import MoE
+from moe_jax.nn.transformer import Transformer
+from moe_jax.ops.metrics import METRICS
+from moe_jax.training.hooks import HOOKS, Hook
+from moe_jax.training.objectives import OBJECTIVES, Objective
+from moe_jax.training.optim import OPTIMIZERS, learning_rate_schedule, make_optimizer
+from moe_jax.training.step import EvalSums, Options, Step, TrainState, init_state, make_eval_step, make_step
 
 
-def check_run(config: Config, mesh: jax.sharding.Mesh) -> None:
-  """Raises `InputError` for what only the whole configuration shows: methods that do not fit together,
-  and divisibility by groups and mesh."""
-  length, moe = config.data.sequence_length, config.model.moe
+def resolve_config(config: Config) -> Config:
+  """`config` with a `Method` in place of every name, checked; the model is causal if its objective is.
+
+  Raises:
+    InputError: a wrong field, an unknown name, or parts that do not fit together.
+  """
+  config.check()
+  with naming("objective", config.train.objective):
+    objective = OBJECTIVES.resolve(config.train.objective)
+    causal = objective().causal
+  with naming("hooks", config.train.hooks):
+    hooks = HOOKS.resolve_all(config.train.hooks)
+    for hook in hooks:
+      hook()
+  with naming("optimizer", config.optimizer.optimizer):
+    optimizer = OPTIMIZERS.resolve(config.optimizer.optimizer)
+  return dataclasses.replace(
+    config,
+    model=resolve(dataclasses.replace(config.model, causal=causal)),
+    optimizer=dataclasses.replace(config.optimizer, optimizer=optimizer),
+    train=dataclasses.replace(config.train, objective=objective, hooks=hooks),
+  )
+
+
+def check_run(config: Config, mesh: jax.sharding.Mesh) -> Config:
+  """The resolved configuration of a run on `mesh`.
+
+  Raises:
+    InputError: what only the whole configuration shows: methods that do not fit together, and divisibility by groups
+      and mesh.
+  """
+  config = resolve_config(config)
+  length = config.data.sequence_length
   micro = config.data.batch_size // config.train.accumulation
-  check_methods(moe)
-  check_causal(moe)
-  if config.train.record_router_logits and not layer_kind(moe).routes:
+  check_causal(config.model)
+  routed = [routed_part(block) for block in different_blocks(config.model)]
+  if config.train.record_router_logits and not any(routed):
     raise InputError(
-      f"--record_router_logits={config.train.record_router_logits}: --layer={moe.layer} has no router"
+      f"--record_router_logits={config.train.record_router_logits}: --ffn={config.model.ffn} has no router"
     )
-  group = group_size(moe, length)
-  if micro * length % group or (length % group and group % length):
-    raise InputError(
-      f"--group_size={group}: must divide sequence_length={length}, or be a multiple of it that divides "
-      f"the {micro * length} tokens of a micro-batch"
-    )
-  sharding.check_divides(mesh, config.model, micro_batch=micro, num_groups=micro * length // group)
+  groups = {length}
+  for layer in filter(None, routed):
+    with naming_group(layer):
+      groups.add(layer.tokens_per_group(length))
+  for group in groups:
+    if micro * length % group or (length % group and group % length):
+      raise InputError(
+        f"--group_size={group}: must divide sequence_length={length}, or be a multiple of it that divides "
+        f"the {micro * length} tokens of a micro-batch"
+      )
+    sharding.check_divides(mesh, config.model, micro_batch=micro, num_groups=micro * length // group)
+  return config
+
+
+def naming_group(layer: MoE):
+  """Names the flag of what `layer` says of its groups."""
+  return naming("group_size", layer.group_size)
 
 
 class CompiledSteps(NamedTuple):
   """The jitted functions of a run on a mesh, and the layout of its state."""
 
   init: Callable[[int], TrainState]
-  train: Callable[[TrainState, dict], tuple[TrainState, dict]]
+  train: Step
   evaluate: Callable[[TrainState, dict], EvalSums]
   abstract_state: TrainState
   state_shardings: TrainState
+  model: Transformer  # abstract: its structure, without parameters
 
 
 def compile_steps(
-  config: Config, vocab_size: int, num_domains: int, mesh: jax.sharding.Mesh
+  config: Config, vocab_size: int, num_domains: int, mesh: jax.sharding.Mesh, gradients: bool = False
 ) -> CompiledSteps:
   """The steps of `config` on `mesh`; runs that differ only in seeds share them, compiled once.
+
+  What is compiled is found again by the parts that `config` names, not by their names: a method that is defined anew is
+  compiled anew.
+
+  Args:
+    config: resolved here, if it is not yet.
+    vocab_size: V of the text.
+    num_domains: S of the text.
+    mesh: of devices.
+    gradients: give the gradients with the metrics of a step.
 
   Raises:
     InputError: the text has more domains than a router by task has rows.
   """
-  num_tasks = router_of(config.model.moe).num_tasks
-  if 0 < num_tasks < num_domains:
-    raise InputError(
-      f"--router={config.model.moe.router}: has {num_tasks} tasks, and the text {num_domains} domains"
-    )
+  config = resolve_config(config)
+  for block in different_blocks(config.model):
+    layer = routed_part(block)
+    if layer is not None and 0 < layer.router.num_tasks < num_domains:
+      raise InputError(
+        f"--router={block.moe.router}: has {layer.router.num_tasks} tasks, and the text {num_domains} domains"
+      )
   record = min(config.train.record_router_logits, 1)  # how often is not the step's affair
   train = dataclasses.replace(config.train, seed=0, tensorboard=True, record_router_logits=record)
   data = dataclasses.replace(config.data, data_seed=0)
-  return _compile_steps(dataclasses.replace(config, train=train, data=data), vocab_size, num_domains, mesh)
+  config = dataclasses.replace(config, train=train, data=data)
+  return _compile_steps(config, vocab_size, num_domains, mesh, gradients, tuple(METRICS.items()))
+
+
+def objective_of(config: Config) -> Objective:
+  """Of a resolved configuration."""
+  return config.train.objective()
+
+
+def hooks_of(config: Config) -> tuple[Hook, ...]:
+  """Of a resolved configuration."""
+  return tuple(method() for method in config.train.hooks)
+
+
+def make_model(config: Config, vocab_size: int, seed: jax.Array | int = 0) -> Transformer:
+  """The freshly initialised model of a resolved configuration, for a text with `vocab_size` ids."""
+  num_ids = vocab_size + objective_of(config).num_extra_ids
+  return Transformer(config.model, num_ids, rngs=nnx.Rngs(jax.random.key(seed)))
+
+
+def abstract_model(config: Config, vocab_size: int) -> Transformer:
+  """The model's structure, without computing any parameter."""
+  found = []
+  jax.eval_shape(lambda: found.append(make_model(config, vocab_size)))
+  return found[0]
+
+
+def make_train_step(config: Config, vocab_size: int, num_domains: int, gradients: bool = False) -> Step:
+  """The training step of a resolved configuration, not jitted."""
+  schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
+  options = Options(
+    accumulation=config.train.accumulation,
+    num_domains=num_domains,
+    vocab_size=vocab_size,
+    schedule=schedule,
+    gradients=gradients,
+    record_logits=config.train.router_logits_dtype if config.train.record_router_logits else "",
+  )
+  optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+  return make_step(
+    abstract_model(config, vocab_size), objective_of(config), optimizer, hooks_of(config), options
+  )
+
+
+def make_init(config: Config, vocab_size: int) -> Callable[[jax.Array | int], TrainState]:
+  """seed -> the state before the first step of a resolved configuration, not jitted."""
+  optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+  hooks = hooks_of(config)
+  return lambda seed: init_state(make_model(config, vocab_size, seed), optimizer, hooks, seed)
 
 
 @functools.lru_cache(maxsize=64)
 def _compile_steps(
-  config: Config, vocab_size: int, num_domains: int, mesh: jax.sharding.Mesh
+  config: Config,
+  vocab_size: int,
+  num_domains: int,
+  mesh: jax.sharding.Mesh,
+  gradients: bool,
+  unused_metrics: tuple,
 ) -> CompiledSteps:
-  abstract = jax.eval_shape(lambda: init_state(config, vocab_size, 0))
+  model = abstract_model(config, vocab_size)
+  abstract = jax.eval_shape(make_init(config, vocab_size), 0)
   shardings = sharding.state_shardings(mesh, abstract)
   batch, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-  options = sharding.compiler_options(mesh.devices.flat[0].platform) or None
-  plain_moe = dataclasses.replace(config.model.moe, balancers="none", dispatcher="sorted", jitter=0.0)
-  plain_init = _compile_init(
-    dataclasses.replace(config, model=dataclasses.replace(config.model, moe=plain_moe)), vocab_size, mesh
-  )
+  metrics = everywhere
+  compiler = sharding.compiler_options(mesh.devices.flat[0].platform) or None
+  plain_init = _compile_init(_plain(config), vocab_size, mesh)
   return CompiledSteps(
-    init=lambda seed: jax.device_put(with_balancers_of(config, plain_init(seed)), shardings),
+    init=lambda seed: jax.device_put(_with_balancers_of(model, abstract, plain_init(seed)), shardings),
     train=jax.jit(
-      make_train_step(config, vocab_size),
+      make_train_step(config, vocab_size, num_domains, gradients),
       in_shardings=(shardings, batch),
-      out_shardings=(shardings, everywhere),
+      out_shardings=(shardings, metrics),
       donate_argnums=0,
-      compiler_options=options,
+      compiler_options=compiler,
     ),
     evaluate=jax.jit(
-      make_eval_step(config, vocab_size, num_domains),
+      make_eval_step(model, objective_of(config), num_domains, vocab_size),
       in_shardings=(shardings, batch),
       out_shardings=everywhere,
-      compiler_options=options,
+      compiler_options=compiler,
     ),
     abstract_state=abstract,
     state_shardings=shardings,
+    model=model,
   )
+
+
+def _plain(config: Config) -> Config:
+  """What arms of a comparison that differ in balancing share at the start."""
+  moe = dataclasses.replace(config.model.moe, balancers="none", dispatcher="sorted", jitter=0.0)
+  if config.model.segments:
+    return config
+  return resolve_config(dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe)))
 
 
 @functools.lru_cache(maxsize=64)
 def _compile_init(config: Config, vocab_size: int, mesh: jax.sharding.Mesh) -> Callable[[int], TrainState]:
-  """Compiling the initialisers takes longer than running them: methods share it, and on CPU LLVM hurries."""
-  shardings = sharding.state_shardings(mesh, jax.eval_shape(lambda: init_state(config, vocab_size, 0)))
+  """Methods share it, for compiling the initialisers takes longer than running them. On CPU LLVM does not optimise."""
+  init = make_init(config, vocab_size)
+  shardings = sharding.state_shardings(mesh, jax.eval_shape(init, 0))
   hurry = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-  init = lambda seed: init_state(config, vocab_size, seed)
   return jax.jit(init, out_shardings=shardings, compiler_options=hurry)
+
+
+def _with_balancers_of(model: Transformer, abstract: TrainState, state: TrainState) -> TrainState:
+  """`state` with the initial state of `model`'s own balancers."""
+  variables = nnx.to_flat_state(abstract.variables)
+  initial = dict(variables)
+  for path, layer in nnx.iter_modules(model):
+    if isinstance(layer, MoE):
+      own = (*path, "balancer_state")
+      one_layer = layer.balancer.init(layer.num_scored_experts)
+      fill = lambda leaf, like: jnp.broadcast_to(leaf, like.shape).astype(like.dtype)
+      value = jax.tree.map(fill, one_layer, initial[own].get_value())
+      initial[own] = initial[own].replace(value)
+  return state._replace(variables=nnx.from_flat_state(initial))

@@ -16,7 +16,7 @@ from moe_jax.cluster import processes
 from moe_jax.config import Config
 from moe_jax.data import Dataset
 from moe_jax.errors import InputError
-from moe_jax.nn.methods import group_size, num_scored_experts, sees_later_tokens
+
 from moe_jax.ops.dispatch import expert_capacity
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import check_run, compile_steps

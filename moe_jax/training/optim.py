@@ -1,10 +1,19 @@
-"""The optimizer: clipping, AdamW (1711.05101), and a schedule with warm-up, all from optax."""
+"""The optimizer: clipping, groups of parameters, and a schedule with warm-up, all from optax.
+
+Every parameter belongs to a group by its metadata `group`: "frozen" (see `moe_jax.nn.variables.freeze`), or the
+optimizer's own if it has none.
+"""
+
+from collections.abc import Callable
 
 import jax
 import optax
 from flax import nnx
 
 from moe_jax.config import OptimizerConfig
+from moe_jax.registry import Registry
+
+FROZEN = "frozen"
 
 
 def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -25,23 +34,45 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
   return optax.join_schedules([rise, decay], [warmup])
 
 
-def is_matrix(params: nnx.State) -> nnx.State:
-  """True for variables with two or more logical axes, not counting the stacked layers: those decay."""
-  return jax.tree.map(
-    lambda v: v.replace(len(v.get_metadata()["logical_axes"]) >= 2),
-    params,
-    is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
-  )
+def per_variable(function: Callable[[nnx.Variable], object]) -> Callable[[nnx.State], nnx.State]:
+  """State -> a state of the same structure that holds `function(variable)`, as optax's masks and labels want it."""
+  is_variable = lambda leaf: isinstance(leaf, nnx.Variable)
+  return lambda params: jax.tree.map(lambda v: v.replace(function(v)), params, is_leaf=is_variable)
+
+
+# True for variables with two or more logical axes, not counting the stacked layers: those decay.
+is_matrix = per_variable(lambda v: len(v.get_metadata()["logical_axes"]) >= 2)
+is_frozen = per_variable(lambda v: v.get_metadata().get("group") == FROZEN)
+
+
+def adamw(
+  learning_rate: optax.Schedule, weight_decay: float, beta1: float, beta2: float
+) -> optax.GradientTransformation:
+  """AdamW (1711.05101); matrices decay, and norms, biases and other vectors do not."""
+  return optax.adamw(learning_rate, b1=beta1, b2=beta2, weight_decay=weight_decay, mask=is_matrix)
+
+
+OPTIMIZERS = Registry(
+  "optimizer", {"adamw": adamw}, offered=("learning_rate", "weight_decay", "beta1", "beta2")
+)
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-  """The chain of global-norm clipping and AdamW."""
-  clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity()
-  adamw = optax.adamw(
-    learning_rate_schedule(config, num_steps),
-    b1=config.beta1,
-    b2=config.beta2,
+  """Clipping of the global norm, then the optimizer. Frozen parameters count in neither and have no state."""
+  optimizer = OPTIMIZERS.resolve(config.optimizer)(
+    learning_rate=learning_rate_schedule(config, num_steps),
     weight_decay=config.weight_decay,
-    mask=is_matrix,
+    beta1=config.beta1,
+    beta2=config.beta2,
   )
-  return optax.chain(clip, adamw)
+  clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity()
+  label = per_variable(lambda v: FROZEN if v.get_metadata().get("group") == FROZEN else "trained")
+  groups = {"trained": optax.chain(clip, optimizer), FROZEN: optax.set_to_zero()}
+  return optax.partition(groups, label)
+
+
+def trained(gradients: nnx.State) -> nnx.State:
+  """Gradients with those of frozen parameters as zeros, which the compiler then never computes."""
+  is_variable = lambda leaf: isinstance(leaf, nnx.Variable)
+  zero = lambda v: v.replace(0 * v.get_value()) if v.get_metadata().get("group") == FROZEN else v
+  return jax.tree.map(zero, gradients, is_leaf=is_variable)

@@ -1,11 +1,11 @@
-"""One optimizer step and one evaluation step, as pure functions.
+"""One optimizer step and one evaluation step, as pure functions made of parts.
 
-What a step computes does not depend on how its batch is cut: the language-model loss is divided by the
-valid tokens of the whole step, every balancing loss is weighed by its micro-batch's share of them, and
-the balancer is updated once, from the summed statistics of the whole step.
+What a step computes does not depend on how its batch is cut: the objective is divided by the targets of the whole
+step, every balancing loss is weighed by its micro-batch's share of the tokens, and hooks run once, on the summed aux
+of the whole step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,174 +13,178 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from moe_jax.config import Config
-from moe_jax.nn import BalancerState, Transformer
-from moe_jax.nn.methods import num_scored_experts
-from moe_jax.ops import stats
-from moe_jax.ops.balancing import Balancer, make_balancer
-from moe_jax.training.optim import learning_rate_schedule, make_optimizer
-from moe_jax.types import Array, MoEAux, PyTree, StepStats
-
-Batch = dict[str, Array]  # tokens_BL, targets_BL int32; mask_BL bool; domain_B int32
+from moe_jax.nn.aux import balancing_loss, losses_by_name, moe_auxes, num_moe_layers, read_metrics
+from moe_jax.nn.context import Context
+from moe_jax.nn.moe import MoE
+from moe_jax.nn.transformer import balancer_stats
+from moe_jax.ops.metrics import METRICS
+from moe_jax.training.hooks import BalancerUpdates, Hook
+from moe_jax.training.objectives import Batch, Objective
+from moe_jax.training.optim import trained
+from moe_jax.types import Array, PyTree, StepStats
 
 
 class TrainState(NamedTuple):
   """All that a step reads and changes."""
 
   step: Array  # int32, optimizer steps done
-  key: Array  # uint32 [2], of the router's randomness; the same for the whole run
+  key: Array  # uint32 [2], of everything that is drawn; the same for the whole run
   params: nnx.State
-  balancer: nnx.State
+  variables: nnx.State  # everything else of the model: the state of balancers
   opt_state: PyTree
+  hooks: tuple[PyTree, ...]  # a state per hook
 
 
-def model_parts(config: Config, vocab_size: int, seed: Array | int = 0) -> tuple[Any, nnx.State, nnx.State]:
-  """(graphdef, params, balancer state) of a freshly initialised model."""
-  model = Transformer(config.model, vocab_size, rngs=nnx.Rngs(jax.random.key(seed)))
-  return nnx.split(model, nnx.Param, BalancerState)
+Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
 
 
-def _graphdef(config: Config, vocab_size: int) -> Any:
-  """The model's static part, without computing any parameter."""
-  found = []
-
-  def build():
-    graphdef, *states = model_parts(config, vocab_size)
-    found.append(graphdef)
-    return states
-
-  jax.eval_shape(build)  # not nnx.eval_shape: under a mesh that one reads shardings from the variables
-  return found[0]
-
-
-def init_state(config: Config, vocab_size: int, seed: Array | int) -> TrainState:
+def init_state(
+  model: nnx.Module, optimizer: optax.GradientTransformation, hooks: Sequence[Hook], seed: Array | int
+) -> TrainState:
   """The state before the first step."""
-  _, params, balancer = model_parts(config, vocab_size, seed)
-  opt_state = make_optimizer(config.optimizer, config.train.num_steps).init(params)
-  key = jax.random.key_data(jax.random.fold_in(jax.random.key(seed), 1))
-  return TrainState(jnp.int32(0), key, params, balancer, opt_state)
+  params, variables = nnx.state(model, nnx.Param, ...)
+  return TrainState(
+    step=jnp.int32(0),
+    key=jax.random.key_data(jax.random.fold_in(jax.random.key(seed), 1)),
+    params=params,
+    variables=variables,
+    opt_state=optimizer.init(params),
+    hooks=tuple(hook.init(model) for hook in hooks),
+  )
 
 
-def with_balancers_of(config: Config, state: TrainState) -> TrainState:
-  """`state` with the initial balancer state of `config`. Arms of a comparison differ in nothing else at
-  the start, so they share one compiled initialisation."""
-  moe = config.model.moe
-  layers = config.model.num_moe_layers
-  one_layer = make_balancer(moe.balancers).init(num_scored_experts(moe))
-  value = jax.tree.map(lambda leaf: jnp.stack([leaf] * layers), one_layer)
-  variable = lambda leaf: isinstance(leaf, nnx.Variable)
-  balancer = jax.tree.map(lambda leaf: leaf.replace(value), state.balancer, is_leaf=variable)
-  return state._replace(balancer=balancer)
+class Options(NamedTuple):
+  """What else a step does."""
+
+  accumulation: int = 1  # micro-batches per optimizer step
+  num_domains: int = 1  # of the text, for metrics by domain
+  vocab_size: int = 0  # V, for objectives that draw ids
+  schedule: Callable[[Array], Array] | None = None  # of the learning rate, only to be logged
+  gradients: bool = False  # give them, as the metric `gradients`
+  record_logits: str = ""  # float16 | float32: give `router_trace`, the fields of `router_trace.Steps` but the step
 
 
-def cross_entropy(logits_BLV: Array, batch: Batch) -> Array:
-  """Negative log likelihood in nats, summed over the valid targets."""
-  nll_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV, batch["targets_BL"])
-  return jnp.sum(nll_BL * batch["mask_BL"])
-
-
-class _Sums(NamedTuple):
-  """What micro-batches add up to; R layers in front where a field is per layer."""
-
-  nll: Array
-  losses: dict[str, Array]  # name -> [R], already weighed by the share of tokens
-  balancer_stats: PyTree
-  tokens_per_expert_RE: Array
-  kept_per_expert_RE: Array
-  router_entropy_R: Array
-
-
-def make_train_step(
-  config: Config, vocab_size: int
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
+def make_step(
+  model: nnx.Module,
+  objective: Objective,
+  optimizer: optax.GradientTransformation,
+  hooks: Sequence[Hook] = (),
+  options: Options | None = None,
+) -> Step:
   """The function (state, batch of the whole step) -> (state, metrics). Not jitted.
 
-  Metrics: `loss` (nats per token, language model only), `total_loss`, one entry [R] per balancing loss,
-  `grad_norm`, `learning_rate`, and per layer `max_vio`, `dropped_fraction`, `router_entropy` [R] and
-  `tokens_per_expert` [R, E], all of the whole step, before capacity where counts are meant. With
-  `record_router_logits` also `router_trace`, the fields of `moe_jax.training.router_trace.Steps` but the step.
+  Args:
+    model: only its structure matters, so it may be abstract.
+    objective: what is minimised, beside the balancing losses of the model's layers.
+    optimizer: optax, over the model's `nnx.Param`s.
+    hooks: run after the optimizer, in order, behind the updates of balancers that every step has.
+    options: see there.
+
+  Metrics: `loss` (the objective's, per target), `total_loss`, one entry [R] per balancing loss, `grad_norm`,
+  `learning_rate`, and what `moe_jax.ops.metrics` declares for training [R, ...], all of the whole step.
   """
-  graphdef = _graphdef(config, vocab_size)
-  optimizer = make_optimizer(config.optimizer, config.train.num_steps)
-  schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
-  balancer = make_balancer(config.model.moe.balancers)
+  options = options or Options()
+  graphdef = nnx.graphdef(model)
+  needs_whole_step = options.accumulation > 1 and _needs_whole_step(model)
 
-  def forward(params, balancer_state, micro, step_stats, record=False):
-    model = nnx.merge(graphdef, params, balancer_state)
-    keys = jax.random.wrap_key_data(micro["key_B"])
-    return model(
-      micro["tokens_BL"],
-      micro["mask_BL"],
-      key_B=keys,
-      step_stats=step_stats,
-      train=True,
-      domain_B=micro["domain_B"],
-      record_logits=record,
-    )
+  def terms(params: nnx.State, variables: nnx.State, micro: Batch, step_stats: StepStats | None):
+    merged = nnx.merge(graphdef, params, variables)
+    return objective(merged, micro, _context(micro, options, step_stats))
 
-  def loss_fn(params, balancer_state, micro, step_stats, step_tokens):
-    record = config.train.record_router_logits > 0
-    logits_BLV, aux = forward(params, balancer_state, micro, step_stats, record)
-    share = micro["mask_BL"].sum() / step_tokens
-    losses = {name: share * loss_R for name, loss_R in aux.losses.items()}
-    nll = cross_entropy(logits_BLV, micro)
-    # A mean over layers: the weight of a balancing loss means the same at any depth.
-    total = nll / step_tokens + sum(loss_R.mean() for loss_R in losses.values())
-    return total, (_sums(nll, losses, aux), aux.logits_BLE)
+  def loss_fn(params, variables, micro, step_stats, of_step):
+    loss, aux = terms(params, variables, micro, step_stats)
+    aux = _weighed(aux, micro["mask_BL"].sum() / of_step["tokens"])
+    return loss / of_step["targets"] + balancing_loss(aux), (loss, _without_logits(aux), _logits(aux))
 
-  def step_fn(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-    step_tokens = jnp.maximum(batch["mask_BL"].sum(), 1).astype(jnp.float32)
-    batch = _with_keys(state, batch)
-    micros = _cut(batch, config.train.accumulation)
+  def step_fn(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+    batch = prepared(state, batch, objective, options.vocab_size)
+    of_step = {"tokens": _at_least_1(batch["mask_BL"]), "targets": _at_least_1(objective.num_targets(batch))}
+    micros = _cut(batch, options.accumulation)
     whole = None
-    if balancer.needs_whole_step and config.train.accumulation > 1:
-      observe = lambda micro, _: (forward(state.params, state.balancer, micro, None)[1].balancer_stats, None)
+    if needs_whole_step:
+      observe = lambda micro, _: (
+        balancer_stats(terms(state.params, state.variables, micro, None).aux),
+        None,
+      )
       whole, _ = _scan_sum(observe, micros)
-    grad_fn = jax.grad(loss_fn, has_aux=True)
 
-    def one(micro, before):
-      stats_before = None if before is None else before[1].balancer_stats
-      step_stats = StepStats(whole, stats_before)
-      grads, (sums, logits_RBLE) = grad_fn(state.params, state.balancer, micro, step_stats, step_tokens)
-      return (grads, sums), logits_RBLE
+    def one(micro: Batch, before: PyTree | None):
+      step_stats = StepStats(whole, None if before is None else balancer_stats(before[2]))
+      args = state.params, state.variables, micro, step_stats, of_step
+      gradients, (loss, aux, logits) = jax.grad(loss_fn, has_aux=True)(*args)
+      return (trained(gradients), loss, aux), logits
 
-    (grads, sums), logits_PRBLE = _scan_sum(one, micros)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    new_state = TrainState(
-      step=state.step + 1,
-      key=state.key,
-      params=optax.apply_updates(state.params, updates),
-      balancer=_update_balancer(balancer, state.balancer, sums.balancer_stats),
-      opt_state=opt_state,
-    )
-    metrics = _metrics(sums, step_tokens)
-    if logits_PRBLE is not None:
-      metrics["router_trace"] = _router_trace(logits_PRBLE, batch, config.train.router_logits_dtype)
-    return new_state, metrics | {
-      "grad_norm": optax.tree.norm(grads),
-      "learning_rate": schedule(state.step),
-    }
+    (gradients, loss, aux), logits_J = _scan_sum(one, micros)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    updated = nnx.merge(graphdef, params, state.variables)
+    hook_states = _run_hooks(updated, hooks, state.hooks, aux)
+    params, variables = nnx.state(updated, nnx.Param, ...)
+    metrics = _metrics(loss / of_step["targets"], aux) | {"grad_norm": optax.tree.norm(gradients)}
+    if options.schedule:
+      metrics["learning_rate"] = options.schedule(state.step)
+    if options.gradients:
+      metrics["gradients"] = gradients
+    if options.record_logits:
+      metrics["router_trace"] = _router_trace(logits_J, batch, options.record_logits)
+    return TrainState(state.step + 1, state.key, params, variables, opt_state, hook_states), metrics
 
   return step_fn
 
 
-def _sums(nll: Array, losses: dict[str, Array], aux: MoEAux) -> _Sums:
-  return _Sums(
-    nll=nll,
-    losses=losses,
-    balancer_stats=aux.balancer_stats,
-    tokens_per_expert_RE=aux.tokens_per_expert_BE.sum(axis=1),
-    kept_per_expert_RE=aux.kept_per_expert_E,
-    router_entropy_R=aux.router_entropy,
+def prepared(state: TrainState, batch: Batch, objective: Objective, vocab_size: int) -> Batch:
+  """The batch with a key per sequence, so that no draw depends on how it is cut, and what the objective makes of it."""
+  step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+  num_sequences = batch["tokens_BL"].shape[0]
+  key_B = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(jnp.arange(num_sequences))
+  batch = objective.prepare(batch, key_B, vocab_size)
+  key_data = jnp.broadcast_to(jax.random.key_data(step_key), (num_sequences, 2))
+  return batch | {"key_B": jax.random.key_data(key_B), "step_key_B": key_data}
+
+
+def _context(micro: Batch, options: Options, step_stats: StepStats | None) -> Context:
+  return Context(
+    mask_BL=micro["mask_BL"],
+    key_B=jax.random.wrap_key_data(micro["key_B"]),
+    step_key=jax.random.wrap_key_data(micro["step_key_B"][0]),
+    domain_B=micro["domain_B"],
+    num_domains=options.num_domains,
+    step_stats=step_stats,
+    train=True,
+    record_logits=bool(options.record_logits),
   )
 
 
-def _with_keys(state: TrainState, batch: Batch) -> Batch:
-  """Adds a key per sequence, so that no draw depends on how the batch is cut."""
-  step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-  index_B = jnp.arange(batch["tokens_BL"].shape[0])
-  keys = jax.vmap(lambda i: jax.random.key_data(jax.random.fold_in(step_key, i)))(index_B)
-  return {**batch, "key_B": keys}
+def _needs_whole_step(model: nnx.Module) -> bool:
+  return any(m.balancer.needs_whole_step for _, m in nnx.iter_modules(model) if isinstance(m, MoE))
+
+
+def _at_least_1(count: Array) -> Array:
+  return jnp.maximum(jnp.sum(count), 1).astype(jnp.float32)
+
+
+def _map_moe(function: Callable[[Any], Any], aux: PyTree) -> PyTree:
+  """`function` of every `MoEAux` of a tree."""
+  is_moe = lambda leaf: hasattr(leaf, "balancer_stats")
+  return jax.tree.map(lambda leaf: function(leaf) if is_moe(leaf) else leaf, aux, is_leaf=is_moe)
+
+
+def _weighed(aux: PyTree, share: Array) -> PyTree:
+  """Losses, which are means over a micro-batch, times its share of the step's tokens; counts by expert, not sequence."""
+
+  def of_layer(layer):
+    losses = {name: share * loss for name, loss in layer.losses.items()}
+    return layer._replace(losses=losses, tokens_per_expert_BE=layer.tokens_per_expert_BE.sum(axis=-2))
+
+  return _map_moe(of_layer, aux)
+
+
+def _without_logits(aux: PyTree) -> PyTree:
+  return _map_moe(lambda layer: layer._replace(logits_BLE=None), aux)
+
+
+def _logits(aux: PyTree) -> list[Array]:
+  return [layer.logits_BLE for layer in moe_auxes(aux) if layer.logits_BLE is not None]
 
 
 def _cut(batch: Batch, pieces: int) -> Batch:
@@ -208,70 +212,67 @@ def _scan_sum(
   return jax.lax.scan(add, zeros, micros)
 
 
-def _router_trace(logits_PRBLE: Array, batch: Batch, dtype: str) -> dict[str, Array]:
+def _run_hooks(
+  model: nnx.Module, hooks: Sequence[Hook], states: tuple[PyTree, ...], aux: PyTree
+) -> tuple[PyTree, ...]:
+  BalancerUpdates()(model, (), aux)
+  return tuple(hook(model, state, aux) for hook, state in zip(hooks, states, strict=True))
+
+
+def _metrics(loss: Array, aux: PyTree) -> dict[str, Array]:
+  losses = losses_by_name(aux)
+  values = read_metrics(aux) if num_moe_layers(aux) else {}
+  shown = {name: x for name, x in values.items() if METRICS[name].training is not None}
+  return {"loss": loss, "total_loss": loss + balancing_loss(aux), **losses, **shown}
+
+
+def _router_trace(logits_J: list[Array], batch: Batch, dtype: str) -> dict[str, Array]:
   """What a replay needs of a step, its micro-batches put back into the order of the batch: the reverse of `_cut`."""
-  logits_RBPLE = jnp.moveaxis(logits_PRBLE, 0, 2)
-  logits_RBLE = logits_RBPLE.reshape(logits_RBPLE.shape[0], -1, *logits_RBPLE.shape[3:])
+
+  def in_order(logits_JRBLE: Array) -> Array:
+    logits_RBJLE = jnp.moveaxis(logits_JRBLE, 0, 2)
+    return logits_RBJLE.reshape(logits_RBJLE.shape[0], -1, *logits_RBJLE.shape[3:])
+
   limit = float(jnp.finfo(dtype).max)  # the largest number of the type, not infinity, which has no softmax
+  logits_RBLE = jnp.concatenate([in_order(x) for x in logits_J])
   return {
     "logits_RBLE": jnp.clip(logits_RBLE, -limit, limit).astype(dtype),
     **{name: batch[name] for name in ("mask_BL", "domain_B", "key_B")},
   }
 
 
-def _update_balancer(balancer: Balancer, state: nnx.State, step_stats: PyTree) -> nnx.State:
-  """One update per layer; layers are the leading axis of both arguments."""
-  update = lambda layer, value, observed: balancer.update(value, observed)
-
-  def update_variable(variable):
-    value = variable.get_value()
-    # The layer index gives vmap its axis where a balancer has neither state nor statistics.
-    leaves = jax.tree.leaves((value, step_stats))
-    layers = jnp.arange(leaves[0].shape[0] if leaves else 1)
-    return variable.replace(jax.vmap(update)(layers, value, step_stats))
-
-  return jax.tree.map(update_variable, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-
-
-def _metrics(sums: _Sums, step_tokens: Array) -> dict[str, Array]:
-  loss = sums.nll / step_tokens
-  return {
-    "loss": loss,
-    "total_loss": loss + sum(loss_R.mean() for loss_R in sums.losses.values()),
-    **sums.losses,
-    "max_vio": stats.max_vio(sums.tokens_per_expert_RE),
-    "dropped_fraction": stats.dropped_fraction(sums.tokens_per_expert_RE, sums.kept_per_expert_RE),
-    "router_entropy": sums.router_entropy_R / step_tokens,
-    "tokens_per_expert": sums.tokens_per_expert_RE,
-  }
-
-
 class EvalSums(NamedTuple):
-  """Sums over evaluated batches; add them up, then take ratios."""
+  """Sums over evaluated batches; add them up, then read them."""
 
   nll: Array
+  num_targets: Array
   num_tokens: Array
-  tokens_per_expert_RSE: Array  # by domain
-  kept_per_expert_RE: Array
-  router_entropy_R: Array
+  metrics: list[list[dict[str, PyTree]]]  # per segment and block of its pattern: name -> sums, stacked
 
 
 def make_eval_step(
-  config: Config, vocab_size: int, num_domains: int
+  model: nnx.Module, objective: Objective, num_domains: int, vocab_size: int
 ) -> Callable[[TrainState, Batch], EvalSums]:
-  """The function (state, batch) -> sums. No jitter, no draws, `eval_capacity_factor`, no update."""
-  graphdef = _graphdef(config, vocab_size)
+  """The function (state, batch) -> sums. No jitter, no draws but what the objective evaluates on, and those always the
+  same; `eval_capacity_factor`; no update."""
+  graphdef = nnx.graphdef(model)
 
   def eval_fn(state: TrainState, batch: Batch) -> EvalSums:
-    model = nnx.merge(graphdef, state.params, state.balancer)
-    logits_BLV, aux = model(batch["tokens_BL"], batch["mask_BL"], domain_B=batch["domain_B"])
-    domain_BS = jax.nn.one_hot(batch["domain_B"], num_domains)
+    batch = objective.prepare(batch, _keys_of_text(batch["tokens_BL"]), vocab_size)
+    context = Context(batch["mask_BL"], domain_B=batch["domain_B"], num_domains=num_domains)
+    loss, aux = objective.evaluate(nnx.merge(graphdef, state.params, state.variables), batch, context)
     return EvalSums(
-      nll=cross_entropy(logits_BLV, batch),
+      nll=loss,
+      num_targets=objective.num_targets(batch).astype(jnp.float32),
       num_tokens=batch["mask_BL"].sum().astype(jnp.float32),
-      tokens_per_expert_RSE=jnp.einsum("RBE,BS->RSE", aux.tokens_per_expert_BE, domain_BS),
-      kept_per_expert_RE=aux.kept_per_expert_E,
-      router_entropy_R=aux.router_entropy,
+      metrics=[[layer.metrics for layer in moe_auxes(segment)] for segment in aux],
     )
 
   return eval_fn
+
+
+def _keys_of_text(tokens_BL: Array) -> Array:
+  """A key per sequence that follows from its text: the same whatever else is in the batch."""
+  place_L = jnp.arange(1, tokens_BL.shape[1] + 1, dtype=jnp.uint32) * jnp.uint32(0x9E3779B1)
+  checksum_B = jnp.sum((tokens_BL.astype(jnp.uint32) + 1) * place_L[None], axis=1, dtype=jnp.uint32)
+  return jax.vmap(lambda number: jax.random.fold_in(jax.random.key(0), number))(checksum_B)

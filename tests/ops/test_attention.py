@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.ops.attention import causal_attention
+from moe_jax.ops.attention import attend
 
 LENGTH, HEADS, KV_HEADS, HEAD_DIM = 24, 4, 2, 8
 
@@ -29,7 +29,7 @@ def arrays(rng):
 
 @pytest.mark.parametrize("block", [24, 8, 7])  # 7: the last block is shorter
 def test_values_are_those_of_the_definition(arrays, block):
-  out = causal_attention(*map(jnp.asarray, arrays), block=block)
+  out = attend(*map(jnp.asarray, arrays), block=block)
   expected = reference(*(x.astype(np.float64) for x in arrays))
   np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-5)
 
@@ -38,7 +38,7 @@ def test_gradients_do_not_depend_on_the_blocks(arrays, rng):
   cotangent = rng.normal(size=arrays[0].shape).astype(np.float32)
 
   def gradients(block):
-    loss = lambda *args: jnp.sum(cotangent * causal_attention(*args, block=block))
+    loss = lambda *args: jnp.sum(cotangent * attend(*args, block=block))
     return jax.jit(jax.grad(loss, (0, 1, 2)))(*map(jnp.asarray, arrays))
 
   for ours, whole in zip(gradients(8), gradients(LENGTH)):
@@ -49,7 +49,7 @@ def test_no_scores_of_the_whole_sequence_are_kept(arrays):
   """With the backward pass, the largest array holds one block's scores."""
 
   def largest(block):
-    loss = lambda *args: jnp.sum(causal_attention(*args, block=block))
+    loss = lambda *args: jnp.sum(attend(*args, block=block))
     jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(*map(jnp.asarray, arrays))
     return max(size for size in _sizes(jaxpr.jaxpr))
 

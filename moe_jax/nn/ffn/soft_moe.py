@@ -35,6 +35,8 @@ class SoftMoE(nnx.Module):
     InputError: less than one slot.
   """
 
+  leaks = "always"
+
   def __init__(
     self,
     dim: int,

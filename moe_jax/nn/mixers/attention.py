@@ -63,5 +63,12 @@ class Attention(nnx.Module):
       query, key = self.query_norm(query), self.key_norm(key)
     query, key = rotate(query, self.theta), rotate(key, self.theta)
     mask_BL = None if self.causal else context.mask_of(x_BLD)
-    mixed_BLNH = attend(query, key, project(self.w_value_DNH), window=self.window, mask_BL=mask_BL)
+    mixed_BLNH = attend(
+      query,
+      key,
+      project(self.w_value_DNH),
+      causal=self.causal,
+      window=self.window,
+      mask_BL=mask_BL,
+    )
     return jnp.einsum("BLNH,NHD->BLD", mixed_BLNH, weight(self.w_out_NHD, dtype)), None

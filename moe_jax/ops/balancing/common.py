@@ -5,7 +5,7 @@ sums of `observe` over everything that one optimizer step sees: all micro-batche
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,8 @@ class Balancer(NamedTuple):
   needs_whole_step: `losses` reads `step_stats.whole`; with several micro-batches per step, the train step
     then makes a first pass that only observes.
   needs_sequences: `losses` or `observe` treats each sequence on its own, so a flat list of tokens will not do.
-  needs_smooth_load: reads `routing.smooth_load_BLE`, which only routers with noise give.
-  zero_computation: what the method was told of the number of zero-computation experts that the router scores.
+  suits: raises InputError if the method cannot work with a router, given as anything with the attributes of
+    `moe_jax.nn.routers.Router` and the number of experts that it scores beyond those that have a network.
   """
 
   init: Callable[[int], PyTree] = lambda num_experts: ()
@@ -37,8 +37,7 @@ class Balancer(NamedTuple):
   update: Callable[[PyTree, PyTree], PyTree] = lambda state, stats: state
   needs_whole_step: bool = False
   needs_sequences: bool = False
-  needs_smooth_load: bool = False
-  zero_computation: tuple[int, ...] = ()
+  suits: Callable[[Any, int], None] = lambda router, num_further: None
 
 
 def combine(balancers: Mapping[str, Balancer]) -> Balancer:
@@ -61,6 +60,10 @@ def combine(balancers: Mapping[str, Balancer]) -> Balancer:
       merged |= {name if len(found) == 1 else f"{name}/{key}": value for key, value in found.items()}
     return merged
 
+  def suits(router, num_further):
+    for part in parts:
+      part.suits(router, num_further)
+
   return Balancer(
     init=lambda num_experts: tuple(part.init(num_experts) for part in parts),
     bias=bias,
@@ -69,8 +72,7 @@ def combine(balancers: Mapping[str, Balancer]) -> Balancer:
     update=lambda state, stats: tuple(p.update(s, o) for p, s, o in zip(parts, state, stats, strict=True)),
     needs_whole_step=any(part.needs_whole_step for part in parts),
     needs_sequences=any(part.needs_sequences for part in parts),
-    needs_smooth_load=any(part.needs_smooth_load for part in parts),
-    zero_computation=sum((part.zero_computation for part in parts), ()),
+    suits=suits,
   )
 
 

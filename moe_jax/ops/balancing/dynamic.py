@@ -1,5 +1,7 @@
 """Losses of methods whose tokens take varying numbers of experts."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -46,9 +48,16 @@ def heterogeneous_loss(
     if num_experts <= zero_computation:
       raise InputError(
         f"balancer heterogeneous_loss: zero_computation={zero_computation} leaves no feed-forward expert among the "
-        f"{num_experts} that the router scores; use --router=moe_plus_plus"
+        f"{num_experts} that the router scores; use router moe_plus_plus"
       )
     return ()
+
+  def suits(router: Any, num_further: int) -> None:
+    if num_further != zero_computation:
+      raise InputError(
+        f"balancer heterogeneous_loss: counts on {zero_computation} zero-computation experts, and the router has "
+        f"{num_further}; say zero_computation={num_further}"
+      )
 
   def importance(routing: BatchRouting):
     num_experts = routing.logits_BLE.shape[-1]
@@ -58,5 +67,5 @@ def heterogeneous_loss(
     return normalized_scores(routing) / (num_experts * share_E / share_E.sum())[None, None]
 
   return load_balancing(weight, scope, all_choices, importance=importance)._replace(
-    init=init, zero_computation=(zero_computation,)
+    init=init, suits=suits
   )

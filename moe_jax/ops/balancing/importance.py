@@ -7,10 +7,12 @@ The variance is that of the E experts themselves (divided by E, not E - 1), and 
 Tensor2Tensor adds 1e-10 to the squared mean; with it, weights that shrink all together lower the loss.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from moe_jax.errors import require_option
+from moe_jax.errors import InputError, require_option
 from moe_jax.ops.balancing.common import Balancer, normalized_scores
 from moe_jax.ops.balancing.losses import SCOPES, units
 from moe_jax.types import Array, BatchRouting
@@ -24,7 +26,7 @@ def cv_squared(values_UE: Array) -> Array:
   return jnp.where(total_U1[:, 0] > 0, jnp.mean((relative_UE - 1) ** 2, axis=-1), 0)
 
 
-def _balance(weight: float, scope: str, name: str, values_of, needs_smooth_load: bool = False) -> Balancer:
+def _balance(weight: float, scope: str, name: str, values_of, suits=Balancer().suits) -> Balancer:
   """weight * CV^2 of the mean over tokens of `values_of(routing)` [B, L, E], per unit of `scope`.
 
   Units are weighted by their valid tokens. Over the whole step (`global_batch`) the loss is f(m), m the mean
@@ -55,7 +57,7 @@ def _balance(weight: float, scope: str, name: str, values_of, needs_smooth_load:
     return {name: weight * jnp.sum(tokens_U * cv_squared(mean_UE)) / jnp.maximum(tokens_U.sum(), 1)}
 
   if scope not in ("buffer", "global_batch"):
-    return Balancer(losses=losses, needs_sequences=scope == "sequence", needs_smooth_load=needs_smooth_load)
+    return Balancer(losses=losses, needs_sequences=scope == "sequence", suits=suits)
 
   def observe(state, routing):
     tokens_U, sums_UE = tokens_and_sums(routing, routing.mask_BL.size)
@@ -65,7 +67,7 @@ def _balance(weight: float, scope: str, name: str, values_of, needs_smooth_load:
     losses=losses,
     observe=observe,
     needs_whole_step=scope == "global_batch",
-    needs_smooth_load=needs_smooth_load,
+    suits=suits,
   )
 
 
@@ -85,4 +87,11 @@ def load_loss(weight: float = 0.1, scope: str = "global_batch") -> Balancer:
 
   For routers that give one: `noisy_topk`, `vmoe_topk`, `hierarchical_topk`.
   """
-  return _balance(weight, scope, "load_loss", lambda routing: routing.smooth_load_BLE, needs_smooth_load=True)
+  return _balance(weight, scope, "load_loss", lambda routing: routing.smooth_load_BLE, _needs_smooth_load)
+
+
+def _needs_smooth_load(router: Any, num_further: int) -> None:
+  if not router.gives_smooth_load:
+    raise InputError(
+      "balancer load_loss: reads the smooth load, which this router does not give; use router noisy_topk"
+    )

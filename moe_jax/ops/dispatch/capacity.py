@@ -20,13 +20,14 @@ def expert_capacity(
   return max(1, math.ceil(num_tokens * num_experts_per_token * factor / num_experts))
 
 
-def default_group_size(dispatcher: str, sequence_length: int) -> int:
+def default_group_size(small_groups: bool, sequence_length: int) -> int:
   """Tokens per routing group: a divisor of L, from the shape alone and never from the device count.
 
-  Groups never span sequences, so results do not depend on how a batch is split. `sorted`, `dropless` and
-  other dispatchers take a whole sequence; `einsum` the smallest divisor of L that is at least 128.
+  Groups never span sequences, so results do not depend on how a batch is split. A group is a whole sequence, or with
+  `small_groups`, for a dispatcher whose cost per token grows with the group, the smallest divisor of L that is at least
+  128.
   """
-  if dispatcher != "einsum":
+  if not small_groups:
     return sequence_length
   at_least = min(EINSUM_GROUP_SIZE, sequence_length)
   return next(size for size in range(at_least, sequence_length + 1) if sequence_length % size == 0)

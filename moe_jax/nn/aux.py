@@ -1,0 +1,104 @@
+"""Reading the aux of a model, and updating balancers by it: for our training step, and for anybody's."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax.errors import InputError
+from moe_jax.nn.moe import MoE
+from moe_jax.ops.metrics import METRICS
+from moe_jax.types import Array, MoEAux, PyTree
+
+
+def moe_auxes(aux: PyTree) -> list[MoEAux]:
+  """Every `MoEAux` of a tree, in order. Those of a segment have a leading axis of its repetitions."""
+  leaves = jax.tree.leaves(aux, is_leaf=lambda leaf: isinstance(leaf, MoEAux))
+  return [leaf for leaf in leaves if isinstance(leaf, MoEAux)]
+
+
+def by_layer(segments: list[list[Array]]) -> Array:
+  """[R, ...] in the order of the layers, from each segment's list of [repetitions, ...], one per block of its pattern.
+
+  Where layers differ in their last axis, as with other numbers of experts, the shorter ones end in NaN.
+  """
+  arrays = [jnp.stack(blocks, axis=1).reshape(-1, *blocks[0].shape[1:]) for blocks in map(_padded, segments)]
+  return jnp.concatenate(_padded(arrays)) if len(arrays) > 1 else arrays[0]
+
+
+def _padded(arrays: list[Array]) -> list[Array]:
+  if arrays[0].ndim < 2 or len({a.shape[-1] for a in arrays}) == 1:
+    return arrays
+  width = max(a.shape[-1] for a in arrays)
+  pad = lambda a: [(0, 0)] * (a.ndim - 1) + [(0, width - a.shape[-1])]
+  return [jnp.pad(a.astype(jnp.float32), pad(a), constant_values=jnp.nan) for a in arrays]
+
+
+def segments_of(aux: PyTree) -> list[list[MoEAux]]:
+  """The `MoEAux` of each segment's pattern; what is no model's aux, as one segment of one repetition per layer."""
+  if isinstance(aux, MoEAux):
+    aux = ((aux,),)
+  found = [moe_auxes(segment) for segment in aux]
+  found = [blocks for blocks in found if blocks]
+  one = lambda a: a if a.kept_per_expert_E.ndim == 2 else jax.tree.map(lambda x: x[None], a)
+  return [[one(a) for a in blocks] for blocks in found]
+
+
+def read_metrics(aux: PyTree) -> dict[str, Array]:
+  """Every metric that is declared, by name, with a leading axis over the layers with experts.
+
+  Args:
+    aux: of a layer or a model; of several micro-batches, their sum.
+  """
+  segments = segments_of(aux)
+  read = lambda name, block: METRICS[name].read(block.metrics[name])
+  return {name: by_layer([[read(name, b) for b in blocks] for blocks in segments]) for name in METRICS}
+
+
+def losses_by_name(aux: PyTree) -> dict[str, Array]:
+  """Every balancing loss, weight included, with a leading axis over the layers that have it."""
+  segments = segments_of(aux)
+  names = dict.fromkeys(name for blocks in segments for b in blocks for name in b.losses)
+  with_it = lambda name: [[b.losses[name] for b in blocks if name in b.losses] for blocks in segments]
+  return {name: by_layer([blocks for blocks in with_it(name) if blocks]) for name in names}
+
+
+def num_moe_layers(aux: PyTree) -> int:
+  """R."""
+  return sum(len(blocks) * blocks[0].kept_per_expert_E.shape[0] for blocks in segments_of(aux))
+
+
+def balancing_loss(aux: PyTree) -> Array | float:
+  """All balancing losses of a model as one number: their mean over its layers with experts."""
+  layers = num_moe_layers(aux)
+  return sum(loss_R.sum() for loss_R in losses_by_name(aux).values()) / layers if layers else 0.0
+
+
+def update_balancers(model: nnx.Module, aux: PyTree) -> None:
+  """Moves the balancers of `model` by what its layers observed: once per optimizer step, after it.
+
+  Args:
+    model: with any number of `MoE` layers, in segments or not. Changed in place.
+    aux: a tree with the `MoEAux` of each layer, in the order in which flax walks the model (attributes by name, lists
+      by index). With several micro-batches, the sum of their auxes.
+
+  Raises:
+    InputError: the model has another number of layers than the tree.
+  """
+  layers = [module for _, module in nnx.iter_modules(model) if isinstance(module, MoE)]
+  auxes = [a for a in moe_auxes(aux) if a.balancer_stats is not None]
+  if len(layers) != len(auxes):
+    raise InputError(
+      f"update_balancers: the model has {len(layers)} MoE layers, and the tree holds the aux of {len(auxes)}; give "
+      "the aux of every layer, in the order of the layers"
+    )
+  for layer, own in zip(layers, auxes, strict=True):
+    update = layer.balancer.update
+    if own.kept_per_expert_E.ndim == 2:  # stacked layers of a segment; the index gives vmap an axis in any case
+      indexed = lambda layer, state, stats, update=update: update(state, stats)
+      update = lambda state, stats, own=own, f=indexed: jax.vmap(f)(
+        jnp.arange(own.kept_per_expert_E.shape[0]), state, stats
+      )
+    state: Any = layer.balancer_state.get_value()
+    layer.balancer_state.set_value(update(state, own.balancer_stats))

@@ -1,0 +1,130 @@
+"""From a configuration to parts: names are resolved here, once, and the parts of every block are made here."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from flax import nnx
+
+from moe_jax.config import BlockConfig, ModelConfig, MoEConfig, Segment, spec_text
+from moe_jax.errors import InputError
+from moe_jax.nn.block import Block
+from moe_jax.nn.experts import EXPERTS
+from moe_jax.nn.ffn import FFNS
+from moe_jax.nn.mixers import MIXERS
+from moe_jax.nn.moe import MoE
+from moe_jax.nn.residual import RESIDUALS
+from moe_jax.nn.routers import ROUTERS, Router
+from moe_jax.ops.balancing import BALANCERS
+from moe_jax.registry import split_methods
+from moe_jax.sharding.dispatchers import DISPATCHERS
+
+_MOE_PARTS = {"router": ROUTERS, "experts": EXPERTS, "dispatcher": DISPATCHERS}
+_BLOCK_PARTS = {"mixer": MIXERS, "ffn": FFNS, "residual": RESIDUALS}
+
+
+@contextlib.contextmanager
+def naming(flag: str, value: Any) -> Iterator[None]:
+  """Puts the flag in front of what a part says of its options."""
+  try:
+    yield
+  except InputError as error:
+    text = str(error)
+    raise error if text.startswith("--") else InputError(f"--{flag}={spec_text(value)}: {text}") from None
+
+
+def resolve_moe(config: MoEConfig) -> MoEConfig:
+  """`config` with a `Method` in place of every name. Raises `InputError` that names the flag."""
+  methods: dict[str, Any] = {}
+  for name, registry in _MOE_PARTS.items():
+    with naming(name, getattr(config, name)):
+      methods[name] = registry.resolve(getattr(config, name))
+  with naming("balancers", config.balancers):
+    methods["balancers"] = BALANCERS.resolve_all(config.balancers)
+  return dataclasses.replace(config, **methods)
+
+
+def resolve(config: ModelConfig) -> ModelConfig:
+  """`config` with a `Method` in place of every name, checked. Below this nothing reads a name.
+
+  Raises:
+    InputError: an unknown name, a wrong option, or parts that do not fit together; it names the flag.
+  """
+  config.check()
+  parts: dict[str, Any] = {"moe": resolve_moe(config.moe)}
+  for name, registry in _BLOCK_PARTS.items():
+    with naming(name, getattr(config, name)):
+      parts[name] = registry.resolve(getattr(config, name))
+  parts["segments"] = tuple(_resolve_segment(segment) for segment in config.segments)
+  config = dataclasses.replace(config, **parts)
+  for block in different_blocks(config):
+    abstract_ffn(block)
+  return config
+
+
+def _resolve_segment(segment: Segment) -> Segment:
+  def block(config: BlockConfig) -> BlockConfig:
+    parts: dict[str, Any] = {n: r.resolve(getattr(config, n)) for n, r in _BLOCK_PARTS.items()}
+    return dataclasses.replace(config, **parts, moe=config.moe and resolve_moe(config.moe))
+
+  return Segment(tuple(map(block, segment.pattern)), segment.repeats)
+
+
+def make_blocks(config: ModelConfig, segment: Segment, rngs: nnx.Rngs) -> list[Block]:
+  """The blocks of one repetition of a resolved segment."""
+  common = ("num_heads", "num_kv_heads", "head_dim", "rope_theta", "qk_norm", "norm_eps", "causal")
+  common += ("dense_dim", "activation", "init_scale")
+  offered = {name: getattr(config, name) for name in common} | {"dim": config.model_dim, "rngs": rngs}
+
+  def make(block: BlockConfig) -> Block:
+    mixer = block.mixer(**offered)
+    return Block(mixer, block.ffn(moe=block.moe, **offered), functools.partial(block.residual, **offered))
+
+  return [make(block) for block in segment.pattern]
+
+
+def different_blocks(config: ModelConfig) -> tuple[BlockConfig, ...]:
+  """The different blocks of a model, in their order."""
+  return tuple(dict.fromkeys(block for segment in config.blocks for block in segment.pattern))
+
+
+@functools.lru_cache(maxsize=256)
+def abstract_ffn(block: BlockConfig) -> nnx.Module:
+  """The feed-forward part of a resolved block, without parameters and narrow: to ask what it needs and does.
+
+  Raises:
+    InputError: its parts do not fit each other, or refuse the numbers of experts; it names the flag.
+  """
+  found = []
+
+  def build() -> None:
+    sizes = {"dim": 8, "dense_dim": 8, "activation": "swiglu", "init_scale": 1.0}
+    found.append(block.ffn(moe=block.moe, rngs=nnx.Rngs(0), **sizes))
+
+  with _naming_of(block.moe):
+    jax.eval_shape(build)  # a trace: nothing is computed
+  return found[0]
+
+
+def routed_part(block: BlockConfig) -> MoE | None:
+  """The MoE layer of a resolved block, without parameters; None for a block that has none."""
+  return next((m for _, m in nnx.iter_modules(abstract_ffn(block)) if isinstance(m, MoE)), None)
+
+
+@contextlib.contextmanager
+def _naming_of(moe: MoEConfig) -> Iterator[None]:
+  """Names the flag that an error of a layer is about, by what its text begins with."""
+  try:
+    yield
+  except InputError as error:
+    text = str(error)
+    flags = {"router": "router", "experts": "experts", "dispatcher": "dispatcher"}
+    flag = next((f for word, f in flags.items() if text.startswith(f"{word} ")), None)
+    if flag is None and text.startswith(("balancer", "the balancer")):
+      flag = "balancers"
+    if text.startswith("num_experts"):
+      raise InputError(f"--{text}") from None
+    raise (InputError(f"--{flag}={spec_text(getattr(moe, flag))}: {text}") if flag else error) from None

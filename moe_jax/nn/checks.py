@@ -1,0 +1,27 @@
+"""Do a router, a balancer and a dispatcher fit together? Asked before anything is drawn or compiled."""
+
+from moe_jax.errors import InputError
+from moe_jax.nn.routers import Router
+from moe_jax.ops.balancing import Balancer
+
+
+def check_fit(router: Router, balancer: Balancer, num_experts: int) -> None:
+  """Raises `InputError` where the balancer needs what the router, over E networks, does not do."""
+  num_scored_experts = router.num_scored_experts or num_experts
+  bias = balancer.bias(balancer.init(num_scored_experts))
+  if bias is not None and not router.takes_bias:
+    raise InputError(
+      "the balancer moves the choice by a bias, and the router takes none; use a loss, or no balancer"
+    )
+  balancer.suits(router, num_scored_experts - num_experts)
+
+
+def check_flat(router: Router, balancer: Balancer) -> None:
+  """Raises `InputError` where a method needs sequences, for tokens that come without."""
+  wrong = "the layer was given flat tokens x_TD; give it x_BLD"
+  if router.whole_sequences:
+    raise InputError(f"the router decides for whole sequences, and {wrong}")
+  if balancer.needs_sequences:
+    raise InputError(
+      f"the balancer balances within each sequence, and {wrong}, or choose scope=global_batch"
+    )

@@ -1,0 +1,66 @@
+"""Feed-forward parts of a block. `FFNS` has all by name.
+
+A part is a module `ffn(x_BLD, context) -> (y_BLD, aux)`, where aux is a `MoEAux` or None. Its factory takes what it
+needs of the model: `moe` is the block's `MoEConfig`.
+"""
+
+from typing import Any
+
+from flax import nnx
+
+from moe_jax.config import MoEConfig
+from moe_jax.nn.ffn.mlp import MLP
+from moe_jax.nn.ffn.parallel_moe import ParallelMoE
+from moe_jax.nn.ffn.soft_moe import SoftMoE
+from moe_jax.nn.moe import MoE
+from moe_jax.registry import Registry
+
+
+def shared_experts(
+  moe: MoEConfig, dim: int, activation: str, init_scale: float, rngs: nnx.Rngs
+) -> MLP | None:
+  """The always-on experts as one network of their summed width; None without any."""
+  width = moe.num_shared_experts * moe.expert_dim
+  return MLP(dim, width, activation, init_scale=init_scale, rngs=rngs) if width else None
+
+
+def moe(moe: MoEConfig, dim: int, activation: str, init_scale: float, rngs: nnx.Rngs) -> MoE:
+  """The layer that routes tokens to experts."""
+  fields = ("num_experts", "num_experts_per_token", "expert_dim", "router", "experts", "dispatcher")
+  fields += ("capacity_factor", "eval_capacity_factor", "group_size", "jitter")
+  layer = MoE(
+    dim,
+    balancer=moe.balancers,
+    init_scale=init_scale,
+    rngs=rngs,
+    **{name: getattr(moe, name) for name in fields},
+  )
+  layer.shared = shared_experts(moe, dim, activation, init_scale, rngs)
+  return layer
+
+
+def parallel_moe(
+  moe: MoEConfig, dim: int, dense_dim: int, activation: str, init_scale: float, rngs: nnx.Rngs
+) -> ParallelMoE:
+  """Experts beside a dense part of width `dense_dim`, as in Gemma 4."""
+  experts = FFNS["moe"](moe, dim, activation, init_scale, rngs)
+  return ParallelMoE(experts, MLP(dim, dense_dim, activation, init_scale=init_scale, rngs=rngs))
+
+
+def soft_moe(
+  moe: MoEConfig, dim: int, activation: str, init_scale: float, rngs: nnx.Rngs, slots: int = 1
+) -> SoftMoE:
+  """Soft MoE (2308.00951) with `slots` slots per expert."""
+  sizes: dict[str, Any] = {"num_experts": moe.num_experts, "expert_dim": moe.expert_dim}
+  layer = SoftMoE(dim, **sizes, slots=slots, experts=moe.experts, init_scale=init_scale, rngs=rngs)
+  layer.shared = shared_experts(moe, dim, activation, init_scale, rngs)
+  return layer
+
+
+FFNS = Registry(
+  "ffn",
+  {"mlp": MLP, "moe": moe, "parallel_moe": parallel_moe, "soft_moe": soft_moe},
+  offered=("moe", "dim", "dense_dim", "activation", "init_scale", "rngs"),
+)
+
+__all__ = ["FFNS", "MLP", "ParallelMoE", "SoftMoE"]

@@ -1,0 +1,40 @@
+"""Which blocks let a token see what comes after it: refused in a causal model, unless accepted by name."""
+
+from moe_jax.config import BlockConfig, ModelConfig
+from moe_jax.errors import InputError
+from moe_jax.nn.build import abstract_ffn, different_blocks, routed_part
+from moe_jax.registry import split_methods
+
+
+def leak(block: BlockConfig) -> str:
+  """When the output of a resolved block depends on later tokens: "" never, "drops" where capacity drops, "always"."""
+  routed = routed_part(block)
+  if routed is None:
+    return getattr(abstract_ffn(block), "leaks", "")
+  leaks = routed.router.leaks
+  return "" if leaks == "drops" and routed.dispatcher.never_drops else leaks
+
+
+def sees_later_tokens(config: ModelConfig) -> bool:
+  """Whether a token's experts depend on later tokens of its sequence, in a resolved causal model."""
+  return config.causal and any(leak(block) for block in different_blocks(config))
+
+
+def deciding_method(block: BlockConfig) -> tuple[str, str]:
+  """(flag, text) of what decides which tokens an expert of a resolved block sees."""
+  return ("ffn", str(block.ffn)) if routed_part(block) is None else ("router", str(block.moe.router))
+
+
+def check_causal(config: ModelConfig) -> None:
+  """Raises `InputError` where a token's output would depend on later tokens, unless accepted by name."""
+  for block in different_blocks(config) if config.causal else ():
+    when = leak(block)
+    flag, text = deciding_method(block)
+    name = text.partition(":")[0]
+    if not when or name in split_methods(block.moe.accept_leaks):
+      continue
+    where = " where capacity drops assignments (--dispatcher=dropless drops none)" if when == "drops" else ""
+    raise InputError(
+      f"--{flag}={text}: in a causal model its output depends on later tokens{where}; to train it nonetheless, say "
+      f"--accept_leaks={name}, or train another objective with --objective=masked_lm"
+    )

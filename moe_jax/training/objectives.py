@@ -1,0 +1,133 @@
+"""What a model is trained for. `OBJECTIVES` has all by name.
+
+An objective maps (model, micro-batch) to a loss that is a sum over targets, so that a step means the same however its
+batch is cut: sums of micro-batches are divided by the targets of the whole step.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from moe_jax.errors import InputError
+from moe_jax.nn.context import Context
+from moe_jax.registry import Registry
+from moe_jax.types import Array, PyTree
+
+Batch = dict[str, Array]  # tokens_BL, targets_BL int32; mask_BL bool; domain_B int32; what `prepare` adds
+
+
+class Terms(NamedTuple):
+  """What an objective makes of a micro-batch."""
+
+  loss: Array  # float32 scalar, summed over the targets, in nats where it is a likelihood
+  aux: PyTree  # what the model's blocks know
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """The contract. A frozen dataclass, so that compiled steps can be cached by it."""
+
+  @property
+  def causal(self) -> bool:
+    """Whether a position may see only what is before it."""
+    return True
+
+  @property
+  def num_extra_ids(self) -> int:
+    """Ids behind the vocabulary that the model must embed, such as a mask."""
+    return 0
+
+  def prepare(self, batch: Batch, key_B: Array, vocab_size: int) -> Batch:
+    """Changes the batch of the whole step, before it is cut. `key_B`: a random key per sequence."""
+    del key_B, vocab_size
+    return batch
+
+  def num_targets(self, batch: Batch) -> Array:
+    """What the loss is summed over."""
+    return batch["mask_BL"].sum()
+
+  def __call__(self, model: nnx.Module, batch: Batch, context: Context) -> Terms:
+    """The loss that is minimised."""
+    raise NotImplementedError
+
+  def evaluate(self, model: nnx.Module, batch: Batch, context: Context) -> Terms:
+    """The negative log likelihood of the targets, which every result reports."""
+    return self(model, batch, context)
+
+
+def nll(logits_BLV: Array, targets_BL: Array) -> Array:
+  """Negative log likelihood in nats, [B, L]."""
+  return optax.softmax_cross_entropy_with_integer_labels(logits_BLV, targets_BL)
+
+
+@dataclasses.dataclass(frozen=True)
+class NextToken(Objective):
+  """The next token. Subclasses may change `token_losses`; evaluation stays the likelihood."""
+
+  def token_losses(self, logits_BLV: Array, targets_BL: Array) -> Array:
+    """[B, L], what is minimised per target."""
+    return nll(logits_BLV, targets_BL)
+
+  def __call__(self, model: nnx.Module, batch: Batch, context: Context) -> Terms:
+    return self._terms(model, batch, context, self.token_losses)
+
+  def evaluate(self, model: nnx.Module, batch: Batch, context: Context) -> Terms:
+    return self._terms(model, batch, context, nll)
+
+  def _terms(self, model: nnx.Module, batch: Batch, context: Context, token_losses: Any) -> Terms:
+    logits_BLV, aux = model(batch["tokens_BL"], context)
+    return Terms(jnp.sum(token_losses(logits_BLV, batch["targets_BL"]) * batch["mask_BL"]), aux)
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedTokens(Objective):
+  """Masked tokens of a bidirectional model (BERT, 1810.04805, section 3.1).
+
+  A share `rate` of the tokens are targets. Of those, 80% are replaced by the mask, an id behind the vocabulary, 10%
+  by a random id, and 10% stay. Positions see all others, so a router that looks ahead leaks nothing here.
+  """
+
+  rate: float = 0.15
+
+  def __post_init__(self) -> None:
+    if not 0 < self.rate < 1:
+      raise InputError(f"objective masked_lm: rate must be in (0, 1), got {self.rate}")
+
+  @property
+  def causal(self) -> bool:
+    return False
+
+  @property
+  def num_extra_ids(self) -> int:
+    return 1
+
+  def prepare(self, batch: Batch, key_B: Array, vocab_size: int) -> Batch:
+    tokens_BL, length = batch["tokens_BL"], batch["tokens_BL"].shape[1]
+
+    def draw(key: Array) -> tuple[Array, Array, Array]:
+      chosen, kind, other = jax.random.split(jax.random.fold_in(key, length), 3)
+      uniform = lambda key: jax.random.uniform(key, (length,))
+      return uniform(chosen), uniform(kind), jax.random.randint(other, (length,), 0, vocab_size)
+
+    chosen_BL, kind_BL, random_BL = jax.vmap(draw)(key_B)
+    is_target_BL = batch["mask_BL"] & (chosen_BL < self.rate)
+    replaced_BL = jnp.where(kind_BL < 0.8, vocab_size, jnp.where(kind_BL < 0.9, random_BL, tokens_BL))
+    return batch | {
+      "tokens_BL": jnp.where(is_target_BL, replaced_BL, tokens_BL),
+      "targets_BL": tokens_BL,
+      "is_target_BL": is_target_BL,
+    }
+
+  def num_targets(self, batch: Batch) -> Array:
+    return batch["is_target_BL"].sum()
+
+  def __call__(self, model: nnx.Module, batch: Batch, context: Context) -> Terms:
+    logits_BLV, aux = model(batch["tokens_BL"], context)
+    return Terms(jnp.sum(nll(logits_BLV, batch["targets_BL"]) * batch["is_target_BL"]), aux)
+
+
+OBJECTIVES = Registry("objective", {"next_token": NextToken, "masked_lm": MaskedTokens})
