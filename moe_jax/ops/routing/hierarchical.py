@@ -92,7 +92,7 @@ def _two_levels(
   parts_per_token: int,
   context: RouterContext,
 ) -> Routing:
-  """Selects parts and experts within them. `logits_TE` and `logits_TP` are those that the scores follow from."""
+  """Selects parts, and experts within them. The scores come from `logits_TE` and `logits_TP`."""
   num_experts, num_parts = logits_TE.shape[-1], logits_TP.shape[-1]
   by_part = lambda x_TE: x_TE.reshape(-1, num_parts, num_experts // num_parts)
   bias_PO = jax.tree.map(lambda b_E: b_E.reshape(num_parts, -1), context.bias_E)
