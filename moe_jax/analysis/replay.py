@@ -228,7 +228,7 @@ def _pieces(steps: Steps, piece: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
   """(logits, mask, keys) of consecutive pieces of `piece` sequences; logits [pieces, R, piece, L, E]."""
   cut = lambda x: x.reshape(-1, piece, *x.shape[2:])
   logits_JBRLE = cut(np.moveaxis(steps.logits_IRBLE, 1, 2))
-  return np.moveaxis(logits_JBRLE, 2, 1), cut(steps.mask_IBL), cut(steps.key_IBX)
+  return np.moveaxis(logits_JBRLE, 2, 1), cut(steps.mask_IBL), cut(steps.key_IB2)
 
 
 @functools.lru_cache(maxsize=64)
