@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moe_jax import sharding
-from moe_jax.analysis.replay import bias_methods, replay
+from moe_jax.analysis.replay.replay import bias_methods, replay
 from moe_jax.errors import InputError
 from moe_jax.ops import stats
 from moe_jax.training.compiled import compile_steps

@@ -12,7 +12,7 @@ from typing import Any
 from moe_jax.comparison.report import canvas
 
 Row = Mapping[str, Any]
-PER_DEVICE = ("sent_bytes_P", "received_bytes_Q")
+PER_DEVICE = ("sent_bytes_P", "received_bytes_P")
 
 
 def write_csv(folder: pathlib.Path, rows: Sequence[Row]) -> None:
