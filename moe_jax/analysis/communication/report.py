@@ -1,6 +1,6 @@
-"""Tables, CSV files and plots of `experiments/communication.py`.
+"""Tables, CSV files and plots of the communication study.
 
-A row is a dict: an arm under one `once_per`, with the numbers of `analysis.communication.summary`, bytes and seconds
+A row is a dict: an arm under one `once_per`, with the numbers of `simulate.summary`, bytes and seconds
 of one layer as means over layers and simulated steps.
 """
 
