@@ -73,7 +73,10 @@ GRAPH = {
   "comparison.results": Part("training.metric_writer errors", never=JAX),
   "comparison.statistics": Part("comparison.results errors", never=JAX),
   "analysis": Part(RUN),
-  "analysis.communication": Part("comparison.report ops types errors", never={"flax", "optax"}),
+  "analysis.replay": Part(f"analysis comparison.report {RUN}"),
+  "analysis.communication": Part(
+    "comparison.report training.router_trace ops types errors", never={"flax", "optax"}
+  ),
   # the top
   "moe_jax": Part(f"comparison analysis {RUN}"),  # __init__.py: the public names
   "experiments": Part(f"comparison analysis cli moe_jax {RUN}"),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from scipy import special
 
 from moe_jax.comparison.results import Result, broken_protocol, group_by_arm, lookup
 
@@ -57,12 +58,20 @@ class Difference:
   per_seed: dict[int, float]
   mean: float
   standard_error: float | None  # spread of the differences / sqrt(n); None with fewer than two seeds
+  degrees_of_freedom: int  # n - 1
+  p_value: (
+    float | None
+  )  # two-sided, of the paired t test; None with fewer than two seeds, NaN if a seed diverged
+  interval: (
+    tuple[float, float] | None
+  )  # where the mean is with 95% confidence, by Student's t; None, NaN likewise
   verdict: str  # e.g. "lower (better)", "no difference resolved", "not comparable: number of steps"
   resolved: bool  # the verdict names a direction
 
 
 UNRESOLVED = "no difference resolved"
 MIN_SEEDS_FOR_VERDICT = 3
+CONFIDENCE = 0.95
 
 
 def number(value: Any) -> float | None:
@@ -144,8 +153,9 @@ def paired_differences(results: Sequence[Result], baseline: str | None = None) -
   """Arm minus baseline per seed, for every other arm and every quantity that both have.
 
   Pairing by seed removes what the seeds share (data order, initialisation). A verdict is given only with at
-  least 3 shared seeds, |mean| > 2 standard errors, and runs that share steps, tokens, schedule and text;
-  `chance_of_verdict` says how often chance alone does it.
+  least 3 shared seeds, |mean| > 2 standard errors, and, at every seed, runs that share steps, tokens, schedule
+  and text; `chance_of_verdict` says how often chance alone does it. p-values are not corrected for how many
+  differences there are.
 
   Args:
     results: as from `load_results`.
@@ -190,13 +200,32 @@ def _difference(arm: str, column: Column, per_seed: dict[int, float], broken: st
     verdict = "lower" if lower else "higher"
     if column.lower_is_better is not None:
       verdict += " (better)" if lower == column.lower_is_better else " (worse)"
-  return Difference(arm, column.key, per_seed, of_seeds.mean, error, verdict, resolved)
+  return Difference(
+    arm=arm,
+    key=column.key,
+    per_seed=per_seed,
+    mean=of_seeds.mean,
+    standard_error=error,
+    degrees_of_freedom=of_seeds.num - 1,
+    p_value=None if error is None else _p_value(of_seeds.mean, error, of_seeds.num - 1),
+    interval=None if error is None else _interval(of_seeds.mean, error, of_seeds.num - 1),
+    verdict=verdict,
+    resolved=resolved,
+  )
+
+
+def _p_value(mean: float, error: float, degrees_of_freedom: int) -> float:
+  """Of |t| = |mean| / error or more by chance. Seeds that differ by exactly nothing give 1."""
+  if error == 0:
+    return 1.0 if mean == 0 else 0.0
+  return 2 * float(special.stdtr(degrees_of_freedom, -abs(mean) / error))
+
+
+def _interval(mean: float, error: float, degrees_of_freedom: int) -> tuple[float, float]:
+  half = float(special.stdtrit(degrees_of_freedom, 0.5 + CONFIDENCE / 2)) * error
+  return mean - half, mean + half
 
 
 def chance_of_verdict(num_seeds: int) -> float:
   """How often |mean| > 2 standard errors happens by chance: P(|t| > 2), Student's t with n - 1 degrees of freedom."""
-  freedom = num_seeds - 1
-  scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
-  t = np.linspace(-2.0, 2.0, 4001)
-  density = scale * (1 + t**2 / freedom) ** (-(freedom + 1) / 2)
-  return float(1 - np.sum((density[1:] + density[:-1]) / 2) * (t[1] - t[0]))
+  return _p_value(2.0, 1.0, num_seeds - 1)

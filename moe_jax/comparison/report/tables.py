@@ -186,3 +186,41 @@ def write_csv(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
           ["", "", 0] if cell is None else [cell.mean, "" if cell.spread is None else cell.spread, cell.num]
         )
       writer.writerow(line + list(row.max_vio_range or ("", "")))
+
+
+def write_differences_csv(
+  path: str | os.PathLike[str], differences: Sequence[Difference], baseline: str
+) -> None:
+  """One line per arm and quantity, at full precision: what an interval or a correction over the table needs.
+
+  `low` and `high` bound the 95% interval of the mean, `p_value` is the uncorrected one of the paired t test; both
+  are empty with fewer than two shared seeds. `seed_<k>` is the arm minus the baseline at seed k.
+  """
+  seeds = sorted({seed for difference in differences for seed in difference.per_seed})
+  names = (
+    "arm",
+    "baseline",
+    "quantity",
+    "num_seeds",
+    "mean",
+    "standard_error",
+    "degrees_of_freedom",
+    "p_value",
+  )
+  names = (*names, "low", "high", "verdict", *(f"seed_{seed}" for seed in seeds))
+  with open(path, "w", encoding="utf-8", newline="") as file:
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(names)
+    for d in differences:
+      line = [
+        d.arm,
+        baseline,
+        d.key,
+        len(d.per_seed),
+        d.mean,
+        d.standard_error,
+        d.degrees_of_freedom,
+        d.p_value,
+      ]
+      line += [*(d.interval or (None, None)), d.verdict, *(d.per_seed.get(seed) for seed in seeds)]
+      writer.writerow(line)  # None is written as nothing

@@ -8,7 +8,7 @@ have had others, for its experts would have seen other tokens; and early logits 
 compares how fast and how steadily biases follow a given stream of logits, and nothing about the loss of
 the model. Balancers that act only through a loss change no recorded logit and are refused.
 
-Axes as in `moe_jax.types`, and I: recorded steps, or updates of the replay; J: pieces of a recorded step.
+Axes as in `moe_jax.types`, and I: optimizer steps, of the recorded run or of the replay; J: pieces of a recorded step.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.analysis.recording import recorded_config
 from moe_jax.config import MoEConfig
 from moe_jax.errors import InputError
 from moe_jax.nn.methods import check_methods, group_size, num_scored_experts, router_of
@@ -123,18 +124,6 @@ def replay(
   )
 
 
-def recorded_config(trace: Trace) -> MoEConfig:
-  """The layer's configuration of the recorded run.
-
-  Raises:
-    InputError: the trace is of a version with other fields.
-  """
-  try:
-    return MoEConfig(**trace.header["config"]["model"]["moe"])
-  except (KeyError, TypeError) as error:
-    raise InputError(f"{trace.folder}: its configuration is not one of this version ({error})") from None
-
-
 def bias_methods(num_experts: int) -> list[str]:
   """The balancers of the registry that move choices by a bias and suit so many experts."""
 
@@ -186,8 +175,8 @@ def _only_loss(moe: MoEConfig, batch: int, length: int, num_scored: int) -> bool
     return False
 
   def losses(logits_BLE):
-    keys_BX = jnp.zeros((batch, 2), jnp.uint32)
-    routing = _route(moe, logits_BLE, jnp.ones((batch, length), bool), keys_BX, None)
+    keys_B2 = jnp.zeros((batch, 2), jnp.uint32)
+    routing = _route(moe, logits_BLE, jnp.ones((batch, length), bool), keys_B2, None)
     observed = balancer.observe(state, routing)
     return balancer.losses(state, routing, StepStats(observed, observed))
 
@@ -228,7 +217,7 @@ def _pieces(steps: Steps, piece: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
   """(logits, mask, keys) of consecutive pieces of `piece` sequences; logits [pieces, R, piece, L, E]."""
   cut = lambda x: x.reshape(-1, piece, *x.shape[2:])
   logits_JBRLE = cut(np.moveaxis(steps.logits_IRBLE, 1, 2))
-  return np.moveaxis(logits_JBRLE, 2, 1), cut(steps.mask_IBL), cut(steps.key_IBX)
+  return np.moveaxis(logits_JBRLE, 2, 1), cut(steps.mask_IBL), cut(steps.key_IB2)
 
 
 @functools.lru_cache(maxsize=64)
@@ -267,17 +256,17 @@ def _one_layer(
   state: PyTree,
   logits_BLE: Array,
   mask_BL: Array,
-  key_BX: Array,
+  key_B2: Array,
 ) -> tuple[PyTree, tuple[Array, Array | None]]:
-  keys_B = jax.vmap(lambda key: jax.random.fold_in(key, layer))(jax.random.wrap_key_data(key_BX))
+  keys_B = jax.vmap(lambda key: jax.random.fold_in(key, layer))(jax.random.wrap_key_data(key_B2))
   bias_E = balancer.bias(state)
   routing = _route(moe, logits_BLE.astype(jnp.float32), mask_BL, jax.random.key_data(keys_B), bias_E)
   return balancer.observe(state, routing), (routing.selected_BLE.sum(axis=(0, 1)), _as_array(bias_E))
 
 
-def _route(moe: MoEConfig, logits_BLE: Array, mask_BL: Array, key_BX: Array, bias_E: PyTree) -> BatchRouting:
+def _route(moe: MoEConfig, logits_BLE: Array, mask_BL: Array, key_B2: Array, bias_E: PyTree) -> BatchRouting:
   batch, length, _ = logits_BLE.shape
-  keys_B = jax.random.wrap_key_data(key_BX)
+  keys_B = jax.random.wrap_key_data(key_B2)
   routing = route_groups(moe, logits_BLE, mask_BL, bias_E, keys_B, train=True, further={})
   return to_batch(routing, batch, length, moe.num_experts_per_token)
 
