@@ -15,7 +15,7 @@ import markupsafe
 from moe_jax.comparison.report import canvas, plots, tables
 from moe_jax.comparison.report.markdown import write_markdown
 from moe_jax.comparison.results import Result, load_config, load_metrics, lookup, warnings
-from moe_jax.comparison.statistics import COLUMNS, Column, Difference, Row, paired_differences, summarise
+from moe_jax.comparison.statistics import Column, Difference, Row, paired_differences, summarise
 from moe_jax.errors import InputError
 
 # What the runs share, and where a result has it.
@@ -137,9 +137,9 @@ def _results_table(rows: Sequence[Row]) -> dict[str, Any]:
 
 def _layers_table(rows: Sequence[Row]) -> dict[str, Any] | None:
   most = max(len(row.max_vio_layers) for row in rows)
-  if not most:
+  column = next((c for c in rows[0].columns if c.key == "max_vio"), None)
+  if not most or column is None:
     return None
-  column = next(c for c in COLUMNS if c.key == "max_vio_global")
   lines = []
   for row in rows:
     cells = [tables.format_stat(s, column, len(row.seeds)) for s in row.max_vio_layers]
@@ -156,8 +156,7 @@ def _picture(plot: canvas.Plot) -> dict[str, Any]:
 
 
 def _with_columns(differences: Sequence[Difference]) -> list[tuple[Difference, Column, str]]:
-  by_key = {column.key: column for column in COLUMNS}
-  return [(d, by_key[d.key], tables.format_difference(d, by_key[d.key])) for d in differences]
+  return [(d, d.column, tables.format_difference(d)) for d in differences]
 
 
 def _facts(results: Sequence[Result]) -> list[tuple[str, str]]:
