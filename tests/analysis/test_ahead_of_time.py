@@ -19,7 +19,7 @@ from moe_jax.analysis.collectives import purpose
 from moe_jax.analysis.memory import GIB, memory_of, out_of_memory
 from moe_jax.config import Config, MeshConfig
 from moe_jax.errors import InputError
-from moe_jax.models import get_preset
+from moe_jax.models import preset
 from moe_jax.training.step import model_parts
 from tests import tiny
 
@@ -106,7 +106,7 @@ def test_state_is_three_times_the_parameters():
 
 def test_model_operations_of_mixtral():
   """Against 6 times the active parameters that products read (12.88e9 without the embedding's look-up) and the scores."""
-  model = get_preset("mixtral_8x7b").model
+  model = preset("mixtral_8x7b").model
   found = flops.forward_flops(model, 32_000, 4096)
   scores = 32 * 4 * 4096 * 4097 / 2
   norms = 65 * 4096

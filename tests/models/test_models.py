@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from moe_jax.errors import InputError
-from moe_jax.models import PRESETS, VOCAB_SIZES, get_preset
+from moe_jax.models import PRESETS, VOCAB_SIZES, preset
 from moe_jax.nn.methods import check_causal, check_methods
 from moe_jax.training.step import model_parts
 
@@ -23,7 +23,7 @@ def sizes_of(name: str, vocab_size: int) -> dict[str, int]:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_check(name):
-  config = get_preset(name)
+  config = preset(name)
   assert config.check() is PRESETS[name]
   check_methods(config.model.moe)
   check_causal(config.model.moe)
@@ -32,7 +32,7 @@ def test_presets_check(name):
 
 def test_unknown_preset():
   with pytest.raises(InputError, match="unknown preset 'mixtral': did you mean mixtral_8x7b"):
-    get_preset("mixtral")
+    preset("mixtral")
 
 
 @pytest.mark.parametrize(

@@ -64,15 +64,6 @@ def apply_bias(scores_TX: Array, bias_X: Array | ExpertScale | None) -> Array:
   return scores_TX + bias_X[None]
 
 
-def top_k(logits_TE: Array, num_experts_per_token: int, context: RouterContext) -> Routing:
-  """The plain choice, for a router of your own: the K experts with the highest softmax (and bias), weighted by
-  the softmax over the K chosen logits (2401.04088)."""
-  log_scores_TE = jax.nn.log_softmax(logits_TE, axis=-1)
-  expert_TK = select_top_k(jnp.exp(log_scores_TE), context.bias_E, num_experts_per_token)
-  weight_TK = jax.nn.softmax(take_experts(logits_TE, expert_TK), axis=-1)
-  return Routing(logits_TE, log_scores_TE, context.mask, token_major(expert_TK, weight_TK, context.mask))
-
-
 def select_top_k(scores_TX: Array, bias_X: Array | ExpertScale | None, k: int) -> Array:
   """Indices [T, k] of the k highest scores with bias, best first; ties go to the lower index.
 
