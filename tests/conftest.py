@@ -40,12 +40,16 @@ def _data_sources() -> bytes:
 DATA_DIR = CACHE / f"data-{_digest(_data_sources(), platform.python_version().encode())}"
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Eight devices on one CPU, so that every sharded path runs on a laptop. The tests compile far more than
-# they compute, so LLVM does not optimise: it halves the time of the whole. The older emitters, which newer
-# compilers no longer have and do not know the flag of, take less than half of the time again.
-XLA_FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+# Eight devices on one CPU, so that every sharded path runs on a laptop.
+DEVICES = "--xla_force_host_platform_device_count=8"
+# The tests compile far more than they compute, so LLVM does not optimise: it halves the time of the whole. The
+# older emitters, which newer compilers no longer have and do not know the flag of, take less than half of the time
+# again. No user has these settings: tests/test_real_settings.py runs some tests without them.
+XLA_FLAGS = [DEVICES, "--xla_backend_optimization_level=0"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
   XLA_FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+if os.environ.get("MOE_JAX_TEST_REAL_SETTINGS") == "1":
+  os.environ["XLA_FLAGS"], XLA_FLAGS = DEVICES, []
 for flag in XLA_FLAGS:
   if flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
@@ -70,6 +74,10 @@ def pytest_configure(config: pytest.Config) -> None:
   for old in CACHE.glob("data-*"):
     if old != DATA_DIR and old.stat().st_mtime < an_hour_ago:
       shutil.rmtree(old, ignore_errors=True)
+
+
+def pytest_report_header() -> str:
+  return f"XLA_FLAGS: {os.environ['XLA_FLAGS']}"
 
 
 @pytest.fixture
