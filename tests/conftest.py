@@ -1,6 +1,7 @@
 """What every test runs under. JAX reads its settings from the environment when it is first imported, so
 they are set here, as environment variables, which also reach the processes that tests start."""
 
+import ctypes
 import gc
 import hashlib
 import importlib.metadata
@@ -86,20 +87,24 @@ def rng() -> np.random.Generator:
   return np.random.default_rng(0)
 
 
-def _memory_mappings() -> int:
-  """Of this process; 0 where the system does not say."""
+def _process_uses_much() -> bool:
+  """Every compiled program takes memory and mappings of it. Linux gives a process 65,530, and past them XLA crashes."""
   try:
-    return pathlib.Path("/proc/self/maps").read_bytes().count(b"\n")
-  except OSError:
-    return 0
+    mappings = pathlib.Path("/proc/self/maps").read_bytes().count(b"\n")
+    resident_pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+  except OSError:  # only Linux says
+    return False
+  return mappings > 20_000 or resident_pages * os.sysconf("SC_PAGE_SIZE") > 2**30
 
 
 @pytest.fixture(autouse=True, scope="module")
 def few_compiled_programs():
-  """Every compiled program takes memory mappings, of which Linux gives a process 65,530; past them XLA crashes."""
+  """Forgets what earlier modules compiled before a worker grows large."""
   yield
-  if _memory_mappings() > 20_000:
+  if _process_uses_much():
     import jax
 
     jax.clear_caches()
     gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # otherwise glibc keeps what is freed
+      trim(0)
