@@ -1,5 +1,7 @@
 """Order, resumption and sharing of batches, for every kind of source."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
@@ -36,10 +38,12 @@ def make(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_same_seed_same_batches_other_seed_other_batches(make, kind):
+def test_the_seed_orders_what_is_trained_on_and_not_the_validation(make, kind):
   first, again, other = (take(make(kind, data_seed=s).train_batches(), 5) for s in (1, 1, 2**40))
   assert all(map(same, first, again))
   assert not any(map(same, first, other))
+  one, two = (list(make(kind, data_seed=s).validation_batches()) for s in (1, 2**40))
+  assert all(map(same, one, two)) and len(one) == len(two)
   assert {k: v.shape for k, v in first[0].items()} == {
     "tokens_BL": (4, 32),
     "targets_BL": (4, 32),
@@ -113,7 +117,13 @@ def test_an_epoch_reads_every_window_once_and_epochs_differ(make):
 
 def test_a_batch_larger_than_the_data_set_is_filled_by_the_next_epoch(tmp_path):
   folder = write_files(tmp_path, {"a.txt": "x" * 40 + "\n" + "y" * 40, "b.txt": "z" * 40})
-  assert next(folder_dataset(folder, batch_size=64).train_batches())["tokens_BL"].shape == (64, 32)
+  dataset = folder_dataset(folder, batch_size=64)
+  windows = window_texts(next(dataset.train_batches()))
+  n = dataset.info.num_windows["train"]
+  counts = Counter(windows)
+  assert len(windows) == 64 and len(counts) == n > 1
+  assert set(counts.values()) <= {64 // n, 64 // n + 1}  # every epoch has all of them
+  assert len({tuple(windows[i : i + n]) for i in range(0, 64 - n, n)}) > 1  # and an order of its own
 
 
 def documents_of(batches):
