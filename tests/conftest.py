@@ -94,7 +94,7 @@ def _process_uses_much() -> bool:
     resident_pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
   except OSError:  # only Linux says
     return False
-  return mappings > 20_000 or resident_pages * os.sysconf("SC_PAGE_SIZE") > 2**30
+  return mappings > 20_000 or resident_pages * os.sysconf("SC_PAGE_SIZE") > 1.5 * 2**30
 
 
 @pytest.fixture(autouse=True, scope="module")
