@@ -20,6 +20,7 @@ EXTRAS = {
   "dev": [
     *TOKENIZERS,
     "pytest>=8",
+    "pytest-timeout>=2.4",
     "pytest-xdist>=3.6",
     "ruff==0.17.*",  # one minor version: the format may differ in the next; same in .pre-commit-config.yaml
     "pre-commit>=4",

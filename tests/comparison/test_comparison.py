@@ -50,7 +50,8 @@ def test_arms_start_alike_and_read_the_same_batches(finished):
   """The first step's loss and load come before any balancing has acted."""
   folder, _ = finished
   first = [line for line in read_jsonl(folder / "metrics.jsonl") if line["step"] == 1]
-  assert first[0]["loss"] == first[1]["loss"]
+  # Two programs, which may sum the 8 x 16 tokens in different orders.
+  assert first[0]["loss"] == pytest.approx(first[1]["loss"], rel=8 * 16 * 2.0**-23)
   assert first[0]["tokens_per_expert"] == first[1]["tokens_per_expert"]
   assert first[0]["arm"] != first[1]["arm"]
 

@@ -2,6 +2,8 @@
 
 import functools
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +29,8 @@ def test_st_moe_with_two_experts_is_mesh_tensorflow():
   skipped = 0
   for seed in range(4):
     st_moe, mesh = both(2 * logits_of(ROWS["gshard_top2"], seed), jax.random.key(seed), MASK_T)
-    jax.tree.map(np.testing.assert_array_equal, st_moe, mesh)
+    # Weights are quotients of sums that two programs write down; tokens, experts and flags stay exact.
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=4 * 2.0**-23), st_moe, mesh)
     skipped += int(2 * MASK_T.sum() - st_moe.valid_A.sum())
   assert skipped > 0
 
