@@ -93,21 +93,21 @@ def start(options: Options) -> Watch | None:
   place = find_placement(options, os.environ)
   if place is None:
     return None
+  host, port = split_address(place.coordinator_address)
+  bind = host if _is_loopback(host) else ""
+  if place.process_id == 0:
+    _check_free(bind, port)
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # JAX warns of recoverability, below
   import jax
   from jax._src import distributed
 
-  # Its SIGTERM handler keeps a process alive that is told to end.
+  # The preemption service's SIGTERM handler keeps a process alive that is told to end.
   jax.config.update("jax_enable_preemption_service", False)
   # Without it, JAX aborts all processes with a stack trace when one is gone.
   jax.config.update("jax_enable_recoverability", True)
   if (jax.config.jax_platforms or "").startswith("cpu"):
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     _silence_libraries()
-  host, port = split_address(place.coordinator_address)
-  bind = host if _is_loopback(host) else ""
-  if place.process_id == 0:
-    _check_free(bind, port)
   # JAX's own time limit aborts, with a stack trace.
   waiting = threading.Timer(options.initialization_timeout, _end_waiting, (place, options))
   waiting.daemon = True
@@ -128,32 +128,32 @@ def start(options: Options) -> Watch | None:
 
 
 def _check_free(host: str, port: int) -> None:
-  """JAX crashes where it cannot listen."""
+  """Raises `InputError` where JAX, which does not check that it can listen, would crash."""
   try:
     socket.create_server((host, port)).close()
   except OSError as error:
     raise InputError(
-      f"--coordinator_address: process 0 cannot listen at port {port} ({error.strerror}); choose a free port of the "
-      "machine on which process 0 runs"
+      f"--coordinator_address: process 0 cannot listen at port {port} ({error.strerror}); choose a free port of "
+      "the machine on which process 0 runs"
     ) from None
 
 
 def _end_waiting(place: Placement, options: Options) -> NoReturn:
-  """Says why this process ends, without the others, as far as it can know."""
+  """Ends this process with one line that says what it can know of who is missing."""
   me, limit = place.process_id, f"within {options.initialization_timeout:g} s (--initialization_timeout)"
   try:
     socket.create_connection(split_address(place.coordinator_address), timeout=5.0).close()
   except OSError:
     end(f"--coordinator_address={place.coordinator_address}: process {me} did not find process 0 {limit}", 2)
   end(
-    f"--num_processes={place.num_processes}: not all processes joined at {place.coordinator_address} {limit}; this is "
-    f"process {me}, and those are missing that do not print this line",
+    f"--num_processes={place.num_processes}: not all processes joined at {place.coordinator_address} {limit}; this "
+    f"is process {me}, and those are missing that do not print this line",
     2,
   )
 
 
 def _silence_libraries() -> None:
-  """Gloo writes pieces of lines to the standard output from several threads: only what Python prints still gets there."""
+  """Keeps Gloo, which writes pieces of lines from several threads, off the standard output; Python still prints."""
   if sys.stdout is not sys.__stdout__ or sys.stdout.fileno() != 1:
     return  # someone reads it already
   sys.stdout.flush()

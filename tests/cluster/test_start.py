@@ -16,6 +16,7 @@ from jax._src.lib import _jax
 
 from moe_jax.cluster import processes, watch
 from moe_jax.cluster.placement import Options, Placement, find_placement
+from moe_jax.cluster.start import start
 from moe_jax.errors import InputError
 
 SLURM = {
@@ -96,6 +97,13 @@ def test_what_is_missing_or_wrong_is_one_line(options, environment, message):
   with pytest.raises(InputError, match=message) as caught:
     find_placement(Options(**options), environment | {"JAX_PLATFORMS": "cpu"})
   assert "\n" not in str(caught.value)
+
+
+def test_a_port_that_is_taken_is_one_line():
+  with socket.create_server(("127.0.0.1", 0)) as server:
+    port = server.getsockname()[1]
+    with pytest.raises(InputError, match=f"process 0 cannot listen at port {port}"):
+      start(Options(f"127.0.0.1:{port}", 2, 0))
 
 
 # How they end: JAX's own service and clients, with threads for processes.
