@@ -55,7 +55,7 @@ GRAPH = {
   "models": Part("config errors registry"),
   "cli": Part("config models errors registry plugins", never=JAX),
   "cluster": Part("errors"),
-  "cluster.roll_call": Part("errors", outside=set()),
+  "cluster.watch": Part("errors", outside=set()),
   "cluster.processes": Part("errors", outside={"jax", "numpy"}),
   # arrays in, arrays out
   "ops": Part("types errors registry", outside={"jax", "numpy"}, stdlib=PURE),
