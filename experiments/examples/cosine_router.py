@@ -4,7 +4,6 @@
 """
 
 import jax.numpy as jnp
-from flax import nnx
 
 import moe_jax
 

@@ -7,10 +7,11 @@ from typing import Any
 
 from moe_jax import sharding
 from moe_jax.cluster import processes
-from moe_jax.config import Config, MoEConfig
+from moe_jax.config import Config, MoEConfig, spec_text
+from moe_jax.config.plain import from_fields
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError
-from moe_jax.nn.methods import num_scored_experts
+from moe_jax.nn.build import num_routed_layers, routed_layer
 from moe_jax.training.compiled import check_run
 from moe_jax.training.loop import Run
 from moe_jax.training.progress import TrainingProgress
@@ -31,14 +32,14 @@ def with_recording(config: Config, num_steps: int) -> Config:
     checkpoint_every=config.train.checkpoint_every or 100,
   )
   config = dataclasses.replace(config, train=train).check()
-  check_run(config, sharding.make_mesh(config.mesh))
-  return config
+  return check_run(config, sharding.make_mesh(config.mesh))
 
 
 def trace_shape(config: Config) -> tuple[int, int, int, int]:
-  """(R, B, L, E) of each step that a run of `config` records."""
+  """(R, B, L, E) of each step that a run of the resolved `config` records."""
   data, model = config.data, config.model
-  return model.num_moe_layers, data.batch_size, data.sequence_length, num_scored_experts(model.moe)
+  num_scored = routed_layer(model.moe).num_scored_experts
+  return num_routed_layers(model), data.batch_size, data.sequence_length, num_scored
 
 
 def recorded_config(trace: Trace) -> MoEConfig:
@@ -48,8 +49,8 @@ def recorded_config(trace: Trace) -> MoEConfig:
     InputError: the trace is of a version with other fields.
   """
   try:
-    return MoEConfig(**trace.header["config"]["model"]["moe"])
-  except (KeyError, TypeError) as error:
+    return from_fields(MoEConfig, trace.header["config"]["model"]["moe"])
+  except (KeyError, TypeError, InputError) as error:
     raise InputError(f"{trace.folder}: its configuration is not one of this version ({error})") from None
 
 
@@ -68,7 +69,7 @@ def record(config: Config, folder: pathlib.Path, console: Any) -> Trace:
   if processes.from_first((folder / "result.json").exists()):
     console.print(f"the run in {folder} is done and kept", soft_wrap=True)
   else:
-    label = config.model.moe.balancers
+    label = spec_text(config.model.moe.balancers)
     with TrainingProgress(config.train.num_steps, console) as progress:
       Run(config, load_dataset(config.data), folder, progress, label=label, show="the recorded run").train()
     processes.wait_for_all("recorded")

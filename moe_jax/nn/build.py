@@ -129,6 +129,11 @@ def _naming_of(moe: MoEConfig) -> Iterator[None]:
     raise (InputError(f"--{flag}={spec_text(getattr(moe, flag))}: {text}") if flag else error) from None
 
 
+def routed_layer(moe: MoEConfig) -> MoE:
+  """The MoE layer of `moe`, without parameters. Raises `InputError` as `resolve` does."""
+  return abstract_ffn(BlockConfig(ffn=FFNS.resolve("moe"), moe=resolve_moe(moe)))
+
+
 def num_routed_layers(config: ModelConfig) -> int:
   """R, layers of a resolved model with routed experts."""
   return sum(

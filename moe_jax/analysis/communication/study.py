@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -23,9 +24,12 @@ from moe_jax.analysis.communication.simulate import (
   step_cost,
   summary,
 )
+from moe_jax.config import MoEConfig
 from moe_jax.errors import InputError
-from moe_jax.ops.routing import make_router
+from moe_jax.nn.build import naming, routed_layer
+from moe_jax.nn.routers import Router
 from moe_jax.training.router_trace import Trace
+from moe_jax.types import RouterContext
 
 SHADOWINGS = ("bytes", "time")
 
@@ -88,12 +92,7 @@ def make_plan(
       f"sequences must be whole steps of the {batch} sequences of a recorded one, of which there are {num_steps}"
     )
   k = num_experts_per_token
-  routers = {arm.router: make_router(arm.router, num_experts, k) for arm in arms}
-  for spec, router in routers.items():
-    missing = [name for name in router.reads if name != "train"]
-    missing += ["more logits"] * bool(router.num_extra_logits)
-    if missing:
-      raise InputError(f"--routers={spec}: reads {', '.join(missing)}, which a trace does not have")
+  routers = {arm.router: _router(arm.router, num_experts, k) for arm in arms}
   return Plan(
     machine, layer, arms, routers, once_per, k, sequences_per_device, num_batches, sequences // batch
   )
@@ -194,14 +193,28 @@ def _count(
       yield arm, once_per, numbers | {"shadowed": len(shadowed), "choices_kept": kept}
 
 
-def _route(machine: Machine, router: Any, logits_TE: np.ndarray, mask_T: np.ndarray) -> Routed:
-  static = {"train": False} if "train" in router.reads else {}
-  assignment = router(jnp.asarray(logits_TE, jnp.float32), mask_T=jnp.asarray(mask_T), **static).assignment
-  valid_A = np.asarray(assignment.valid_A)
+def _router(spec: str, num_experts: int, num_experts_per_token: int) -> Router:
+  """The router of that name, which must need nothing but logits of as many experts as were recorded."""
+  with naming("routers", spec):
+    moe = MoEConfig(num_experts=num_experts, num_experts_per_token=num_experts_per_token, router=spec)
+    layer = routed_layer(moe)
+    if layer.num_scored_experts != num_experts:
+      raise InputError(f"scores {layer.num_scored_experts} experts, and a trace has logits of {num_experts}")
+    shape = jax.ShapeDtypeStruct((1, 16, num_experts), jnp.float32)
+    context = RouterContext(jnp.ones((1, 16), bool))
+    if jax.eval_shape(lambda logits: layer.router.from_logits(logits, context), shape) is None:
+      raise InputError("needs more than logits, which a trace does not have")
+  return layer.router
+
+
+def _route(machine: Machine, router: Router, logits_TE: np.ndarray, mask_T: np.ndarray) -> Routed:
+  context = RouterContext(jnp.asarray(mask_T)[None])
+  routing = router.from_logits(jnp.asarray(logits_TE, jnp.float32)[None], context)
+  assignment = jax.tree.map(lambda field: np.asarray(field[0]), routing.assignment)
   tokens, num_experts = logits_TE.shape
   return Routed(
     device_T=machine.place(tokens, "tokens"),
     device_E=machine.place(num_experts, "experts"),
-    token_A=np.asarray(assignment.token_A)[valid_A],
-    expert_A=np.asarray(assignment.expert_A)[valid_A],
+    token_A=assignment.token_A[assignment.valid_A],
+    expert_A=assignment.expert_A[assignment.valid_A],
   )
