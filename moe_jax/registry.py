@@ -177,9 +177,11 @@ def _parameters(factory: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
 
 
 def _same_place(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
-  """Whether one is a new definition of the other."""
-  named = lambda f: (getattr(f, "__module__", ""), getattr(f, "__qualname__", ""))
-  return named(one) == named(other) != ("", "")
+  """Whether one is a new definition of the other: of the same name, in the same module or file."""
+  if getattr(one, "__qualname__", "") != getattr(other, "__qualname__", None):
+    return False
+  file = lambda f: place(f).rpartition(":")[0]
+  return one.__module__ == other.__module__ or file(one) == file(other) != ""
 
 
 def _describe(options: Mapping[str, inspect.Parameter]) -> str:

@@ -241,5 +241,5 @@ def test_the_experiment_records_once_and_replays_any_run(tmp_path):
     assert written == pytest.approx({name: x for name, x in tail._asdict().items() if x is not None})
   assert (two / "summary.csv").read_text() == (one / "summary.csv").read_text()
 
-  status, line = other
+  status, _, line = other
   assert status == 2 and "the run in it has another configuration (num_experts)" in line
