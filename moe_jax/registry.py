@@ -171,9 +171,13 @@ def split_methods(spec: str) -> list[str]:
 
 @functools.cache
 def _parameters(factory: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+  """What a factory can be given by name."""
   if isinstance(factory, type):  # not the class itself: a metaclass may hide what __init__ takes
-    return dict(list(inspect.signature(factory.__init__).parameters.items())[1:])
-  return inspect.signature(factory).parameters
+    parameters = list(inspect.signature(factory.__init__).parameters.values())[1:]
+  else:
+    parameters = list(inspect.signature(factory).parameters.values())
+  variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+  return {p.name: p for p in parameters if p.kind not in variadic}
 
 
 def _same_place(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
