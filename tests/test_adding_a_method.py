@@ -122,6 +122,7 @@ config = moe_jax.preset("tiny")
 config = dataclasses.replace(
   config,
   model=dataclasses.replace(config.model, num_layers=1, model_dim=16, mixer="brand_new", moe=moe),
+  mesh=moe_jax.MeshConfig(data=1),
   data=dataclasses.replace(config.data, dataset="markov", sequence_length=16, batch_size=2, markov_states=16),
   train=dataclasses.replace(
     config.train, objective="brand_new", hooks="brand_new", num_steps=2, eval_batches=1, tensorboard=False
