@@ -1,0 +1,53 @@
+"""The Python of README.md runs as it is written, block after block in one process."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+# The same programs on less: two steps instead of sixty.
+BEFORE = """
+import dataclasses
+from moe_jax.models import PRESETS
+tiny = PRESETS["tiny"]
+train = dataclasses.replace(tiny.train, num_steps=2, eval_batches=1, tensorboard=False)
+data = dataclasses.replace(tiny.data, sequence_length=16)
+PRESETS["tiny"] = dataclasses.replace(tiny, train=train, data=data, mesh=dataclasses.replace(tiny.mesh, data=1))
+"""
+# What the text around the blocks says of them.
+AFTER = """
+assert max_vio.shape == (1,) and max_vio[0] < 0.6 * step(Model(nnx.Rngs(0)), optimizer, x_BLD)[0], max_vio
+assert [(r["arm"], r["seed"]) for r in results] == [(arm, s) for arm in arms for s in range(3)]
+assert run.step == 2 and str(run.config.model.moe.router) == "cosine:0.1"
+assert type(run.model.segments[0].pattern.blocks[0].ffn.router) is CosineRouter
+print("every block ran")
+"""
+
+
+def python_blocks(markdown: str) -> list[str]:
+  return re.findall(r"^```python\n(.*?)^```", markdown, re.DOTALL | re.MULTILINE)
+
+
+def test_every_python_block_of_the_readme_runs(tmp_path):
+  blocks = python_blocks((ROOT / "README.md").read_text())
+  assert len(blocks) == 3
+  program = tmp_path / "readme.py"
+  program.write_text("\n".join([BEFORE, *blocks, AFTER]))
+  done = subprocess.run(
+    [sys.executable, str(program)],
+    cwd=tmp_path,
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+    capture_output=True,
+    text=True,
+    timeout=200,
+    check=False,
+  )
+  assert done.stdout.strip().endswith("every block ran"), done.stderr
+
+
+def test_the_router_of_the_readme_is_the_example():
+  _, router, _ = python_blocks((ROOT / "README.md").read_text())
+  definition = router.partition("\n\n\n")[0]
+  assert definition in (ROOT / "experiments/examples/cosine_router.py").read_text()
