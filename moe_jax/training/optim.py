@@ -7,6 +7,7 @@ optimizer's own if it has none.
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 
@@ -72,7 +73,8 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
 
 
 def trained(gradients: nnx.State) -> nnx.State:
-  """Gradients with those of frozen parameters as zeros, which the compiler then never computes."""
+  """Gradients with those of frozen parameters as zeros, whatever they are: the compiler then never computes them."""
   is_variable = lambda leaf: isinstance(leaf, nnx.Variable)
-  zero = lambda v: v.replace(0 * v.get_value()) if v.get_metadata().get("group") == FROZEN else v
+  zeros = lambda v: v.replace(jnp.zeros_like(v.get_value()))
+  zero = lambda v: zeros(v) if v.get_metadata().get("group") == FROZEN else v
   return jax.tree.map(zero, gradients, is_leaf=is_variable)
