@@ -54,6 +54,7 @@ class Checkpoints:
     Raises:
       InputError: the checkpoint holds other arrays than `abstract_state`.
     """
+    self._manager.wait_until_finished()  # the newest may be under way
     self._check_same_arrays(abstract_state)
     target = jax.tree.map(
       lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

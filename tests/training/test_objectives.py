@@ -68,7 +68,9 @@ def test_label_smoothing_trains_its_own_loss_and_evaluates_the_likelihood(rng):
 
 def test_a_step_and_its_evaluation_use_the_loss_of_the_objective():
   """Without drops and draws, the smoothed loss of the first step lies between the likelihood and the uniform loss."""
-  config = tiny.change(tiny.CONFIG, objective=LabelSmoothing, capacity_factor=8.0, eval_capacity_factor=8.0, jitter=0.0)
+  config = tiny.change(
+    tiny.CONFIG, objective=LabelSmoothing, capacity_factor=8.0, eval_capacity_factor=8.0, jitter=0.0
+  )
   mesh, steps = tiny._steps(config)
   with jax.set_mesh(mesh):
     batch, state = tiny.make_batch(), steps.init(0)
@@ -92,7 +94,10 @@ def _keys(rows: int, seed: int = 0):
 
 
 def _long_batch(rng):
-  batch = {"tokens_BL": rng.integers(0, tiny.VOCAB, (64, 128)).astype(np.int32), "mask_BL": np.ones((64, 128), bool)}
+  batch = {
+    "tokens_BL": rng.integers(0, tiny.VOCAB, (64, 128)).astype(np.int32),
+    "mask_BL": np.ones((64, 128), bool),
+  }
   batch["mask_BL"][::2, 64:] = False
   return batch
 
@@ -131,7 +136,9 @@ def test_masked_loss_is_the_sum_over_targets(rng):
   logits_BLV, model = _with_logits(rng)
   made = MaskedTokens(rate=0.5).prepare(tiny.make_batch(), _keys(8), tiny.VOCAB)
   loss = MaskedTokens(rate=0.5)(model, made, Context()).loss
-  np.testing.assert_allclose(loss, _sum_by_loop(logits_BLV, made["targets_BL"], made["is_target_BL"]), rtol=1e-6)
+  np.testing.assert_allclose(
+    loss, _sum_by_loop(logits_BLV, made["targets_BL"], made["is_target_BL"]), rtol=1e-6
+  )
 
 
 def test_evaluation_masks_the_same_tokens_whatever_the_batch_size():

@@ -55,10 +55,12 @@ def test_steps_are_those_of_adamw_by_hand():
   with jax.set_mesh(mesh):
     state = steps.init(0)
     params = _flat(state.params)
-    mean, square = ({name: 0.0 for name in params} for _ in range(2))
+    mean, square = (dict.fromkeys(params, 0.0) for _ in range(2))
     for step, rate in enumerate(rates, start=1):
       batch = tiny.make_batch(seed=step)
-      batch["mask_BL"][: 2 * step - 2] = False  # so that norms differ, and with them what clipping does to Adam's means
+      batch["mask_BL"][: 2 * step - 2] = (
+        False  # so that norms differ, and with them what clipping does to Adam's means
+      )
       state, metrics = steps.train(state, batch)
       gradients = _flat(metrics["gradients"])
       norm = np.sqrt(sum(np.sum(g**2) for g in gradients.values()))

@@ -75,18 +75,20 @@ def test_draws_follow_from_the_seed_and_the_step(drawing):
 def test_nothing_draws_in_evaluation(drawing):
   state, batch = drawing.init(0), tiny.make_batch()
   other = state._replace(key=drawing.init(1).key, step=jnp.int32(5))
-  jax.tree.map(
-    np.testing.assert_array_equal, drawing.evaluate(state, batch), drawing.evaluate(other, batch)
-  )
+  jax.tree.map(np.testing.assert_array_equal, drawing.evaluate(state, batch), drawing.evaluate(other, batch))
   batch["key_B"] = batch["tokens_BL"][:, :2].astype(np.uint32)  # whatever keys are given
   batch["step_key_B"] = batch["key_B"] + 1
   assert drawing.evaluate(state, batch).nll == drawing.evaluate(other, tiny.make_batch()).nll
 
 
-@pytest.mark.parametrize("router", ["noisy_topk", "gshard_top2", "hierarchical_topk", "vmoe_topk", "softmax_topk"])
+@pytest.mark.parametrize(
+  "router", ["noisy_topk", "gshard_top2", "hierarchical_topk", "vmoe_topk", "softmax_topk"]
+)
 def test_a_layer_draws_only_in_training(router):
   assert router in ROUTERS
-  layer = MoE(8, num_experts=4, expert_dim=8, num_experts_per_token=2, router=router, jitter=0.3, rngs=nnx.Rngs(0))
+  layer = MoE(
+    8, num_experts=4, expert_dim=8, num_experts_per_token=2, router=router, jitter=0.3, rngs=nnx.Rngs(0)
+  )
   x_BLD = jax.random.normal(jax.random.key(0), (4, 8, 8))
 
   @functools.partial(jax.jit, static_argnums=1)
@@ -100,7 +102,10 @@ def test_a_layer_draws_only_in_training(router):
 
 def test_seeds_differ_and_arms_of_a_seed_share_parameters_and_batches():
   config = tiny.change(tiny.CONFIG, jitter=0.0)
-  arms = ({"balancers": "none"}, {"balancers": "loss_free_bias:0.01", "dispatcher": "dropless", "jitter": 0.1})
+  arms = (
+    {"balancers": "none"},
+    {"balancers": "loss_free_bias:0.01", "dispatcher": "dropless", "jitter": 0.1},
+  )
   starts = {}
   for seed in (0, 1):
     for i, arm in enumerate(arms):
@@ -142,7 +147,9 @@ def test_frozen_layers_stay_in_a_step_of_ones_own():
   assert not any(np.any(g) for g in jax.tree.leaves(gradients["segments"]))
   free = [gradients[name] for name in ("embedding_VD", "w_head_DV", "final_norm")]
   np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(free), rtol=1e-6)
-  assert sum(x.size for x in jax.tree.leaves(after.opt_state)) < 3 * sum(x.size for x in jax.tree.leaves(free))
+  assert sum(x.size for x in jax.tree.leaves(after.opt_state)) < 3 * sum(
+    x.size for x in jax.tree.leaves(free)
+  )
 
 
 def _pushes(amount: float):
