@@ -18,7 +18,7 @@ FROZEN = "frozen"
 
 
 def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-  """Linear warm-up to `learning_rate`, then the chosen decay, ending at the last step.
+  """Linear warm-up to `learning_rate`, then the chosen decay, which reaches its final fraction as the last step ends.
 
   A run shorter than its warm-up still decays: warm-up takes at most half of the steps.
   """

@@ -99,5 +99,5 @@ def test_hooks_survive_a_checkpoint(states, tmp_path):
 
 def test_a_wrong_decay_is_named():
   for decay in (1.0, -0.5):
-    with pytest.raises(InputError, match="--hooks=average_parameters.*decay must be in"):
+    with pytest.raises(InputError, match=r"--hooks=average_parameters.*decay must be in"):
       resolve_config(tiny.change(tiny.CONFIG, hooks=f"average_parameters:decay={decay}"))

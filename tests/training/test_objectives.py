@@ -160,7 +160,7 @@ def test_a_router_that_looks_ahead_leaks_nothing_where_all_tokens_are_seen():
   mesh = make_mesh(MASKED.mesh)
   assert not MASKED.model.moe.accept_leaks
   assert not check_run(MASKED, mesh).model.causal
-  with pytest.raises(InputError, match="--router=expert_choice: .* --objective=masked_lm"):
+  with pytest.raises(InputError, match=r"--router=expert_choice: .* --objective=masked_lm"):
     check_run(tiny.change(MASKED, objective="next_token"), mesh)
 
 

@@ -20,7 +20,7 @@ from moe_jax.nn.variables import freeze
 from moe_jax.ops.balancing import BALANCERS, Balancer
 from moe_jax.training.objectives import NextToken
 from moe_jax.training.optim import make_optimizer
-from moe_jax.training.step import Options, init_state, make_step
+from moe_jax.training.step import Options, init_state, make_step, prepared
 from tests import tiny
 
 DRAWING = tiny.change(
@@ -70,6 +70,13 @@ def test_draws_follow_from_the_seed_and_the_step(drawing):
   assert np.any(one.key != two.key)
   losses = [_loss(drawing, s) for s in (one, one, one._replace(key=two.key), one._replace(step=jnp.int32(1)))]
   assert losses[0] == losses[1] and len(set(losses)) == 3
+
+
+def test_every_sequence_of_every_step_draws_by_itself(drawing):
+  states = [drawing.init(0)._replace(step=jnp.int32(step)) for step in range(3)]
+  batches = [prepared(state, tiny.make_batch(), NextToken(), tiny.VOCAB) for state in states]
+  assert len(np.unique(np.concatenate([batch["key_B"] for batch in batches]), axis=0)) == 3 * 8
+  assert len(np.unique(np.concatenate([batch["step_key_B"] for batch in batches]), axis=0)) == 3
 
 
 def test_nothing_draws_in_evaluation(drawing):
