@@ -168,8 +168,6 @@ def split_methods(spec: str) -> list[str]:
 @functools.cache
 def _parameters(factory: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
   if isinstance(factory, type):  # not the class itself: a metaclass may hide what __init__ takes
-    if factory.__init__ is object.__init__:  # whose signature is (*args, **kwargs), and which takes nothing
-      return {}
     return dict(list(inspect.signature(factory.__init__).parameters.items())[1:])
   return inspect.signature(factory).parameters
 
