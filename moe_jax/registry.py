@@ -36,10 +36,14 @@ class Method:
     return self.factory(**{k: v for k, v in offered.items() if k in takes}, **dict(self.options))
 
   def __str__(self) -> str:
-    """The shortest text that names it."""
+    """The shortest text that names it: `switch_loss:0.01`, `sigmoid_topk:normalize=true`."""
     defaults = {name: p.default for name, p in _parameters(self.factory).items()}
-    changed = [f"{k}={_to_text(v)}" for k, v in self.options if v != defaults.get(k)]
-    return ":".join([self.name, *changed])
+    parts = [self.name]
+    for i, (name, value) in enumerate(self.options):
+      if value != defaults.get(name):
+        is_first_number = i == 0 and isinstance(value, int | float) and not isinstance(value, bool)
+        parts.append(_to_text(value) if is_first_number else f"{name}={_to_text(value)}")
+    return ":".join(parts)
 
   @property
   def fingerprint(self) -> str:
@@ -167,15 +171,21 @@ def split_methods(spec: str) -> list[str]:
 
 @functools.cache
 def _parameters(factory: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+  """What a factory can be given by name."""
   if isinstance(factory, type):  # not the class itself: a metaclass may hide what __init__ takes
-    return dict(list(inspect.signature(factory.__init__).parameters.items())[1:])
-  return inspect.signature(factory).parameters
+    parameters = list(inspect.signature(factory.__init__).parameters.values())[1:]
+  else:
+    parameters = list(inspect.signature(factory).parameters.values())
+  variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+  return {p.name: p for p in parameters if p.kind not in variadic}
 
 
 def _same_place(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
-  """Whether one is a new definition of the other."""
-  named = lambda f: (getattr(f, "__module__", ""), getattr(f, "__qualname__", ""))
-  return named(one) == named(other) != ("", "")
+  """Whether one is a new definition of the other: of the same name, in the same module or file."""
+  if getattr(one, "__qualname__", "") != getattr(other, "__qualname__", None):
+    return False
+  file = lambda f: place(f).rpartition(":")[0]
+  return one.__module__ == other.__module__ or file(one) == file(other) != ""
 
 
 def _describe(options: Mapping[str, inspect.Parameter]) -> str:

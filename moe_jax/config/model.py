@@ -142,7 +142,7 @@ class ModelConfig:
   def _check_segments(self) -> None:
     for name in ("num_layers", "num_dense_first", "moe_every", "mixer", "ffn", "residual"):
       value, default = getattr(self, name), getattr(ModelConfig, name)
-      require(value == default, name, value, "the model's segments say its blocks; change those")
+      require(str(value) == str(default), name, value, "the model's segments say its blocks; change those")
     for segment in self.segments:
       require(bool(segment.pattern), "segments", segment, "a segment needs at least one block")
       require(segment.repeats >= 1, "segments", segment.repeats, "a segment is repeated at least once")
