@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
-from moe_jax.comparison.comparison import _with
+from moe_jax.comparison import comparison
 from moe_jax.data import load_dataset
 from moe_jax.nn.context import Context
 from moe_jax.nn.moe import MoE
@@ -107,27 +108,37 @@ def test_a_layer_draws_only_in_training(router):
   assert np.any(forward(0, True) != forward(1, True))
 
 
-def test_seeds_differ_and_arms_of_a_seed_share_parameters_and_batches():
-  config = tiny.change(tiny.CONFIG, jitter=0.0)
-  arms = (
-    {"balancers": "none"},
-    {"balancers": "loss_free_bias:0.01", "dispatcher": "dropless", "jitter": 0.1},
-  )
+class NotedRun:
+  """Stands for `Run`; trains nothing and keeps the configuration that it got, by arm and seed."""
+
+  configs: ClassVar = {}
+
+  def __init__(self, config, dataset, folder, progress, *, label, show):
+    self.folder = folder
+    self.configs[label, config.train.seed] = config
+
+  def train(self):
+    self.folder.mkdir(parents=True)
+    (self.folder / "result.json").write_text("{}")
+
+
+def test_seeds_differ_and_arms_of_a_seed_share_parameters_and_batches(tmp_path, monkeypatch):
+  monkeypatch.setattr(comparison, "Run", NotedRun)
+  other = {"balancers": "loss_free_bias:0.01", "dispatcher": "dropless", "jitter": 0.0}
+  arms, data = {"none": {"balancers": "none"}, "other": other}, load_dataset(tiny.CONFIG.data)
+  comparison.Comparison(arms, (0, 1), tiny.CONFIG, tmp_path).run()
   starts = {}
+  for run, config in NotedRun.configs.items():
+    mesh, steps = tiny._steps(config)
+    with jax.set_mesh(mesh):
+      params = jax.tree.leaves(jax.device_get(steps.init(config.train.seed).params))
+    starts[run] = params, next(data.train_batches(data_seed=config.data.data_seed))["tokens_BL"]
   for seed in (0, 1):
-    for i, arm in enumerate(arms):
-      of_run = _with(config, arm, seed)
-      mesh, steps = tiny._steps(of_run)
-      with jax.set_mesh(mesh):
-        params = jax.tree.leaves(jax.device_get(steps.init(of_run.train.seed).params))
-      batches = load_dataset(of_run.data).train_batches(data_seed=of_run.data.data_seed)
-      starts[seed, i] = params, next(batches)["tokens_BL"]
-  for seed in (0, 1):
-    jax.tree.map(np.testing.assert_array_equal, starts[seed, 0], starts[seed, 1])
-  drawn = [w for w in starts[0, 0][0] if np.std(w) > 0]
-  other = [w for w in starts[1, 0][0] if np.std(w) > 0]
-  assert len(drawn) == 10 and all(np.mean(a == b) < 0.01 for a, b in zip(drawn, other, strict=True))
-  assert np.mean(starts[0, 0][1] == starts[1, 0][1]) < 0.5
+    jax.tree.map(np.testing.assert_array_equal, starts["none", seed], starts["other", seed])
+  (one, tokens_one), (two, tokens_two) = (starts["none", seed] for seed in (0, 1))
+  drawn = [(a, b) for a, b in zip(one, two, strict=True) if np.std(a) > 0]
+  assert len(drawn) == 10 and all(np.mean(a == b) < 0.01 for a, b in drawn)
+  assert np.mean(tokens_one == tokens_two) < 0.5
 
 
 def test_a_router_that_needs_dropless_starts_without_accepting_leaks():
