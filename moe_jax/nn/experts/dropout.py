@@ -36,7 +36,7 @@ class ExpertDropout(ExpertNetwork):
       raise InputError(f"experts expert_dropout: rate must be in [0, 1), got {rate}")
     self.rate, self.shape = rate, (num_experts, expert_dim)
     self.experts = inner_experts(experts, num_experts, dim, expert_dim, init_scale=init_scale, rngs=rngs)
-    self.salt_EF = None
+    self.salt_EF = nnx.data(None)
 
   def for_step(self, key: Array | None) -> "ExpertDropout":
     if key is None or self.rate == 0:

@@ -51,9 +51,9 @@ class LowRankExperts(ExpertNetwork):
     self.down, self.up = nnx.Dict(down), nnx.Dict(up)
 
   def __call__(self, rows: Array, product: Product) -> Array:
-    adapted = nnx.clone(self.experts)
+    graphdef, state = nnx.split(self.experts)
+    adapted = nnx.merge(graphdef, jax.lax.stop_gradient(state))
     for name in self.down:
-      addition = jnp.einsum("EXr,ErY->EXY", self.down[name][...], self.up[name][...])
-      frozen = jax.lax.stop_gradient(getattr(self.experts, name)[...])
-      getattr(adapted, name).set_value(frozen + self.scale * addition)
+      w, addition = getattr(adapted, name), jnp.einsum("EXr,ErY->EXY", self.down[name][...], self.up[name][...])
+      w.set_value(w[...] + self.scale * addition)
     return adapted(rows, product)
