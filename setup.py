@@ -20,6 +20,7 @@ EXTRAS = {
   "dev": [
     *TOKENIZERS,
     "pytest>=8",
+    "pytest-timeout>=2.4",
     "pytest-xdist>=3.6",
     "ruff==0.17.*",  # one minor version: the format may differ in the next; same in .pre-commit-config.yaml
     "pre-commit>=4",
@@ -41,6 +42,7 @@ setup(
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=find_packages(include=["moe_jax", "moe_jax.*"]),
+  package_data={"moe_jax.comparison.report": ["templates/*"]},
   install_requires=[
     "jax>=0.10",
     "flax>=0.12",
@@ -50,6 +52,8 @@ setup(
     "absl-py>=2.1",
     "grain>=0.2.12",
     "tensorflow-datasets>=4.9",
+    "scipy>=1.13",
+    "jinja2>=3.1",
     "matplotlib>=3.9",
     "rich>=13",
     "tensorboardX>=2.6",

@@ -11,6 +11,7 @@ What a notebook needs is here by name, and imported when it is first used:
   make_step, init_state, make_optimizer              a step made of parts
   Config, ModelConfig, MoEConfig, ...                 frozen dataclasses, see `moe_jax.config`
   Run, Comparison, load_dataset      one training run; several methods over several seeds
+  preset                             a named configuration
   register                           gives a part of yours a name
 """
 
@@ -41,12 +42,12 @@ _PUBLIC = {
   "Transformer": "moe_jax.nn.transformer",
   "Router": "moe_jax.nn.routers",
   "project": "moe_jax.nn.routers",
+  "top_k": "moe_jax.nn.routers",
   "ExpertNetwork": "moe_jax.nn.experts",
   **dict.fromkeys(("matrix", "vector", "weight", "freeze"), "moe_jax.nn.variables"),
-  **dict.fromkeys(("update_balancers", "balancing_loss", "read_metrics"), "moe_jax.nn.aux"),
+  **dict.fromkeys(("update_balancers", "balancing_loss", "moe_auxes", "read_metrics"), "moe_jax.nn.aux"),
   "Balancer": "moe_jax.ops.balancing",
   "Metric": "moe_jax.ops.metrics",
-  "top_k": "moe_jax.ops.routing.common",
   **dict.fromkeys(("Objective", "NextToken", "Terms"), "moe_jax.training.objectives"),
   "Hook": "moe_jax.training.hooks",
   **dict.fromkeys(("Options", "init_state", "make_step"), "moe_jax.training.step"),
@@ -54,6 +55,7 @@ _PUBLIC = {
   "Run": "moe_jax.training.loop",
   "Comparison": "moe_jax.comparison.comparison",
   "load_dataset": "moe_jax.data",
+  "preset": "moe_jax.models",
 }
 
 # kind of part -> (the module that has the registry, its name there)

@@ -17,7 +17,7 @@ from moe_jax.config import (
   TrainConfig,
 )
 from moe_jax.errors import InputError, unknown_name
-from moe_jax.models import PRESETS, get_preset
+from moe_jax.models import PRESETS, preset
 from moe_jax.plugins import import_plugins
 
 _RENAMED = {("mesh", field.name): f"{field.name}_parallelism" for field in dataclasses.fields(MeshConfig)}
@@ -62,7 +62,7 @@ def config_from_flags() -> Config:
   Raises:
     InputError: unknown preset.
   """
-  base = get_preset(flags.FLAGS.preset)
+  base = preset(flags.FLAGS.preset)
   values: dict[str, dict[str, Any]] = {part: {} for part in _PARTS}
   for part, field, flag in _fields():
     if flag in flags.FLAGS and flags.FLAGS[flag].present:

@@ -128,3 +128,8 @@ class MoEAux(NamedTuple):
   kept_per_expert_E: Array  # float32 counts after capacity
   metrics: dict[str, PyTree]  # name -> sums, see `moe_jax.ops.metrics`
   logits_BLE: Array | None = None  # float32, what the router decided by; None unless asked for. Not a sum.
+
+  @property
+  def loss(self) -> Array | float:
+    """All balancing losses of the layer, to be added to what a model is trained for."""
+    return sum(self.losses.values())

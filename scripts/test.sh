@@ -2,7 +2,8 @@
 # Runs the tests:
 #   bash scripts/test.sh [pytest arguments]
 # Paths in the arguments are relative to the checkout. MOE_JAX_TEST_WORKERS sets the number of processes
-# (default 2; 0 uses a single process, for a debugger). See environment.sh for PYTHON and MOE_JAX_VENV.
+# (default 2; 0 uses a single process, for a debugger). A test may take 300 s; with --timeout=0 as long as it likes.
+# See environment.sh for PYTHON and MOE_JAX_VENV.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 

@@ -1,6 +1,7 @@
 """What every test runs under. JAX reads its settings from the environment when it is first imported, so
 they are set here, as environment variables, which also reach the processes that tests start."""
 
+import ctypes
 import gc
 import hashlib
 import importlib.metadata
@@ -40,12 +41,16 @@ def _data_sources() -> bytes:
 DATA_DIR = CACHE / f"data-{_digest(_data_sources(), platform.python_version().encode())}"
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Eight devices on one CPU, so that every sharded path runs on a laptop. The tests compile far more than
-# they compute, so LLVM does not optimise: it halves the time of the whole. The older emitters, which newer
-# compilers no longer have and do not know the flag of, take less than half of the time again.
-XLA_FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+# Eight devices on one CPU, so that every sharded path runs on a laptop.
+DEVICES = "--xla_force_host_platform_device_count=8"
+# The tests compile far more than they compute, so LLVM does not optimise: it halves the time of the whole. The
+# older emitters, which newer compilers no longer have and do not know the flag of, take less than half of the time
+# again. No user has these settings: tests/test_real_settings.py runs some tests without them.
+XLA_FLAGS = [DEVICES, "--xla_backend_optimization_level=0"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
   XLA_FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+if os.environ.get("MOE_JAX_TEST_REAL_SETTINGS") == "1":
+  os.environ["XLA_FLAGS"], XLA_FLAGS = DEVICES, []
 for flag in XLA_FLAGS:
   if flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
@@ -72,26 +77,34 @@ def pytest_configure(config: pytest.Config) -> None:
       shutil.rmtree(old, ignore_errors=True)
 
 
+def pytest_report_header() -> str:
+  return f"XLA_FLAGS: {os.environ['XLA_FLAGS']}"
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
   """A fresh generator, the same in every test and every run."""
   return np.random.default_rng(0)
 
 
-def _memory_mappings() -> int:
-  """Of this process; 0 where the system does not say."""
+def _process_uses_much() -> bool:
+  """Every compiled program takes memory and mappings of it. Linux gives a process 65,530, and past them XLA crashes."""
   try:
-    return pathlib.Path("/proc/self/maps").read_bytes().count(b"\n")
-  except OSError:
-    return 0
+    mappings = pathlib.Path("/proc/self/maps").read_bytes().count(b"\n")
+    resident_pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+  except OSError:  # only Linux says
+    return False
+  return mappings > 20_000 or resident_pages * os.sysconf("SC_PAGE_SIZE") > 1.5 * 2**30
 
 
 @pytest.fixture(autouse=True, scope="module")
 def few_compiled_programs():
-  """Every compiled program takes memory mappings, of which Linux gives a process 65,530; past them XLA crashes."""
+  """Forgets what earlier modules compiled before a worker grows large."""
   yield
-  if _memory_mappings() > 20_000:
+  if _process_uses_much():
     import jax
 
     jax.clear_caches()
     gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # otherwise glibc keeps what is freed
+      trim(0)

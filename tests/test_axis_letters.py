@@ -77,15 +77,11 @@ def other_meanings(source: str) -> list[str]:
   return found
 
 
-# Files that are still to be renamed.
-EXEMPT = {"ops/routing/hierarchical.py"}
-
-
 @pytest.mark.parametrize("path", sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py")))
 def test_names_and_prose_follow_the_legend(path):
   source = (PACKAGE / path).read_text()
   found = unknown_letters(ast.parse(source)) + other_meanings(source)
-  assert bool(found) == (path in EXEMPT), found
+  assert not found, found
 
 
 def test_the_legend_has_every_letter_once_and_the_checks_find_what_is_wrong():
@@ -106,7 +102,7 @@ SIZES = {
   "P": {4, 2}, "Q": {50}, "Z": {5},
 }  # fmt: skip
 LEADING = {"ops/stats.py"}  # its functions take further axes in front
-EXEMPT_AT_RUN_TIME = {"nn/attention.py", "ops/routing/common.py", "ops/routing/noisy.py"}
+EXEMPT_AT_RUN_TIME = {"nn/attention.py"}
 
 
 def fits(name: str, shape: tuple[int, ...], in_this_call: dict[str, int], leading: bool) -> bool:

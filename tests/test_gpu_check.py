@@ -25,38 +25,55 @@ SIZES = {
   "platform": "cpu",
 }
 FLAGS = [f"--{name}={value}" for name, value in SIZES.items()]
-WITHOUT = """
-import sys
+EVERY = "--dispatchers=einsum,sorted,dropless,all_to_all,all_gather"
+COMMANDS = [
+  # what is right times a factor; None: the script as it is, otherwise the layer's values alone
+  (None, []),
+  (None, [*FLAGS, "--dispatchers=dropless", "--json"]),
+  (1.0, [*FLAGS, EVERY]),
+  (1.03, [*FLAGS, "--dispatchers=sorted"]),
+]
+# One process for all of them, for starting one is what takes time.
+CHILD = """
+import contextlib, io, json, sys
 for name in ("grain", "tensorflow_datasets"):
   sys.modules[name] = None  # importing it fails
+from absl.testing import flagsaver
 from moe_jax import cli
 from scripts import gpu_check
+right, ended = gpu_check.every_expert, []
+for factor, arguments in json.load(sys.stdin):
+  if factor is not None:
+    gpu_check.every_expert = lambda *arguments: factor * right(*arguments)
+    gpu_check.check_step = lambda config, names, init: {n: {"loss": 0.0, "step_gradients": 0.0} for n in names}
+    gpu_check.time_layer = gpu_check.time_step = lambda *arguments: (1.0, 1.0)
+  sys.argv, out, err = ["gpu_check.py", *arguments], io.StringIO(), io.StringIO()
+  with flagsaver.flagsaver(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    try:
+      cli.run(gpu_check.main)
+    except SystemExit as end:
+      ended.append([end.code or 0, out.getvalue(), err.getvalue()])
+json.dump(ended, sys.stdout)
 """
-# The layer alone, against what is right times `FACTOR`.
-LAYER = """
-right = gpu_check.every_expert
-gpu_check.every_expert = lambda *arguments: FACTOR * right(*arguments)
-gpu_check.check_step = lambda config, names, init: {n: {"loss": 0.0, "step_gradients": 0.0} for n in names}
-gpu_check.time_layer = gpu_check.time_step = lambda *arguments: (1.0, 1.0)
-"""
 
 
-def _run(program, *arguments):
-  command = [sys.executable, "-c", f"{WITHOUT}{program}cli.run(gpu_check.main)\n", *arguments]
-  env = os.environ | {"PYTHONPATH": os.getcwd()}
-  return subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
+def test_gpu_check_on_a_cpu():
+  command, env = [sys.executable, "-c", CHILD], os.environ | {"PYTHONPATH": os.getcwd()}
+  done = subprocess.run(
+    command, input=json.dumps(COMMANDS), capture_output=True, text=True, timeout=240, env=env
+  )
+  assert done.returncode == 0, done.stderr
+  no_gpu, reported, right, wrong = json.loads(done.stdout)
+  assert no_gpu == [0, "gpu_check: JAX finds no gpu here, only cpu: nothing was checked\n", ""]
+  assert reported[0] == right[0] == 0, (reported, right)
+  assert "ceiling, plain products in bfloat16" in right[1]
+  assert all(name in right[1] for name in EVERY.partition("=")[2].split(","))
+  # Three in a hundred are more than rounding.
+  assert wrong[::2] == [1, "error: wrong values: sorted y, sorted gradients\n"]
+  assert_reported(json.loads(reported[1]))
 
 
-def test_without_a_gpu_one_line_says_so():
-  ended = _run("")
-  assert (ended.returncode, ended.stderr) == (0, "")
-  assert ended.stdout == "gpu_check: JAX finds no gpu here, only cpu: nothing was checked\n"
-
-
-def test_values_and_speed_are_reported():
-  ended = _run("", *FLAGS, "--dispatchers=dropless", "--json")
-  assert ended.returncode == 0, ended.stderr
-  found = json.loads(ended.stdout)
+def assert_reported(found):
   assert found["wrong"] == [] and found["device"] == "cpu" and found["versions"]["jax"]
   errors = found["errors"]["dropless"]
   assert errors.keys() == found["at_most"].keys()
@@ -69,17 +86,3 @@ def test_values_and_speed_are_reported():
     assert part["of_ceiling"] * found["ceiling_tflops"] == pytest.approx(part["tflops"])
     assert part["tokens_per_second"] * part["milliseconds"] / 1e3 == pytest.approx(tokens)
   assert layer["tflops"] * 1e12 * layer["milliseconds"] / 1e3 == pytest.approx(needed)
-
-
-def test_every_dispatcher_is_right():
-  every = "--dispatchers=einsum,sorted,dropless,all_to_all,all_gather"
-  ended = _run(LAYER.replace("FACTOR", "1.0"), *FLAGS, every)
-  assert ended.returncode == 0, ended.stderr
-  assert "ceiling, plain products in bfloat16" in ended.stdout
-
-
-def test_a_wrong_value_is_named():
-  """Three in a hundred are more than rounding."""
-  ended = _run(LAYER.replace("FACTOR", "1.03"), *FLAGS, "--dispatchers=sorted")
-  assert ended.returncode == 1
-  assert ended.stderr == "error: wrong values: sorted y, sorted gradients\n"

@@ -48,12 +48,14 @@ GRAPH = {
   # leaves
   "errors": Part(outside=set()),
   "types": Part(outside={"jax", "numpy"}, stdlib=PURE),
-  "registry": Part("errors", outside=set()),
-  "config": Part("errors registry", outside=set()),
+  "fingerprint": Part(outside=set()),
+  "registry": Part("errors fingerprint", outside=set()),
+  "plugins": Part("errors", outside=set()),
+  "config": Part("errors registry fingerprint", outside=set()),
   "models": Part("config errors registry"),
-  "cli": Part("config models errors registry", never=JAX),
+  "cli": Part("config models errors registry plugins", never=JAX),
   "cluster": Part("errors"),
-  "cluster.roll_call": Part("errors", outside=set()),
+  "cluster.watch": Part("errors", outside=set()),
   "cluster.processes": Part("errors", outside={"jax", "numpy"}),
   # arrays in, arrays out
   "ops": Part("types errors registry", outside={"jax", "numpy"}, stdlib=PURE),
@@ -73,7 +75,10 @@ GRAPH = {
   "comparison.results": Part("training.metric_writer errors", never=JAX),
   "comparison.statistics": Part("comparison.results errors", never=JAX),
   "analysis": Part(RUN),
-  "analysis.communication": Part("comparison.report ops types errors", never={"flax", "optax"}),
+  "analysis.replay": Part(f"analysis comparison.report {RUN}"),
+  "analysis.communication": Part(
+    "comparison.report training.router_trace nn config ops types errors", never={"flax", "optax"}
+  ),
   # the top
   "moe_jax": Part(f"comparison analysis {RUN}"),  # __init__.py: the public names
   "experiments": Part(f"comparison analysis cli moe_jax {RUN}"),

@@ -1,11 +1,13 @@
-"""The grammar of method specs, and errors that say what would be right."""
+"""Names become methods: the grammar, what methods are equal, what may be registered, and errors in one line."""
+
+import functools
 
 import pytest
 
 from moe_jax.errors import InputError, require_option
 from moe_jax.ops.balancing import BALANCERS, make_balancer
-from moe_jax.ops.routing import ROUTERS, make_router
-from moe_jax.registry import build, method_name, split_methods
+from moe_jax.ops.routing import CHOICES, make_choice
+from moe_jax.registry import Registry, split_methods
 
 
 def one(k, rate: float = 0.5, mode: str = "soft", flag: bool = False, count: int = 3):
@@ -16,7 +18,7 @@ def bare(k):
   return {"k": k}
 
 
-REGISTRY = {"one": one, "bare": bare}
+REGISTRY = Registry("method", {"one": one, "bare": bare}, offered=("k", "other"))
 DEFAULTS = {"k": 7, "rate": 0.5, "mode": "soft", "flag": False, "count": 3}
 
 
@@ -37,13 +39,15 @@ DEFAULTS = {"k": 7, "rate": 0.5, "mode": "soft", "flag": False, "count": 3}
   ],
 )
 def test_values_fill_the_options_and_take_their_types(spec, changed):
-  got = build("method", REGISTRY, spec, 7)
+  method = REGISTRY.resolve(spec)
+  got = method(k=7, other=1)  # of what it is offered, a factory takes what it names
   assert got == DEFAULTS | changed
+  assert REGISTRY.resolve(str(method)) == method and REGISTRY.resolve(functools.partial(one, **changed)) == method
   assert {name: type(value) for name, value in got.items()} == {n: type(v) for n, v in DEFAULTS.items()}
 
 
 def test_a_factory_without_options():
-  assert build("method", REGISTRY, "bare", 7) == {"k": 7}
+  assert REGISTRY.resolve("bare")(k=7) == {"k": 7}
 
 
 BAD_SPECS = [
@@ -72,7 +76,7 @@ BAD_SPECS = [
 @pytest.mark.parametrize(("spec", "message"), BAD_SPECS, ids=[repr(spec) for spec, _ in BAD_SPECS])
 def test_errors_are_one_line_and_say_what_would_be_right(spec, message):
   with pytest.raises(InputError) as error:
-    build("method", REGISTRY, spec, 7)
+    REGISTRY.resolve(spec)
   text = str(error.value)
   assert message in text
   assert text.startswith(("method ", "unknown method ")) and len(text.splitlines()) == 1
@@ -80,8 +84,8 @@ def test_errors_are_one_line_and_say_what_would_be_right(spec, message):
 
 def test_unknown_names_of_the_real_registries_give_the_nearest():
   with pytest.raises(InputError, match="unknown router 'sigmoid_topq': did you mean sigmoid_topk") as error:
-    make_router("sigmoid_topq", 4, 2)
-  assert all(name in str(error.value) for name in ROUTERS)
+    make_choice("sigmoid_topq", 4, 2)
+  assert all(name in str(error.value) for name in CHOICES)
   with pytest.raises(InputError, match="unknown balancer 'switchloss': did you mean switch_loss") as error:
     make_balancer("z_loss,switchloss:0.1")
   assert all(name in str(error.value) for name in BALANCERS)
@@ -117,6 +121,36 @@ def test_split_methods(text, parts):
   assert split_methods(text) == parts
 
 
-@pytest.mark.parametrize("spec", ["a", "a:1", " a :x=1", "a:1:2"])
-def test_method_name(spec):
-  assert method_name(spec) == "a"
+def _defined(body: str, name: str = "mine"):
+  """A function as a notebook cell defines it, with `body` as its result."""
+  space = {"__name__": "a_notebook"}
+  exec(f"SCALE = 2\ndef helper(x):\n  return {body}\ndef {name}(rate: float = 1.0):\n  return helper(rate)", space)
+  return space[name]
+
+
+def test_methods_are_equal_if_they_would_build_the_same():
+  assert REGISTRY.resolve("one") == REGISTRY.resolve("one:0.5") == REGISTRY.resolve(one)
+  assert hash(REGISTRY.resolve("one")) == hash(REGISTRY.resolve("one:rate=0.5"))
+  assert REGISTRY.resolve("one") != REGISTRY.resolve("one:0.25")
+  first, same, other = (REGISTRY.resolve(_defined(body)) for body in ("x * SCALE", "x * SCALE", "x + SCALE"))
+  assert first != other and first != same  # other code, and the same code defined once more
+  assert first.fingerprint == same.fingerprint  # but results of another process may be used again
+  assert first.fingerprint != other.fingerprint  # the helper that it calls has changed
+  assert REGISTRY.resolve("one").fingerprint.startswith("one [")  # this file is a user's
+
+
+def test_a_name_can_be_defined_anew_but_not_taken():
+  registry = Registry("method", {"one": one})
+  registry.register("mine", _defined("x"))
+  registry.register("mine", _defined("x + 1"))  # the same cell once more
+  assert registry.resolve("mine:3")() == 4
+  cases = [
+    ("one", one, "method 'one' (.*): the name is taken by moe_jax"),
+    ("mine", _defined("x", "another"), "method 'mine' (.*): the name is taken by a_notebook"),
+    ("a b", one, "method 'a b': a name consists of letters, digits and _"),
+    ("number", 3, "method 'number': 3 is no function or class"),
+    ("needs", lambda k: k, "takes 'k', which is neither offered .* nor an option with a default"),
+  ]
+  for name, factory, message in cases:
+    with pytest.raises(InputError, match=message):
+      registry.register(name, factory)

@@ -1,15 +1,52 @@
-"""The arms that the comparisons run: which fields of MoEConfig each sets.
+"""The arms that the comparisons run: which fields of the configuration each sets.
 
 Every balancer and every router of the registries is in one of the two tables; a test sees to it. Rates are
 those of short runs (see docs/LOG.md, "Which bias step"); weights are the ones of the papers.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from moe_jax.errors import InputError
+from moe_jax.config import Config
+from moe_jax.errors import InputError, unknown_name
 
 Arm = Mapping[str, Any]
+
+_PARTS = ("model", "optimizer", "data", "train")  # whose fields an arm may set, beside those of model.moe
+
+
+def with_arm(config: Config, arm: Arm) -> Config:
+  """`config` with the fields of `arm`, each found by its name.
+
+  Raises:
+    InputError: no part of the configuration has a field of that name.
+  """
+  given: dict[str, dict[str, Any]] = {part: {} for part in ("moe", *_PARTS)}
+  for field, value in arm.items():
+    given[_part_of(config, field)][field] = value
+  moe = dataclasses.replace(config.model.moe, **given.pop("moe"))
+  parts = {part: dataclasses.replace(getattr(config, part), **fields) for part, fields in given.items()}
+  parts["model"] = dataclasses.replace(parts["model"], moe=moe)
+  return dataclasses.replace(config, **parts)
+
+
+def value_of(config: Config, field: str) -> Any:
+  """The value of the field of that name."""
+  part = _part_of(config, field)
+  return getattr(config.model.moe if part == "moe" else getattr(config, part), field)
+
+
+def _part_of(config: Config, field: str) -> str:
+  if hasattr(config.model.moe, field):
+    return "moe"
+  part = next((p for p in _PARTS if hasattr(getattr(config, p), field)), None)
+  if part is None:
+    names = [
+      f.name for p in (config.model.moe, *(getattr(config, p) for p in _PARTS)) for f in dataclasses.fields(p)
+    ]
+    raise unknown_name("field of an arm", field, names)
+  return part
 
 
 def balancing_arm(text: str) -> Arm:
@@ -96,12 +133,7 @@ def routers(expert_dim: int) -> dict[str, Arm]:
       "task_level": routing_arm("task_level") | dropless,
       "sequence_level": _accepted(routing_arm("sequence_level") | dropless),
       "base_assignment": _accepted(routing_arm("base_assignment@none") | wide),
-      "soft_moe": {
-        "layer": "soft_moe",
-        "router": "softmax_topk",
-        "balancers": "none",
-        "accept_leaks": "soft_moe",
-      },
+      "soft_moe": {"ffn": "soft_moe", "balancers": "none", "accept_leaks": "soft_moe"},
     }
   )
 
@@ -121,7 +153,7 @@ _CAUSAL = (
   "hash_topk@none",
   "frozen_table_topk@none",
 )
-# These look at later tokens in a causal model: their perplexity is none of a language model.
+# These look at later tokens in a causal model, so their perplexity is not that of a language model.
 _LEAKING = (
   "gshard_top2",
   "gshard_top2:threshold=0.2:slots=sent",

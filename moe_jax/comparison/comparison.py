@@ -14,10 +14,12 @@ from rich.console import Console
 from moe_jax import sharding
 from moe_jax.cluster import processes
 from moe_jax.comparison import report
-from moe_jax.comparison.arms import Arm
+from moe_jax.comparison.arms import Arm, value_of, with_arm
 from moe_jax.config import Config
+from moe_jax.config.plain import fingerprint, to_plain
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError
+from moe_jax.registry import Method
 from moe_jax.training.compiled import check_run
 from moe_jax.training.loop import Run
 from moe_jax.training.progress import TrainingProgress
@@ -33,7 +35,8 @@ class Comparison:
   alone prints and writes, and says what is done already.
 
   Args:
-    arms: name -> the fields of MoEConfig in which this arm differs from `config`. The first is the baseline.
+    arms: name -> the fields of the configuration in which this arm differs from `config`; those of methods may be
+      names, functions or classes. The first arm is the baseline.
     seeds: of the runs.
     config: of every run; `seed` and `data_seed` are set by the seed.
     output_dir: new, or holding an earlier run of the same configuration.
@@ -49,11 +52,12 @@ class Comparison:
     config: Config,
     output_dir: str | os.PathLike[str],
   ):
-    mesh = sharding.make_mesh(config.mesh)
-    for arm in arms.values():
-      check_run(_with(config.check(), arm, 0).check(), mesh)
-    self.arms, self.seeds = {name: dict(arm) for name, arm in arms.items()}, list(seeds)
-    self.config = _with(config, {}, 0)  # the seed is of the run, not of the comparison
+    mesh = sharding.make_mesh(config.check().mesh)
+    self.seeds = list(seeds)
+    self.config = _with_seed(config, 0)  # the seed is of the run, not of the comparison
+    # Resolved here, once: a method that is defined anew later is another arm.
+    self.configs = {name: check_run(with_arm(self.config, arm), mesh) for name, arm in arms.items()}
+    self.arms = {name: _described(arm, self.configs[name]) for name, arm in arms.items()}
     self.folder = pathlib.Path(output_dir)
     self.console = Console(quiet=not processes.is_first())
     if processes.is_first():  # where it fails, the others are stopped with its message
@@ -84,7 +88,7 @@ class Comparison:
     with TrainingProgress(len(todo) * self.config.train.num_steps, self.console) as progress:
       for arm, seed in todo:
         folder = self._run_folder(arm, seed)
-        config = _with(self.config, self.arms[arm], seed)
+        config = _with_seed(self.configs[arm], seed)
         Run(config, dataset, folder, progress, label=arm, show=f"{arm} seed {seed}").train()
     processes.wait_for_all("results")
     return [json.loads(self._result_file(arm, seed).read_text()) for arm in self.arms for seed in self.seeds]
@@ -101,9 +105,7 @@ class Comparison:
     self._merge_metrics()
     report.print_table(report.summarise(results), self.console)
     if len(self.arms) > 1:
-      differences = [
-        d for d in report.paired_differences(results) if d.key in ("perplexity", "max_vio_global")
-      ]
+      differences = [d for d in report.paired_differences(results) if d.key in ("perplexity", "max_vio")]
       report.print_differences(differences, next(iter(self.arms)), self.console)
     paths = report.write_report(self.folder, results, **texts)
     self.console.print(f"report: {paths['html']}", soft_wrap=True)
@@ -117,7 +119,7 @@ class Comparison:
   def _check_folder(self) -> None:
     """Raises unless the folder is new, empty, or of the same configuration; arms and seeds may be added."""
     known = self._known()
-    changed = _differences(known["config"], self.config.to_dict()) if known else []
+    changed = _differences(known["config"], to_plain(self.config, fingerprint)) if known else []
     for name in self.arms.keys() & known.get("arms", {}).keys():
       changed += [f"arm {name}: {line}" for line in _differences(known["arms"][name], self.arms[name])]
     if changed:
@@ -138,7 +140,7 @@ class Comparison:
     claim = {
       "arms": known.get("arms", {}) | self.arms,
       "seeds": sorted({*known.get("seeds", []), *self.seeds}),
-      "config": self.config.to_dict(),
+      "config": to_plain(self.config, fingerprint),
     }
     self.folder.mkdir(parents=True, exist_ok=True)
     (self.folder / "config.json").write_text(json.dumps(claim, indent=1) + "\n")
@@ -179,13 +181,20 @@ class Comparison:
             out.write(f"{label}, {line[1:]}\n")  # as text: JSON has no literal for a loss that is not finite
 
 
-def _with(config: Config, arm: Arm, seed: int) -> Config:
-  """`config` for one arm and seed."""
-  model = dataclasses.replace(config.model, moe=dataclasses.replace(config.model.moe, **arm))
-  data = dataclasses.replace(config.data, data_seed=seed)
-  return dataclasses.replace(
-    config, model=model, data=data, train=dataclasses.replace(config.train, seed=seed)
-  )
+def _with_seed(config: Config, seed: int) -> Config:
+  data, train = dataclasses.replace(config.data, data_seed=seed), dataclasses.replace(config.train, seed=seed)
+  return dataclasses.replace(config, data=data, train=train)
+
+
+def _described(arm: Arm, config: Config) -> dict[str, Any]:
+  """The fields of an arm as JSON values; a user's method with a digest of its source, so that results of another one
+  under the same name are not taken for its own."""
+  described = {}
+  for field in arm:
+    value = value_of(config, field)
+    is_spec = isinstance(value, str | Method) or (isinstance(value, tuple) and field != "segments")
+    described[field] = fingerprint(value) if is_spec else to_plain(value, fingerprint)
+  return described
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[str]:
@@ -193,4 +202,8 @@ def _differences(old: Any, new: Any, name: str = "") -> list[str]:
   if isinstance(old, dict) and isinstance(new, dict):
     keys = [*old, *(key for key in new if key not in old)]
     return [line for key in keys for line in _differences(old.get(key), new.get(key), key)]
-  return [] if old == new else [f"{name} was {old!r}, now {new!r}"]
+  if old == new:
+    return []
+  if isinstance(old, str) and isinstance(new, str) and old.partition(" [")[0] == new.partition(" [")[0]:
+    return [f"the code of {name} {old.partition(' [')[0]!r} has changed"]
+  return [f"{name} was {old!r}, now {new!r}"]

@@ -13,6 +13,7 @@ Result = dict[str, Any]
 
 # What two runs must share for their difference to have a verdict, and what it is called (docs/fair_comparison.md).
 PROTOCOL = {
+  "objective": "objective",
   "num_steps": "number of steps",
   "tokens_per_step": "tokens per step",
   "schedule": "optimizer and schedule",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from scipy import special
 
 from moe_jax.comparison.results import Result, broken_protocol, group_by_arm, lookup
 
@@ -38,6 +39,7 @@ class Row:
 
   arm: str
   seeds: tuple[int, ...]
+  columns: tuple[Column, ...]  # of the whole table
   cells: dict[str, Stat | None]  # by Column.key; None: no seed has the quantity
   max_vio_layers: list[Stat]  # R, MaxVio over the validation set of each layer; empty if unknown
 
@@ -53,16 +55,28 @@ class Difference:
   """An arm minus the baseline in one quantity, paired by seed."""
 
   arm: str
-  key: str
+  column: Column
   per_seed: dict[int, float]
   mean: float
   standard_error: float | None  # spread of the differences / sqrt(n); None with fewer than two seeds
+  degrees_of_freedom: int  # n - 1
+  p_value: (
+    float | None
+  )  # two-sided, of the paired t test; None with fewer than two seeds, NaN if a seed diverged
+  interval: (
+    tuple[float, float] | None
+  )  # where the mean is with 95% confidence, by Student's t; None, NaN likewise
   verdict: str  # e.g. "lower (better)", "no difference resolved", "not comparable: number of steps"
   resolved: bool  # the verdict names a direction
+
+  @property
+  def key(self) -> str:
+    return self.column.key
 
 
 UNRESOLVED = "no difference resolved"
 MIN_SEEDS_FOR_VERDICT = 3
+CONFIDENCE = 0.95
 
 
 def number(value: Any) -> float | None:
@@ -99,19 +113,27 @@ def _excess(result: Result) -> float | None:
   return None if nll is None or floor is None else nll - floor
 
 
-COLUMNS = (
+_FIRST = (
   Column("perplexity", "Perplexity", "", ".3f", _at("validation", "perplexity")),
   Column("nll", "NLL", "nats/token", ".4f", _at("validation", "nll")),
   Column("excess_nll", "Excess NLL", "nats/token", ".4f", _excess),
-  Column("max_vio_global", "MaxVio global", "", ".3f", _at("validation", "max_vio_global")),
-  Column("max_vio_batch", "MaxVio batch", "", ".3f", _at("training", "max_vio_batch_tail")),
-  Column("dropped_validation", "Dropped, valid.", "fraction", ".4f", _at("validation", "dropped_fraction")),
-  Column("dropped_training", "Dropped, train", "fraction", ".4f", _at("training", "dropped_fraction_tail")),
-  Column("dead_experts", "Dead experts", "per layer", ".2f", _at("validation", "dead_experts")),
-  Column("load_entropy", "Load entropy", "of log E", ".4f", _at("validation", "load_entropy"), False),
-  Column("mutual_information", "Mutual inf.", "nats", ".4f", _at("validation", "mutual_information"), None),
+)
+_LAST = (
   Column("tokens_per_second", "Tokens/s", "", ",.0f", _at("training", "tokens_per_second"), False, False),
 )
+
+
+def columns_of(results: Sequence[Result]) -> tuple[Column, ...]:
+  """The columns of a table: those of every run, and between them the metrics that the results declare."""
+  declared = {}
+  for result in results:
+    for entry in result.get("columns", ()):
+      declared.setdefault(entry["key"], entry)
+  metrics = tuple(
+    Column(e["key"], e["title"], e["unit"], e["format"], _at(e["part"], e["name"]), e["lower_is_better"])
+    for e in declared.values()
+  )
+  return (*_FIRST, *metrics, *_LAST)
 
 
 def stat(values: Sequence[float | None]) -> Stat | None:
@@ -129,14 +151,14 @@ def summarise(results: Sequence[Result]) -> list[Row]:
 
   Values per layer are averaged over layers first, so a spread is one between seeds, not between layers.
   """
-  rows = []
+  rows, columns = [], columns_of(results)
   for arm, of_arm in group_by_arm(results).items():
-    cells = {column.key: stat([column.value(r) for r in of_arm]) for column in COLUMNS}
-    layers = [lookup(r, "validation", "max_vio_global") for r in of_arm]
+    cells = {column.key: stat([column.value(r) for r in of_arm]) for column in columns}
+    layers = [lookup(r, "validation", "max_vio") for r in of_arm]
     layers = [[number(x) for x in each] for each in layers if isinstance(each, (list, tuple))]
     by_layer = [stat(layer) for layer in zip(*layers, strict=False)]
     seeds = tuple(r["seed"] for r in of_arm)
-    rows.append(Row(arm, seeds, cells, [s for s in by_layer if s is not None]))
+    rows.append(Row(arm, seeds, columns, cells, [s for s in by_layer if s is not None]))
   return rows
 
 
@@ -144,8 +166,9 @@ def paired_differences(results: Sequence[Result], baseline: str | None = None) -
   """Arm minus baseline per seed, for every other arm and every quantity that both have.
 
   Pairing by seed removes what the seeds share (data order, initialisation). A verdict is given only with at
-  least 3 shared seeds, |mean| > 2 standard errors, and runs that share steps, tokens, schedule and text;
-  `chance_of_verdict` says how often chance alone does it.
+  least 3 shared seeds, |mean| > 2 standard errors, and, at every seed, runs that share steps, tokens, schedule
+  and text; `chance_of_verdict` says how often chance alone does it. p-values are not corrected for how many
+  differences there are.
 
   Args:
     results: as from `load_results`.
@@ -162,7 +185,7 @@ def paired_differences(results: Sequence[Result], baseline: str | None = None) -
   for arm, of_arm in arms.items():
     if arm == baseline:
       continue
-    for column in COLUMNS:
+    for column in columns_of(results):
       pairs = {
         r["seed"]: (column.value(r), column.value(reference[r["seed"]]))
         for r in of_arm
@@ -190,13 +213,32 @@ def _difference(arm: str, column: Column, per_seed: dict[int, float], broken: st
     verdict = "lower" if lower else "higher"
     if column.lower_is_better is not None:
       verdict += " (better)" if lower == column.lower_is_better else " (worse)"
-  return Difference(arm, column.key, per_seed, of_seeds.mean, error, verdict, resolved)
+  return Difference(
+    arm=arm,
+    column=column,
+    per_seed=per_seed,
+    mean=of_seeds.mean,
+    standard_error=error,
+    degrees_of_freedom=of_seeds.num - 1,
+    p_value=None if error is None else _p_value(of_seeds.mean, error, of_seeds.num - 1),
+    interval=None if error is None else _interval(of_seeds.mean, error, of_seeds.num - 1),
+    verdict=verdict,
+    resolved=resolved,
+  )
+
+
+def _p_value(mean: float, error: float, degrees_of_freedom: int) -> float:
+  """Of |t| = |mean| / error or more by chance. Seeds that differ by exactly nothing give 1."""
+  if error == 0:
+    return 1.0 if mean == 0 else 0.0
+  return 2 * float(special.stdtr(degrees_of_freedom, -abs(mean) / error))
+
+
+def _interval(mean: float, error: float, degrees_of_freedom: int) -> tuple[float, float]:
+  half = float(special.stdtrit(degrees_of_freedom, 0.5 + CONFIDENCE / 2)) * error
+  return mean - half, mean + half
 
 
 def chance_of_verdict(num_seeds: int) -> float:
   """How often |mean| > 2 standard errors happens by chance: P(|t| > 2), Student's t with n - 1 degrees of freedom."""
-  freedom = num_seeds - 1
-  scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
-  t = np.linspace(-2.0, 2.0, 4001)
-  density = scale * (1 + t**2 / freedom) ** (-(freedom + 1) / 2)
-  return float(1 - np.sum((density[1:] + density[:-1]) / 2) * (t[1] - t[0]))
+  return _p_value(2.0, 1.0, num_seeds - 1)

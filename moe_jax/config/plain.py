@@ -1,10 +1,12 @@
 """Configurations as plain JSON values, and back."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from moe_jax.config.model import BlockConfig, ModelConfig, MoEConfig, Segment
 from moe_jax.errors import InputError
+from moe_jax.fingerprint import digest, is_builtin
 from moe_jax.registry import Method
 
 
@@ -17,14 +19,24 @@ def spec_text(spec: Any) -> str:
   return getattr(spec, "__name__", repr(spec))
 
 
-def to_plain(value: Any) -> Any:
-  """JSON values; methods as the text that names them."""
-  is_spec = lambda x: isinstance(x, str | Method) or callable(x)
-  if dataclasses.is_dataclass(value) and not is_spec(value):
-    return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+def fingerprint(spec: Any) -> str:
+  """Like `spec_text`, and a user's code with a digest of its source: what results depend on."""
+  if isinstance(spec, tuple | list):
+    return ",".join(fingerprint(part) for part in spec)
+  if isinstance(spec, Method):
+    return spec.fingerprint
+  builtin = isinstance(spec, str) or is_builtin(spec)
+  return spec_text(spec) if builtin else f"{spec_text(spec)} [{digest(spec)}]"
+
+
+def to_plain(value: Any, text: Callable[[Any], str] = spec_text) -> Any:
+  """JSON values. `text` writes methods: by default, as what names them."""
+  if dataclasses.is_dataclass(value) and not isinstance(value, Method | type):
+    of_field = lambda f: text if isinstance(f.default, str) else lambda x: to_plain(x, text)
+    return {f.name: of_field(f)(getattr(value, f.name)) for f in dataclasses.fields(value)}
   if isinstance(value, tuple | list):
-    return spec_text(value) if value and all(map(is_spec, value)) else [to_plain(part) for part in value]
-  return spec_text(value) if is_spec(value) else value
+    return [to_plain(part, text) for part in value]
+  return value
 
 
 def from_fields(cls: type, values: dict[str, Any]) -> Any:

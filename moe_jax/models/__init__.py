@@ -10,7 +10,7 @@ PRESETS: dict[str, Config] = {name: config for family in _FAMILIES for name, con
 VOCAB_SIZES: dict[str, int] = {name: v for family in _FAMILIES for name, v in family.VOCAB_SIZES.items()}
 
 
-def get_preset(name: str) -> Config:
+def preset(name: str) -> Config:
   """The preset of that name. Raises `InputError` naming the known ones."""
   if name not in PRESETS:
     raise unknown_name("preset", name, PRESETS)

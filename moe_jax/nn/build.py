@@ -58,6 +58,7 @@ def resolve(config: ModelConfig) -> ModelConfig:
   for name, registry in _BLOCK_PARTS.items():
     with naming(name, getattr(config, name)):
       parts[name] = registry.resolve(getattr(config, name))
+  parts["dense_ffn"] = FFNS.resolve(config.dense_ffn)
   parts["segments"] = tuple(_resolve_segment(segment) for segment in config.segments)
   config = dataclasses.replace(config, **parts)
   for block in different_blocks(config):
@@ -141,6 +142,11 @@ def _naming_of(moe: MoEConfig) -> Iterator[None]:
     if text.startswith("num_experts"):
       raise InputError(f"--{text}") from None
     raise (InputError(f"--{flag}={spec_text(getattr(moe, flag))}: {text}") if flag else error) from None
+
+
+def routed_layer(moe: MoEConfig) -> MoE:
+  """The MoE layer of `moe`, without parameters. Raises `InputError` as `resolve` does."""
+  return abstract_ffn(BlockConfig(ffn=FFNS.resolve("moe"), moe=resolve_moe(moe)))
 
 
 def num_routed_layers(config: ModelConfig) -> int:

@@ -39,18 +39,12 @@ def validation_summary(sums: EvalSums) -> dict[str, Any]:
 def table_columns() -> list[dict[str, Any]]:
   """What tables must know of each metric that has a column; stored with the results, so that they need no code."""
   columns = []
-  for where, of in (("validation", lambda m: m.validation), ("training", lambda m: m.training)):
-    for name, metric in METRICS.items():
-      if of(metric):
-        columns.append(
-          {
-            "key": f"{where}/{name}",
-            "title": of(metric),
-            "unit": metric.unit,
-            "format": metric.format,
-            "lower_is_better": metric.lower_is_better,
-          }
-        )
+  for name, metric in METRICS.items():
+    for part, title in (("validation", metric.validation), ("training", metric.training)):
+      if title:
+        key = name if part == "validation" else f"{name}_training"
+        shared = {"unit": metric.unit, "format": metric.format, "lower_is_better": metric.lower_is_better}
+        columns.append({"key": key, "title": title, "part": part, "name": name, **shared})
   return columns
 
 

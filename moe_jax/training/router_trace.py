@@ -1,8 +1,8 @@
 """Router logits of a training run on disk: recorded once, replayed under other balancers (`moe_jax.analysis.replay`).
 
-A trace is a folder of plain .npy files, one entry of their first axis per recorded optimizer step, and
-header.json. `numpy.load(..., mmap_mode="r")` reads them anywhere. A .npy file grows at its end and its header
-says how many entries are whole, so a killed run leaves every step that was written before.
+A trace is a folder of header.json and steps_<first step>.npy files. Each file is an array of records, one per
+recorded step, which `numpy.load(..., mmap_mode="r")` reads anywhere. A file gets its name when it is whole, so a
+killed run leaves whole steps.
 
 float16 by default: its steps are at most 1/2048 of a number, those of bfloat16, which numpy lacks, 1/256. A
 choice flips only where two logits come within such a step of each other; equal ones go to the lower expert.
@@ -22,8 +22,10 @@ import numpy as np
 from moe_jax.errors import InputError
 
 FOLDER = "router_logits"  # in the folder of a run
+FLUSH_BYTES = 1 << 24  # at most about so many wait to be written
 CHUNK_BYTES = 1 << 26
-FORMAT = 1
+FORMAT = 2
+_FIELDS = ("step", "logits_RBLE", "mask_BL", "domain_B", "key_B2")  # of a record, in the order of `Steps`
 
 
 class Steps(NamedTuple):
@@ -33,7 +35,7 @@ class Steps(NamedTuple):
   logits_IRBLE: np.ndarray  # float16 or float32, what the routers of the R layers were given
   mask_IBL: np.ndarray  # bool, False: padding
   domain_IB: np.ndarray  # int32
-  key_IBX: np.ndarray  # uint32 [I, B, 2], the random key of each sequence, for routers that draw
+  key_IB2: np.ndarray  # uint32, the random key of each sequence, for routers that draw
 
 
 class TraceWriter:
@@ -49,53 +51,61 @@ class TraceWriter:
   def __init__(self, folder: str | os.PathLike[str], header: Mapping[str, Any], *, resume_step: int = 0):
     self.folder = pathlib.Path(folder)
     self.folder.mkdir(parents=True, exist_ok=True)
-    kept = 0
-    if (self.folder / _file("step_I")).exists():
-      kept = int(np.searchsorted(_whole_steps(self.folder).step_I, resume_step, side="right"))
-    self._arrays = {name: _GrowingArray(self.folder / _file(name), kept) for name in Steps._fields}
-    _write_json(self.folder / "header.json", {"format": FORMAT, **header})
-    self._waiting: tuple[int, Mapping[str, Any]] | None = None
+    _remove_after(self.folder, resume_step)
+    (self.folder / "header.json").write_text(json.dumps({"format": FORMAT, **header}, indent=1) + "\n")
+    kept = _files(self.folder)
+    self._dtype = _open(kept[0]).dtype if kept else None  # of a record; None: not known yet
+    self._arriving: tuple[Any, ...] | None = None
+    self._records: list[np.ndarray] = []
 
   def add(self, step: int, arrays: Mapping[str, Any]) -> None:
-    """One step: `logits_RBLE`, `mask_BL`, `domain_B`, `key_B`. It is written when the next one comes, so that
-    arrays of an accelerator have time to arrive.
+    """One step: `logits_RBLE`, `mask_BL`, `domain_B`, `key_B`. It is read when the next one comes, so that
+    arrays of an accelerator have time to arrive, and written together with others.
 
     Raises:
       InputError: the folder holds steps of another shape or number type.
     """
-    self.flush()
-    self._waiting = step, arrays
+    self._read_arriving()
+    if sum(record.nbytes for record in self._records) >= FLUSH_BYTES:
+      self.flush()
+    self._arriving = step, *(arrays[name] for name in ("logits_RBLE", "mask_BL", "domain_B", "key_B"))
 
   def flush(self) -> None:
-    """Writes the step that is waiting."""
-    if self._waiting is None:
-      return
-    step, arrays = self._waiting
-    self._waiting = None
-    values = (np.int64(step), *(arrays[n] for n in ("logits_RBLE", "mask_BL", "domain_B", "key_B")))
-    for array, value in zip(self._arrays.values(), values, strict=True):
-      array.append(np.asarray(value))
+    """Writes every step so far."""
+    self._read_arriving()
+    if self._records:
+      _save(self.folder, np.stack(self._records))
+      self._records = []
 
-  def close(self) -> None:
-    self.flush()
-    for array in self._arrays.values():
-      array.close()
+  def _read_arriving(self) -> None:
+    if self._arriving is None:
+      return
+    values, self._arriving = tuple(map(np.asarray, self._arriving)), None
+    dtype = np.dtype([(name, x.dtype, x.shape) for name, x in zip(_FIELDS, values, strict=True)])
+    self._dtype = self._dtype or dtype
+    if dtype != self._dtype:
+      was, now = (f"{d['logits_RBLE'].base} {d['logits_RBLE'].shape}" for d in (self._dtype, dtype))
+      raise InputError(
+        f"{self.folder}: holds steps of {was}, and the run now makes {now}; remove the folder of the trace, or of "
+        "the run"
+      )
+    self._records.append(np.array(values, dtype))
 
   def __enter__(self) -> Self:
     return self
 
   def __exit__(self, *unused_exception: Any) -> None:
-    self.close()
+    self.flush()
 
 
 class Trace:
-  """A recorded trace. Nothing is loaded before it is asked for.
+  """A recorded trace. Nothing but the steps' numbers is loaded before it is asked for.
 
   Args:
     path: the folder of the trace, or of the run that has one.
 
   Raises:
-    InputError: there is no trace, or one without a whole step.
+    InputError: there is no trace, or one without a step, or with a damaged file.
   """
 
   def __init__(self, path: str | os.PathLike[str]):
@@ -108,29 +118,30 @@ class Trace:
       raise InputError(f"{path}: holds no router logits; train with --record_router_logits=1") from None
     if self.header.get("format") != FORMAT:
       raise InputError(f"{path}: router logits of format {self.header.get('format')}, this reads {FORMAT}")
-    self._steps = _whole_steps(self.folder)
-    if not len(self):
+    self._files = [_open(file) for file in _files(self.folder)]
+    if not self._files:
       raise InputError(f"{path}: the recorded router logits hold no whole step")
+    self.step_I = np.concatenate([records["step"] for records in self._files])
 
   def __len__(self) -> int:
-    return len(self._steps.step_I)
-
-  @property
-  def step_I(self) -> np.ndarray:
-    return np.array(self._steps.step_I)
+    return len(self.step_I)
 
   @property
   def shape(self) -> tuple[int, int, int, int]:
     """(R, B, L, E) of one step; E is the number of experts that the router scores."""
-    return self._steps.logits_IRBLE.shape[1:]
+    return self._files[0].dtype["logits_RBLE"].shape
 
   @property
   def bytes_per_step(self) -> int:
-    return sum(array[0].nbytes for array in self._steps)
+    return self._files[0].dtype.itemsize
 
   def read(self, start: int, stop: int) -> Steps:
     """Recorded steps `start` to `stop`, copied into memory."""
-    return Steps(*(np.array(array[start:stop]) for array in self._steps))
+    first, parts = 0, []
+    for records in self._files:
+      parts.append(records[max(start - first, 0) : max(stop - first, 0)])
+      first += len(records)
+    return Steps(*(np.concatenate([part[name] for part in parts]) for name in _FIELDS))
 
   def chunks(self, size: int = 0) -> Iterator[Steps]:
     """All steps in order, `size` at a time; 0: about 64 MiB."""
@@ -139,87 +150,34 @@ class Trace:
       yield self.read(start, min(start + size, len(self)))
 
 
-class _GrowingArray:
-  """A .npy file that grows along its first axis; `kept` entries of an earlier one stay."""
-
-  def __init__(self, path: pathlib.Path, kept: int):
-    self._path, self._count = path, kept
-    self._entry: tuple[tuple[int, ...], np.dtype] | None = None  # shape and type of one, once known
-    self._file = path.open("r+b" if kept else "w+b")
-    if kept:
-      shape, dtype, offset = _read_header(path)
-      self._entry = shape[1:], dtype
-      self._write_header()
-      self._file.truncate(offset + kept * _entry_bytes(shape, dtype))
-
-  def append(self, value: np.ndarray) -> None:
-    if self._entry is None:
-      self._entry = value.shape, value.dtype
-      self._write_header()
-    if (value.shape, value.dtype) != self._entry:
-      shape, dtype = self._entry
-      raise InputError(
-        f"{self._path}: holds steps of {dtype} {shape}, and the run now makes {value.dtype} {value.shape}; "
-        "remove the folder of the trace, or of the run"
-      )
-    self._file.seek(0, os.SEEK_END)
-    self._file.write(np.ascontiguousarray(value).tobytes())
-    self._file.flush()
-    # Last, so that the header never counts an entry that is not whole.
-    self._count += 1
-    self._write_header()
-
-  def close(self) -> None:
-    self._file.close()
-
-  def _write_header(self) -> None:
-    """Of the same length for any count: numpy leaves room for the first axis to grow."""
-    shape, dtype = self._entry
-    header = {
-      "descr": np.lib.format.dtype_to_descr(dtype),
-      "fortran_order": False,
-      "shape": (self._count, *shape),
-    }
-    self._file.seek(0)
-    np.lib.format.write_array_header_1_0(self._file, header)
-    self._file.flush()
+def _files(folder: pathlib.Path) -> list[pathlib.Path]:
+  """In the order of the steps."""
+  return sorted(folder.glob("steps_*.npy"))
 
 
-def _read_header(path: pathlib.Path) -> tuple[tuple[int, ...], np.dtype, int]:
-  """(shape, type, bytes before the data)."""
-  with path.open("rb") as file:
-    np.lib.format.read_magic(file)
-    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    return shape, dtype, file.tell()
-
-
-def _entry_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
-  return int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
-
-
-def _whole_steps(folder: pathlib.Path) -> Steps:
-  """The files mapped into memory, cut to the steps that are whole in all of them."""
-  arrays = [_mapped(folder / _file(name)) for name in Steps._fields]
-  count = min(len(array) for array in arrays)
-  return Steps(*(array[:count] for array in arrays))
-
-
-def _mapped(path: pathlib.Path) -> np.ndarray:
+def _open(path: pathlib.Path) -> np.ndarray:
+  """The records of a file, mapped into memory."""
   try:
-    shape, dtype, offset = _read_header(path)
-    # Of a file that was cut short, the entries that are there.
-    count = min(shape[0], (path.stat().st_size - offset) // _entry_bytes(shape, dtype))
-  except (OSError, ValueError):
-    return np.empty(0)
-  if count < 1:
-    return np.empty((0, *shape[1:]), dtype)
-  return np.memmap(path, dtype, "r", offset, (count, *shape[1:]))
+    return np.load(path, mmap_mode="r")
+  except (OSError, ValueError, EOFError):
+    raise InputError(f"{path}: is damaged; remove the folder of the trace, or of the run") from None
 
 
-def _file(name: str) -> str:
-  """`logits_IRBLE` -> `logits.npy`."""
-  return f"{name.partition('_')[0]}.npy"
+def _save(folder: pathlib.Path, records: np.ndarray) -> None:
+  path = folder / f"steps_{records['step'][0]:012d}.npy"
+  unfinished = path.with_suffix(".unfinished")
+  with unfinished.open("wb") as file:
+    np.save(file, records)
+  unfinished.replace(path)
 
 
-def _write_json(path: pathlib.Path, value: Any) -> None:
-  path.write_text(json.dumps(value, indent=1) + "\n")
+def _remove_after(folder: pathlib.Path, step: int) -> None:
+  """Backwards: a kill in between leaves no gap."""
+  for path in reversed(_files(folder)):
+    if int(path.stem.removeprefix("steps_")) > step:
+      path.unlink()
+      continue
+    records = _open(path)
+    if records["step"][-1] > step:
+      _save(folder, records[records["step"] <= step])
+    break

@@ -4,9 +4,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
-import pathlib
-import subprocess
-import sys
+import re
 import types
 
 import jax
@@ -19,11 +17,11 @@ from moe_jax.analysis.collectives import purpose
 from moe_jax.analysis.memory import GIB, memory_of, out_of_memory
 from moe_jax.config import Config, MeshConfig
 from moe_jax.errors import InputError
-from moe_jax.models import get_preset
+from moe_jax.models import preset
 from moe_jax.training.step import model_parts
 from tests import tiny
+from tests.scripts import assert_one_line, run_scripts
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = tiny.change(
   tiny.CONFIG, balancers="switch_loss:0.1", jitter=0.0, dispatcher="einsum", capacity_factor=2.0, num_layers=3
 )
@@ -51,21 +49,21 @@ def test_a_scan_counts_as_the_same_layers_unrolled():
   assert scanned["flops"]["compiled"] == pytest.approx(unrolled["flops"]["compiled"], rel=0.02)
   exchanged = [[r for r in one["collectives"] if r["kind"] == "all-to-all"] for one in (scanned, unrolled)]
   assert exchanged[0] == exchanged[1]
-  assert scanned["exchange"]["must_move_bytes"] == 16 * 2 * 16 * 4 * 3 / 4 * 3 * 4
 
 
-def test_experts_multiply_their_slots_and_no_more():
-  found = report(tiny.change(on(CONFIG, data=2, expert=4), remat="none"))["flops"]
-  assert found["experts_ratio"] == pytest.approx(CONFIG.model.moe.capacity_factor)
-  assert found["parts"]["head"] > 0
-  assert sum(found["parts"].values()) == pytest.approx(found["compiled"])
-
-
-def test_tokens_travel_to_their_experts_and_back():
-  found = report(tiny.change(on(CONFIG, data=2, expert=4), remat="none"))
+@pytest.mark.parametrize(("remat", "passes"), [("none", 2), ("full", 3)])
+def test_experts_multiply_their_slots_and_tokens_travel_to_them_as_often_as_layers_run(remat, passes):
+  """Forward, backward and, where the forward pass is recomputed, once more. Nothing is counted but slots."""
+  found = report(tiny.change(on(CONFIG, data=2, expert=4), remat=remat))
+  model, moe = CONFIG.model, CONFIG.model.moe
+  assert found["flops"]["experts_ratio"] == pytest.approx(moe.capacity_factor)
+  assert found["flops"]["parts"]["head"] == 3 * 2 * 16 * model.model_dim * tiny.VOCAB  # of the 16 tokens here
+  assert sum(found["flops"]["parts"].values()) == pytest.approx(found["flops"]["compiled"])
   (row,) = (row for row in found["collectives"] if row["kind"] == "all-to-all")
-  assert row["axes"] == ["expert"] and row["count"] == 4 * 3  # there and back, forward and backward, 3 layers
-  assert found["exchange"]["ratio"] == pytest.approx(CONFIG.model.moe.capacity_factor)
+  assert row["axes"] == ["expert"] and row["count"] == 2 * passes * 3  # there and back, 3 layers
+  rows = 16 * moe.num_experts_per_token * 3 / 4  # a quarter of the experts is here
+  assert found["exchange"]["must_move_bytes"] == rows * model.model_dim * 4 * 2 * passes * 3
+  assert found["exchange"]["ratio"] == pytest.approx(moe.capacity_factor)
 
 
 @pytest.mark.parametrize(
@@ -106,17 +104,24 @@ def test_state_is_three_times_the_parameters():
 
 def test_model_operations_of_mixtral():
   """Against 6 times the active parameters that products read (12.88e9 without the embedding's look-up) and the scores."""
-  model = get_preset("mixtral_8x7b").model
+  model = preset("mixtral_8x7b").model
   found = flops.forward_flops(model, 32_000, 4096)
   scores = 32 * 4 * 4096 * 4097 / 2
   norms = 65 * 4096
   assert found.forward - scores == pytest.approx(2 * (12.749e9 - norms), rel=1e-4)
 
 
-def test_recomputation_is_counted_where_there_is_any():
-  full, none = (flops.step_flops(tiny.change(CONFIG, remat=remat), tiny.VOCAB) for remat in ("full", "none"))
-  assert none.recomputed == 0 and full.model == none.model
-  assert full.recomputed == pytest.approx(flops.forward_flops(CONFIG.model, tiny.VOCAB, 16).layers * 8 * 16)
+def test_operations_of_a_step_by_hand():
+  """8 sequences of 16 tokens, 3 layers: D = 16, two heads of 8, one key-value head, 2 of 8 experts with F = 16."""
+  attention = (
+    16 * 8 * (2 + 1 + 1) + 16 * 16 + 2 * 16 * 17 / 2
+  )  # q, k, v and out; scores and values of what is before
+  layers = 3 * 2 * (attention + 16 * 8 + 2 * 3 * 16 * 16)
+  for remat, again in (("full", 1), ("none", 0)):
+    config = tiny.change(CONFIG, remat=remat)
+    found = flops.step_flops(config, tiny.VOCAB)
+    assert found == (8 * 16 * 3 * (layers + 2 * 16 * tiny.VOCAB), 8 * 16 * again * layers)
+    assert flops.expert_flops(config, tiny.VOCAB) == 8 * 16 * (3 + again) * 3 * 2 * 2 * 3 * 16 * 16
 
 
 def test_every_mesh_is_found_once():
@@ -172,60 +177,49 @@ def test_a_limit_of_memory_is_for_tpus():
   assert topology.compiler_options(jax.devices(), 23.5) == {}
 
 
-def run(*args: str, script: str = "aot_compile") -> subprocess.CompletedProcess:
-  command = [sys.executable, f"scripts/{script}.py", *args]
-  return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600, check=False)
-
-
 SMALL = ("--preset=tiny", "--num_layers=1", "--dispatcher=einsum", "--sequence_length=16")
+COMPILE = ["scripts/aot_compile.py", *SMALL]
+WRONG = [
+  ("--expert_parallelism=3", "--expert_parallelism=3: the axes must multiply to the 2 devices here"),
+  ("--topology=cpu:x", "--topology=cpu:x: cpu:N with N from 1 to 9999 virtual devices"),
+]
 
 
 @pytest.mark.slow
-def test_the_script_end_to_end(tmp_path):
+def test_the_scripts_end_to_end(tmp_path):
+  """One mesh, then the same mesh as the search's and the table's, and wrong flags."""
   out = tmp_path / "found.json"
-  found = run(*SMALL, "--topology=cpu:8", "--expert_parallelism=4", f"--output={out}")
-  assert found.returncode == 0, found.stderr
-  for part in (
-    "mesh: data=2 x expert=4 (8 cpu)",
-    "temporaries",
-    "capacity unknown",
-    "all-to-all",
-    "compiled in",
-  ):
-    assert part in found.stdout
+  one, search, table, *wrong = run_scripts(
+    [*COMPILE, "--topology=cpu:2", "--expert_parallelism=2", f"--output={out}"],
+    [*COMPILE, "--topology=cpu:2", "--search", "--search_tries=2"],
+    ["scripts/scaling_table.py", *SMALL, "--topologies=cpu:2", "--expert_parallelism=2"],
+    *([*COMPILE, "--topology=cpu:2", flag] for flag, _ in WRONG),
+  )
+  assert one.status == search.status == table.status == 0, (one, search, table)
+
   saved = json.loads(out.read_text())
-  assert saved["preset"] == "tiny" and saved["result"]["memory_bytes"]["arguments"] > 0
+  result = saved["result"]
+  assert saved["preset"] == "tiny" and result["mesh"]["expert"] == 2
+  printed = dict(re.findall(r"^ +(\w+) +([\d.e+-]+) (?:T|MiB)", one.stdout, re.MULTILINE))
+  for name in ("model", "recomputed", "compiled"):
+    assert float(printed[name]) == pytest.approx(result["flops"][name] / 1e12, rel=1e-3)
+  for name in ("arguments", "temporaries"):
+    assert float(printed[name]) == pytest.approx(result["memory_bytes"][name] / 2**20, abs=1e-3)
+  assert "mesh: expert=2 (2 cpu)" in one.stdout and "capacity unknown" in one.stdout
 
-
-@pytest.mark.slow
-def test_the_search_ranks_meshes():
-  found = run(*SMALL, "--topology=cpu:2", "--search", "--search_tries=2")
-  assert found.returncode == 0, found.stderr
-  lines = found.stdout.splitlines()
+  lines = search.stdout.splitlines()
   assert lines[0] == "4 meshes divide the model and can hold its state; compiling 2"
   sent = [float(line.split()[-2]) for line in lines[2:]]
   assert len(sent) == 2 and sent == sorted(sent)
+  (ratio,) = (line.split()[-1] for line in lines if line.startswith("expert=2 "))
+  assert float(ratio) == pytest.approx(result["flops"]["ratio"], abs=1e-3)
 
+  (line,) = table.stdout.splitlines()[2:]
+  gflops = f"{result['flops']['compiled'] / 1e9:.6g}"
+  assert line.startswith(f"| cpu:2 | 2 | expert=2 | 64 | {gflops} | ") and "all-to-all expert" in line
 
-@pytest.mark.slow
-def test_the_table_of_topologies():
-  found = run(*SMALL, "--topologies=cpu:2", "--fsdp_parallelism=2", script="scaling_table")
-  assert found.returncode == 0, found.stderr
-  (line,) = found.stdout.splitlines()[2:]
-  assert line.startswith("| cpu:2 | 2 | fsdp=2 | 64 | ") and "all-gather fsdp" in line
-
-
-@pytest.mark.parametrize(
-  ("flag", "message"),
-  [
-    ("--expert_parallelism=3", "--expert_parallelism=3: the axes must multiply to the 8 devices here"),
-    ("--topology=cpu:x", "--topology=cpu:x: cpu:N with N from 1 to 9999 virtual devices"),
-  ],
-)
-def test_the_script_answers_wrong_input_with_one_line(flag, message):
-  found = run(*SMALL, "--topology=cpu:8", flag)
-  assert found.returncode == 2
-  assert found.stderr.splitlines()[-1].startswith("error: ") and message in found.stderr
+  for ended, (_, message) in zip(wrong, WRONG, strict=True):
+    assert_one_line(ended, message)
 
 
 needs_tpu_compiler = pytest.mark.skipif(
@@ -235,19 +229,16 @@ needs_tpu_compiler = pytest.mark.skipif(
 
 @needs_tpu_compiler
 def test_unknown_tpu_topology():
-  found = run(*SMALL, "--topology=v5p:3x3x3")
-  assert found.returncode == 2
-  assert found.stderr.splitlines()[-1].startswith(
-    "error: --topology=v5p:3x3x3: unknown to the TPU compiler ("
-  )
+  (ended,) = run_scripts([*COMPILE, "--topology=v5p:3x3x3"])
+  assert_one_line(ended, "error: --topology=v5p:3x3x3: unknown to the TPU compiler (")
 
 
 @needs_tpu_compiler
 @pytest.mark.slow
 def test_the_script_for_a_tpu_slice(tmp_path):
   out = tmp_path / "found.json"
-  found = run(*SMALL, "--topology=v5e:2x4", "--expert_parallelism=4", f"--output={out}")
-  assert found.returncode == 0, found.stderr
+  (ended,) = run_scripts([*COMPILE, "--topology=v5e:2x4", "--expert_parallelism=4", f"--output={out}"])
+  assert ended.status == 0, ended
   result = json.loads(out.read_text())["result"]
   assert result["device_kind"] == "TPU v5 lite" and result["fits"]
   assert result["unknown_loops"] == []

@@ -14,14 +14,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from moe_jax import sharding
 from moe_jax.analysis.communication import simulate as com
 from moe_jax.analysis.communication.machine import Machine, busiest_link, links
-from moe_jax.config import MeshConfig, MoEConfig
+from moe_jax.config import MeshConfig
 from moe_jax.errors import InputError
-from moe_jax.nn import MoE
+from moe_jax.nn import Context, MoE
 from moe_jax.ops.balancing import make_balancer
 from moe_jax.ops.dispatch import expert_capacity
-from moe_jax.ops.routing import make_router, to_batch
+from moe_jax.ops.routing import make_choice, to_batch
 from moe_jax.sharding.exchange import Shape, exchange, make_plan, ragged_arguments
 from moe_jax.types import StepStats
+from tests.ops.choosing import route as choose
 
 SMALL = Machine(nodes=2, devices_per_node=2)  # devices 0 and 1, 2 and 3
 UNEVEN = Machine(nodes=3, devices_per_node=4)
@@ -46,8 +47,8 @@ def draw(machine: Machine, rng, tokens=48, experts=24, k=4) -> com.Routed:
   return lay(machine, chosen, experts)
 
 
-def arrows(counts_PQ) -> dict:
-  return {(int(p), int(q)): int(counts_PQ[p, q]) for p, q in np.argwhere(counts_PQ)}
+def arrows(counts_PP) -> dict:
+  return {(int(p), int(q)): int(counts_PP[p, q]) for p, q in np.argwhere(counts_PP)}
 
 
 # Counted by hand. One token per device; expert e lies on device e.
@@ -65,24 +66,24 @@ BY_HAND = [[2, 3], [1, 0], [0, 2], [0, 1]]
 )
 def test_a_case_counted_by_hand(once_per, network, local):
   traffic = com.dispatch_rows(lay(SMALL, BY_HAND, 4), SMALL, once_per)
-  assert arrows(traffic.network_PQ) == network
-  assert arrows(traffic.local_PQ) == local
+  assert arrows(traffic.network_PP) == network
+  assert arrows(traffic.local_PP) == local
 
 
 def test_two_experts_on_one_device_travel_once_if_asked():
   """Two experts per device: 0 and 1 on device 0, 2 and 3 on device 1, ..."""
   routed = lay(SMALL, [[4, 5], [0, 1], [4, 5], [6, 2]], 8)
   expert, device, node = (com.dispatch_rows(routed, SMALL, mode) for mode in com.ONCE_PER)
-  assert arrows(expert.network_PQ) == {(0, 2): 2, (3, 1): 1} and arrows(expert.local_PQ) == {(1, 0): 2}
+  assert arrows(expert.network_PP) == {(0, 2): 2, (3, 1): 1} and arrows(expert.local_PP) == {(1, 0): 2}
   for traffic in (device, node):
-    assert arrows(traffic.network_PQ) == {(0, 2): 1, (3, 1): 1}
-    assert arrows(traffic.local_PQ) == {(1, 0): 1}
+    assert arrows(traffic.network_PP) == {(0, 2): 1, (3, 1): 1}
+    assert arrows(traffic.local_PP) == {(1, 0): 1}
 
 
 def test_a_relay_that_needs_no_row_still_passes_it_on():
   routed = lay(SMALL, [[3], [1], [2], [3]], 4)  # only token 0 leaves, for device 3
   traffic = com.dispatch_rows(routed, SMALL, "node")
-  assert arrows(traffic.network_PQ) == {(0, 2): 1} and arrows(traffic.local_PQ) == {(2, 3): 1}
+  assert arrows(traffic.network_PP) == {(0, 2): 1} and arrows(traffic.local_PP) == {(2, 3): 1}
 
 
 def test_times_and_the_busiest_link_by_hand():
@@ -97,7 +98,7 @@ def test_times_and_the_busiest_link_by_hand():
   assert found["network port into device 0"].bytes == 40
   assert busiest_link(cost.dispatch, machine).seconds == pytest.approx(4.0)
   assert cost.exchange_seconds == pytest.approx(4 * 4.0)
-  assert cost.rows_Q.tolist() == [3, 2, 2, 1]
+  assert cost.rows_P.tolist() == [3, 2, 2, 1]
   assert cost.compute_seconds == pytest.approx(3 * 3 * 90 / 1e3)
   assert cost.seconds == pytest.approx(16 + 0.81)
   assert cost.total.total == 4 * 6 * 20
@@ -114,10 +115,10 @@ def test_times_and_the_busiest_link_by_hand():
 def test_capacity_buffers_by_hand():
   """Four groups, one per device, and four experts of 3 slots: each device sends 3 rows to each other one."""
   rows = com.capacity_rows(SMALL, groups=4, num_experts=4, capacity=3)
-  assert rows.sent_P.tolist() == [9] * 4 and rows.network_PQ.sum() == 24
+  assert rows.sent_P.tolist() == [9] * 4 and rows.network_PP.sum() == 24
   within = com.capacity_rows(SMALL, groups=8, num_experts=4, capacity=3, expert_parallelism=2)
-  assert arrows(within.local_PQ) == dict.fromkeys(((0, 1), (1, 0), (2, 3), (3, 2)), 2 * 2 * 3)
-  assert within.network_PQ.sum() == 0
+  assert arrows(within.local_PP) == dict.fromkeys(((0, 1), (1, 0), (2, 3), (3, 2)), 2 * 2 * 3)
+  assert within.network_PP.sum() == 0
 
 
 def slow_rows(routed: com.Routed, machine: Machine, once_per: str, shadowed=()) -> tuple[Counter, Counter]:
@@ -158,8 +159,8 @@ def test_traffic_equals_slow_loops(rng, machine, once_per, shadowed):
   routed = routed._replace(token_A=routed.token_A[keep_A], expert_A=routed.expert_A[keep_A])
   traffic = com.dispatch_rows(routed, machine, once_per, shadowed)
   network, local = slow_rows(routed, machine, once_per, shadowed)
-  assert arrows(traffic.network_PQ) == dict(network)
-  assert arrows(traffic.local_PQ) == dict(local)
+  assert arrows(traffic.network_PP) == dict(network)
+  assert arrows(traffic.local_PP) == dict(local)
 
 
 # Laws
@@ -170,9 +171,9 @@ def test_what_is_sent_is_received(rng, once_per):
   layer = com.Layer(model_dim=8, expert_dim=4)
   cost = com.step_cost(draw(UNEVEN, rng), UNEVEN, layer, once_per, shadowed=(1,))
   for traffic in (cost.dispatch, cost.shadow, cost.total):
-    assert traffic.sent_P.sum() == traffic.received_Q.sum() == traffic.total > 0
+    assert traffic.sent_P.sum() == traffic.received_P.sum() == traffic.total > 0
   # Back and forth, so over the whole step each device sends what it receives.
-  np.testing.assert_array_equal(cost.total.sent_P, cost.total.received_Q)
+  np.testing.assert_array_equal(cost.total.sent_P, cost.total.received_P)
   per_link = links(cost.total, UNEVEN)
   for way in ("out of", "into"):
     assert sum(link.bytes for link in per_link if way in link.name) == cost.total.total
@@ -182,15 +183,15 @@ def test_the_fewer_copies_the_fewer_rows(rng):
   routed = draw(UNEVEN, rng)
   expert, device, node = (com.dispatch_rows(routed, UNEVEN, mode) for mode in com.ONCE_PER)
   assert expert.total > device.total  # 24 experts on 12 devices
-  assert device.network_PQ.sum() > node.network_PQ.sum()
+  assert device.network_PP.sum() > node.network_PP.sum()
   reached = {(t, e // 8) for t, e in zip(routed.token_A.tolist(), routed.expert_A.tolist())}
-  assert node.network_PQ.sum() == sum(routed.device_T[t] // 4 != n for t, n in reached)
+  assert node.network_PP.sum() == sum(routed.device_T[t] // 4 != n for t, n in reached)
   # Straight or forwarded, each device gets the rows that its experts need, and relays some on top.
-  assert (node.received_Q >= device.received_Q - device.network_PQ.sum(axis=0)).all()
+  assert (node.received_P >= device.received_P - device.network_PP.sum(axis=0)).all()
 
 
 def route(spec, logits_TE, k):
-  assignment = make_router(spec, logits_TE.shape[1], k)(jnp.asarray(logits_TE)).assignment
+  assignment = choose(make_choice(spec, logits_TE.shape[1], k), jnp.asarray(logits_TE)).assignment
   valid_A = np.asarray(assignment.valid_A)
   return np.asarray(assignment.token_A)[valid_A], np.asarray(assignment.expert_A)[valid_A]
 
@@ -207,7 +208,7 @@ def test_a_limit_bounds_what_is_sent(rng, what, limit):
   most = {}
   for spec in (name, "softmax_topk"):
     traffic = com.dispatch_rows(com.Routed(*places, *route(spec, logits_TE, 4)), machine, what)
-    sent_P = traffic.sent_P if what == "device" else traffic.network_PQ.sum(axis=1)
+    sent_P = traffic.sent_P if what == "device" else traffic.network_PP.sum(axis=1)
     most[spec] = sent_P.max()
   tokens_per_device = 64 // machine.devices
   assert most[name] <= limit * tokens_per_device
@@ -221,7 +222,7 @@ def test_the_topology_aware_router_keeps_its_allowance(rng):
   places = machine.place(64, "tokens"), machine.place(16, "experts")
   routed = com.Routed(*places, *route("topology_aware_topk:nodes=2:max_remote_fraction=0.25", logits_TE, 2))
   traffic = com.dispatch_rows(routed, machine, "node")
-  sent_by_node = traffic.network_PQ.sum(axis=1).reshape(2, 4).sum(axis=1)
+  sent_by_node = traffic.network_PP.sum(axis=1).reshape(2, 4).sum(axis=1)
   assert sent_by_node.tolist() == [8, 8]  # a quarter of each node's 32 tokens
 
 
@@ -229,7 +230,7 @@ def test_the_communication_loss_balances_what_is_received(rng):
   """Descent on a bias of the logits: the send side is bounded by the router, the receive side by the loss."""
   devices, experts, k, limit, tokens = 4, 16, 4, 2, 512
   machine = Machine(nodes=2, devices_per_node=2)
-  router = make_router(f"device_limited_topk:groups={devices}:groups_per_token={limit}", experts, k)
+  choice = make_choice(f"device_limited_topk:groups={devices}:groups_per_token={limit}", experts, k)
   balancer = make_balancer(
     f"communication_loss:1.0:devices={devices}:devices_per_token={limit}:scope=global_batch"
   )
@@ -237,7 +238,7 @@ def test_the_communication_loss_balances_what_is_received(rng):
   logits_TE = jnp.asarray(rng.normal(size=(tokens, experts)) + skew_E, jnp.float32)
 
   def loss(shift_E):
-    routing = jax.tree.map(lambda x: x[None], router(logits_TE + shift_E[None]))
+    routing = jax.tree.map(lambda x: x[None], choose(choice, logits_TE + shift_E[None]))
     batch = to_batch(routing, 1, tokens, k)
     state = balancer.init(experts)
     observed = jax.lax.stop_gradient(balancer.observe(state, batch))
@@ -245,7 +246,7 @@ def test_the_communication_loss_balances_what_is_received(rng):
     return value
 
   def received_over_mean(shift_E):
-    assignment = router(logits_TE + shift_E[None]).assignment
+    assignment = choose(choice, logits_TE + shift_E[None]).assignment
     routed = com.Routed(
       machine.place(tokens, "tokens"), machine.place(experts, "experts"),
       np.asarray(assignment.token_A), np.asarray(assignment.expert_A),
@@ -254,7 +255,7 @@ def test_the_communication_loss_balances_what_is_received(rng):
     traffic = com.dispatch_rows(routed, machine, "device")
     assert traffic.sent_P.max() <= limit * tokens // devices
     assert traffic.total == sum(routed.device_T[t] != d for t, d in reached)
-    return traffic.received_Q.max() / traffic.received_Q.mean()
+    return traffic.received_P.max() / traffic.received_P.mean()
 
   gradient = jax.jit(jax.grad(loss))
   shift_E = jnp.zeros(experts)
@@ -299,7 +300,7 @@ def test_shadowed_tokens_stay_and_weights_travel(rng):
     token_A=routed.token_A[routed.expert_A != 7], expert_A=routed.expert_A[routed.expert_A != 7]
   ), UNEVEN, layer)  # fmt: skip
   assert cost.dispatch.total == without.dispatch.total
-  assert cost.rows_Q.sum() == len(routed.token_A)
+  assert cost.rows_P.sum() == len(routed.token_A)
   assert cost.shadow.total == 11 * layer.expert_bytes
   assert cost.total.total == 4 * without.dispatch.total + 2 * 11 * layer.expert_bytes
 
@@ -307,12 +308,12 @@ def test_shadowed_tokens_stay_and_weights_travel(rng):
 @pytest.mark.parametrize("source", range(12))
 def test_a_broadcast_reaches_every_device_once_and_enters_every_node_once(source):
   copies = com.broadcast_copies(UNEVEN, source)
-  assert copies.received_Q.tolist() == [int(q != source) for q in range(12)]
+  assert copies.received_P.tolist() == [int(q != source) for q in range(12)]
   assert copies.sent_P.max() == 1
-  assert copies.network_PQ.sum() == 2
+  assert copies.network_PP.sum() == 2
   has = {source}
   for _ in range(11):  # whoever has it sends on
-    has |= {q for p, q in itertools.chain(arrows(copies.network_PQ), arrows(copies.local_PQ)) if p in has}
+    has |= {q for p, q in itertools.chain(arrows(copies.network_PP), arrows(copies.local_PP)) if p in has}
   assert has == set(range(12))
 
 
@@ -346,14 +347,14 @@ def all_to_all_bytes(program: str) -> list[int]:
 def test_capacity_buffers_move_as_counted(dispatcher, data, expert):
   """Dispatch and combine of the compiled layer, byte for byte, and nothing that the routing could change."""
   batch, length, dim, experts = 16, 32, 24, 8
-  config = MoEConfig(num_experts=experts, expert_dim=40, dispatcher=dispatcher, group_size=16)
+  moe = {"num_experts": experts, "expert_dim": 40, "dispatcher": dispatcher, "group_size": 16}
   mesh = sharding.make_mesh(MeshConfig(data=data, expert=expert))
   with jax.set_mesh(mesh):
-    graphdef, params, rest = nnx.split(MoE(config, dim, rngs=nnx.Rngs(0)), nnx.Param, ...)
+    graphdef, params, rest = nnx.split(MoE(dim, **moe, rngs=nnx.Rngs(0)), nnx.Param, ...)
     layouts = sharding.state_shardings(mesh, params)
     params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
     layout = sharding.batch_sharding(mesh)
-    forward = lambda params, x_BLD: nnx.merge(graphdef, params, rest)(x_BLD, train=True)[0]
+    forward = lambda params, x_BLD: nnx.merge(graphdef, params, rest)(x_BLD, Context(train=True))[0]
     x = jax.ShapeDtypeStruct((batch, length, dim), jnp.float32)
     jitted = jax.jit(forward, in_shardings=(layouts, layout), out_shardings=layout)
     program = jitted.lower(params, x).compile().as_text()
@@ -364,7 +365,7 @@ def test_capacity_buffers_move_as_counted(dispatcher, data, expert):
     machine, groups=groups, num_experts=experts, capacity=capacity, expert_parallelism=expert
   )
   if expert == 4:
-    assert rows.network_PQ.sum() == 0  # the exchange stays inside replicas, which are nodes here
+    assert rows.network_PP.sum() == 0  # the exchange stays inside replicas, which are nodes here
   # Of what an instruction holds, the device's own part of 1 in `expert` stays.
   moved = [b * 8 * (expert - 1) // expert for b in all_to_all_bytes(program)]
   assert moved == [(rows * (4 * dim)).total] * 2
@@ -375,33 +376,33 @@ def test_dropless_rows_move_as_counted(rng):
   machine, dim = Machine(nodes=2, devices_per_node=4), 3
   routed = draw(machine, rng, tokens=64, experts=16, k=3)
   target_A, source_A = routed.device_E[routed.expert_A], routed.device_T[routed.token_A]
-  counts_PPE = np.zeros((8, 8, 2), np.int32)
-  np.add.at(counts_PPE, (source_A, target_A, routed.expert_A % 2), 1)
-  here, width = 64 // 8 * 3, int(counts_PPE.sum(axis=2).max())
+  counts_PPO = np.zeros((8, 8, 2), np.int32)
+  np.add.at(counts_PPO, (source_A, target_A, routed.expert_A % 2), 1)
+  here, width = 64 // 8 * 3, int(counts_PPO.sum(axis=2).max())
   rows_MD = np.repeat(1.0 + np.arange(8, dtype=np.float32), here)[:, None] * np.ones((1, dim), np.float32)
 
-  def move(rows_MD, counts_PPE):
-    plan = make_plan(counts_PPE, jax.lax.axis_index("expert"))
+  def move(rows_MD, counts_PPO):
+    plan = make_plan(counts_PPO, jax.lax.axis_index("expert"))
     _, send_size_X, _, _ = ragged_arguments(plan)
     return exchange(rows_MD, plan, Shape("expert", "padded", here, 8 * width, width)), send_size_X
 
   mesh = jax.make_mesh((8,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
   by_device = PartitionSpec("expert")
   moved = jax.shard_map(move, mesh=mesh, in_specs=(by_device, PartitionSpec()), out_specs=by_device)
-  compiled = jax.jit(moved).lower(rows_MD, counts_PPE).compile()
+  compiled = jax.jit(moved).lower(rows_MD, counts_PPO).compile()
   placed = (jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in
-            ((rows_MD, by_device), (counts_PPE, PartitionSpec())))  # fmt: skip
+            ((rows_MD, by_device), (counts_PPO, PartitionSpec())))  # fmt: skip
   arrived_MD, send_size_X = map(np.asarray, compiled(*placed))
-  sender_QR = arrived_MD[:, 0].reshape(8, -1)
-  arrived_PQ = (sender_QR[None] == 1.0 + np.arange(8)[:, None, None]).sum(axis=2)
+  sender_PM = arrived_MD[:, 0].reshape(8, -1)
+  arrived_PP = (sender_PM[None] == 1.0 + np.arange(8)[:, None, None]).sum(axis=2)
   # What a device with the ragged exchange, such as a TPU, is told to send.
-  asked_PQ = send_size_X.reshape(8, 8, 2).sum(axis=2)
-  for found_PQ in (arrived_PQ, asked_PQ):
-    np.fill_diagonal(found_PQ, 0)
+  asked_PP = send_size_X.reshape(8, 8, 2).sum(axis=2)
+  for found_PP in (arrived_PP, asked_PP):
+    np.fill_diagonal(found_PP, 0)
 
   traffic = com.dispatch_rows(routed, machine, "expert")
-  for found_PQ in (arrived_PQ, asked_PQ):
-    np.testing.assert_array_equal(found_PQ, traffic.network_PQ + traffic.local_PQ)
+  for found_PP in (arrived_PP, asked_PP):
+    np.testing.assert_array_equal(found_PP, traffic.network_PP + traffic.local_PP)
   assert traffic.total == int((source_A != target_A).sum())
   # The padded exchange moves the fullest pair's rows for every pair.
   (held,) = all_to_all_bytes(compiled.as_text())

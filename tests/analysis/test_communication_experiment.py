@@ -1,23 +1,11 @@
 """experiments/communication.py from end to end: what it records, counts and writes, and its answers to wrong flags."""
 
 import csv
-import json
-import subprocess
-import sys
 
 import pytest
 
-TINY = [
-  *(
-    "--preset=tiny",
-    "--dataset=markov",
-    "--markov_states=16",
-    "--num_layers=1",
-    "--model_dim=16",
-    "--head_dim=8",
-  ),
-  *("--batch_size=4", "--sequence_length=16", "--num_steps=12", "--notensorboard", "--data_parallelism=1"),
-]
+from tests.analysis import studies
+
 COUNTED = ["--nodes=2", "--devices_per_node=2", "--sequences_per_device=4", "--limits=1,2"]
 
 
@@ -31,44 +19,21 @@ WRONG = [
   (["--sequences_per_device=300"], "of which there are 400"),
   (["--limits=few"], "--limits=few: must be whole numbers"),
   (["--routers=softmax_topk+copies"], "behind + comes shadow_bytes or shadow_time"),
-  (["--routers=hash_topk"], "--routers=hash_topk: reads token_id_T, which a trace does not have"),
+  (["--routers=hash_topk"], "--routers=hash_topk: router by table: reads token ids"),
   (["--trace=nowhere"], "nowhere: holds no router logits"),
 ]
 
-# Runs the experiment with each list of arguments; prints [[status, stderr], ...] in the last line.
-SEVERAL = """
-import contextlib, io, json, sys
-from absl.testing import flagsaver
-from experiments import communication
-from moe_jax import cli
-found = []
-for arguments in json.loads(sys.argv[1]):
-  sys.argv = ["communication.py", *arguments]
-  with flagsaver.flagsaver(), contextlib.redirect_stderr(io.StringIO()) as stderr:
-    try:
-      cli.run(communication.main)
-    except SystemExit as end:
-      found.append([end.code or 0, stderr.getvalue()])
-print(json.dumps(found))
-"""
+
+def test_wrong_flags_are_one_line(tmp_path):
+  studies.assert_refuses("communication", WRONG, tmp_path / "run")
 
 
 def test_the_experiment_records_once_and_counts_any_run(tmp_path):
-  # One process for all, for starting one is what takes time: a run is recorded and counted, counted again by name, and
-  # wrong flags.
-  record = [*TINY, *COUNTED, f"--output_dir={tmp_path / 'one'}"]
+  record = [*studies.TINY_RUN, *COUNTED, f"--output_dir={tmp_path / 'one'}"]
   again = [f"--trace={tmp_path / 'one' / 'run'}", *COUNTED, "--once_per=node"]
   again += ["--routers=softmax_topk+shadow_time", f"--output_dir={tmp_path / 'two'}"]
-  wrong = [[*arguments, f"--output_dir={tmp_path / 'wrong'}"] for arguments, _ in WRONG]
-  command = [sys.executable, "-c", SEVERAL, json.dumps([record, again, *wrong])]
-  done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-  assert done.returncode == 0, done.stderr
-  first, second, *others = json.loads(done.stdout.splitlines()[-1])
+  first, second = studies.run("communication", [record, again])
   assert first[0] == second[0] == 0, (first, second)
-  for (status, line), (arguments, message) in zip(others, WRONG, strict=True):
-    assert status == 2, arguments
-    assert message in line and line.startswith("error: ") and len(line.strip().splitlines()) == 1
-  assert not (tmp_path / "wrong").exists()
 
   plots = {"devices.png", "busiest_link.png", "step_time.png"}
   assert {path.name for path in (tmp_path / "one").iterdir()} == {"run", "summary.csv", "devices.csv", *plots}

@@ -1,9 +1,8 @@
 """Replaying a run's own balancer reproduces the run. Replaying another one matches slow loops over the same logits."""
 
+import csv
 import json
 import math
-import subprocess
-import sys
 from typing import NamedTuple
 
 import jax
@@ -11,12 +10,13 @@ import numpy as np
 import pytest
 
 from moe_jax import sharding
-from moe_jax.analysis.replay import bias_methods, replay
+from moe_jax.analysis.replay.replay import bias_methods, replay
 from moe_jax.errors import InputError
 from moe_jax.ops import stats
 from moe_jax.training.compiled import compile_steps
 from moe_jax.training.router_trace import Trace, TraceWriter
 from tests import tiny
+from tests.analysis import studies
 
 CONFIG = tiny.change(tiny.CONFIG, record_router_logits=1, router_logits_dtype="float32")
 STEPS = 6
@@ -37,13 +37,13 @@ def train(folder, **fields) -> Recorded:
   with jax.set_mesh(mesh), TraceWriter(folder, {"config": config.to_dict()}) as writer:
     steps = compile_steps(config, tiny.VOCAB, tiny.DOMAINS, mesh)
     state = steps.init(0)
-    leaves = [jax.device_get(jax.tree.leaves(state.balancer))]
+    leaves = [jax.device_get(jax.tree.leaves(state.variables))]
     for step in range(1, STEPS + 1):
       batch = jax.device_put(tiny.make_batch(seed=step), sharding.batch_sharding(mesh))
       state, found = steps.train(state, batch)
       writer.add(step, found.pop("router_trace"))
       metrics.append(jax.device_get(found))
-      leaves.append(jax.device_get(jax.tree.leaves(state.balancer)))
+      leaves.append(jax.device_get(jax.tree.leaves(state.variables)))
   stacked = [np.stack([m[name] for m in metrics]) for name in ("tokens_per_expert", "max_vio")]
   return Recorded(Trace(folder), *stacked, leaves)
 
@@ -182,8 +182,8 @@ def test_the_methods_of_the_registry_that_have_a_bias():
     ("switch_loss:0.1", {}, "--balancers=switch_loss:0.1: acts only through a loss"),
     ("z_loss+gshard_loss:scope=sequence", {}, "acts only through a loss"),
     ("loss_free_bia", {}, "unknown balancer 'loss_free_bia': did you mean loss_free_bias"),
-    ("loss_free_bias", {"router": "noisy_topk"}, "reads side_logits_TX, which a trace does not have"),
-    ("none", {"router": "hash_topk"}, "reads token_id_T, which a trace does not have"),
+    ("loss_free_bias", {"router": "noisy_topk"}, "needs more than logits, and a trace does not have it"),
+    ("none", {"router": "hash_topk"}, "reads token ids, .* and a trace does not have it"),
     ("none", {"router": "moe_plus_plus"}, "scores 12 experts, and the trace has logits of 8"),
     ("none", {"batch_size": -1}, "--batch_size=-1: must be 1 or more"),
     ("none", {"batch_size": 49}, "--batch_size=49: more than the 48 recorded sequences"),
@@ -198,61 +198,48 @@ def test_what_cannot_be_replayed_is_one_line(recorded, balancers, options, messa
 
 # The experiment
 
-TINY = [
-  *(
-    "--preset=tiny",
-    "--dataset=markov",
-    "--markov_states=16",
-    "--num_layers=1",
-    "--model_dim=16",
-    "--head_dim=8",
-  ),
-  *("--batch_size=4", "--sequence_length=16", "--num_steps=12", "--notensorboard", "--data_parallelism=1"),
-]
 REPLAYS = ["--methods=loss_free_bias:0.01", "--rates=0.01,0.1", "--batch_sizes=2,8"]
+WRONG = [
+  (["--methods=switch_loss"], "--balancers=switch_loss: acts only through a loss"),
+  (["--rates=fast"], "--rates=fast: not a number (float)"),
+  (["--batch_sizes=0"], "--batch_size=0: must be 1 or more"),
+  (["--trace=nowhere"], "nowhere: holds no router logits; train with --record_router_logits=1"),
+  (["--trace=nowhere", "--num_experts=4"], "leave out --preset and the run's flags"),
+  (["--router=hash_topk"], "--router=hash_topk: router by table: reads token ids"),
+  (["--record=1"], "unknown flag '--record'"),
+]
 
 
-def _experiment(*arguments):
-  command = [sys.executable, "experiments/replay.py", *arguments]
-  return subprocess.run(command, capture_output=True, text=True, timeout=300)
+def test_wrong_flags_of_the_experiment_are_one_line(tmp_path):
+  studies.assert_refuses("replay", WRONG, tmp_path / "run")
 
 
 def test_the_experiment_records_once_and_replays_any_run(tmp_path):
-  done = _experiment(*TINY, *REPLAYS, f"--output_dir={tmp_path / 'one'}")
-  assert done.returncode == 0, done.stderr
-  files = {path.name for path in (tmp_path / "one").iterdir()}
+  one, two = tmp_path / "one", tmp_path / "two"
+  record = [*studies.TINY_RUN, *REPLAYS, f"--output_dir={one}"]
+  again = [f"--trace={one / 'run'}", *REPLAYS, f"--output_dir={two}"]
+  first, second, other = studies.run("replay", [record, again, [*record, "--num_experts=16"]])
+  assert first[0] == second[0] == 0, (first, second)
   plots = {"replay_max_vio.png", "replay_bias.png", "replay_oscillation.png"}
-  assert files == {"run", "summary.csv", *plots}
-  lines = (tmp_path / "one" / "summary.csv").read_text().splitlines()
-  # none, the method, and two rates at three batch sizes, of which one is the method again
-  assert len(lines) == 1 + 2 + 6 - 1
-  assert lines[1].startswith("none,4,3,") and "rate" in done.stdout
-  result = json.loads((tmp_path / "one" / "run" / "result.json").read_text())
+  assert {path.name for path in one.iterdir()} == {"run", "summary.csv", *plots}
+  result = json.loads((one / "run" / "result.json").read_text())
   assert result["num_steps"] == 12 and result["arm"] == "none"
 
-  again = _experiment(f"--trace={tmp_path / 'one' / 'run'}", *REPLAYS, f"--output_dir={tmp_path / 'two'}")
-  assert again.returncode == 0, again.stderr
-  assert (tmp_path / "two" / "summary.csv").read_text().splitlines() == lines
+  with (one / "summary.csv").open(newline="") as file:
+    rows = list(csv.DictReader(file))
+  swept = [(f"loss_free_bias:{rate}", size) for rate in ("0.01", "0.1") for size in ("2", "4", "8")]
+  # The method's rate is also in the sweep, where its row is not written a second time.
+  expected = [
+    ("none", "4"),
+    ("loss_free_bias:0.01", "4"),
+    *(s for s in swept if s != ("loss_free_bias:0.01", "4")),
+  ]
+  assert [(row["method"], row["batch_size"]) for row in rows] == expected
+  for row in rows:
+    tail = replay(Trace(one / "run"), row["method"], batch_size=int(row["batch_size"])).tail(0.25)
+    written = {name: float(row[name]) for name in tail._fields if row[name]}
+    assert written == pytest.approx({name: x for name, x in tail._asdict().items() if x is not None})
+  assert (two / "summary.csv").read_text() == (one / "summary.csv").read_text()
 
-  other = _experiment(*TINY, *REPLAYS, "--num_experts=16", f"--output_dir={tmp_path / 'one'}")
-  assert other.returncode == 2
-  assert "the run in it has another configuration (num_experts)" in other.stderr
-
-
-@pytest.mark.parametrize(
-  ("arguments", "message"),
-  [
-    (["--methods=switch_loss"], "--balancers=switch_loss: acts only through a loss"),
-    (["--rates=fast"], "--rates=fast: not a number (float)"),
-    (["--batch_sizes=0"], "--batch_size=0: must be 1 or more"),
-    (["--trace=nowhere"], "nowhere: holds no router logits; train with --record_router_logits=1"),
-    (["--trace=nowhere", "--num_experts=4"], "leave out --preset and the run's flags"),
-    (["--router=hash_topk"], "--router=hash_topk: reads token_id_T"),
-    (["--record=1"], "unknown flag '--record'"),
-  ],
-)
-def test_wrong_flags_of_the_experiment_are_one_line(tmp_path, arguments, message):
-  done = _experiment(*arguments, f"--output_dir={tmp_path / 'run'}")
-  assert done.returncode == 2
-  assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
-  assert not (tmp_path / "run").exists()
+  status, _, line = other
+  assert status == 2 and "the run in it has another configuration (num_experts)" in line

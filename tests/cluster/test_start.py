@@ -1,16 +1,22 @@
-"""Start-up of processes without a real cluster: which process this is, which have joined, and which rows it reads."""
+"""Several processes without starting any: who this process is, how all end, and which rows it reads."""
 
+import contextlib
+import os
+import queue
+import re
 import socket
 import threading
-import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
+from jax._src.lib import _jax
 
-from moe_jax.cluster import processes, roll_call
-from moe_jax.cluster.start import Options, Placement, find_placement
+from moe_jax.cluster import processes, watch
+from moe_jax.cluster.placement import Options, Placement, find_placement
+from moe_jax.cluster.start import start
 from moe_jax.errors import InputError
 
 SLURM = {
@@ -27,6 +33,7 @@ OMPI = {
   "OMPI_COMM_WORLD_LOCAL_RANK": "1",
   "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
 }
+HERE = f"{socket.gethostname()}, pid {os.getpid()}"
 ORTE = OMPI | {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911"}
 
 
@@ -92,152 +99,101 @@ def test_what_is_missing_or_wrong_is_one_line(options, environment, message):
   assert "\n" not in str(caught.value)
 
 
-# The roll call, with threads for processes.
+def test_a_port_that_is_taken_is_one_line():
+  with socket.create_server(("127.0.0.1", 0)) as server:
+    port = server.getsockname()[1]
+    with pytest.raises(InputError, match=f"process 0 cannot listen at port {port}"):
+      start(Options(f"127.0.0.1:{port}", 2, 0))
+
+
+# How they end: JAX's own service and clients, with threads for processes.
 
 
 @pytest.fixture
-def address(monkeypatch):
-  monkeypatch.setattr(roll_call, "_LINGER", 0.5)
+def ended(monkeypatch):
+  """(line, status) of each process that has ended."""
+  found = queue.Queue()
+
+  monkeypatch.setattr(watch, "end", lambda line, status, seconds: found.put((line, status)))
+  monkeypatch.setattr(watch, "_ANSWER", 1000)
+  return found
+
+
+@pytest.fixture
+def clients(ended):
+  """Three connected clients of one service."""
   with socket.create_server(("127.0.0.1", 0)) as server:
-    port = server.getsockname()[1]
-  return f"127.0.0.1:{port}"
+    address = f"127.0.0.1:{server.getsockname()[1]}"
+  service = _jax.get_distributed_runtime_service(address, 3, recoverable=True)
+  found = [_jax.get_distributed_runtime_client(address, i, init_timeout=60) for i in range(3)]
+  with ThreadPoolExecutor() as pool:
+    list(pool.map(lambda client: client.connect(), found))
+  yield found
+  for client in found:
+    with contextlib.suppress(RuntimeError):  # it has left already
+      client.shutdown()
+  service.shutdown()
 
 
-class Ended(threading.Event):
-  """Stands for the end of a process."""
-
-  def __init__(self):
-    super().__init__()
-    self.lines, self.status = [], None
-
-  def __call__(self, line, status):
-    if line:
-      self.lines.append(line)
-    if status >= 0:
-      self.status = status
-      self.set()
+@contextlib.contextmanager
+def _watching(clients, ids=(0, 1, 2), heartbeat_timeout=60.0):
+  watches = [watch.Watch(clients[i], i, 3, heartbeat_timeout) for i in ids]
+  yield watches
+  for one in watches:
+    one._leaving.set()
 
 
-def _join_all(rolls):
-  """(index -> watch or InputError, index -> Ended), each joined in a thread of its own."""
-  found, ends = {}, {i: Ended() for i in range(len(rolls))}
-
-  def join(i):
-    try:
-      found[i] = roll_call.join(rolls[i], ends[i])
-    except InputError as error:
-      found[i] = error
-
-  threads = [threading.Thread(target=join, args=(i,)) for i in range(len(rolls))]
-  for thread in threads:
-    thread.start()
-  for thread in threads:
-    thread.join(60)
-  return found, ends
+def _stop(one, *reason):
+  threading.Thread(target=one.stop, args=reason, daemon=True).start()
 
 
-def _roll(address, index, count=3, timeout=30.0, heartbeat=30.0, flags=""):
-  return roll_call.Roll(address, count, index, timeout, heartbeat, flags)
+def test_all_leave_together(clients, ended):
+  with _watching(clients, heartbeat_timeout=0.4) as watches, ThreadPoolExecutor() as pool:
+    leaving = [pool.submit(one.leave) for one in watches[:2]]
+    assert not wait(leaving, 1.5).done  # they wait for the third, whose heartbeats are fine
+    leaving.append(pool.submit(watches[2].leave))
+    for i in (1, 2):
+      leaving[i].result(30)
+      clients[i].shutdown()
+    leaving[0].result(30)
+  assert ended.empty() and not any(thread.is_alive() for one in watches for thread in one._threads)
 
 
-def test_all_join_and_leave(address):
-  found, ends = _join_all([_roll(address, i) for i in range(3)])
-  assert all(isinstance(watch, roll_call.Watch) for watch in found.values())
-  for watch in found.values():
-    watch.leave()
-  for watch in found.values():
-    for peer in watch._peers:
-      peer.connection.close()
-  time.sleep(0.2)
-  assert not any(end.lines or end.is_set() for end in ends.values())
+def test_a_failure_is_told_with_its_reason_and_status(clients, ended):
+  with _watching(clients) as watches:
+    _stop(watches[2], "--x=1: is wrong", 2)
+    told = sorted(ended.get(timeout=30) for _ in range(3))
+    assert told[0] == ("--x=1: is wrong", 2)
+    assert told[1] == told[2] == (f"process 2 of 3 ({HERE}) stopped: --x=1: is wrong", 2)
 
 
-def test_who_is_missing_is_told_to_all(address):
-  found, _ = _join_all([_roll(address, 0, 4, 2.0), _roll(address, 2, 4, 2.0)])
-  for error in found.values():
-    assert "--num_processes=4: processes 1, 3 did not join at 127.0.0.1:" in str(error)
+def test_one_that_does_not_answer_is_named_in_place_of_what_others_fail_with(clients, ended):
+  clients[1].key_value_set("moe_jax/host/1", "h, pid 7")
+  with _watching(clients, (0, 2)) as watches:
+    _stop(watches[0], "ValueError: connection reset", 1)
+    for line, status in (ended.get(timeout=30) for _ in range(2)):
+      assert status == 1
+      assert line.startswith(
+        "process 1 of 3 (h, pid 7) died, was killed or hangs (process 0: ValueError: conn"
+      )
 
 
-@pytest.mark.parametrize(
-  ("second", "message"),
-  [
-    ({"index": 1, "count": 3}, "--num_processes=3: the process on .* was given that, process 0 2"),
-    ({"index": 5, "count": 2}, "--process_id=5: .*each of 0 to 1 once"),
-    ({"index": 1, "count": 2, "flags": "other"}, "process 1: .* started with other flags than process 0"),
-  ],
-)
-def test_a_process_that_does_not_fit_is_refused(address, second, message):
-  found, _ = _join_all([_roll(address, 0, 2), _roll(address, **second)])
-  for error in found.values():
-    with pytest.raises(InputError, match=message):
-      raise error
+def test_one_whose_heartbeats_end_is_noticed(clients, ended):
+  with _watching(clients, (0, 2), heartbeat_timeout=0.4):
+    clients[1].shutdown()
+    for line, status in (ended.get(timeout=30) for _ in range(2)):
+      assert status == 1
+      assert re.match(
+        r"process 1 of 3 died, was killed or hangs \(process [02]: no heartbeat for 0.4 s", line
+      )
 
 
-def test_a_program_that_is_no_process_of_ours_does_not_disturb(address):
-  stop = threading.Event()
-
-  def knock():
-    while not stop.is_set():
-      try:
-        with socket.create_connection(roll_call.split_address(address), timeout=1) as other:
-          other.sendall(b"GET / HTTP/1.1\n\n")
-      except OSError:
-        time.sleep(0.01)
-
-  other = threading.Thread(target=knock)
-  other.start()
-  found, _ = _join_all([_roll(address, i, 2) for i in (0, 1)])
-  stop.set()
-  other.join(10)
-  assert all(isinstance(watch, roll_call.Watch) for watch in found.values())
-
-
-@pytest.mark.parametrize("gone", [0, 1])
-def test_when_one_is_gone_all_others_end(address, gone):
-  found, ends = _join_all([_roll(address, i) for i in range(3)])
-  watch = found[gone]
-  watch._stopping = True  # it is dead: its thread does nothing any more
-  for peer in watch._peers:
-    peer.connection.shutdown(socket.SHUT_RDWR)
-  for i, end in ends.items():
-    if i != gone:
-      assert end.wait(30) and end.status == 1
-      (line,) = end.lines
-      assert f"process {gone} of 3" in line and "died or was killed" in line
-
-
-def test_one_that_gives_no_sign_counts_as_gone(address):
-  found = {}
-  thread = threading.Thread(target=lambda: found.update(end=Ended()))
-  thread.start()
-  thread.join()
-  caller = threading.Thread(
-    target=lambda: found.update(watch=roll_call.join(_roll(address, 0, 2, heartbeat=2.0), found["end"]))
-  )
-  caller.start()
-  deadline = time.monotonic() + 30
-  while time.monotonic() < deadline:
-    try:
-      silent = socket.create_connection(roll_call.split_address(address), timeout=1)
-      break
-    except OSError:
-      time.sleep(0.01)
-  silent.sendall(b'{"moe_jax": 1, "num_processes": 2, "host": "h", "pid": 7, "flags": ""}\n')
-  assert found["end"].wait(30)
-  (line,) = found["end"].lines
-  assert "process 1 of 2 (h, pid 7) has given no sign for 2 s" in line
-  silent.close()
-  caller.join(10)
-
-
-def test_a_failure_is_told_with_its_reason_and_status(address):
-  found, ends = _join_all([_roll(address, i) for i in range(3)])
-  threading.Thread(target=found[2].stop, args=("--x=1: is wrong", 2), daemon=True).start()
-  for i in (0, 1):
-    assert ends[i].wait(30) and ends[i].status == 2
-    (line,) = ends[i].lines
-    assert line.startswith("process 2 of 3 (") and line.endswith("stopped: --x=1: is wrong")
-  assert ends[2].wait(30) and ends[2].lines == []  # it has said so itself
+def test_other_flags_are_named(clients, ended):
+  with _watching(clients) as watches:
+    watches[0].check_same_flags(["--a=1", "--b=2", "--process_id=0"])
+    watches[1].check_same_flags(["--a=1", "--b=2", "--process_id=1"])
+    with pytest.raises(InputError, match=r"process 2 has --b=3, process 0 has --b=2$"):
+      watches[2].check_same_flags(["--a=1", "--b=3", "--process_id=2"])
 
 
 # Which rows of the batch.

@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -65,16 +66,17 @@ def _free_port() -> int:
 class Pair:
   """Two processes; leaving it kills what still runs, by process id."""
 
-  def __init__(self, command: list[str], folder: pathlib.Path, ids=(0, 1), timeout: float = SLOW):
+  def __init__(self, command: list[str], folder: pathlib.Path, ids=(0, 1), timeout: float = SLOW, own=None):
     self.outputs = {i: folder / f"{folder.name}_{i}_{time.monotonic_ns()}.txt" for i in ids}
     address = f"--coordinator_address=127.0.0.1:{_free_port()}"
     env = ENVIRONMENT | {"XLA_FLAGS": f"{XLA_FLAGS} --xla_force_host_platform_device_count=4"}
     self.processes = {}
     for i, path in self.outputs.items():
-      own = [address, "--num_processes=2", f"--process_id={i}", f"--initialization_timeout={timeout}"]
+      place = [address, "--num_processes=2", f"--process_id={i}", f"--initialization_timeout={timeout}"]
+      place += (own or {}).get(i, "").split()
       with path.open("w") as out:
         self.processes[i] = subprocess.Popen(
-          [sys.executable, *command, *own], stdout=out, stderr=out, env=env
+          [sys.executable, *command, *place], stdout=out, stderr=out, env=env
         )
 
   def __enter__(self):
@@ -153,7 +155,8 @@ def test_a_process_that_is_killed_ends_the_other_with_one_line(killed):
   assert status == 1 and seconds < 60
   (line,) = re.findall(r"(?m)^error: .*", output)
   assert re.fullmatch(
-    r"error: process 1 of 2 \(.*, pid \d+\) died or was killed; all processes stop, .*", line
+    r"error: process 1 of 2 \(.*, pid \d+\) died, was killed or hangs \(process 0: .*\); all processes stop, .*",
+    line,
   )
   assert "Traceback" not in output and "Check failure" not in output
   assert not (_run_folder(output_dir) / "result.json").exists()
@@ -209,45 +212,63 @@ def test_the_same_flags_continue_and_everything_is_written_once(killed, expected
 
 
 TALK = """
-import sys, time
-from absl import app
 from moe_jax import cli
 from moe_jax.cluster import start as distributed
 distributed.define_flags()
 def main(argv):
   from moe_jax.cluster import processes
-  for step in range(10_000):
+  for step in range(100_000):
     processes.from_all(step)
     if step == 3: print("talking", flush=True)
 cli.run(distributed.on_every_process(main))
 """
+GONE = (
+  r"error: process {} of 2.* died, was killed or hangs \(process {}: {}.*continues from the last checkpoint\n"
+)
 
 
-def _talk(tmp_path: pathlib.Path) -> list[str]:
+@pytest.fixture
+def talk(tmp_path):
+  """Starts a pair that does nothing but talk to each other."""
   script = tmp_path / "talk.py"
   script.write_text(TALK)
-  return [str(script), "--heartbeat_timeout=10"]
+  return lambda **options: Pair([str(script), "--heartbeat_timeout=6"], tmp_path, **options)
 
 
-def test_the_others_end_too_when_process_0_is_killed(tmp_path):
-  with Pair(_talk(tmp_path), tmp_path) as pair:
-    pair.wait_until(lambda: "talking" in pair.output(1), SLOW, "talk")
-    pair.processes[0].kill()
+@pytest.mark.parametrize(
+  ("process", "sent", "status", "told"),
+  [
+    (1, signal.SIGSTOP, 1, GONE.format(1, 0, "no heartbeat for 6 s")),
+    (1, signal.SIGINT, 130, r"error: process 1 of 2 \(.*\) stopped: stopped from the keyboard; .*\n"),
+    # JAX's own abort may be quicker than the line.
+    (0, signal.SIGKILL, None, GONE.format(0, 1, "") + "|JAX distributed service detected fatal errors"),
+  ],
+  ids=["frozen", "interrupted", "process 0 killed"],
+)
+def test_the_other_ends_in_bounded_time_and_says_why(talk, process, sent, status, told):
+  with talk() as pair:
+    pair.wait_until(lambda: all("talking" in pair.output(i) for i in (0, 1)), SLOW, "talk")
+    pair.processes[process].send_signal(sent)
     started = time.monotonic()
-    assert pair.ends(1, SLOW) != 0
+    ended = pair.ends(1 - process, SLOW)
     assert time.monotonic() - started < 60
-    # JAX's own abort may be quicker than the line; then it is what the output ends with.
-    assert re.search("error: process 0 of 2 .* died or was killed|JAX distributed service", pair.output(1))
+    assert re.search(told, pair.output(1 - process))
+    assert ended == status if status else ended != 0
+    assert sent != signal.SIGINT or pair.ends(process, SLOW) == status
 
 
-def test_a_process_that_never_joins_is_named_after_a_bounded_wait(tmp_path):
-  with contextlib.ExitStack() as stack:  # both wait at the same time, each for another that is not there
-    pairs = [stack.enter_context(Pair(_talk(tmp_path), tmp_path, ids=(i,), timeout=1.5)) for i in (0, 1)]
-    assert [pair.ends(i, SLOW) for i, pair in enumerate(pairs)] == [2, 2]
-    lines = [pair.output(i) for i, pair in enumerate(pairs)]
-  assert re.fullmatch(
-    r"error: --num_processes=2: process 1 did not join at 127.0.0.1:\d+ within 1.5 s .*\n", lines[0]
-  )
-  assert re.fullmatch(
-    r"error: --coordinator_address=\S+: process 0 was not there within 1.5 s .*\n", lines[1]
-  )
+def test_processes_that_do_not_fit_end_with_one_line(talk):
+  with contextlib.ExitStack() as stack:  # all at the same time
+    alone = [stack.enter_context(talk(ids=(i,), timeout=1.5)) for i in (0, 1)]
+    both = stack.enter_context(talk(own={1: "--verbosity=-1"}))
+    pairs = [(alone[0], 0), (alone[1], 1), (both, 0), (both, 1)]
+    assert [pair.ends(i, SLOW) for pair, i in pairs] == [2] * 4
+    lines = [pair.output(i) for pair, i in pairs]
+  expected = [
+    r"--num_processes=2: not all processes joined at 127.0.0.1:\d+ within 1.5 s .*; this is process 0, .*",
+    r"--coordinator_address=\S+: process 1 did not find process 0 within 1.5 s .*",
+    r"process 1 of 2 \(.*\) stopped: all processes must be started with the same flags: .*",
+    r".* the same flags: process 1 has --verbosity=-1, process 0 has none of that",
+  ]
+  for line, pattern in zip(lines, expected, strict=True):
+    assert re.fullmatch(f"error: {pattern}\n", line)

@@ -50,7 +50,8 @@ def test_arms_start_alike_and_read_the_same_batches(finished):
   """The first step's loss and load come before any balancing has acted."""
   folder, _ = finished
   first = [line for line in read_jsonl(folder / "metrics.jsonl") if line["step"] == 1]
-  assert first[0]["loss"] == first[1]["loss"]
+  # Two programs, which may sum the 8 x 16 tokens in different orders.
+  assert first[0]["loss"] == pytest.approx(first[1]["loss"], rel=8 * 16 * 2.0**-23)
   assert first[0]["tokens_per_expert"] == first[1]["tokens_per_expert"]
   assert first[0]["arm"] != first[1]["arm"]
 
@@ -68,7 +69,7 @@ def test_finished_runs_are_kept_and_arms_can_be_added(finished, monkeypatch):
   again = Comparison(ARMS, [0], CONFIG, folder).run()
   assert trained == NAMES[2:]
   assert again[:2] == results
-  assert json.loads((folder / "config.json").read_text())["arms"] == ARMS
+  assert list(json.loads((folder / "config.json").read_text())["arms"]) == NAMES
 
 
 def test_another_configuration_is_refused(finished):

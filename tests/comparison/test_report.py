@@ -1,18 +1,23 @@
 """The report matches the results: statistics computed by hand, verdicts, self-contained files."""
 
+import base64
 import csv
 import io
 import json
 import math
 import re
+from html.parser import HTMLParser
 
+import matplotlib.image
 import numpy as np
 import pytest
+import scipy.stats
 from rich.console import Console
 
 from moe_jax.comparison import report, results, statistics
 from moe_jax.comparison.report import canvas, plots, tables
 from moe_jax.errors import InputError
+from moe_jax.training.results import table_columns
 
 LONG = "switch_loss:0.01:scope=global_batch+z_loss:0.001+loss_free_bias:0.003:rule=sign"
 
@@ -26,14 +31,14 @@ def make_result(arm="none", seed=0, *, num_layers=2, num_experts=4, **validation
   return {
     "arm": arm, "seed": seed, "num_steps": 30, "tokens_per_step": 64, "num_params": 1000,
     "num_active_params": 500, "dataset": "stdlib", "fingerprint": "abc123", "domains": ["code", "prose"],
-    "entropy_rate": None, "validation_floor": None,
+    "entropy_rate": None, "validation_floor": None, "columns": table_columns(),
     "validation": {
-      "nll": 2.0, "perplexity": math.exp(2.0), "num_tokens": 640, "max_vio_global": [1.0, 3.0],
+      "nll": 2.0, "perplexity": math.exp(2.0), "num_tokens": 640, "max_vio": [1.0, 3.0],
       "dropped_fraction": layers, "dead_experts": [0, 1], "load_entropy": layers, "router_entropy": layers,
       "mutual_information": layers, "load": load.tolist(), "load_by_domain": by_domain.tolist(), **validation,
     },
     "training": {
-      "max_vio_batch_tail": layers, "dropped_fraction_tail": layers, "loss_tail": 2.0,
+      "max_vio": layers, "dropped_fraction": layers, "router_entropy": layers, "loss": 2.0,
       "tokens_per_second": 1e4, "seconds": 6.0, "compile_seconds": 2.0, "tail_steps": 6,
     },
     "versions": {"python": "3.11.2", "jax": "0.7.0"}, "device": "cpu x 1",
@@ -72,13 +77,13 @@ def differ(per_seed, key="nll"):
 def test_mean_and_spread_by_hand():
   perplexities, max_vios = (10.0, 12.0, 14.0), ([1.0, 3.0], [2.0, 4.0], [0.0, 2.0])
   rows = report.summarise(
-    [make_result(seed=s, perplexity=perplexities[s], max_vio_global=max_vios[s]) for s in range(3)]
+    [make_result(seed=s, perplexity=perplexities[s], max_vio=max_vios[s]) for s in range(3)]
   )
   (row,) = rows
   assert row.seeds == (0, 1, 2)
   assert row.cells["perplexity"] == report.Stat(12.0, 2.0, 3)
   # Layers first: 2, 3 and 1, whose deviation is 1. Over all six values it would be 1.41.
-  assert row.cells["max_vio_global"] == report.Stat(2.0, 1.0, 3)
+  assert row.cells["max_vio"] == report.Stat(2.0, 1.0, 3)
   assert [s.mean for s in row.max_vio_layers] == [1.0, 3.0] and row.max_vio_range == (1.0, 3.0)
   assert row.cells["dead_experts"].mean == 0.5
   assert row.cells["excess_nll"] is None
@@ -91,12 +96,10 @@ def test_excess_prefers_the_measured_floor():
 
 
 def test_one_seed_has_no_spread_and_missing_keys_are_dashes():
-  (row,) = report.summarise(
-    [{"arm": "a", "seed": 3, "validation": {"nll": 1.0, "max_vio_global": [1.0, None]}}]
-  )
+  (row,) = report.summarise([{"arm": "a", "seed": 3, "validation": {"nll": 1.0, "max_vio": [1.0, None]}}])
   assert row.cells["nll"] == report.Stat(1.0, None, 1)
-  assert row.cells["tokens_per_second"] is None and row.cells["max_vio_global"] is None
-  column = report.COLUMNS[0]
+  assert row.cells["tokens_per_second"] is None and "max_vio" not in row.cells
+  column = report.columns_of([])[0]
   assert tables.format_stat(None, column, 1) == "-"
   assert tables.format_stat(report.Stat(1.0, 0.5, 2), column, 3) == "1.000 ± 0.500 (n=2)"
 
@@ -107,14 +110,14 @@ def test_a_diverged_seed_shows_and_resolves_nothing(diverged):
   of_b = [make_result("b", s, nll=1.0, perplexity=diverged if s == 1 else 2.0) for s in range(3)]
   cell = report.summarise(of_b)[0].cells["perplexity"]
   assert not math.isfinite(cell.mean)
-  assert re.fullmatch(r"(nan|inf) ± nan", tables.format_stat(cell, report.COLUMNS[0], 3))
+  assert re.fullmatch(r"(nan|inf) ± nan", tables.format_stat(cell, report.columns_of([])[0], 3))
   verdicts = {d.key: d.verdict for d in report.paired_differences(of_a + of_b)}
   assert verdicts["perplexity"] == statistics.UNRESOLVED and verdicts["nll"] == "lower (better)"
 
 
 def test_a_diverged_run_is_reported(tmp_path):
   nan = math.nan
-  lost = make_result("lost", 0, nll=nan, perplexity=nan, max_vio_global=[nan, nan], load=[[nan] * 4] * 2)
+  lost = make_result("lost", 0, nll=nan, perplexity=nan, max_vio=[nan, nan], load=[[nan] * 4] * 2)
   write_run(tmp_path, [make_result(), lost])
   lines = [{"step": 10, "loss": 3.0, "max_vio": [1.0, 1.0]}]
   lines += [
@@ -123,7 +126,7 @@ def test_a_diverged_run_is_reported(tmp_path):
   ]
   (tmp_path / "arms/arm_1/seed_0/metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
   paths = write(tmp_path, report.load_results(tmp_path))
-  assert "<td>nan</td>" in paths["html"].read_text() and len(paths) == 8
+  assert "<td>nan</td>" in paths["html"].read_text() and len(paths) == 9
 
 
 def test_difference_is_paired_by_seed():
@@ -152,6 +155,35 @@ def test_difference_is_paired_by_seed():
 )
 def test_verdict_needs_three_seeds_and_two_standard_errors(per_seed, verdict):
   assert differ(per_seed).verdict == verdict
+
+
+@pytest.mark.parametrize("per_seed", [[1.0, 1.1, 0.9], [0.3, -0.1, 0.2, 0.5, 0.0], [1.0, -2.0]])
+def test_interval_and_p_value_are_those_of_the_paired_t_test(per_seed):
+  difference = differ(per_seed)
+  oracle = scipy.stats.ttest_rel(2.0 + np.array(per_seed), np.full(len(per_seed), 2.0))
+  assert difference.degrees_of_freedom == len(per_seed) - 1
+  assert difference.p_value == pytest.approx(oracle.pvalue, abs=1e-9)
+  assert difference.interval == pytest.approx(tuple(oracle.confidence_interval(0.95)))
+
+
+def test_t_test_at_its_ends():
+  low, high = differ([1.0, 1.1, 0.9]).interval
+  assert high - 1.0 == pytest.approx(1.0 - low) == pytest.approx(4.3027 * 0.1 / math.sqrt(3), rel=1e-4)
+  assert differ([0.0, 0.0, 0.0]).p_value == 1.0
+  assert differ([1.0]).p_value is None and differ([1.0]).interval is None
+  assert math.isnan(differ([1.0, math.nan, 1.0]).p_value)
+
+
+@pytest.mark.parametrize("broken", range(4))
+def test_one_seed_that_breaks_the_protocol_makes_the_difference_not_comparable(broken):
+  """Whichever of the seeds it is, also one that lacks the quantity."""
+  of_a, of_b = ([make_result(arm, s, nll=nll) for s in range(4)] for arm, nll in (("a", 1.0), ("b", 2.0)))
+  verdict = lambda: {d.key: d for d in report.paired_differences(of_a + of_b)}["nll"]
+  assert verdict().resolved
+  of_b[broken]["num_steps"] += 1
+  for _ in range(2):
+    assert verdict().verdict == "not comparable: number of steps" and not verdict().resolved
+    of_b[broken]["validation"].pop("nll", None)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +216,7 @@ def test_the_markdown_table_says_what_is_resolved(tmp_path):
   assert page[0] == "`python x.py`" and page[2].startswith("| arm | Perplexity |")
   assert page[4].startswith("| `a` | 8.000 ± 0.000 |") and page[4].endswith("| baseline |")
   assert "+1.010 ± 0.006: higher (worse)" in page[5] and "+0.000 ± 0.000: no difference resolved" in page[5]
-  assert {line.count("|") for line in page[2:]} == {10}
+  assert len({line.count("|") for line in page[2:]}) == 1
 
 
 def test_speed_has_no_verdict():
@@ -261,7 +293,26 @@ def test_csv_round_trip(tmp_path):
   cell = rows[0].cells["perplexity"]
   assert (float(line["perplexity_mean"]), float(line["perplexity_std"])) == (cell.mean, cell.spread)
   assert line["excess_nll_mean"] == "" and line["excess_nll_n"] == "0"
-  assert (line["max_vio_global_lowest_layer"], line["max_vio_global_highest_layer"]) == ("1.0", "3.0")
+  assert (line["max_vio_lowest_layer"], line["max_vio_highest_layer"]) == ("1.0", "3.0")
+
+
+def test_differences_csv_has_what_a_correction_needs(tmp_path):
+  of_a = [make_result("a", s, nll=1.0) for s in (0, 1, 2)]
+  of_b = [make_result("b", s, nll=2.0 + s / 7) for s in (0, 1, 2)]
+  all_results = [*of_a, *of_b, make_result("c", 2, nll=5.0)]
+  path = write(tmp_path, all_results)["differences"]
+  differences = report.paired_differences(all_results)
+  with path.open(newline="") as file:
+    lines = list(csv.DictReader(file))
+  assert [(line["arm"], line["quantity"]) for line in lines] == [(d.arm, d.key) for d in differences]
+  assert {line["baseline"] for line in lines} == {"a"}
+  for line, d in zip(lines, differences, strict=True):
+    numbers = [line[name] for name in ("mean", "standard_error", "p_value", "low", "high")]
+    expected = (d.mean, d.standard_error, d.p_value, *(d.interval or (None, None)))
+    assert numbers == ["" if x is None else str(x) for x in expected]
+    per_seed = {s: float(line[f"seed_{s}"]) for s in (0, 1, 2) if line[f"seed_{s}"]}
+    assert per_seed == d.per_seed and line["num_seeds"] == str(len(per_seed)) and line["verdict"] == d.verdict
+    assert int(line["degrees_of_freedom"]) == len(per_seed) - 1
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
@@ -292,56 +343,98 @@ def test_table_prints_where_only_ascii_can_be(monkeypatch):
   assert b"7.389+/-0.000" in raw.getvalue()
 
 
+class Page(HTMLParser):
+  """A page's tables and images; fails where an element is not closed in order."""
+
+  def __init__(self, page):
+    super().__init__()
+    self.stack, self.names, self.tables, self.images = [], set(), [], []
+    self.feed(page)
+    assert not self.stack
+
+  def handle_starttag(self, tag, attributes):
+    self.names.add(tag)
+    if tag not in ("meta", "img", "wbr"):
+      self.stack.append(tag)
+    if tag == "img":
+      self.images.append(dict(attributes))
+    elif tag == "table":
+      self.tables.append([])
+    elif tag == "tr":
+      self.tables[-1].append([])
+    elif tag in ("td", "th"):
+      self.tables[-1][-1].append("")
+
+  def handle_endtag(self, tag):
+    assert self.stack.pop() == tag
+
+  def handle_data(self, data):
+    if {"td", "th"} & set(self.stack):
+      self.tables[-1][-1][-1] += data
+
+
 def test_report_is_self_contained_and_escaped(tmp_path):
   evil = "<script>alert('x')</script>"
   all_results = [make_result(arm, seed) for arm in ("none", evil) for seed in range(3)]
   paths = write(
     write_run(tmp_path, all_results), all_results, title=evil, question=evil, command=evil, notes=[evil]
   )
-  page = paths["html"].read_text()
-  assert "<script" not in page and page.count("&lt;script&gt;") >= 8
-  assert re.findall(r"\b(?:src|href)\s*=\s*(.{11})", page) == ['"data:image'] * 5
-  assert not re.search(r"@import|url\(|https?://", page)
-  assert page.count("data:image/png;base64,") == 5
-  assert len(page) < 2_000_000
-  for words in (
-    "abc123",
-    "num_layers",
-    "Differences from none",
-    "chance alone",
-    "Layer 1",
-    "sample standard",
-  ):
-    assert words in page
-  _assert_balanced(page)
+  text = paths["html"].read_text()
+  page = Page(text)
+  assert not {"script", "link", "iframe"} & page.names
+  assert re.findall(r"\b(?:src|href)\s*=\s*(.{11})", text) == ['"data:image'] * 5
+  assert not re.search(r"@import|url\(|https?://", text)
+  for words in ("abc123", "num_layers", "Differences from none", "chance alone", "sample standard"):
+    assert words in text
+  assert text.count("{{") == text.count("{%") == 0
 
 
-def _assert_balanced(page):
-  """Every element that is opened is closed, in order."""
-  from html.parser import HTMLParser
+def test_the_tables_of_the_report_have_every_arm_and_number(tmp_path):
+  arms = ["none", LONG, "<b>&amp;"]
+  all_results = [make_result(arm, s, nll=1.0 + i + s) for i, arm in enumerate(arms) for s in range(3)]
+  results_table, differences, layers, facts = Page(write(tmp_path, all_results)["html"].read_text()).tables
+  rows = report.summarise(all_results)
+  columns = tables.shown_columns(rows)
+  assert results_table[0] == ["Arm", *(c.title + c.unit for c in columns)]
+  for row, line in zip(rows, results_table[1:], strict=True):
+    shown = [tables.format_stat(row.cells[c.key], c, 3).replace(" ", "") for c in columns]
+    assert line[0] == row.arm and [cell.replace(" ", "") for cell in line[1:]] == shown
+  expected = report.paired_differences(all_results)
+  assert [line[4] for line in differences[1:]] == [d.verdict for d in expected]
+  assert [line[0] for line in differences[1:] if line[0]] == arms[1:]
+  assert [line[0] for line in layers] == ["Arm", *arms] and layers[0][1:] == ["Layer 0", "Layer 1"]
+  assert ["Training steps", "30"] in facts
 
-  stack = []
 
-  class Check(HTMLParser):
-    def handle_starttag(self, tag, attributes):
-      if tag not in ("meta", "img", "wbr"):
-        stack.append(tag)
-
-    def handle_endtag(self, tag):
-      assert stack.pop() == tag
-
-  Check().feed(page)
-  assert not stack
-
-
-def test_pngs_are_pictures_and_reproducible(tmp_path):
-  all_results = [make_result(arm, seed) for arm in ("none", "b") for seed in range(2)]
-  paths = write(write_run(tmp_path, all_results), all_results)
-  names = {"max_vio", "perplexity_vs_max_vio", "load_heatmap", "loss", "domain_heatmap"}
-  assert set(paths) == names | {"csv", "markdown", "html"}
+def test_every_picture_shows_every_arm_and_is_reproducible(tmp_path):
+  all_results = [make_result(arm, seed, nll=1.0 + seed) for arm in ("none", "b") for seed in range(2)]
+  for r in all_results:  # or one arm's curves would hide the other's
+    r["validation"]["max_vio"] = [1.0, 2.0 + r["seed"] + 3 * (r["arm"] == "b")]
+  write_run(tmp_path, all_results)
+  for i, path in enumerate(sorted(tmp_path.glob("arms/*/*/metrics.jsonl"))):
+    lines = [{"step": s, "loss": 3.0 - s / (9 + i), "max_vio": [1.0 + i, s / 20]} for s in (10, 20, 30)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  paths = write(tmp_path, all_results)
+  names = ["max_vio", "perplexity_vs_max_vio", "loss", "load_heatmap", "domain_heatmap"]
+  assert list(paths) == ["csv", "differences", "markdown", "html", *names]
   first = {name: paths[name].read_bytes() for name in names}
-  for data in first.values():
-    assert data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) > 5_000
+  images = Page(paths["html"].read_text()).images
+  assert [base64.b64decode(i["src"].partition(",")[2]) for i in images] == list(first.values())
+  for (name, data), attributes in zip(first.items(), images, strict=True):
+    pixels = np.rint(255 * matplotlib.image.imread(io.BytesIO(data))[..., :3]).astype(int)
+    height, width = pixels.shape[:2]
+    assert (attributes["width"], attributes["height"]) == (str(width), str(height))
+    assert 500 < width < 2000 and 250 < height < 1000
+    # Colour bars, legends and the names of curves are at the right.
+    seen = pixels if "perplexity" in name else pixels[:, : width // 2]
+    colours, areas = np.unique(seen.reshape(-1, 3), axis=0, return_counts=True)
+    if "heatmap" in name:
+      assert (areas > 2000).sum() >= 6  # shades of the first arm's two rows of four experts, and paper
+    else:
+      for arm in range(2):
+        style = canvas.style(arm)["color"]
+        is_arms = (colours == [int(style[i : i + 2], 16) for i in (1, 3, 5)]).all(axis=1)
+        assert areas[is_arms].sum() > 50, (name, arm)  # letters have few pixels of any one grey
   write(tmp_path, all_results)
   assert {name: paths[name].read_bytes() for name in names} == first
 
@@ -353,6 +446,7 @@ def test_one_arm_one_seed_and_many_arms(tmp_path, num_arms):
   paths = write(write_run(tmp_path, all_results), all_results)
   page = paths["html"].read_text()
   assert "One seed per arm" in page and len(page) < 2_000_000
+  assert [line[0] for line in Page(page).tables[0]] == ["Arm", *arms]
   assert ("Differences from" in page) == (num_arms > 1)
   looks = [tuple(canvas.style(i).values()) for i in range(28)]
   assert len(set(map(str, looks))) == 28
@@ -362,8 +456,8 @@ def test_one_arm_one_seed_and_many_arms(tmp_path, num_arms):
 def test_bare_results_without_metrics_or_config(tmp_path):
   bare = [{"arm": "a", "seed": 0}, {"arm": "b", "seed": 0, "validation": {"nll": 1.0}}]
   paths = write(tmp_path, bare, notes=[])
-  assert set(paths) == {"csv", "markdown", "html"}
-  _assert_balanced(paths["html"].read_text())
+  assert set(paths) == {"csv", "differences", "markdown", "html"}
+  assert [line[:2] for line in Page(paths["html"].read_text()).tables[0][1:]] == [["a", "-"], ["b", "-"]]
 
 
 def test_curves_average_layers_and_keep_shared_steps():

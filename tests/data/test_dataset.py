@@ -1,5 +1,7 @@
 """The order, resumption and division of batches among processes, for every kind of source."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
@@ -36,10 +38,12 @@ def make(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_same_seed_same_batches_other_seed_other_batches(make, kind):
+def test_the_seed_orders_what_is_trained_on_and_not_the_validation(make, kind):
   first, again, other = (take(make(kind, data_seed=s).train_batches(), 5) for s in (1, 1, 2**40))
   assert all(map(same, first, again))
   assert not any(map(same, first, other))
+  one, two = (list(make(kind, data_seed=s).validation_batches()) for s in (1, 2**40))
+  assert all(map(same, one, two)) and len(one) == len(two)
   assert {k: v.shape for k, v in first[0].items()} == {
     "tokens_BL": (4, 32),
     "targets_BL": (4, 32),
@@ -113,20 +117,37 @@ def test_an_epoch_reads_every_window_once_and_epochs_differ(make):
 
 def test_a_batch_larger_than_the_data_set_is_filled_by_the_next_epoch(tmp_path):
   folder = write_files(tmp_path, {"a.txt": "x" * 40 + "\n" + "y" * 40, "b.txt": "z" * 40})
-  assert next(folder_dataset(folder, batch_size=64).train_batches())["tokens_BL"].shape == (64, 32)
+  dataset = folder_dataset(folder, batch_size=64)
+  windows = window_texts(next(dataset.train_batches()))
+  n = dataset.info.num_windows["train"]
+  counts = Counter(windows)
+  assert len(windows) == 64 and len(counts) == n > 1
+  assert set(counts.values()) <= {64 // n, 64 // n + 1}  # every epoch has all of them
+  assert len({tuple(windows[i : i + n]) for i in range(0, 64 - n, n)}) > 1  # and an order of its own
 
 
-def test_streamed_epoch_reads_every_document_once(make):
+def documents_of(batches):
+  """The documents of consecutive windows of a bytes-tokenised data set, in order; `bos` is in front of each."""
+  text = ""
+  for batch in batches:
+    for tokens, targets, mask in zip(
+      *(batch[k] for k in ("tokens_BL", "targets_BL", "mask_BL")), strict=True
+    ):
+      text += "".join("|" if t == 256 else chr(t) for t in [*tokens[:1][tokens[:1] == 256], *targets[mask]])
+  return [document for document in text.split("|") if document]
+
+
+def test_every_streamed_epoch_reads_every_document_once_in_an_order_of_its_own(make):
   dataset = make("streamed", batch_size=1)
   assert dataset.documents_per_group > 1  # these documents are short
-  expected = sum(len(t.text) + 1 for t in dataset._train)  # a target for each bos but a group's first
-  groups = -(-len(dataset._train) // dataset.documents_per_group)
-  windows = join_rows(take(dataset.train_batches(), -(-expected // 32) - 1))
-  assert windows["mask_BL"].sum() > 0.9 * (expected - groups)
-  whole = sum(int(b["mask_BL"].sum()) for b in dataset.validation_batches())
-  groups = -(-len(dataset._validation) // dataset.documents_per_group)
-  assert whole == sum(len(t.text) + 1 for t in dataset._validation) - groups
-  assert windows["mask_BL"].mean() > 0.9
+  train, validation = ([t.text for t in of] for of in (dataset._train, dataset._validation))
+  batches = take(dataset.train_batches(), 4 * sum(map(len, train)) // 32)  # more than three epochs
+  read = documents_of(batches)
+  epochs = [read[i * len(train) : (i + 1) * len(train)] for i in range(3)]
+  assert [sorted(epoch) for epoch in epochs] == [sorted(train)] * 3
+  assert len(set(map(tuple, [train, *epochs]))) == 4
+  assert sorted(documents_of(dataset.validation_batches())) == sorted(validation)
+  assert join_rows(batches)["mask_BL"].mean() > 0.9
 
 
 def test_batch_size_must_divide_over_processes(make):

@@ -1,10 +1,10 @@
 """The standard-library corpus: a small made-up library, then this interpreter's own."""
 
-import ast
 import os
 import re
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ import pytest
 from moe_jax.data import load_dataset, stdlib_text
 from moe_jax.data.stdlib_text import read_documents, split_docstrings
 from moe_jax.errors import InputError
-from tests.data.helpers import config, join_rows, write_library
+from tests.data.helpers import config, join_rows, write_files, write_library
 
 REPOSITORY = Path(__file__).parents[2]
 builder = pytest.importorskip("moe_jax.data.stdlib_builder")
@@ -53,6 +53,42 @@ def test_every_text_has_its_domain_and_one_split(library):
     # at least the fraction, and at most one text more, of which this small library has twenty a domain
     share = sizes["validation"] / sum(sizes.values())
     assert stdlib_text.VALIDATION_FRACTION <= share < stdlib_text.VALIDATION_FRACTION + 0.1
+
+
+def test_the_texts_whose_paths_have_the_lowest_hashes_are_for_validation(library):
+  names = {
+    "code": ("module{}.py", "def f{}()"),
+    "tests": ("test/test_{}.py", "def test_{}()"),
+    "tables": ("encodings/cp{}.py", "  {},\n"),
+    "numbers": ("test/decimaltestdata/n{}.decTest", "add{} add"),
+  }
+  documents = read_documents(library, min_bytes=1)
+  for domain, (path, mark) in names.items():
+    (text,) = (d.text for d in documents if (d.domain, d.split) == (domain, "validation"))
+    held = {i for i in range(20) if mark.format(i) in text}
+    by_hash = sorted(range(20), key=lambda i: sha256(path.format(i).encode()).hexdigest())
+    assert held == set(by_hash[: len(held)]) and 0 < len(held) < 4, domain
+
+
+def test_test_files_are_tests_wherever_they_lie(tmp_path):
+  tests = [
+    "test/a.py",
+    "test/deep/b.py",
+    "pkg/tests/c.py",
+    "lib/idle_test/d.py",
+    "pkg/test_e.py",
+    "test_f.py",
+  ]
+  others = ["contest/g.py", "pkg/latest/h.py", "pkg/testing.py", "unittest/case.py", "attest_i.py"]
+  files = {path: f'"""Of {path}."""\nhere = "{path}"\n' for path in tests + others}
+  write_files(tmp_path, files | {"pkg/tests/README.txt": "READ"})
+  text = dict.fromkeys(("tests", "code", "prose"), "")
+  for document in read_documents(tmp_path, min_bytes=1):
+    text[document.domain] += document.text
+  for path, source in files.items():
+    found = (source in text["tests"], f'here = "{path}"' in text["code"], path in text["prose"])
+    assert found == ((True, False, False) if path in tests else (False, True, True)), path
+  assert "READ" not in "".join(text.values())
 
 
 def test_short_texts_are_joined_and_long_ones_cut():
@@ -163,9 +199,3 @@ def test_domains_hold_what_they_say(real):
   assert samples["tables"].count("0x") > 10 * samples["prose"].count("0x")
   assert samples["code"].count("self.") > 2 * samples["prose"].count("self.")
   assert samples["prose"].count(" the ") > 2 * samples["code"].count(" the ")
-
-
-def test_library_source_is_parsable_here():
-  # the split into code and prose rests on this interpreter parsing its own library
-  root = stdlib_text.stdlib_root()
-  ast.parse((root / "argparse.py").read_text(encoding="utf-8"))

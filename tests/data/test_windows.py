@@ -67,7 +67,7 @@ def test_masked_rows():
   windows = cut(8)
   filled = masked_rows(windows.rows([1]), 3, TOKENIZER.pad_id)
   assert filled["mask_BL"].any(axis=1).tolist() == [True, False, False]
-  assert (filled["tokens_BL"][1:] == TOKENIZER.pad_id).all()
+  assert (filled["tokens_BL"][1:] == TOKENIZER.pad_id).all() and not filled["domain_B"][1:].any()
   assert {k: v.dtype for k, v in filled.items()} == {k: v.dtype for k, v in windows.rows([1]).items()}
 
 

@@ -183,8 +183,10 @@ def test_jitter_is_in_the_router_input_of_training_only():
   np.testing.assert_allclose(aux.losses["z_loss"], 1 + 0.5**2 / 3, atol=0.05)
   for without in ({"train": True}, {"key_B": keys()}):
     plain_BLD, aux = forward(moe, x_BLD, **without)
-    assert aux.losses["z_loss"] == 1
-    np.testing.assert_array_equal(plain_BLD, y_BLD)  # experts see what is not jittered
+    # Another program, whose sums over B*300 tokens and F hidden units may round otherwise.
+    assert aux.losses["z_loss"] == pytest.approx(1, rel=B * 300 * 2.0**-23)
+    # Experts see what is not jittered.
+    np.testing.assert_allclose(plain_BLD, y_BLD, atol=F * 2.0**-23 * np.abs(y_BLD).max())
 
 
 def test_draws_belong_to_sequences():
@@ -193,7 +195,8 @@ def test_draws_belong_to_sequences():
   x_BLD, key_data, order = inputs(), keys(), np.array([2, 0, 1])
   y_BLD, _ = forward(moe, x_BLD, key_B=key_data, train=True)
   permuted, _ = forward(moe, x_BLD[order], key_B=key_data[order], train=True)
-  np.testing.assert_array_equal(permuted, y_BLD[order])
+  # At another place of a product a row's F or D terms may be summed in another order: that many roundings by 2**-24.
+  np.testing.assert_allclose(permuted, y_BLD[order], atol=(D + F) * 2.0**-23 * np.abs(y_BLD).max())
   other, _ = forward(moe, x_BLD, key_B=keys(seed=2), train=True)
   assert np.abs(other - y_BLD).max() > 1e-3
 

@@ -7,7 +7,9 @@ import numpy as np
 
 from moe_jax.ops import stats
 from moe_jax.ops.balancing import make_balancer
-from moe_jax.ops.routing import make_router, to_batch
+from moe_jax.ops.routing import make_choice, to_batch
+from moe_jax.ops.routing.common import in_groups
+from moe_jax.types import RouterContext
 from tests.ops.balancer_rows import K
 
 SKEWED_EXPERTS = 8
@@ -15,8 +17,9 @@ SKEWED_EXPERTS = 8
 
 def route_batch(router, logits_BLE, mask_BL, bias_E=None):
   """The routing as the layer makes it, one group per sequence."""
-  one = lambda logits, mask: make_router(router, logits_BLE.shape[-1], K)(logits, bias_E=bias_E, mask_T=mask)
-  return to_batch(jax.vmap(one)(logits_BLE, mask_BL), *mask_BL.shape, K)
+  choice = make_choice(router, logits_BLE.shape[-1], K)
+  routing = in_groups(choice.choose, logits_BLE, context=RouterContext(mask_BL, bias_E))
+  return to_batch(routing, *mask_BL.shape, K)
 
 
 @functools.cache

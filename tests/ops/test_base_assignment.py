@@ -1,13 +1,11 @@
 """Properties of BASE (2103.16716): the assignment is balanced, and no balanced one has a larger sum of scores."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.ops.routing import make_router
 from moe_jax.ops.routing.base_assignment import balanced_assignment
-from tests.ops.router_laws import MASK_T, entries_of, logits_of, route
+from tests.ops.router_laws import entries_of, logits_of, route_row
 from tests.ops.router_row import T
 from tests.ops.router_rows import ROWS
 from tests.reference import batch_routing as reference
@@ -78,26 +76,6 @@ def test_no_scores_of_any_size_hang_it():
 def test_evaluation_takes_the_best_expert():
   row = ROWS["base_assignment_evaluation"]
   logits_TE = logits_of(row)
-  chosen_T = [e.expert for e in entries_of(route(row, logits_TE).assignment)]
+  chosen_T = [e.expert for e in entries_of(route_row(row, logits_TE).assignment)]
   np.testing.assert_array_equal(chosen_T, logits_TE.argmax(axis=1))
   assert np.bincount(chosen_T).max() > T / row.num_experts
-
-
-@pytest.mark.parametrize("train", [True, False])
-def test_mix_adds_what_the_expert_leaves_of_the_token(train):
-  """a E(x) + (1 - a) x: weights of expert and copy sum to 1 for valid tokens and are 0 for padding."""
-  plain, mixed = make_router("base_assignment", 6, 1), make_router("base_assignment:mix=true", 6, 1)
-  assert plain.bypass == () and mixed.bypass == ("copy",)
-  logits_TE = jnp.asarray(logits_of(ROWS["base_assignment"]))
-  routing = mixed(logits_TE, train=train, mask_T=jnp.asarray(MASK_T))
-  assert plain(logits_TE, train=train).bypass_TZ is None
-  total_T = routing.bypass_TZ[:, 0] + routing.assignment.weight_A
-  np.testing.assert_allclose(total_T[MASK_T], 1, rtol=1e-6)
-  np.testing.assert_array_equal(routing.bypass_TZ[~MASK_T], 0)
-  sums = lambda x: [
-    f(mixed(x, train=train, mask_T=jnp.asarray(MASK_T)))
-    for f in (lambda r: r.bypass_TZ.sum(), lambda r: (r.assignment.weight_A * r.assignment.valid_A).sum())
-  ]
-  of_copy, of_expert = jax.jacrev(sums)(logits_TE)
-  np.testing.assert_allclose(of_copy, -of_expert, atol=1e-7)
-  assert np.abs(of_copy).max() > 0.01

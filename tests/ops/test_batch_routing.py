@@ -8,19 +8,21 @@ import numpy as np
 import pytest
 
 from moe_jax.errors import InputError
-from moe_jax.ops.routing import make_router, selected_experts
+from moe_jax.ops.routing import make_choice, selected_experts
 from moe_jax.ops.routing.quantile import expert_thresholds
 from moe_jax.ops.routing.sinkhorn import column_scale
+from tests.ops.choosing import route
 from tests.ops.router_laws import (
   MASK_T,
   assert_same_entries,
+  choice_of,
   choices,
   columns_of,
   entries_of,
   kept,
   logits_of,
-  route,
-  router_of,
+  route_eagerly,
+  route_row,
 )
 from tests.ops.router_row import T
 from tests.ops.router_rows import ROWS
@@ -39,8 +41,8 @@ def crowded_logits(row, seed=0):
   return (logits_of(row, seed) + np.linspace(3, 0, columns_of(row))[None]).astype(np.float32)
 
 
-def loads_of(router, logits_TE, **kwargs):
-  return np.asarray(selected_experts(router(jnp.asarray(logits_TE), **kwargs))).sum(axis=0)
+def loads_of(choice, logits_TE, **context):
+  return np.asarray(selected_experts(route(choice, jnp.asarray(logits_TE), **context))).sum(axis=0)
 
 
 @pytest.mark.parametrize("name", WHOLE_GROUP)
@@ -49,8 +51,8 @@ def test_padding_a_group_changes_nothing(name):
   row, real = ROWS[name], np.array([0, 1, 4, 5, 6, 9, 11])
   logits_TE = crowded_logits(row)
   mask_T = np.isin(np.arange(T), real)
-  padded = choices(route(row, logits_TE, mask_T=mask_T).assignment)
-  alone = choices(router_of(row)(jnp.asarray(logits_TE[real]), **row.further(0)).assignment)
+  padded = choices(route_row(row, logits_TE, mask=mask_T).assignment)
+  alone = choices(route_eagerly(row, logits_TE[real]).assignment)
   alone = {(int(real[t]), e): weight for (t, e), weight in alone.items()}
   assert padded.keys() == alone.keys()
   np.testing.assert_allclose([padded[pair] for pair in alone], list(alone.values()), rtol=1e-6)
@@ -65,9 +67,9 @@ PRIORITIES = pytest.mark.parametrize("name", ["batch_prioritized", "batch_priori
 @PRIORITIES
 def test_batch_prioritized_is_plain_top_k_where_nothing_drops(name):
   row = ROWS[name]
-  plain = make_router("softmax_topk:softmax=before", row.num_experts, row.k)
+  plain = make_choice("softmax_topk:softmax=before", row.num_experts, row.k)
   logits_TE = crowded_logits(row)
-  got, want = (choices(a.assignment) for a in (route(row, logits_TE), plain(jnp.asarray(logits_TE))))
+  got, want = (choices(a.assignment) for a in (route_row(row, logits_TE), route(plain, logits_TE)))
   assert got.keys() == want.keys()
   np.testing.assert_allclose([got[pair] for pair in want], list(want.values()), rtol=1e-6)
 
@@ -76,7 +78,7 @@ def test_batch_prioritized_is_plain_top_k_where_nothing_drops(name):
 @pytest.mark.parametrize("capacity", [1, 3, 5])
 def test_batch_prioritized_drops_second_choices_first_and_then_the_least_important(name, capacity):
   row = ROWS[name]
-  assignment = route(row, crowded_logits(row), mask_T=MASK_T).assignment
+  assignment = route_row(row, crowded_logits(row), mask=MASK_T).assignment
   weights, survivors = choices(assignment), kept(assignment, capacity)
   by_token = {t: sorted((w for (u, _), w in weights.items() if u == t), reverse=True) for t, _ in weights}
   importance = {t: w[0] if name == "batch_prioritized" else sum(w) for t, w in by_token.items()}
@@ -94,13 +96,13 @@ def test_batch_prioritized_drops_second_choices_first_and_then_the_least_importa
 def test_batch_prioritized_gives_equal_tokens_their_slots_in_order(name):
   row = ROWS[name]
   logits_TE = np.tile(logits_of(row)[:1], (T, 1))
-  assert {t for t, _ in kept(route(row, logits_TE).assignment, 4)} == set(range(4))
+  assert {t for t, _ in kept(route_row(row, logits_TE).assignment, 4)} == set(range(4))
 
 
 def test_the_two_priorities_differ():
   """A token that is sure of one expert goes first by the largest weight, and last by the sum of two."""
   logits_TE = np.log(np.array([[0.5, 0.02, 0.48 / 2, 0.48 / 2], [0.45, 0.45, 0.05, 0.05]], np.float32))
-  first = lambda spec: int(make_router(spec, 4, 2)(jnp.asarray(logits_TE)).assignment.token_A[0])
+  first = lambda spec: int(route(make_choice(spec, 4, 2), logits_TE).assignment.token_A[0])
   assert (first("batch_prioritized"), first("batch_prioritized:sum")) == (0, 1)
 
 
@@ -111,21 +113,21 @@ def test_the_two_priorities_differ():
 def test_experts_take_equal_shares_and_tokens_do_not(name, share):
   """The defect to avoid is a token choice under another name: here tokens have from 0 to many experts."""
   row = ROWS[name]
-  selected_TE = np.asarray(selected_experts(route(row, crowded_logits(row))))
+  selected_TE = np.asarray(selected_experts(route_row(row, crowded_logits(row))))
   np.testing.assert_array_equal(selected_TE.sum(axis=0), share)
   per_token_T = selected_TE.sum(axis=1)
   assert per_token_T.min() < row.k < per_token_T.max()
-  masked_TE = np.asarray(selected_experts(route(row, crowded_logits(row), mask_T=MASK_T)))
+  masked_TE = np.asarray(selected_experts(route_row(row, crowded_logits(row), mask=MASK_T)))
   np.testing.assert_array_equal(masked_TE.sum(axis=0), -(-MASK_T.sum() * row.k // row.num_experts))
   few_T = np.arange(T) < 2
-  two_TE = np.asarray(selected_experts(route(row, crowded_logits(row), mask_T=few_T)))
+  two_TE = np.asarray(selected_experts(route_row(row, crowded_logits(row), mask=few_T)))
   np.testing.assert_array_equal(two_TE.sum(axis=0), 1)
 
 
 @pytest.mark.parametrize("capacity", [1, 2, 3])
 def test_expert_choice_below_capacity_1_is_expert_choice_with_a_smaller_share(capacity):
   row = ROWS["expert_choice"]
-  routing = route(row, crowded_logits(row))
+  routing = route_row(row, crowded_logits(row))
   want = set()
   for e in range(row.num_experts):
     want |= {(int(t), e) for t in np.argsort(-routing.log_scores_TE[:, e])[:capacity]}
@@ -135,7 +137,7 @@ def test_expert_choice_below_capacity_1_is_expert_choice_with_a_smaller_share(ca
 def test_expert_choice_gives_ties_to_the_lower_token():
   row = ROWS["expert_choice"]
   logits_TE = np.tile(logits_of(row)[:1], (T, 1))
-  assert {t for t, _ in choices(route(row, logits_TE).assignment)} == set(range(4))
+  assert {t for t, _ in choices(route_row(row, logits_TE).assignment)} == set(range(4))
 
 
 # --- Sinkhorn ---
@@ -182,8 +184,8 @@ def test_sinkhorn_of_large_logits_stays_finite():
 
 def test_sinkhorn_evens_the_load():
   row = ROWS["sinkhorn"]
-  router, logits_TE = router_of(row), crowded_logits(row)
-  plain, balanced = (loads_of(router, logits_TE, train=train).max() for train in (False, True))
+  choice, logits_TE = choice_of(row), crowded_logits(row)
+  plain, balanced = (loads_of(choice, logits_TE, train=train).max() for train in (False, True))
   assert balanced < plain and balanced <= 6 < 9 <= plain  # T K / E = 4
 
 
@@ -197,13 +199,13 @@ def test_quantile_counts_are_near_their_share(score):
   rng = np.random.default_rng(0)
   logits_TE = (rng.normal(size=(tokens, experts)) + np.linspace(3, 0, experts)).astype(np.float32)
   share = tokens * k / experts
-  plain = loads_of(make_router(f"quantile_topk:{score}:strength=0", experts, k), logits_TE)
+  plain = loads_of(make_choice(f"quantile_topk:{score}:strength=0", experts, k), logits_TE)
   assert plain.max() > 2.5 * share
-  partly = loads_of(make_router(f"quantile_topk:{score}:strength=0.5", experts, k), logits_TE)
-  balanced = loads_of(make_router(f"quantile_topk:{score}", experts, k), logits_TE)
+  partly = loads_of(make_choice(f"quantile_topk:{score}:strength=0.5", experts, k), logits_TE)
+  balanced = loads_of(make_choice(f"quantile_topk:{score}", experts, k), logits_TE)
   assert balanced.max() <= 1.1 * share and balanced.min() >= 0.9 * share
   assert balanced.max() < partly.max() < plain.max()
-  settled = loads_of(make_router(f"quantile_topk:{score}:rounds=40", experts, k), logits_TE)
+  settled = loads_of(make_choice(f"quantile_topk:{score}:rounds=40", experts, k), logits_TE)
   assert np.abs(settled - share).max() <= 1
 
 
@@ -227,9 +229,9 @@ def test_quantile_rounds_never_raise_the_dual():
 
 def test_quantile_with_every_expert_and_with_one_token():
   """K = E leaves nothing to choose; a group of one token takes K experts, whichever they are."""
-  everyone = loads_of(make_router("quantile_topk", 3, 3), np.random.default_rng(0).normal(size=(T, 3)))
+  everyone = loads_of(make_choice("quantile_topk", 3, 3), np.random.default_rng(0).normal(size=(T, 3)))
   np.testing.assert_array_equal(everyone, T)
-  assert loads_of(make_router("quantile_topk", 4, 2), np.zeros((1, 4), np.float32)).sum() == 2
+  assert loads_of(make_choice("quantile_topk", 4, 2), np.zeros((1, 4), np.float32)).sum() == 2
 
 
 # --- all ---
@@ -239,24 +241,18 @@ def test_jit_of_one_group_equals_the_same_group_among_others():
   """Loops that stop by tolerance run on for the slowest group of a batch, and the others must not move."""
   for name in ("sinkhorn", "base_assignment", "quantile_topk"):
     row = ROWS[name]
-    router = router_of(row)
-    hard_TE, easy_TE = (
-      crowded_logits(row) * 3,
-      np.zeros((T, columns_of(row)), np.float32) + logits_of(row) * 0.01,
-    )
-    both = jax.vmap(lambda x, router=router, row=row: router(x, **row.further(0)))(
-      jnp.stack([hard_TE, easy_TE])
-    )
+    hard_TE, easy_TE = crowded_logits(row) * 3, logits_of(row) * 0.01
+    both = jax.vmap(lambda logits_TE, row=row: route_eagerly(row, logits_TE))(np.stack([hard_TE, easy_TE]))
     for g, logits_TE in enumerate([hard_TE, easy_TE]):
       of_group = jax.tree.map(lambda x, g=g: np.asarray(x)[g], both)
-      assert_same_entries(entries_of(of_group.assignment), entries_of(route(row, logits_TE).assignment))
+      assert_same_entries(entries_of(of_group.assignment), entries_of(route_row(row, logits_TE).assignment))
 
 
 @pytest.mark.parametrize(
   ("spec", "k", "message"),
   [
     ("batch_prioritized:mean", 2, "priority must be one of max, sum, got 'mean'"),
-    ("base_assignment", 2, "--num_experts_per_token=2: router base_assignment takes 1"),
+    ("base_assignment", 2, "num_experts_per_token=2: router base_assignment takes 1"),
     ("sinkhorn:relu", 2, "score must be one of auto, sigmoid, softmax, got 'relu'"),
     ("sinkhorn:tolerance=0", 2, "tolerance must be above 0, got 0.0"),
     ("sinkhorn:max_iterations=0", 2, "max_iterations must be at least 1, got 0"),
@@ -267,5 +263,5 @@ def test_jit_of_one_group_equals_the_same_group_among_others():
 )
 def test_wrong_settings_are_one_line_errors(spec, k, message):
   with pytest.raises(InputError) as error:
-    make_router(spec, 6, k)
+    make_choice(spec, 6, k)
   assert message in str(error.value) and "\n" not in str(error.value)

@@ -1,5 +1,7 @@
 """Properties of balancing with a bias: it follows the load of whole steps and balances without a loss."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +11,11 @@ from moe_jax.errors import InputError
 from moe_jax.ops import stats
 from moe_jax.ops.balancing import make_balancer
 from moe_jax.ops.balancing.bias import MIN_FACTOR
-from moe_jax.ops.routing import make_router
+from moe_jax.ops.routing import make_choice
 from moe_jax.types import ExpertScale, StepStats
 from tests.ops.balancer_laws import logits_of, run
 from tests.ops.balancer_rows import ROWS, B, E, K, L
+from tests.ops.choosing import route
 from tests.ops.skewed import route_batch, skewed_run
 from tests.reference import bias as reference
 from tests.reference.moe_layer import kept_entries
@@ -167,8 +170,8 @@ def test_multiplicative_bias_stays_above_zero():
 
 def test_multiplicative_bias_moves_the_choice_and_no_weight():
   logits_BLE, factor_E = logits_of(), np.array([0.3, 2, 1, 0.9], np.float32)
-  run = jax.jit(jax.vmap(lambda x: make_router("sigmoid_topk", E, K)(x, bias_E=ExpertScale(factor_E))))
-  chosen = run(logits_BLE).assignment
+  one = lambda logits: route(make_choice("sigmoid_topk", E, K), logits, bias_E=ExpertScale(factor_E))
+  chosen = jax.jit(jax.vmap(one))(logits_BLE).assignment
   scores_BLE = 1 / (1 + np.exp(-logits_BLE.astype(float)))
   want_BLK = np.argsort(-scores_BLE * factor_E, axis=-1)[..., :K]
   np.testing.assert_array_equal(chosen.expert_A.reshape(want_BLK.shape), want_BLK)
@@ -209,7 +212,9 @@ def test_load_is_counted_before_capacity():
   mask_BL = np.ones((B, L), bool)
   _, (counts_E,), _ = run(ROWS["loss_free_bias"], logits_BLE, mask_BL)
   assert counts_E.sum() == B * L * K and counts_E[0] == B * L
-  assignment = jax.jit(jax.vmap(make_router("sigmoid_topk", E, K)))(logits_BLE).assignment
+  assignment = jax.jit(jax.vmap(functools.partial(route, make_choice("sigmoid_topk", E, K))))(
+    logits_BLE
+  ).assignment
   kept_GA = kept_entries(assignment, capacity=2)
   kept_E = np.bincount(np.asarray(assignment.expert_A)[kept_GA], minlength=E)
   assert kept_E.max() <= 2 * B  # what a count after capacity would have seen

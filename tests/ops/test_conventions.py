@@ -2,9 +2,6 @@
 
 import functools
 import math
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -19,8 +16,8 @@ from moe_jax.ops.balancing.conventions import (
   per_layer_weight,
   value_at_balance,
 )
+from tests.scripts import ROOT, assert_one_line, run_scripts
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 SHAPES = [(8, 2, 32), (4, 1, 1), (16, 4, 3), (64, 8, 5)]
 every_shape = pytest.mark.parametrize(("e", "k", "layers"), SHAPES)
 
@@ -279,22 +276,15 @@ def test_wrong_input_gets_one_line(call, message):
 # --- the script and its page ---
 
 
-def script(*args):
-  command = [sys.executable, "scripts/coefficients.py", *args]
-  return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-
-
-def test_the_page_holds_exactly_what_the_script_prints():
-  done = script()
-  assert done.returncode == 0, done.stderr
+def test_the_script_prints_the_page_and_converts_and_answers_a_wrong_name_with_one_line():
+  convert_one = ["--source=levanter", "--target=hugging_face", "--num_layers=4", "--weight=0.5"]
+  arguments = [], convert_one, ["--source=megatron"], ["--target=switch"]
+  tables, converted, *wrong = run_scripts(*(["scripts/coefficients.py", *args] for args in arguments))
   page = (ROOT / "docs/coefficients.md").read_text()
   assert "python scripts/coefficients.py" in page
-  assert page[page.index("### ") :] == done.stdout
-
-
-def test_the_script_converts_and_answers_a_wrong_name_with_one_line():
-  done = script("--source=levanter", "--target=hugging_face", "--num_layers=4", "--weight=0.5")
-  assert done.stdout == "0.5 in levanter is 0.5 in hugging_face (E = 8, K = 2, R = 4 layers)\n"
-  done = script("--source=megatron")
-  assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
-  assert "did you mean megatron_lm" in done.stderr
+  assert (tables.status, page[page.index("### ") :]) == (0, tables.stdout), tables.stderr
+  assert converted.stdout == "0.5 in levanter is 0.5 in hugging_face (E = 8, K = 2, R = 4 layers)\n"
+  for ended, message in zip(
+    wrong, ("did you mean megatron_lm", "--target=switch: needs --source"), strict=True
+  ):
+    assert_one_line(ended, message)

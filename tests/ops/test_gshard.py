@@ -9,9 +9,10 @@ import pytest
 
 from moe_jax.ops.balancing import make_balancer
 from moe_jax.ops.dispatch.slots import assign_slots
-from moe_jax.ops.routing import make_router, to_batch
+from moe_jax.ops.routing import make_choice, to_batch
 from moe_jax.types import StepStats
-from tests.ops.router_laws import choices, kept, logits_of, route, router_of
+from tests.ops.choosing import route
+from tests.ops.router_laws import choice_of, choices, kept, logits_of, route_row
 from tests.ops.router_row import T
 from tests.ops.router_rows import ROWS
 from tests.reference import routing as reference
@@ -23,9 +24,9 @@ def test_gshard_leaks_the_future_where_capacity_drops():
   logits_TE = np.tile(np.array([[3, 2, 0, 0, 0, 0]], np.float32), (T, 1))
   mask_T = np.arange(T) < 2
   logits_TE[1] = [3, 0, 2, 0, 0, 0]
-  assert (0, 1) in kept(route(row, logits_TE, mask_T=mask_T).assignment, 1)
+  assert (0, 1) in kept(route_row(row, logits_TE, mask=mask_T).assignment, 1)
   logits_TE[1] = [0, 3, 2, 0, 0, 0]  # only the second token changed, and the first one loses expert 1
-  assert (0, 1) not in kept(route(row, logits_TE, mask_T=mask_T).assignment, 1)
+  assert (0, 1) not in kept(route_row(row, logits_TE, mask=mask_T).assignment, 1)
 
 
 @functools.cache
@@ -43,7 +44,7 @@ def test_gshard_equals_algorithm_1(capacity):
   row, num_dropped, num_skipped = ROWS["gshard_top2"], 0, 0
   for seed in range(4):
     logits_TE, key = gshard_logits(seed), jax.random.key(seed)
-    assignment = route(row, logits_TE, key=key).assignment
+    assignment = route_row(row, logits_TE, key=key).assignment
     kept_A = np.asarray(slots_of(row.num_experts, capacity)(assignment).kept_A)
     want, _ = reference.gshard_algorithm_1(logits_TE, capacity, row.draw(key))
     got = {
@@ -69,7 +70,7 @@ def test_gshard_skipped_second_choices_leave_their_slots_empty():
   rnd_T = row.draw(key)
   combine, _ = reference.gshard_algorithm_1(logits_TE[:tokens], 1, rnd_T)
   assert (1, 1) not in combine and (1, 1) in reference.mesh_tensorflow_kept(logits_TE[:tokens], 1, rnd_T)
-  assignment = route(row, logits_TE, key=key, mask_T=np.arange(T) < tokens).assignment
+  assignment = route_row(row, logits_TE, key=key, mask=np.arange(T) < tokens).assignment
   assert kept(assignment, 1) == set(combine)
   # A router that left holds_slot_A out would count as Mesh-TensorFlow does.
   assert (1, 1) in kept(assignment._replace(holds_slot_A=None), 1)
@@ -78,8 +79,8 @@ def test_gshard_skipped_second_choices_leave_their_slots_empty():
 @pytest.mark.parametrize("threshold", [0.5, 0.2])
 def test_slots_of_what_is_sent_equal_mesh_tensorflow(threshold):
   row, others = ROWS["gshard_top2"], 0
-  routers = [make_router(f"gshard_top2:{threshold}:{slots}", 6, 2) for slots in ("sent", "all")]
-  both = jax.jit(lambda logits, key: [router(logits, key=key).assignment for router in routers])
+  pair = [make_choice(f"gshard_top2:{threshold}:{slots}", 6, 2) for slots in ("sent", "all")]
+  both = jax.jit(lambda logits, key: [route(choice, logits, key=key).assignment for choice in pair])
   for seed in range(4):
     logits_TE, key = 2 * gshard_logits(seed), jax.random.key(seed)  # weak second choices: many are skipped
     sent, literal = both(logits_TE, key)
@@ -92,7 +93,7 @@ def test_slots_of_what_is_sent_equal_mesh_tensorflow(threshold):
 
 def test_gshard_weights_are_normalised_before_drops_and_not_after():
   row, capacity = ROWS["gshard_top2"], 3
-  assignment = route(row, gshard_logits()).assignment
+  assignment = route_row(row, gshard_logits()).assignment
   pairs, weights = kept(assignment, capacity), choices(assignment)
   sums_T = [sum(w for (t, _), w in weights.items() if t == token) for token in range(T)]
   np.testing.assert_allclose(sums_T, 1, rtol=1e-6)
@@ -102,12 +103,12 @@ def test_gshard_weights_are_normalised_before_drops_and_not_after():
 
 def test_gshard_sends_the_second_expert_with_probability_g2_over_threshold():
   row, n, thresholds = ROWS["gshard_top2"], 4000, (0.5, 0.2)
-  routers = [make_router(f"gshard_top2:{threshold}", row.num_experts, 2) for threshold in thresholds]
+  pair = [make_choice(f"gshard_top2:{threshold}", row.num_experts, 2) for threshold in thresholds]
   logits_TE = jnp.asarray(logits_of(row)) * 2
 
   @jax.jit
   def sent_fraction(keys):
-    sent = lambda key: [router(logits_TE, key=key).assignment.valid_A[T:] for router in routers]
+    sent = lambda key: [route(choice, logits_TE, key=key).assignment.valid_A[T:] for choice in pair]
     return [valid.mean(axis=0) for valid in jax.vmap(sent)(keys)]
 
   plain = reference.gshard_top2(logits_TE, 2, np.zeros(row.num_experts), np.ones(T, bool))
@@ -121,7 +122,7 @@ def test_gshard_sends_the_second_expert_with_probability_g2_over_threshold():
 
 @pytest.mark.parametrize("name", ["gshard_top2", "gshard_mesh"])
 def test_gshard_without_a_key_sends_every_second_choice(name):
-  assert route(ROWS[name], logits_of(ROWS[name])).assignment.valid_A.all()
+  assert route_row(ROWS[name], logits_of(ROWS[name])).assignment.valid_A.all()
 
 
 def test_gshard_loss_is_l_aux_times_e_squared():
@@ -133,7 +134,7 @@ def test_gshard_loss_is_l_aux_times_e_squared():
 
   @jax.jit
   def loss(logits_GTE):
-    routing = jax.vmap(router_of(row))(logits_GTE)
+    routing = jax.vmap(functools.partial(route, choice_of(row)))(logits_GTE)
     return balancer.losses(((),), to_batch(routing, 1, num_groups * T, 2), StepStats(((),), ((),)))
 
   (got,) = loss(logits_GTE).values()

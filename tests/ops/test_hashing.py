@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 
 from moe_jax.errors import InputError
-from moe_jax.ops.routing import make_router
+from moe_jax.ops.routing import make_choice
 from moe_jax.ops.routing.hashing import balanced_table, random_table, table_topk
+from tests.ops.choosing import route
 from tests.reference import table_routing as reference
 
 IDS_T = jnp.array([3, 0, 3, 7, 5, 3], jnp.int32)
 
 
-def experts_of(router, token_id_T, seed=0):
+def experts_of(choice, token_id_T, seed=0):
   logits_TE = jax.random.normal(jax.random.key(seed), (len(token_id_T), 6))
-  return np.asarray(router(logits_TE, token_id_T=token_id_T).assignment.expert_A).reshape(len(token_id_T), -1)
+  expert_A = route(choice, logits_TE, token_id=token_id_T).assignment.expert_A
+  return np.asarray(expert_A).reshape(len(token_id_T), -1)
 
 
 @pytest.mark.parametrize("num_experts", [1, 5, 8])
@@ -78,8 +80,8 @@ def test_ids_that_a_text_does_not_have_are_spread_too():
 
 
 def test_even_kind_gives_every_expert_equally_many_ids():
-  router = make_router("hash_topk:kind=even:vocab_size=31", 6, 2)
-  experts_VK = experts_of(router, jnp.arange(31, dtype=jnp.int32))
+  choice = make_choice("hash_topk:kind=even:vocab_size=31", 6, 2)
+  experts_VK = experts_of(choice, jnp.arange(31, dtype=jnp.int32))
   num_ids_E = np.bincount(experts_VK.reshape(-1), minlength=6)
   assert num_ids_E.max() - num_ids_E.min() <= 1
   assert (
@@ -89,22 +91,22 @@ def test_even_kind_gives_every_expert_equally_many_ids():
 
 @pytest.mark.parametrize("name", ["hash_topk", "frozen_table_topk"])
 def test_the_vocabulary_id_alone_chooses(name):
-  router = make_router(f"{name}:vocab_size=16", 6, 2)
-  experts_TK = experts_of(router, IDS_T, seed=0)
-  np.testing.assert_array_equal(experts_TK, experts_of(router, IDS_T, seed=1))
+  choice = make_choice(f"{name}:vocab_size=16", 6, 2)
+  experts_TK = experts_of(choice, IDS_T, seed=0)
+  np.testing.assert_array_equal(experts_TK, experts_of(choice, IDS_T, seed=1))
   assert (experts_TK[0] == experts_TK[2]).all() and (experts_TK[0] == experts_TK[5]).all()
 
 
 @pytest.mark.parametrize("token_id", [16, 35, 2**31 - 1, -1, -(2**31)])
 def test_ids_outside_the_vocabulary_take_the_row_of_their_remainder(token_id):
-  router = make_router("hash_topk:vocab_size=16", 6, 2)
-  got, want = (experts_of(router, jnp.array([i], jnp.int32)) for i in (token_id, token_id % 16))
+  choice = make_choice("hash_topk:vocab_size=16", 6, 2)
+  got, want = (experts_of(choice, jnp.array([i], jnp.int32)) for i in (token_id, token_id % 16))
   np.testing.assert_array_equal(got, want)
 
 
 def test_hash_layers_learn_nothing_about_routing():
-  router = make_router("hash_topk", 6, 3)
-  weights = lambda logits_TE: router(logits_TE, token_id_T=IDS_T).assignment.weight_A
+  choice = make_choice("hash_topk", 6, 3)
+  weights = lambda logits_TE: route(choice, logits_TE, token_id=IDS_T).assignment.weight_A
   logits_TE = jax.random.normal(jax.random.key(0), (6, 6)) * 9
   np.testing.assert_allclose(weights(logits_TE), 1 / 3, rtol=1e-6)
   np.testing.assert_array_equal(jax.grad(lambda x: (weights(x) ** 2).sum())(logits_TE), 0)
@@ -112,14 +114,15 @@ def test_hash_layers_learn_nothing_about_routing():
 
 def test_a_table_of_ones_own():
   table_VK = np.array([[0, 1], [2, 3], [4, 5]])
-  router = table_topk(table_VK, 6, jax.nn.log_sigmoid, normalize=False, scale=2.0)
+  choice = table_topk(table_VK, 6, jax.nn.log_sigmoid, normalize=False, scale=2.0)
   logits_TE = jax.random.normal(jax.random.key(0), (3, 6))
-  a = router(logits_TE, token_id_T=jnp.array([2, 0, 1])).assignment
+  assigned = lambda: route(choice, logits_TE, token_id=jnp.array([2, 0, 1])).assignment
+  a = assigned()
   assert a.expert_A.tolist() == [4, 5, 0, 1, 2, 3]
   want = 2 / (1 + np.exp(-np.asarray(logits_TE, np.float64)))
   np.testing.assert_allclose(a.weight_A, want[a.token_A, a.expert_A], rtol=1e-6)
-  table_VK[:] = 0  # the router has its own copy
-  assert router(logits_TE, token_id_T=jnp.array([2, 0, 1])).assignment.expert_A.tolist() == [4, 5, 0, 1, 2, 3]
+  table_VK[:] = 0  # it has its own copy
+  assert assigned().expert_A.tolist() == [4, 5, 0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -148,5 +151,5 @@ def test_wrong_tables_are_one_line_errors(table, message):
 )
 def test_wrong_settings_are_one_line_errors(spec, message):
   with pytest.raises(InputError) as error:
-    make_router(spec, 6, 2)
+    make_choice(spec, 6, 2)
   assert message in str(error.value)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from moe_jax.errors import InputError
-from moe_jax.ops.routing import make_router
+from moe_jax.ops.routing import make_choice
 from moe_jax.types import ExpertScale
-from tests.ops.router_laws import MASK_T, choices, entries_of, key_of, logits_of, loop, route, router_of
+from tests.ops.choosing import route
+from tests.ops.router_laws import MASK_T, choice_of, choices, entries_of, key_of, logits_of, loop, route_row
 from tests.ops.router_row import T
 from tests.ops.router_rows import ROWS
 from tests.reference import noisy_routing as reference
@@ -18,7 +19,7 @@ from tests.reference.routing import finite_differences, softmax
 
 ROW, QUIET = ROWS["hierarchical_topk"], ROWS["hierarchical_without_noise"]
 GROUPS, GROUPS_PER_TOKEN = 3, 2  # of ROW
-SIDE_TX = ROW.further(0)["side_logits_TX"]
+MORE = ROW.more_logits(0)  # of the parts, of the noise of experts, of the noise of parts
 
 
 def experts_by_token(assignment):
@@ -30,29 +31,28 @@ def experts_by_token(assignment):
 
 def test_a_token_takes_two_groups_and_two_experts_in_each_best_group_first():
   for seed in range(3):
-    routing = route(ROW, logits_of(ROW, seed), seed=seed)
-    groups_TM = ROW.further(seed)["side_logits_TX"][:, :GROUPS]
+    routing = route_row(ROW, logits_of(ROW, seed), seed=seed)
+    logits_TP = ROW.more_logits(seed)[0]
     for t, experts in experts_by_token(routing.assignment).items():
-      best, second = np.argsort(-groups_TM[t])[:2]
+      best, second = np.argsort(-logits_TP[t])[:2]
       assert [e // 3 for e in experts] == [best, best, second, second]
       assert len(set(experts)) == ROW.k
 
 
 @pytest.mark.parametrize("row", [ROW, QUIET], ids=["noise", "no_noise"])
 def test_weights_sum_to_one(row):
-  weights = choices(route(row, logits_of(row), key=key_of(row)).assignment)
+  weights = choices(route_row(row, logits_of(row), key=key_of(row)).assignment)
   sums_T = [sum(w for (t, _), w in weights.items() if t == token) for token in range(T)]
   np.testing.assert_allclose(sums_T, 1, rtol=1e-6)
 
 
 @pytest.mark.parametrize("row", [ROW, QUIET], ids=["noise", "no_noise"])
 def test_scores_are_products_of_both_levels_without_noise(row):
-  groups = {ROW: 3, QUIET: 2}[row]
-  logits_TE = logits_of(row)
-  routing = route(row, logits_TE, key=key_of(row))
+  logits_TE, logits_TP = logits_of(row), row.more_logits(0)[0]
+  routing = route_row(row, logits_TE, key=key_of(row))
   for t, scores_E in enumerate(np.exp(routing.log_scores_TE)):
-    of_groups = softmax([float(x) for x in row.further(0)["side_logits_TX"][t, :groups]])
-    within = [softmax(part) for part in np.split(logits_TE[t].astype(float), groups)]
+    of_groups = softmax(logits_TP[t].astype(float))
+    within = [softmax(part) for part in np.split(logits_TE[t].astype(float), len(of_groups))]
     np.testing.assert_allclose(
       scores_E, [g * w for g, part in zip(of_groups, within) for w in part], rtol=1e-5
     )
@@ -61,25 +61,26 @@ def test_scores_are_products_of_both_levels_without_noise(row):
 # --- one group ---
 
 
+def jitted(spec, num_experts, k):
+  return jax.jit(functools.partial(route, make_choice(spec, num_experts, k)))
+
+
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_one_group_without_noise_is_flat_top_k(with_bias):
-  flat, one_group = make_router("softmax_topk", 6, 2), make_router("hierarchical_topk:1:1:none", 6, 2)
-  logits_TE = jnp.asarray(logits_of(QUIET))
-  bias_E = jnp.linspace(0.3, -0.3, 6) if with_bias else None
-  want = jax.jit(flat.route)(logits_TE, bias_E=bias_E)
-  got = jax.jit(one_group.route)(logits_TE, bias_E=bias_E, side_logits_TX=SIDE_TX[:, :1])
+  flat, one_group = jitted("softmax_topk", 6, 2), jitted("hierarchical_topk:1:1:none", 6, 2)
+  logits_TE, bias_E = logits_of(QUIET), jnp.linspace(0.3, -0.3, 6) if with_bias else None
+  got, want = one_group(logits_TE, MORE[0][:, :1], bias_E=bias_E), flat(logits_TE, bias_E=bias_E)
   assert got.smooth_load_TE is None
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), got, want)
 
 
 def test_one_group_with_noise_is_noisy_top_k():
   """The key is split for the two levels; the second one draws for the experts."""
-  flat, one_group = make_router("noisy_topk", 6, 2), make_router("hierarchical_topk:1:1", 6, 2)
-  logits_TE, noise_TE = jnp.asarray(logits_of(QUIET)), jnp.asarray(SIDE_TX[:, :6])
-  side_TX = jnp.concatenate([SIDE_TX[:, 6:8], noise_TE], axis=1)
+  flat, one_group = jitted("noisy_topk", 6, 2), jitted("hierarchical_topk:1:1", 6, 2)
+  logits_TE, logits_T1, noise_TE, noise_T1 = logits_of(QUIET), MORE[0][:, :1], MORE[1][:, :6], MORE[2][:, :1]
   key = jax.random.key(1)
-  want = jax.jit(flat.route)(logits_TE, side_logits_TX=noise_TE, key=jax.random.split(key)[1])
-  got = jax.jit(one_group.route)(logits_TE, side_logits_TX=side_TX, key=key)
+  want = flat(logits_TE, noise_TE, key=jax.random.split(key)[1])
+  got = one_group(logits_TE, logits_T1, noise_TE, noise_T1, key=key)
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), got, want)
 
 
@@ -90,8 +91,8 @@ def test_the_mean_bias_of_a_group_moves_the_choice_of_groups():
   logits_TE = logits_of(ROW)
   for group in range(GROUPS):
     bias_E = np.repeat(np.where(np.arange(GROUPS) == group, 10, 0), 3).astype(np.float32)
-    plain = experts_by_token(route(ROW, logits_TE).assignment)
-    biased = experts_by_token(route(ROW, logits_TE, bias_E=bias_E).assignment)
+    plain = experts_by_token(route_row(ROW, logits_TE).assignment)
+    biased = experts_by_token(route_row(ROW, logits_TE, bias_E=bias_E).assignment)
     assert all(experts[0] // 3 == group for experts in biased.values())
     assert not all(experts[0] // 3 == group for experts in plain.values())
 
@@ -99,8 +100,8 @@ def test_the_mean_bias_of_a_group_moves_the_choice_of_groups():
 def test_within_a_group_the_bias_moves_the_choice_of_experts():
   bias_E = np.array([10, -10, 0] * GROUPS, np.float32)  # the same mean in every group
   logits_TE = logits_of(ROW)
-  plain = experts_by_token(route(ROW, logits_TE).assignment)
-  biased = experts_by_token(route(ROW, logits_TE, bias_E=bias_E).assignment)
+  plain = experts_by_token(route_row(ROW, logits_TE).assignment)
+  biased = experts_by_token(route_row(ROW, logits_TE, bias_E=bias_E).assignment)
   for t in range(T):
     assert {e // 3 for e in plain[t]} == {e // 3 for e in biased[t]}
     assert [e % 3 for e in biased[t]] == [0, 2, 0, 2]
@@ -108,11 +109,9 @@ def test_within_a_group_the_bias_moves_the_choice_of_experts():
 
 def test_a_bias_that_multiplies():
   """A factor of 0.001 for one group sends nobody there; the same factor for all changes nothing."""
-  router, logits_TE = jax.jit(router_of(ROW).route), jnp.asarray(logits_of(ROW))
-  by = lambda factor_E: experts_by_token(
-    router(logits_TE, side_logits_TX=SIDE_TX, bias_E=ExpertScale(factor_E)).assignment
-  )
-  plain = experts_by_token(route(ROW, logits_TE).assignment)
+  scale, logits_TE = jitted(ROW.spec, 9, ROW.k), logits_of(ROW)
+  by = lambda factor_E: experts_by_token(scale(logits_TE, *MORE, bias_E=ExpertScale(factor_E)).assignment)
+  plain = experts_by_token(route_row(ROW, logits_TE).assignment)
   scaled = by(jnp.repeat(jnp.array([0.001, 1, 1]), 3))
   assert all({e // 3 for e in experts} == {1, 2} for experts in scaled.values()) and plain != scaled
   assert plain == by(jnp.full(9, 0.5))
@@ -125,13 +124,12 @@ def test_a_bias_that_multiplies():
 def test_smooth_load_is_the_product_of_both_levels(with_key):
   for seed in range(2):
     logits_TE, key = logits_of(ROW, seed), key_of(ROW, seed) if with_key else None
-    got_TE = route(ROW, logits_TE, key=key, seed=seed).smooth_load_TE
+    got_TE = route_row(ROW, logits_TE, key=key, seed=seed).smooth_load_TE
     want_TE = reference.hierarchical_topk_load(
       logits_TE,
       ROW.k,
       ROW.draw(key) if with_key else None,
-      ROW.further(seed)["side_logits_TX"],
-      GROUPS,
+      *ROW.more_logits(seed),
       GROUPS_PER_TOKEN,
     )
     np.testing.assert_allclose(got_TE, want_TE, rtol=1e-4, atol=1e-6)
@@ -139,50 +137,49 @@ def test_smooth_load_is_the_product_of_both_levels(with_key):
 
 @functools.cache
 def gradients():
-  router = router_of(ROW)
-
-  def total(logits_TE, side_TX, key, mask_T, c_TE, c_A):
-    routing = router(logits_TE, side_logits_TX=side_TX, key=key, mask_T=mask_T)
+  def total(all_logits, key, mask, c_TE, c_A):
+    routing = route(choice_of(ROW), *all_logits, key=key, mask=mask)
     a = routing.assignment
-    return jnp.sum(c_TE * jnp.where(mask_T[:, None], routing.smooth_load_TE, 0)) + jnp.sum(
+    return jnp.sum(c_TE * jnp.where(mask[:, None], routing.smooth_load_TE, 0)) + jnp.sum(
       c_A * jnp.where(a.valid_A, a.weight_A, 0)
     )
 
-  return jax.jit(jax.grad(total, argnums=(0, 1)))
+  return jax.jit(jax.grad(total))
 
 
-def test_gradients_in_the_side_logits_equal_finite_differences():
-  """Of weights and smooth load, in the groups' logits and the noise of both levels."""
+@pytest.mark.parametrize("which", range(3), ids=["parts", "noise_of_experts", "noise_of_parts"])
+def test_gradients_in_the_further_logits_equal_finite_differences(which):
+  """Of weights and smooth load."""
   logits_TE, key, everyone = logits_of(ROW), key_of(ROW), np.ones(T, bool)
   rng = np.random.default_rng(1)
   c_TE, c_A = (rng.normal(size=shape).astype(np.float32) for shape in ((T, 9), T * ROW.k))
 
-  def loss(side_TX):
-    load_TE = reference.hierarchical_topk_load(
-      logits_TE, ROW.k, ROW.draw(key), side_TX, GROUPS, GROUPS_PER_TOKEN
-    )
-    entries = ROW.reference(logits_TE, ROW.k, np.zeros(9), everyone, ROW.draw(key), side_TX)
+  def loss(logits_TX):
+    more = [*MORE[:which], logits_TX, *MORE[which + 1 :]]
+    load_TE = reference.hierarchical_topk_load(logits_TE, ROW.k, ROW.draw(key), *more, GROUPS_PER_TOKEN)
+    entries = ROW.reference(logits_TE, ROW.k, np.zeros(9), everyone, ROW.draw(key), *more)
     return np.sum(c_TE * load_TE) + sum(float(c) * e.weight for c, e in zip(c_A, entries, strict=True))
 
-  got = gradients()(logits_TE, SIDE_TX, key, everyone, c_TE, c_A)[1]
-  np.testing.assert_allclose(got, finite_differences(loss, SIDE_TX), atol=2e-5)
-  assert all(np.abs(part).max() > 0.05 for part in np.split(got, (3, 6), axis=1))
+  got_TX = gradients()((logits_TE, *MORE), key, everyone, c_TE, c_A)[1 + which]
+  np.testing.assert_allclose(got_TX, finite_differences(loss, MORE[which]), atol=2e-5)
+  assert np.abs(got_TX).max() > 0.05
 
 
 @pytest.mark.parametrize("huge", [1e30, -1e30, np.nan])
 def test_padding_gives_no_gradient_that_is_no_number(huge):
   hide = lambda x: np.where(MASK_T[:, None], x, np.float32(huge))
   ones = np.ones((T, 9), np.float32), np.ones(T * ROW.k, np.float32)
-  for gradient_TX in gradients()(hide(logits_of(ROW)), hide(SIDE_TX), key_of(ROW), MASK_T, *ones):
+  hidden = [hide(x) for x in (logits_of(ROW), *MORE)]
+  for gradient_TX in gradients()(hidden, key_of(ROW), MASK_T, *ones):
     assert np.isfinite(gradient_TX).all()
     np.testing.assert_array_equal(gradient_TX[~MASK_T], 0)
 
 
 def test_zero_logits_load_all_experts_alike():
-  router, n = router_of(ROW), 2000
+  choice, n, zeros = choice_of(ROW), 2000, [jnp.zeros((1, width)) for width in (9, 3, 9, 3)]
 
   def one(key):
-    routing = router(jnp.zeros((1, 9)), side_logits_TX=jnp.zeros((1, 15)), key=key)
+    routing = route(choice, *zeros, key=key)
     return jnp.zeros(9).at[routing.assignment.expert_A].add(1), routing.smooth_load_TE[0]
 
   chosen, smooth = jax.jit(lambda keys: jax.vmap(one)(keys))(jax.random.split(jax.random.key(3), n))
@@ -193,28 +190,25 @@ def test_zero_logits_load_all_experts_alike():
 # --- settings ---
 
 
-def test_what_the_layer_is_told():
-  told = lambda router: (router.num_side_logits, router.zero_init, router.gives_smooth_load)
-  assert told(router_of(ROW)) == (3 + 3 + 9, True, True)
-  assert told(router_of(QUIET)) == (2, False, False)
+def test_projections_start_at_zero_only_with_noise():
+  assert choice_of(ROW).zero_init and not choice_of(QUIET).zero_init
 
 
 def test_eight_experts_of_the_defaults():
   """Four groups, two of them per token, one expert each."""
-  router = make_router("hierarchical_topk", 8, 2)
-  side_TX = jnp.zeros((T, router.num_side_logits))
-  assignment = jax.jit(router.route)(jnp.zeros((T, 8)), side_logits_TX=side_TX).assignment
+  zeros = [np.zeros((T, width), np.float32) for width in (8, 4, 8, 4)]
+  assignment = jitted("hierarchical_topk", 8, 2)(*zeros).assignment
   np.testing.assert_array_equal(assignment.expert_A, [0, 2] * T)
 
 
 @pytest.mark.parametrize(
   ("spec", "num_experts", "k", "message"),
   [
-    ("hierarchical_topk:3", 8, 2, "groups must divide --num_experts=8, got 3"),
-    ("hierarchical_topk:0", 8, 2, "groups must divide --num_experts=8, got 0"),
+    ("hierarchical_topk:3", 8, 2, "groups must divide num_experts=8, got 3"),
+    ("hierarchical_topk:0", 8, 2, "groups must divide num_experts=8, got 0"),
     ("hierarchical_topk:4:5", 8, 2, "groups_per_token must be in [1, groups=4], got 5"),
     ("hierarchical_topk:4:0", 8, 2, "groups_per_token must be in [1, groups=4], got 0"),
-    ("hierarchical_topk:4:2", 8, 3, "groups_per_token must divide --num_experts_per_token=3, got 2"),
+    ("hierarchical_topk:4:2", 8, 3, "groups_per_token must divide num_experts_per_token=3, got 2"),
     ("hierarchical_topk:4:1", 8, 4, "takes 4 experts in each of 1 groups, and a group has 2"),
     ("hierarchical_topk:4:2:some", 8, 2, "noise must be one of learned, none, got 'some'"),
     ("hierarchical_topk:4:2:min_std=0", 8, 2, "min_std must be above 0, got 0.0"),
@@ -222,7 +216,7 @@ def test_eight_experts_of_the_defaults():
 )
 def test_wrong_settings(spec, num_experts, k, message):
   with pytest.raises(InputError) as error:
-    make_router(spec, num_experts, k)
+    make_choice(spec, num_experts, k)
   assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -230,6 +224,6 @@ def test_the_loop_can_tell_levels_apart():
   """Group weights, or the bias of groups, left out of the loop would be noticed."""
   logits_TE = logits_of(ROW)
   plain = loop(ROW, logits_TE)
-  shifted_TX = SIDE_TX + np.where(np.arange(15) == 1, 1, 0)
-  moved = ROW.reference(logits_TE, ROW.k, np.zeros(9), np.ones(T, bool), None, shifted_TX)
+  shifted_TP = MORE[0] + np.eye(GROUPS)[1]
+  moved = ROW.reference(logits_TE, ROW.k, np.zeros(9), np.ones(T, bool), None, shifted_TP, *MORE[1:])
   assert [e.expert for e in plain] != [e.expert for e in moved]

@@ -9,9 +9,10 @@ from moe_jax.errors import InputError
 from moe_jax.ops.balancing import make_balancer
 from moe_jax.ops.balancing.importance import cv_squared
 from moe_jax.ops.balancing.losses import SCOPES
-from moe_jax.ops.routing import make_router, to_batch
+from moe_jax.ops.routing import make_choice, to_batch
 from moe_jax.types import BatchRouting, StepStats
 from tests import tiny
+from tests.ops.choosing import route
 from tests.reference import importance as reference
 
 
@@ -162,12 +163,12 @@ def test_a_training_step_is_the_same_however_it_is_cut():
 
 def test_batch_weights_are_those_of_the_assignment_with_gradient():
   """Skipped second choices and padding weigh nothing."""
-  router, key = make_router("gshard_top2", 6, 2), jax.random.key(0)
+  choice, key = make_choice("gshard_top2", 6, 2), jax.random.key(0)
   logits_GTE = np.random.default_rng(0).normal(size=(2, 8, 6)).astype(np.float32)
   mask_GT = np.arange(16).reshape(2, 8) % 5 != 3
 
   def weights(logits_GTE):
-    routing = jax.vmap(lambda logits, mask: router(logits, mask_T=mask, key=key))(logits_GTE, mask_GT)
+    routing = jax.vmap(lambda logits, mask: route(choice, logits, mask=mask, key=key))(logits_GTE, mask_GT)
     return to_batch(routing, 1, 16, 2).weights_BLE, routing.assignment
 
   weights_BLE, a = jax.jit(weights)(logits_GTE)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from moe_jax.errors import InputError
-from moe_jax.ops.routing import make_router
+from moe_jax.ops.routing import make_choice
 from moe_jax.ops.routing.topk import log_sqrt_softplus
+from tests.ops.choosing import route
 from tests.ops.router_laws import assert_same_entries, entries_of
 from tests.reference import limited_routing as reference
 
@@ -49,8 +50,8 @@ def test_defaults_are_the_released_models(name, num_experts, k, options):
   want = reference.group_limited(logits_TE, k, bias_E, np.ones(T, bool), **options)
   spec = ":".join(f"{key}={str(value).lower()}" for key, value in ({"normalize": False} | options).items())
   for router in (name, f"group_limited_topk:{spec}"):
-    route = make_router(router, num_experts, k)
-    assert_same_entries(entries_of(route(jnp.asarray(logits_TE), bias_E=bias_E).assignment), want)
+    choice = make_choice(router, num_experts, k)
+    assert_same_entries(entries_of(route(choice, logits_TE, bias_E=bias_E).assignment), want)
 
 
 def test_an_excluded_group_stays_out_where_biased_scores_are_negative():
@@ -62,8 +63,8 @@ def test_an_excluded_group_stays_out_where_biased_scores_are_negative():
   want = reference.group_limited(logits_TE, 2, bias_E, [True], **options)
   zero_masked = reference.group_limited(logits_TE, 2, bias_E, [True], **options, masked=0.0)
   assert chosen(want) == [0, 1] and chosen(zero_masked) == [2, 3]
-  router = make_router("node_limited_topk:groups=2:groups_per_token=1", 4, 2)
-  assert chosen(entries_of(router(jnp.asarray(logits_TE), bias_E=bias_E).assignment)) == [0, 1]
+  choice = make_choice("node_limited_topk:groups=2:groups_per_token=1", 4, 2)
+  assert chosen(entries_of(route(choice, logits_TE, bias_E=bias_E).assignment)) == [0, 1]
 
 
 @pytest.mark.parametrize("groups", [1, 3])
@@ -74,26 +75,28 @@ def test_with_all_groups_allowed_it_is_plain_top_k(score, groups):
     "sigmoid": "sigmoid_topk:normalize=true",
     "sqrt_softplus": "sqrt_softplus_topk",
   }[score]
-  plain = make_router(plain_spec, 6, 3)
-  limited = make_router(f"group_limited_topk:{groups}:{groups}:score={score}", 6, 3)
+  plain = make_choice(plain_spec, 6, 3)
+  limited = make_choice(f"group_limited_topk:{groups}:{groups}:score={score}", 6, 3)
   logits_TE, bias_E = jnp.asarray(logits_of(6)), np.linspace(0.3, -0.3, 6, dtype=np.float32)
-  got, want = (entries_of(router(logits_TE, bias_E=bias_E).assignment) for router in (limited, plain))
+  got, want = (entries_of(route(x, logits_TE, bias_E=bias_E).assignment) for x in (limited, plain))
   assert_same_entries(got, want)
 
 
 @pytest.mark.parametrize("groups_per_token", [1, 2, 3])
 def test_a_token_uses_at_most_its_number_of_groups(groups_per_token):
   logits_TE, most = jnp.asarray(logits_of(12, seed=1)), lambda a: max(len(set(g)) for g in groups_of(a, 3))
-  limited = make_router(f"group_limited_topk:4:{groups_per_token}", 12, 3)(logits_TE)
-  assert most(limited.assignment) == groups_per_token
-  assert most(make_router("sigmoid_topk", 12, 3)(logits_TE).assignment) == 3  # else this shows nothing
+  limited, plain = (
+    make_choice(x, 12, 3) for x in (f"group_limited_topk:4:{groups_per_token}", "sigmoid_topk")
+  )
+  assert most(route(limited, logits_TE).assignment) == groups_per_token
+  assert most(route(plain, logits_TE).assignment) == 3  # else this shows nothing
 
 
 def test_the_group_score_decides_between_one_very_good_and_two_good_experts():
   logits_TE = jnp.array([[3.0, -3.0, 1.0, 1.0]])
   for group_top, group in [(1, 0), (2, 1)]:
-    router = make_router(f"group_limited_topk:groups=2:groups_per_token=1:group_top={group_top}", 4, 2)
-    assert {int(e) // 2 for e in router(logits_TE).assignment.expert_A} == {group}
+    choice = make_choice(f"group_limited_topk:groups=2:groups_per_token=1:group_top={group_top}", 4, 2)
+    assert {int(e) // 2 for e in route(choice, logits_TE).assignment.expert_A} == {group}
 
 
 @pytest.mark.parametrize(
@@ -111,7 +114,7 @@ def test_the_group_score_decides_between_one_very_good_and_two_good_experts():
 )
 def test_wrong_groups_are_one_line_errors(spec, message):
   with pytest.raises(InputError) as error:
-    make_router(spec, 6, 3)
+    make_choice(spec, 6, 3)
   assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -127,7 +130,7 @@ def test_log_sqrt_softplus_is_exact_from_very_negative_to_very_large_logits():
 def test_sqrt_softplus_weights_keep_their_ratio_where_the_scores_underflow():
   """exp(-110) is 0 in float32; the ratio of the two scores still is exp(1)."""
   logits_TE = jnp.array([[-220.0, -222.0]])
-  routing = make_router("sqrt_softplus_topk", 2, 2)(logits_TE)
+  routing = route(make_choice("sqrt_softplus_topk", 2, 2), logits_TE)
   np.testing.assert_array_equal(routing.scores_TE, 0)
   np.testing.assert_allclose(
     routing.assignment.weight_A, [math.e / (1 + math.e), 1 / (1 + math.e)], rtol=1e-5

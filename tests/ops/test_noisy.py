@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from moe_jax.errors import InputError
-from moe_jax.ops.routing import make_router
-from tests.ops.router_laws import MASK_T, choices, key_of, logits_of, route
+from moe_jax.ops.routing import make_choice
+from tests.ops.choosing import route
+from tests.ops.router_laws import MASK_T, choices, key_of, logits_of, route_row
 from tests.ops.router_row import T
 from tests.ops.router_rows import ROWS
 from tests.reference import noisy_routing as reference
@@ -22,7 +23,7 @@ both = pytest.mark.parametrize("row", [NOISY, VMOE], ids=["noisy_topk", "vmoe_to
 def smooth_load_by_loop(row, logits_TE, draw_TE, seed=0):
   if row is VMOE:
     return reference.vmoe_topk_load(logits_TE, row.k, draw_TE)
-  return reference.noisy_topk_load(logits_TE, row.k, draw_TE, **row.further(seed))
+  return reference.noisy_topk_load(logits_TE, row.k, draw_TE, *row.more_logits(seed))
 
 
 def selected(assignment):
@@ -41,7 +42,7 @@ def selected(assignment):
 def test_smooth_load_equals_the_loop(row, with_key):
   for seed in range(3):
     logits_TE, key = logits_of(row, seed), key_of(row, seed) if with_key else None
-    got_TE = route(row, logits_TE, key=key, seed=seed).smooth_load_TE
+    got_TE = route_row(row, logits_TE, key=key, seed=seed).smooth_load_TE
     want_TE = smooth_load_by_loop(row, logits_TE, row.draw(key) if with_key else None, seed)
     np.testing.assert_allclose(got_TE, want_TE, rtol=1e-4, atol=1e-6)
     assert got_TE.dtype == np.float32 and 0.05 < np.mean(got_TE) < 0.95
@@ -54,7 +55,7 @@ def redrawn_frequency(row, draws=4000):
   if row is VMOE:
     std_TE = np.full(logits_TE.shape, 1 / row.num_experts)
   else:
-    std_TE = np.log1p(np.exp(row.further(0)["side_logits_TX"].astype(float))) + 0.01
+    std_TE = np.log1p(np.exp(row.more_logits(0)[0].astype(float))) + 0.01
   noisy_TE = logits_TE + std_TE * row.draw(key_of(row))
   frequency_TE = np.zeros(logits_TE.shape)
   for t, e in np.ndindex(*logits_TE.shape):
@@ -66,14 +67,14 @@ def redrawn_frequency(row, draws=4000):
 
 def test_smooth_load_is_the_frequency_with_only_its_own_noise_redrawn():
   frequency_TE, tolerance = redrawn_frequency(NOISY)
-  got_TE = route(NOISY, logits_of(NOISY), key=key_of(NOISY)).smooth_load_TE
+  got_TE = route_row(NOISY, logits_of(NOISY), key=key_of(NOISY)).smooth_load_TE
   np.testing.assert_allclose(got_TE, frequency_TE, atol=tolerance)
 
 
 def test_vmoe_underestimates_what_is_chosen():
   """Its threshold includes the expert's own noisy logit: right for experts not chosen, too high for the rest."""
   frequency_TE, tolerance = redrawn_frequency(VMOE)
-  routing = route(VMOE, logits_of(VMOE), key=key_of(VMOE))
+  routing = route_row(VMOE, logits_of(VMOE), key=key_of(VMOE))
   chosen_TE, got_TE = selected(routing.assignment), routing.smooth_load_TE
   np.testing.assert_allclose(got_TE[~chosen_TE], frequency_TE[~chosen_TE], atol=tolerance)
   assert (got_TE[chosen_TE] < frequency_TE[chosen_TE] + tolerance).all()
@@ -82,9 +83,9 @@ def test_vmoe_underestimates_what_is_chosen():
 
 def test_without_noise_the_chosen_are_those_above_one_half():
   for seed in range(3):
-    routing = route(NOISY, logits_of(NOISY, seed), seed=seed)
+    routing = route_row(NOISY, logits_of(NOISY, seed), seed=seed)
     np.testing.assert_array_equal(routing.smooth_load_TE > 0.5, selected(routing.assignment))
-    routing = route(VMOE, logits_of(VMOE, seed), seed=seed)
+    routing = route_row(VMOE, logits_of(VMOE, seed), seed=seed)
     np.testing.assert_array_equal(routing.smooth_load_TE >= 0.5, selected(routing.assignment))
     np.testing.assert_array_equal((routing.smooth_load_TE == 0.5).sum(axis=1), 1)  # the K-th itself
 
@@ -93,7 +94,7 @@ def test_without_noise_the_chosen_are_those_above_one_half():
 def test_smooth_load_does_not_know_the_bias(row):
   logits_TE, key = logits_of(row), key_of(row)
   bias_E = np.linspace(2, -2, row.num_experts).astype(np.float32)
-  plain, biased = route(row, logits_TE, key=key), route(row, logits_TE, key=key, bias_E=bias_E)
+  plain, biased = route_row(row, logits_TE, key=key), route_row(row, logits_TE, key=key, bias_E=bias_E)
   np.testing.assert_array_equal(plain.smooth_load_TE, biased.smooth_load_TE)
   assert (selected(plain.assignment) != selected(biased.assignment)).any()
 
@@ -101,10 +102,9 @@ def test_smooth_load_does_not_know_the_bias(row):
 @pytest.mark.parametrize("spec", ["noisy_topk", "vmoe_topk"])
 def test_if_every_expert_is_chosen(spec):
   """No other expert is left to be the K-th one, so nothing can fail; V-MoE's threshold is then the lowest."""
-  router, logits_TE = make_router(spec, 3, 3), jnp.asarray(logits_of(NOISY)[:, :3])
-  further = {"side_logits_TX": jnp.zeros((T, 3))} if router.reads else {}
-  key = jax.random.key(0)
-  load = lambda logits_TE: router(logits_TE, key=key, **further).smooth_load_TE
+  choice, logits_TE = make_choice(spec, 3, 3), logits_of(NOISY)[:, :3]
+  more, key = [np.zeros((T, 3), np.float32)] * (spec == "noisy_topk"), jax.random.key(0)
+  load = lambda logits_TE: route(choice, logits_TE, *more, key=key).smooth_load_TE
   if spec == "noisy_topk":
     np.testing.assert_array_equal(load(logits_TE), 1)
   else:
@@ -118,12 +118,11 @@ def test_if_every_expert_is_chosen(spec):
 
 @functools.cache
 def gradients(row):
-  """Jitted gradients of sum(c * what) in logits and side logits, `what` being smooth load or weights."""
-  router = make_router(row.spec, row.num_experts, row.k)
+  """Jitted gradients of sum(c * what) in logits and noise logits, `what` being smooth load or weights."""
 
-  def total(logits_TE, side_TX, key, mask_T, c_TE, c_A):
-    further = {"side_logits_TX": side_TX} if router.reads else {}
-    routing = router(logits_TE, key=key, mask_T=mask_T, **further)
+  def total(logits_TE, noise_TE, key, mask_T, c_TE, c_A):
+    more = [noise_TE] if row is NOISY else []
+    routing = route(make_choice(row.spec, row.num_experts, row.k), logits_TE, *more, key=key, mask=mask_T)
     return jnp.sum(c_TE * jnp.where(mask_T[:, None], routing.smooth_load_TE, 0)) + jnp.sum(
       c_A * jnp.where(routing.assignment.valid_A, routing.assignment.weight_A, 0)
     )
@@ -141,38 +140,38 @@ def coefficients(row, seed=1):
 @both
 def test_gradients_of_the_smooth_load_equal_finite_differences(row):
   """Also through the threshold, which is another expert's noisy logit."""
-  logits_TE, side_TX = logits_of(row), NOISY.further(0)["side_logits_TX"]
+  logits_TE, noise_TE = logits_of(row), NOISY.more_logits(0)[0]
   c_TE, c_A = coefficients(row)
   key = key_of(row)
 
-  def loss(logits_TE, side_TX):
+  def loss(logits_TE, noise_TE):
     if row is VMOE:
       return np.sum(c_TE * reference.vmoe_topk_load(logits_TE, row.k, row.draw(key)))
-    return np.sum(c_TE * reference.noisy_topk_load(logits_TE, row.k, row.draw(key), side_TX))
+    return np.sum(c_TE * reference.noisy_topk_load(logits_TE, row.k, row.draw(key), noise_TE))
 
-  got = gradients(row)(logits_TE, side_TX, key, np.ones(T, bool), c_TE, 0 * c_A)
-  want_TE = finite_differences(lambda x: loss(x, side_TX), logits_TE)
+  got = gradients(row)(logits_TE, noise_TE, key, np.ones(T, bool), c_TE, 0 * c_A)
+  want_TE = finite_differences(lambda x: loss(x, noise_TE), logits_TE)
   np.testing.assert_allclose(got[0], want_TE, atol=1e-5)
-  np.testing.assert_allclose(got[1], finite_differences(lambda x: loss(logits_TE, x), side_TX), atol=1e-5)
+  np.testing.assert_allclose(got[1], finite_differences(lambda x: loss(logits_TE, x), noise_TE), atol=1e-5)
   assert np.abs(got[0]).max() > 0.1 and (row is VMOE or np.abs(got[1]).max() > 0.1)
 
 
-def test_weights_reach_the_side_logits_through_the_noise():
-  logits_TE, side_TX = logits_of(NOISY), NOISY.further(0)["side_logits_TX"]
+def test_weights_reach_the_noise_logits():
+  logits_TE, noise_TE = logits_of(NOISY), NOISY.more_logits(0)[0]
   c_TE, c_A = coefficients(NOISY)
   everyone = np.ones(T, bool)
 
-  def loss(side_TX, draw_TE):
+  def loss(noise_TE, draw_TE):
     zero_E = np.zeros(NOISY.num_experts)
-    entries = reference.noisy_topk(logits_TE, NOISY.k, zero_E, everyone, draw_TE, side_TX)
+    entries = reference.noisy_topk(logits_TE, NOISY.k, zero_E, everyone, draw_TE, noise_TE)
     return sum(float(c) * e.weight for c, e in zip(c_A, entries, strict=True))
 
   key = key_of(NOISY)
-  got = gradients(NOISY)(logits_TE, side_TX, key, everyone, 0 * c_TE, c_A)[1]
-  want = finite_differences(lambda x: loss(x, NOISY.draw(key)), side_TX)
+  got = gradients(NOISY)(logits_TE, noise_TE, key, everyone, 0 * c_TE, c_A)[1]
+  want = finite_differences(lambda x: loss(x, NOISY.draw(key)), noise_TE)
   np.testing.assert_allclose(got, want, atol=1e-5)
   assert np.abs(got).max() > 0.1
-  np.testing.assert_array_equal(gradients(NOISY)(logits_TE, side_TX, None, everyone, 0 * c_TE, c_A)[1], 0)
+  np.testing.assert_array_equal(gradients(NOISY)(logits_TE, noise_TE, None, everyone, 0 * c_TE, c_A)[1], 0)
 
 
 @both
@@ -180,20 +179,20 @@ def test_weights_reach_the_side_logits_through_the_noise():
 def test_padding_gives_no_gradient_that_is_no_number(row, huge):
   hide = lambda x: np.where(MASK_T[:, None], x, np.float32(huge))
   got = gradients(row)(
-    hide(logits_of(row)), hide(NOISY.further(0)["side_logits_TX"]), key_of(row), MASK_T, *coefficients(row)
+    hide(logits_of(row)), hide(NOISY.more_logits(0)[0]), key_of(row), MASK_T, *coefficients(row)
   )
   for gradient_TX in got:
     assert np.isfinite(gradient_TX).all()
     np.testing.assert_array_equal(gradient_TX[~MASK_T], 0)
 
 
-@pytest.mark.parametrize("side", [-1e4, -200.0, 1e4])
-def test_extreme_noise_has_finite_gradients(side):
+@pytest.mark.parametrize("noise", [-1e4, -200.0, 1e4])
+def test_extreme_noise_has_finite_gradients(noise):
   """softplus(-200) is 0 in float32: the smooth load is a step, and has no slope but at the step itself."""
-  side_TX = np.full((T, NOISY.num_experts), side, np.float32)
+  noise_TE = np.full((T, NOISY.num_experts), noise, np.float32)
   args = (key_of(NOISY), np.ones(T, bool), *coefficients(NOISY))
   for logits_TE in (logits_of(NOISY), np.zeros((T, NOISY.num_experts), np.float32)):
-    assert all(np.isfinite(g).all() for g in gradients(NOISY)(logits_TE, side_TX, *args))
+    assert all(np.isfinite(g).all() for g in gradients(NOISY)(logits_TE, noise_TE, *args))
 
 
 # --- the choice ---
@@ -201,24 +200,23 @@ def test_extreme_noise_has_finite_gradients(side):
 
 @pytest.mark.parametrize("row", [NOISY], ids=["noisy_topk"])
 def test_weights_sum_to_one(row):
-  weights = choices(route(row, logits_of(row), key=key_of(row)).assignment)
+  weights = choices(route_row(row, logits_of(row), key=key_of(row)).assignment)
   sums_T = [sum(w for (t, _), w in weights.items() if t == token) for token in range(T)]
   np.testing.assert_allclose(sums_T, 1, rtol=1e-6)
 
 
 def test_vmoe_weights_are_probabilities_among_all_experts():
-  weights = choices(route(VMOE, logits_of(VMOE), key=key_of(VMOE)).assignment)
+  weights = choices(route_row(VMOE, logits_of(VMOE), key=key_of(VMOE)).assignment)
   sums_T = np.array([sum(w for (t, _), w in weights.items() if t == token) for token in range(T)])
   assert (sums_T < 1).all() and (sums_T < 0.9).any()
 
 
-def frequencies(spec, num_experts, k, side_width, keys=2000):
+def frequencies(spec, num_experts, k, num_projections, keys=2000):
   """How often each expert is chosen, and its mean smooth load, where all logits are 0."""
-  router = make_router(spec, num_experts, k)
-  further = {"side_logits_TX": jnp.zeros((1, side_width))} if side_width else {}
+  choice = make_choice(spec, num_experts, k)
 
   def one(key):
-    routing = router(jnp.zeros((1, num_experts)), key=key, **further)
+    routing = route(choice, *[jnp.zeros((1, num_experts))] * num_projections, key=key)
     return jnp.zeros(num_experts).at[routing.assignment.expert_A].add(1), routing.smooth_load_TE[0]
 
   found = jax.jit(lambda keys: jax.vmap(one)(keys))(jax.random.split(jax.random.key(3), keys))
@@ -228,17 +226,15 @@ def frequencies(spec, num_experts, k, side_width, keys=2000):
 @pytest.mark.parametrize("spec", ["noisy_topk", "vmoe_topk"])
 def test_zero_logits_load_all_experts_alike(spec):
   """Why the projections of noisy top-k start at 0 (1701.06538, appendix A)."""
-  (chosen_E, smooth_E), tolerance = frequencies(spec, 6, 2, 6 if spec == "noisy_topk" else 0)
+  (chosen_E, smooth_E), tolerance = frequencies(spec, 6, 2, 2 if spec == "noisy_topk" else 1)
   np.testing.assert_allclose(chosen_E, 2 / 6, atol=tolerance)
   if spec == "noisy_topk":  # a smooth load is an estimate of the load; V-MoE's is a biased one
     np.testing.assert_allclose(smooth_E, 2 / 6, atol=tolerance)
   np.testing.assert_allclose(smooth_E, smooth_E.mean(), atol=tolerance)
 
 
-def test_what_the_layer_is_told():
-  noisy, vmoe = make_router("noisy_topk", 6, 2), make_router("vmoe_topk", 6, 2)
-  assert (noisy.num_side_logits, noisy.zero_init, noisy.gives_smooth_load) == (6, True, True)
-  assert (vmoe.num_side_logits, vmoe.zero_init, vmoe.gives_smooth_load) == (0, False, True)
+def test_projections_start_at_zero_only_where_noise_is_learned():
+  assert make_choice("noisy_topk", 6, 2).zero_init and not make_choice("vmoe_topk", 6, 2).zero_init
 
 
 @pytest.mark.parametrize(
@@ -250,5 +246,5 @@ def test_what_the_layer_is_told():
 )
 def test_wrong_options(spec, message):
   with pytest.raises(InputError) as error:
-    make_router(spec, 6, 2)
+    make_choice(spec, 6, 2)
   assert message in str(error.value) and "\n" not in str(error.value)

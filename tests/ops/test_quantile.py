@@ -167,7 +167,8 @@ def test_scores_beyond_the_reach_take_more_steps(reach, scale):
 def test_balances_in_a_few_steps_where_the_sign_takes_many():
   max_vio, bias = skewed_run("quantile_balancing")
   by_sign, _ = skewed_run("loss_free_bias:0.005")
-  assert max_vio[0] == by_sign[0] > 2
+  # The same counts; two programs may divide by their mean or multiply by its inverse.
+  assert max_vio[0] == pytest.approx(by_sign[0], rel=4 * 2.0**-23) and by_sign[0] > 2
   assert max_vio[2] < 0.3 and max_vio[5:].max() < 0.1
   assert by_sign[:40].min() > 1
   np.testing.assert_allclose(bias.mean(axis=-1), 0, atol=1e-6)

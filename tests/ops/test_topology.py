@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from moe_jax.errors import InputError
-from moe_jax.ops.routing import make_router
+from moe_jax.ops.routing import make_choice
+from tests.ops.choosing import route
 from tests.ops.router_laws import assert_same_entries, entries_of
 from tests.reference import limited_routing as reference
 
@@ -17,7 +18,7 @@ def logits_of(tokens, seed=0):
 
 
 def experts_of(spec, logits_TE, k=K, **kwargs):
-  a = make_router(spec, E, k)(logits_TE, **kwargs).assignment
+  a = route(make_choice(spec, E, k), logits_TE, **kwargs).assignment
   return np.asarray(a.expert_A).reshape(len(logits_TE), k)
 
 
@@ -46,16 +47,15 @@ def test_at_most_the_fraction_of_each_nodes_tokens_leaves(tokens, nodes, fractio
 def test_it_equals_the_loop_for_unequal_nodes_and_many_choices(tokens):
   logits_TE = logits_of(tokens)
   want = reference.topology_aware(logits_TE, 3, np.zeros(E), np.arange(tokens) != 2, nodes=2, fraction=0.4)
-  router = make_router("topology_aware_topk:2:0.4", E, 3)
-  got = router(logits_TE, mask_T=jnp.arange(tokens) != 2)
+  got = route(make_choice("topology_aware_topk:2:0.4", E, 3), logits_TE, mask=jnp.arange(tokens) != 2)
   assert_same_entries(entries_of(got.assignment), want)
 
 
 @pytest.mark.parametrize("spec", ["topology_aware_topk:3:1", "topology_aware_topk:1:0"])
 def test_where_all_may_leave_or_nobody_can_it_is_plain_top_k_and_leaks_nothing(spec):
-  router, plain, logits_TE = make_router(spec, E, K), make_router("softmax_topk", E, K), logits_of(12)
-  assert router.leaks == "" and make_router("topology_aware_topk", E, K).leaks == "always"
-  got, want = (entries_of(r(logits_TE).assignment) for r in (router, plain))
+  choice, plain, logits_TE = make_choice(spec, E, K), make_choice("softmax_topk", E, K), logits_of(12)
+  assert choice.leaks == "" and make_choice("topology_aware_topk", E, K).leaks == "always"
+  got, want = (entries_of(route(x, logits_TE).assignment) for x in (choice, plain))
   assert_same_entries(got, want)
 
 
@@ -78,7 +78,7 @@ def test_padding_takes_nobodys_place():
   logits_TE, spec = logits_of(12), "topology_aware_topk:2:0.17"  # one token of each node
   leaves = lambda **kwargs: is_remote(experts_of(spec, logits_TE, **kwargs), 2).any(axis=1)
   first = np.flatnonzero(leaves())[0]
-  others = np.flatnonzero(leaves(mask_T=jnp.arange(12) != first))
+  others = np.flatnonzero(leaves(mask=jnp.arange(12) != first))
   assert len(others) == 2 and first not in others
 
 
@@ -108,5 +108,5 @@ def test_remote_experts_stay_out_where_biased_scores_are_negative():
 )
 def test_wrong_settings_are_one_line_errors(spec, k, message):
   with pytest.raises(InputError) as error:
-    make_router(spec, E, k)
+    make_choice(spec, E, k)
   assert message in str(error.value) and "\n" not in str(error.value)

@@ -7,8 +7,9 @@ import pytest
 
 from moe_jax.ops.balancing import make_balancer
 from moe_jax.ops.balancing.conventions import convert
-from moe_jax.ops.routing import make_router, to_batch
-from moe_jax.types import StepStats
+from moe_jax.ops.routing import make_choice, to_batch
+from moe_jax.ops.routing.common import in_groups
+from moe_jax.types import RouterContext, StepStats
 from tests.parity import oracles
 
 B, L, E, K = 3, 8, 6, 2
@@ -21,8 +22,8 @@ def our_loss(balancer, logits_BLE, mask_BL=None, router="softmax_topk", k=K):
   """One layer's loss by its own definition, every sequence a routing group."""
   batch, length, num_experts = logits_BLE.shape
   mask_BL = jnp.ones((batch, length), bool) if mask_BL is None else jnp.asarray(mask_BL)
-  route = make_router(router, num_experts, k)
-  routing = jax.vmap(lambda logits, mask: route(logits, mask_T=mask))(logits_BLE, mask_BL)
+  choice = make_choice(router, num_experts, k)
+  routing = in_groups(choice.choose, logits_BLE, context=RouterContext(mask_BL))
   part = make_balancer(balancer)
   batch_routing = to_batch(routing, batch, length, k)
   observed = part.observe(part.init(num_experts), batch_routing)

@@ -1,5 +1,6 @@
 """Routers against those of Hugging Face transformers: the same experts, and weights equal to 1e-5."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -7,9 +8,10 @@ import numpy as np
 import pytest
 
 from moe_jax.ops.dispatch.slots import assign_slots
-from moe_jax.ops.routing import make_router
+from moe_jax.ops.routing import make_choice
 from moe_jax.ops.routing.hashing import table_topk
 from moe_jax.ops.routing.topk import LOG_SCORES
+from tests.ops.choosing import route
 from tests.parity import oracles
 
 T, D, E, K = 64, 16, 16, 3
@@ -93,9 +95,9 @@ def theirs(case, x_TD=X_TD, w_ED=W_ED, bias_E=BIAS_E):
   return oracles.call(router, x_TD)
 
 
-def ours(router, logits_TE, **kwargs):
-  """weights_TK, expert_TK of a router whose assignments are in token order."""
-  assignment = jax.device_get(jax.jit(router.route)(logits_TE, **kwargs)).assignment
+def ours(choice, logits_TE, **context):
+  """weights_TK, expert_TK of a choice whose assignments are in token order."""
+  assignment = jax.device_get(jax.jit(functools.partial(route, choice))(logits_TE, **context)).assignment
   assert assignment.valid_A.all()
   np.testing.assert_array_equal(assignment.token_A, np.repeat(np.arange(T), K))
   return assignment.weight_A.reshape(T, K), assignment.expert_A.reshape(T, K)
@@ -124,8 +126,8 @@ def test_the_same_experts_and_weights(name):
   case = CASES[name]
   logits_TE, *their = theirs(case)
   np.testing.assert_allclose(X_TD @ W_ED.T, logits_TE, rtol=1e-5, atol=1e-5)
-  router = make_router(case.spec, E, K)
-  assert_equal(ours(router, X_TD @ W_ED.T, **({"bias_E": BIAS_E} if case.biased else {})), their)
+  bias_E = BIAS_E if case.biased else None
+  assert_equal(ours(make_choice(case.spec, E, K), X_TD @ W_ED.T, bias_E=bias_E), their)
   if case.biased:  # or the case would not test where the bias goes
     assert (chosen(theirs(case, bias_E=0 * BIAS_E)[2]) != chosen(their[1])).any()
 
@@ -145,8 +147,8 @@ def test_the_hash_layers_of_deepseek_v4():
   )
   oracles.load(router, weight=W_ED, tid2eid=table_VK)
   _, *their = oracles.call(router, X_TD, token_id_T)
-  router = table_topk(table_VK, E, LOG_SCORES["sqrt_softplus"], scale=2.5)
-  assert_equal(ours(router, X_TD @ W_ED.T, token_id_T=token_id_T.astype(np.int32)), their)
+  choice = table_topk(table_VK, E, LOG_SCORES["sqrt_softplus"], scale=2.5)
+  assert_equal(ours(choice, X_TD @ W_ED.T, token_id=token_id_T.astype(np.int32)), their)
 
 
 def groups_of(expert_TK):
@@ -163,7 +165,7 @@ def test_groups_are_excluded_by_minus_infinity_and_not_by_zero():
   """
   case = CASES["deepseek_v3"]
   bias_E = BIAS_E - 2
-  our = ours(make_router(case.spec, E, K), X_TD @ W_ED.T, bias_E=bias_E)
+  our = ours(make_choice(case.spec, E, K), X_TD @ W_ED.T, bias_E=bias_E)
   _, *their = theirs(case, bias_E=bias_E)
   assert_equal(our, their)
   assert (groups_of(our[1]) <= GROUPS["topk_group"]).all()
@@ -173,7 +175,7 @@ def test_groups_are_excluded_by_minus_infinity_and_not_by_zero():
   assert not (chosen(expert_TK) & in_our_groups_TE).any()
   # Where no score is negative, it is the same router.
   _, *same = theirs(case._replace(model="axk2"), bias_E=BIAS_E + 2)
-  assert_equal(ours(make_router(case.spec, E, K), X_TD @ W_ED.T, bias_E=BIAS_E + 2), same)
+  assert_equal(ours(make_choice(case.spec, E, K), X_TD @ W_ED.T, bias_E=BIAS_E + 2), same)
 
 
 def test_the_zero_mask_of_deepseek_v2_moves_no_weight():
@@ -183,7 +185,7 @@ def test_the_zero_mask_of_deepseek_v2_moves_no_weight():
   logits_TE, weight_TK, expert_TK = theirs(case, w_ED=300 * W_ED)
   assert (weight_TK == 0).any()
   # Their logits: at this size the rounding of a product is more than 1e-5 of an exponential.
-  our = ours(make_router(case.spec, E, K), logits_TE)
+  our = ours(make_choice(case.spec, E, K), logits_TE)
   np.testing.assert_allclose(by_expert(*our), by_expert(weight_TK, expert_TK), rtol=1e-5, atol=1e-6)
   assert (groups_of(our[1]) <= GROUPS["topk_group"]).all()
 
@@ -195,19 +197,19 @@ def test_no_epsilon_in_the_sum_of_weights():
   x_TD = np.concatenate([X_TD, np.ones((T, 1), np.float32)], axis=1)
   w_ED = np.concatenate([W_ED, np.full((E, 1), -48, np.float32)], axis=1)
   _, weight_TK, _ = theirs(case, x_TD, w_ED)
-  our_TK, _ = ours(make_router(case.spec, E, K), x_TD @ w_ED.T, bias_E=BIAS_E)
+  our_TK, _ = ours(make_choice(case.spec, E, K), x_TD @ w_ED.T, bias_E=BIAS_E)
   np.testing.assert_allclose(our_TK.sum(axis=1), 2.5, rtol=1e-5)
   assert (weight_TK.sum(axis=1) < 0.9 * 2.5).all()
 
 
-def kept_weights(router, logits_GTE, capacity):
+def kept_weights(choice, logits_GTE, capacity):
   """weights_GTE of the assignments that find a slot, and which ones do [G, T, E]."""
 
-  def route(logits_TE):
-    assignment = router(logits_TE).assignment
+  def keep(logits_TE):
+    assignment = route(choice, logits_TE).assignment
     return assignment, assign_slots(assignment, *logits_TE.shape, capacity).kept_A
 
-  assignment, kept_GA = jax.device_get(jax.jit(jax.vmap(route))(logits_GTE))
+  assignment, kept_GA = jax.device_get(jax.jit(jax.vmap(keep))(logits_GTE))
   group_GA = np.broadcast_to(np.arange(len(logits_GTE))[:, None], kept_GA.shape)
   where = (group_GA[kept_GA], assignment.token_A[kept_GA], assignment.expert_A[kept_GA])
   weights_GTE, kept_GTE = np.zeros(logits_GTE.shape, np.float32), np.zeros(logits_GTE.shape, bool)
@@ -224,7 +226,7 @@ def test_switch_with_capacity(capacity):
   oracles.load(router, **{"classifier.weight": W_ED})
   x_GTD = X_TD.reshape(4, 16, D)
   kept_there_GTE, probability_GTO, _ = oracles.call(router, x_GTD)
-  weights_GTE, kept_GTE = kept_weights(make_router("switch_top1", E, 1), x_GTD @ W_ED.T, capacity)
+  weights_GTE, kept_GTE = kept_weights(make_choice("switch_top1", E, 1), x_GTD @ W_ED.T, capacity)
   np.testing.assert_array_equal(kept_GTE, kept_there_GTE.astype(bool))
   np.testing.assert_allclose(weights_GTE, kept_there_GTE * probability_GTO, rtol=1e-5, atol=1e-6)
   assert (kept_GTE.sum() == T) == (capacity == 16)
@@ -252,11 +254,11 @@ def test_top2_of_nllb_moe_with_capacity(fraction, prioritized):
   """Every second choice is sent: GShard's router without a key, and with priorities that of V-MoE, whose weights
   are not divided by their sum in the paper and are so there."""
   their_TE = nllb(fraction, second_expert_policy="all", batch_prioritized_routing=prioritized)
-  router = make_router("batch_prioritized" if prioritized else "gshard_top2", E, 2)
+  choice = make_choice("batch_prioritized" if prioritized else "gshard_top2", E, 2)
   logits_GTE = (X_TD @ W_ED.T)[None]
-  weights_TE, kept_TE = (x[0] for x in kept_weights(router, logits_GTE, round(fraction * T)))
+  weights_TE, kept_TE = (x[0] for x in kept_weights(choice, logits_GTE, round(fraction * T)))
   if prioritized:
-    all_TE = kept_weights(router, logits_GTE, T)[0][0]
+    all_TE = kept_weights(choice, logits_GTE, T)[0][0]
     weights_TE = weights_TE / all_TE.sum(axis=1, keepdims=True)
   np.testing.assert_array_equal(kept_TE, their_TE > 0)
   np.testing.assert_allclose(weights_TE, their_TE, rtol=1e-5, atol=1e-6)
@@ -269,7 +271,7 @@ def test_random_second_experts_of_nllb_moe_lose_their_normalization(monkeypatch)
   monkeypatch.setattr(oracles.torch, "rand_like", oracles.torch.zeros_like)  # every second choice is sent
   their_TE = nllb(second_expert_policy="random")
   logits_TE = X_TD @ W_ED.T
-  our_TE = kept_weights(make_router("gshard_top2", E, 2), logits_TE[None], T)[0][0]
+  our_TE = kept_weights(make_choice("gshard_top2", E, 2), logits_TE[None], T)[0][0]
   probs_TE = np.asarray(jax.nn.softmax(logits_TE, axis=-1))
   is_first_TE = probs_TE == probs_TE.max(axis=1, keepdims=True)
   np.testing.assert_allclose(np.where(is_first_TE, our_TE - their_TE, 0), 0, atol=1e-6)

@@ -39,6 +39,7 @@ def moe_layer(x_GTD, assignment, weights, capacity, cotangent_GTD):
   """
   x_GTD, cotangent_GTD = np.asarray(x_GTD, np.float64), np.asarray(cotangent_GTD, np.float64)
   gate, up, down = [None if w is None else np.asarray(w, np.float64) for w in weights]
+  token, expert = np.asarray(assignment.token_A), np.asarray(assignment.expert_A)
   combine = np.asarray(assignment.weight_A, np.float64)
   kept = kept_entries(assignment, capacity)
   y = np.zeros_like(x_GTD)
@@ -49,7 +50,7 @@ def moe_layer(x_GTD, assignment, weights, capacity, cotangent_GTD):
     "down": np.zeros_like(down),
   }
   for g, a in zip(*np.nonzero(kept)):
-    t, e = int(assignment.token_A[g, a]), int(assignment.expert_A[g, a])
+    t, e = token[g, a], expert[g, a]
     x, d_y = x_GTD[g, t], cotangent_GTD[g, t]
     out, (hidden, slope, other) = _ffn(x, None if gate is None else gate[e], up[e], down[e])
     y[g, t] += combine[g, a] * out

@@ -73,13 +73,14 @@ def test_shared_capacity_against_a_loop(spec, share):
     check(spec, "data=2,expert=4", given, expected_valid=kept)
 
 
-def test_a_bounded_buffer_drops_what_comes_last():
-  """Two groups of 8 entries on a device, 4 devices: with factor 1, 4 rows from each to each."""
+@pytest.mark.parametrize(("factor", "rows"), [(1, 4), (1.05, 5)])
+def test_a_bounded_buffer_is_rounded_up_and_drops_what_comes_last(factor, rows):
+  """Two groups of 8 entries on a device, 4 devices: 4 * factor rows from each to each, and no part of a row."""
   given = assignment("uneven")
   devices = given._replace(expert_A=given.expert_A // (E // 4), holds_slot_A=None)
-  kept = kept_entries(_merged(devices, 2), 4).reshape(G, -1)
-  assert 0 < kept.sum() < given.valid_A.sum()
-  check("dropless:buffer_factor=1", "data=2,expert=4", given, expected_valid=kept)
+  kept = kept_entries(_merged(devices, 2), rows).reshape(G, -1)
+  assert kept_entries(_merged(devices, 2), rows - 1).sum() < kept.sum() < given.valid_A.sum()
+  check(f"dropless:buffer_factor={factor}", "data=2,expert=4", given, expected_valid=kept)
 
 
 @pytest.mark.parametrize("spec", ["dropless", "all_gather"])

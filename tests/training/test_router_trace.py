@@ -3,6 +3,7 @@ step was cut changes nothing."""
 
 import functools
 import json
+import tracemalloc
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from moe_jax.config import MeshConfig
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError
 from moe_jax.ops.routing.common import select_top_k
+from moe_jax.training import router_trace
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import check_run, compile_steps
 from moe_jax.training.loop import Run
@@ -66,48 +68,69 @@ def test_round_trip(tmp_path):
 @pytest.mark.parametrize("size", [1, 3, 7, 100])
 def test_chunks_are_the_whole_in_order(tmp_path, size):
   steps = make_steps(7)
-  write(tmp_path, steps)
+  for first, stop in ((0, 2), (2, 3), (3, 7)):  # three files
+    write(tmp_path, steps[first:stop], first=first + 1, resume_step=first)
   chunks = list(Trace(tmp_path).chunks(size))
   assert [len(chunk.step_I) for chunk in chunks[:-1]] == [size] * (len(chunks) - 1)
-  for field, expected in zip(zip(*chunks, strict=True), Trace(tmp_path).read(0, 7), strict=True):
-    np.testing.assert_array_equal(np.concatenate(field), expected)
+  logits_IRBLE = np.concatenate([chunk.logits_IRBLE for chunk in chunks])
+  np.testing.assert_array_equal(logits_IRBLE, np.stack([arrays["logits_RBLE"] for arrays in steps]))
 
 
 def test_any_numpy_reads_the_files(tmp_path):
-  steps = make_steps(12)  # the number of steps gets a second digit
-  write(tmp_path, steps)
-  logits = np.load(tmp_path / "logits.npy", mmap_mode="r")
-  np.testing.assert_array_equal(logits, np.stack([arrays["logits_RBLE"] for arrays in steps]))
-
-
-@pytest.mark.parametrize("name", ["step", "logits", "mask", "domain", "key"])
-def test_a_file_that_was_cut_short_is_read_up_to_its_last_whole_step(tmp_path, name):
-  steps = make_steps(7)
-  write(tmp_path, steps)
-  path = tmp_path / f"{name}.npy"
-  array = np.load(path)
-  header = path.stat().st_size - array.nbytes
-  path.write_bytes(path.read_bytes()[: header + array[0].nbytes * 5 // 2])  # two steps and a half
-  assert_holds(Trace(tmp_path), steps[:2])
-  write(tmp_path, steps[2:], first=3, resume_step=2)
-  assert_holds(Trace(tmp_path), steps)
-
-
-def test_a_kill_between_data_and_header_leaves_the_steps_before(tmp_path):
-  """The header is written last: what it counts is whole."""
   steps = make_steps(3)
   write(tmp_path, steps)
-  with (tmp_path / "logits.npy").open("ab") as file:
-    file.write(b"half a step")
+  records = np.load(tmp_path / "steps_000000000001.npy")
+  for name in ("logits_RBLE", "mask_BL", "domain_B"):
+    np.testing.assert_array_equal(records[name], np.stack([arrays[name] for arrays in steps]))
+
+
+def test_a_kill_leaves_whole_steps(tmp_path, monkeypatch):
+  """Steps that no file has yet are lost, and a file that was being written is as if it were not there."""
+  steps = make_steps(5)
+  writer = TraceWriter(tmp_path, {})
+  for i, arrays in enumerate(steps[:3]):
+    writer.add(i + 1, arrays)
+  writer.flush()
+  writer.add(4, steps[3])
+  assert_holds(Trace(tmp_path), steps[:3])
+
+  def killed(file, records):
+    file.write(b"half a file")
+    raise SystemExit
+
+  with monkeypatch.context() as patch, pytest.raises(SystemExit):
+    patch.setattr(np, "save", killed)
+    writer.flush()
+  assert_holds(Trace(tmp_path), steps[:3])
+  write(tmp_path, steps[3:], first=4, resume_step=3)
   assert_holds(Trace(tmp_path), steps)
-  write(tmp_path, make_steps(2, seed=1), first=4, resume_step=3)
-  assert_holds(Trace(tmp_path), steps + make_steps(2, seed=1))
+
+
+def test_neither_writer_nor_reader_holds_the_whole(tmp_path, monkeypatch):
+  """Files are written as soon as they have FLUSH_BYTES, and opening a trace loads no logits."""
+  step = make_steps(1)[0] | {"logits_RBLE": np.ones((2, 4, 64, 256), np.float16)}
+  size = step["logits_RBLE"].nbytes  # 256 kB
+  monkeypatch.setattr(router_trace, "FLUSH_BYTES", 4 * size)
+  tracemalloc.start()
+  try:
+    with TraceWriter(tmp_path, {}) as writer:
+      for i in range(40):
+        writer.add(i + 1, step)
+    assert tracemalloc.get_traced_memory()[1] < 16 * size
+    tracemalloc.reset_peak()
+    trace = Trace(tmp_path)
+    assert len(trace) == 40 and trace.shape == (2, 4, 64, 256)
+    assert tracemalloc.get_traced_memory()[1] < size
+  finally:
+    tracemalloc.stop()
+  assert 5 < len(list(tmp_path.glob("steps_*.npy"))) <= 10
 
 
 @pytest.mark.parametrize("resume_step", [0, 2, 5, 9])
 def test_resuming_writes_no_step_twice(tmp_path, resume_step):
   steps = make_steps(5)
-  write(tmp_path, steps)
+  write(tmp_path, steps[:3])
+  write(tmp_path, steps[3:], first=4, resume_step=3)
   kept = steps[:resume_step]
   write(tmp_path, steps[len(kept) :], first=len(kept) + 1, resume_step=resume_step)
   assert_holds(Trace(tmp_path), steps)
@@ -120,10 +143,10 @@ def test_no_trace_is_one_line(tmp_path):
   with pytest.raises(InputError, match="hold no whole step"):
     Trace(tmp_path)
   write(tmp_path, make_steps(1))
-  for name, right in (("logits", "hold no whole step"), ("header", "holds no router logits")):
-    path = tmp_path / ("header.json" if name == "header" else f"{name}.npy")
-    path.write_bytes(path.read_bytes()[:10])
-    with pytest.raises(InputError, match=right):
+  for name, message in (("steps_000000000001.npy", "is damaged"), ("header.json", "holds no router logits")):
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(InputError, match=message):
       Trace(tmp_path)
 
 
@@ -152,7 +175,7 @@ def finished(dataset, tmp_path_factory):
 def test_a_run_records_its_batches(finished, dataset):
   folder, _ = finished
   trace, model = Trace(folder), CONFIG.model
-  assert trace.shape == (model.num_moe_layers, 8, 16, model.moe.num_experts)
+  assert trace.shape == (model.num_layers, 8, 16, model.moe.num_experts)
   assert trace.header["config"] == json.loads(json.dumps(CONFIG.to_dict()))
   assert {k: trace.header[k] for k in ("num_experts_per_token", "group_size", "capacity")} == {
     "num_experts_per_token": 2,
@@ -224,8 +247,8 @@ def test_every_third_step(finished, dataset, tmp_path):
 
 
 def test_a_layer_without_a_router_is_refused():
-  config = tiny.change(CONFIG, layer="soft_moe", accept_leaks="soft_moe", balancers="none", jitter=0.0)
-  with pytest.raises(InputError, match="--record_router_logits=1: --layer=soft_moe has no router"):
+  config = tiny.change(CONFIG, ffn="soft_moe", accept_leaks="soft_moe", balancers="none", jitter=0.0)
+  with pytest.raises(InputError, match="--record_router_logits=1: --ffn=soft_moe has no router"):
     check_run(config, sharding.make_mesh(config.mesh))
 
 

@@ -3,7 +3,7 @@
 Only numpy. Links carry both directions at once at full speed, all links work at the same time, and so an exchange
 lasts as long as its busiest link. Latency and waiting are left out: times are lower bounds.
 
-Axes as in `moe_jax.types`, and P: devices that send, Q: devices that receive.
+Axes as in `moe_jax.types`; P: devices. Of two, the first sends and the second receives.
 """
 
 import dataclasses
@@ -61,38 +61,38 @@ class Machine:
 class Traffic:
   """What travels, in rows or in bytes. A row that is forwarded counts on each of its hops; what stays counts nowhere."""
 
-  network_PQ: np.ndarray  # between nodes
-  local_PQ: np.ndarray  # inside nodes
+  network_PP: np.ndarray  # between nodes
+  local_PP: np.ndarray  # inside nodes
 
   def __add__(self, other: Self) -> Self:
-    return Traffic(self.network_PQ + other.network_PQ, self.local_PQ + other.local_PQ)
+    return Traffic(self.network_PP + other.network_PP, self.local_PP + other.local_PP)
 
   def __mul__(self, factor: int) -> Self:
-    return Traffic(self.network_PQ * factor, self.local_PQ * factor)
+    return Traffic(self.network_PP * factor, self.local_PP * factor)
 
   @property
   def reversed(self) -> Self:
-    """Every arrow turned round: the combine of this dispatch."""
-    return Traffic(self.network_PQ.T, self.local_PQ.T)
+    """The opposite direction everywhere: the combine of this dispatch."""
+    return Traffic(self.network_PP.T, self.local_PP.T)
 
   @property
   def sent_P(self) -> np.ndarray:
-    return (self.network_PQ + self.local_PQ).sum(axis=1)
+    return (self.network_PP + self.local_PP).sum(axis=1)
 
   @property
-  def received_Q(self) -> np.ndarray:
-    return (self.network_PQ + self.local_PQ).sum(axis=0)
+  def received_P(self) -> np.ndarray:
+    return (self.network_PP + self.local_PP).sum(axis=0)
 
   @property
   def total(self) -> int:
     return int(self.sent_P.sum())
 
 
-def straight(rows_PQ: np.ndarray, machine: Machine) -> Traffic:
+def straight(rows_PP: np.ndarray, machine: Machine) -> Traffic:
   """The traffic of rows that go from sender to receiver without a stop; the diagonal stays."""
-  same_node_PQ = machine.node_P[:, None] == machine.node_P[None, :]
-  moved_PQ = rows_PQ * ~np.eye(machine.devices, dtype=bool)
-  return Traffic(np.where(same_node_PQ, 0, moved_PQ), np.where(same_node_PQ, moved_PQ, 0))
+  same_node_PP = machine.node_P[:, None] == machine.node_P[None, :]
+  moved_PP = rows_PP * ~np.eye(machine.devices, dtype=bool)
+  return Traffic(np.where(same_node_PP, 0, moved_PP), np.where(same_node_PP, moved_PP, 0))
 
 
 class Link(NamedTuple):
@@ -107,7 +107,7 @@ def links(traffic: Traffic, machine: Machine) -> list[Link]:
   """Every direction of every port, with its bytes (`traffic` in bytes) and the seconds that they take."""
   found = []
   for way, axis in (("out of", 1), ("into", 0)):
-    local_P, network_P = traffic.local_PQ.sum(axis=axis), traffic.network_PQ.sum(axis=axis)
+    local_P, network_P = traffic.local_PP.sum(axis=axis), traffic.network_PP.sum(axis=axis)
     for device, count in enumerate(local_P):
       found.append(
         Link(f"local port {way} device {device}", int(count), float(count / machine.local_bandwidth))

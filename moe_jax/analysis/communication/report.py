@@ -1,6 +1,6 @@
-"""Tables, CSV files and plots of `experiments/communication.py`.
+"""Tables, CSV files and plots of the communication study.
 
-A row is a dict: an arm under one `once_per`, with the numbers of `analysis.communication.summary`, bytes and seconds
+A row is a dict: an arm under one `once_per`, with the numbers of `simulate.summary`, bytes and seconds
 of one layer as means over layers and simulated steps.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 from moe_jax.comparison.report import canvas
 
 Row = Mapping[str, Any]
-PER_DEVICE = ("sent_bytes_P", "received_bytes_Q")
+PER_DEVICE = ("sent_bytes_P", "received_bytes_P")
 
 
 def write_csv(folder: pathlib.Path, rows: Sequence[Row]) -> None:

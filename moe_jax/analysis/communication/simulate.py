@@ -7,7 +7,7 @@ One training step of a layer moves each row (a token's D numbers) four times: to
 (combine), and both again with the gradients. Combine is dispatch with every arrow turned round, so over a step all
 four are counted from one. Exchanges, products with experts and shadowed weights follow each other without overlap.
 
-Axes as in `moe_jax.types`, and P: devices that send, Q: devices that receive.
+Axes as in `moe_jax.types`; P: devices. Of two, the first sends and the second receives.
 """
 
 import dataclasses
@@ -83,37 +83,37 @@ def dispatch_rows(
     raise InputError(f"--once_per={once_per}: must be one of {', '.join(ONCE_PER)}")
   size = machine.devices
   pair_A = routed.token_A.astype(np.int64) * size + serving_device(routed, shadowed)
-  count_TQ = np.bincount(pair_A, minlength=len(routed.device_T) * size).reshape(-1, size)
+  count_TP = np.bincount(pair_A, minlength=len(routed.device_T) * size).reshape(-1, size)
   if once_per != "expert":
-    count_TQ = np.minimum(count_TQ, 1)
-  rows_PQ = _sum_by(routed.device_T, count_TQ, size)
+    count_TP = np.minimum(count_TP, 1)
+  rows_PP = _sum_by(routed.device_T, count_TP, size)
   if once_per != "node":
-    return straight(rows_PQ, machine)
-  reaches_TN = count_TQ.reshape(len(count_TQ), machine.nodes, -1).any(axis=2).astype(np.int64)
-  return _forwarded(rows_PQ, _sum_by(routed.device_T, reaches_TN, size), machine)
+    return straight(rows_PP, machine)
+  reaches_TX = count_TP.reshape(len(count_TP), machine.nodes, -1).any(axis=2).astype(np.int64)
+  return _forwarded(rows_PP, _sum_by(routed.device_T, reaches_TX, size), machine)
 
 
 def _sum_by(device_T: np.ndarray, values_TX: np.ndarray, size: int) -> np.ndarray:
   """[P, X]: sums over the tokens of each device. Most entries are 0, so only the others are added up."""
   width = values_TX.shape[1]
-  token_I, x_I = np.nonzero(values_TX)
-  place_I = device_T[token_I].astype(np.int64) * width + x_I
-  sums = np.bincount(place_I, weights=values_TX[token_I, x_I], minlength=size * width)
+  tokens, columns = np.nonzero(values_TX)
+  places = device_T[tokens].astype(np.int64) * width + columns
+  sums = np.bincount(places, weights=values_TX[tokens, columns], minlength=size * width)
   return np.rint(sums).astype(np.int64).reshape(size, width)  # exact: float64, and counts below 2**53
 
 
-def _forwarded(rows_PQ: np.ndarray, rows_PN: np.ndarray, machine: Machine) -> Traffic:
-  """Once to each node, to the device of the sender's place, and from there to the devices of the node."""
+def _forwarded(rows_PP: np.ndarray, rows_PX: np.ndarray, machine: Machine) -> Traffic:
+  """Once to each node (X), to the device of the sender's place, and from there to the devices of the node."""
   size, per_node = machine.devices, machine.devices_per_node
-  network_PQ, local_PQ = np.zeros((2, size, size), np.int64)
+  network_PP, local_PP = np.zeros((2, size, size), np.int64)
   for sender in range(size):
     for node in range(machine.nodes):
       relay = node * per_node + sender % per_node  # in the sender's node: the sender
-      network_PQ[sender, relay] += rows_PN[sender, node] * (relay != sender)
+      network_PP[sender, relay] += rows_PX[sender, node] * (relay != sender)
       members = slice(node * per_node, (node + 1) * per_node)
-      local_PQ[relay, members] += rows_PQ[sender, members]
-  np.fill_diagonal(local_PQ, 0)
-  return Traffic(network_PQ, local_PQ)
+      local_PP[relay, members] += rows_PP[sender, members]
+  np.fill_diagonal(local_PP, 0)
+  return Traffic(network_PP, local_PP)
 
 
 def capacity_rows(
@@ -148,9 +148,9 @@ def broadcast_copies(machine: Machine, source: int) -> Traffic:
   order = sorted(
     range(machine.devices), key=lambda device: (device != source, machine.node_P[device] != home, device)
   )
-  copies_PQ = np.zeros((machine.devices, machine.devices), np.int64)
-  copies_PQ[order[:-1], order[1:]] = 1
-  return straight(copies_PQ, machine)
+  copies_PP = np.zeros((machine.devices, machine.devices), np.int64)
+  copies_PP[order[:-1], order[1:]] = 1
+  return straight(copies_PP, machine)
 
 
 class StepCost(NamedTuple):
@@ -158,7 +158,7 @@ class StepCost(NamedTuple):
 
   dispatch: Traffic  # bytes, one way
   shadow: Traffic  # bytes of shadowed experts' weights to all devices; their gradients come back the same way
-  rows_Q: np.ndarray  # that each device's experts work on
+  rows_P: np.ndarray  # that each device's experts work on
   exchange_seconds: float  # of all four exchanges
   compute_seconds: float  # of the device with most rows
   shadow_seconds: float  # of weights and gradients
@@ -183,13 +183,13 @@ def step_cost(
   shadow = Traffic(nothing, nothing)
   for expert in shadowed:
     shadow += broadcast_copies(machine, int(routed.device_E[expert])) * layer.expert_bytes
-  rows_Q = np.bincount(serving_device(routed, shadowed), minlength=machine.devices)
+  rows_P = np.bincount(serving_device(routed, shadowed), minlength=machine.devices)
   return StepCost(
     dispatch=dispatch,
     shadow=shadow,
-    rows_Q=rows_Q,
+    rows_P=rows_P,
     exchange_seconds=EXCHANGES * busiest_link(dispatch, machine).seconds,
-    compute_seconds=PRODUCTS * int(rows_Q.max()) * layer.flops_per_row / machine.flops,
+    compute_seconds=PRODUCTS * int(rows_P.max()) * layer.flops_per_row / machine.flops,
     shadow_seconds=2 * busiest_link(shadow, machine).seconds,
   )
 
@@ -227,15 +227,15 @@ def choose_shadows(
 def summary(cost: StepCost, machine: Machine) -> dict[str, Any]:
   """Plain numbers of one layer's step. Bytes are of one dispatch unless the name says step."""
   link = busiest_link(cost.dispatch, machine)
-  received_Q = cost.dispatch.received_Q
+  received_P = cost.dispatch.received_P
   return {
-    "network_bytes": int(cost.dispatch.network_PQ.sum()),
-    "local_bytes": int(cost.dispatch.local_PQ.sum()),
+    "network_bytes": int(cost.dispatch.network_PP.sum()),
+    "local_bytes": int(cost.dispatch.local_PP.sum()),
     "step_bytes": cost.total.total,
     "sent_bytes_P": cost.dispatch.sent_P.tolist(),
-    "received_bytes_Q": received_Q.tolist(),
+    "received_bytes_P": received_P.tolist(),
     "received_over_mean": float(
-      received_Q.max() / max(received_Q.mean(), 1.0)
+      received_P.max() / max(received_P.mean(), 1.0)
     ),  # of the device that gets most
     "busiest_link": link.name.rpartition(" ")[0],  # of which kind
     "busiest_bytes": link.bytes,

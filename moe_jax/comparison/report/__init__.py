@@ -9,21 +9,21 @@ from moe_jax.comparison.report.html import write_report
 from moe_jax.comparison.report.tables import print_differences, print_table, write_csv
 from moe_jax.comparison.results import load_results
 from moe_jax.comparison.statistics import (
-  COLUMNS,
   Column,
   Difference,
   Row,
   Stat,
+  columns_of,
   paired_differences,
   summarise,
 )
 
 __all__ = [
-  "COLUMNS",
   "Column",
   "Difference",
   "Row",
   "Stat",
+  "columns_of",
   "load_results",
   "paired_differences",
   "print_differences",

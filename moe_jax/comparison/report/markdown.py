@@ -4,31 +4,29 @@ import os
 import pathlib
 from collections.abc import Sequence
 
-from moe_jax.comparison.report.tables import format_number, format_stat
-from moe_jax.comparison.statistics import COLUMNS, Difference, Row
+from moe_jax.comparison.report.tables import format_difference, format_stat, shown_columns
+from moe_jax.comparison.statistics import Difference, Row
 
-SHOWN = ("perplexity", "max_vio_global", "max_vio_batch", "dropped_training", "mutual_information")
-JUDGED = ("perplexity", "max_vio_global", "mutual_information")
+LEFT_OUT = ("nll", "tokens_per_second")  # perplexity says the one, and the machine decides the other
+JUDGED = ("perplexity", "max_vio", "mutual_information")
 
 
 def write_markdown(
   path: str | os.PathLike[str], rows: Sequence[Row], differences: Sequence[Difference], command: str
 ) -> None:
   """One line per arm: mean ± spread over seeds, then what the paired differences to the first arm resolve."""
-  columns = {column.key: column for column in COLUMNS if column.key in SHOWN}
+  columns = {column.key: column for column in shown_columns(rows) if column.key not in LEFT_OUT}
   judged = {(d.arm, d.key): d for d in differences}
-  titles = [columns[key].title for key in SHOWN] + [f"{columns[key].title}: verdict" for key in JUDGED]
+  of_verdicts = [key for key in JUDGED if key in columns]
+  titles = [column.title for column in columns.values()]
+  titles += [f"{columns[key].title}: verdict" for key in of_verdicts]
   lines = [f"`{command}`", "", f"| arm | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
   for row in rows:
-    cells = [format_stat(row.cells[key], columns[key], len(row.seeds)) for key in SHOWN]
-    cells += [_verdict(judged.get((row.arm, key)), columns[key].format) for key in JUDGED]
+    cells = [format_stat(row.cells[key], column, len(row.seeds)) for key, column in columns.items()]
+    cells += [_verdict(judged.get((row.arm, key))) for key in of_verdicts]
     lines.append(f"| `{row.arm}` | {' | '.join(cells)} |")
   pathlib.Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _verdict(difference: Difference | None, spec: str) -> str:
-  if difference is None:
-    return "baseline"
-  mean = format_number(difference.mean, spec, sign=True)
-  error = "" if difference.standard_error is None else f" ± {format_number(difference.standard_error, spec)}"
-  return f"{mean}{error}: {difference.verdict}"
+def _verdict(difference: Difference | None) -> str:
+  return "baseline" if difference is None else f"{format_difference(difference)}: {difference.verdict}"

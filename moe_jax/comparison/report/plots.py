@@ -8,7 +8,7 @@ import numpy as np
 
 from moe_jax.comparison.report import canvas, heatmaps
 from moe_jax.comparison.results import Result, group_by_arm
-from moe_jax.comparison.statistics import COLUMNS, Row, number
+from moe_jax.comparison.statistics import Row, number
 
 Metrics = Mapping[tuple[str, int], Sequence[Mapping[str, Any]]]
 
@@ -180,10 +180,12 @@ def _plot_loss(directory: pathlib.Path, rows: Sequence[Row], metrics: Metrics) -
 def _plot_perplexity(
   directory: pathlib.Path, results: Sequence[Result], rows: Sequence[Row]
 ) -> canvas.Plot | None:
-  get = {column.key: column.value for column in COLUMNS}
+  get = {column.key: column.value for row in rows[:1] for column in row.columns}
+  if "max_vio" not in get:
+    return None
   points = {}
   for index, of_arm in enumerate(group_by_arm(results).values()):
-    pairs = [(get["max_vio_global"](r), get["perplexity"](r)) for r in of_arm]
+    pairs = [(get["max_vio"](r), get["perplexity"](r)) for r in of_arm]
     pairs = [p for p in pairs if None not in p and np.isfinite(p).all()]
     if pairs:
       points[index] = np.array(pairs)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from moe_jax.comparison.statistics import (
-  COLUMNS,
   MIN_SEEDS_FOR_VERDICT,
   Column,
   Difference,
@@ -44,7 +43,9 @@ def format_stat(stat: Stat | None, column: Column, num_seeds: int) -> str:
 
 def shown_columns(rows: Sequence[Row]) -> list[Column]:
   """All columns, except the excess over a floor that no arm knows."""
-  return [c for c in COLUMNS if c.key != "excess_nll" or any(r.cells[c.key] is not None for r in rows)]
+  return [
+    c for c in rows[0].columns if c.key != "excess_nll" or any(r.cells[c.key] is not None for r in rows)
+  ]
 
 
 def caption(rows: Sequence[Row]) -> str:
@@ -73,10 +74,11 @@ def differences_caption(baseline: str, num_seeds: int) -> str:
   )
 
 
-def format_difference(difference: Difference, column: Column) -> str:
-  text = format_number(difference.mean, column.format, sign=True)
+def format_difference(difference: Difference) -> str:
+  form = difference.column.format
+  text = format_number(difference.mean, form, sign=True)
   if difference.standard_error is not None:
-    text += f" ± {format_number(difference.standard_error, column.format)}"
+    text += f" ± {format_number(difference.standard_error, form)}"
   return text
 
 
@@ -104,14 +106,9 @@ def print_differences(differences: Sequence[Difference], baseline: str, console:
   if not differences:
     return
   console = console or _standard_output()
-  by_key = {c.key: c for c in COLUMNS}
   for arm in dict.fromkeys(d.arm for d in differences):
     console.print(_text(f"{arm} minus {baseline}", console), style="bold")
-    cells = [
-      [by_key[d.key].title, format_difference(d, by_key[d.key]), d.verdict]
-      for d in differences
-      if d.arm == arm
-    ]
+    cells = [[d.column.title, format_difference(d), d.verdict] for d in differences if d.arm == arm]
     _print_blocks(["Quantity", "Difference", "Verdict"], cells, console)
   seeds = min(len(d.per_seed) for d in differences)
   console.print(_text(differences_caption(baseline, seeds), console), style="dim")
@@ -170,19 +167,58 @@ def _blocks(widths: list[int], width: int, first: int) -> list[list[int]]:
 def write_csv(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
   """One line per arm: `arm`, `num_seeds`, then `<key>_mean`, `<key>_std` and `<key>_n` per column, at full precision.
 
-  Unknown values are empty. `max_vio_global_lowest_layer` and `_highest_layer` are over layers.
+  Unknown values are empty. `max_vio_lowest_layer` and `_highest_layer` are over layers.
   """
+  columns = rows[0].columns if rows else ()
   names = ["arm", "num_seeds"]
-  names += [f"{c.key}_{part}" for c in COLUMNS for part in ("mean", "std", "n")]
-  names += ["max_vio_global_lowest_layer", "max_vio_global_highest_layer"]
+  names += [f"{c.key}_{part}" for c in columns for part in ("mean", "std", "n")]
+  names += ["max_vio_lowest_layer", "max_vio_highest_layer"]
   with open(path, "w", encoding="utf-8", newline="") as file:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(names)
     for row in rows:
       line: list[Any] = [row.arm, len(row.seeds)]
-      for column in COLUMNS:
+      for column in columns:
         cell = row.cells[column.key]
         line += (
           ["", "", 0] if cell is None else [cell.mean, "" if cell.spread is None else cell.spread, cell.num]
         )
       writer.writerow(line + list(row.max_vio_range or ("", "")))
+
+
+def write_differences_csv(
+  path: str | os.PathLike[str], differences: Sequence[Difference], baseline: str
+) -> None:
+  """One line per arm and quantity, at full precision: what an interval or a correction over the table needs.
+
+  `low` and `high` bound the 95% interval of the mean, `p_value` is the uncorrected one of the paired t test; both
+  are empty with fewer than two shared seeds. `seed_<k>` is the arm minus the baseline at seed k.
+  """
+  seeds = sorted({seed for difference in differences for seed in difference.per_seed})
+  names = (
+    "arm",
+    "baseline",
+    "quantity",
+    "num_seeds",
+    "mean",
+    "standard_error",
+    "degrees_of_freedom",
+    "p_value",
+  )
+  names = (*names, "low", "high", "verdict", *(f"seed_{seed}" for seed in seeds))
+  with open(path, "w", encoding="utf-8", newline="") as file:
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(names)
+    for d in differences:
+      line = [
+        d.arm,
+        baseline,
+        d.key,
+        len(d.per_seed),
+        d.mean,
+        d.standard_error,
+        d.degrees_of_freedom,
+        d.p_value,
+      ]
+      line += [*(d.interval or (None, None)), d.verdict, *(d.per_seed.get(seed) for seed in seeds)]
+      writer.writerow(line)  # None is written as nothing

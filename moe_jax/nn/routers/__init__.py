@@ -4,7 +4,7 @@ A method whose logits are one matrix is a pure choice in `moe_jax.ops.routing`; 
 module here.
 """
 
-from moe_jax.nn.routers.base import Router, project
+from moe_jax.nn.routers.base import Router, project, top_k
 from moe_jax.nn.routers.linear import Linear, LinearRouter
 from moe_jax.nn.routers.noisy import HierarchicalTopK, NoisyTopK
 from moe_jax.nn.routers.task import TaskLevel
@@ -25,4 +25,4 @@ ROUTERS = Registry(
   offered=("dim", "num_experts", "num_experts_per_token", "init_scale", "rngs"),
 )
 
-__all__ = ["ROUTERS", "Linear", "LinearRouter", "Router", "project"]
+__all__ = ["ROUTERS", "Linear", "LinearRouter", "Router", "project", "top_k"]

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax.ops.routing.common import in_groups
+from moe_jax.ops.routing.topk import softmax_topk
 from moe_jax.types import Array, RouterContext, Routing
 
 
@@ -42,3 +44,10 @@ class Router(nnx.Module):
 def project(x_GTD: Array, w_DE: Array) -> Array:
   """Full float32 products also where the accelerator's default is lower: a rounded logit flips a choice."""
   return jnp.einsum("GTD,DE->GTE", x_GTD, w_DE, precision=jax.lax.Precision.HIGHEST)
+
+
+def top_k(logits_GTE: Array, num_experts_per_token: int, context: RouterContext) -> Routing:
+  """The plain choice, for a router of your own: the K experts with the highest softmax (with bias), weighted by the
+  softmax over the K chosen logits (2401.04088)."""
+  choice = softmax_topk(logits_GTE.shape[-1], num_experts_per_token)
+  return in_groups(choice.choose, logits_GTE, context=context)

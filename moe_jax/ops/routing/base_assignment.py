@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from moe_jax.errors import InputError
 from moe_jax.ops.routing.common import Choice, select_top_k, take_experts, token_major
-from moe_jax.types import Array, Assignment, RouterContext, Routing
+from moe_jax.types import Array, RouterContext, Routing
 
 
 def base_assignment(num_experts: int, num_experts_per_token: int) -> Choice:
@@ -20,7 +20,8 @@ def base_assignment(num_experts: int, num_experts_per_token: int) -> Choice:
   The published layer computes a E(x) + (1 - a) x, where the expert E(x) = x + F(norm(x)) contains a residual
   connection; together that is x + a F(norm(x)) (fairseq, base_layer.py). A transformer block of this package
   computes the same: its residual connection is around the layer, F is the expert, and a its weight. A layer
-  without a residual connection around it needs the term (1 - a) x as well: see `copy_weight`.
+  without a residual connection around it needs the term (1 - a) x as well, which the router module adds with its
+  option `mix`.
 
   Leaks the future in training: the expert of a token depends on all tokens of the group.
 
@@ -43,14 +44,6 @@ def base_assignment(num_experts: int, num_experts_per_token: int) -> Choice:
   return Choice(choose, leaks="always", takes_bias=False)
 
 
-def copy_weight(assignment: Assignment) -> Array:
-  """1 - a for each token that `base_assignment` sends to an expert with weight a; 0 for padding.
-
-  Float32 with the shape of `weight_A`, which is [T] or [G, T] because K is 1. Differentiable.
-  """
-  return jnp.where(assignment.valid_A, 1 - assignment.weight_A, 0)
-
-
 class _Matching(NamedTuple):
   expert_T: Array  # int32, E for padding
   moves: Array  # int32, chains moved so far
@@ -62,16 +55,16 @@ NO_MOVE = -(2**30)  # the gain of a move that does not exist: below that of any 
 def balanced_assignment(scores_TE: Array, mask_T: Array) -> Array:
   """The assignment of valid tokens to experts with the largest sum of scores under equal load. No gradient.
 
-  Every token starts at its best expert. Then, while an expert has more than ceil(n / E) tokens, one token
-  leaves it along the chain of experts that costs least: each expert of the chain passes one token on to the
-  next, and the last has room. Experts with less than floor(n / E) are filled in the same way. These are
-  successive shortest paths of a minimum-cost flow, so the result is optimal. (The published code, fairseq's
-  balanced_assignment.cpp, is an auction that bids in steps of at least 1/50 of the scores' range and changes
-  to a cruder rule after 100 rounds: balanced, and only near the optimum.)
+  Every token starts at its best expert. While an expert has more than ceil(n / E) tokens, the chain of moves
+  that costs least is applied: this expert and each next one of the chain pass one token on, until an expert has
+  room. Experts with less than floor(n / E) tokens are filled in the same way. These are successive shortest paths
+  of a minimum-cost flow, so the result is optimal. (The published code, fairseq's balanced_assignment.cpp, is an
+  auction. It bids in steps of at least 1/50 of the range of the scores and changes to a cruder rule after 100
+  rounds, so it is balanced but only near the optimum.)
 
-  Exact in integers: scores less the token's best are rounded to range / (2^29 / E), and the sum is within n
-  times that of the optimum: as fine as float32 itself up to 32 experts. At most 2 n chains, each found in at
-  most E steps of size E^2, so every loop is bounded.
+  The search is exact in integers: scores less the token's best are rounded to range / (2^29 / E). The sum is
+  within n times that of the optimum, which is as fine as float32 itself up to 32 experts. There are at most 2 n
+  chains, each found in at most E steps of size E^2, so every loop is bounded.
 
   Args:
     scores_TE: float32.

@@ -55,44 +55,37 @@ def require(value: Array | None, who: str, name: str) -> Array:
   return value
 
 
-def apply_bias(scores_TE: Array, bias_E: Array | ExpertScale | None) -> Array:
+def apply_bias(scores_TX: Array, bias_X: Array | ExpertScale | None) -> Array:
   """What the choice is made by: scores with the balancer's bias."""
-  if bias_E is None:
-    return scores_TE
-  if isinstance(bias_E, ExpertScale):
-    return scores_TE * bias_E.factor_E[None]
-  return scores_TE + bias_E[None]
+  if bias_X is None:
+    return scores_TX
+  if isinstance(bias_X, ExpertScale):
+    return scores_TX * bias_X.factor_E[None]
+  return scores_TX + bias_X[None]
 
 
-def top_k(logits_TE: Array, num_experts_per_token: int, context: RouterContext) -> Routing:
-  """The plain choice, for a router of your own: the K experts with the highest softmax (and bias), weighted by
-  the softmax over the K chosen logits (2401.04088)."""
-  log_scores_TE = jax.nn.log_softmax(logits_TE, axis=-1)
-  expert_TK = select_top_k(jnp.exp(log_scores_TE), context.bias_E, num_experts_per_token)
-  weight_TK = jax.nn.softmax(take_experts(logits_TE, expert_TK), axis=-1)
-  return Routing(logits_TE, log_scores_TE, context.mask, token_major(expert_TK, weight_TK, context.mask))
+def select_top_k(scores_TX: Array, bias_X: Array | ExpertScale | None, k: int) -> Array:
+  """Indices [T, k] of the k highest scores with bias, best first; ties go to the lower index.
 
+  X are experts, or parts that the experts are cut into. Each token needs k scores above minus infinity.
 
-def select_top_k(scores_TE: Array, bias_E: Array | ExpertScale | None, k: int) -> Array:
-  """Expert indices [T, K] of the K highest scores with bias, best first; ties go to the lower index.
-
-  K rounds of argmax and not `jax.lax.top_k`: XLA's partitioner gathers the logits of all devices for that
-  one, while argmax stays where its tokens are. Each token needs K scores above minus infinity.
+  Takes k rounds of argmax instead of `jax.lax.top_k`: for that one, XLA's partitioner gathers the logits of all
+  devices, while argmax stays where its tokens are.
   """
-  left_TE = jax.lax.stop_gradient(apply_bias(scores_TE, bias_E))
-  expert_E = jnp.arange(scores_TE.shape[-1])
+  left_TX = jax.lax.stop_gradient(apply_bias(scores_TX, bias_X))
+  index_X = jnp.arange(scores_TX.shape[-1])
   chosen = []
   for _ in range(k):
-    best_T = jnp.argmax(left_TE, axis=-1).astype(jnp.int32)
-    left_TE = jnp.where(expert_E[None, :] == best_T[:, None], -jnp.inf, left_TE)
+    best_T = jnp.argmax(left_TX, axis=-1).astype(jnp.int32)
+    left_TX = jnp.where(index_X[None, :] == best_T[:, None], -jnp.inf, left_TX)
     chosen.append(best_T)
   return jnp.stack(chosen, axis=-1)
 
 
-def take_experts(values_TE: Array, expert_TK: Array) -> Array:
-  """`values_TE[t, expert_TK[t, k]]` as [T, K], differentiable without a scatter."""
-  is_chosen_TKE = expert_TK[:, :, None] == jnp.arange(values_TE.shape[-1])[None, None, :]
-  return jnp.sum(jnp.where(is_chosen_TKE, values_TE[:, None, :], 0), axis=-1)
+def take_experts(values_TX: Array, index_TY: Array) -> Array:
+  """`values_TX[t, index_TY[t, y]]` as [T, Y], differentiable without a scatter."""
+  is_chosen_TYX = index_TY[:, :, None] == jnp.arange(values_TX.shape[-1])[None, None, :]
+  return jnp.sum(jnp.where(is_chosen_TYX, values_TX[:, None, :], 0), axis=-1)
 
 
 def token_major(

@@ -27,8 +27,8 @@ def hierarchical_topk(
 ) -> Choice:
   """Hierarchical mixture of experts (1701.06538, appendix B): weight = weight of the part * weight within it.
 
-  The E experts in order are cut into P parts of O experts each, the option `groups`. A token takes W parts and
-  K / W experts in each of them (2 and 2 in the paper). Both weights are softmaxes over what was chosen, so the
+  The E experts in order are cut into P parts of O experts each. A token takes W parts, and in each of them K / W of
+  the experts (2 and 2 in the paper). Both weights are softmaxes over what was chosen, so the
   weights of a token sum to 1, and a level that chooses only one thing gets no gradient from them. Logits of
   experts are compared within a part only. With one part this is `noisy_topk`.
 
@@ -44,7 +44,7 @@ def hierarchical_topk(
     min_std: added to the standard deviations, as in `noisy_topk`.
 
   Raises:
-    InputError: P does not divide E, W does not divide K, or a part has fewer than K / W experts.
+    InputError: P does not divide E, W does not divide K, or a part has too few experts.
   """
   _check(num_experts, num_experts_per_token, groups, groups_per_token, noise, min_std)
   inner_k = num_experts_per_token // groups_per_token
@@ -74,8 +74,8 @@ class _NoisyLogits(NamedTuple):
 
 
 class _Selection(NamedTuple):
-  index_TK: Array  # best first
-  weight_TK: Array  # sum to 1
+  index_TY: Array  # best first
+  weight_TY: Array  # sum to 1
   win_TX: Array | None  # the smooth load
 
 
@@ -92,7 +92,7 @@ def _two_levels(
   parts_per_token: int,
   context: RouterContext,
 ) -> Routing:
-  """Selects parts and experts within them. `logits_TE` and `logits_TP` are those that the scores follow from."""
+  """Selects parts, and experts within them. The scores come from `logits_TE` and `logits_TP`."""
   num_experts, num_parts = logits_TE.shape[-1], logits_TP.shape[-1]
   by_part = lambda x_TE: x_TE.reshape(-1, num_parts, num_experts // num_parts)
   bias_PO = jax.tree.map(lambda b_E: b_E.reshape(num_parts, -1), context.bias_E)
@@ -103,17 +103,17 @@ def _two_levels(
   within = jax.vmap(lambda logits, bias_O: _select(logits, bias_O, inner_k), in_axes=(1, 0), out_axes=1)
   inner = within(jax.tree.map(by_part, experts), bias_PO)
 
-  of_taken_parts = jax.vmap(take_experts, in_axes=(2, None), out_axes=2)  # [T, P, X] -> [T, W, X]
-  member_TWX = of_taken_parts(inner.index_TK, outer.index_TK)
-  expert_TWX = outer.index_TK[:, :, None] * (num_experts // num_parts) + member_TWX
-  weight_TWX = outer.weight_TK[:, :, None] * of_taken_parts(inner.weight_TK, outer.index_TK)
-  flat = lambda x_TWX: x_TWX.reshape(-1, parts_per_token * inner_k)
+  of_taken_parts = jax.vmap(take_experts, in_axes=(2, None), out_axes=2)  # [T, P, Y] -> [T, W, Y]
+  member_TWY = of_taken_parts(inner.index_TY, outer.index_TY)
+  expert_TWY = outer.index_TY[:, :, None] * (num_experts // num_parts) + member_TWY
+  weight_TWY = outer.weight_TY[:, :, None] * of_taken_parts(inner.weight_TY, outer.index_TY)
+  flat = lambda x_TWY: x_TWY.reshape(-1, parts_per_token * inner_k)
   smooth_TPO = None if outer.win_TX is None else outer.win_TX[:, :, None] * inner.win_TX
   return Routing(
     logits_TE,
     _log_scores(by_part(logits_TE), logits_TP),
     context.mask,
-    token_major(flat(expert_TWX), flat(weight_TWX), context.mask),
+    token_major(flat(expert_TWY), flat(weight_TWY), context.mask),
     smooth_load_TE=None if smooth_TPO is None else smooth_TPO.reshape(logits_TE.shape),
   )
 
@@ -121,10 +121,10 @@ def _two_levels(
 def _select(logits: _NoisyLogits, bias_X: Array | ExpertScale | None, k: int) -> _Selection:
   """The k best of X things."""
   clean_TX, noisy_TX, std_TX = logits
-  index_TK = select_top_k(jax.nn.softmax(noisy_TX, axis=-1), bias_X, k)
-  weight_TK = jax.nn.softmax(take_experts(noisy_TX, index_TK), axis=-1)
+  index_TY = select_top_k(jax.nn.softmax(noisy_TX, axis=-1), bias_X, k)
+  weight_TY = jax.nn.softmax(take_experts(noisy_TX, index_TY), axis=-1)
   win_TX = None if std_TX is None else win_probability(clean_TX, noisy_TX, std_TX, k)
-  return _Selection(index_TK, weight_TK, win_TX)
+  return _Selection(index_TY, weight_TY, win_TX)
 
 
 def _log_scores(logits_TPO: Array, logits_TP: Array) -> Array:

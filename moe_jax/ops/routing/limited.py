@@ -67,8 +67,8 @@ def _in_best_groups(biased_TE: Array, groups: int, groups_per_token: int, group_
   per_group = num_experts // groups
   # Each group becomes a row, so that its best scores are found in the same way as a token's best experts.
   rows_XO = biased_TE.reshape(tokens * groups, per_group)
-  best = take_experts(rows_XO, select_top_k(rows_XO, None, group_top))
-  group_score_TP = best.sum(axis=-1).reshape(tokens, groups)
+  best_XY = take_experts(rows_XO, select_top_k(rows_XO, None, group_top))
+  group_score_TP = best_XY.sum(axis=-1).reshape(tokens, groups)
   group_TW = select_top_k(group_score_TP, None, groups_per_token)
   group_E = jnp.arange(num_experts) // per_group
   return jnp.any(group_TW[:, :, None] == group_E[None, None, :], axis=1)

@@ -12,41 +12,41 @@ from moe_jax.ops.routing.common import Choice, select_top_k, take_experts, token
 from moe_jax.types import Array, RouterContext, Routing
 
 
-def learned_std(noise_logits_TE: Array, min_std: float) -> Array:
+def learned_std(noise_logits_TX: Array, min_std: float) -> Array:
   """The standard deviation of the noise, learned per token and expert (1701.06538, eq. 4)."""
-  return jax.nn.softplus(noise_logits_TE) + min_std
+  return jax.nn.softplus(noise_logits_TX) + min_std
 
 
-def add_noise(logits_TE: Array, std_TE: Array | float, key: Array | None) -> Array:
+def add_noise(logits_TX: Array, std_TX: Array | float, key: Array | None) -> Array:
   """Normal noise; none without a key."""
-  return logits_TE if key is None else logits_TE + std_TE * jax.random.normal(key, logits_TE.shape)
+  return logits_TX if key is None else logits_TX + std_TX * jax.random.normal(key, logits_TX.shape)
 
 
 def win_probability(
-  logits_TE: Array, noisy_TE: Array, std_TE: Array | float, k: int, with_self: bool = False
+  logits_TX: Array, noisy_TX: Array, std_TX: Array | float, k: int, with_self: bool = False
 ) -> Array:
-  """[T, E], the probability that an expert is among the k best if only its own noise is drawn again.
+  """[T, X], the probability that an expert is among the k best if only its own noise is drawn again.
 
   1701.06538, eq. 8-9. An expert is compared with the k-th highest noisy logit of the other experts: for one of
   the k best experts that is the (k+1)-th highest of all, otherwise the k-th highest. With `with_self` it is
   always the k-th highest of all experts, as in V-MoE. Differentiable in every array, also through what an
   expert is compared with.
   """
-  num_experts = logits_TE.shape[-1]
-  if k == num_experts and not with_self:
-    return jnp.ones_like(logits_TE)  # every expert is always among the best
-  best_TK = select_top_k(noisy_TE, None, min(k + 1, num_experts))
-  values_TK = take_experts(noisy_TE, best_TK)
-  threshold_TE = values_TK[:, k - 1 : k]
+  num = logits_TX.shape[-1]
+  if k == num and not with_self:
+    return jnp.ones_like(logits_TX)  # every expert is always among the best
+  best_TY = select_top_k(noisy_TX, None, min(k + 1, num))
+  values_TY = take_experts(noisy_TX, best_TY)
+  threshold_TX = jnp.broadcast_to(values_TY[:, k - 1 : k], logits_TX.shape)
   if not with_self:
-    is_in_TE = jnp.any(best_TK[:, :k, None] == jnp.arange(num_experts)[None, None], axis=1)
-    threshold_TE = jnp.where(is_in_TE, values_TK[:, k : k + 1], threshold_TE)
-  return jax.scipy.special.ndtr((logits_TE - threshold_TE) / std_TE)
+    is_in_TX = jnp.any(best_TY[:, :k, None] == jnp.arange(num)[None, None], axis=1)
+    threshold_TX = jnp.where(is_in_TX, values_TY[:, k : k + 1], threshold_TX)
+  return jax.scipy.special.ndtr((logits_TX - threshold_TX) / std_TX)
 
 
-def real_tokens(values_TE: Array, mask_T: Array) -> Array:
-  """`values_TE` with 0 for padding, whose values could overflow and make gradients NaN."""
-  return jnp.where(mask_T[:, None], values_TE, 0)
+def real_tokens(values_TX: Array, mask_T: Array) -> Array:
+  """`values_TX` with 0 for padding, whose values could overflow and make gradients NaN."""
+  return jnp.where(mask_T[:, None], values_TX, 0)
 
 
 def noisy_topk(num_experts: int, num_experts_per_token: int, min_std: float = 0.01) -> Choice:

@@ -81,5 +81,5 @@ def expert_thresholds(scores_TE: Array, mask_T: Array, k: int, rounds: int) -> A
 def _token_threshold(values_TE: Array, k: int) -> Array:
   """Half-way between the k-th and the next largest value of every row; the k-th where it is the last."""
   last = min(k + 1, values_TE.shape[-1])
-  largest_TK = take_experts(values_TE, select_top_k(values_TE, None, last))
-  return (largest_TK[:, k - 1] + largest_TK[:, last - 1]) / 2
+  largest_TX = take_experts(values_TE, select_top_k(values_TE, None, last))
+  return (largest_TX[:, k - 1] + largest_TX[:, last - 1]) / 2

@@ -8,7 +8,7 @@ have had others, for its experts would have seen other tokens; and early logits 
 compares how fast and how steadily biases follow a given stream of logits, and nothing about the loss of
 the model. Balancers that act only through a loss change no recorded logit and are refused.
 
-Axes as in `moe_jax.types`, and I: recorded steps, or updates of the replay; J: pieces of a recorded step.
+Axes as in `moe_jax.types`, and I: optimizer steps, of the recorded run or of the replay; J: pieces of a recorded step.
 """
 
 import dataclasses
@@ -21,17 +21,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.config import MoEConfig
+from moe_jax.analysis.recording import recorded_config
+from moe_jax.config import MoEConfig, spec_text
 from moe_jax.errors import InputError
-from moe_jax.nn.methods import check_methods, group_size, num_scored_experts, router_of
-from moe_jax.nn.moe import route_groups
+from moe_jax.nn.build import resolve_moe, routed_layer
+from moe_jax.nn.context import Context
+from moe_jax.nn.moe import MoE, group_context
 from moe_jax.ops import stats
-from moe_jax.ops.balancing import BALANCERS, Balancer, make_balancer
+from moe_jax.ops.balancing import BALANCERS, make_balancer
 from moe_jax.ops.routing import to_batch
 from moe_jax.training.router_trace import CHUNK_BYTES, Steps, Trace
 from moe_jax.types import Array, BatchRouting, ExpertScale, PyTree, StepStats
-
-_REPLAYED = ("train", "sequence_T")  # what a router may read: all that a trace has
 
 
 class Replay(NamedTuple):
@@ -103,7 +103,7 @@ def replay(
       is not recorded or has another number of experts, or a batch size that is none.
   """
   moe = recorded_config(trace)
-  moe = dataclasses.replace(moe, balancers=balancers, router=router or moe.router)
+  moe = resolve_moe(dataclasses.replace(moe, balancers=balancers, router=router or moe.router))
   batch_size = batch_size or trace.shape[1]
   piece = piece_size or math.gcd(batch_size, trace.shape[1])
   check_replay(moe, trace.shape, len(trace), batch_size, piece)
@@ -114,25 +114,13 @@ def replay(
   last_sequence_I = (np.arange(num_updates) + 1) * batch_size - 1
   return Replay(
     balancers=balancers,
-    router=moe.router,
+    router=str(moe.router),
     batch_size=batch_size,
     step_I=trace.step_I[last_sequence_I // trace.shape[1]],
     tokens_per_expert_IRE=in_updates(counts_JRE).sum(axis=1),
     bias_IRE=None if bias_JRE is None else in_updates(bias_JRE)[:, 0],
     final_bias_RE=final_bias_RE,
   )
-
-
-def recorded_config(trace: Trace) -> MoEConfig:
-  """The layer's configuration of the recorded run.
-
-  Raises:
-    InputError: the trace is of a version with other fields.
-  """
-  try:
-    return MoEConfig(**trace.header["config"]["model"]["moe"])
-  except (KeyError, TypeError) as error:
-    raise InputError(f"{trace.folder}: its configuration is not one of this version ({error})") from None
 
 
 def bias_methods(num_experts: int) -> list[str]:
@@ -152,16 +140,14 @@ def check_replay(
   moe: MoEConfig, shape: tuple[int, int, int, int], num_steps: int, batch_size: int, piece: int
 ) -> None:
   """Raises what `replay` raises, for a trace of so many steps of `shape` (R, B, L, E) that may not exist yet."""
-  check_methods(moe)
+  moe = resolve_moe(moe)
+  layer = routed_layer(moe)
   _, recorded, length, num_scored = shape
-  further = [name for name in router_of(moe).reads if name not in _REPLAYED]
-  if further:
-    raise InputError(f"--router={moe.router}: reads {', '.join(further)}, which a trace does not have")
-  if num_scored_experts(moe) != num_scored:
+  if layer.num_scored_experts != num_scored:
     raise InputError(
-      f"--router={moe.router}: scores {num_scored_experts(moe)} experts, and the trace has logits of {num_scored}"
+      f"--router={moe.router}: scores {layer.num_scored_experts} experts, and the trace has logits of {num_scored}"
     )
-  group = group_size(moe, length)
+  group = layer.tokens_per_group(length)
   if batch_size < 1:
     raise InputError(f"--batch_size={batch_size}: must be 1 or more")
   if piece < 1 or recorded % piece or batch_size % piece or piece * length % group:
@@ -171,27 +157,34 @@ def check_replay(
     )
   if batch_size > num_steps * recorded:
     raise InputError(f"--batch_size={batch_size}: more than the {num_steps * recorded} recorded sequences")
-  if _only_loss(moe, piece, length, num_scored):
+  if _only_loss(moe, layer, piece, length):
     raise InputError(
-      f"--balancers={moe.balancers}: acts only through a loss, and recorded logits do not answer to a loss; "
+      f"--balancers={spec_text(moe.balancers)}: acts only through a loss, and recorded logits do not answer to a loss; "
       "replay a balancer with a bias, e.g. loss_free_bias:0.001"
     )
 
 
-def _only_loss(moe: MoEConfig, batch: int, length: int, num_scored: int) -> bool:
-  """Whether the balancers have losses but no bias; nothing is computed."""
-  balancer = make_balancer(moe.balancers)
-  state = balancer.init(num_scored)
-  if balancer.bias(state) is not None:
-    return False
+def _only_loss(moe: MoEConfig, layer: MoE, batch: int, length: int) -> bool:
+  """Whether the balancers have losses but no bias; nothing is computed.
+
+  Raises:
+    InputError: the router reads what a trace does not have.
+  """
+  balancer = layer.balancer
+  state = balancer.init(layer.num_scored_experts)
 
   def losses(logits_BLE):
-    keys_BX = jnp.zeros((batch, 2), jnp.uint32)
-    routing = _route(moe, logits_BLE, jnp.ones((batch, length), bool), keys_BX, None)
+    keys_B2 = jnp.zeros((batch, 2), jnp.uint32)
+    routing = _route(layer, logits_BLE, jnp.ones((batch, length), bool), keys_B2, balancer.bias(state))
     observed = balancer.observe(state, routing)
     return balancer.losses(state, routing, StepStats(observed, observed))
 
-  return bool(jax.eval_shape(losses, jax.ShapeDtypeStruct((batch, length, num_scored), jnp.float32)))
+  shape = (batch, length, layer.num_scored_experts)
+  try:
+    found = jax.eval_shape(losses, jax.ShapeDtypeStruct(shape, jnp.float32))
+  except InputError as error:
+    raise InputError(f"--router={moe.router}: {error}, and a trace does not have it") from None
+  return bool(found) and balancer.bias(state) is None
 
 
 def _run(
@@ -228,7 +221,7 @@ def _pieces(steps: Steps, piece: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
   """(logits, mask, keys) of consecutive pieces of `piece` sequences; logits [pieces, R, piece, L, E]."""
   cut = lambda x: x.reshape(-1, piece, *x.shape[2:])
   logits_JBRLE = cut(np.moveaxis(steps.logits_IRBLE, 1, 2))
-  return np.moveaxis(logits_JBRLE, 2, 1), cut(steps.mask_IBL), cut(steps.key_IBX)
+  return np.moveaxis(logits_JBRLE, 2, 1), cut(steps.mask_IBL), cut(steps.key_IB2)
 
 
 @functools.lru_cache(maxsize=64)
@@ -238,8 +231,9 @@ def _compiled(moe: MoEConfig, num_layers: int) -> tuple[Callable, Callable]:
   The carry is the state and the statistics so far of the update under way. That pieces of an update may be
   observed one by one is the contract of a balancer, and so one program serves every batch size.
   """
-  balancer = make_balancer(moe.balancers)
-  one_layer = jax.vmap(functools.partial(_one_layer, moe, balancer), (0, 0, 0, None, None))
+  layer = routed_layer(moe)
+  balancer = layer.balancer
+  one_layer = jax.vmap(functools.partial(_one_layer, layer), (0, 0, 0, None, None))
   update_layer = jax.vmap(lambda layer, state, stats: balancer.update(state, stats))
   layer_R = jnp.arange(num_layers)
 
@@ -261,24 +255,27 @@ def _compiled(moe: MoEConfig, num_layers: int) -> tuple[Callable, Callable]:
 
 
 def _one_layer(
-  moe: MoEConfig,
-  balancer: Balancer,
+  moe: MoE,
   layer: Array,
   state: PyTree,
   logits_BLE: Array,
   mask_BL: Array,
-  key_BX: Array,
+  key_B2: Array,
 ) -> tuple[PyTree, tuple[Array, Array | None]]:
-  keys_B = jax.vmap(lambda key: jax.random.fold_in(key, layer))(jax.random.wrap_key_data(key_BX))
-  bias_E = balancer.bias(state)
+  keys_B = jax.vmap(lambda key: jax.random.fold_in(key, layer))(jax.random.wrap_key_data(key_B2))
+  bias_E = moe.balancer.bias(state)
   routing = _route(moe, logits_BLE.astype(jnp.float32), mask_BL, jax.random.key_data(keys_B), bias_E)
-  return balancer.observe(state, routing), (routing.selected_BLE.sum(axis=(0, 1)), _as_array(bias_E))
+  return moe.balancer.observe(state, routing), (routing.selected_BLE.sum(axis=(0, 1)), _as_array(bias_E))
 
 
-def _route(moe: MoEConfig, logits_BLE: Array, mask_BL: Array, key_BX: Array, bias_E: PyTree) -> BatchRouting:
-  batch, length, _ = logits_BLE.shape
-  keys_B = jax.random.wrap_key_data(key_BX)
-  routing = route_groups(moe, logits_BLE, mask_BL, bias_E, keys_B, train=True, further={})
+def _route(moe: MoE, logits_BLE: Array, mask_BL: Array, key_B2: Array, bias_E: PyTree) -> BatchRouting:
+  batch, length, num_scored = logits_BLE.shape
+  t = moe.tokens_per_group(length)
+  context = Context(mask_BL, jax.random.wrap_key_data(key_B2), train=True)
+  of_groups = group_context(context, logits_BLE.shape, t, bias_E)
+  routing = moe.router.from_logits(logits_BLE.reshape(-1, t, num_scored), of_groups)
+  if routing is None:
+    raise InputError("the router needs more than logits")
   return to_batch(routing, batch, length, moe.num_experts_per_token)
 
 

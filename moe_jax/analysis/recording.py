@@ -1,0 +1,92 @@
+"""The run whose router logits a study reads: trained and recorded once in its folder, and kept."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from moe_jax import sharding
+from moe_jax.cluster import processes
+from moe_jax.config import Config, MoEConfig, spec_text
+from moe_jax.config.plain import from_fields
+from moe_jax.data import load_dataset
+from moe_jax.errors import InputError
+from moe_jax.nn.build import num_routed_layers, routed_layer
+from moe_jax.training.compiled import check_run
+from moe_jax.training.loop import Run
+from moe_jax.training.progress import TrainingProgress
+from moe_jax.training.router_trace import FOLDER, Trace
+
+
+def with_recording(config: Config, num_steps: int) -> Config:
+  """`config` for a run of `num_steps` that records every step, checked.
+
+  Raises:
+    InputError: a wrong field, or a layer without a router.
+  """
+  train = dataclasses.replace(
+    config.train,
+    num_steps=num_steps,
+    record_router_logits=1,
+    eval_batches=1,  # no study reads the validation
+    checkpoint_every=config.train.checkpoint_every or 100,
+  )
+  config = dataclasses.replace(config, train=train).check()
+  return check_run(config, sharding.make_mesh(config.mesh))
+
+
+def trace_shape(config: Config) -> tuple[int, int, int, int]:
+  """(R, B, L, E) of each step that a run of the resolved `config` records."""
+  data, model = config.data, config.model
+  num_scored = routed_layer(model.moe).num_scored_experts
+  return num_routed_layers(model), data.batch_size, data.sequence_length, num_scored
+
+
+def recorded_config(trace: Trace) -> MoEConfig:
+  """The layer's configuration of the recorded run.
+
+  Raises:
+    InputError: the trace is of a version with other fields.
+  """
+  try:
+    return from_fields(MoEConfig, trace.header["config"]["model"]["moe"])
+  except (KeyError, TypeError, InputError) as error:
+    raise InputError(f"{trace.folder}: its configuration is not one of this version ({error})") from None
+
+
+def record(config: Config, folder: pathlib.Path, console: Any) -> Trace:
+  """Trains and records in `folder`, unless that is done; a run that was stopped is continued.
+
+  Args:
+    config: as from `with_recording`.
+    folder: of the run, new or holding a run of the same configuration.
+    console: a rich Console.
+
+  Raises:
+    InputError: the folder holds a run of another configuration.
+  """
+  _check_same(folder, config)
+  if processes.from_first((folder / "result.json").exists()):
+    console.print(f"the run in {folder} is done and kept", soft_wrap=True)
+  else:
+    label = spec_text(config.model.moe.balancers)
+    with TrainingProgress(config.train.num_steps, console) as progress:
+      Run(config, load_dataset(config.data), folder, progress, label=label, show="the recorded run").train()
+    processes.wait_for_all("recorded")
+  return Trace(folder)
+
+
+def _check_same(folder: pathlib.Path, config: Config) -> None:
+  header = folder / FOLDER / "header.json"  # there from the run's first step on
+  if not header.exists():
+    return
+  known = json.loads(header.read_text())["config"]
+  for part, fields in json.loads(json.dumps(config.to_dict())).items():
+    for name, value in fields.items():
+      was = known.get(part, {}).get(name)
+      if was != value:
+        changed = ", ".join(k for k in value if value[k] != was.get(k)) if name == "moe" and was else name
+        raise InputError(
+          f"--output_dir={folder.parent}: the run in it has another configuration ({changed}); choose another "
+          "folder, or read that run with --trace"
+        )
