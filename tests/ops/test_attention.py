@@ -10,7 +10,8 @@ import pytest
 from moe_jax.ops.attention import attend
 
 LENGTH, HEADS, KV_HEADS, HEAD_DIM = 24, 4, 2, 8
-MASK_BL = np.ones((2, LENGTH), bool)
+ALL_BL = np.ones((2, LENGTH), bool)
+MASK_BL = ALL_BL.copy()
 MASK_BL[1, 17:] = False
 FORMS = {
   "causal": {},
@@ -20,7 +21,7 @@ FORMS = {
 }
 
 
-def reference(query, key, value, causal=True, window=LENGTH, mask_BL=np.ones_like(MASK_BL)):
+def reference(query, key, value, causal=True, window=LENGTH, mask_BL=ALL_BL):
   """Loops over positions and heads, in float64."""
   out = np.zeros(query.shape)
   for b, q, n in np.ndindex(query.shape[0], LENGTH, HEADS):
@@ -47,7 +48,7 @@ def test_values_are_those_of_the_definition(arrays, block, form):
   given = FORMS[form]
   out = np.array(attend(*map(jnp.asarray, arrays), block=block, **given))
   expected = reference(*(x.astype(np.float64) for x in arrays), **given)
-  hidden = ~given.get("mask_BL", np.ones_like(MASK_BL))
+  hidden = ~given.get("mask_BL", ALL_BL)
   assert np.isfinite(out).all()
   out[hidden] = expected[hidden] = 0
   np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-5)
@@ -57,7 +58,7 @@ def test_values_are_those_of_the_definition(arrays, block, form):
 def test_gradients_are_those_of_the_definition_whatever_the_blocks(arrays, rng, form):
   """Along a random direction of each, and with padding that holds anything."""
   given = FORMS[form]
-  mask_BL = given.get("mask_BL", np.ones_like(MASK_BL))
+  mask_BL = given.get("mask_BL", ALL_BL)
   cotangent = rng.normal(size=arrays[0].shape).astype(np.float32) * mask_BL[..., None, None]
   directions = [rng.normal(size=x.shape) for x in arrays]
 
