@@ -200,6 +200,14 @@ def test_which_units_drop():
   within((kept[..., :-1] == kept[..., 1:]).mean(), agree, kept[..., 1:].size)  # another unit
 
 
+def test_units_drop_in_a_training_step():
+  """With nearly all of them gone, no gradient reaches the experts of a model, and all else has one."""
+  experts = functools.partial(EXPERTS["expert_dropout"], rate=1 - 1e-7, experts="relu")
+  result = tiny.one_step(tiny.change(tiny.CONFIG, num_layers=1, experts=experts), tiny.make_batch())
+  for path, gradient in nnx.to_flat_state(result["gradients"]):
+    assert np.any(gradient.get_value()) == ("experts" not in path), path
+
+
 # --- low-rank adapters ---
 
 
