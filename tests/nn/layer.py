@@ -7,7 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax.nn import BalancerState, Context
+from moe_jax.nn import BalancerState, Context, MoE
+from moe_jax.nn.ffn import MLP
+
+B, L, D, E, K, F = 3, 8, 8, 4, 2, 6
+FIELDS = {
+  "num_experts": E,
+  "num_experts_per_token": K,
+  "expert_dim": F,
+  "balancer": "switch_loss:0.5,loss_free_bias:0.1",
+  "capacity_factor": 0.5,  # 2 of an expert's 4 fair slots
+  "eval_capacity_factor": 1.0,
+}
+BIAS_E = np.array([0.4, -0.3, 0.0, 0.2], np.float32)
 
 
 def float64(variable):
@@ -48,3 +60,22 @@ def forward(layer, x_BLD, mask_BL=None, train=False, record_logits=False, **arra
   """`layer(x_BLD, Context(...))`, compiled as one program, as numpy. Keys are given as their data."""
   static = (("train", train), ("record_logits", record_logits))
   return jax.device_get(_forward(*nnx.split(layer), x_BLD, arrays | {"mask_BL": mask_BL}, static))
+
+
+def make(dim=D, shared=None, **fields):
+  """A layer with random weights; a loss-free bias, if it has one, moves choices. `shared`: activation of an MLP."""
+
+  def build():
+    rngs = nnx.Rngs(0)
+    mlp = shared and MLP(dim, 2 * F, shared, rngs=rngs)
+    return MoE(dim, shared=mlp, rngs=rngs, **FIELDS | fields)
+
+  return randomized(build, BIAS_E)
+
+
+def inputs(seed=0):
+  return np.random.default_rng(seed).normal(size=(B, L, D)).astype(np.float32)
+
+
+def keys(seed=1):
+  return np.random.default_rng(seed).integers(2**32, size=(B, 2), dtype=np.uint32)

@@ -9,49 +9,16 @@ import pytest
 from flax import nnx
 
 from moe_jax.errors import InputError
-from moe_jax.nn import BalancerState, Context, MoE
+from moe_jax.nn import BalancerState, Context
 from moe_jax.nn.aux import read_metrics
-from moe_jax.nn.ffn import MLP
-from moe_jax.nn.routers import Router
-from moe_jax.ops.routing import make_choice
-from moe_jax.ops.routing.common import in_groups
 from moe_jax.types import Assignment, StepStats
-from tests.nn.layer import float64, forward, randomized
+from tests.nn.layer import BIAS_E, B, D, E, K, L, float64, forward, inputs, keys, make
 from tests.reference import routing as reference
 from tests.reference.moe_layer import moe_layer
 
-B, L, D, E, K, F = 3, 8, 8, 4, 2, 6
-FIELDS = {
-  "num_experts": E,
-  "num_experts_per_token": K,
-  "expert_dim": F,
-  "balancer": "switch_loss:0.5,loss_free_bias:0.1",
-  "capacity_factor": 0.5,  # 2 of an expert's 4 fair slots
-  "eval_capacity_factor": 1.0,
-}
-BIAS_E = np.array([0.4, -0.3, 0.0, 0.2], np.float32)
 MASK_BL = np.ones((B, L), bool)
 MASK_BL[1, 5:] = False
 MASK_BL[2] = False  # an empty sequence
-
-
-def make(dim=D, shared=None, **fields):
-  """A layer with random weights; a loss-free bias, if it has one, moves choices. `shared`: activation of an MLP."""
-
-  def build():
-    rngs = nnx.Rngs(0)
-    mlp = shared and MLP(dim, 2 * F, shared, rngs=rngs)
-    return MoE(dim, shared=mlp, rngs=rngs, **FIELDS | fields)
-
-  return randomized(build, BIAS_E)
-
-
-def inputs(seed=0):
-  return np.random.default_rng(seed).normal(size=(B, L, D)).astype(np.float32)
-
-
-def keys(seed=1):
-  return np.random.default_rng(seed).integers(2**32, size=(B, 2), dtype=np.uint32)
 
 
 def matrices(experts):
@@ -171,34 +138,6 @@ def test_evaluation_has_its_own_capacity():
     kept[train] = aux.kept_per_expert_E.sum()
     assert kept[train] == kept_GA.sum()
   assert kept[True] < kept[False]
-
-
-def test_jitter_is_in_the_router_input_of_training_only():
-  """With one expert, one feature and x = w = 1, the z-loss is the mean of the squared jitter."""
-  sizes = {"num_experts": 1, "num_experts_per_token": 1}
-  moe = make(1, balancer="z_loss:1", dispatcher="dropless", jitter=0.5, **sizes)
-  moe.router.w_router_DE.set_value(np.ones((1, 1), np.float32))
-  x_BLD = np.ones((B, 300, 1), np.float32)
-  y_BLD, aux = forward(moe, x_BLD, key_B=keys(), train=True)
-  np.testing.assert_allclose(aux.losses["z_loss"], 1 + 0.5**2 / 3, atol=0.05)
-  for without in ({"train": True}, {"key_B": keys()}):
-    plain_BLD, aux = forward(moe, x_BLD, **without)
-    # Another program, whose sums over B*300 tokens and F hidden units may round otherwise.
-    assert aux.losses["z_loss"] == pytest.approx(1, rel=B * 300 * 2.0**-23)
-    # Experts see what is not jittered.
-    np.testing.assert_allclose(plain_BLD, y_BLD, atol=F * 2.0**-23 * np.abs(y_BLD).max())
-
-
-def test_draws_belong_to_sequences():
-  """Sequences in another order, with their keys, give the same outputs in that order."""
-  moe = make(jitter=0.5, router="gshard_top2", capacity_factor=8.0)
-  x_BLD, key_data, order = inputs(), keys(), np.array([2, 0, 1])
-  y_BLD, _ = forward(moe, x_BLD, key_B=key_data, train=True)
-  permuted, _ = forward(moe, x_BLD[order], key_B=key_data[order], train=True)
-  # At another place of a product a row's F or D terms may be summed in another order: that many roundings by 2**-24.
-  np.testing.assert_allclose(permuted, y_BLD[order], atol=(D + F) * 2.0**-23 * np.abs(y_BLD).max())
-  other, _ = forward(moe, x_BLD, key_B=keys(seed=2), train=True)
-  assert np.abs(other - y_BLD).max() > 1e-3
 
 
 def test_the_router_works_in_float32():
@@ -326,46 +265,3 @@ def test_float32_products_are_full_precision_in_the_compiled_program(router):
   of_router = [line for line in dots if "bf16" not in line]
   assert len(dots) > len(of_router) and (len(of_router) >= 2 or router == "task_level")
   assert all("precision = [HIGHEST, HIGHEST]" in line for line in of_router), of_router
-
-
-class DrawsAndInputs(Router):
-  """Its logits are the router's first input feature, and what the key of the group gives."""
-
-  def __init__(self):
-    self.choose = make_choice("softmax_topk", 2, 1).choose
-
-  def __call__(self, x_GTD, context):
-    noise_GT = jax.vmap(lambda key: jax.random.uniform(key, x_GTD.shape[1:2]))(context.key)
-    return in_groups(self.choose, jnp.stack([x_GTD[..., 0], noise_GT], axis=-1), context=context)
-
-
-def test_jitter_groups_and_layers_draw_independently():
-  """Sixteen streams of 256 numbers: jitter and noise, by half of a sequence, sequence and layer."""
-  sizes = {"num_experts": 2, "num_experts_per_token": 1, "dispatcher": "dropless"}
-  moe = make(1, router=DrawsAndInputs(), balancer="none", jitter=0.9, group_size=256, **sizes)
-  context = Context(key_B=jax.random.split(jax.random.key(0), 2), train=True, record_logits=True)
-  run = jax.jit(lambda layer: moe(jnp.ones((2, 512, 1)), context.of_layer(layer, None))[1].logits_BLE)
-  streams = np.stack([run(layer) for layer in range(2)])  # [layer, B, L, 2]
-  streams = streams.reshape(2, 2, 2, 256, 2).swapaxes(3, 4).reshape(16, 256)
-  between = np.corrcoef(streams) - np.eye(16)
-  assert np.abs(between).max() < 0.3, between  # 5 standard deviations
-
-
-def test_nothing_draws_in_evaluation_whatever_keys_are_given():
-  """For each method that draws in training: jitter, routers, experts."""
-  methods = [{"router": r} for r in ("noisy_topk", "vmoe_topk", "gshard_top2", "st_moe_topn")]
-  methods += [{"jitter": 0.5}, {"experts": "expert_dropout"}, {"router": "hierarchical_topk:groups=2"}]
-  layers = [make(**FIELDS | {"balancer": "none", "capacity_factor": 8.0} | method) for method in methods]
-  graphdef, state = nnx.split(nnx.List(layers))
-
-  @jax.jit
-  def run(state, x_BLD, keys_B):
-    given = Context(key_B=keys_B, step_key=keys_B[0])
-    contexts = (Context(), given, Context(train=True), given._replace(train=True))
-    layers = nnx.merge(graphdef, state)
-    return [[layer(x_BLD, context)[0] for context in contexts] for layer in layers]
-
-  for method, ys in zip(methods, run(state, inputs(), jax.random.split(jax.random.key(0), B)), strict=True):
-    plain, with_keys, without_keys, drawn = map(np.asarray, ys)
-    np.testing.assert_array_equal(with_keys, plain, err_msg=str(method))
-    assert np.abs(drawn - without_keys).max() > 1e-3, method
