@@ -1,6 +1,6 @@
 """A router of one's own with a learned temperature, in one's own file.
 
-  python experiments/load_balancing.py --plugins=experiments/examples/cosine_router.py --router=cosine:temperature=0.1
+python experiments/load_balancing.py --plugins=experiments/examples/cosine_router.py --router=cosine:temperature=0.1
 """
 
 import jax.numpy as jnp

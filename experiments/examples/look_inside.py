@@ -1,6 +1,6 @@
 """A finished run, loaded back: it continues a prompt, and shows which expert took which token.
 
-  python experiments/examples/look_inside.py runs/load_balancing/arms/none/seed_0
+python experiments/examples/look_inside.py runs/load_balancing/arms/none/seed_0
 """
 
 import sys

@@ -1,6 +1,6 @@
 """A balancer of one's own in ten lines, compared with two that are here.
 
-  python experiments/examples/own_balancer.py
+python experiments/examples/own_balancer.py
 """
 
 import jax.numpy as jnp
@@ -27,4 +27,6 @@ ARMS = {
 
 if __name__ == "__main__":
   comparison = moe_jax.Comparison(ARMS, seeds=range(3), config=moe_jax.preset("tiny"), output_dir="runs/mine")
-  comparison.report(comparison.run(), title="My balancer", question="Does it balance?", command="own_balancer.py")
+  comparison.report(
+    comparison.run(), title="My balancer", question="Does it balance?", command="own_balancer.py"
+  )
