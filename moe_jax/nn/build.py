@@ -80,8 +80,7 @@ def make_blocks(config: ModelConfig, segment: Segment, rngs: nnx.Rngs) -> list[B
 
   def make(block: BlockConfig) -> Block:
     mixer = block.mixer(**offered)
-    ffn = FFNS.resolve(block.ffn)(moe=block.moe, **offered)
-    return Block(mixer, ffn, functools.partial(block.residual, **offered))
+    return Block(mixer, block.ffn(moe=block.moe, **offered), functools.partial(block.residual, **offered))
 
   return [make(block) for block in segment.pattern]
 
@@ -102,7 +101,7 @@ def abstract_ffn(block: BlockConfig) -> nnx.Module:
 
   def build() -> None:
     sizes = {"dim": 8, "dense_dim": 8, "activation": "swiglu", "init_scale": 1.0}
-    found.append(FFNS.resolve(block.ffn)(moe=block.moe, rngs=nnx.Rngs(0), **sizes))
+    found.append(block.ffn(moe=block.moe, rngs=nnx.Rngs(0), **sizes))
 
   with _naming_of(block.moe):
     jax.eval_shape(build)  # a trace: nothing is computed
