@@ -4,13 +4,16 @@ Question   Perplexity, load and drops of every router: same model but for the ro
 Command    python experiments/routers.py
            python experiments/routers.py --routers=all --output_dir=runs/every_router
            python experiments/routers.py --routers=softmax_topk,sigmoid_topk:normalize=true@loss_free_bias:0.003
+           python experiments/routers.py --objective=masked_lm --output_dir=runs/masked_routers
 Hardware   two CPU cores, 2 GB; any JAX device
 Minutes    about 5 for the default, 45 for all, on two CPU cores
 Result     see docs/LOG.md, "Every router"
 
 An arm is a router, with balancers of its own behind @; the others take --balancers. Routers that look at later
 tokens are marked: a language model that uses them has a perplexity that no generated text can have, so they get no
-verdict against the others. Writes the same folder as load_balancing.py, and continues in the same way.
+verdict against the others. With --objective=masked_lm the model is bidirectional, every position may see all others,
+and such routers compare fairly with token choice. Writes the same folder as load_balancing.py, and continues in the
+same way.
 """
 
 import shlex
@@ -21,12 +24,16 @@ from absl import flags
 from moe_jax import cli
 from moe_jax.cluster import start as distributed
 
-ROUTERS = "softmax_topk,switch_top1,hash_topk,dense"
+ROUTERS = {
+  True: "softmax_topk,switch_top1,hash_topk,dense",  # in a causal model
+  False: "softmax_topk,softmax_topk:softmax=before,batch_prioritized,expert_choice,sinkhorn,base_assignment,soft_moe,dense",
+}
 
 _ROUTERS = flags.DEFINE_string(
   "routers",
-  ROUTERS,
-  "all, or arms separated by commas: a name in moe_jax/comparison/arms.py, or ROUTER[@BALANCERS]",
+  "",
+  "all, or arms separated by commas: a name in moe_jax/comparison/arms.py, or ROUTER[@BALANCERS]; empty: "
+  f"{ROUTERS[True]}, and with --objective=masked_lm {ROUTERS[False]}",
 )
 _BALANCERS = flags.DEFINE_string(
   "balancers", "switch_loss:0.01", "of the arms that bring none; several are joined by +"
@@ -44,10 +51,12 @@ def main(argv: list[str]) -> None:
   # Imported here, so that --help and wrong flags answer at once.
   from moe_jax.comparison.arms import arms_from_flag, routers, routing_arm
   from moe_jax.comparison.comparison import Comparison
+  from moe_jax.training.compiled import resolve_config
 
   config = cli.config_from_flags()
   every = routers(config.model.moe.expert_dim)
-  arms = arms_from_flag("routers", _ROUTERS.value, every, routing_arm)
+  causal = resolve_config(config).model.causal
+  arms = arms_from_flag("routers", _ROUTERS.value or ROUTERS[causal], every, routing_arm)
   comparison = Comparison(
     arms={name: {"balancers": _BALANCERS.value} | arm for name, arm in arms.items()},
     seeds=range(_SEEDS.value),
@@ -60,17 +69,26 @@ def main(argv: list[str]) -> None:
     title="Routers",
     question="Which router gives the lowest loss at equal active compute?",
     command=shlex.join(["python", *sys.argv]),
-    notes=NOTES,
+    notes=[WIDTH, LEAKS if causal else MASKED, EVALUATION],
   )
 
 
-NOTES = [
+WIDTH = (
   "K x F, the hidden width that a token sees, is equal in all arms: routers with K = 1 have experts of twice the "
-  "width, and so twice the parameters. top_p sends a token to at most 4 experts and is not held to that width.",
+  "width, and so twice the parameters. top_p sends a token to at most 4 experts and is not held to that width."
+)
+LEAKS = (
   "Routers that look at later tokens of the sequence (expert choice, batch priority, BASE, Sinkhorn, ...) have no "
-  "verdict against the others: their perplexity uses what a language model must predict.",
-  "In evaluation nothing is drawn and capacity is --eval_capacity_factor; base_assignment takes its best expert.",
-]
+  "verdict against the others: their perplexity uses what a language model must predict."
+)
+MASKED = (
+  "Perplexity is that of masked tokens, of which the model sees both sides. Routers that look at a whole sequence "
+  "leak nothing here, so they compare with the others. A routing group is one sequence."
+)
+EVALUATION = (
+  "In evaluation nothing is drawn but the masks, which are the same in all arms, and capacity is "
+  "--eval_capacity_factor; base_assignment and sinkhorn take each token's best experts."
+)
 
 if __name__ == "__main__":
   cli.run(distributed.on_every_process(main))

@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import linecache
 import types
 from collections.abc import Callable
 from typing import Any
@@ -39,6 +40,8 @@ def _collect(code: Any, parts: list[str], seen: set[int]) -> None:
   seen.add(id(code))
   parts.append(_source(code))
   for function in _functions(code):
+    if function is not code:
+      parts.append(_source(function))
     for name, value in _used(function):
       if isinstance(value, types.FunctionType | type):
         if value.__module__ == code.__module__:
@@ -48,10 +51,14 @@ def _collect(code: Any, parts: list[str], seen: set[int]) -> None:
 
 
 def _source(code: Any) -> str:
-  try:
-    return inspect.getsource(code)
-  except (OSError, TypeError):
-    return "\n".join(_instructions(function.__code__) for function in _functions(code))
+  """Of a function, from the text that it was compiled from; of a class, its plain attributes, for its functions follow."""
+  if isinstance(code, type):
+    plain = {k: v for k, v in vars(code).items() if isinstance(v, int | float | str) and k[:2] != "__"}
+    return f"{code.__qualname__} {[base.__qualname__ for base in code.__bases__]} {plain}"
+  # Not inspect.getsource: where a cell names a module, it reads the module's file instead.
+  lines = linecache.getlines(code.__code__.co_filename, code.__globals__)
+  block = lines[code.__code__.co_firstlineno - 1 :]
+  return "".join(inspect.getblock(block)) if block else _instructions(code.__code__)
 
 
 def _instructions(code: types.CodeType) -> str:

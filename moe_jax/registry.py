@@ -36,10 +36,14 @@ class Method:
     return self.factory(**{k: v for k, v in offered.items() if k in takes}, **dict(self.options))
 
   def __str__(self) -> str:
-    """The shortest text that names it."""
+    """The shortest text that names it: `switch_loss:0.01`, `sigmoid_topk:normalize=true`."""
     defaults = {name: p.default for name, p in _parameters(self.factory).items()}
-    changed = [f"{k}={_to_text(v)}" for k, v in self.options if v != defaults.get(k)]
-    return ":".join([self.name, *changed])
+    parts = [self.name]
+    for i, (name, value) in enumerate(self.options):
+      if value != defaults.get(name):
+        is_first_number = i == 0 and isinstance(value, int | float) and not isinstance(value, bool)
+        parts.append(_to_text(value) if is_first_number else f"{name}={_to_text(value)}")
+    return ":".join(parts)
 
   @property
   def fingerprint(self) -> str:
@@ -173,9 +177,11 @@ def _parameters(factory: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
 
 
 def _same_place(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
-  """Whether one is a new definition of the other."""
-  named = lambda f: (getattr(f, "__module__", ""), getattr(f, "__qualname__", ""))
-  return named(one) == named(other) != ("", "")
+  """Whether one is a new definition of the other: of the same name, in the same module or file."""
+  if getattr(one, "__qualname__", "") != getattr(other, "__qualname__", None):
+    return False
+  file = lambda f: place(f).rpartition(":")[0]
+  return one.__module__ == other.__module__ or file(one) == file(other) != ""
 
 
 def _describe(options: Mapping[str, inspect.Parameter]) -> str:

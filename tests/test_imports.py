@@ -77,7 +77,7 @@ GRAPH = {
   "analysis": Part(RUN),
   "analysis.replay": Part(f"analysis comparison.report {RUN}"),
   "analysis.communication": Part(
-    "comparison.report training.router_trace ops types errors", never={"flax", "optax"}
+    "comparison.report training.router_trace nn config ops types errors", never={"flax", "optax"}
   ),
   # the top
   "moe_jax": Part(f"comparison analysis {RUN}"),  # __init__.py: the public names

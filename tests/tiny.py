@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from moe_jax import sharding
+from moe_jax.comparison.arms import with_arm
 from moe_jax.config import (
   Config,
   DataConfig,
@@ -50,18 +51,8 @@ CONFIG = Config(
 
 def change(config: Config, **fields) -> Config:
   """`config` with fields replaced, each found by its name in whichever part has it."""
-  moe = config.model.moe
-  parts = {name: getattr(config, name) for name in ("model", "optimizer", "data", "train")}
-  for name, value in fields.items():
-    if name == "mesh":
-      config = dataclasses.replace(config, mesh=value)
-    elif hasattr(moe, name):
-      moe = dataclasses.replace(moe, **{name: value})
-    else:
-      part = next(p for p, record in parts.items() if hasattr(record, name))
-      parts[part] = dataclasses.replace(parts[part], **{name: value})
-  parts["model"] = dataclasses.replace(parts["model"], moe=moe)
-  return dataclasses.replace(config, **parts)
+  mesh = fields.pop("mesh", config.mesh)
+  return dataclasses.replace(with_arm(config, fields), mesh=mesh)
 
 
 def make_batch(rows: int = 8, length: int = 16, seed: int = 0) -> dict[str, np.ndarray]:

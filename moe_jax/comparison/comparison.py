@@ -19,6 +19,7 @@ from moe_jax.config import Config
 from moe_jax.config.plain import fingerprint, to_plain
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError
+from moe_jax.registry import Method
 from moe_jax.training.compiled import check_run
 from moe_jax.training.loop import Run
 from moe_jax.training.progress import TrainingProgress
@@ -188,7 +189,12 @@ def _with_seed(config: Config, seed: int) -> Config:
 def _described(arm: Arm, config: Config) -> dict[str, Any]:
   """The fields of an arm as JSON values; a user's method with a digest of its source, so that results of another one
   under the same name are not taken for its own."""
-  return {field: to_plain(value_of(config, field), fingerprint) for field in arm}
+  described = {}
+  for field in arm:
+    value = value_of(config, field)
+    is_spec = isinstance(value, str | Method) or (isinstance(value, tuple) and field != "segments")
+    described[field] = fingerprint(value) if is_spec else to_plain(value, fingerprint)
+  return described
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[str]:

@@ -98,6 +98,7 @@ class ModelConfig:
     "dots (all but products), none",
   )
   moe: MoEConfig = MoEConfig()
+  dense_ffn: Spec = "mlp"  # feed-forward part of the blocks without experts
   causal: bool = True  # set by the objective: False lets every position attend to all others
   # The blocks one by one, for models that the fields above cannot say. Empty: made of num_layers, num_dense_first,
   # moe_every, mixer, ffn and residual.
@@ -142,7 +143,7 @@ class ModelConfig:
   def _check_segments(self) -> None:
     for name in ("num_layers", "num_dense_first", "moe_every", "mixer", "ffn", "residual"):
       value, default = getattr(self, name), getattr(ModelConfig, name)
-      require(value == default, name, value, "the model's segments say its blocks; change those")
+      require(str(value) == str(default), name, value, "the model's segments say its blocks; change those")
     for segment in self.segments:
       require(bool(segment.pattern), "segments", segment, "a segment needs at least one block")
       require(segment.repeats >= 1, "segments", segment.repeats, "a segment is repeated at least once")
@@ -158,7 +159,7 @@ class ModelConfig:
 
   def _segments_of_pattern(self) -> tuple[Segment, ...]:
     sparse = BlockConfig(self.mixer, self.ffn, self.residual)
-    dense = dataclasses.replace(sparse, ffn="mlp")
+    dense = dataclasses.replace(sparse, ffn=self.dense_ffn)
     period = (dense,) * (self.moe_every - 1) + (sparse,)
     first = (Segment((dense,), self.num_dense_first),) if self.num_dense_first else ()
     return (*first, Segment(period, (self.num_layers - self.num_dense_first) // self.moe_every))

@@ -31,12 +31,12 @@ def fingerprint(spec: Any) -> str:
 
 def to_plain(value: Any, text: Callable[[Any], str] = spec_text) -> Any:
   """JSON values. `text` writes methods: by default, as what names them."""
-  is_spec = lambda x: isinstance(x, str | Method) or callable(x)
-  if dataclasses.is_dataclass(value) and not is_spec(value):
-    return {field.name: to_plain(getattr(value, field.name), text) for field in dataclasses.fields(value)}
+  if dataclasses.is_dataclass(value) and not isinstance(value, Method | type):
+    of_field = lambda f: text if isinstance(f.default, str) else lambda x: to_plain(x, text)
+    return {f.name: of_field(f)(getattr(value, f.name)) for f in dataclasses.fields(value)}
   if isinstance(value, tuple | list):
-    return text(value) if value and all(map(is_spec, value)) else [to_plain(part, text) for part in value]
-  return text(value) if is_spec(value) else value
+    return [to_plain(part, text) for part in value]
+  return value
 
 
 def from_fields(cls: type, values: dict[str, Any]) -> Any:

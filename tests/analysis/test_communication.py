@@ -14,14 +14,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from moe_jax import sharding
 from moe_jax.analysis.communication import simulate as com
 from moe_jax.analysis.communication.machine import Machine, busiest_link, links
-from moe_jax.config import MeshConfig, MoEConfig
+from moe_jax.config import MeshConfig
 from moe_jax.errors import InputError
-from moe_jax.nn import MoE
+from moe_jax.nn import Context, MoE
 from moe_jax.ops.balancing import make_balancer
 from moe_jax.ops.dispatch import expert_capacity
-from moe_jax.ops.routing import make_router, to_batch
+from moe_jax.ops.routing import make_choice, to_batch
 from moe_jax.sharding.exchange import Shape, exchange, make_plan, ragged_arguments
 from moe_jax.types import StepStats
+from tests.ops.choosing import route as choose
 
 SMALL = Machine(nodes=2, devices_per_node=2)  # devices 0 and 1, 2 and 3
 UNEVEN = Machine(nodes=3, devices_per_node=4)
@@ -190,7 +191,7 @@ def test_the_fewer_copies_the_fewer_rows(rng):
 
 
 def route(spec, logits_TE, k):
-  assignment = make_router(spec, logits_TE.shape[1], k)(jnp.asarray(logits_TE)).assignment
+  assignment = choose(make_choice(spec, logits_TE.shape[1], k), jnp.asarray(logits_TE)).assignment
   valid_A = np.asarray(assignment.valid_A)
   return np.asarray(assignment.token_A)[valid_A], np.asarray(assignment.expert_A)[valid_A]
 
@@ -229,7 +230,7 @@ def test_the_communication_loss_balances_what_is_received(rng):
   """Descent on a bias of the logits: the send side is bounded by the router, the receive side by the loss."""
   devices, experts, k, limit, tokens = 4, 16, 4, 2, 512
   machine = Machine(nodes=2, devices_per_node=2)
-  router = make_router(f"device_limited_topk:groups={devices}:groups_per_token={limit}", experts, k)
+  choice = make_choice(f"device_limited_topk:groups={devices}:groups_per_token={limit}", experts, k)
   balancer = make_balancer(
     f"communication_loss:1.0:devices={devices}:devices_per_token={limit}:scope=global_batch"
   )
@@ -237,7 +238,7 @@ def test_the_communication_loss_balances_what_is_received(rng):
   logits_TE = jnp.asarray(rng.normal(size=(tokens, experts)) + skew_E, jnp.float32)
 
   def loss(shift_E):
-    routing = jax.tree.map(lambda x: x[None], router(logits_TE + shift_E[None]))
+    routing = jax.tree.map(lambda x: x[None], choose(choice, logits_TE + shift_E[None]))
     batch = to_batch(routing, 1, tokens, k)
     state = balancer.init(experts)
     observed = jax.lax.stop_gradient(balancer.observe(state, batch))
@@ -245,7 +246,7 @@ def test_the_communication_loss_balances_what_is_received(rng):
     return value
 
   def received_over_mean(shift_E):
-    assignment = router(logits_TE + shift_E[None]).assignment
+    assignment = choose(choice, logits_TE + shift_E[None]).assignment
     routed = com.Routed(
       machine.place(tokens, "tokens"), machine.place(experts, "experts"),
       np.asarray(assignment.token_A), np.asarray(assignment.expert_A),
@@ -346,14 +347,14 @@ def all_to_all_bytes(program: str) -> list[int]:
 def test_capacity_buffers_move_as_counted(dispatcher, data, expert):
   """Dispatch and combine of the compiled layer, byte for byte, and nothing that the routing could change."""
   batch, length, dim, experts = 16, 32, 24, 8
-  config = MoEConfig(num_experts=experts, expert_dim=40, dispatcher=dispatcher, group_size=16)
+  moe = {"num_experts": experts, "expert_dim": 40, "dispatcher": dispatcher, "group_size": 16}
   mesh = sharding.make_mesh(MeshConfig(data=data, expert=expert))
   with jax.set_mesh(mesh):
-    graphdef, params, rest = nnx.split(MoE(config, dim, rngs=nnx.Rngs(0)), nnx.Param, ...)
+    graphdef, params, rest = nnx.split(MoE(dim, **moe, rngs=nnx.Rngs(0)), nnx.Param, ...)
     layouts = sharding.state_shardings(mesh, params)
     params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
     layout = sharding.batch_sharding(mesh)
-    forward = lambda params, x_BLD: nnx.merge(graphdef, params, rest)(x_BLD, train=True)[0]
+    forward = lambda params, x_BLD: nnx.merge(graphdef, params, rest)(x_BLD, Context(train=True))[0]
     x = jax.ShapeDtypeStruct((batch, length, dim), jnp.float32)
     jitted = jax.jit(forward, in_shardings=(layouts, layout), out_shardings=layout)
     program = jitted.lower(params, x).compile().as_text()

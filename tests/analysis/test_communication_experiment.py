@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from tests.analysis import one_process
+from tests.analysis import studies
 
 COUNTED = ["--nodes=2", "--devices_per_node=2", "--sequences_per_device=4", "--limits=1,2"]
 
@@ -19,20 +19,20 @@ WRONG = [
   (["--sequences_per_device=300"], "of which there are 400"),
   (["--limits=few"], "--limits=few: must be whole numbers"),
   (["--routers=softmax_topk+copies"], "behind + comes shadow_bytes or shadow_time"),
-  (["--routers=hash_topk"], "--routers=hash_topk: reads token_id_T, which a trace does not have"),
+  (["--routers=hash_topk"], "--routers=hash_topk: router by table: reads token ids"),
   (["--trace=nowhere"], "nowhere: holds no router logits"),
 ]
 
 
 def test_wrong_flags_are_one_line(tmp_path):
-  one_process.assert_refuses("communication", WRONG, tmp_path / "run")
+  studies.assert_refuses("communication", WRONG, tmp_path / "run")
 
 
 def test_the_experiment_records_once_and_counts_any_run(tmp_path):
-  record = [*one_process.TINY_RUN, *COUNTED, f"--output_dir={tmp_path / 'one'}"]
+  record = [*studies.TINY_RUN, *COUNTED, f"--output_dir={tmp_path / 'one'}"]
   again = [f"--trace={tmp_path / 'one' / 'run'}", *COUNTED, "--once_per=node"]
   again += ["--routers=softmax_topk+shadow_time", f"--output_dir={tmp_path / 'two'}"]
-  first, second = one_process.run("communication", [record, again])
+  first, second = studies.run("communication", [record, again])
   assert first[0] == second[0] == 0, (first, second)
 
   plots = {"devices.png", "busiest_link.png", "step_time.png"}

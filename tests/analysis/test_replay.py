@@ -16,7 +16,7 @@ from moe_jax.ops import stats
 from moe_jax.training.compiled import compile_steps
 from moe_jax.training.router_trace import Trace, TraceWriter
 from tests import tiny
-from tests.analysis import one_process
+from tests.analysis import studies
 
 CONFIG = tiny.change(tiny.CONFIG, record_router_logits=1, router_logits_dtype="float32")
 STEPS = 6
@@ -37,13 +37,13 @@ def train(folder, **fields) -> Recorded:
   with jax.set_mesh(mesh), TraceWriter(folder, {"config": config.to_dict()}) as writer:
     steps = compile_steps(config, tiny.VOCAB, tiny.DOMAINS, mesh)
     state = steps.init(0)
-    leaves = [jax.device_get(jax.tree.leaves(state.balancer))]
+    leaves = [jax.device_get(jax.tree.leaves(state.variables))]
     for step in range(1, STEPS + 1):
       batch = jax.device_put(tiny.make_batch(seed=step), sharding.batch_sharding(mesh))
       state, found = steps.train(state, batch)
       writer.add(step, found.pop("router_trace"))
       metrics.append(jax.device_get(found))
-      leaves.append(jax.device_get(jax.tree.leaves(state.balancer)))
+      leaves.append(jax.device_get(jax.tree.leaves(state.variables)))
   stacked = [np.stack([m[name] for m in metrics]) for name in ("tokens_per_expert", "max_vio")]
   return Recorded(Trace(folder), *stacked, leaves)
 
@@ -205,20 +205,20 @@ WRONG = [
   (["--batch_sizes=0"], "--batch_size=0: must be 1 or more"),
   (["--trace=nowhere"], "nowhere: holds no router logits; train with --record_router_logits=1"),
   (["--trace=nowhere", "--num_experts=4"], "leave out --preset and the run's flags"),
-  (["--router=hash_topk"], "--router=hash_topk: reads token_id_T"),
+  (["--router=hash_topk"], "--router=hash_topk: router by table: reads token ids"),
   (["--record=1"], "unknown flag '--record'"),
 ]
 
 
 def test_wrong_flags_of_the_experiment_are_one_line(tmp_path):
-  one_process.assert_refuses("replay", WRONG, tmp_path / "run")
+  studies.assert_refuses("replay", WRONG, tmp_path / "run")
 
 
 def test_the_experiment_records_once_and_replays_any_run(tmp_path):
   one, two = tmp_path / "one", tmp_path / "two"
-  record = [*one_process.TINY_RUN, *REPLAYS, f"--output_dir={one}"]
+  record = [*studies.TINY_RUN, *REPLAYS, f"--output_dir={one}"]
   again = [f"--trace={one / 'run'}", *REPLAYS, f"--output_dir={two}"]
-  first, second, other = one_process.run("replay", [record, again, [*record, "--num_experts=16"]])
+  first, second, other = studies.run("replay", [record, again, [*record, "--num_experts=16"]])
   assert first[0] == second[0] == 0, (first, second)
   plots = {"replay_max_vio.png", "replay_bias.png", "replay_oscillation.png"}
   assert {path.name for path in one.iterdir()} == {"run", "summary.csv", *plots}
@@ -241,5 +241,5 @@ def test_the_experiment_records_once_and_replays_any_run(tmp_path):
     assert written == pytest.approx({name: x for name, x in tail._asdict().items() if x is not None})
   assert (two / "summary.csv").read_text() == (one / "summary.csv").read_text()
 
-  status, line = other
+  status, _, line = other
   assert status == 2 and "the run in it has another configuration (num_experts)" in line

@@ -175,7 +175,7 @@ def finished(dataset, tmp_path_factory):
 def test_a_run_records_its_batches(finished, dataset):
   folder, _ = finished
   trace, model = Trace(folder), CONFIG.model
-  assert trace.shape == (model.num_moe_layers, 8, 16, model.moe.num_experts)
+  assert trace.shape == (model.num_layers, 8, 16, model.moe.num_experts)
   assert trace.header["config"] == json.loads(json.dumps(CONFIG.to_dict()))
   assert {k: trace.header[k] for k in ("num_experts_per_token", "group_size", "capacity")} == {
     "num_experts_per_token": 2,
@@ -247,8 +247,8 @@ def test_every_third_step(finished, dataset, tmp_path):
 
 
 def test_a_layer_without_a_router_is_refused():
-  config = tiny.change(CONFIG, layer="soft_moe", accept_leaks="soft_moe", balancers="none", jitter=0.0)
-  with pytest.raises(InputError, match="--record_router_logits=1: --layer=soft_moe has no router"):
+  config = tiny.change(CONFIG, ffn="soft_moe", accept_leaks="soft_moe", balancers="none", jitter=0.0)
+  with pytest.raises(InputError, match="--record_router_logits=1: --ffn=soft_moe has no router"):
     check_run(config, sharding.make_mesh(config.mesh))
 
 

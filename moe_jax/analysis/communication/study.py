@@ -202,8 +202,12 @@ def _router(spec: str, num_experts: int, num_experts_per_token: int) -> Router:
       raise InputError(f"scores {layer.num_scored_experts} experts, and a trace has logits of {num_experts}")
     shape = jax.ShapeDtypeStruct((1, 16, num_experts), jnp.float32)
     context = RouterContext(jnp.ones((1, 16), bool))
-    if jax.eval_shape(lambda logits: layer.router.from_logits(logits, context), shape) is None:
-      raise InputError("needs more than logits, which a trace does not have")
+    try:
+      found = jax.eval_shape(lambda logits: layer.router.from_logits(logits, context), shape)
+    except InputError as error:
+      raise InputError(f"{error}, and a trace does not have it") from None
+    if found is None:
+      raise InputError("the router needs more than logits, and a trace does not have it")
   return layer.router
 
 
