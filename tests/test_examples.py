@@ -25,9 +25,7 @@ def example(name):
 def lines_of_code(name):
   """Without docstring, blank lines and what prints."""
   text = (EXAMPLES / f"{name}.py").read_text().split('"""', 2)[2]
-  return sum(
-    bool(line.strip()) and "print(" not in line for line in text.partition("if __name__")[0].splitlines()
-  )
+  return sum(bool(line.strip()) and "print(" not in line for line in text.partition("if __name__")[0].splitlines())
 
 
 def compare(arms, folder):
@@ -58,11 +56,7 @@ def test_a_router_of_ones_own_in_a_layer_in_a_comparison_and_by_name(tmp_path, r
   scaled = layers[0](10 * x_BLD)[1]
   np.testing.assert_array_equal(scaled.tokens_per_expert_BE, layers[0](x_BLD)[1].tokens_per_expert_BE)
   import_plugins([str(EXAMPLES / "cosine_router.py")])
-  arms = {
-    "softmax": {"router": "softmax_topk"},
-    "cosine": {"router": "cosine:temperature=0.1"},
-    "class": {"router": cosine},
-  }
+  arms = {"softmax": {"router": "softmax_topk"}, "cosine": {"router": "cosine:temperature=0.1"}, "class": {"router": cosine}}
   results = compare(arms, tmp_path / "run")
   assert len({round(r["validation"]["nll"], 6) for r in results}) == 3  # three routers, trained
 
@@ -73,9 +67,7 @@ def test_a_balancer_that_is_edited_trains_as_its_new_self(tmp_path):
   none, _, mine = compare(module.ARMS | {"mine": {"balancers": module.centred_bias}}, folder)
   assert max_vio(mine) < max_vio(none)
 
-  source = (
-    (EXAMPLES / "own_balancer.py").read_text().replace("bias_E + rate", "bias_E - rate")
-  )  # the wrong way
+  source = (EXAMPLES / "own_balancer.py").read_text().replace("bias_E + rate", "bias_E - rate")  # the wrong way
   space = {"__name__": module.__name__}
   exec(compile(source.partition("ARMS =")[0], "a_cell", "exec"), space)
   edited = {"none": {"balancers": "none"}, "mine": {"balancers": space["centred_bias"]}}

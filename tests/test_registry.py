@@ -42,9 +42,7 @@ def test_values_fill_the_options_and_take_their_types(spec, changed):
   method = REGISTRY.resolve(spec)
   got = method(k=7, other=1)  # of what it is offered, a factory takes what it names
   assert got == DEFAULTS | changed
-  assert (
-    REGISTRY.resolve(str(method)) == method and REGISTRY.resolve(functools.partial(one, **changed)) == method
-  )
+  assert REGISTRY.resolve(str(method)) == method and REGISTRY.resolve(functools.partial(one, **changed)) == method
   assert {name: type(value) for name, value in got.items()} == {n: type(v) for n, v in DEFAULTS.items()}
 
 
@@ -126,10 +124,7 @@ def test_split_methods(text, parts):
 def _defined(body: str, name: str = "mine"):
   """A function as a notebook cell defines it, with `body` as its result."""
   space = {"__name__": "a_notebook"}
-  exec(
-    f"SCALE = 2\ndef helper(x):\n  return {body}\ndef {name}(rate: float = 1.0):\n  return helper(rate)",
-    space,
-  )
+  exec(f"SCALE = 2\ndef helper(x):\n  return {body}\ndef {name}(rate: float = 1.0):\n  return helper(rate)", space)
   return space[name]
 
 

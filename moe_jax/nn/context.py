@@ -8,9 +8,8 @@ import numpy as np
 
 from moe_jax.types import Array, StepStats
 
-_BITS = np.uint32(
-  2**32 - 1
-)  # far from what jitter (0) and routing groups (1, 2, ...) fold into a sequence's key
+
+_BITS = np.uint32(2**32 - 1)  # far from what jitter (0) and routing groups (1, 2, ...) fold into a sequence's key
 
 
 class Context(NamedTuple):

@@ -64,9 +64,7 @@ def run(dispatcher, mesh):
   by_sequence, everywhere = sharding.batch_sharding(on_mesh), sharding.replicated(on_mesh)
   layouts = (sharding.state_shardings(on_mesh, params), by_sequence, by_sequence, by_sequence)
   with jax.set_mesh(on_mesh):
-    step = jax.jit(
-      jax.grad(loss, argnums=(0, 1), has_aux=True), in_shardings=layouts, out_shardings=everywhere
-    )
+    step = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True), in_shardings=layouts, out_shardings=everywhere)
     (d_params, d_x), ys = jax.device_get(step(params, dict.fromkeys(KINDS, X_BLD), COTANGENT_BLD, KEYS))
   found = {kind: {"y": ys[kind], "x": d_x[kind]} for kind in KINDS}
   for (kind, *path), d in nnx.to_flat_state(d_params):
@@ -228,9 +226,7 @@ def test_three_steps_move_the_adapters_and_not_what_is_frozen():
   for path, variable in before.items():
     moved = np.abs(after[path].get_value() - variable.get_value()).max()
     assert (moved == 0) if path in frozen else (moved > 0), path
-  norms = [
-    np.sum(d.get_value() ** 2.0) for p, d in nnx.to_flat_state(metrics["gradients"]) if p not in frozen
-  ]
+  norms = [np.sum(d.get_value() ** 2.0) for p, d in nnx.to_flat_state(metrics["gradients"]) if p not in frozen]
   np.testing.assert_allclose(metrics["grad_norm"], np.sqrt(sum(norms)), rtol=1e-5)
 
 

@@ -229,10 +229,7 @@ def test_aux_is_per_layer():
   (of_layers,) = moe_auxes(aux)
   assert num_moe_layers(aux) == 2 and all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(aux))
   assert of_layers.tokens_per_expert_BE.shape == (2, 2, 4)
-  assert {name: loss.shape for name, loss in losses_by_name(aux).items()} == {
-    "switch_loss": (2,),
-    "z_loss": (2,),
-  }
+  assert {name: loss.shape for name, loss in losses_by_name(aux).items()} == {"switch_loss": (2,), "z_loss": (2,)}
 
   @jax.jit
   def one_by_one(model):

@@ -127,11 +127,7 @@ def test_optimizer_state_is_laid_out_like_its_parameters():
   assert len(jax.tree.leaves(layouts)) == len(jax.tree.leaves(state))
   # Of two layers with 8 experts of 16 x 16, one device holds an eighth of each moment.
   for moments in (adam.mu, adam.nu):
-    held = (
-      moments["segments"][0]["pattern"]["blocks"][0]["ffn"]["experts"]["w_up_EDF"]
-      .get_value()
-      .shard_shape((2, 8, 16, 16))
-    )
+    held = moments["segments"][0]["pattern"]["blocks"][0]["ffn"]["experts"]["w_up_EDF"].get_value().shard_shape((2, 8, 16, 16))
     assert held == (2, 4, 8, 8)
 
 

@@ -73,3 +73,4 @@ def _mix(bits: Array) -> Array:
   bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
   bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
   return bits ^ (bits >> 16)
+

@@ -54,9 +54,6 @@ class LowRankExperts(ExpertNetwork):
     graphdef, state = nnx.split(self.experts)
     adapted = nnx.merge(graphdef, jax.lax.stop_gradient(state))
     for name in self.down:
-      w, addition = (
-        getattr(adapted, name),
-        jnp.einsum("EXr,ErY->EXY", self.down[name][...], self.up[name][...]),
-      )
+      w, addition = getattr(adapted, name), jnp.einsum("EXr,ErY->EXY", self.down[name][...], self.up[name][...])
       w.set_value(w[...] + self.scale * addition)
     return adapted(rows, product)
