@@ -28,10 +28,9 @@ import optax
 from absl import flags
 from flax import nnx
 
-from moe_jax import cli, sharding
+from moe_jax import Context, cli, sharding
 from moe_jax.analysis.flops import forward_flops, step_flops
 from moe_jax.config import Config, DataConfig, MeshConfig, MoEConfig, OptimizerConfig, TrainConfig
-from moe_jax.nn.context import Context
 from moe_jax.nn.ffn import FFNS
 from moe_jax.ops.routing import make_choice
 from moe_jax.sharding.dispatchers import get_dispatcher
@@ -80,9 +79,8 @@ def given_config() -> Config:
   """Returns the flags' configuration, without clipping: Adam's first moment is then (1 - beta1) times the gradient."""
   config = cli.config_from_flags()
   unsaid = {} if flags.FLAGS.preset != "default" else SIZES
-  new = {
-    part: {k: v for k, v in fields.items() if not flags.FLAGS[k].present} for part, fields in unsaid.items()
-  }
+  not_given = lambda fields: {k: v for k, v in fields.items() if not flags.FLAGS[k].present}
+  new = {part: not_given(fields) for part, fields in unsaid.items()}
   moe = dataclasses.replace(config.model.moe, **new.get("moe", {}))
   return dataclasses.replace(
     config,
@@ -134,8 +132,7 @@ def random_tokens(config: Config) -> tuple[jax.Array, jax.Array]:
 
 def make_layer(config: Config) -> tuple[Any, Callable]:
   """Returns parameters, and a jitted (parameters, x_BLD, cotangent_BLD) -> (gradients of parameters and x, y_BLD)."""
-  sizes = {"dim": config.model.model_dim, "activation": config.model.activation, "init_scale": 1.0}
-  layer = FFNS["moe"](only_routed(config.model.moe), **sizes, rngs=nnx.Rngs(0))
+  layer = FFNS["moe"](only_routed(config.model.moe), config.model.model_dim, "swiglu", 1.0, nnx.Rngs(0))
   graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
   # Values that the compute dtype can represent, so that the right result does not depend on this dtype.
   params = jax.tree.map(lambda w: w.astype(config.model.compute_dtype).astype(jnp.float32), params)
@@ -201,9 +198,8 @@ def check_layer(config: Config, dispatchers: list[str]) -> dict[str, dict[str, f
 
 
 def compiled(config: Config) -> CompiledSteps:
-  return compile_steps(
-    config, _VOCAB.value, 1, sharding.make_mesh(config.mesh, [jax.config.jax_default_device])
-  )
+  mesh = sharding.make_mesh(config.mesh, [jax.config.jax_default_device])
+  return compile_steps(config, _VOCAB.value, 1, mesh)
 
 
 def check_step(config: Config, dispatchers: list[str], init: Callable) -> dict[str, dict[str, float]]:
@@ -211,9 +207,7 @@ def check_step(config: Config, dispatchers: list[str], init: Callable) -> dict[s
 
   def first_step(changed: Config) -> tuple[float, Any]:
     state, metrics = compiled(changed).train(init(0), make_batch(changed))
-    return float(metrics["loss"]), optax.tree.get(
-      state.opt_state, "mu"
-    )  # all gradients, times the same factor
+    return float(metrics["loss"]), optax.tree.get(state.opt_state, "mu")  # gradients, times one factor
 
   with jax.default_matmul_precision("highest"):
     loss, gradients = first_step(change(config, "sorted", "float32"))
@@ -248,8 +242,7 @@ def ceiling(dtype: str) -> float:
 
 def time_layer(config: Config) -> tuple[float, float]:
   """Returns the seconds and the necessary operations of the layer, forward and backward."""
-  moe = only_routed(config.model.moe)
-  model = dataclasses.replace(config.model, num_layers=1, num_dense_first=0, moe_every=1, ffn="moe", moe=moe)
+  model = dataclasses.replace(config.model, num_layers=1, num_dense_first=0, moe_every=1)
   flops = forward_flops(model, _VOCAB.value, config.data.sequence_length)
   needed = 3 * (flops.router + flops.experts) * tokens(config)
   params, run = make_layer(config)
