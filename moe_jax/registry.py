@@ -66,7 +66,7 @@ class Registry(Mapping[str, Callable[..., Any]]):
   def __init__(self, kind: str, factories: Mapping[str, Callable[..., Any]], offered: Sequence[str] = ()):
     self.kind, self.offered = kind, tuple(offered)
     self._factories = dict(factories)
-    self._builtin = frozenset(factories)
+    self.builtin = frozenset(factories)  # names of what this package brings
 
   def __getitem__(self, name: str) -> Callable[..., Any]:
     return self._factories[name]
@@ -88,8 +88,8 @@ class Registry(Mapping[str, Callable[..., Any]]):
     if not callable(factory):
       raise InputError(f"{self.kind} {name!r}: {factory!r} is no function or class that makes one")
     other = self._factories.get(name)
-    if name in self._builtin or (other is not None and not _same_place(other, factory)):
-      whose = "moe_jax" if name in self._builtin else place(other)
+    if name in self.builtin or (other is not None and not _same_place(other, factory)):
+      whose = "moe_jax" if name in self.builtin else place(other)
       raise InputError(
         f"{self.kind} {name!r} ({place(factory)}): the name is taken by {whose}; choose another"
       )

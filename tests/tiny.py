@@ -90,5 +90,5 @@ def assert_same(actual: dict, expected: dict, rtol: float = 2e-5) -> None:
     for (path, a), (_, b) in zip(
       jax.tree.leaves_with_path(actual[part]), jax.tree.leaves_with_path(expected[part]), strict=True
     ):
-      scale = max(float(np.abs(b).max()), 1e-3)
+      scale = max(float(np.nanmax(np.abs(b))), 1e-3)
       np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * scale, err_msg=jax.tree_util.keystr(path))

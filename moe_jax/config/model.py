@@ -98,6 +98,7 @@ class ModelConfig:
     "dots (all but products), none",
   )
   moe: MoEConfig = MoEConfig()
+  dense_ffn: Spec = "mlp"  # feed-forward part of the blocks without experts
   causal: bool = True  # set by the objective: False lets every position attend to all others
   # The blocks one by one, for models that the fields above cannot say. Empty: made of num_layers, num_dense_first,
   # moe_every, mixer, ffn and residual.
@@ -158,7 +159,7 @@ class ModelConfig:
 
   def _segments_of_pattern(self) -> tuple[Segment, ...]:
     sparse = BlockConfig(self.mixer, self.ffn, self.residual)
-    dense = dataclasses.replace(sparse, ffn="mlp")
+    dense = dataclasses.replace(sparse, ffn=self.dense_ffn)
     period = (dense,) * (self.moe_every - 1) + (sparse,)
     first = (Segment((dense,), self.num_dense_first),) if self.num_dense_first else ()
     return (*first, Segment(period, (self.num_layers - self.num_dense_first) // self.moe_every))

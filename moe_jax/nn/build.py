@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -57,12 +58,26 @@ def resolve(config: ModelConfig) -> ModelConfig:
   for name, registry in _BLOCK_PARTS.items():
     with naming(name, getattr(config, name)):
       parts[name] = registry.resolve(getattr(config, name))
+  parts["dense_ffn"] = FFNS.resolve(config.dense_ffn)
   parts["segments"] = tuple(_resolve_segment(segment) for segment in config.segments)
   config = dataclasses.replace(config, **parts)
   for block in different_blocks(config):
     abstract_ffn(block)
     _check_block(config, block)
+    _check_unrouted(block)
   return config
+
+
+def _check_unrouted(block: BlockConfig) -> None:
+  """A part with experts and without a router would ignore these fields without a word."""
+  if routed_part(block) is not None or "moe" not in inspect.signature(block.ffn.factory).parameters:
+    return
+  default = resolve_moe(MoEConfig())
+  for field in ("router", "balancers", "group_size", "jitter"):
+    value, usual = getattr(block.moe, field), getattr(default, field)
+    if value != usual:
+      text = f"--{field}={spec_text(value)}: --ffn={block.ffn} does not route"
+      raise InputError(f"{text}; leave it at {spec_text(usual)}")
 
 
 def _resolve_segment(segment: Segment) -> Segment:

@@ -5,6 +5,14 @@ from moe_jax.nn.routers import Router
 from moe_jax.ops.balancing import Balancer
 
 
+def check_sizes(num_experts: int, num_experts_per_token: int) -> None:
+  """Raises `InputError` where a token cannot be sent to that many experts."""
+  if not 1 <= num_experts_per_token <= num_experts:
+    raise InputError(
+      f"num_experts_per_token={num_experts_per_token}: must be between 1 and num_experts={num_experts}"
+    )
+
+
 def check_fit(router: Router, balancer: Balancer, num_experts: int) -> None:
   """Raises `InputError` where the balancer needs what the router, over E networks, does not do."""
   num_scored_experts = router.num_scored_experts or num_experts

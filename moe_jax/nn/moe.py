@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.errors import InputError
-from moe_jax.nn.checks import check_fit, check_flat
+from moe_jax.nn.checks import check_fit, check_flat, check_sizes
 from moe_jax.nn.context import DEFAULT, Context
 from moe_jax.nn.experts import EXPERTS, ExpertNetwork, as_experts
 from moe_jax.nn.parts import made
@@ -14,6 +14,7 @@ from moe_jax.nn.variables import BalancerState
 from moe_jax.ops.balancing import Balancer, balancer_of
 from moe_jax.ops.balancing.common import normalized_scores
 from moe_jax.ops.dispatch import default_group_size, expert_capacity, no_sharding
+from moe_jax.ops.experts import with_row_bits
 from moe_jax.ops.metrics import LayerRecord, observe
 from moe_jax.ops.routing import to_batch
 from moe_jax.registry import Method, Spec
@@ -62,6 +63,7 @@ class MoE(nnx.Module):
     init_scale: float = 1.0,
     rngs: nnx.Rngs,
   ):
+    check_sizes(num_experts, num_experts_per_token)
     self.num_experts, self.num_experts_per_token = num_experts, num_experts_per_token
     self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
     self.group_size, self.jitter = group_size, jitter
@@ -72,7 +74,7 @@ class MoE(nnx.Module):
     self.num_scored_experts = self.router.num_scored_experts or num_experts
     check_fit(self.router, self.balancer, num_experts)
     self.experts = made(EXPERTS, experts, ExpertNetwork, expert_dim=expert_dim, **offered)
-    self.shared = shared
+    self.shared = nnx.data(shared)  # may come later, and is data even while there is none
     self.balancer_state = BalancerState(self.balancer.init(self.num_scored_experts))
 
   def __call__(self, x_BLD: Array, context: Context = DEFAULT) -> tuple[Array, MoEAux]:
@@ -143,17 +145,21 @@ class MoE(nnx.Module):
     )
     t = routing.mask_T.shape[-1]
     factor = self.capacity_factor if context.train else self.eval_capacity_factor
-    experts = self.experts.for_step(context.step_key if context.train else None)
+    network, rows_BLD = self.experts.for_step(context.drawing_key), x_BLD
+    # A dispatcher that spells the exchange gathers what is kept in parts itself.
+    experts = as_experts(network, x_BLD.dtype, gather=not self.dispatcher.spells_exchange)
+    if network.draws:
+      rows_BLD, experts = with_row_bits(x_BLD, context.random_bits(x_BLD.shape[1]), experts)
     y_GTD, kept_GA = self.dispatcher.dispatch(
-      constrain(x_BLD.reshape(-1, t, x_BLD.shape[-1]), ("group", None, None)),
+      constrain(rows_BLD.reshape(-1, t, rows_BLD.shape[-1]), ("group", None, None)),
       assignment,
-      # A dispatcher that spells the exchange gathers what is kept in parts itself.
-      as_experts(experts, x_BLD.dtype, gather=not self.dispatcher.spells_exchange),
+      experts,
       num_experts=self.num_experts,
       capacity=expert_capacity(t, self.num_experts_per_token, factor, self.num_experts),
       shard=no_sharding if on_one_cpu() else constrain,
     )
-    y_BLD = constrain(y_GTD.reshape(x_BLD.shape), ("batch", None, None))
+    y_BLD = y_GTD.reshape(rows_BLD.shape)[..., : x_BLD.shape[-1]]
+    y_BLD = constrain(y_BLD, ("batch", None, None))
     kept_GA |= routing.assignment.valid_A & ~has_network_GA
     onehot_GAE = jax.nn.one_hot(routing.assignment.expert_A, routing.logits_TE.shape[-1], dtype=jnp.float32)
     kept_per_expert_E = jnp.einsum("GA,GAE->E", kept_GA.astype(jnp.float32), onehot_GAE)

@@ -22,9 +22,11 @@ class Product(Protocol):
 
   parts: devices whose outputs add up to the experts' (each has a part of the hidden units): what is added to the
     output, and not made by a product, is divided by it.
+  row_bits: uint32 [..], random bits of every row's token, the same wherever it is computed; None: nothing is drawn.
   """
 
   parts: int
+  row_bits: Array | None
 
   def __call__(self, rows: Array, w_EXY: Array) -> Array:
     """[.., X] -> [.., Y]: every row times the matrix of its expert."""
@@ -43,6 +45,7 @@ class Batched(NamedTuple):
   """Rows [E, M, D], M for each expert: one batched product. Empty slots may hold anything; nobody reads them."""
 
   parts: int = 1
+  row_bits: Array | None = None
 
   def __call__(self, rows_EMX: Array, w_EXY: Array) -> Array:
     return jnp.einsum("EMX,EXY->EMY", rows_EMX, w_EXY)
@@ -63,6 +66,7 @@ class Sorted(NamedTuple):
   group_sizes_E: Array
   num_rows: int  # M, static
   parts: int = 1
+  row_bits: Array | None = None
 
   def __call__(self, rows_MX: Array, w_EXY: Array) -> Array:
     return grouped_matmul(rows_MX, w_EXY, self.group_sizes_E)
@@ -83,7 +87,7 @@ class Wrapper:
   """A product that changes something of another one; on its own, nothing."""
 
   def __init__(self, product: Product):
-    self.product, self.parts = product, product.parts
+    self.product, self.parts, self.row_bits = product, product.parts, product.row_bits
 
   def __call__(self, rows: Array, w_EXY: Array) -> Array:
     return self.product(rows, w_EXY)
@@ -104,6 +108,14 @@ class PartOfSum(Wrapper):
   def __init__(self, product: Product, parts: int):
     super().__init__(product)
     self.parts = parts
+
+
+class WithRowBits(Wrapper):
+  """A product that knows the bits of its rows."""
+
+  def __init__(self, product: Product, row_bits: Array):
+    super().__init__(product)
+    self.row_bits = row_bits
 
 
 Axes = tuple[str | None, ...]
@@ -129,6 +141,34 @@ class Experts:
   def num_experts(self) -> int:
     """Of the weights that are here."""
     return next(w.shape[0] for w, axes in zip(self.weights, self.axes) if axes[:1] == ("expert",))
+
+
+_SHIFTS = (0, 8, 16, 24)  # of the bytes of 32 bits
+
+
+def with_row_bits(x: Array, bits: Array, experts: Experts) -> tuple[Array, Experts]:
+  """Tokens that carry random bits to their experts, and experts that read them, under any dispatcher.
+
+  The bits travel as four more columns of a byte each, for all that moves rows moves numbers. Integers below 256 are
+  exact in every float type, also in products with ones and zeros.
+
+  Args:
+    x: [.., D].
+    bits: uint32 [..].
+    experts: those that want `Product.row_bits`.
+
+  Returns:
+    x, [.., D + 4], and experts of such rows. The last four columns of their output are zeros.
+  """
+  bytes_ = jnp.stack([(bits >> shift) & 0xFF for shift in _SHIFTS], axis=-1)
+
+  def compute(weights: tuple[Array, ...], rows: Array, product: Product) -> Array:
+    tag = jax.lax.stop_gradient(rows[..., -len(_SHIFTS) :]).astype(jnp.uint32)
+    row_bits = sum(tag[..., i] << shift for i, shift in enumerate(_SHIFTS))
+    y = experts.compute(weights, rows[..., : -len(_SHIFTS)], WithRowBits(product, row_bits))
+    return jnp.pad(y, [(0, 0)] * (y.ndim - 1) + [(0, len(_SHIFTS))])
+
+  return jnp.concatenate([x, bytes_.astype(x.dtype)], axis=-1), dataclasses.replace(experts, compute=compute)
 
 
 def swiglu(gate: Array, up: Array) -> Array:

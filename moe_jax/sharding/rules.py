@@ -118,10 +118,10 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
   def of_leaf(leaf):
     if not isinstance(leaf, nnx.Variable):
       return replicated(mesh)
-    axes = leaf.get_metadata().get("logical_axes")
-    if axes is None:
-      return leaf.replace(jax.tree.map(lambda _: replicated(mesh), leaf.get_value()))
-    shape = leaf.get_value().shape
+    axes, value = leaf.get_metadata().get("logical_axes"), leaf.get_value()
+    if axes is None or not hasattr(value, "shape"):  # no array: what an optimizer keeps of a frozen parameter
+      return leaf.replace(jax.tree.map(lambda _: replicated(mesh), value))
+    shape = value.shape
     axes = ("layers",) * (len(shape) - len(axes)) + axes
     return leaf.replace(NamedSharding(mesh, partition_spec(axes, shape, mesh.shape)))
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.errors import InputError
-from moe_jax.nn import Transformer
-from moe_jax.nn.methods import LAYER_KINDS, group_size, num_scored_experts
-from moe_jax.nn.soft_moe import SoftMoE
-from moe_jax.nn.transformer import LAYERS, make_layer
+from moe_jax.nn import Context
+from moe_jax.nn.build import resolve
+from moe_jax.nn.ffn import MLP, SoftMoE
+from moe_jax.nn.leaks import check_causal
 from tests import tiny
+from tests.nn.layer import float64, randomized
 
 B, L, D, E, C, F = 3, 5, 4, 3, 2, 6
 MASK_BL = np.ones((B, L), bool)
@@ -27,19 +27,18 @@ NAMES = ("w_slots_DEC", "scale", "w_gate_EDF", "w_up_EDF", "w_down_EFD")
 
 def make(**fields):
   """A layer with random weights, and a scale that sharpens the softmaxes."""
-  moe = SoftMoE(MoEConfig(E, 1, F, layer="soft_moe", **fields), D, slots=C, rngs=nnx.Rngs(0))
-  rng = np.random.default_rng(0)
-  for name in NAMES:
-    variable = getattr(moe, name)
-    if variable is not None:
-      variable.set_value(jnp.asarray(rng.normal(size=variable.get_value().shape), jnp.float32))
+  moe = randomized(lambda: SoftMoE(D, E, F, slots=C, rngs=nnx.Rngs(0), **fields), seed=1, scale=1.0)
   moe.scale.set_value(jnp.float32(4.0))
   return moe
 
 
+def parameters(moe):
+  found = {name: getattr(moe if name in NAMES[:2] else moe.experts, name, None) for name in NAMES}
+  return {name: v for name, v in found.items() if v is not None}
+
+
 def weights_of(moe):
-  found = {name: getattr(moe, name) for name in NAMES}
-  return {name: np.asarray(v.get_value(), np.float64) for name, v in found.items() if v is not None}
+  return {name: float64(v) for name, v in parameters(moe).items()}
 
 
 def inputs(seed=1):
@@ -91,7 +90,7 @@ def run(graphdef, state, x_BLD, mask_BL, cotangent_BLD):
   """The gradients with respect to weights and input, the output, and aux."""
 
   def loss(state, x_BLD):
-    y_BLD, aux = nnx.merge(graphdef, state)(x_BLD, mask_BL, train=True, key_B=None)
+    y_BLD, aux = nnx.merge(graphdef, state)(x_BLD, Context(mask_BL, train=True))
     return jnp.sum(y_BLD * cotangent_BLD), (y_BLD, aux)
 
   return jax.grad(loss, argnums=(0, 1), has_aux=True)(state, x_BLD)
@@ -103,7 +102,7 @@ def forward(moe, x_BLD, mask_BL=MASK_BL):
 
 @pytest.mark.parametrize("activation", ["swiglu", "relu"])
 def test_output_and_gradients_equal_the_loop(activation):
-  moe, x_BLD = make(expert_activation=activation), inputs()
+  moe, x_BLD = make(experts=activation), inputs()
   cotangent_BLD = np.random.default_rng(2).normal(size=x_BLD.shape).astype(np.float32)
   (d_state, d_x_BLD), (y_BLD, _) = run(*nnx.split(moe), x_BLD, MASK_BL, cotangent_BLD)
   w, x64_BLD = weights_of(moe), x_BLD.astype(np.float64)
@@ -131,15 +130,14 @@ def test_counts_are_what_tokens_take_of_each_expert():
   rounding = B * L * C * 2.0**-23
   np.testing.assert_allclose(aux.kept_per_expert_E, aux.tokens_per_expert_BE.sum(axis=0), rtol=rounding)
   entropy = -np.sum(used_BLE[MASK_BL] * np.log(used_BLE[MASK_BL]))
-  np.testing.assert_allclose(aux.router_entropy, entropy, rtol=1e-5)
-  assert aux.num_tokens == MASK_BL.sum() and aux.losses == {}
+  np.testing.assert_allclose(aux.metrics["router_entropy"][0], entropy, rtol=1e-5)
+  assert aux.metrics["router_entropy"][1] == MASK_BL.sum() and aux.losses == {}
 
 
 def test_permuting_experts_changes_nothing():
   moe, x_BLD, order = make(), inputs(), np.array([2, 0, 1])
   y_BLD, aux = forward(moe, x_BLD)
-  for name in NAMES:
-    variable = getattr(moe, name)
+  for name, variable in parameters(moe).items():
     if "E" in name:
       axis = name.split("_")[-1].index("E")
       variable.set_value(jnp.take(variable.get_value(), order, axis=axis))
@@ -173,10 +171,11 @@ def test_later_tokens_reach_earlier_ones_of_their_own_sequence():
 
 
 def test_shared_experts_see_every_token():
-  moe, x_BLD = make(num_shared_experts=1), inputs()
-  plain_BLD, _ = forward(make(), x_BLD)
+  moe, x_BLD = make(), inputs()
+  plain_BLD, _ = forward(moe, x_BLD)
+  moe.shared = MLP(D, F, rngs=nnx.Rngs(1))
   y_BLD, _ = forward(moe, x_BLD)
-  np.testing.assert_allclose(y_BLD - plain_BLD, jax.jit(moe.shared)(x_BLD), rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(y_BLD - plain_BLD, moe.shared(x_BLD)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_the_weights_are_float32_and_the_rows_the_type_of_the_input():
@@ -191,7 +190,7 @@ def test_the_weights_are_float32_and_the_rows_the_type_of_the_input():
 # --- in the model ---
 
 CONFIG = tiny.change(
-  tiny.CONFIG, layer="soft_moe:2", accept_leaks="soft_moe", balancers="none", jitter=0.0, num_layers=1
+  tiny.CONFIG, ffn="soft_moe:2", accept_leaks="soft_moe", balancers="none", jitter=0.0, num_layers=1
 )
 
 
@@ -206,43 +205,31 @@ def test_a_model_trains_with_it():
   moved = {
     jax.tree_util.keystr(path): np.abs(g).max() for path, g in jax.tree.leaves_with_path(result["gradients"])
   }
-  of_layer = {name: size for name, size in moved.items() if "'moe'" in name}
+  of_layer = {name: size for name, size in moved.items() if "'ffn'" in name}
   assert len(of_layer) == 5 and all(size > 0 for size in of_layer.values())
 
 
 def test_a_causal_model_refuses_it_unless_it_is_accepted_by_name():
-  moe = CONFIG.model.moe
+  check_causal(resolve(CONFIG.model))
   for accepted in ("", "softmax_topk"):
-    refused = dataclasses.replace(CONFIG.model, moe=dataclasses.replace(moe, accept_leaks=accepted))
-    with pytest.raises(InputError, match=r"--layer=soft_moe:2: .* --accept_leaks=soft_moe"):
-      Transformer(refused, 16, rngs=nnx.Rngs(0))
-
-
-def test_layers_and_what_is_known_of_them_have_the_same_names():
-  assert LAYERS.keys() == LAYER_KINDS.keys()
-
-
-def test_it_has_a_group_per_sequence_and_scores_only_its_experts():
-  moe = MoEConfig(E, 1, F, layer="soft_moe", dispatcher="einsum")
-  assert group_size(moe, 512) == 512 and num_scored_experts(moe) == E
+    refused = resolve(tiny.change(CONFIG, accept_leaks=accepted).model)
+    with pytest.raises(InputError, match=r"--ffn=soft_moe:2: .* --accept_leaks=soft_moe"):
+      check_causal(refused)
+  check_causal(dataclasses.replace(refused, causal=False))  # where every token may see all others
 
 
 @pytest.mark.parametrize(
   ("fields", "words"),
   [
-    ({"layer": "soft_mo"}, "unknown layer 'soft_mo': did you mean soft_moe"),
-    ({"layer": "soft_moe:0"}, "slots must be at least 1, got 0"),
-    ({"layer": "soft_moe:size=2"}, "no option 'size'; options: slots=1"),
-    (
-      {"layer": "soft_moe", "balancers": "switch_loss"},
-      "--balancers=switch_loss: --layer=soft_moe does not route",
-    ),
-    ({"layer": "soft_moe", "router": "top_p"}, "--router=top_p: --layer=soft_moe does not route"),
-    ({"layer": "soft_moe", "jitter": 0.1}, "--jitter=0.1: --layer=soft_moe does not route; leave it at 0.0"),
+    ({"ffn": "soft_mo"}, "unknown ffn 'soft_mo': did you mean soft_moe"),
+    ({"ffn": "soft_moe:0"}, "slots must be at least 1, got 0"),
+    ({"ffn": "soft_moe:size=2"}, "no option 'size'; options: slots=1"),
+    ({"balancers": "switch_loss"}, "--balancers=switch_loss: --ffn=soft_moe:2 does not route"),
+    ({"router": "top_p"}, "--router=top_p: --ffn=soft_moe:2 does not route"),
+    ({"jitter": 0.1}, "--jitter=0.1: --ffn=soft_moe:2 does not route; leave it at 0.0"),
   ],
 )
 def test_wrong_settings_are_one_line_errors(fields, words):
-  config = ModelConfig(moe=MoEConfig(accept_leaks="soft_moe", **fields))
   with pytest.raises(InputError) as error:
-    make_layer(config, nnx.Rngs(0))
+    resolve(tiny.change(CONFIG, **fields).model)
   assert words in str(error.value) and "\n" not in str(error.value)

@@ -11,8 +11,9 @@ from flax import nnx
 
 from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.errors import InputError
-from moe_jax.nn import Transformer
-from moe_jax.nn.attention import Attention, rotate
+from moe_jax.nn import Context, Transformer
+from moe_jax.nn.aux import losses_by_name, moe_auxes, num_moe_layers
+from moe_jax.nn.mixers.attention import Attention, rotate
 from moe_jax.nn.norm import RMSNorm
 
 V, L = 32, 12
@@ -32,8 +33,9 @@ MIXED = dataclasses.replace(
   num_layers=5,
   num_dense_first=1,
   moe_every=2,
+  activation="relu",
   moe=dataclasses.replace(
-    CONFIG.moe, num_shared_experts=2, expert_activation="relu", balancers="switch_loss:0.1,z_loss:0.1"
+    CONFIG.moe, num_shared_experts=2, experts="relu", balancers="switch_loss:0.1,z_loss:0.1"
   ),
 )
 
@@ -86,7 +88,7 @@ def build(config):
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "train"))
 def _forward(graphdef, state, tokens_BL, mask_BL, train):
-  return nnx.merge(graphdef, state)(tokens_BL, mask_BL, train=train)
+  return nnx.merge(graphdef, state)(tokens_BL, Context(mask_BL, train=train))
 
 
 def forward(model, tokens_BL, mask_BL=None, train=True):
@@ -100,7 +102,7 @@ def tokens(seed=0, batch=2):
 
 
 def dropped(aux):
-  return np.asarray(aux.tokens_per_expert_BE).sum() - np.asarray(aux.kept_per_expert_E).sum()
+  return sum(layer.tokens_per_expert_BE.sum() - layer.kept_per_expert_E.sum() for layer in moe_auxes(aux))
 
 
 def test_rms_norm_is_its_formula(rng):
@@ -133,13 +135,17 @@ def test_rotary_scores_depend_on_distance_only(rng):
 
 
 def test_attention_equals_the_reference_with_repeated_heads(rng):
-  """Grouped queries, causal mask, rotary positions."""
+  """Grouped queries, causal mask, rotary positions, and norms of their own for queries and for keys."""
   n, n_kv, h, d = CONFIG.num_heads, CONFIG.num_kv_heads, CONFIG.head_dim, CONFIG.model_dim
-  attention = Attention(CONFIG, rngs=nnx.Rngs(0))
+  attention = Attention(d, n, n_kv, h, qk_norm=True, norm_eps=0.1, rngs=nnx.Rngs(0))
+  scales = rng.uniform(0.5, 2, (2, h)).astype(np.float32)
+  for norm, scale_H in zip((attention.query_norm, attention.key_norm), scales, strict=True):
+    norm.scale_D.set_value(jnp.asarray(scale_H))
+  normed = lambda x, scale_H: x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 0.1) * scale_H
   x_BLD = rng.normal(size=(2, L, d)).astype(np.float32)
   project = lambda w: np.einsum("BLD,DNH->BLNH", x_BLD, np.asarray(w.get_value(), np.float64))
-  query = reference_rotate(project(attention.w_query_DNH), CONFIG.rope_theta)
-  key = reference_rotate(project(attention.w_key_DNH), CONFIG.rope_theta)
+  query = reference_rotate(normed(project(attention.w_query_DNH), scales[0]), CONFIG.rope_theta)
+  key = reference_rotate(normed(project(attention.w_key_DNH), scales[1]), CONFIG.rope_theta)
   value, out = project(attention.w_value_DNH), np.asarray(attention.w_out_NHD.get_value(), np.float64)
   expected = np.zeros((2, L, d))
   for b, t, head in np.ndindex(2, L, n):
@@ -147,7 +153,8 @@ def test_attention_equals_the_reference_with_repeated_heads(rng):
     scores = key[b, : t + 1, shared] @ query[b, t, head] / np.sqrt(h)
     probs = np.exp(scores - scores.max())
     expected[b, t] += (probs / probs.sum()) @ value[b, : t + 1, shared] @ out[head]
-  np.testing.assert_allclose(jax.jit(lambda x: attention(x))(x_BLD), expected, rtol=1e-4, atol=1e-5)
+  found = jax.jit(lambda x: attention(x, Context())[0])(x_BLD)
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dispatcher", ["sorted", "dropless"])
@@ -167,7 +174,8 @@ def test_no_token_sees_a_later_one(dispatcher):
   mask = np.broadcast_to(np.arange(L) < t, before.shape)
   padded, aux = forward(model, before, mask)
   np.testing.assert_allclose(padded[:, :t], logits[:, :t], atol=1e-6)
-  assert aux.tokens_per_expert_BE.sum(axis=(1, 2)).tolist() == [mask.sum() * 2] * 2
+  (layers,) = moe_auxes(aux)
+  assert layers.tokens_per_expert_BE.sum(axis=(1, 2)).tolist() == [mask.sum() * 2] * 2
   if dispatcher == "dropless":  # capacity counts the padded length
     short, _ = forward(model, before[:, :t])
     np.testing.assert_allclose(short, logits[:, :t], atol=1e-5)
@@ -201,7 +209,7 @@ def test_a_router_that_leaks_is_refused_unless_accepted_by_name():
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("activation, matrices", [("swiglu", 3), ("relu", 2)])
 def test_the_number_of_parameters(tied, activation, matrices):
-  config = change(MIXED, tie_embeddings=tied, expert_activation=activation)
+  config = change(MIXED, tie_embeddings=tied, activation=activation, experts=activation)
   d, moe = config.model_dim, config.moe
   attention = 2 * config.head_dim * d * (config.num_heads + config.num_kv_heads)
   dense = matrices * d * config.dense_dim
@@ -218,35 +226,32 @@ def test_aux_is_per_layer():
   tokens_BL, mask_BL = tokens(), np.ones((2, L), bool)
   mask_BL[1, 7:] = False
   logits, aux = forward(model, tokens_BL, mask_BL)
-  layers = MIXED.num_moe_layers
-  assert layers == 2 and all(leaf.shape[0] == layers for leaf in jax.tree.leaves(aux))
-  assert aux.tokens_per_expert_BE.shape == (layers, 2, 4)
-  assert np.all(aux.num_tokens == mask_BL.sum())
-  assert set(aux.losses) == {"switch_loss", "z_loss"}
-
-  graphdef, stacked = nnx.split(model.periods)
-  period = lambda r: nnx.merge(graphdef, jax.tree.map(lambda leaf: np.asarray(leaf)[r], stacked))
+  (of_layers,) = moe_auxes(aux)
+  assert num_moe_layers(aux) == 2 and all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(aux))
+  assert of_layers.tokens_per_expert_BE.shape == (2, 2, 4)
+  assert {name: loss.shape for name, loss in losses_by_name(aux).items()} == {
+    "switch_loss": (2,),
+    "z_loss": (2,),
+  }
 
   @jax.jit
-  def one_by_one():
-    x_BLD, auxes = model.embedding_VD.get_value()[tokens_BL], []
-    for layer in model.first:
-      x_BLD = layer(x_BLD)
-    for r in range(layers):
-      alone = period(r)
-      for layer in alone.dense:
-        x_BLD = layer(x_BLD)
-      x_BLD = x_BLD + alone.sparse.attention(alone.sparse.attention_norm(x_BLD))
-      y_BLD, aux = alone.sparse.moe(alone.sparse.moe_norm(x_BLD), mask_BL, train=True)
-      x_BLD = x_BLD + y_BLD
-      auxes.append(aux)
+  def one_by_one(model):
+    x_BLD, auxes, context = model.embedding_VD.get_value()[tokens_BL], [], Context(mask_BL, train=True)
+    for segment in model.segments:
+      graphdef, stacked = nnx.split(segment.pattern)
+      for r in range(segment.repeats):
+        for block in nnx.merge(graphdef, jax.tree.map(lambda leaf, r=r: leaf[r], stacked)).blocks:
+          x_BLD = x_BLD + block.mixer(block.mixer_residual.norm(x_BLD), context)[0]
+          y_BLD, aux = block.ffn(block.ffn_residual.norm(x_BLD), context)
+          x_BLD = x_BLD + y_BLD
+          auxes += [] if aux is None else [aux]
     return model.final_norm(x_BLD) @ model.w_head_DV.get_value(), auxes
 
-  expected, auxes = jax.device_get(one_by_one())
+  expected, auxes = jax.device_get(one_by_one(model))
   np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
   for r, alone in enumerate(auxes):
     same = lambda of_all, of_one, r=r: np.testing.assert_allclose(of_all[r], of_one, rtol=1e-5)
-    jax.tree.map(same, aux, alone)
+    jax.tree.map(same, of_layers, alone)
   assert np.any(auxes[0].tokens_per_expert_BE != auxes[1].tokens_per_expert_BE)
 
 
@@ -267,7 +272,7 @@ def test_initial_weights(init_scale):
     np.testing.assert_allclose(value.std(), std, rtol=0.05, err_msg=str(path))
     assert np.abs(value).max() <= 2.3 * std
     seen.add(axes)
-    if "periods" in path:
+    if path[:2] == ("segments", 1):
       assert value.shape[0] == 2 and np.abs(value[0] - value[1]).max() > std
   assert seen == set(INPUTS)
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax.config import MoEConfig
-from moe_jax.nn import MoE
+from moe_jax.nn import Context, MoE
 from tests import tiny
+from tests.nn.layer import float64, randomized
 from tests.reference.routing import pick, softmax
 
 B, L, D, E, K, F = 2, 6, 5, 3, 3, 4
@@ -22,26 +22,23 @@ MASK_BL[1, 4:] = False
 
 def make(**fields):
   """A layer with random weights, larger than at the start so that every part shows."""
-  fields = {"dispatcher": "dropless", "router": ROUTER, "expert_activation": "relu"} | fields
-  moe = MoE(MoEConfig(E, K, F, **fields), D, rngs=nnx.Rngs(0))
-  rng = np.random.default_rng(0)
-  for variable in parameters(moe).values():
-    variable.set_value(jnp.asarray(rng.normal(size=variable.get_value().shape), jnp.float32))
-  return moe
+  sizes = {"num_experts": E, "num_experts_per_token": K, "expert_dim": F}
+  fields = {"dispatcher": "dropless", "router": ROUTER, "experts": "relu"} | fields
+  return randomized(lambda: MoE(D, rngs=nnx.Rngs(0), **sizes, **fields), scale=1.0)
 
 
 def parameters(moe):
   return {
-    "router": moe.w_router_DE,
-    "up": moe.w_up_EDF,
-    "down": moe.w_down_EFD,
-    "vector": moe.bypass.vector_CD,
-    "mix": moe.bypass.w_mix_DCM,
+    "router": moe.router.w_router_DE,
+    "up": moe.experts.w_up_EDF,
+    "down": moe.experts.w_down_EFD,
+    "vector": moe.router.zero_computation.vector_ZD,
+    "mix": moe.router.zero_computation.w_mix_DZ2,
   }
 
 
 def values(moe):
-  return {name: np.asarray(v.get_value(), np.float64) for name, v in parameters(moe).items()}
+  return {name: float64(v) for name, v in parameters(moe).items()}
 
 
 def inputs():
@@ -86,7 +83,7 @@ def expert(w, e, x):
 @functools.partial(jax.jit, static_argnames="graphdef")
 def run(graphdef, state, x_BLD, cotangent_BLD):
   def loss(state, x_BLD):
-    y_BLD, aux = nnx.merge(graphdef, state)(x_BLD, MASK_BL, train=True)
+    y_BLD, aux = nnx.merge(graphdef, state)(x_BLD, Context(MASK_BL, train=True))
     return jnp.sum(y_BLD * cotangent_BLD), (y_BLD, aux)
 
   return jax.grad(loss, argnums=(0, 1), has_aux=True)(state, x_BLD)
@@ -137,7 +134,7 @@ def test_drops_do_not_touch_zero_computation_experts(dispatcher):
 
 
 def test_a_loss_free_bias_moves_tokens_to_zero_computation_experts():
-  moe, x_BLD = make(balancers="loss_free_bias"), inputs()
+  moe, x_BLD = make(balancer="loss_free_bias"), inputs()
   bias_E = np.zeros(E + len(KINDS), np.float32)
   bias_E[E:] = 10
   moe.balancer_state.set_value((jnp.asarray(bias_E),))
@@ -147,9 +144,9 @@ def test_a_loss_free_bias_moves_tokens_to_zero_computation_experts():
 
 
 def test_only_constant_experts_have_parameters():
-  moe = MoE(MoEConfig(E, 1, F, router="moe_plus_plus:constants=0"), D, rngs=nnx.Rngs(0))
-  assert not jax.tree.leaves(nnx.state(moe.bypass))
-  assert moe.w_router_DE.get_value().shape == (D, E + 2)
+  router = make(router="moe_plus_plus:constants=0").router
+  assert not jax.tree.leaves(nnx.state(router.zero_computation))
+  assert router.w_router_DE.get_value().shape == (D, E + 2)
 
 
 def test_a_model_trains_with_it():
@@ -170,5 +167,5 @@ def test_a_model_trains_with_it():
   moved = {
     jax.tree_util.keystr(p): np.abs(g).max() for p, g in jax.tree.leaves_with_path(result["gradients"])
   }
-  bypass = [size for name, size in moved.items() if "'bypass'" in name]
-  assert len(bypass) == 2 and min(bypass) > 0
+  of_others = [size for name, size in moved.items() if "'zero_computation'" in name]
+  assert len(of_others) == 2 and min(of_others) > 0

@@ -1,4 +1,6 @@
-"""Attention in blocks equals plain attention."""
+"""Attention in blocks equals plain attention: causal, in a window, or to everything that is no padding."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,16 +10,29 @@ import pytest
 from moe_jax.ops.attention import attend
 
 LENGTH, HEADS, KV_HEADS, HEAD_DIM = 24, 4, 2, 8
+ALL_BL = np.ones((2, LENGTH), bool)
+MASK_BL = ALL_BL.copy()
+MASK_BL[1, 17:] = False
+FORMS = {
+  "causal": {},
+  "window": {"window": 5},
+  "bidirectional": {"causal": False, "mask_BL": MASK_BL},
+  "bidirectional window": {"causal": False, "mask_BL": MASK_BL, "window": 5},
+}
 
 
-def reference(query, key, value):
+def reference(query, key, value, causal=True, window=LENGTH, mask_BL=ALL_BL):
   """Loops over positions and heads, in float64."""
   out = np.zeros(query.shape)
   for b, q, n in np.ndindex(query.shape[0], LENGTH, HEADS):
     x = n // (HEADS // KV_HEADS)
-    scores = key[b, : q + 1, x] @ query[b, q, n] / np.sqrt(HEAD_DIM)
+    last = q if causal else q + window - 1
+    seen = [k for k in range(LENGTH) if mask_BL[b, k] and q - window < k <= last]
+    if not seen:  # a hidden position, of which nobody reads what comes out
+      continue
+    scores = key[b, seen, x] @ query[b, q, n] / np.sqrt(HEAD_DIM)
     weights = np.exp(scores - scores.max())
-    out[b, q, n] = weights @ value[b, : q + 1, x] / weights.sum()
+    out[b, q, n] = weights @ value[b, seen, x] / weights.sum()
   return out
 
 
@@ -27,29 +42,48 @@ def arrays(rng):
   return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("block", [24, 8, 7])  # 7: the last block is shorter
-def test_values_are_those_of_the_definition(arrays, block):
-  out = attend(*map(jnp.asarray, arrays), block=block)
-  expected = reference(*(x.astype(np.float64) for x in arrays))
+def test_values_are_those_of_the_definition(arrays, block, form):
+  given = FORMS[form]
+  out = np.array(attend(*map(jnp.asarray, arrays), block=block, **given))
+  expected = reference(*(x.astype(np.float64) for x in arrays), **given)
+  hidden = ~given.get("mask_BL", ALL_BL)
+  assert np.isfinite(out).all()
+  out[hidden] = expected[hidden] = 0
   np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-5)
 
 
-def test_gradients_do_not_depend_on_the_blocks(arrays, rng):
-  cotangent = rng.normal(size=arrays[0].shape).astype(np.float32)
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_are_those_of_the_definition_whatever_the_blocks(arrays, rng, form):
+  """Along a random direction of each, and with padding that holds anything."""
+  given = FORMS[form]
+  mask_BL = given.get("mask_BL", ALL_BL)
+  cotangent = rng.normal(size=arrays[0].shape).astype(np.float32) * mask_BL[..., None, None]
+  directions = [rng.normal(size=x.shape) for x in arrays]
 
-  def gradients(block):
-    loss = lambda *args: jnp.sum(cotangent * attend(*args, block=block))
-    return jax.jit(jax.grad(loss, (0, 1, 2)))(*map(jnp.asarray, arrays))
+  @functools.partial(jax.jit, static_argnums=0)
+  def gradients(block, *args):
+    return jax.grad(lambda *args: jnp.sum(cotangent * attend(*args, block=block, **given)), (0, 1, 2))(*args)
 
-  for ours, whole in zip(gradients(8), gradients(LENGTH)):
-    np.testing.assert_allclose(ours, whole, rtol=1e-4, atol=1e-5)
+  found = {block: gradients(block, *map(jnp.asarray, arrays)) for block in (7, 8, LENGTH)}
+  side = lambda i, s: [
+    x + s * 1e-6 * d if i == j else x * 1.0 for j, (x, d) in enumerate(zip(arrays64, directions))
+  ]
+  arrays64 = [x.astype(np.float64) for x in arrays]
+  for i in range(3):
+    above, below = (np.sum(reference(*side(i, s), **given) * cotangent) for s in (1, -1))
+    for by_block in found.values():
+      np.testing.assert_allclose(np.sum(by_block[i] * directions[i]), (above - below) / 2e-6, rtol=1e-3)
+      np.testing.assert_allclose(by_block[i], found[LENGTH][i], rtol=1e-4, atol=1e-5)
 
 
-def test_no_scores_of_the_whole_sequence_are_kept(arrays):
+@pytest.mark.parametrize("form", ["causal", "window"])
+def test_no_scores_of_the_whole_sequence_are_kept(arrays, form):
   """With the backward pass, the largest array holds one block's scores."""
 
   def largest(block):
-    loss = lambda *args: jnp.sum(attend(*args, block=block))
+    loss = lambda *args: jnp.sum(attend(*args, block=block, **FORMS[form]))
     jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(*map(jnp.asarray, arrays))
     return max(size for size in _sizes(jaxpr.jaxpr))
 

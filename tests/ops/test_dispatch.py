@@ -8,17 +8,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.errors import InputError
-from moe_jax.ops.dispatch import DISPATCHERS, default_group_size, expert_capacity, get_dispatcher
-from moe_jax.ops.dispatch.sorted import sorted_dispatch
-from moe_jax.ops.experts import ExpertWeights, expert_ffn
+from moe_jax.ops.dispatch import (
+  default_group_size,
+  dropless_dispatch,
+  einsum_dispatch,
+  expert_capacity,
+  sorted_dispatch,
+)
+from moe_jax.ops.experts import gated_experts, relu_experts
 from moe_jax.types import Assignment
 from tests.reference.moe_layer import kept_entries, moe_layer
 
 D, F = 6, 8
 ENTRIES = 37  # every case is padded to this many, so that one compiled program serves them all
-# With any `shard`, `sorted` takes the form that devices can exchange.
-UNDER_TEST = {**DISPATCHERS, "buffers": functools.partial(sorted_dispatch, shard=lambda x, axes: x)}
+UNDER_TEST = {
+  "einsum": einsum_dispatch,
+  "sorted": sorted_dispatch,
+  "dropless": dropless_dispatch,
+  # with any `shard`, `sorted` takes the form that devices can exchange
+  "buffers": functools.partial(sorted_dispatch, shard=lambda x, axes: x),
+}
 NAMES = sorted(UNDER_TEST)
 
 
@@ -26,7 +35,8 @@ def make_weights(num_experts, gated=True, seed=0, dtype=jnp.float32):
   keys = jax.random.split(jax.random.key(seed), 3)
   e = num_experts
   gate, up, down = (jax.random.normal(k, s) * 0.4 for k, s in zip(keys, [(e, D, F), (e, D, F), (e, F, D)]))
-  return ExpertWeights(gate.astype(dtype) if gated else None, up.astype(dtype), down.astype(dtype))
+  gate, up, down = (w.astype(dtype) for w in (gate, up, down))
+  return gated_experts(gate, up, down) if gated else relu_experts(up, down)
 
 
 def token_choice(groups, tokens, experts, k, seed=0, choice_major=False, p_valid=1.0, holds=False):
@@ -79,29 +89,26 @@ def tokens_like(groups, tokens, seed=1, dtype=jnp.float32):
 def step(name: str, num_experts: int, capacity: int) -> Callable:
   """(x, combine weights, expert weights, assignment, cotangent) -> y, kept, gradients of the first three."""
 
-  def loss(x, combine, weights, assignment, cotangent):
-    y, kept = UNDER_TEST[name](
-      x,
-      assignment._replace(weight_A=combine),
-      functools.partial(expert_ffn, weights),
-      num_experts=num_experts,
-      capacity=capacity,
-    )
+  def loss(x, combine, experts, assignment, cotangent):
+    assignment = assignment._replace(weight_A=combine)
+    y, kept = UNDER_TEST[name](x, assignment, experts, num_experts=num_experts, capacity=capacity)
     return jnp.vdot(y.astype(jnp.float32), cotangent.astype(jnp.float32)), (y, kept)
 
   return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
 
 
-def run(name, x, assignment, weights, capacity, cotangent):
-  grads, (y, kept) = step(name, weights.w_up_EDF.shape[0], 0 if name == "dropless" else capacity)(
-    x, assignment.weight_A, weights, assignment, cotangent
+def run(name, x, assignment, experts, capacity, cotangent):
+  grads, (y, kept) = step(name, experts.num_experts, 0 if name == "dropless" else capacity)(
+    x, assignment.weight_A, experts, assignment, cotangent
   )
-  return y, kept, {"x": grads[0], "weight": grads[1], **dict(zip(("gate", "up", "down"), grads[2]))}
+  names = ("gate", "up", "down")[-len(experts.weights) :]
+  return y, kept, {"x": grads[0], "weight": grads[1], **dict(zip(names, grads[2].weights, strict=True))}
 
 
-def check(name, x, assignment, weights, capacity, cotangent, atol=2e-5):
+def check(name, x, assignment, experts, capacity, cotangent, atol=2e-5):
   """Asserts that the dispatcher gives the reference's values, drops and gradients; returns its own."""
-  y, kept, grads = run(name, x, assignment, weights, capacity, cotangent)
+  y, kept, grads = run(name, x, assignment, experts, capacity, cotangent)
+  weights = (None, *experts.weights)[-3:]
   y_ref, kept_ref, grads_ref = moe_layer(
     x, assignment, weights, None if name == "dropless" else capacity, cotangent
   )
@@ -237,17 +244,6 @@ def test_expert_capacity(tokens, k, factor, experts, want):
 
 
 def test_default_group_size_divides_the_sequence():
-  assert [default_group_size("einsum", n) for n in (64, 128, 256, 1000, 131, 4096)] == [
-    64,
-    128,
-    128,
-    200,
-    131,
-    128,
-  ]
-  assert default_group_size("sorted", 1000) == default_group_size("dropless", 1000) == 1000
-
-
-def test_unknown_dispatcher_names_the_known_ones():
-  with pytest.raises(InputError, match="did you mean sorted"):
-    get_dispatcher("sort")
+  lengths = (64, 128, 256, 1000, 131, 4096)
+  assert [default_group_size(True, n) for n in lengths] == [64, 128, 128, 200, 131, 128]
+  assert default_group_size(False, 1000) == 1000

@@ -1,4 +1,4 @@
-"""Both forms of the experts' network on sorted rows against a loop over experts, values and gradients."""
+"""Both forms of the grouped product, and of a network of them, against a loop over experts: values and gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moe_jax.ops import grouped_matmul as module
-from moe_jax.ops.grouped_matmul import BLOCK, grouped_ffn
+from moe_jax.ops.grouped_matmul import BLOCK, grouped_ffn, grouped_matmul
 
 D, F, D_OUT, ROWS = 5, 6, 7, 300  # nothing needs as many columns out as in
 
@@ -104,3 +104,31 @@ def test_bfloat16_sums_in_float32():
   # Bfloat16 sums of ones and fives stop at 256 and 1024.
   np.testing.assert_array_equal(results[2][0][0], jnp.bfloat16(300 * D_OUT))
   np.testing.assert_array_equal(results[3][0], jnp.bfloat16(300 * D))
+
+
+def one_product_in_blocks(rows, w, sizes, d_out):
+  out, pullback = jax.vjp(lambda *args: grouped_matmul(*args, sizes), rows, w)
+  return out, *pullback(d_out)
+
+
+def one_product_ragged(rows, w, sizes, d_out):
+  """What other backends run."""
+  d_rows = module._ragged_rows(d_out, w.swapaxes(1, 2), sizes)
+  return module._ragged_rows(rows, w, sizes), d_rows, module._ragged_w(rows, d_out, sizes)
+
+
+@pytest.mark.parametrize("form", [one_product_in_blocks, one_product_ragged], ids=lambda form: form.__name__)
+def test_one_product_equals_the_loop_and_left_over_rows_reach_nothing(form):
+  rows, (w,), _, _ = make_inputs(1)
+  d_out, run = make_inputs(1)[0][:, :1] * jnp.arange(1.0, F + 1)[None], jax.jit(form)
+  for sizes in SIZES.values():
+    total = sum(sizes)
+    hide = lambda x, total=total: x.at[total:].set(jnp.nan)
+    got = run(hide(rows), w, jnp.asarray(sizes, jnp.int32), hide(d_out))
+    ends = np.cumsum([0, *sizes])
+    want = [np.zeros((len(rows), F)), np.zeros(rows.shape), np.zeros(w.shape)]
+    for e, own in enumerate(map(slice, ends, ends[1:])):
+      x, d, w_XY = (np.asarray(a, np.float64) for a in (rows[own], d_out[own], w[e]))
+      want[0][own], want[1][own], want[2][e] = x @ w_XY, d @ w_XY.T, x.T @ d
+    for a, b in zip(got, want, strict=True):
+      np.testing.assert_allclose(a, b, atol=1e-6 * max(np.abs(b).max(), 300))

@@ -1,6 +1,5 @@
 """The whole MoE layer against the blocks of Hugging Face transformers, with the same weights."""
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -9,13 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax.config import MoEConfig
-from moe_jax.nn import BalancerState, MoE
+from moe_jax.nn import MoE
+from moe_jax.nn.ffn import MLP
+from tests.nn.layer import randomized
 from tests.parity import oracles
 
 B, L, D, E, K, F = 2, 12, 8, 8, 3, 6
 X_BLD = oracles.normals(B, L, D, seed=1)
-CONFIG = MoEConfig(E, K, F, dispatcher="dropless")
 
 
 class Case(NamedTuple):
@@ -25,11 +24,7 @@ class Case(NamedTuple):
   part: str
   args: tuple  # of the block's constructor, besides the configuration
   fields: dict  # of the configuration there
-  config: MoEConfig  # what of CONFIG changes
-
-
-def change(**fields):
-  return dataclasses.replace(CONFIG, **fields)
+  ours: dict  # of the layer here; `shared`: how many experts wide
 
 
 CASES = {
@@ -38,21 +33,21 @@ CASES = {
     "SparseMoeBlock",
     (),
     {"num_local_experts": E, "intermediate_size": F},
-    change(router="softmax_topk"),
+    {"router": "softmax_topk"},
   ),
   "olmoe": Case(
     "olmoe",
     "SparseMoeBlock",
     (),
     {"num_experts": E, "intermediate_size": F},
-    change(router="softmax_topk:softmax=before"),
+    {"router": "softmax_topk:softmax=before"},
   ),
   "qwen2_moe": Case(
     "qwen2_moe",
     "SparseMoeBlock",
     (),
     {"num_experts": E, "moe_intermediate_size": F, "shared_expert_intermediate_size": 2 * F},
-    change(router="softmax_topk:softmax=before", num_shared_experts=2),
+    {"router": "softmax_topk:softmax=before", "shared": 2},
   ),
   "deepseek_v2": Case(
     "deepseek_v2",
@@ -68,18 +63,18 @@ CASES = {
       "routed_scaling_factor": 16.0,
       "num_attention_heads": 2,
     },
-    change(router="device_limited_topk:groups=4:groups_per_token=2", num_shared_experts=2),
+    {"router": "device_limited_topk:groups=4:groups_per_token=2", "shared": 2},
   ),
   "deepseek_v3": Case(
     "deepseek_v3",
     "MoE",
     (),
     {"n_routed_experts": E, "moe_intermediate_size": F, "n_shared_experts": 2, "n_group": 4, "topk_group": 2},
-    change(
-      router="node_limited_topk:groups=4:groups_per_token=2",
-      balancers="loss_free_bias:0.001",
-      num_shared_experts=2,
-    ),
+    {
+      "router": "node_limited_topk:groups=4:groups_per_token=2",
+      "balancer": "loss_free_bias:0.001",
+      "shared": 2,
+    },
   ),
   "deepseek_v4": Case(
     "deepseek_v4",
@@ -92,70 +87,76 @@ CASES = {
       "num_hash_layers": 0,
       "swiglu_limit": 1e6,  # the limit of 10 on an expert's activations is not ours
     },
-    change(router="sqrt_softplus_topk:scale=1.5", balancers="loss_free_bias:0.001", num_shared_experts=1),
+    {"router": "sqrt_softplus_topk:scale=1.5", "balancer": "loss_free_bias:0.001", "shared": 1},
   ),
   "switch": Case(
     "switch_transformers",
     "SparseMLP",
     (),
     {"num_experts": E, "d_ff": F, "d_model": D, "expert_capacity": 2},
-    change(
-      router="switch_top1",
-      num_experts_per_token=1,
-      expert_activation="relu",
-      dispatcher="sorted",
-      eval_capacity_factor=2 * E / L,  # 2 slots; without capacity the block is a layer without drops
-    ),
+    {
+      "router": "switch_top1",
+      "num_experts_per_token": 1,
+      "experts": "relu",
+      "dispatcher": "sorted",
+      "eval_capacity_factor": 2 * E / L,  # 2 slots; without capacity the block is a layer without drops
+    },
   ),
 }
 
 
-def our_layer(config):
-  """A layer with random weights and, where it has one, a random bias, made without compiling."""
-  graphdef, params, balancer = nnx.split(
-    nnx.eval_shape(lambda: MoE(config, D, rngs=nnx.Rngs(0))), nnx.Param, BalancerState
-  )
-  rng = np.random.default_rng(2)
-  draw = lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / leaf.shape[-2] ** 0.5, jnp.float32)
-  bias = lambda leaf: jnp.asarray(rng.uniform(-0.3, 0.3, leaf.shape), jnp.float32)
-  return graphdef, jax.tree.map(draw, params), jax.tree.map(bias, balancer)
+def our_layer(case):
+  """A layer with random weights and, where it has one, a random bias."""
+  fields = {
+    "num_experts": E,
+    "num_experts_per_token": K,
+    "expert_dim": F,
+    "dispatcher": "dropless",
+  } | case.ours
+  width = F * fields.pop("shared", 0)
+
+  def build():
+    rngs = nnx.Rngs(0)
+    return MoE(D, shared=MLP(D, width, rngs=rngs) if width else None, rngs=rngs, **fields)
+
+  return randomized(build, np.random.default_rng(3).uniform(-0.3, 0.3, E).astype(np.float32), seed=2)
 
 
 def their_arrays(model, params):
   """Our parameters, or gradients, by the names that they have there: matrices are transposed."""
-  w = {name: np.asarray(leaf) for name, leaf in nnx.to_flat_state(params)}
-  router, up, down = (w[name,] for name in ("w_router_DE", "w_up_EDF", "w_down_EFD"))
+  w = {"/".join(path): np.asarray(leaf) for path, leaf in nnx.to_flat_state(params)}
+  router, up, down = w["router/w_router_DE"], w["experts/w_up_EDF"], w["experts/w_down_EFD"]
   if model == "switch_transformers":
     arrays = {"router.classifier.weight": router.T}
     for e in range(E):
       arrays |= {f"experts.expert_{e}.wi.weight": up[e].T, f"experts.expert_{e}.wo.weight": down[e].T}
     return arrays
-  gate_up_EDF = np.concatenate([w["w_gate_EDF",], up], axis=-1)
+  gate_up_EDF = np.concatenate([w["experts/w_gate_EDF"], up], axis=-1)
   arrays = {
     "gate.weight": router.T,
     "experts.gate_up_proj": gate_up_EDF.swapaxes(1, 2),
     "experts.down_proj": down.swapaxes(1, 2),
   }
-  if ("shared", "w_up_DF") in w:
+  if "shared/w_up_DF" in w:
     name = "shared_expert" if model == "qwen2_moe" else "shared_experts"
     arrays |= {
-      f"{name}.gate_proj.weight": w["shared", "w_gate_DF"].T,
-      f"{name}.up_proj.weight": w["shared", "w_up_DF"].T,
-      f"{name}.down_proj.weight": w["shared", "w_down_FD"].T,
+      f"{name}.gate_proj.weight": w["shared/w_gate_DF"].T,
+      f"{name}.up_proj.weight": w["shared/w_up_DF"].T,
+      f"{name}.down_proj.weight": w["shared/w_down_FD"].T,
     }
   return arrays
 
 
-def their_block(case, params, balancer):
+def their_block(case, moe):
   sizes = {} if "d_model" in case.fields else {"hidden_size": D, "num_experts_per_tok": K}
   block = oracles.build(case.model, case.part, *case.args, **sizes, **case.fields)
-  arrays = their_arrays(case.model, params)
+  arrays = their_arrays(case.model, nnx.state(moe, nnx.Param))
   if case.model == "qwen2_moe":
     # Qwen multiplies its shared expert by the sigmoid of a learned projection, which we do not have: with
     # a projection of 0 that is 1/2.
     arrays["shared_expert_gate.weight"] = np.zeros((1, D), np.float32)
     arrays["shared_expert.down_proj.weight"] = 2 * arrays["shared_expert.down_proj.weight"]
-  for bias_E in jax.tree.leaves(balancer):
+  for bias_E in jax.tree.leaves(moe.balancer_state.get_value()):
     arrays["gate.e_score_correction_bias"] = np.asarray(bias_E)
   oracles.load(block, **arrays)
   return block
@@ -164,12 +165,11 @@ def their_block(case, params, balancer):
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_output(name):
   case = CASES[name]
-  graphdef, params, balancer = our_layer(case.config)
-  forward = jax.jit(lambda params, balancer, x_BLD: nnx.merge(graphdef, params, balancer)(x_BLD))
-  y_BLD, aux = forward(params, balancer, X_BLD)
-  expected_BLD = oracles.call(their_block(case, params, balancer), X_BLD)
+  moe = our_layer(case)
+  y_BLD, aux = jax.jit(lambda moe, x_BLD: moe(x_BLD))(moe, X_BLD)
+  expected_BLD = oracles.call(their_block(case, moe), X_BLD)
   np.testing.assert_allclose(y_BLD, expected_BLD, rtol=1e-4, atol=1e-5)
-  dropped = B * L * case.config.num_experts_per_token - aux.kept_per_expert_E.sum()
+  dropped = B * L * moe.num_experts_per_token - aux.kept_per_expert_E.sum()
   assert (dropped > 0) == (name == "switch")
 
 
@@ -177,15 +177,16 @@ def test_the_same_output(name):
 def test_the_same_gradients(name):
   """Of the input and of every matrix, the router's included, for a random linear function of the output."""
   case = CASES[name]
-  graphdef, params, balancer = our_layer(case.config)
+  moe = our_layer(case)
+  graphdef, params, rest = nnx.split(moe, nnx.Param, ...)
   c_BLD = oracles.normals(B, L, D, seed=3)
 
   def value(params, x_BLD):
-    y_BLD, _ = nnx.merge(graphdef, params, balancer)(x_BLD)
+    y_BLD, _ = nnx.merge(graphdef, params, rest)(x_BLD)
     return jnp.sum(y_BLD * c_BLD)
 
   d_params, d_x_BLD = jax.jit(jax.grad(value, argnums=(0, 1)))(params, X_BLD)
-  block = their_block(case, params, balancer)
+  block = their_block(case, moe)
   x_BLD = oracles.torch.tensor(X_BLD, requires_grad=True)
   (block(x_BLD) * oracles.torch.tensor(c_BLD)).sum().backward()
   np.testing.assert_allclose(d_x_BLD, x_BLD.grad.numpy(), rtol=1e-4, atol=1e-5)

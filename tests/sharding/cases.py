@@ -8,7 +8,7 @@ import numpy as np
 
 from moe_jax import sharding
 from moe_jax.config import MeshConfig
-from moe_jax.ops.experts import ExpertWeights
+from moe_jax.ops.experts import gated_experts
 from moe_jax.sharding.dispatchers import get_dispatcher
 from moe_jax.types import Assignment
 from tests.reference.moe_layer import moe_layer
@@ -59,8 +59,8 @@ KINDS = ("even", "uneven", "empty_experts", "one_expert", "skipped", "nothing")
 def inputs(dtype=jnp.float32):
   """x_GTD, the cotangent of y_GTD, and the experts."""
   draw = lambda i, *shape: 0.5 * jax.random.normal(jax.random.key(i), shape).astype(dtype)
-  weights = ExpertWeights(draw(2, E, D, F), draw(3, E, D, F), draw(4, E, F, D))
-  return 2 * draw(0, G, T, D), 2 * draw(1, G, T, D), weights
+  experts = gated_experts(draw(2, E, D, F), draw(3, E, D, F), draw(4, E, F, D))
+  return 2 * draw(0, G, T, D), 2 * draw(1, G, T, D), experts
 
 
 def mesh_of(name: str) -> jax.sharding.Mesh:
@@ -68,15 +68,12 @@ def mesh_of(name: str) -> jax.sharding.Mesh:
 
 
 def compile_step(spec):
-  def loss(x, combine, weights, assignment, cotangent):
-    y, kept = get_dispatcher(spec).dispatch(
-      x,
-      assignment._replace(weight_A=combine),
-      weights,
-      num_experts=E,
-      capacity=CAPACITY,
-      shard=sharding.constrain,
-    )
+  dispatch = functools.partial(
+    get_dispatcher(spec).dispatch, num_experts=E, capacity=CAPACITY, shard=sharding.constrain
+  )
+
+  def loss(x, combine, experts, assignment, cotangent):
+    y, kept = dispatch(x, assignment._replace(weight_A=combine), experts)
     return jnp.vdot(y, cotangent), (y, kept)
 
   return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
@@ -91,16 +88,16 @@ def step(spec: str, mesh: str):
 def check(spec, mesh, assignment, expected_valid=None, run=step):
   """Asserts the loop's values, drops and gradients. `expected_valid`: the entries that are kept, where it is
   not for the loop's own capacity to say."""
-  x, cotangent, weights = inputs()
+  x, cotangent, experts = inputs()
   with jax.set_mesh(mesh_of(mesh)):
-    gradients, (y, kept) = run(spec, mesh)(x, assignment.weight_A, weights, assignment, cotangent)
+    gradients, (y, kept) = run(spec, mesh)(x, assignment.weight_A, experts, assignment, cotangent)
   capacity = None if get_dispatcher(spec).never_drops else CAPACITY
   oracle = assignment
   if expected_valid is not None:
     oracle, capacity = assignment._replace(valid_A=expected_valid), None
-  y_ref, kept_ref, ref = moe_layer(x, oracle, weights, capacity, cotangent)
+  y_ref, kept_ref, ref = moe_layer(x, oracle, experts.weights, capacity, cotangent)
   np.testing.assert_array_equal(kept, kept_ref)
   np.testing.assert_allclose(y, y_ref, atol=1e-5)
-  names = ("gate", "up", "down")
-  for name, got in {"x": gradients[0], "weight": gradients[1], **dict(zip(names, gradients[2]))}.items():
+  found = (*gradients[:2], *gradients[2].weights)
+  for name, got in zip(("x", "weight", "gate", "up", "down"), found, strict=True):
     np.testing.assert_allclose(got, ref[name], atol=5e-5, err_msg=f"gradient of {name}")

@@ -1,5 +1,6 @@
 """The collectives of compiled programs are all accounted for, and a TPU overlaps some of them with computation."""
 
+import dataclasses
 import importlib.util
 import os
 import pathlib
@@ -14,19 +15,18 @@ import pytest
 from moe_jax import sharding
 from moe_jax.analysis.hlo import parse
 from moe_jax.analysis.overlap import exchanges
-from moe_jax.ops.experts import WEIGHT_AXES, ExpertWeights
 from moe_jax.sharding.dispatchers import get_dispatcher
 from tests.sharding.cases import CAPACITY, E, assignment, inputs, mesh_of
 
 
 def _lowered(spec: str, mesh: str, differentiate: bool = False, platform: str = "cpu"):
   """The program of the dispatcher, its arguments laid out as in training."""
-  x, cotangent, weights = inputs()
+  x, cotangent, experts = inputs()
   given = assignment("even")
 
-  def forward(x, combine, weights):
+  def forward(x, combine, experts):
     y, _ = get_dispatcher(spec).dispatch(
-      x, given._replace(weight_A=combine), weights, num_experts=E, capacity=CAPACITY, shard=sharding.constrain
+      x, given._replace(weight_A=combine), experts, num_experts=E, capacity=CAPACITY, shard=sharding.constrain
     )
     return y
 
@@ -34,14 +34,15 @@ def _lowered(spec: str, mesh: str, differentiate: bool = False, platform: str = 
   on_mesh = mesh_of(mesh)
   layout = lambda *axes: jax.sharding.NamedSharding(on_mesh, sharding.partition_spec(axes))
   by_group = layout("group")
-  layouts = (by_group, by_group, ExpertWeights(*(layout(*axes) for axes in WEIGHT_AXES)))
+  of_experts = dataclasses.replace(experts, weights=tuple(layout(*axes) for axes in experts.axes))
+  layouts = (by_group, by_group, of_experts)
   with jax.set_mesh(on_mesh):
     function = jax.jit(
       gradients if differentiate else forward,
       in_shardings=layouts,
       out_shardings=layouts if differentiate else by_group,
     )
-    return function.trace(x, given.weight_A, weights).lower(lowering_platforms=(platform,))
+    return function.trace(x, given.weight_A, experts).lower(lowering_platforms=(platform,))
 
 
 def collectives(program: str) -> Counter:

@@ -85,13 +85,13 @@ def test_a_bounded_buffer_is_rounded_up_and_drops_what_comes_last(factor, rows):
 
 @pytest.mark.parametrize("spec", ["dropless", "all_gather"])
 def test_bfloat16(spec):
-  x, cotangent, weights = inputs(jnp.bfloat16)
+  x, cotangent, experts = inputs(jnp.bfloat16)
   given = assignment("uneven")
   with jax.set_mesh(mesh_of("expert=2")):
     dispatch = functools.partial(get_dispatcher(spec).dispatch, num_experts=E, capacity=0)
-    y, _ = jax.jit(dispatch)(x, given, weights)
+    y, _ = jax.jit(dispatch)(x, given, experts)
   assert y.dtype == jnp.bfloat16
-  exact, _, _ = moe_layer(x, given, weights, None, cotangent)
+  exact, _, _ = moe_layer(x, given, experts.weights, None, cotangent)
   np.testing.assert_allclose(y.astype(jnp.float32), exact, atol=0.02 * np.abs(exact).max())
 
 
@@ -112,13 +112,13 @@ def test_a_wrong_dispatcher_is_one_line(spec, message):
 
 
 def test_a_mesh_that_does_not_divide():
-  x, _, weights = inputs()
+  x, _, experts = inputs()
   given = assignment("even")
   dispatch = functools.partial(get_dispatcher("dropless").dispatch, num_experts=E, capacity=0)
   with jax.set_mesh(mesh_of("expert=8")):
     with pytest.raises(InputError, match="12 routing groups: the 8 devices"):
-      dispatch(x[:12], jax.tree.map(lambda f: f[:12], given), weights)
-    fewer = jax.tree.map(lambda w: w[:6], weights)
+      dispatch(x[:12], jax.tree.map(lambda f: f[:12], given), experts)
+    fewer = jax.tree.map(lambda w: w[:6], experts)
     with pytest.raises(InputError, match=r"--num_experts=6: .*--expert_parallelism=8"):
       dispatch(x, given, fewer)
 

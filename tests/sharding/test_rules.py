@@ -10,10 +10,10 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import sharding
-from moe_jax.config import MeshConfig, MoEConfig
+from moe_jax.config import MeshConfig
 from moe_jax.errors import InputError
-from moe_jax.nn import MoE
-from moe_jax.training.step import init_state
+from moe_jax.nn import Context, MoE
+from moe_jax.training.compiled import make_init, resolve_config
 from tests import tiny
 
 # B*L = 8*32 tokens in 8 groups; no other tensor of the layer has a dimension of these sizes by accident.
@@ -61,18 +61,18 @@ def _collectives(program: str) -> Counter:
 
 def _compiled_layer(dispatcher: str, differentiate: bool) -> str:
   """The compiled layer on data=2 x expert=4, its arguments laid out as in training."""
-  config = MoEConfig(
-    num_experts=EXPERTS, expert_dim=HIDDEN, dispatcher=dispatcher, balancers="switch_loss:0.01"
-  )
+  fields = {"num_experts": EXPERTS, "expert_dim": HIDDEN, "balancer": "switch_loss:0.01"}
   mesh = sharding.make_mesh(MeshConfig(data=2, expert=4))
   with jax.set_mesh(mesh):
-    graphdef, params, rest = nnx.split(MoE(config, DIM, rngs=nnx.Rngs(0)), nnx.Param, ...)
+    graphdef, params, rest = nnx.split(
+      MoE(DIM, dispatcher=dispatcher, rngs=nnx.Rngs(0), **fields), nnx.Param, ...
+    )
     layouts = sharding.state_shardings(mesh, params)
     params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
     x_layout = sharding.batch_sharding(mesh)
 
     def forward(params, x_BLD):
-      y_BLD, _ = nnx.merge(graphdef, params, rest)(x_BLD, train=True)
+      y_BLD, _ = nnx.merge(graphdef, params, rest)(x_BLD, Context(train=True))
       return y_BLD
 
     def gradients(params, x_BLD, dy_BLD):
@@ -110,11 +110,15 @@ def test_the_count_can_fail():
   assert _collectives(program) == {"all-to-all": 2, "all-gather": 1}
 
 
+def _abstract_state():
+  return jax.eval_shape(make_init(resolve_config(tiny.CONFIG), tiny.VOCAB), 0)
+
+
 def test_optimizer_state_is_laid_out_like_its_parameters():
   mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
-  state = jax.eval_shape(lambda: init_state(tiny.CONFIG, tiny.VOCAB, 0))
+  state = _abstract_state()
   layouts = sharding.state_shardings(mesh, state)
-  adam = layouts.opt_state[1][0]
+  adam = layouts.opt_state.inner_states["trained"].inner_state[1][0]
   assert jax.tree.leaves(layouts.params) == jax.tree.leaves(adam.mu) == jax.tree.leaves(adam.nu)
   into = NamedSharding(mesh, PartitionSpec(None, "expert", "fsdp", "tensor"))
   out = NamedSharding(mesh, PartitionSpec(None, "expert", "tensor", "fsdp"))
@@ -123,15 +127,19 @@ def test_optimizer_state_is_laid_out_like_its_parameters():
   assert len(jax.tree.leaves(layouts)) == len(jax.tree.leaves(state))
   # Of two layers with 8 experts of 16 x 16, one device holds an eighth of each moment.
   for moments in (adam.mu, adam.nu):
-    held = moments["periods"]["sparse"]["moe"]["w_up_EDF"].get_value().shard_shape((2, 8, 16, 16))
+    held = (
+      moments["segments"][0]["pattern"]["blocks"][0]["ffn"]["experts"]["w_up_EDF"]
+      .get_value()
+      .shard_shape((2, 8, 16, 16))
+    )
     assert held == (2, 4, 8, 8)
 
 
 def test_every_parameter_names_its_axes():
-  state = jax.eval_shape(lambda: init_state(tiny.CONFIG, tiny.VOCAB, 0))
+  state = _abstract_state()
   for path, variable in nnx.to_flat_state(state.params):
     axes = variable.get_metadata()["logical_axes"]
-    assert variable.get_value().ndim - len(axes) == ("periods" in path), path
+    assert variable.get_value().ndim - len(axes) == ("segments" in path), path
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ EXPERTS = Registry(
     "expert_dropout": ExpertDropout,
     "low_rank": LowRankExperts,
   },
-  offered=("num_experts", "dim", "expert_dim", "init_scale", "rngs", "experts"),
+  offered=("num_experts", "dim", "expert_dim", "init_scale", "rngs"),
 )
 
 __all__ = ["EXPERTS", "ExpertNetwork", "as_experts"]

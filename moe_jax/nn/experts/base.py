@@ -1,11 +1,14 @@
 """The contract of experts: a module whose parameters have a leading expert axis."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.nn.variables import weight
 from moe_jax.ops.experts import Experts, Product
+from moe_jax.registry import Spec
 from moe_jax.types import Array
 
 
@@ -15,13 +18,17 @@ class ExpertNetwork(nnx.Module):
   Every parameter names its logical axes, the first of which is "expert"; nothing else about them is known to the
   layer, the dispatchers, sharding or checkpoints. `product` multiplies each row by the matrix of its expert, see
   `moe_jax.ops.experts.Product`.
+
+  draws: reads `product.row_bits`, which then are there.
   """
+
+  draws: bool = False
 
   def __call__(self, rows: Array, product: Product) -> Array:
     raise NotImplementedError
 
   def for_step(self, key: Array | None) -> "ExpertNetwork":
-    """The experts of one optimizer step, where they draw something. `key`: None outside of training."""
+    """The experts of one optimizer step, where they draw something. `key`: of the step; None: nothing is drawn."""
     del key
     return self
 
@@ -49,6 +56,14 @@ def as_experts(module: ExpertNetwork, dtype: jnp.dtype, gather: bool) -> Experts
 
   axes = tuple(variable.get_metadata()["logical_axes"] for variable in variables)
   return Experts(tuple(map(value, variables)), axes, compute)
+
+
+def inner_experts(spec: Spec, num_experts: int, dim: int, expert_dim: int, **offered: Any) -> ExpertNetwork:
+  """The network that another one changes."""
+  from moe_jax.nn.experts import EXPERTS  # which has this module's users
+
+  sizes = {"num_experts": num_experts, "dim": dim, "expert_dim": expert_dim}
+  return EXPERTS.resolve(spec)(**sizes, **offered)
 
 
 INTO, OUT = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")  # logical axes of the usual matrices

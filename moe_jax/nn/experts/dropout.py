@@ -7,18 +7,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.errors import InputError
-from moe_jax.nn.experts.base import ExpertNetwork
-from moe_jax.nn.experts.swiglu import SwiGLU
+from moe_jax.nn.experts.base import ExpertNetwork, inner_experts
 from moe_jax.ops.experts import Activation, Product, Wrapper
+from moe_jax.registry import Spec
 from moe_jax.types import Array
 
 
 class ExpertDropout(ExpertNetwork):
   """`experts` whose hidden units drop out in training with probability `rate`; those kept grow by 1 / (1 - rate).
 
-  Switch uses 0.4 inside the experts and 0.1 elsewhere. Which units of a row drop follows from the step's key, the
-  expert and what the row holds. So a draw is the same wherever the row is computed: under any dispatcher, on any
-  mesh, in any micro-batch.
+  Switch uses 0.4 inside the experts and 0.1 elsewhere. Which units of a row drop follows from the keys of the step
+  and of the token's sequence, the token's place in it, and the expert. So a draw is the same wherever the row is
+  computed: under any dispatcher, on any mesh, in any micro-batch.
   """
 
   def __init__(
@@ -28,38 +28,39 @@ class ExpertDropout(ExpertNetwork):
     expert_dim: int,
     *,
     rate: float = 0.4,
-    experts: type[ExpertNetwork] | None = None,
+    experts: Spec = "swiglu",
     init_scale: float = 1.0,
     rngs: nnx.Rngs,
   ):
     if not 0 <= rate < 1:
       raise InputError(f"experts expert_dropout: rate must be in [0, 1), got {rate}")
     self.rate, self.shape = rate, (num_experts, expert_dim)
-    self.experts = (experts or SwiGLU)(num_experts, dim, expert_dim, init_scale=init_scale, rngs=rngs)
-    self.salt_EF = None
+    self.experts = inner_experts(experts, num_experts, dim, expert_dim, init_scale=init_scale, rngs=rngs)
+    self.salt_EF = nnx.data(None)
 
   def for_step(self, key: Array | None) -> "ExpertDropout":
     if key is None or self.rate == 0:
       return self
     drawn = nnx.clone(self)
+    drawn.draws = True
     drawn.salt_EF = nnx.Variable(jax.random.bits(key, self.shape, jnp.uint32), logical_axes=("expert", "mlp"))
     return drawn
 
   def __call__(self, rows: Array, product: Product) -> Array:
     if self.salt_EF is None:
       return self.experts(rows, product)
-    return self.experts(rows, _Dropping(product, _row_bits(rows), self.salt_EF[...], self.rate))
+    return self.experts(rows, _Dropping(product, self.salt_EF[...], self.rate))
 
 
 class _Dropping(Wrapper):
   """A product whose hidden units drop out."""
 
-  def __init__(self, product: Product, bits: Array, salt_EF: Array, rate: float):
+  def __init__(self, product: Product, salt_EF: Array, rate: float):
     super().__init__(product)
-    self._bits, self._salt_EF, self._rate = bits, salt_EF, rate
+    self._salt_EF, self._rate = salt_EF, rate
 
   def hidden(self, rows: Array) -> Array:
-    bits = _mix(self._bits[..., None] ^ self.per_row(self._salt_EF))
+    bits = _mix(self.row_bits[..., None] ^ self.per_row(self._salt_EF))
     kept = bits >= jnp.uint32(round(self._rate * 2**32))
     return jnp.where(kept, rows / (1 - self._rate), 0).astype(rows.dtype)
 
@@ -72,12 +73,3 @@ def _mix(bits: Array) -> Array:
   bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
   bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
   return bits ^ (bits >> 16)
-
-
-def _row_bits(rows: Array) -> Array:
-  """[..] uint32 of what each row holds. Integer sums, so their order does not matter."""
-  rows = jax.lax.stop_gradient(jnp.where(rows == 0, 0, rows))  # a product with one-hots turns -0 into 0
-  bits = jax.lax.bitcast_convert_type(rows, jnp.uint16 if rows.dtype.itemsize == 2 else jnp.uint32)
-  place = _mix(jnp.arange(1, rows.shape[-1] + 1, dtype=jnp.uint32))
-  shape = (1,) * (rows.ndim - 1) + (-1,)
-  return _mix(jnp.sum(_mix(bits.astype(jnp.uint32) ^ place.reshape(shape)), axis=-1, dtype=jnp.uint32))

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.errors import InputError
-from moe_jax.nn.experts.base import ExpertNetwork
-from moe_jax.nn.experts.swiglu import SwiGLU
+from moe_jax.nn.experts.base import ExpertNetwork, inner_experts
 from moe_jax.nn.variables import freeze, matrix
 from moe_jax.ops.experts import Product
+from moe_jax.registry import Spec
 from moe_jax.types import Array
 
 
@@ -27,14 +27,15 @@ class LowRankExperts(ExpertNetwork):
     *,
     rank: int = 8,
     alpha: float = 16.0,
-    experts: type[ExpertNetwork] | None = None,
+    experts: Spec = "swiglu",
     init_scale: float = 1.0,
     rngs: nnx.Rngs,
   ):
     if rank < 1:
       raise InputError(f"experts low_rank: rank must be at least 1, got {rank}")
     self.scale = alpha / rank
-    self.experts = freeze((experts or SwiGLU)(num_experts, dim, expert_dim, init_scale=init_scale, rngs=rngs))
+    sizes = (num_experts, dim, expert_dim)
+    self.experts = freeze(inner_experts(experts, *sizes, init_scale=init_scale, rngs=rngs))
     down, up = {}, {}
     for name, w in vars(self.experts).items():
       if isinstance(w, nnx.Param) and w.get_value().ndim == 3:
@@ -42,12 +43,20 @@ class LowRankExperts(ExpertNetwork):
         _, of_rows, of_columns = w.get_metadata()["logical_axes"]
         down[name] = matrix(rngs, (num_experts, rows, rank), ("expert", of_rows, "rank"))
         up[name] = matrix(rngs, (num_experts, rank, columns), ("expert", "rank", of_columns), zero=True)
+    if not down:
+      raise InputError(
+        f"experts low_rank: experts={experts} has no matrices of its own; adapters go inside, e.g. "
+        "expert_dropout:experts=low_rank"
+      )
     self.down, self.up = nnx.Dict(down), nnx.Dict(up)
 
   def __call__(self, rows: Array, product: Product) -> Array:
-    adapted = nnx.clone(self.experts)
+    graphdef, state = nnx.split(self.experts)
+    adapted = nnx.merge(graphdef, jax.lax.stop_gradient(state))
     for name in self.down:
-      addition = jnp.einsum("EXr,ErY->EXY", self.down[name][...], self.up[name][...])
-      frozen = jax.lax.stop_gradient(getattr(self.experts, name)[...])
-      getattr(adapted, name).set_value(frozen + self.scale * addition)
+      w, addition = (
+        getattr(adapted, name),
+        jnp.einsum("EXr,ErY->EXY", self.down[name][...], self.up[name][...]),
+      )
+      w.set_value(w[...] + self.scale * addition)
     return adapted(rows, product)

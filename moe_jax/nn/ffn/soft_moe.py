@@ -10,6 +10,7 @@ from moe_jax.nn.experts import EXPERTS, ExpertNetwork, as_experts
 from moe_jax.nn.parts import made
 from moe_jax.nn.variables import matrix, weight
 from moe_jax.ops.dispatch.common import run_experts
+from moe_jax.ops.experts import with_row_bits
 from moe_jax.ops.metrics import LayerRecord, observe
 from moe_jax.registry import Spec
 from moe_jax.sharding import constrain
@@ -55,14 +56,14 @@ class SoftMoE(nnx.Module):
     self.scale = nnx.Param(jnp.ones((), jnp.float32), logical_axes=())
     sizes = {"num_experts": num_experts, "dim": dim, "expert_dim": expert_dim}
     self.experts = made(EXPERTS, experts, ExpertNetwork, **sizes, init_scale=init_scale, rngs=rngs)
-    self.shared = shared
+    self.shared = nnx.data(shared)  # may come later, and is data even while there is none
 
   def __call__(self, x_BLD: Array, context: Context = DEFAULT) -> tuple[Array, MoEAux]:
     """One forward pass. Nothing is drawn, balanced, or different in training.
 
     Args:
       x_BLD: activations of any float dtype; the softmaxes work in float32 whatever it is.
-      context: only its mask matters, and the step's key where the experts draw.
+      context: only its mask matters, and its keys where the experts draw.
 
     Returns:
       y_BLD, and a `MoEAux` without losses whose counts are soft: an expert's tokens are the combine weights that
@@ -71,12 +72,13 @@ class SoftMoE(nnx.Module):
     """
     mask_BL = context.mask_of(x_BLD)
     dispatch_BLEC, combine_BLEC = self._weights(x_BLD, mask_BL)
-    experts = as_experts(
-      self.experts.for_step(context.step_key if context.train else None), x_BLD.dtype, True
-    )
+    network = self.experts.for_step(context.drawing_key)
+    experts = as_experts(network, x_BLD.dtype, gather=True)
     valid_BLD = jnp.where(mask_BL[..., None], x_BLD, 0)  # padding may hold anything, also infinity
     rows_BECD = jnp.einsum("BLEC,BLD->BECD", dispatch_BLEC.astype(x_BLD.dtype), valid_BLD)
-    rows_BECD = run_experts(experts, rows_BECD, constrain)
+    if network.draws:
+      rows_BECD, experts = with_row_bits(rows_BECD, context.random_bits(*rows_BECD.shape[1:3]), experts)
+    rows_BECD = run_experts(experts, rows_BECD, constrain)[..., : x_BLD.shape[-1]]
     y_BLD = jnp.einsum("BLEC,BECD->BLD", combine_BLEC.astype(x_BLD.dtype), rows_BECD)
     y_BLD = constrain(y_BLD, ("batch", None, None))
     if self.shared is not None:

@@ -36,7 +36,12 @@ class ZeroComputation(nnx.Module):
     if not self.constants:
       return copy_GT[..., None].astype(x_GTD.dtype) * x_GTD
     weight_GTZ = jnp.stack([weight_GTZ[..., z] for z in self.constants], axis=-1)
-    logits_GTZ2 = jnp.einsum("GTD,DZX->GTZX", x_GTD.astype(jnp.float32), weight(self.w_mix_DZ2))
+    logits_GTZ2 = jnp.einsum(
+      "GTD,DZX->GTZX",
+      x_GTD.astype(jnp.float32),
+      weight(self.w_mix_DZ2),
+      precision=jax.lax.Precision.HIGHEST,
+    )
     mix_GTZ2 = jax.nn.softmax(logits_GTZ2, axis=-1)
     of_x_GT = copy_GT + jnp.sum(weight_GTZ * mix_GTZ2[..., 0], axis=-1)
     of_vector_GTZ = (weight_GTZ * mix_GTZ2[..., 1]).astype(x_GTD.dtype)
