@@ -1,8 +1,6 @@
 """Properties of group-limited routers and of the sqrt-softplus score."""
 
 import math
-import pathlib
-import re
 
 import jax
 import jax.numpy as jnp
@@ -135,18 +133,3 @@ def test_sqrt_softplus_weights_keep_their_ratio_where_the_scores_underflow():
   np.testing.assert_allclose(
     routing.assignment.weight_A, [math.e / (1 + math.e), 1 / (1 + math.e)], rtol=1e-5
   )
-
-
-def test_the_example_of_the_contributors_guide_is_the_code():
-  root = pathlib.Path(__file__).resolve().parents[2]
-  blocks = re.findall(
-    r"^ *```python\n(.*?)^ *```", (root / "CONTRIBUTING.md").read_text(), re.DOTALL | re.MULTILINE
-  )
-  files = ["moe_jax/ops/routing/topk.py", "tests/reference/limited_routing.py", "tests/ops/router_rows.py"]
-  code = "\n".join((root / file).read_text() for file in files)
-  without_indentation = lambda text: [line.strip() for line in text.splitlines() if line.strip()]
-  everything = "\n".join(without_indentation(code))
-  assert len(blocks) == len(files)
-  for block in blocks:
-    for part in re.split(r"\n\n\n", block):
-      assert "\n".join(without_indentation(part)) in everything, part
