@@ -17,10 +17,15 @@ def quotes(markdown: str) -> list[tuple[str, str]]:
   return [re.fullmatch(r"# (\S+\.\w+)\n(.*)", block, re.DOTALL).groups() for block in blocks]
 
 
+def without_blank_lines(text: str) -> str:
+  return "\n".join(["", *(line for line in text.splitlines() if line.strip()), ""])
+
+
 def missing(quoted: list[tuple[str, str]]) -> list[str]:
   """Definitions that are not in their file, whole lines each. Two blank lines separate definitions, which may lie apart."""
   parts = [(path, part.strip("\n")) for path, code in quoted for part in code.split("\n\n\n")]
-  return [f"{path}: {part}" for path, part in parts if f"\n{part}\n" not in (ROOT / path).read_text()]
+  files = {path: without_blank_lines((ROOT / path).read_text()) for path, _ in quoted}
+  return [f"{path}: {part}" for path, part in parts if without_blank_lines(part) not in files[path]]
 
 
 def test_quoted_code_is_that_of_the_files():
