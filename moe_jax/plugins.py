@@ -20,7 +20,8 @@ def import_plugins(plugins: Iterable[str]) -> None:
     try:
       _import(plugin)
     except InputError as error:
-      raise InputError(f"--plugins={plugin}: {error}") from None
+      line = _where(error, plugin)
+      raise InputError(f"--plugins={plugin}: {'' if line == plugin else f'{line}: '}{error}") from None
     except Exception as error:
       raise InputError(
         f"--plugins={plugin}: {_where(error, plugin)}: {type(error).__name__}: {error}"

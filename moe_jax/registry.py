@@ -66,7 +66,7 @@ class Registry(Mapping[str, Callable[..., Any]]):
   def __init__(self, kind: str, factories: Mapping[str, Callable[..., Any]], offered: Sequence[str] = ()):
     self.kind, self.offered = kind, tuple(offered)
     self._factories = dict(factories)
-    self._builtin = frozenset(factories)
+    self.builtin = frozenset(factories)  # names of what this package brings
 
   def __getitem__(self, name: str) -> Callable[..., Any]:
     return self._factories[name]
@@ -88,8 +88,8 @@ class Registry(Mapping[str, Callable[..., Any]]):
     if not callable(factory):
       raise InputError(f"{self.kind} {name!r}: {factory!r} is no function or class that makes one")
     other = self._factories.get(name)
-    if name in self._builtin or (other is not None and not _same_place(other, factory)):
-      whose = "moe_jax" if name in self._builtin else place(other)
+    if name in self.builtin or (other is not None and not _same_place(other, factory)):
+      whose = "moe_jax" if name in self.builtin else place(other)
       raise InputError(
         f"{self.kind} {name!r} ({place(factory)}): the name is taken by {whose}; choose another"
       )
@@ -171,9 +171,13 @@ def split_methods(spec: str) -> list[str]:
 
 @functools.cache
 def _parameters(factory: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+  """What a factory can be given by name."""
   if isinstance(factory, type):  # not the class itself: a metaclass may hide what __init__ takes
-    return dict(list(inspect.signature(factory.__init__).parameters.items())[1:])
-  return inspect.signature(factory).parameters
+    parameters = list(inspect.signature(factory.__init__).parameters.values())[1:]
+  else:
+    parameters = list(inspect.signature(factory).parameters.values())
+  variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+  return {p.name: p for p in parameters if p.kind not in variadic}
 
 
 def _same_place(one: Callable[..., Any], other: Callable[..., Any]) -> bool:

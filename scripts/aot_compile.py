@@ -48,7 +48,7 @@ _HLO = flags.DEFINE_string("hlo", "", "write the compiled program to this text f
 def compile_one(config: Config, vocab_size: int, devices: list[jax.Device]) -> dict[str, Any]:
   """Returns the report on `config` and its mesh."""
   mesh = sharding.make_mesh(config.mesh, devices)
-  check_run(config, mesh)
+  config = check_run(config, mesh)
   compiled = compile_train_step(config, vocab_size, mesh, topology.compiler_options(devices, _HBM.value))
   if _HLO.value and hasattr(compiled, "text"):
     pathlib.Path(_HLO.value).write_text(compiled.text)

@@ -13,7 +13,6 @@ differ a lot, the machine is busy: run again. It takes about a minute on 2 CPU c
 with --balancing or --routers.
 """
 
-import dataclasses
 import functools
 import json
 import time
@@ -25,15 +24,20 @@ from absl import flags, logging
 from flax import nnx
 
 from moe_jax import cli
-from moe_jax.comparison.arms import BALANCING, arms_from_flag, balancing_arm, routers, routing_arm
-from moe_jax.config import ModelConfig, MoEConfig
+from moe_jax.comparison.arms import BALANCING, arms_from_flag, balancing_arm, routers, routing_arm, with_arm
+from moe_jax.config import Config, ModelConfig, MoEConfig
 from moe_jax.errors import InputError
-from moe_jax.nn.transformer import make_layer
-from moe_jax.ops.balancing import make_balancer
-from moe_jax.ops.dispatch import default_group_size, expert_capacity, get_dispatcher, no_sharding
-from moe_jax.ops.experts import ExpertWeights, expert_ffn
-from moe_jax.ops.routing import make_router
+from moe_jax.nn.aux import update_balancers
+from moe_jax.nn.build import different_blocks, resolve
+from moe_jax.nn.context import Context
+from moe_jax.nn.variables import BalancerState
+from moe_jax.ops.dispatch import default_group_size, expert_capacity, no_sharding
+from moe_jax.ops.experts import gated_experts, swiglu
+from moe_jax.ops.routing import make_choice
+from moe_jax.ops.routing.common import in_groups
 from moe_jax.sharding import constrain, on_one_cpu
+from moe_jax.sharding.dispatchers import get_dispatcher
+from moe_jax.types import RouterContext
 
 _TOKENS = flags.DEFINE_integer("num_tokens", 4096, "total number of tokens", lower_bound=1)
 _LENGTH = flags.DEFINE_integer(
@@ -70,29 +74,34 @@ def make_inputs():
     return (jax.random.normal(next(keys), shape) / fan_in**0.5).astype(dtype)
 
   x_TD, cotangent_TD = normal(_TOKENS.value, d), normal(_TOKENS.value, d)
-  dense = ExpertWeights(
-    normal(1, d, k * f, fan_in=d), normal(1, d, k * f, fan_in=d), normal(1, k * f, d, fan_in=k * f)
-  )
-  experts = ExpertWeights(normal(e, d, f, fan_in=d), normal(e, d, f, fan_in=d), normal(e, f, d, fan_in=f))
+  dense = normal(d, k * f, fan_in=d), normal(d, k * f, fan_in=d), normal(k * f, d, fan_in=k * f)
+  experts = gated_experts(normal(e, d, f, fan_in=d), normal(e, d, f, fan_in=d), normal(e, f, d, fan_in=f))
   router_DE = normal(d, e, fan_in=d).astype(jnp.float32)
   return x_TD, cotangent_TD, dense, (router_DE, experts)
 
 
 def dense_ffn(weights, x_TD):
-  return expert_ffn(weights, x_TD, lambda rows, w: rows @ w[0]), {}
+  gate_DF, up_DF, down_FD = weights
+  return swiglu(x_TD @ gate_DF, x_TD @ up_DF) @ down_FD, {}
+
+
+def dispatcher_of(name):
+  return get_dispatcher("sorted" if name == "buffers" else name)
 
 
 def moe_layer(params, x_TD, *, dispatcher, group_size):
   """Applies the routed layer to one flat batch. Also returns MaxVio before capacity, and the dropped fraction."""
-  router_DE, weights = params
+  router_DE, experts = params
   x_GTD = x_TD.reshape(-1, group_size, x_TD.shape[-1])
   logits_GTE = x_GTD.astype(jnp.float32) @ router_DE
-  assignment = jax.vmap(make_router(_ROUTER.value, _EXPERTS.value, _K.value))(logits_GTE).assignment
+  choice = make_choice(_ROUTER.value, _EXPERTS.value, _K.value)
+  context = RouterContext(jnp.ones(x_GTD.shape[:2], bool))
+  assignment = in_groups(choice.choose, logits_GTE, context=context).assignment
   one_cpu = on_one_cpu() and dispatcher != "buffers"
-  y_GTD, kept_GA = get_dispatcher("sorted" if dispatcher == "buffers" else dispatcher)(
+  y_GTD, kept_GA = dispatcher_of(dispatcher).dispatch(
     x_GTD,
     assignment,
-    functools.partial(expert_ffn, weights),
+    experts,
     num_experts=_EXPERTS.value,
     capacity=expert_capacity(group_size, _K.value, _CAPACITY.value, _EXPERTS.value),
     shard=no_sharding if one_cpu else constrain,
@@ -138,7 +147,11 @@ def compare(spec, inputs):
   """Returns one row of the table: a dispatcher compared with the dense FFN."""
   x_TD, cotangent_TD, dense_params, moe_params = inputs
   name, _, size = spec.partition(":")
-  group_size = int(size) if size else default_group_size(name, min(_LENGTH.value, _TOKENS.value))
+  group_size = (
+    int(size)
+    if size
+    else default_group_size(dispatcher_of(name).small_groups, min(_LENGTH.value, _TOKENS.value))
+  )
   group_size = group_size or _TOKENS.value
   if _TOKENS.value % group_size:
     raise InputError(
@@ -155,34 +168,37 @@ def compare(spec, inputs):
   }
 
 
-def method_step(config, inputs):
-  """Returns a function that computes gradients and the updated balancer state of the whole module `MoE`."""
+def method_step(model, inputs):
+  """Returns a function that computes gradients and the updated balancer state of the feed-forward part of `model`."""
   x_TD, cotangent_TD, _, _ = inputs
   length = min(_LENGTH.value, _TOKENS.value)
   x_BLD, cotangent_BLD = (x.reshape(-1, length, x.shape[-1]) for x in (x_TD, cotangent_TD))
   batch = x_BLD.shape[0]
-  balancer = make_balancer(config.balancers)
-  layer = make_layer(ModelConfig(model_dim=_DIM.value, moe=config), nnx.Rngs(_SEED.value))
-  graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
-  further = {
-    "key_B": jax.random.split(jax.random.key(_SEED.value), batch),
-    "token_id_BL": jax.random.randint(jax.random.key(1), (batch, length), 0, 256),
-    "domain_B": jnp.arange(batch) % 4,
-  }
+  (block,) = different_blocks(resolve(model))
+  sizes = {"dim": _DIM.value, "dense_dim": model.dense_dim, "activation": model.activation, "init_scale": 1.0}
+  layer = block.ffn(moe=block.moe, rngs=nnx.Rngs(_SEED.value), **sizes)
+  graphdef, params, variables = nnx.split(layer, nnx.Param, ...)
+  context = Context(
+    key_B=jax.random.split(jax.random.key(_SEED.value), batch),
+    token_id_BL=jax.random.randint(jax.random.key(1), (batch, length), 0, 256),
+    domain_B=jnp.arange(batch) % 4,
+    num_domains=4,
+    train=True,
+  )
 
-  def loss(params, x_BLD):
-    y_BLD, aux = nnx.merge(graphdef, params, rest)(x_BLD, train=True, **further)
+  def loss(params, x_BLD, variables):
+    y_BLD, aux = nnx.merge(graphdef, params, variables)(x_BLD, context)
     total = jnp.vdot(y_BLD.astype(jnp.float32), cotangent_BLD.astype(jnp.float32))
     return total + sum(aux.losses.values()), aux
 
   @jax.jit
-  def step(params, x_BLD):
-    gradients, aux = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x_BLD)
-    state = jax.tree.leaves(rest, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-    updated = [balancer.update(variable.get_value(), aux.balancer_stats) for variable in state]
-    return gradients, updated, aux.tokens_per_expert_BE
+  def step(params, x_BLD, variables):
+    gradients, aux = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x_BLD, variables)
+    layer = nnx.merge(graphdef, params, variables)
+    update_balancers(layer, aux)
+    return gradients, nnx.state(layer, BalancerState), aux.tokens_per_expert_BE
 
-  return lambda: step(params, x_BLD)
+  return lambda: step(params, x_BLD, variables)
 
 
 def compare_method(name, step, base_step):
@@ -198,18 +214,19 @@ def compare_method(name, step, base_step):
 
 def method_rows(inputs):
   """Yields each row when it has been measured."""
-  base = MoEConfig(
+  moe = MoEConfig(
     num_experts=_EXPERTS.value,
     num_experts_per_token=_K.value,
     expert_dim=_EXPERT_DIM.value,
     capacity_factor=_CAPACITY.value,
   )
+  base = Config(model=ModelConfig(model_dim=_DIM.value, moe=moe))
   found = arms_from_flag("balancing", _BALANCING.value, BALANCING, balancing_arm) if _BALANCING.value else {}
   if _ROUTERS.value:
     found |= arms_from_flag("routers", _ROUTERS.value, routers(_EXPERT_DIM.value), routing_arm)
-  base_step = method_step(base, inputs)
+  base_step = method_step(base.model, inputs)
   for name, arm in found.items():
-    yield compare_method(name, method_step(dataclasses.replace(base, **arm), inputs), base_step)
+    yield compare_method(name, method_step(with_arm(base, arm).model, inputs), base_step)
 
 
 def print_table(rows, width):

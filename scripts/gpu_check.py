@@ -24,17 +24,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from absl import flags
 from flax import nnx
 
-from moe_jax import cli, sharding
+from moe_jax import Context, cli, sharding
 from moe_jax.analysis.flops import forward_flops, step_flops
 from moe_jax.config import Config, DataConfig, MeshConfig, MoEConfig, OptimizerConfig, TrainConfig
-from moe_jax.nn import MoE
-from moe_jax.ops.routing import make_router
+from moe_jax.nn.ffn import FFNS
+from moe_jax.ops.routing import make_choice
 from moe_jax.sharding.dispatchers import get_dispatcher
 from moe_jax.training.compiled import CompiledSteps, check_run, compile_steps
 from moe_jax.training.results import versions
+from moe_jax.types import RouterContext
 
 _DISPATCHERS = flags.DEFINE_list("dispatchers", ["einsum", "sorted", "dropless"], "what to check and time")
 _PLATFORM = flags.DEFINE_string("platform", "gpu", "use cpu to try the script without a GPU")
@@ -77,9 +79,8 @@ def given_config() -> Config:
   """Returns the flags' configuration, without clipping: Adam's first moment is then (1 - beta1) times the gradient."""
   config = cli.config_from_flags()
   unsaid = {} if flags.FLAGS.preset != "default" else SIZES
-  new = {
-    part: {k: v for k, v in fields.items() if not flags.FLAGS[k].present} for part, fields in unsaid.items()
-  }
+  not_given = lambda fields: {k: v for k, v in fields.items() if not flags.FLAGS[k].present}
+  new = {part: not_given(fields) for part, fields in unsaid.items()}
   moe = dataclasses.replace(config.model.moe, **new.get("moe", {}))
   return dataclasses.replace(
     config,
@@ -105,7 +106,7 @@ def change(config: Config, dispatcher: str, dtype: str = "") -> Config:
 
 def only_routed(moe: MoEConfig) -> MoEConfig:
   """Returns the part of the layer that is compared, without anything that a preset adds."""
-  plain = {"router": "softmax_topk", "balancers": "none", "expert_activation": "swiglu"}
+  plain = {"router": "softmax_topk", "balancers": "none", "experts": "swiglu"}
   return dataclasses.replace(moe, num_shared_experts=0, group_size=0, **plain)
 
 
@@ -131,13 +132,13 @@ def random_tokens(config: Config) -> tuple[jax.Array, jax.Array]:
 
 def make_layer(config: Config) -> tuple[Any, Callable]:
   """Returns parameters, and a jitted (parameters, x_BLD, cotangent_BLD) -> (gradients of parameters and x, y_BLD)."""
-  layer = MoE(only_routed(config.model.moe), config.model.model_dim, rngs=nnx.Rngs(0))
+  layer = FFNS["moe"](only_routed(config.model.moe), config.model.model_dim, "swiglu", 1.0, nnx.Rngs(0))
   graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
   # Values that the compute dtype can represent, so that the right result does not depend on this dtype.
   params = jax.tree.map(lambda w: w.astype(config.model.compute_dtype).astype(jnp.float32), params)
 
   def loss(params, x_BLD, cotangent_BLD):
-    y_BLD, _ = nnx.merge(graphdef, params, rest)(x_BLD, train=True)
+    y_BLD, _ = nnx.merge(graphdef, params, rest)(x_BLD, Context(train=True))
     return jnp.vdot(y_BLD.astype(jnp.float32), cotangent_BLD), y_BLD
 
   return params, jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
@@ -148,8 +149,9 @@ def make_layer(config: Config) -> tuple[Any, Callable]:
 
 def every_expert(moe: MoEConfig, params: Any, x_TD: jax.Array) -> jax.Array:
   """The definition of the layer: each expert on every token, times its weight, which is 0 if it was not chosen."""
-  router = make_router("softmax_topk", moe.num_experts, moe.num_experts_per_token)
-  chosen = router(x_TD @ params["w_router_DE"][...]).assignment
+  choice = make_choice("softmax_topk", moe.num_experts, moe.num_experts_per_token)
+  logits_TE = x_TD @ params["router"]["w_router_DE"][...]
+  chosen = choice.choose(logits_TE, RouterContext(jnp.ones(x_TD.shape[0], bool))).assignment
   weight_TE = jnp.zeros((x_TD.shape[0], moe.num_experts))
   weight_TE = weight_TE.at[chosen.token_A, chosen.expert_A].add(chosen.weight_A)
 
@@ -158,7 +160,7 @@ def every_expert(moe: MoEConfig, params: Any, x_TD: jax.Array) -> jax.Array:
     hidden_TF = jax.nn.silu(x_TD @ gate_DF) * (x_TD @ up_DF)
     return y_TD + weight_T[:, None] * (hidden_TF @ down_FD), None
 
-  matrices = (params[name][...] for name in ("w_gate_EDF", "w_up_EDF", "w_down_EFD"))
+  matrices = (params["experts"][name][...] for name in ("w_gate_EDF", "w_up_EDF", "w_down_EFD"))
   return jax.lax.scan(add, jnp.zeros_like(x_TD), (weight_TE.T, *matrices))[0]
 
 
@@ -196,9 +198,8 @@ def check_layer(config: Config, dispatchers: list[str]) -> dict[str, dict[str, f
 
 
 def compiled(config: Config) -> CompiledSteps:
-  return compile_steps(
-    config, _VOCAB.value, 1, sharding.make_mesh(config.mesh, [jax.config.jax_default_device])
-  )
+  mesh = sharding.make_mesh(config.mesh, [jax.config.jax_default_device])
+  return compile_steps(config, _VOCAB.value, 1, mesh)
 
 
 def check_step(config: Config, dispatchers: list[str], init: Callable) -> dict[str, dict[str, float]]:
@@ -206,7 +207,7 @@ def check_step(config: Config, dispatchers: list[str], init: Callable) -> dict[s
 
   def first_step(changed: Config) -> tuple[float, Any]:
     state, metrics = compiled(changed).train(init(0), make_batch(changed))
-    return float(metrics["loss"]), state.opt_state[1][0].mu  # all gradients, times the same factor
+    return float(metrics["loss"]), optax.tree.get(state.opt_state, "mu")  # gradients, times one factor
 
   with jax.default_matmul_precision("highest"):
     loss, gradients = first_step(change(config, "sorted", "float32"))

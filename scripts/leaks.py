@@ -9,7 +9,6 @@ without drops. It exits with status 1 if a router leaks differently than it decl
 minutes on two CPU cores.
 """
 
-import dataclasses
 import sys
 
 from absl import flags
@@ -24,21 +23,22 @@ SEEN = 1e-5  # smaller changes are rounding, because sums for earlier tokens are
 def main(argv: list[str]) -> None:
   del argv
   # Imported here so that invalid flags fail immediately.
-  from moe_jax.comparison.arms import arms_from_flag, routers, routing_arm
-  from moe_jax.config import MoEConfig
-  from moe_jax.nn.causality import future_influence
-  from moe_jax.nn.methods import check_methods, leaks
+  from moe_jax.analysis.causality import future_influence
+  from moe_jax.comparison.arms import arms_from_flag, routers, routing_arm, with_arm
+  from moe_jax.config import Config
+  from moe_jax.nn.build import different_blocks, resolve
+  from moe_jax.nn.leaks import leak
 
   print("| router | declared | drops half | drops nothing |\n|---|---|---|---|")
   as_declared = True
   for name, arm in arms_from_flag("routers", _ROUTERS.value, routers(64), routing_arm).items():
-    config = dataclasses.replace(MoEConfig(), **{**arm, "balancers": "none"})
-    check_methods(config)
-    with_drops, without = (future_influence(config, drops=drops) for drops in (True, False))
+    model = with_arm(Config(), {**arm, "balancers": "none", "dispatcher": "sorted"}).model
+    (block,) = different_blocks(resolve(model))
+    with_drops, without = (future_influence(model.moe, ffn=model.ffn, drops=drops) for drops in (True, False))
     found = "always" if without > SEEN else "drops" if with_drops > SEEN else ""
-    as_declared &= found == leaks(config)
+    as_declared &= found == leak(block)
     cells = [f"{x:.3f}" if x > SEEN else "0" for x in (with_drops, without)]
-    print(f"| `{name}` | {leaks(config) or 'never'} | {cells[0]} | {cells[1]} |", flush=True)
+    print(f"| `{name}` | {leak(block) or 'never'} | {cells[0]} | {cells[1]} |", flush=True)
   if not as_declared:
     print("error: a router leaks differently than it declares", file=sys.stderr)
     sys.exit(1)

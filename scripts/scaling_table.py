@@ -39,7 +39,7 @@ def row(name: str, config: Config, vocab_size: int, first: int | None) -> dict[s
   data = dataclasses.replace(config.data, batch_size=size // (first or len(devices)))
   config = dataclasses.replace(config, data=data)
   mesh = sharding.make_mesh(config.mesh, devices)
-  check_run(config, mesh)
+  config = check_run(config, mesh)
   compiled = compile_train_step(config, vocab_size, mesh, topology.compiler_options(devices))
   found = report(config, vocab_size, mesh, compiled)
   if "flops" not in found:

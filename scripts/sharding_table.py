@@ -18,13 +18,14 @@ from flax import nnx
 from jax.sharding import AbstractMesh, NamedSharding
 
 from moe_jax import cli, sharding
-from moe_jax.config import Config
-from moe_jax.nn.methods import group_size, layer_kind, num_scored_experts
+from moe_jax.config import Config, MoEConfig
+from moe_jax.nn.build import abstract_ffn, different_blocks, routed_part
+from moe_jax.nn.ffn import MLP, ParallelMoE
+from moe_jax.nn.moe import MoE
 from moe_jax.ops.dispatch import expert_capacity
 from moe_jax.ops.dispatch.common import BY_EXPERT, BY_GROUP
-from moe_jax.sharding.dispatchers import get_dispatcher
-from moe_jax.training.compiled import check_run
-from moe_jax.training.step import TrainState, init_state
+from moe_jax.training.compiled import check_run, make_init
+from moe_jax.training.step import TrainState
 
 _DEVICES = flags.DEFINE_integer(
   "num_devices", 0, "devices of the mesh; 0: the product of the axes, counting -1 as 1", lower_bound=0
@@ -51,13 +52,25 @@ def mesh_of(config: Config, num_devices: int) -> AbstractMesh:
 
 
 def parameters(state: TrainState) -> list[Tensor]:
-  """Returns one row per kind of parameter. Parameters of stacked layers have the axis `layers` in front."""
+  """Returns one row per kind of parameter. Parameters of a segment have the axis `layers` in front.
+
+  Names begin with the numbers of segment and block where the model has several.
+  """
+  flat = nnx.to_flat_state(state.params)
+  places = {_place(path) for path, _ in flat} - {()}
   found = []
-  for path, variable in nnx.to_flat_state(state.params):
+  for path, variable in flat:
     shape, axes = variable.get_value().shape, variable.get_metadata()["logical_axes"]
-    name = ".".join(str(part) for part in path if part not in ("periods", "sparse"))
+    place = _place(path)
+    shown = (*(place if len(places) > 1 else ()), *(path[5:] if place else path))
+    name = ".".join(map(str, shown))
     found.append(Tensor(name, shape, ("layers",) * (len(shape) - len(axes)) + axes, jnp.float32))
   return found
+
+
+def _place(path: tuple) -> tuple:
+  """(segment, block) of `segments.SEGMENT.pattern.blocks.BLOCK...`; nothing for what is in no segment."""
+  return (path[1], path[4]) if path[0] == "segments" else ()
 
 
 def activations(config: Config, vocab_size: int) -> list[Tensor]:
@@ -65,48 +78,56 @@ def activations(config: Config, vocab_size: int) -> list[Tensor]:
   return constrained(config) + derived(config, vocab_size)
 
 
+def routed_layers(config: Config) -> list[tuple[MoEConfig, MoE]]:
+  """The different layers with routed experts: configuration and structure."""
+  found = [(block.moe, routed_part(block)) for block in different_blocks(config.model)]
+  return [(moe, layer) for moe, layer in found if layer is not None]
+
+
+def groups_of(config: Config, layer: MoE) -> tuple[int, int, int]:
+  """G, T and C of a micro-batch."""
+  t = layer.tokens_per_group(config.data.sequence_length)
+  groups = config.data.batch_size // config.train.accumulation * config.data.sequence_length // t
+  return groups, t, expert_capacity(t, layer.num_experts_per_token, layer.capacity_factor, layer.num_experts)
+
+
 def constrained(config: Config) -> list[Tensor]:
-  model, moe, length = config.model, config.model.moe, config.data.sequence_length
-  b, d, e = config.data.batch_size // config.train.accumulation, model.model_dim, moe.num_experts
-  t, dtype = group_size(moe, length), jnp.dtype(model.compute_dtype)
-  g, c = b * length // t, expert_capacity(t, moe.num_experts_per_token, moe.capacity_factor, e)
+  """`config` is resolved."""
+  model, length = config.model, config.data.sequence_length
+  b, d, dtype = config.data.batch_size // config.train.accumulation, model.model_dim, model.compute_dtype
   rows = [Tensor("x_BLD", (b, length, d), ("batch", None, None), dtype)]
-  if not layer_kind(moe).routes:
-    return rows
-  rows += [
-    Tensor("x_GTD, y_GTD", (g, t, d), ("group", None, None), dtype),
-    Tensor("router logits_GTE", (g, t, num_scored_experts(moe)), ("group", None, None), jnp.float32),
-  ]
-  if get_dispatcher(moe.dispatcher).spells_exchange:
-    return rows
-  return [
-    *rows,
-    Tensor("slots by group_GECD", (g, e, c, d), BY_GROUP, dtype),
-    Tensor("slots by expert_EGCD", (e, g, c, d), BY_EXPERT, dtype),
-  ]
+  for _, layer in routed_layers(config):
+    (g, t, c), e = groups_of(config, layer), layer.num_experts
+    rows += [
+      Tensor("x_GTD, y_GTD", (g, t, d), ("group", None, None), dtype),
+      Tensor("router logits_GTE", (g, t, layer.num_scored_experts), ("group", None, None), "float32"),
+    ]
+    if not layer.dispatcher.spells_exchange:
+      rows += [
+        Tensor("slots by group_GECD", (g, e, c, d), BY_GROUP, dtype),
+        Tensor("slots by expert_EGCD", (e, g, c, d), BY_EXPERT, dtype),
+      ]
+  return list(dict.fromkeys(rows))
 
 
 def derived(config: Config, vocab_size: int) -> list[Tensor]:
-  model, moe, length = config.model, config.model.moe, config.data.sequence_length
-  b, n, x, h = (
-    config.data.batch_size // config.train.accumulation,
-    model.num_heads,
-    model.num_kv_heads,
-    model.head_dim,
-  )
-  t, dtype = group_size(moe, length), jnp.dtype(model.compute_dtype)
-  g, c = b * length // t, expert_capacity(t, moe.num_experts_per_token, moe.capacity_factor, moe.num_experts)
+  """`config` is resolved."""
+  model, length, h = config.model, config.data.sequence_length, config.model.head_dim
+  b, dtype = config.data.batch_size // config.train.accumulation, model.compute_dtype
+  of_heads = lambda n, axis: ((b, length, n, h), ("batch", None, axis, None), dtype)
   rows = [
-    Tensor("query, mixed_BLNH", (b, length, n, h), ("batch", None, "heads", None), dtype),
-    Tensor("key, value_BLNH", (b, length, x, h), ("batch", None, "kv_heads", None), dtype),
-    Tensor("logits_BLV", (b, length, vocab_size), ("batch", None, "vocab"), jnp.float32),
+    Tensor("query, mixed_BLNH", *of_heads(model.num_heads, "heads")),
+    Tensor("key, value_BLNH", *of_heads(model.num_kv_heads, "kv_heads")),
+    Tensor("logits_BLV", (b, length, vocab_size), ("batch", None, "vocab"), "float32"),
   ]
-  if layer_kind(moe).routes and not get_dispatcher(moe.dispatcher).spells_exchange:
-    axes = ("expert", "group", None, "mlp")
-    rows.append(Tensor("hidden of experts_EGCF", (moe.num_experts, g, c, moe.expert_dim), axes, dtype))
-  if model.num_dense_first or model.moe_every > 1:
+  for moe, layer in routed_layers(config):
+    if not layer.dispatcher.spells_exchange:
+      g, _, c = groups_of(config, layer)
+      shape = (layer.num_experts, g, c, moe.expert_dim)
+      rows.append(Tensor("hidden of experts_EGCF", shape, ("expert", "group", None, "mlp"), dtype))
+  if any(isinstance(abstract_ffn(block), MLP | ParallelMoE) for block in different_blocks(model)):
     rows.append(Tensor("dense hidden_BLF", (b, length, model.dense_dim), ("batch", None, "mlp"), dtype))
-  return rows
+  return list(dict.fromkeys(rows))
 
 
 def layout(tensor: Tensor, mesh: AbstractMesh, axes: Axes | None = None) -> NamedSharding:
@@ -191,9 +212,9 @@ def state_bytes(state: TrainState, mesh: AbstractMesh) -> dict[str, int]:
   """Returns the bytes of the train state on each device, by part."""
   layouts = sharding.state_shardings(mesh, state)
   size = lambda x, to: math.prod(to.shard_shape(x.shape)) * x.dtype.itemsize
-  parts = {
-    name: (getattr(state, name), getattr(layouts, name)) for name in ("params", "opt_state", "balancer")
-  }
+  fields = {"params": "params", "opt_state": "opt_state", "balancer": "variables"}
+  fields |= {"hooks": "hooks"} if state.hooks else {}
+  parts = {name: (getattr(state, field), getattr(layouts, field)) for name, field in fields.items()}
   return {name: sum(jax.tree.leaves(jax.tree.map(size, *part))) for name, part in parts.items()}
 
 
@@ -201,18 +222,19 @@ def main(argv: list[str]) -> None:
   del argv
   config = cli.config_from_flags().check()
   mesh = mesh_of(config, _DEVICES.value)
-  check_run(config, mesh)
-  state = jax.eval_shape(lambda: init_state(config, _VOCAB.value, 0))
-  moe, dtype = config.model.moe, config.model.compute_dtype
+  config = check_run(config, mesh)
+  state = jax.eval_shape(make_init(config, _VOCAB.value), 0)
+  dtype = config.model.compute_dtype
   print(" x ".join(f"{name}={size}" for name, size in mesh.shape.items()), f"= {mesh.size} devices")
   print(f"`-` is whole on every device. Parameters are kept in float32 and multiplied in {dtype}, ", end="")
   print("norms and routers in float32.\n")
   print(parameter_table(parameters(state), mesh, dtype) + "\n")
   print(activation_table(activations(config, _VOCAB.value), mesh) + "\n")
-  if get_dispatcher(moe.dispatcher).spells_exchange:
-    print(
-      f"--dispatcher={moe.dispatcher} keeps the rows that travel inside each device's program: docs/scaling.md.\n"
-    )
+  for moe, layer in routed_layers(config):
+    if layer.dispatcher.spells_exchange:
+      print(
+        f"--dispatcher={moe.dispatcher} keeps the rows that travel inside each device's program: docs/scaling.md.\n"
+      )
   for name, count in state_bytes(state, mesh).items():
     print(f"{name}: {_size(count)} on each device")
 

@@ -58,4 +58,4 @@ def assert_one_line(ended: Ended, message: str) -> None:
   """Wrong input: exit status 2, nothing printed, and one line on stderr that holds `message`."""
   assert (ended.status, ended.stdout) == (2, ""), ended
   assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1, ended.stderr
-  assert message in ended.stderr
+  assert message in ended.stderr, ended.stderr

@@ -61,7 +61,7 @@ GRAPH = {
   "ops": Part("types errors registry", outside={"jax", "numpy"}, stdlib=PURE),
   # the model
   "sharding": Part("ops types config errors registry", outside={"jax", "flax", "numpy"}),
-  "nn": Part("ops types sharding config errors registry", outside={"jax", "flax", "numpy"}),
+  "nn": Part("ops types sharding config errors registry fingerprint", outside={"jax", "flax", "numpy"}),
   # around it
   "data": Part("config errors registry"),
   "training": Part(f"data cluster {MODEL}"),

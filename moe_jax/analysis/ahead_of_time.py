@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moe_jax import sharding
-from moe_jax.analysis import flops
+from moe_jax.analysis import flops, matrices
 from moe_jax.analysis.collectives import by_kind, collectives, purpose
 from moe_jax.analysis.hlo import parse
 from moe_jax.analysis.memory import Memory, memory_of, out_of_memory
 from moe_jax.config import Config
-from moe_jax.sharding.dispatchers import get_dispatcher
-from moe_jax.training.step import init_state, make_train_step
+from moe_jax.nn.build import different_blocks, resolve, routed_part
+from moe_jax.training.compiled import make_init, make_train_step
 
 
 class DoesNotFit(NamedTuple):
@@ -48,16 +48,16 @@ def compile_train_step(
   """Compiles forward pass, backward pass and optimizer, with donated state, as a run does. Creates no arrays.
 
   Args:
-    config: a configuration that passed `moe_jax.training.compiled.check_run`.
+    config: what `moe_jax.training.compiled.check_run` returned.
     vocab_size: V.
     mesh: the mesh of devices to compile for.
     options: compiler options.
   """
   with jax.set_mesh(mesh):
-    state = jax.eval_shape(lambda: init_state(config, vocab_size, 0))
+    state = jax.eval_shape(make_init(config, vocab_size), 0)
     layout = sharding.state_shardings(mesh, state)
     step = jax.jit(
-      make_train_step(config, vocab_size),
+      make_train_step(config, vocab_size, num_domains=1),
       in_shardings=(layout, sharding.batch_sharding(mesh)),
       out_shardings=(layout, sharding.replicated(mesh)),
       donate_argnums=0,
@@ -94,7 +94,8 @@ def report(config: Config, vocab_size: int, mesh: Mesh, compiled: Compiled | Doe
   program, memory = parse(compiled.text), compiled.memory
   done, parts = flops.compiled_flops(program)
   needed = flops.step_flops(config, vocab_size)
-  spells_exchange = get_dispatcher(config.model.moe.dispatcher).spells_exchange
+  routed = filter(None, map(routed_part, different_blocks(resolve(config.model))))
+  spells_exchange = any(layer.dispatcher.spells_exchange for layer in routed)
   rows = by_kind(collectives(program, mesh.shape))
   rows = [row | {"purpose": purpose(row["kind"], row["axes"], spells_exchange)} for row in rows]
   return head | {
@@ -124,17 +125,17 @@ def exchange(config: Config, mesh: Mesh, rows: list[dict]) -> dict[str, float] |
 
   The latter assumes that the K experts of a token are on any device with equal probability. Rows are sent to their
   experts and back, in the forward and the backward pass, and again if the forward pass is recomputed. Returns None if
-  an expert group has only one device.
+  an expert group has only one device, or the model no experts.
   """
-  devices = mesh.shape["expert"]
-  if devices == 1:
+  devices, model = mesh.shape["expert"], resolve(config.model)
+  blocks = matrices.of_model(model, config.data.sequence_length)
+  rows_per_token = sum(repeats * block.expert_rows for block, repeats in blocks)
+  if devices == 1 or not rows_per_token:
     return None
-  model = config.model
   tokens = config.data.batch_size * config.data.sequence_length / mesh.size
   row_bytes = model.model_dim * jnp.dtype(model.compute_dtype).itemsize
   passes = 6 if model.remat == "full" else 4
-  layers = model.num_moe_layers * passes
-  must = tokens * model.moe.num_experts_per_token * row_bytes * (devices - 1) / devices * layers
+  must = tokens * rows_per_token * row_bytes * (devices - 1) / devices * passes
   sent = sum(
     row["sent_bytes"] for row in rows if row["kind"].endswith("all-to-all") and row["axes"] == ["expert"]
   )

@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moe_jax.analysis import matrices
 from moe_jax.analysis.hlo import Instruction, Program, arrays, called
 from moe_jax.config import Config, ModelConfig
-from moe_jax.nn.methods import num_scored_experts
+from moe_jax.nn.build import resolve
 
 
 class ModelFlops(NamedTuple):
@@ -22,12 +23,12 @@ class ModelFlops(NamedTuple):
   Not counted: embedding look-up, norms, activations, softmax, sorting and moving tokens, losses, the optimizer.
   """
 
-  attention_projections: float
+  attention_projections: float  # or what another token mixer multiplies by
   attention_scores: float  # a token attends to itself and earlier tokens: (L + 1) / 2 positions on average
   router: float
   experts: float  # of the K that a token is sent to
   shared_experts: float
-  dense: float  # the layers without experts
+  dense: float  # feed-forward parts without experts, and those beside experts
   head: float
 
   @property
@@ -40,20 +41,26 @@ class ModelFlops(NamedTuple):
 
 
 def forward_flops(model: ModelConfig, vocab_size: int, sequence_length: int) -> ModelFlops:
-  """Returns the operations for one token of a sequence of `sequence_length`, on average."""
-  d, h, moe = model.model_dim, model.head_dim, model.moe
-  matrices = 3 if moe.expert_activation == "swiglu" else 2
-  sparse = model.num_moe_layers
-  mlp = lambda width: 2 * matrices * d * width
-  return ModelFlops(
-    attention_projections=model.num_layers * 2 * d * h * (2 * model.num_heads + 2 * model.num_kv_heads),
-    attention_scores=model.num_layers * 2 * 2 * model.num_heads * h * (sequence_length + 1) / 2,
-    router=sparse * 2 * d * num_scored_experts(moe),
-    experts=sparse * moe.num_experts_per_token * mlp(moe.expert_dim),
-    shared_experts=sparse * mlp(moe.num_shared_experts * moe.expert_dim),
-    dense=(model.num_layers - sparse) * mlp(model.dense_dim),
-    head=2 * d * vocab_size,
-  )
+  """Returns the operations for one token of a sequence of `sequence_length`, on average.
+
+  Counts the matrices of the model's blocks, so it holds for any blocks, and any networks of experts.
+
+  Raises:
+    InputError: `model` has a wrong field, or parts that do not fit together.
+  """
+  total = dict.fromkeys(ModelFlops._fields, 0.0)
+  for block, repeats in matrices.of_model(resolve(model), sequence_length):
+    of_block = {
+      "attention_projections": block.mixer,
+      "attention_scores": 2 * block.attention_width * block.attended,  # scores, and the mixture of the values
+      "router": block.router,
+      "experts": block.expert_rows * block.experts / max(block.num_experts, 1),
+      "shared_experts": block.shared_experts,
+      "dense": block.dense,
+    }
+    for part, size in of_block.items():
+      total[part] += repeats * 2 * size
+  return ModelFlops(**total | {"head": 2 * model.model_dim * vocab_size})
 
 
 class StepFlops(NamedTuple):
@@ -64,10 +71,7 @@ class StepFlops(NamedTuple):
 
 
 def step_flops(config: Config, vocab_size: int) -> StepFlops:
-  """Returns the operations of one optimizer step, counting padding as text.
-
-  Only for layers of kind `moe`, because `soft_moe` has no K.
-  """
+  """Returns the operations of one optimizer step, counting padding as text."""
   flops = forward_flops(config.model, vocab_size, config.data.sequence_length)
   tokens = config.data.batch_size * config.data.sequence_length
   recomputed = flops.layers * tokens if config.model.remat == "full" else 0.0

@@ -8,8 +8,10 @@ from typing import NamedTuple
 import jax
 
 from moe_jax import sharding
+from moe_jax.analysis import matrices
 from moe_jax.config import Config, MeshConfig
-from moe_jax.training.step import init_state
+from moe_jax.nn.build import resolve
+from moe_jax.training.compiled import make_init, resolve_config
 
 _WIRE = 2  # bytes per element sent: parameters and activations are cast to bfloat16 first
 
@@ -34,7 +36,7 @@ def all_meshes(num_devices: int, num_slices: int = 1) -> Iterator[MeshConfig]:
 
 def state_bytes(config: Config, vocab_size: int, mesh) -> int:
   """Returns the bytes of parameters, optimizer and balancer state on one device. `mesh` may be an `AbstractMesh`."""
-  state = jax.eval_shape(lambda: init_state(config, vocab_size, 0))
+  state = jax.eval_shape(make_init(resolve_config(config), vocab_size), 0)
   layout = sharding.state_shardings(mesh, state)
   of_leaf = lambda leaf, where: math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize
   return sum(jax.tree.leaves(jax.tree.map(of_leaf, state, layout)))
@@ -47,18 +49,18 @@ def sent_bytes(config: Config, mesh: MeshConfig) -> float:
   to their experts and back, see `ahead_of_time.exchange`. slice and data: gradients are summed. tensor: activations are
   summed after attention and after the feed-forward block, in the forward, recomputed and backward passes.
   """
-  model, moe = config.model, config.model.moe
-  matrices = 3 if moe.expert_activation == "swiglu" else 2
-  d, layers = model.model_dim, model.num_layers
-  expert = model.num_moe_layers * moe.num_experts * matrices * d * moe.expert_dim / mesh.expert
-  attention = layers * d * model.head_dim * 2 * (model.num_heads + model.num_kv_heads)
-  dense = (layers - model.num_moe_layers) * matrices * d * model.dense_dim
-  parameters = (expert + attention + dense) / mesh.tensor
+  model = resolve(config.model)
+  blocks = matrices.of_model(model, config.data.sequence_length)
+  total = lambda size: sum(repeats * size(block) for block, repeats in blocks)
+  experts = total(lambda block: block.experts) / mesh.expert
+  others = total(lambda block: block.mixer + block.shared_experts + block.dense)
+  parameters = (experts + others) / mesh.tensor
+  d, layers = model.model_dim, total(lambda block: 1)
   left = lambda n: (n - 1) / n
   tokens = config.data.batch_size * config.data.sequence_length
   tokens /= mesh.slice * mesh.data * mesh.fsdp * mesh.expert
   passes = 6 if model.remat == "full" else 4
-  rows = tokens * d * moe.num_experts_per_token * model.num_moe_layers
+  rows = tokens * d * total(lambda block: block.expert_rows)
   sent = 3 * parameters * left(mesh.fsdp)
   sent += passes * rows * left(mesh.expert)
   sent += 2 * parameters / mesh.fsdp * left(mesh.slice * mesh.data)

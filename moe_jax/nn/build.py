@@ -63,6 +63,7 @@ def resolve(config: ModelConfig) -> ModelConfig:
   config = dataclasses.replace(config, **parts)
   for block in different_blocks(config):
     abstract_ffn(block)
+    _check_block(config, block)
     _check_unrouted(block)
   return config
 
@@ -98,6 +99,18 @@ def make_blocks(config: ModelConfig, segment: Segment, rngs: nnx.Rngs) -> list[B
     return Block(mixer, block.ffn(moe=block.moe, **offered), functools.partial(block.residual, **offered))
 
   return [make(block) for block in segment.pattern]
+
+
+@functools.lru_cache(maxsize=256)
+def _check_block(config: ModelConfig, block: BlockConfig) -> None:
+  """Makes a resolved block without computing anything, so that a part refuses its options now."""
+  try:
+    jax.eval_shape(lambda: make_blocks(config, Segment((block,)), nnx.Rngs(0)) and None)
+  except InputError as error:
+    kind = str(error).partition(" ")[0]
+    if kind not in _BLOCK_PARTS:
+      raise
+    raise InputError(f"--{kind}={getattr(block, kind)}: {error}") from None
 
 
 def different_blocks(config: ModelConfig) -> tuple[BlockConfig, ...]:

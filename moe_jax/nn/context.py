@@ -36,8 +36,8 @@ class Context(NamedTuple):
   train: bool = False  # static: draws, and uses `capacity_factor` instead of `eval_capacity_factor`
   record_logits: bool = False  # static: fill in `MoEAux.logits_BLE`
 
-  def mask_of(self, x_BLD: Array) -> Array:
-    return jnp.ones(x_BLD.shape[:-1], bool) if self.mask_BL is None else self.mask_BL
+  def mask_of(self, x_BLX: Array) -> Array:
+    return jnp.ones(x_BLX.shape[:-1], bool) if self.mask_BL is None else self.mask_BL
 
   def domain_one_hot(self, mask_BL: Array) -> Array:
     """[B, S] float32; one domain where none are known."""

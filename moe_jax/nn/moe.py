@@ -70,10 +70,10 @@ class MoE(nnx.Module):
     self.balancer = balancer_of(balancer)
     self.dispatcher = dispatcher if isinstance(dispatcher, Dispatcher) else DISPATCHERS.resolve(dispatcher)()
     offered = {"dim": dim, "num_experts": num_experts, "init_scale": init_scale, "rngs": rngs}
-    self.router = made(ROUTERS, router, num_experts_per_token=num_experts_per_token, **offered)
+    self.router = made(ROUTERS, router, Router, num_experts_per_token=num_experts_per_token, **offered)
     self.num_scored_experts = self.router.num_scored_experts or num_experts
     check_fit(self.router, self.balancer, num_experts)
-    self.experts = made(EXPERTS, experts, expert_dim=expert_dim, **offered)
+    self.experts = made(EXPERTS, experts, ExpertNetwork, expert_dim=expert_dim, **offered)
     self.shared = nnx.data(shared)  # may come later, and is data even while there is none
     self.balancer_state = BalancerState(self.balancer.init(self.num_scored_experts))
 

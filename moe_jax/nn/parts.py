@@ -4,9 +4,24 @@ from typing import Any
 
 from flax import nnx
 
+from moe_jax.errors import InputError
+from moe_jax.fingerprint import place
 from moe_jax.registry import Registry, Spec
 
 
-def made(registry: Registry, part: Spec | nnx.Module, **offered: Any) -> nnx.Module:
-  """`part` if it is a module already, else what its factory makes of what it is offered."""
-  return part if isinstance(part, nnx.Module) else registry.resolve(part)(**offered)
+def made(registry: Registry, part: Spec | nnx.Module, kind: type[nnx.Module], **offered: Any) -> nnx.Module:
+  """`part` if it is a module already, else what its factory makes of what it is offered.
+
+  Raises:
+    InputError: that is no `kind`.
+  """
+  if isinstance(part, nnx.Module):
+    made_by, module = "", part
+  else:
+    method = registry.resolve(part)
+    made_by, module = f" {method.name!r} ({place(method.factory)})", method(**offered)
+  if not isinstance(module, kind):
+    raise InputError(
+      f"{registry.kind}{made_by}: makes a {type(module).__name__}, which is no {kind.__name__}"
+    )
+  return module

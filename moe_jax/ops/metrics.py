@@ -85,7 +85,7 @@ METRICS: dict[str, Metric] = {
   ),
   "router_entropy": Metric(_entropy_and_tokens, ratio, "", "Router entropy", "nats", ".3f"),
   "mutual_information": Metric(_counts_by_domain, stats.mutual_information, None, "Mutual inf.", "nats"),
-  "tokens_per_expert": Metric(_counts, lambda counts_E: counts_E, ""),
+  "tokens_per_expert": Metric(_counts, lambda counts: counts, ""),
   "load": Metric(_counts, stats.load, None, ""),
   "load_by_domain": Metric(_counts_by_domain, stats.load, None, ""),
 }

@@ -96,7 +96,8 @@ class CompiledSteps(NamedTuple):
 def compile_steps(
   config: Config, vocab_size: int, num_domains: int, mesh: jax.sharding.Mesh, gradients: bool = False
 ) -> CompiledSteps:
-  """The steps of `config` on `mesh`; runs that differ only in seeds share them, compiled once.
+  """The steps of `config` on `mesh`; runs that differ only in seeds, or in how often they log, evaluate and
+  save, share them, compiled once.
 
   What is compiled is found again by the parts that `config` names, not by their names: a method that is defined anew is
   compiled anew.
@@ -118,11 +119,23 @@ def compile_steps(
       raise InputError(
         f"--router={block.moe.router}: has {layer.router.num_tasks} tasks, and the text {num_domains} domains"
       )
-  record = min(config.train.record_router_logits, 1)  # how often is not the step's affair
-  train = dataclasses.replace(config.train, seed=0, tensorboard=True, record_router_logits=record)
+  record = min(config.train.record_router_logits, 1)
+  train = dataclasses.replace(config.train, record_router_logits=record, **_NOT_COMPILED)
   data = dataclasses.replace(config.data, data_seed=0)
   config = dataclasses.replace(config, train=train, data=data)
   return _compile_steps(config, vocab_size, num_domains, mesh, gradients, tuple(METRICS.items()))
+
+
+# What the loop does around the steps, and how often; the seed is an argument of `init`.
+_NOT_COMPILED = {
+  "seed": 0,
+  "log_every": 1,
+  "eval_every": 0,
+  "eval_batches": 0,
+  "checkpoint_every": 0,
+  "tail_fraction": 1.0,
+  "tensorboard": True,
+}
 
 
 def objective_of(config: Config) -> Objective:
@@ -214,7 +227,10 @@ def _plain(config: Config) -> Config:
   moe = dataclasses.replace(config.model.moe, balancers="none", dispatcher="sorted", jitter=0.0)
   if config.model.segments:
     return config
-  return resolve_config(dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe)))
+  # Not causal: a router that is causal only with `config`'s own dispatcher is none with this one, and parameters are
+  # the same either way.
+  model = resolve(dataclasses.replace(config.model, moe=moe, causal=False))
+  return dataclasses.replace(config, model=model)
 
 
 @functools.lru_cache(maxsize=64)

@@ -17,6 +17,7 @@ from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import abstract_model, make_init, resolve_config
 
 CONFIG_FILE = "config.json"  # in the folder of a run
+NOT_CONFIG = ("vocab_size", "domains")  # what it holds of the text, beside the configuration
 
 
 class LoadedRun(NamedTuple):
@@ -36,9 +37,8 @@ def load_run(folder: str | os.PathLike[str]) -> LoadedRun:
   """
   folder = pathlib.Path(folder)
   values = _read(folder / CONFIG_FILE)
-  vocab_size = values.pop("vocab_size")
-  values.pop("domains")
-  config = resolve_config(Config.from_dict(values))
+  vocab_size = values["vocab_size"]
+  config = _config(folder, {name: value for name, value in values.items() if name not in NOT_CONFIG})
   mesh = jax.sharding.Mesh([[[[[jax.devices()[0]]]]]], sharding.MESH_AXES)
   abstract = jax.eval_shape(make_init(config, vocab_size), 0)
   checkpoints = Checkpoints(folder / "checkpoints")
@@ -58,11 +58,23 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     values = json.loads(path.read_text())
   except (OSError, ValueError):
     raise InputError(f"{path.parent}: holds no run ({path.name} is missing or not whole)") from None
-  if "vocab_size" not in values:
+  if not isinstance(values, dict) or "vocab_size" not in values:
     raise InputError(
       f"{path.parent}: is no folder of a run; in a comparison's folder, a run is arms/ARM/seed_SEED"
     )
   return values
+
+
+def _config(folder: pathlib.Path, values: dict[str, Any]) -> Config:
+  try:
+    return resolve_config(Config.from_dict(values))
+  except InputError as error:
+    raise InputError(
+      f"{folder}: {error}; register parts of your own before loading (moe_jax.register, or --plugins=FILE), and use the "
+      "version of moe_jax that wrote the run"
+    ) from None
+  except (KeyError, TypeError) as error:
+    raise InputError(f"{folder}: {CONFIG_FILE} is no configuration of this version ({error!r})") from None
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

@@ -70,13 +70,13 @@ class Run:
       stack.callback(
         self.checkpoints.close
       )  # on every way out: a save under way must not meet the next manager
-      self._write_config()
       self.batches = self.dataset.train_batches(
         process_index=self.share.index,
         process_count=self.share.count,
         data_seed=self.config.data.data_seed,
       )
       state = self._start()
+      self._write_config()  # not before: a folder that is refused stays as it is
       if self.progress:
         self.progress.start_run(self.show, self.config.train.num_steps)
       writer = stack.enter_context(self._writer(int(state.step)))

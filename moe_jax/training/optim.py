@@ -7,6 +7,7 @@ optimizer's own if it has none.
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 
@@ -17,7 +18,7 @@ FROZEN = "frozen"
 
 
 def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-  """Linear warm-up to `learning_rate`, then the chosen decay, ending at the last step.
+  """Linear warm-up to `learning_rate`, then the chosen decay, which reaches its final fraction as the last step ends.
 
   A run shorter than its warm-up still decays: warm-up takes at most half of the steps.
   """
@@ -72,7 +73,8 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
 
 
 def trained(gradients: nnx.State) -> nnx.State:
-  """Gradients with those of frozen parameters as zeros, which the compiler then never computes."""
+  """Gradients with those of frozen parameters as zeros, whatever they are: the compiler then never computes them."""
   is_variable = lambda leaf: isinstance(leaf, nnx.Variable)
-  zero = lambda v: v.replace(0 * v.get_value()) if v.get_metadata().get("group") == FROZEN else v
+  zeros = lambda v: v.replace(jnp.zeros_like(v.get_value()))
+  zero = lambda v: zeros(v) if v.get_metadata().get("group") == FROZEN else v
   return jax.tree.map(zero, gradients, is_leaf=is_variable)

@@ -5,20 +5,23 @@ import functools
 import importlib.util
 import json
 import re
+import time
 import types
 
 import jax
 import pytest
+from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AbstractMesh
 
 from moe_jax import sharding
 from moe_jax.analysis import ahead_of_time, flops, mesh_search, topology
 from moe_jax.analysis.collectives import purpose
 from moe_jax.analysis.memory import GIB, memory_of, out_of_memory
-from moe_jax.config import Config, MeshConfig
+from moe_jax.config import BlockConfig, Config, MeshConfig, ModelConfig, Segment
 from moe_jax.errors import InputError
 from moe_jax.models import preset
-from moe_jax.training.step import model_parts
+from moe_jax.training.compiled import abstract_model, check_run, resolve_config
 from tests import tiny
 from tests.scripts import assert_one_line, run_scripts
 
@@ -28,12 +31,17 @@ CONFIG = tiny.change(
 HAS_TPU_COMPILER = importlib.util.find_spec("libtpu") is not None
 
 
+def compiled(config: Config) -> tuple:
+  """The resolved configuration, its mesh, and its compiled step."""
+  mesh = sharding.make_mesh(config.mesh)
+  config = check_run(config, mesh)
+  return config, mesh, ahead_of_time.compile_train_step(config, tiny.VOCAB, mesh)
+
+
 @functools.cache
 def report(config: Config) -> dict:
-  mesh = sharding.make_mesh(config.mesh)
-  return ahead_of_time.report(
-    config, tiny.VOCAB, mesh, ahead_of_time.compile_train_step(config, tiny.VOCAB, mesh)
-  )
+  config, mesh, step = compiled(config)
+  return ahead_of_time.report(config, tiny.VOCAB, mesh, step)
 
 
 def on(config: Config, **axes) -> Config:
@@ -95,7 +103,7 @@ def test_arguments_are_the_state_and_the_batch():
 
 def test_state_is_three_times_the_parameters():
   """Parameters and the two moments of AdamW, of which fsdp keeps a part on each device."""
-  params = jax.eval_shape(lambda: model_parts(CONFIG, tiny.VOCAB)[1])
+  params = nnx.state(abstract_model(resolve_config(CONFIG), tiny.VOCAB), nnx.Param)
   whole = 3 * 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
   of = lambda *sizes: mesh_search.state_bytes(CONFIG, tiny.VOCAB, AbstractMesh(sizes, sharding.MESH_AXES))
   assert of(1, 8, 1, 1, 1) == pytest.approx(whole, rel=0.01)
@@ -122,6 +130,70 @@ def test_operations_of_a_step_by_hand():
     found = flops.step_flops(config, tiny.VOCAB)
     assert found == (8 * 16 * 3 * (layers + 2 * 16 * tiny.VOCAB), 8 * 16 * again * layers)
     assert flops.expert_flops(config, tiny.VOCAB) == 8 * 16 * (3 + again) * 3 * 2 * 2 * 3 * 16 * 16
+
+
+def of_segments(first: int, second: int) -> ModelConfig:
+  """`first` dense layers, then pairs of other experts, and a window in one of them: 7 layers with (1, 3)."""
+  moe = CONFIG.model.moe
+  narrow = dataclasses.replace(
+    moe, num_experts=4, num_experts_per_token=1, experts="relu", num_shared_experts=2
+  )
+  wide = dataclasses.replace(moe, num_experts_per_token=3, expert_dim=24)
+  pattern = (BlockConfig(moe=narrow), BlockConfig(mixer="attention:window=4", ffn="parallel_moe", moe=wide))
+  segments = Segment((BlockConfig(ffn="mlp"),), first), Segment(pattern, second)
+  model = dataclasses.replace(CONFIG.model, num_layers=ModelConfig.num_layers, dense_dim=20)
+  return dataclasses.replace(model, segments=segments)
+
+
+def test_operations_of_segments_by_hand():
+  """D = 16, two heads of 8, one key-value head; 16 positions, of which a window of 4 shows 1, 2, 3, 4, 4, ..."""
+  found = flops.forward_flops(of_segments(1, 3), tiny.VOCAB, 16)
+  assert found.attention_projections == 7 * 2 * 16 * 8 * (2 + 1 + 1 + 2)
+  assert found.attention_scores == 2 * 2 * 16 * (4 * 17 / 2 + 3 * (1 + 2 + 3 + 13 * 4) / 16)
+  assert found.router == 3 * 2 * 16 * (4 + 8)
+  assert found.experts == 3 * 2 * (1 * 2 * 16 * 16 + 3 * 3 * 16 * 24)
+  assert found.shared_experts == 3 * 2 * 3 * 16 * 2 * 16  # SwiGLU of the width of two experts
+  assert found.dense == (1 + 3) * 2 * 3 * 16 * 20
+  assert found.head == 2 * 16 * tiny.VOCAB
+
+
+def test_experts_of_other_parts_work_on_their_own_rows():
+  """Soft MoE: its slots, however many tokens there are. Low-rank additions: two thin matrices beside each one."""
+  soft = tiny.change(CONFIG, ffn="soft_moe:slots=6", accept_leaks="soft_moe", balancers="none")
+  rows, matrices = 8 * 6 / 16, 3 * 16 * 16
+  assert flops.forward_flops(soft.model, tiny.VOCAB, 16).experts == 3 * 2 * rows * matrices
+  adapted = tiny.change(CONFIG, experts="low_rank:rank=2")
+  found = flops.forward_flops(adapted.model, tiny.VOCAB, 16)
+  assert found.experts == 3 * 2 * 2 * (matrices + 3 * 2 * (16 + 16))
+
+
+@pytest.fixture
+def no_compilation_cache():
+  """A program that is found there takes no time to compile."""
+  used = jax.config.jax_enable_compilation_cache
+  jax.config.update("jax_enable_compilation_cache", False)
+  compilation_cache.reset_cache()  # it asks once
+  yield
+  jax.config.update("jax_enable_compilation_cache", used)
+  compilation_cache.reset_cache()
+
+
+@pytest.mark.parametrize(
+  "dense",
+  [pytest.param((0, 0), marks=pytest.mark.slow, id="one segment"), pytest.param((2, 3), id="two segments")],
+)
+def test_compile_time_follows_the_blocks_and_not_the_depth(dense, no_compilation_cache):
+  """61 layers against 12: the same program with other numbers in it, traced and compiled in the same time."""
+  depths = zip((12, 61), dense)
+  few, many = (tiny.change(CONFIG, num_layers=layers, num_dense_first=first) for layers, first in depths)
+  seconds, lines = {few: [], many: []}, {}
+  for config in (few, many) * 2:  # alternating, and the better of two, because others use the machine, too
+    start = time.process_time()
+    *_, step = compiled(config)
+    seconds[config].append(time.process_time() - start)
+    lines[config] = step.text.count(" = ")
+  assert lines[many] < 1.02 * lines[few]
+  assert min(seconds[many]) < 1.3 * min(seconds[few])
 
 
 def test_every_mesh_is_found_once():

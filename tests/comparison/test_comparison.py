@@ -1,8 +1,6 @@
 """Comparisons: paired arms, one output folder, resumed work, and one-line errors for invalid input."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -122,34 +120,3 @@ def test_an_arm_that_changes_its_meaning_is_refused(finished):
   changed = {"none": {"balancers": "z_loss"}}
   with pytest.raises(InputError, match="arm none: balancers was 'none', now 'z_loss'"):
     Comparison(changed, [0], CONFIG, folder)
-
-
-def _experiment(*arguments, folder):
-  command = [sys.executable, "experiments/load_balancing.py", f"--output_dir={folder}", *arguments]
-  return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
-
-@pytest.mark.parametrize(
-  ("arguments", "message"),
-  [
-    (["--num_expert=3"], "unknown flag '--num_expert': did you mean --num_experts"),
-    (["--seeds=many"], "flag --seeds=many"),
-    (["arms"], "unexpected argument 'arms'"),
-    (["--preset=tinny"], "unknown preset 'tinny': did you mean tiny"),
-    (["--num_experts=2", "--num_experts_per_token=4"], "--num_experts_per_token=4: must be between 1 and"),
-    (["--dataset=text_folder", "--text_folder=/no/such/folder"], "--text_folder=/no/such/folder"),
-    (["--dataset=stdlibb"], "unknown dataset 'stdlibb': did you mean stdlib"),
-  ],
-)
-def test_a_wrong_flag_ends_with_one_line_and_status_2(tmp_path, arguments, message):
-  ended = _experiment(*arguments, folder=tmp_path / "run")
-  assert ended.returncode == 2
-  assert ended.stderr.count("\n") == 1 and ended.stderr.startswith("error: ") and message in ended.stderr
-  assert not (tmp_path / "run").exists()
-
-
-def test_help_names_every_flag_with_its_default(tmp_path):
-  ended = _experiment("--helpshort", folder=tmp_path / "run")
-  assert all(
-    words in ended.stdout for words in ("slots per expert / (T*K/E)", "--num_experts_per_token", "1.25")
-  )

@@ -2,20 +2,18 @@
 
 import math
 
-import jax
 import pytest
 from flax import nnx
 
 from moe_jax.config import ModelConfig
 from moe_jax.errors import InputError
 from moe_jax.models import PRESETS, VOCAB_SIZES, preset
-from moe_jax.nn.methods import check_causal, check_methods
-from moe_jax.training.step import model_parts
+from moe_jax.training.compiled import abstract_model, resolve_config
 
 
 def sizes_of(name: str, vocab_size: int) -> dict[str, int]:
   """Parameters by the name of their variable, all layers together, without computing any."""
-  params = jax.eval_shape(lambda: model_parts(PRESETS[name], vocab_size)[1])
+  params = nnx.state(abstract_model(resolve_config(PRESETS[name]), vocab_size), nnx.Param)
   sizes = {}
   for path, variable in nnx.to_flat_state(params):
     sizes[path[-1]] = sizes.get(path[-1], 0) + math.prod(variable.get_value().shape)
@@ -25,22 +23,20 @@ def sizes_of(name: str, vocab_size: int) -> dict[str, int]:
 def parameters_by_hand(model: ModelConfig, vocab_size: int) -> int:
   """Layer by layer: attention, two norms, and either experts with their router or one dense block."""
   d, moe, total = model.model_dim, model.moe, 0
-  matrices = {"swiglu": 3, "relu": 2}[moe.expert_activation]
+  matrices_of = {"swiglu": 3, "relu": 2}
   for layer in range(1, model.num_layers + 1):
     total += 2 * d + (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim * d
     total += 2 * model.head_dim if model.qk_norm else 0
     if layer % model.moe_every:
-      total += matrices * d * model.dense_dim
+      total += matrices_of[model.activation] * d * model.dense_dim
     else:
-      total += d * moe.num_experts + moe.num_experts * matrices * d * moe.expert_dim
+      total += d * moe.num_experts + moe.num_experts * matrices_of[moe.experts] * d * moe.expert_dim
   return total + d + 2 * d * vocab_size
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_have_the_parameters_that_their_sizes_give(name):
-  config = get_preset(name).check()
-  check_methods(config.model.moe)
-  check_causal(config.model.moe)
+  config = preset(name).check()
   found = sum(sizes_of(name, VOCAB_SIZES[name]).values())
   assert found == parameters_by_hand(config.model, VOCAB_SIZES[name])
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from moe_jax import sharding
-from moe_jax.ops import balancing
 from moe_jax.ops.balancing import Balancer, make_balancer
 from moe_jax.ops.balancing.common import normalized_scores, token_mean
 from moe_jax.types import StepStats
@@ -104,12 +103,10 @@ def micro_batch_routing():
 
     return Balancer(losses=losses)
 
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(balancing.BALANCERS, "probe", probe)
-    config = tiny.change(tiny.CONFIG, balancers="probe", jitter=0.0, batch_size=8 // PIECES)
-    batch = tiny.make_batch()
-    micros = [rows_of(batch, slice(m, None, PIECES)) for m in range(PIECES)]  # as the train step cuts
-    metrics = [tiny.one_step(config, micro)["metrics"] for micro in micros]
+  config = tiny.change(tiny.CONFIG, balancers=probe, jitter=0.0, batch_size=8 // PIECES)
+  batch = tiny.make_batch()
+  micros = [rows_of(batch, slice(m, None, PIECES)) for m in range(PIECES)]  # as the train step cuts
+  metrics = [tiny.one_step(config, micro)["metrics"] for micro in micros]
   read = lambda kind: np.array(
     [[m[f"probe/{kind}{e}"] for e in range(config.model.moe.num_experts)] for m in metrics]
   ).swapaxes(1, 2)

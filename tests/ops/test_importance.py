@@ -197,7 +197,9 @@ def test_wrong_options(spec, message):
 
 
 def test_what_the_train_step_is_told():
-  assert (
-    make_balancer("load_loss").needs_smooth_load and not make_balancer("importance_loss").needs_smooth_load
-  )
+  plain = make_choice("softmax_topk", 4, 2)
+  make_balancer("importance_loss").suits(plain, 0)
+  make_balancer("load_loss").suits(make_choice("noisy_topk", 4, 2), 0)
+  with pytest.raises(InputError, match="reads the smooth load, which this router does not give"):
+    make_balancer("load_loss").suits(plain, 0)
   assert make_balancer("load_loss:1:sequence").needs_sequences

@@ -9,7 +9,7 @@ import pytest
 
 from moe_jax import sharding
 from moe_jax.config import MeshConfig
-from moe_jax.training.compiled import compile_steps
+from moe_jax.training.compiled import compile_steps, resolve_config
 from scripts import sharding_table
 from tests import tiny
 
@@ -106,7 +106,8 @@ def test_the_reader_of_programs_tells_loops_apart():
 @pytest.mark.parametrize("dispatcher", ["einsum", "sorted", "dropless"])
 def test_the_table_lists_every_constraint_of_the_program(dispatcher):
   """scripts/sharding_table.py says what the code does: each constraint in the traced step is one of its rows."""
-  config = tiny.change(CONFIG, dispatcher=dispatcher, mesh=MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
+  layout = MeshConfig(data=1, fsdp=2, expert=2, tensor=2)
+  config = resolve_config(tiny.change(CONFIG, dispatcher=dispatcher, mesh=layout))
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     steps = compile_steps(config, VOCAB, tiny.DOMAINS, mesh)

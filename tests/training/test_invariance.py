@@ -54,6 +54,18 @@ def test_gshard_draws_are_the_same():
   tiny.assert_same(tiny.one_step(spread, tiny.make_batch()), expected)
 
 
+@pytest.mark.parametrize("router", ["expert_choice", "softmax_topk"])
+def test_masked_tokens_are_the_same(router):
+  """Which tokens are masked, and what a bidirectional model makes of them; padding is seen by none."""
+  balancers = "z_loss:0.01" if router == "expert_choice" else "loss_free_bias:0.01"
+  config = tiny.change(tiny.CONFIG, objective="masked_lm", router=router, balancers=balancers)
+  batch = tiny.make_batch()
+  expected = tiny.one_step(config, batch)
+  spread = tiny.change(config, mesh=MeshConfig(data=2, expert=1), accumulation=4)
+  batch = batch | {"tokens_BL": np.where(batch["mask_BL"], batch["tokens_BL"], 7)}
+  tiny.assert_same(tiny.one_step(spread, batch), expected)
+
+
 @pytest.fixture(scope="module")
 def no_drops():
   """No drops and no draws: sequences do not depend on their place in the batch or on its shape."""

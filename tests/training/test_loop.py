@@ -3,8 +3,10 @@
 import json
 import math
 import pathlib
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,14 +14,18 @@ from moe_jax.config import MeshConfig
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError
 from moe_jax.sharding import make_mesh
+from moe_jax.training import loop
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import check_run, compile_steps
 from moe_jax.training.loop import Run
 from moe_jax.training.metric_writer import read_jsonl
+from moe_jax.training.objectives import NextToken
 from tests import tiny
 
 GOLDEN = pathlib.Path(__file__).parent / "golden_loss_curve.json"
-CONFIG = tiny.change(tiny.CONFIG, num_steps=6, eval_batches=4, clip_norm=1.0)
+CONFIG = tiny.change(
+  tiny.CONFIG, num_steps=6, eval_batches=4, clip_norm=1.0, hooks="average_parameters:decay=0.5"
+)
 
 
 @pytest.fixture(scope="module")
@@ -27,24 +33,40 @@ def dataset():
   return load_dataset(CONFIG.data)
 
 
+class KeepsState(Run):
+  """Keeps the state that it evaluates last."""
+
+  def evaluate(self, state):
+    self.state = jax.device_get(state)
+    return super().evaluate(state)
+
+
 @pytest.fixture(scope="module")
-def finished(dataset, tmp_path_factory):
-  """(folder, result) of an uninterrupted run."""
-  folder = tmp_path_factory.mktemp("finished")
-  return folder, Run(CONFIG, dataset, folder, label="arm").train()
+def finished_run(dataset, tmp_path_factory):
+  """(run, result) of an uninterrupted run."""
+  run = KeepsState(CONFIG, dataset, tmp_path_factory.mktemp("finished"), label="arm")
+  return run, run.train()
+
+
+@pytest.fixture(scope="module")
+def finished(finished_run):
+  """(folder, result) of it."""
+  run, result = finished_run
+  return run.folder, result
 
 
 class StopsAt:
-  """Stands for the progress display of a run that the user stops."""
+  """Stands for the progress display of a run that the user stops. Step 0: never."""
 
   def __init__(self, step):
-    self.step = step
+    self.step, self.notes = step, []
 
   def start_run(self, label, num_steps): ...
 
   def finish_run(self): ...
 
-  def note(self, text): ...
+  def note(self, text):
+    self.notes.append(text)
 
   def update(self, step, *numbers):
     if step == self.step:
@@ -55,17 +77,19 @@ def _without_times(lines):
   return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
 
 
-def test_a_stopped_run_continues_to_the_same_numbers(finished, dataset, tmp_path):
-  folder, expected = finished
+def test_a_stopped_run_continues_to_the_same_numbers(finished_run, dataset, tmp_path):
+  run, expected = finished_run
   config = tiny.change(CONFIG, checkpoint_every=2)
   with pytest.raises(KeyboardInterrupt):
     Run(config, dataset, tmp_path, progress=StopsAt(5), label="arm").train()
   assert not (tmp_path / "result.json").exists()
-  result = Run(config, dataset, tmp_path, label="arm").train()
+  continued = KeepsState(config, dataset, tmp_path, label="arm")
+  result = continued.train()
+  jax.tree.map(np.testing.assert_array_equal, continued.state, run.state)  # optimizer and hooks, too
   assert result["validation"] == expected["validation"]
   for key in ("loss", "max_vio", "dropped_fraction", "tail_steps"):
     assert result["training"][key] == expected["training"][key]
-  lines = [read_jsonl(f / "metrics.jsonl") for f in (tmp_path, folder)]
+  lines = [read_jsonl(f / "metrics.jsonl") for f in (tmp_path, run.folder)]
   assert [line["step"] for line in lines[0]] == [1, 2, 3, 4, 5, 6]
   assert _without_times(lines[0]) == _without_times(lines[1])
 
@@ -128,9 +152,106 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(data
   assert not (tmp_path / "result.json").exists()
 
 
+class InfiniteSlope(NextToken):
+  """The likelihood plus a term that is zero and has no derivative."""
+
+  def token_losses(self, logits_BLV, targets_BL):
+    return super().token_losses(logits_BLV, targets_BL) + jnp.sqrt(0 * logits_BLV[..., 0])
+
+
+def test_a_gradient_that_is_not_finite_stops_a_run_whose_loss_is(dataset, tmp_path):
+  config = tiny.change(CONFIG, objective=InfiniteSlope, hooks="", num_layers=1)
+  with pytest.raises(InputError, match=r"loss 3\.\d+ and gradient norm nan at step 1; there is no earlier"):
+    Run(config, dataset, tmp_path).train()
+  assert not list(tmp_path.glob("checkpoints/*/")) and not (tmp_path / "result.json").exists()
+
+
+class Clock:
+  """Time passes only where `costs` says: the first training step of a process compiles for 100 s, others take 2 s."""
+
+  def __init__(self, monkeypatch):
+    self.now = 0.0
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(monotonic=lambda: self.now))
+    monkeypatch.setattr(loop, "compile_steps", self.compile_steps)
+    monkeypatch.setattr(Checkpoints, "save", self.costs(50.0, Checkpoints.save))
+
+  def costs(self, *seconds: float):
+    *seconds, function = seconds
+    remaining = iter(seconds[:-1])
+
+    def timed(*args):
+      self.now += next(remaining, seconds[-1])
+      return function(*args)
+
+    return timed
+
+  def compile_steps(self, *args):
+    steps = compile_steps(*args)
+    return steps._replace(
+      train=self.costs(100.0, 2.0, steps.train), evaluate=self.costs(1000.0, steps.evaluate)
+    )
+
+
+def test_speed_leaves_out_compilation_evaluation_and_saving_and_survives_a_stop(
+  dataset, tmp_path, monkeypatch
+):
+  clock = Clock(monkeypatch)
+  config = tiny.change(CONFIG, eval_every=1, checkpoint_every=2, log_every=2)
+  with pytest.raises(KeyboardInterrupt):
+    Run(config, dataset, tmp_path, progress=StopsAt(3)).train()
+  result = Run(config, dataset, tmp_path).train()
+  # timed: step 2 before the stop, whose checkpoint is continued from, and steps 4 to 6 behind it
+  training = result["training"]
+  assert (training["seconds"], training["compile_seconds"]) == (8.0, 100.0)
+  assert training["tokens_per_second"] == pytest.approx(8 * 16 / 2)
+  speeds = [
+    line.get("tokens_per_second") for line in read_jsonl(tmp_path / "metrics.jsonl") if "loss" in line
+  ]
+  assert speeds == [None, 64.0, 64.0, 64.0, 64.0, 64.0]
+  assert clock.now > 1000
+
+
+def test_evaluations_and_checkpoints_happen_at_their_steps_and_the_newest_two_stay(
+  dataset, tmp_path, monkeypatch
+):
+  saved, save = [], Checkpoints.save
+  monkeypatch.setattr(
+    Checkpoints, "save", lambda self, step, *args: (saved.append(step), save(self, step, *args))
+  )
+  Run(tiny.change(CONFIG, eval_every=3, checkpoint_every=2, log_every=4), dataset, tmp_path).train()
+  lines = read_jsonl(tmp_path / "metrics.jsonl")
+  assert [line["step"] for line in lines if "eval_nll" in line] == [3]  # that of the last step is the result
+  assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 6]
+  assert saved == [2, 4, 6]
+  assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [4, 6]
+
+
+def test_a_run_stopped_within_a_save_continues_at_once(finished_run, dataset, tmp_path, monkeypatch):
+  run, _ = finished_run
+  save, close, closed = Checkpoints.save, Checkpoints.close, []
+
+  def stopped(self, step, *args):
+    save(self, step, *args)  # still writes in the background
+    if step == 4:
+      raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Checkpoints, "save", stopped)
+    patch.setattr(Checkpoints, "close", lambda self: (close(self), closed.append(self.folder)))
+    with pytest.raises(KeyboardInterrupt):
+      Run(tiny.change(CONFIG, checkpoint_every=2), dataset, tmp_path).train()
+  assert closed == [tmp_path / "checkpoints"]
+  progress = StopsAt(0)
+  continued = KeepsState(CONFIG, dataset, tmp_path, progress, show="mine")
+  continued.train()
+  assert progress.notes == ["mine: continues from step 4"]
+  assert [line["step"] for line in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+  jax.tree.map(np.testing.assert_array_equal, continued.state, run.state)
+
+
 def test_runs_that_differ_in_seeds_share_their_compiled_steps():
   mesh = make_mesh(CONFIG.mesh)
-  other = tiny.change(CONFIG, seed=3, data_seed=4)
+  other = tiny.change(CONFIG, seed=3, data_seed=4, checkpoint_every=5, log_every=7)
   one, two, three = (
     compile_steps(c, tiny.VOCAB, tiny.DOMAINS, mesh) for c in (CONFIG, other, tiny.change(CONFIG, jitter=0.2))
   )

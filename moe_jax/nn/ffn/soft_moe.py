@@ -55,7 +55,7 @@ class SoftMoE(nnx.Module):
     self.w_slots_DEC = matrix(rngs, (dim, num_experts, slots), ("embed", "router", "capacity"))
     self.scale = nnx.Param(jnp.ones((), jnp.float32), logical_axes=())
     sizes = {"num_experts": num_experts, "dim": dim, "expert_dim": expert_dim}
-    self.experts = made(EXPERTS, experts, **sizes, init_scale=init_scale, rngs=rngs)
+    self.experts = made(EXPERTS, experts, ExpertNetwork, **sizes, init_scale=init_scale, rngs=rngs)
     self.shared = nnx.data(shared)  # may come later, and is data even while there is none
 
   def __call__(self, x_BLD: Array, context: Context = DEFAULT) -> tuple[Array, MoEAux]:

@@ -14,10 +14,10 @@ from moe_jax.ops.attention import attend
 def rotate(x_BLNH: jax.Array, theta: float) -> jax.Array:
   """Rotary positions: the pair (i, i + H/2) at position l turns by l * theta^(-2i/H)."""
   half = x_BLNH.shape[-1] // 2
-  frequency_H = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angle_LH = jnp.arange(x_BLNH.shape[1], dtype=jnp.float32)[:, None] * frequency_H[None, :]
-  cos = jnp.cos(angle_LH)[None, :, None, :]
-  sin = jnp.sin(angle_LH)[None, :, None, :]
+  frequency_X = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angle_LX = jnp.arange(x_BLNH.shape[1], dtype=jnp.float32)[:, None] * frequency_X[None, :]
+  cos = jnp.cos(angle_LX)[None, :, None, :]
+  sin = jnp.sin(angle_LX)[None, :, None, :]
   a, b = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BLNH.dtype)
 

@@ -97,12 +97,13 @@ def token_major(
   None: all of them.
   """
   t, k = expert_TK.shape
-  valid_TK = mask_T[:, None] if valid_TK is None else mask_T[:, None] & valid_TK
+  mask_TK = jnp.broadcast_to(mask_T[:, None], (t, k))
+  valid_TK = mask_TK if valid_TK is None else mask_TK & valid_TK
   return Assignment(
     token_A=jnp.repeat(jnp.arange(t, dtype=jnp.int32), k),
     expert_A=expert_TK.reshape(-1),
     weight_A=weight_TK.reshape(-1),
-    valid_A=jnp.broadcast_to(valid_TK, (t, k)).reshape(-1),
+    valid_A=valid_TK.reshape(-1),
   )
 
 

@@ -1,0 +1,70 @@
+"""The command line: every flag has a help, and wrong ones end with one line."""
+
+import dataclasses
+import re
+
+import pytest
+
+from moe_jax import cli
+from moe_jax.config import Config
+from tests.scripts import assert_one_line, run_scripts
+
+EXPERIMENTS = ("load_balancing", "routers", "replay", "communication")
+WRONG = [
+  (["--num_expert=3"], "unknown flag '--num_expert': did you mean --num_experts"),
+  (["--seeds=many"], "flag --seeds=many"),
+  (["arms"], "unexpected argument 'arms'"),
+  (["--preset=tinny"], "unknown preset 'tinny': did you mean tiny"),
+  (["--num_experts=2", "--num_experts_per_token=4"], "--num_experts_per_token=4: must be between 1 and"),
+  (["--dataset=text_folder", "--text_folder=/no/such/folder"], "--text_folder=/no/such/folder"),
+  (["--dataset=stdlibb"], "unknown dataset 'stdlibb': did you mean stdlib"),
+  (["--router=softmax_top"], "--router=softmax_top: unknown router 'softmax_top': did you mean softmax_topk"),
+  (["--router=top_p:p=2"], "--router=top_p:2.0: router top_p: p must be in (0, 1), got 2.0"),
+  (["--router=switch_top1"], "--num_experts_per_token=2: router switch_top1 takes 1"),
+  (
+    ["--router=expert_choice"],
+    "--router=expert_choice: in a causal model its output depends on later tokens",
+  ),
+  (
+    ["--methods=loss_free_bias@hash_topk"],
+    "--balancers=loss_free_bias: the balancer moves the choice by a bias",
+  ),
+  (["--experts=swiglue"], "--experts=swiglue: unknown experts 'swiglue': did you mean swiglu"),
+  (["--mixer=attention:window=-1"], "mixer attention: window must be 0"),
+  (["--ffn=soft_mo"], "--ffn=soft_mo: unknown ffn 'soft_mo': did you mean soft_moe"),
+  (["--objective=masked_lm:2"], "--objective=masked_lm:2: objective masked_lm: rate must be in (0, 1)"),
+  (["--optimizer=adam"], "--optimizer=adam: unknown optimizer 'adam': did you mean adamw"),
+  (["--hooks=averag"], "--hooks=averag: unknown hook 'averag'"),
+  (["--plugins=no_such.py"], "--plugins=no_such.py: no such file"),
+  (["--dispatcher=all_to_all:chunks=0"], "dispatcher all_to_all: chunks must be 1 or more"),
+]
+
+
+def test_wrong_flags_end_with_one_line_and_write_nothing(tmp_path):
+  folder = tmp_path / "run"
+  script = ["experiments/load_balancing.py", f"--output_dir={folder}"]
+  for ended, (_, message) in zip(run_scripts(*([*script, *flags] for flags, _ in WRONG)), WRONG, strict=True):
+    assert_one_line(ended, message)
+  assert not folder.exists()
+
+
+def test_every_flag_has_a_help_and_its_default():
+  for ended in run_scripts(*([f"experiments/{name}.py", "--helpshort"] for name in EXPERIMENTS)):
+    flags = re.findall(r"^  --(?:\[no\])?(\w+): (.*)$", ended.stdout, re.MULTILINE)
+    assert len(flags) > 60
+    for name, text in flags:
+      assert len(text) > 8 and text.replace(" ", "_") != name, (name, text)
+    assert "--capacity_factor: slots per expert / (T*K/E) in training" in ended.stdout
+    assert "(default: '1.25')" in ended.stdout
+
+
+def test_every_field_is_a_flag_or_said_to_be_none():
+  no_flags = {"moe", "causal", "segments"}  # a part; what the objective decides; what only Python can say
+  fields = [f for part in cli._PARTS.values() for f in dataclasses.fields(part)]
+  assert {f.name for f in fields if "help" not in f.metadata} == no_flags
+
+
+@pytest.mark.parametrize("preset", ["tiny", "mixtral_8x7b"])
+def test_configurations_survive_json(preset):
+  config = cli.PRESETS[preset]
+  assert Config.from_dict(config.to_dict()) == config

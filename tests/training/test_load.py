@@ -1,0 +1,84 @@
+"""A run loaded back, and what is said of a folder that cannot be loaded or continued."""
+
+import json
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from moe_jax.data import load_dataset
+from moe_jax.errors import InputError
+from moe_jax.training.loop import Run
+from tests import tiny
+from tests.training.test_loop import KeepsState
+
+CONFIG = tiny.change(tiny.CONFIG, num_steps=2, eval_batches=1, num_layers=1, hooks="average_parameters")
+
+
+@pytest.fixture(scope="module")
+def dataset():
+  return load_dataset(CONFIG.data)
+
+
+@pytest.fixture(scope="module")
+def trained_run(dataset, tmp_path_factory):
+  run = KeepsState(CONFIG, dataset, tmp_path_factory.mktemp("trained"))
+  run.train()
+  return run
+
+
+def test_a_loaded_run_is_the_trained_model(trained_run):
+  run = trained_run
+  loaded = Run.load(run.folder)
+  assert (loaded.config.to_dict(), loaded.step) == (run.config.to_dict(), 2)
+  assert loaded.tokenizer.decode(loaded.tokenizer.encode("héllo")) == "héllo"
+  tokens_BL = tiny.make_batch()["tokens_BL"]
+  trained = nnx.merge(nnx.graphdef(run.steps.model), run.state.params, run.state.variables)
+  np.testing.assert_array_equal(loaded.model(tokens_BL)[0], trained(tokens_BL)[0])
+  for kept, found in zip(*(jax.tree.leaves(nnx.state(m)) for m in (trained, loaded.model)), strict=True):
+    np.testing.assert_array_equal(kept, found)
+
+
+def test_what_cannot_be_loaded_is_said_in_one_line(trained_run, tmp_path):
+  folder = trained_run.folder
+  values = json.loads((folder / "config.json").read_text())
+  (tmp_path / "whole").mkdir()
+
+  def refused(match, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InputError, match=match) as error:
+      Run.load(tmp_path)
+    assert str(error.value).startswith(str(tmp_path)) and "\n" not in str(error.value)
+
+  with pytest.raises(InputError, match=r"whole: holds no run \(config.json is missing or not whole"):
+    Run.load(tmp_path / "whole")
+  refused("holds no run", json.dumps(values)[:-9])
+  refused("is no folder of a run; in a comparison's folder, a run is arms/ARM", json.dumps({"seeds": [0]}))
+  refused("has no checkpoint yet", json.dumps(values))
+  values["model"]["moe"]["router"] = "mine:temperature=2"
+  refused("--router=mine.*unknown router 'mine'.*moe_jax.register, or --plugins=FILE", json.dumps(values))
+  values["model"]["moe"]["top_k"] = 2
+  refused("MoEConfig has no field top_k in this version", json.dumps(values))
+  del values["model"]["moe"]
+  refused("config.json is no configuration of this version", json.dumps(values))
+
+
+@pytest.mark.parametrize("fields", [{"model_dim": 32}, {"hooks": ""}], ids=["shapes", "structure"])
+def test_a_checkpoint_of_other_arrays_is_refused_in_one_line(fields, trained_run, dataset, tmp_path):
+  folder = trained_run.folder
+  shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+  other = Run(tiny.change(CONFIG, **fields), dataset, tmp_path)
+  line = (
+    re.escape(f"{tmp_path}/checkpoints/2: a checkpoint of another configuration or version of moe_jax")
+    + " .*"
+  )
+  with pytest.raises(InputError, match=line):
+    other.train()
+  assert (tmp_path / "config.json").read_text() == (folder / "config.json").read_text()
+  other._write_config()
+  with pytest.raises(InputError, match=line) as error:
+    Run.load(tmp_path)
+  assert "\n" not in str(error.value)
