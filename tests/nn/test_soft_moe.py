@@ -187,6 +187,22 @@ def test_the_weights_are_float32_and_the_rows_the_type_of_the_input():
   np.testing.assert_allclose(y_BLD.astype(np.float64), want_BLD, atol=0.05 * np.abs(want_BLD).max())
 
 
+def test_experts_draw_in_training_only():
+  moe, x_BLD = make(experts="expert_dropout:0.4"), inputs()
+  keys_B = jax.random.split(jax.random.key(0), B)
+  given = Context(MASK_BL, key_B=keys_B, step_key=keys_B[0])
+  contexts = (
+    Context(MASK_BL),
+    given,
+    given._replace(train=True),
+    given._replace(train=True, step_key=keys_B[1]),
+  )
+  plain, evaluated, drawn, other = jax.jit(lambda moe: [moe(x_BLD, context)[0] for context in contexts])(moe)
+  assert plain.shape == x_BLD.shape
+  np.testing.assert_array_equal(evaluated, plain)
+  assert min(np.abs(drawn - plain).max(), np.abs(drawn - other).max()) > 1e-2
+
+
 # --- in the model ---
 
 CONFIG = tiny.change(
