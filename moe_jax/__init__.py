@@ -1,18 +1,20 @@
 """moe_jax: Mixture-of-Experts language models in JAX and Flax.
 
-What a notebook needs is here by name, and imported when it is first used:
+The public names below are imported when they are first used, so `import moe_jax` is fast:
 
-  MoE, Context, Transformer          the layer, what it is told besides activations, the language model
-  Router, Balancer, ExpertNetwork    contracts of a router, a balancer, the network of experts
-  Objective, NextToken, Hook         contracts of what is trained, and of what runs after a step
-  Metric                             one thing to measure
-  matrix, vector, top_k              for a router or experts of your own
-  update_balancers, balancing_loss, read_metrics     for a training loop of your own
-  make_step, init_state, make_optimizer              a step made of parts
-  Config, ModelConfig, MoEConfig, ...                 frozen dataclasses, see `moe_jax.config`
-  Run, Comparison, load_dataset      one training run; several methods over several seeds
+  MoE, Context, Transformer          the MoE layer, its inputs besides activations, and the language model
+  Router, Balancer, ExpertNetwork    base classes and records for routing methods of your own
+  Objective, NextToken, Terms, Hook  base classes for what is minimised, and for what runs after each optimizer step
+  Metric                             a quantity to measure
+  matrix, vector, weight, freeze     parameters with logical axes
+  project, top_k                     pieces of a router
+  update_balancers, balancing_loss, moe_auxes, read_metrics   for a training loop of your own
+  make_step, init_state, make_optimizer, Options              an optimizer step made of parts
+  Config, ModelConfig, MoEConfig, ...                         frozen dataclasses, see `moe_jax.config`
+  Run, Comparison, load_dataset      one training run; several arms over several seeds
   preset                             a named configuration
-  register                           gives a part of yours a name
+  register                           names a part of your own
+  InputError                         an error that the user can correct
 """
 
 import importlib
@@ -76,16 +78,16 @@ __all__ = ["__version__", "register", *_PUBLIC]
 
 
 def register(kind: str, name: str, part: Any) -> None:
-  """Gives a part of yours a name, for the command line (`--plugins`), presets and configurations.
+  """Registers a part under a name, for use on the command line (with `--plugins`) and in configurations.
 
   Args:
     kind: router, experts, balancer, dispatcher, mixer, ffn, residual, objective, optimizer, hook, or metric.
-    name: letters, digits and _.
-    part: a function or class that makes the part. Parameters with defaults become options of the name. For a
+    name: consists of letters, digits and _.
+    part: a function or class that builds the part. Its parameters with defaults become options of the name. For a
       metric, the `Metric` itself.
 
   Raises:
-    InputError: an unknown kind, a name that is taken, or a part of the wrong kind.
+    InputError: if the kind is unknown, the name is taken, or `part` cannot build a part of this kind.
   """
   from moe_jax.errors import unknown_name
 

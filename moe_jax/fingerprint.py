@@ -1,4 +1,4 @@
-"""What a piece of a user's code is: where it is defined, and a digest that changes whenever it does."""
+"""Identity of a user's code: where it is defined, and a digest that changes when the code does."""
 
 import hashlib
 import inspect
@@ -11,12 +11,12 @@ _PACKAGE = __name__.partition(".")[0]
 
 
 def is_builtin(code: Callable[..., Any]) -> bool:
-  """Whether `code` comes with this package."""
+  """Returns whether `code` is part of this package."""
   return (getattr(inspect.unwrap(code), "__module__", None) or "").partition(".")[0] == _PACKAGE
 
 
 def place(code: Callable[..., Any]) -> str:
-  """`file:line` of a definition, as far as Python knows it."""
+  """Returns `file:line` of a definition, or its module if Python does not know the file."""
   code = inspect.unwrap(code)
   try:
     return f"{inspect.getsourcefile(code)}:{inspect.getsourcelines(code)[1]}"
@@ -25,9 +25,10 @@ def place(code: Callable[..., Any]) -> str:
 
 
 def digest(code: Callable[..., Any]) -> str:
-  """Of the source of `code` and of what it uses of its own module: functions, classes and plain constants.
+  """Returns a digest of the source of `code` and of the functions, classes and plain constants of its module that it uses.
 
-  Results on disk are compared by it. Code without a source (typed into an interpreter) counts by its instructions.
+  A comparison folder stores it, to notice that the code behind a name has changed. For code without source, such as a
+  function typed into an interpreter, the digest is of its instructions.
   """
   parts: list[str] = []
   _collect(inspect.unwrap(code), parts, set())

@@ -1,4 +1,4 @@
-"""A user's own files, imported so that what they register has a name on the command line."""
+"""Imports a user's files, so that the parts they register can be named on the command line."""
 
 import importlib
 import importlib.util
@@ -14,7 +14,7 @@ def import_plugins(plugins: Iterable[str]) -> None:
   """Imports files (`my_router.py`) and modules (`my_package.routers`), each once.
 
   Raises:
-    InputError: one that is not found, or fails; says where.
+    InputError: if a plugin is not found or fails to import. The message has the file and line.
   """
   for plugin in plugins:
     try:

@@ -1,10 +1,10 @@
-"""Parts by name, and what a name becomes: `switch_loss:0.01:scope=sequence` -> a `Method`.
+"""Registries of parts by name. They resolve `switch_loss:0.01:scope=sequence` to a `Method`.
 
-A name is resolved once, where a user says it: on the command line, in a configuration, in a call. Everything below
-holds `Method` objects, which are equal if they would build the same thing.
+A name is resolved once, at the border: on the command line, in a configuration, or in a call. Everything below holds
+`Method` objects. Two of them are equal if they would build the same part.
 
-Grammar: NAME[:VALUE ...][:OPTION=VALUE ...]. Plain values fill the factory's options in order. Several methods are
-joined by `,` or `+`. Values take the type of the option's default.
+Grammar: NAME[:VALUE ...][:OPTION=VALUE ...]. Plain values fill the options of the factory in order. A value has the type
+of the option's default. `,` or `+` joins several methods.
 """
 
 import dataclasses
@@ -20,23 +20,24 @@ from moe_jax.fingerprint import digest, is_builtin, place
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-  """A factory with its options, not called yet. Hashable; equal if factory, its source and options are.
+  """A factory with its options, not called yet.
 
-  So what is compiled can be cached by it: a function that is redefined under the same name is another method.
+  Methods are hashable, and equal if factory, source and options are equal. Compiled programs are therefore cached by
+  methods: a function that is redefined under the same name is a different method.
   """
 
   factory: Callable[..., Any]
-  options: tuple[tuple[str, Any], ...] = ()  # every option of the factory, in its order
-  source: str = ""  # digest of a user's code; empty for what this package brings
+  options: tuple[tuple[str, Any], ...] = ()  # every option of the factory, in the order of its signature
+  source: str = ""  # digest of a user's code; empty for code of this package
   name: str = dataclasses.field(default="", compare=False)
 
   def __call__(self, **offered: Any) -> Any:
-    """Builds the part. A factory takes, by name, what it needs of what it is offered."""
+    """Builds the part. The factory gets those of `offered` that its signature names."""
     takes = _parameters(self.factory)
     return self.factory(**{k: v for k, v in offered.items() if k in takes}, **dict(self.options))
 
   def __str__(self) -> str:
-    """The shortest text that names it: `switch_loss:0.01`, `sigmoid_topk:normalize=true`."""
+    """The shortest text that names this method: `switch_loss:0.01`, `sigmoid_topk:normalize=true`."""
     defaults = {name: p.default for name, p in _parameters(self.factory).items()}
     parts = [self.name]
     for i, (name, value) in enumerate(self.options):
@@ -47,7 +48,7 @@ class Method:
 
   @property
   def fingerprint(self) -> str:
-    """What the results of another process depend on: name, options and, for a user's code, its source."""
+    """What results depend on: name, options and, for a user's code, a digest of its source."""
     return f"{self} [{self.source}]" if self.source else str(self)
 
 
@@ -58,9 +59,10 @@ class Registry(Mapping[str, Callable[..., Any]]):
   """The factories of one kind of part, by name.
 
   Args:
-    kind: what they are, for errors: "router", "balancer", ...
-    factories: what this package brings.
-    offered: what a factory may take by name. Its other parameters must have defaults: they are its options.
+    kind: "router", "balancer", ...; appears in errors.
+    factories: those of this package.
+    offered: names of parameters that a factory may take. All its other parameters must have defaults: they are its
+      options.
   """
 
   def __init__(self, kind: str, factories: Mapping[str, Callable[..., Any]], offered: Sequence[str] = ()):
@@ -78,10 +80,12 @@ class Registry(Mapping[str, Callable[..., Any]]):
     return len(self._factories)
 
   def register(self, name: str, factory: Callable[..., Any]) -> None:
-    """Gives `factory` a name. The same code defined once more, as when a notebook cell runs again, replaces itself.
+    """Registers `factory` under a name. A new definition of the same function, as in a notebook cell that runs again,
+    replaces the old one.
 
     Raises:
-      InputError: the name is taken or no name, or the factory is none; says where the factory is defined.
+      InputError: if the name is taken or is not an identifier, or if `factory` is not callable or takes parameters that
+        are not offered and have no default. The message says where the factory is defined.
     """
     if not name.isidentifier():
       raise InputError(f"{self.kind} {name!r}: a name consists of letters, digits and _")
@@ -97,10 +101,10 @@ class Registry(Mapping[str, Callable[..., Any]]):
     self._factories[name] = factory
 
   def resolve(self, spec: Spec) -> Method:
-    """The method that a name with options, a factory, or a `functools.partial` of one stands for.
+    """Returns the method for a name with options, a factory, or a `functools.partial` of a factory.
 
     Raises:
-      InputError: unknown name or option, or a value that does not read as the option's type.
+      InputError: if the name or an option is unknown, or a value does not have the type of its option.
     """
     if isinstance(spec, Method):
       return spec
@@ -117,7 +121,7 @@ class Registry(Mapping[str, Callable[..., Any]]):
     return self._method(name, spec, given)
 
   def resolve_all(self, specs: Spec | Sequence[Spec]) -> tuple[Method, ...]:
-    """Several: a text with `,` or `+` between them, one spec, or a sequence of specs."""
+    """Returns the methods of a text with `,` or `+` between them, of one spec, or of a sequence of specs."""
     if isinstance(specs, str):
       specs = split_methods(specs)
     elif not isinstance(specs, Sequence):
@@ -125,7 +129,7 @@ class Registry(Mapping[str, Callable[..., Any]]):
     return tuple(self.resolve(spec) for spec in specs)
 
   def _options(self, factory: Callable[..., Any], name: str) -> dict[str, inspect.Parameter]:
-    """The factory's options: what it takes beyond what it is offered."""
+    """The options of the factory: its parameters that are not offered."""
     options = {n: p for n, p in _parameters(factory).items() if n not in self.offered}
     for option, parameter in options.items():
       if parameter.default is inspect.Parameter.empty:
@@ -171,7 +175,7 @@ def split_methods(spec: str) -> list[str]:
 
 @functools.cache
 def _parameters(factory: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-  """What a factory can be given by name."""
+  """The parameters of a factory, by name."""
   if isinstance(factory, type):  # not the class itself: a metaclass may hide what __init__ takes
     parameters = list(inspect.signature(factory.__init__).parameters.values())[1:]
   else:
@@ -181,7 +185,7 @@ def _parameters(factory: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
 
 
 def _same_place(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
-  """Whether one is a new definition of the other: of the same name, in the same module or file."""
+  """Whether one is a new definition of the other: both have the same name and the same module or file."""
   if getattr(one, "__qualname__", "") != getattr(other, "__qualname__", None):
     return False
   file = lambda f: place(f).rpartition(":")[0]

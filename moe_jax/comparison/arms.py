@@ -1,7 +1,7 @@
-"""The arms that the comparisons run: which fields of the configuration each sets.
+"""The arms that the comparisons run. An arm is a set of fields of the configuration.
 
-Every balancer and every router of the registries is in one of the two tables; a test sees to it. Rates are
-those of short runs (see docs/LOG.md, "Which bias step"); weights are the ones of the papers.
+Every balancer and every router of the registries must be in one of the two tables, which tests/comparison/test_arms.py
+checks. Rates suit short runs (see docs/LOG.md, "Which bias step"). Weights are those of the papers.
 """
 
 import dataclasses
@@ -17,10 +17,10 @@ _PARTS = ("model", "optimizer", "data", "train")  # whose fields an arm may set,
 
 
 def with_arm(config: Config, arm: Arm) -> Config:
-  """`config` with the fields of `arm`, each found by its name.
+  """Returns `config` with the fields of `arm`. Each field is found by its name in any part of the configuration.
 
   Raises:
-    InputError: no part of the configuration has a field of that name.
+    InputError: if no part of the configuration has a field of that name.
   """
   given: dict[str, dict[str, Any]] = {part: {} for part in ("moe", *_PARTS)}
   for field, value in arm.items():
@@ -32,7 +32,7 @@ def with_arm(config: Config, arm: Arm) -> Config:
 
 
 def value_of(config: Config, field: str) -> Any:
-  """The value of the field of that name."""
+  """Returns the value of the field of that name, in any part of the configuration."""
   part = _part_of(config, field)
   return getattr(config.model.moe if part == "moe" else getattr(config, part), field)
 
@@ -50,13 +50,13 @@ def _part_of(config: Config, field: str) -> str:
 
 
 def balancing_arm(text: str) -> Arm:
-  """`"switch_loss:0.01+z_loss:0.001"`, or with a router of its own: `"load_loss:0.1@noisy_topk"`."""
+  """Returns the arm for `"switch_loss:0.01+z_loss:0.001"` or, with its own router, `"load_loss:0.1@noisy_topk"`."""
   balancers, at, router = text.partition("@")
   return {"balancers": balancers} | ({"router": router} if at else {})
 
 
 def routing_arm(text: str) -> Arm:
-  """`"sigmoid_topk:normalize=true"`, or with balancers of its own: `"sinkhorn@none"`."""
+  """Returns the arm for `"sigmoid_topk:normalize=true"` or, with its own balancers, `"sinkhorn@none"`."""
   router, at, balancers = text.partition("@")
   return {"router": router} | ({"balancers": balancers} if at else {})
 
@@ -64,10 +64,16 @@ def routing_arm(text: str) -> Arm:
 def arms_from_flag(
   flag: str, text: str, every: Mapping[str, Arm], parse: Callable[[str], Arm]
 ) -> dict[str, Arm]:
-  """`all`, or names separated by commas, each one of `every` or something that `parse` reads.
+  """Returns the arms that a flag names.
+
+  Args:
+    flag: the name of the flag, for errors.
+    text: `all`, or names separated by commas.
+    every: the arms with names of their own.
+    parse: makes an arm of any other name.
 
   Raises:
-    InputError: no arm, or one that is named twice.
+    InputError: if no arm is named, or one is named twice.
   """
   names = [name.strip() for name in text.split(",") if name.strip()]
   if names == ["all"]:
@@ -115,13 +121,13 @@ BALANCING: dict[str, Arm] = {
 
 
 def routers(expert_dim: int) -> dict[str, Arm]:
-  """experiments/routers.py --routers=all: K x F, the hidden width that a token sees, is the same in all.
+  """Returns the arms of `experiments/routers.py --routers=all`. K x F, the active hidden width, is the same in all.
 
   Args:
     expert_dim: F of the arms with K = 2.
   """
   wide = {"num_experts_per_token": 1, "expert_dim": 2 * expert_dim}
-  # All tokens of a sequence have the same experts, of which any capacity would drop most.
+  # All tokens of a sequence have the same experts, so a capacity would drop most of them.
   dropless = {"dispatcher": "dropless"}
   return (
     {text.partition("@")[0]: routing_arm(text) for text in _CAUSAL}
@@ -153,7 +159,7 @@ _CAUSAL = (
   "hash_topk@none",
   "frozen_table_topk@none",
 )
-# These look at later tokens in a causal model, so their perplexity is not that of a language model.
+# These look at later tokens in a causal model, so their perplexity cannot be compared with that of a language model.
 _LEAKING = (
   "gshard_top2",
   "gshard_top2:threshold=0.2:slots=sent",
@@ -167,5 +173,5 @@ _LEAKING = (
 
 
 def _accepted(arm: Arm) -> Arm:
-  """`arm`, whose router may look at later tokens."""
+  """Returns `arm` with permission for its router to look at later tokens."""
   return dict(arm) | {"accept_leaks": arm["router"].partition(":")[0]}

@@ -1,4 +1,4 @@
-"""A comparison: the same model on the same batches under several arms, over several seeds, resumable."""
+"""A comparison trains several arms on the same batches, with several seeds. It can be resumed."""
 
 import dataclasses
 import json
@@ -28,21 +28,22 @@ Result = dict[str, Any]
 
 
 class Comparison:
-  """Runs every arm with every seed into `output_dir`, keeping what an earlier call finished.
+  """Trains every arm with every seed in `output_dir`, and keeps the runs that an earlier call finished.
 
-  A seed fixes the initial parameters, the order of the batches and the router's draws; all arms of a
-  seed share them, so differences are paired. With several processes, all make the same calls; process 0
-  alone prints and writes, and says what is done already.
+  A seed fixes the initial parameters, the order of the batches and all random draws. All arms share them, so differences
+  between arms are paired by seed. With several processes, all processes make the same calls. Only process 0 prints and
+  writes.
 
   Args:
-    arms: name -> the fields of the configuration in which this arm differs from `config`; those of methods may be
-      names, functions or classes. The first arm is the baseline.
-    seeds: of the runs.
-    config: of every run; `seed` and `data_seed` are set by the seed.
-    output_dir: new, or holding an earlier run of the same configuration.
+    arms: for each arm, its name and the fields in which it differs from `config`. Methods may be names, functions or
+      classes. The first arm is the baseline.
+    seeds: the seeds of the runs.
+    config: the configuration of every run. Its `seed` and `data_seed` are replaced by the seed of the run.
+    output_dir: a new folder, or that of an earlier comparison with the same configuration.
 
   Raises:
-    InputError: a wrong field, or a folder that holds another configuration's run. Before any training.
+    InputError: if a field is wrong, or if the folder has results of another configuration or of other code. It is raised
+      before any training.
   """
 
   def __init__(
@@ -64,7 +65,7 @@ class Comparison:
       self._check_folder()
 
   def run(self) -> list[Result]:
-    """Trains what is not done yet. One result per arm and seed, in the order of the arms."""
+    """Trains the runs that are not finished. Returns a result for each arm and seed, in the order of the arms."""
     dataset = load_dataset(self.config.data)
     self._describe(dataset.info)
     processes.check_agree(
@@ -96,7 +97,15 @@ class Comparison:
   def report(
     self, results: list[Result], *, title: str, question: str, command: str, notes: Sequence[str]
   ) -> None:
-    """Writes metrics.jsonl, summary.csv, the plots and report.html; prints the table. In process 0."""
+    """Prints the table, and writes metrics.jsonl, summary.csv, differences.csv, plots and report.html. In process 0 only.
+
+    Args:
+      results: what `run` returned.
+      title: the title of the report.
+      question: the question that the comparison answers.
+      command: the command that reproduces it.
+      notes: paragraphs for the report.
+    """
     with processes.first_writes("report") as mine:
       if mine:
         self._report(results, title=title, question=question, command=command, notes=notes)
@@ -117,7 +126,7 @@ class Comparison:
     return self._run_folder(arm, seed) / "result.json"
 
   def _check_folder(self) -> None:
-    """Raises unless the folder is new, empty, or of the same configuration; arms and seeds may be added."""
+    """Raises `InputError` unless the folder is new, empty, or of the same configuration. Arms and seeds may be added."""
     known = self._known()
     changed = _differences(known["config"], to_plain(self.config, fingerprint)) if known else []
     for name in self.arms.keys() & known.get("arms", {}).keys():
@@ -131,7 +140,7 @@ class Comparison:
       raise InputError(f"--output_dir={self.folder}: is not empty and holds no run; choose another folder")
 
   def _known(self) -> dict[str, Any]:
-    """What config.json of the folder says; empty if there is none."""
+    """Returns config.json of the folder, or {} if there is none."""
     path = self.folder / "config.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -146,7 +155,7 @@ class Comparison:
     (self.folder / "config.json").write_text(json.dumps(claim, indent=1) + "\n")
 
   def _sees_claim(self) -> bool:
-    """Whether what process 0 wrote is here; a network's file system may show it late."""
+    """Returns whether this process can read what process 0 wrote. A network file system may need some time."""
     deadline = time.monotonic() + 10.0
     while not self._known() and time.monotonic() < deadline:
       time.sleep(0.2)
@@ -172,7 +181,7 @@ class Comparison:
     self.console.print(f"data: {info.name} (fingerprint {info.fingerprint[:12]}){shares}", soft_wrap=True)
 
   def _merge_metrics(self) -> None:
-    """All runs' metrics in one file, each line with its arm and seed in front."""
+    """Writes the metrics of all runs to one file. Each line starts with its arm and seed."""
     with (self.folder / "metrics.jsonl").open("w") as out:
       for arm in self.arms:
         for seed in self.seeds:
@@ -187,8 +196,10 @@ def _with_seed(config: Config, seed: int) -> Config:
 
 
 def _described(arm: Arm, config: Config) -> dict[str, Any]:
-  """The fields of an arm as JSON values; a user's method with a digest of its source, so that results of another one
-  under the same name are not taken for its own."""
+  """Returns the fields of an arm as JSON values, with a digest of the source of a user's methods.
+
+  The digest keeps results of other code under the same name from being reused.
+  """
   described = {}
   for field in arm:
     value = value_of(config, field)
@@ -198,7 +209,7 @@ def _described(arm: Arm, config: Config) -> dict[str, Any]:
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[str]:
-  """`field: old, now new` for every leaf that differs."""
+  """Returns a text for every leaf that differs: its field, its old value and its new value."""
   if isinstance(old, dict) and isinstance(new, dict):
     keys = [*old, *(key for key in new if key not in old)]
     return [line for key in keys for line in _differences(old.get(key), new.get(key), key)]

@@ -1,4 +1,4 @@
-"""What the configuration classes share: fields that are flags, and checks that name them."""
+"""Helpers of the configuration classes: fields that are flags, and checks whose errors name the flag."""
 
 import dataclasses
 from typing import Any
@@ -7,20 +7,23 @@ from moe_jax.errors import InputError
 
 
 def flag(default: Any, help: str) -> Any:
-  """A field that is a flag, with the flag's help."""
+  """Returns a dataclass field that is also a flag, with the flag's help text."""
   return dataclasses.field(default=default, metadata={"help": help})
 
 
 def require(ok: bool, field: str, value: Any, right: str) -> None:
+  """Raises `InputError` unless `ok`. `right` says what the value should be."""
   if not ok:
     raise InputError(f"--{field}={value}: {right}")
 
 
 def positive(part: Any, *names: str) -> None:
+  """Raises `InputError` unless each of these fields is 1 or more."""
   for name in names:
     require(getattr(part, name) >= 1, name, getattr(part, name), "must be positive")
 
 
 def one_of(part: Any, name: str, *choices: str) -> None:
+  """Raises `InputError` unless the field has one of `choices`."""
   right = f"{', '.join(choices[:-1])} or {choices[-1]}"
   require(getattr(part, name) in choices, name, getattr(part, name), right)

@@ -1,4 +1,4 @@
-"""What a model is: blocks of a token mixer and a feed-forward part, with or without experts."""
+"""Configuration of a model: blocks of a token mixer and a feed-forward part, with or without experts."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,8 +9,10 @@ from moe_jax.registry import Spec
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
-  """A feed-forward part with experts. Methods are `name` or `name:value:option=value` (see `moe_jax.registry`), or the
-  functions and classes themselves."""
+  """A feed-forward part with experts.
+
+  Methods are text, `name` or `name:value:option=value` (see `moe_jax.registry`), or the functions and classes themselves.
+  """
 
   num_experts: int = flag(16, "E, experts of a layer")
   num_experts_per_token: int = flag(2, "K, experts that a token is sent to")
@@ -53,17 +55,17 @@ class MoEConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
-  """One block: a token mixer, a feed-forward part, and how both meet the residual stream."""
+  """One block: a token mixer, a feed-forward part, and how both are added to the residual stream."""
 
   mixer: Spec = "attention"
   ffn: Spec = "moe"
   residual: Spec = "pre_norm"
-  moe: MoEConfig | None = None  # None: that of the model
+  moe: MoEConfig | None = None  # None: `ModelConfig.moe`
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-  """A pattern of blocks, repeated. The parameters of the repetitions are stacked and the program loops over them."""
+  """A pattern of blocks, repeated. The parameters of all repetitions are stacked, and the program loops over them."""
 
   pattern: tuple[BlockConfig, ...]
   repeats: int = 1
@@ -71,7 +73,7 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """The language model. `vocab_size` comes from the data set's tokenizer."""
+  """The language model. The size of the vocabulary comes from the tokenizer of the data set."""
 
   num_layers: int = flag(3, "blocks, each a token mixer and a feed-forward part")
   model_dim: int = flag(64, "D, width of the residual stream")
@@ -99,9 +101,9 @@ class ModelConfig:
   )
   moe: MoEConfig = MoEConfig()
   dense_ffn: Spec = "mlp"  # feed-forward part of the blocks without experts
-  causal: bool = True  # set by the objective: False lets every position attend to all others
-  # The blocks one by one, for models that the fields above cannot say. Empty: made of num_layers, num_dense_first,
-  # moe_every, mixer, ffn and residual.
+  causal: bool = True  # set by the objective; False: every position attends to all others
+  # The blocks, for models that the fields above cannot describe. Empty: made from num_layers, num_dense_first, moe_every,
+  # mixer, ffn and residual.
   segments: tuple[Segment, ...] = ()
 
   def check(self) -> None:
@@ -152,7 +154,7 @@ class ModelConfig:
 
   @property
   def blocks(self) -> tuple[Segment, ...]:
-    """The segments, also where the short fields say them; every block with a `MoEConfig` of its own."""
+    """The segments of the model. Those of the short fields are expanded, and every block has its own `MoEConfig`."""
     segments = self.segments or self._segments_of_pattern()
     own = lambda block: block if block.moe is not None else dataclasses.replace(block, moe=self.moe)
     return tuple(Segment(tuple(own(b) for b in s.pattern), s.repeats) for s in segments)

@@ -1,4 +1,4 @@
-"""Configurations as plain JSON values, and back."""
+"""Converts configurations to plain JSON values and back."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from moe_jax.registry import Method
 
 
 def spec_text(spec: Any) -> str:
-  """A method, a sequence of them, or a name, as text."""
+  """Returns the text of a method, a sequence of methods, or a name."""
   if isinstance(spec, tuple | list):
     return ",".join(spec_text(part) for part in spec)
   if isinstance(spec, str | Method):
@@ -20,7 +20,7 @@ def spec_text(spec: Any) -> str:
 
 
 def fingerprint(spec: Any) -> str:
-  """Like `spec_text`, and a user's code with a digest of its source: what results depend on."""
+  """Returns `spec_text`, with a digest of the source for a user's code. Results depend on no more than this."""
   if isinstance(spec, tuple | list):
     return ",".join(fingerprint(part) for part in spec)
   if isinstance(spec, Method):
@@ -30,7 +30,7 @@ def fingerprint(spec: Any) -> str:
 
 
 def to_plain(value: Any, text: Callable[[Any], str] = spec_text) -> Any:
-  """JSON values. `text` writes methods: by default, as what names them."""
+  """Converts a configuration to JSON values. `text` converts methods, by default to their names."""
   if dataclasses.is_dataclass(value) and not isinstance(value, Method | type):
     of_field = lambda f: text if isinstance(f.default, str) else lambda x: to_plain(x, text)
     return {f.name: of_field(f)(getattr(value, f.name)) for f in dataclasses.fields(value)}
@@ -40,7 +40,7 @@ def to_plain(value: Any, text: Callable[[Any], str] = spec_text) -> Any:
 
 
 def from_fields(cls: type, values: dict[str, Any]) -> Any:
-  """Raises `InputError` on fields that this version does not have."""
+  """Returns `cls(**values)`. Raises `InputError` for fields that this version does not have."""
   unknown = sorted(values.keys() - {field.name for field in dataclasses.fields(cls)})
   if unknown:
     raise InputError(f"configuration: {cls.__name__} has no field {', '.join(unknown)} in this version")
@@ -48,6 +48,7 @@ def from_fields(cls: type, values: dict[str, Any]) -> Any:
 
 
 def model_from_plain(values: dict[str, Any]) -> ModelConfig:
+  """Returns the model configuration that `to_plain` wrote."""
   nested = {
     "moe": from_fields(MoEConfig, values["moe"]),
     "segments": tuple(_segment(segment) for segment in values.get("segments", ())),

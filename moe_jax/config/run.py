@@ -1,4 +1,4 @@
-"""One training run, whole."""
+"""The whole configuration of a training run."""
 
 import dataclasses
 from typing import Any
@@ -11,7 +11,7 @@ from moe_jax.config.training import DataConfig, MeshConfig, OptimizerConfig, Tra
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """One training run, whole."""
+  """The whole configuration of a training run."""
 
   model: ModelConfig = ModelConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
@@ -20,7 +20,7 @@ class Config:
   mesh: MeshConfig = MeshConfig()
 
   def check(self) -> "Config":
-    """Raises `InputError` on the first wrong field; returns itself."""
+    """Returns `self`. Raises `InputError` for the first wrong field."""
     for part in (self.model, self.optimizer, self.data, self.train, self.mesh):
       part.check()
     require(
@@ -32,15 +32,15 @@ class Config:
     return self
 
   def to_dict(self) -> dict[str, Any]:
-    """JSON values; methods as the text that names them."""
+    """Returns JSON values, with methods as the text that names them."""
     return to_plain(self)
 
   @classmethod
   def from_dict(cls, values: dict[str, Any]) -> "Config":
-    """The inverse of `to_dict`, where methods have names.
+    """The inverse of `to_dict`, provided that methods are registered under their names.
 
     Raises:
-      InputError: fields that this version does not have.
+      InputError: if a field does not exist in this version.
     """
     others = {"optimizer": OptimizerConfig, "data": DataConfig, "train": TrainConfig, "mesh": MeshConfig}
     parts = {name: from_fields(part, values[name]) for name, part in others.items()}

@@ -1,4 +1,4 @@
-"""What surrounds a model in a run: optimizer, data, training loop, mesh."""
+"""Configuration of everything around a model: optimizer, data, training loop and mesh."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from moe_jax.registry import Spec
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """The optimizer, with warm-up and a decay to `final_learning_rate_fraction` at the last step."""
+  """The optimizer, and a learning rate that warms up and then decays to `final_learning_rate_fraction` of its peak."""
 
   optimizer: Spec = flag("adamw", "what turns gradients into updates")
   learning_rate: float = flag(3e-3, "at the end of the warm-up")
@@ -32,7 +32,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """Where text comes from and how it is cut into batches."""
+  """The data set, its tokenizer, and how text is cut into batches."""
 
   dataset: str = flag("stdlib", "stdlib, markov, text_folder, or any TFDS text data set, e.g. lm1b, c4/en")
   data_dir: str = flag("", "where TFDS data sets live; empty: $MOE_JAX_DATA_DIR or ~/.cache/moe_jax")
@@ -60,7 +60,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-  """What is trained for, and the loop around the steps."""
+  """The objective, the hooks, and the loop around the steps."""
 
   objective: Spec = flag("next_token", "what is trained: next_token, or masked_lm on a bidirectional model")
   hooks: Spec | Sequence[Spec] = flag("", "what else runs after every optimizer step, joined by commas")
@@ -88,7 +88,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Devices along each mesh axis; -1 takes what is left. `sharding.RULES` says what each axis splits."""
+  """Devices along each mesh axis. One axis may be -1 and takes the rest. `sharding.RULES` says what each axis splits."""
 
   slice: int = flag(1, "devices along the outer mesh axis, across slices or nodes; -1: what is left")
   data: int = flag(-1, "devices that replicate the parameters and split the batch; -1: what is left")

@@ -1,4 +1,4 @@
-"""Flax NNX modules: own parameters, call `ops`, name logical axes."""
+"""Flax NNX modules. They own parameters, name their logical axes, and call the pure functions of `moe_jax.ops`."""
 
 from moe_jax.nn.context import Context
 from moe_jax.nn.moe import MoE

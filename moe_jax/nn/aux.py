@@ -1,4 +1,4 @@
-"""Reading the aux of a model, and updating balancers by it: for our training step, and for anybody's."""
+"""Reads the aux of a model, and updates its balancers. For any training loop, including ours."""
 
 from typing import Any
 
@@ -13,15 +13,17 @@ from moe_jax.types import Array, MoEAux, PyTree
 
 
 def moe_auxes(aux: PyTree) -> list[MoEAux]:
-  """Every `MoEAux` of a tree, in order. Those of a segment have a leading axis of its repetitions."""
+  """Returns every `MoEAux` of a tree, in order. The arrays of those of a segment have a leading axis of repetitions."""
   leaves = jax.tree.leaves(aux, is_leaf=lambda leaf: isinstance(leaf, MoEAux))
   return [leaf for leaf in leaves if isinstance(leaf, MoEAux)]
 
 
 def by_layer(segments: list[list[Array]]) -> Array:
-  """[R, ...] in the order of the layers, from each segment's list of [repetitions, ...], one per block of its pattern.
+  """Returns an array [R, ...] in the order of the layers.
 
-  Where layers differ in their last axis, as with other numbers of experts, the shorter ones end in NaN.
+  Args:
+    segments: for each segment, a list with an array [repetitions, ...] for each block of its pattern. If the last axis
+      differs between layers, for example because they have different numbers of experts, the shorter ones end in NaN.
   """
   arrays = [jnp.stack(blocks, axis=1).reshape(-1, *blocks[0].shape[1:]) for blocks in map(_padded, segments)]
   return jnp.concatenate(_padded(arrays)) if len(arrays) > 1 else arrays[0]
@@ -36,7 +38,7 @@ def _padded(arrays: list[Array]) -> list[Array]:
 
 
 def segments_of(aux: PyTree) -> list[list[MoEAux]]:
-  """The `MoEAux` of each segment's pattern; what is no model's aux, as one segment of one repetition per layer."""
+  """Returns the `MoEAux` of each segment's pattern. Other trees than the aux of a model count as single layers."""
   if isinstance(aux, MoEAux):
     aux = ((aux,),)
   found = [moe_auxes(segment) for segment in aux]
@@ -46,10 +48,10 @@ def segments_of(aux: PyTree) -> list[list[MoEAux]]:
 
 
 def read_metrics(aux: PyTree) -> dict[str, Array]:
-  """Every metric that is declared, by name, with a leading axis over the layers with experts.
+  """Returns every metric in `moe_jax.ops.metrics.METRICS` by name, with a leading axis over the layers with experts.
 
   Args:
-    aux: of a layer or a model; of several micro-batches, their sum.
+    aux: the aux of a layer or a model. For several micro-batches, pass the sum of theirs.
   """
   segments = segments_of(aux)
   read = lambda name, block: METRICS[name].read(block.metrics[name])
@@ -57,7 +59,7 @@ def read_metrics(aux: PyTree) -> dict[str, Array]:
 
 
 def losses_by_name(aux: PyTree) -> dict[str, Array]:
-  """Every balancing loss, weight included, with a leading axis over the layers that have it."""
+  """Returns every balancing loss by name, weight included, with a leading axis over the layers that have it."""
   segments = segments_of(aux)
   names = dict.fromkeys(name for blocks in segments for b in blocks for name in b.losses)
   with_it = lambda name: [[b.losses[name] for b in blocks if name in b.losses] for blocks in segments]
@@ -65,26 +67,26 @@ def losses_by_name(aux: PyTree) -> dict[str, Array]:
 
 
 def num_moe_layers(aux: PyTree) -> int:
-  """R."""
+  """Returns R, the number of layers with experts."""
   return sum(len(blocks) * blocks[0].kept_per_expert_E.shape[0] for blocks in segments_of(aux))
 
 
 def balancing_loss(aux: PyTree) -> Array | float:
-  """All balancing losses of a model as one number: their mean over its layers with experts."""
+  """Returns the sum of all balancing losses of a model, averaged over its layers with experts."""
   layers = num_moe_layers(aux)
   return sum(loss_R.sum() for loss_R in losses_by_name(aux).values()) / layers if layers else 0.0
 
 
 def update_balancers(model: nnx.Module, aux: PyTree) -> None:
-  """Moves the balancers of `model` by what its layers observed: once per optimizer step, after it.
+  """Updates the state of all balancers of `model`. Call it once per optimizer step, after the step.
 
   Args:
-    model: with any number of `MoE` layers, in segments or not. Changed in place.
+    model: has any number of `MoE` layers. It is changed in place.
     aux: a tree with the `MoEAux` of each layer, in the order in which flax walks the model (attributes by name, lists
-      by index). With several micro-batches, the sum of their auxes.
+      by index). For several micro-batches, pass the sum of their auxes.
 
   Raises:
-    InputError: the model has another number of layers than the tree.
+    InputError: if the model and the tree have different numbers of layers.
   """
   layers = [module for _, module in nnx.iter_modules(model) if isinstance(module, MoE)]
   auxes = [a for a in moe_auxes(aux) if a.balancer_stats is not None]

@@ -1,4 +1,4 @@
-"""A block: a token mixer and a feed-forward part, each on the residual stream."""
+"""A block: a token mixer and a feed-forward part, each added to the residual stream."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,18 +10,19 @@ from moe_jax.types import Array, PyTree
 
 
 class BlockAux(NamedTuple):
-  """What the parts of a block know besides their output; None for a part that knows nothing."""
+  """The aux of each part of a block: what it returns besides its output, or None."""
 
   mixer: PyTree
   ffn: PyTree
 
 
 class Block(nnx.Module):
-  """`x_BLD, aux = block(x_BLD, context)`.
+  """A block of a model: `x_BLD, aux = block(x_BLD, context)`.
 
   Args:
-    mixer, ffn: modules `part(x_BLD, context) -> (y_BLD, aux)`.
-    residual: makes what brings each of them to the stream, `residual(part, x_BLD, context) -> (x_BLD, aux)`.
+    mixer, ffn: modules that map (x_BLD, context) to (y_BLD, aux).
+    residual: makes a module that adds a part to the residual stream: it maps (part, x_BLD, context) to (x_BLD, aux).
+      Called once for the mixer and once for the feed-forward part.
   """
 
   def __init__(self, mixer: nnx.Module, ffn: nnx.Module, residual: Callable[[], nnx.Module]):

@@ -1,4 +1,4 @@
-"""From a configuration to parts: names are resolved here, once, and the parts of every block are made here."""
+"""From a configuration to parts. Names are resolved here, and the parts of every block are built here."""
 
 import contextlib
 import dataclasses
@@ -28,7 +28,7 @@ _BLOCK_PARTS = {"mixer": MIXERS, "ffn": FFNS, "residual": RESIDUALS}
 
 @contextlib.contextmanager
 def naming(flag: str, value: Any) -> Iterator[None]:
-  """Puts the flag in front of what a part says of its options."""
+  """Adds the flag to the message of an `InputError` that a part raises about its options."""
   try:
     yield
   except InputError as error:
@@ -37,7 +37,7 @@ def naming(flag: str, value: Any) -> Iterator[None]:
 
 
 def resolve_moe(config: MoEConfig) -> MoEConfig:
-  """`config` with a `Method` in place of every name. Raises `InputError` that names the flag."""
+  """Returns `config` with a `Method` in place of every name. Raises `InputError` that names the flag."""
   methods: dict[str, Any] = {}
   for name, registry in _MOE_PARTS.items():
     with naming(name, getattr(config, name)):
@@ -48,10 +48,10 @@ def resolve_moe(config: MoEConfig) -> MoEConfig:
 
 
 def resolve(config: ModelConfig) -> ModelConfig:
-  """`config` with a `Method` in place of every name, checked. Below this nothing reads a name.
+  """Returns `config` with a `Method` in place of every name, checked. No code below this reads a name.
 
   Raises:
-    InputError: an unknown name, a wrong option, or parts that do not fit together; it names the flag.
+    InputError: if a name is unknown, an option is wrong, or parts do not fit together. The message names the flag.
   """
   config.check()
   parts: dict[str, Any] = {"moe": resolve_moe(config.moe)}
@@ -89,7 +89,7 @@ def _resolve_segment(segment: Segment) -> Segment:
 
 
 def make_blocks(config: ModelConfig, segment: Segment, rngs: nnx.Rngs) -> list[Block]:
-  """The blocks of one repetition of a resolved segment."""
+  """Returns the blocks of one repetition of a resolved segment."""
   common = ("num_heads", "num_kv_heads", "head_dim", "rope_theta", "qk_norm", "norm_eps", "causal")
   common += ("dense_dim", "activation", "init_scale")
   offered = {name: getattr(config, name) for name in common} | {"dim": config.model_dim, "rngs": rngs}
@@ -103,7 +103,7 @@ def make_blocks(config: ModelConfig, segment: Segment, rngs: nnx.Rngs) -> list[B
 
 @functools.lru_cache(maxsize=256)
 def _check_block(config: ModelConfig, block: BlockConfig) -> None:
-  """Makes a resolved block without computing anything, so that a part refuses its options now."""
+  """Builds a resolved block without computing anything, so that a part raises errors about its options now."""
   try:
     jax.eval_shape(lambda: make_blocks(config, Segment((block,)), nnx.Rngs(0)) and None)
   except InputError as error:
@@ -114,16 +114,16 @@ def _check_block(config: ModelConfig, block: BlockConfig) -> None:
 
 
 def different_blocks(config: ModelConfig) -> tuple[BlockConfig, ...]:
-  """The different blocks of a model, in their order."""
+  """Returns the different blocks of a model, in the order in which they first occur."""
   return tuple(dict.fromkeys(block for segment in config.blocks for block in segment.pattern))
 
 
 @functools.lru_cache(maxsize=256)
 def abstract_ffn(block: BlockConfig) -> nnx.Module:
-  """The feed-forward part of a resolved block, without parameters and narrow: to ask what it needs and does.
+  """Returns the feed-forward part of a resolved block, narrow and without parameters, to read its attributes.
 
   Raises:
-    InputError: its parts do not fit each other, or refuse the numbers of experts; it names the flag.
+    InputError: if its parts do not fit together or do not support the numbers of experts. The message names the flag.
   """
   found = []
 
@@ -137,13 +137,13 @@ def abstract_ffn(block: BlockConfig) -> nnx.Module:
 
 
 def routed_part(block: BlockConfig) -> MoE | None:
-  """The MoE layer of a resolved block, without parameters; None for a block that has none."""
+  """Returns the MoE layer of a resolved block, without parameters, or None if the block has none."""
   return next((m for _, m in nnx.iter_modules(abstract_ffn(block)) if isinstance(m, MoE)), None)
 
 
 @contextlib.contextmanager
 def _naming_of(moe: MoEConfig) -> Iterator[None]:
-  """Names the flag that an error of a layer is about, by what its text begins with."""
+  """Adds the flag to the message of an `InputError` that a layer raises. The first word of the message tells which."""
   try:
     yield
   except InputError as error:
@@ -158,12 +158,12 @@ def _naming_of(moe: MoEConfig) -> Iterator[None]:
 
 
 def routed_layer(moe: MoEConfig) -> MoE:
-  """The MoE layer of `moe`, without parameters. Raises `InputError` as `resolve` does."""
+  """Returns the MoE layer of `moe`, without parameters. Raises `InputError` as `resolve` does."""
   return abstract_ffn(BlockConfig(ffn=FFNS.resolve("moe"), moe=resolve_moe(moe)))
 
 
 def num_routed_layers(config: ModelConfig) -> int:
-  """R, layers of a resolved model with routed experts."""
+  """Returns R, the number of layers of a resolved model that have routed experts."""
   return sum(
     segment.repeats
     for segment in config.blocks

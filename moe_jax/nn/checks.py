@@ -1,4 +1,4 @@
-"""Do a router, a balancer and a dispatcher fit together? Asked before anything is drawn or compiled."""
+"""Checks that the parts of an MoE layer fit together, before anything is drawn or compiled."""
 
 from moe_jax.errors import InputError
 from moe_jax.nn.routers import Router
@@ -6,7 +6,7 @@ from moe_jax.ops.balancing import Balancer
 
 
 def check_sizes(num_experts: int, num_experts_per_token: int) -> None:
-  """Raises `InputError` where a token cannot be sent to that many experts."""
+  """Raises `InputError` unless a token can be sent to that many experts."""
   if not 1 <= num_experts_per_token <= num_experts:
     raise InputError(
       f"num_experts_per_token={num_experts_per_token}: must be between 1 and num_experts={num_experts}"
@@ -14,7 +14,7 @@ def check_sizes(num_experts: int, num_experts_per_token: int) -> None:
 
 
 def check_fit(router: Router, balancer: Balancer, num_experts: int) -> None:
-  """Raises `InputError` where the balancer needs what the router, over E networks, does not do."""
+  """Raises `InputError` if the balancer needs something that the router does not provide. E is `num_experts`."""
   num_scored_experts = router.num_scored_experts or num_experts
   bias = balancer.bias(balancer.init(num_scored_experts))
   if bias is not None and not router.takes_bias:
@@ -25,7 +25,7 @@ def check_fit(router: Router, balancer: Balancer, num_experts: int) -> None:
 
 
 def check_flat(router: Router, balancer: Balancer) -> None:
-  """Raises `InputError` where a method needs sequences, for tokens that come without."""
+  """Raises `InputError` if the router or balancer needs sequences. Called if the layer gets flat tokens."""
   wrong = "the layer was given flat tokens x_TD; give it x_BLD"
   if router.whole_sequences:
     raise InputError(f"the router decides for whole sequences, and {wrong}")

@@ -1,4 +1,4 @@
-"""What the parts of a model are told besides the activations."""
+"""The record of everything that the parts of a model read besides activations."""
 
 from typing import NamedTuple
 
@@ -8,55 +8,53 @@ import numpy as np
 
 from moe_jax.types import Array, StepStats
 
-_BITS = np.uint32(
-  2**32 - 1
-)  # far from what jitter (0) and routing groups (1, 2, ...) fold into a sequence's key
+# Folded into the key of a sequence. Jitter folds in 0, and routing groups fold in 1, 2, ...
+_BITS = np.uint32(2**32 - 1)
 
 
 class Context(NamedTuple):
-  """One micro-batch as every part of a model sees it. All fields have safe defaults: `Context()` is an evaluation of
-  text without padding.
+  """One micro-batch, as every part of a model sees it.
 
-  Keys belong to sequences, so cutting the batch into micro-batches or over devices changes no draw.
+  All fields have safe defaults: `Context()` is an evaluation of text without padding. Random keys belong to sequences, so
+  draws do not depend on how the batch is cut into micro-batches or spread over devices.
   """
 
-  mask_BL: Array | None = (
-    None  # bool, False: padding, behind the text; it is routed nowhere and counts nowhere
-  )
+  # bool, False: padding, which follows the text. It is sent nowhere and is not counted.
+  mask_BL: Array | None = None
   key_B: Array | None = None  # a random key per sequence; None: nothing is drawn
-  step_key: Array | None = (
-    None  # one random key for the whole optimizer step, the same in all its micro-batches
-  )
+  # a random key of the optimizer step, the same in all its micro-batches
+  step_key: Array | None = None
   token_id_BL: Array | None = None  # int32, vocabulary ids
   domain_B: Array | None = None  # int32, the domain of each sequence
   num_domains: int = 1  # S, static
-  # `whole`, the balancer's statistics of the whole optimizer step, and `so_far`, those of the micro-batches before
-  # this one. None, as a whole or as a field: this batch is all there is. A model takes one of each per layer.
+  # Statistics of the balancer: `whole` of the whole optimizer step, `so_far` of the micro-batches before this one. If it
+  # is None, or a field is, this batch is the whole step. A model takes the statistics of each of its layers.
   step_stats: StepStats | None = None
   train: bool = False  # static: draws, and uses `capacity_factor` instead of `eval_capacity_factor`
   record_logits: bool = False  # static: fill in `MoEAux.logits_BLE`
 
   def mask_of(self, x_BLX: Array) -> Array:
+    """Returns the mask [B, L], all True if there is none."""
     return jnp.ones(x_BLX.shape[:-1], bool) if self.mask_BL is None else self.mask_BL
 
   def domain_one_hot(self, mask_BL: Array) -> Array:
-    """[B, S] float32; one domain where none are known."""
+    """Returns the domains as one-hot vectors [B, S], float32. There is one domain if none are known."""
     if self.domain_B is None:
       return jnp.ones((mask_BL.shape[0], 1), jnp.float32)
     return jax.nn.one_hot(self.domain_B, self.num_domains, dtype=jnp.float32)
 
   @property
   def drawing_key(self) -> Array | None:
-    """The step's key where experts may draw: in training, and where the sequences have keys, too."""
+    """The key of the step, in training and if the sequences have keys; otherwise None, and experts draw nothing."""
     return self.step_key if self.train and self.key_B is not None else None
 
   def random_bits(self, *shape: int) -> Array:
-    """[B, *shape] uint32 that follow from the sequences' keys."""
+    """Returns random uint32 [B, *shape], drawn from the keys of the sequences."""
     draw = lambda key: jax.random.bits(jax.random.fold_in(key, _BITS), shape, jnp.uint32)
     return jax.vmap(draw)(self.key_B)
 
   def of_layer(self, layer: Array | int, step_stats: StepStats | None) -> "Context":
-    """What the layer of that number is told: keys of its own, and the statistics of its balancer."""
+    """Returns the context of one layer, with keys of its own and the statistics of its balancer."""
     fold = lambda key: jax.random.fold_in(key, layer)
     return self._replace(
       key_B=None if self.key_B is None else jax.vmap(fold)(self.key_B),

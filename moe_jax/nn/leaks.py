@@ -1,4 +1,4 @@
-"""Which blocks let a token see what comes after it: refused in a causal model, unless accepted by name."""
+"""Finds blocks whose output for a token depends on later tokens. A causal model refuses them, unless accepted by name."""
 
 from moe_jax.config import BlockConfig, ModelConfig
 from moe_jax.errors import InputError
@@ -7,7 +7,7 @@ from moe_jax.registry import split_methods
 
 
 def leak(block: BlockConfig) -> str:
-  """When the output of a resolved block depends on later tokens: "" never, "drops" where capacity drops, "always"."""
+  """Returns when the output of a resolved block depends on later tokens: "" never, "drops" if capacity drops, "always"."""
   routed = routed_part(block)
   if routed is None:
     return getattr(abstract_ffn(block), "leaks", "")
@@ -16,17 +16,17 @@ def leak(block: BlockConfig) -> str:
 
 
 def sees_later_tokens(config: ModelConfig) -> bool:
-  """Whether a token's experts depend on later tokens of its sequence, in a resolved causal model."""
+  """Returns whether a resolved model is causal and its output for a token depends on later tokens nevertheless."""
   return config.causal and any(leak(block) for block in different_blocks(config))
 
 
 def deciding_method(block: BlockConfig) -> tuple[str, str]:
-  """(flag, text) of what decides which tokens an expert of a resolved block sees."""
+  """Returns (flag, text) of the method that decides which tokens an expert of a resolved block gets."""
   return ("ffn", str(block.ffn)) if routed_part(block) is None else ("router", str(block.moe.router))
 
 
 def check_causal(config: ModelConfig) -> None:
-  """Raises `InputError` where a token's output would depend on later tokens, unless accepted by name."""
+  """Raises `InputError` if the output for a token would depend on later tokens and `accept_leaks` does not name why."""
   for block in different_blocks(config) if config.causal else ():
     when = leak(block)
     flag, text = deciding_method(block)

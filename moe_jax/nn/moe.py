@@ -1,4 +1,4 @@
-"""The MoE layer: route, dispatch to experts, combine. `forward` mutates nothing."""
+"""The MoE layer: route, dispatch to experts, combine. The forward pass mutates nothing."""
 
 import jax
 import jax.numpy as jnp
@@ -24,24 +24,31 @@ from moe_jax.types import Array, BatchRouting, MoEAux, PyTree, RouterContext, Ro
 
 
 class MoE(nnx.Module):
-  """Routed experts: `y_BLD, aux = moe(x_BLD)`.
+  """A layer of routed experts: `y_BLD, aux = moe(x_BLD)`.
 
-  Tokens that no expert keeps get zero from the routed experts, so the residual carries them.
+  The routed experts return zero for a token that none of them keeps, so a residual connection passes it on unchanged.
+  `aux.loss` is the balancing loss, to be added to the loss of the model. Call `moe_jax.update_balancers` after each
+  optimizer step.
 
   Args:
-    dim: D, width of the tokens.
-    num_experts, num_experts_per_token, expert_dim: E, K, F.
-    router, experts, balancer, dispatcher: each a name with options (`"sigmoid_topk:normalize=true"`), a function or
-      class that makes one, or the object itself. Several balancers: a text with commas, or a sequence.
-    shared: a module that every token goes through beside the routed experts; None: there is none.
-    capacity_factor, eval_capacity_factor: slots per expert / (T*K/E), in training and in evaluation.
-    group_size: T, tokens that share an expert's slots; 0: chosen from the shape.
-    jitter: the router's input is multiplied by U(1-jitter, 1+jitter) in training (2101.03961).
+    dim: D, the width of the tokens.
+    num_experts: E.
+    num_experts_per_token: K, the number of experts that a token is sent to.
+    expert_dim: F, the hidden width of an expert.
+    router: a name with options (`"sigmoid_topk:normalize=true"`), a function or class that makes a router, or a router.
+    experts: the network of the experts, in the same forms.
+    balancer: the balancer, in the same forms. Several are a text with commas, or a sequence.
+    dispatcher: how tokens get to experts, in the same forms.
+    shared: a module that all tokens go through beside the routed experts, or None.
+    capacity_factor: the slots of an expert divided by T*K/E, in training.
+    eval_capacity_factor: the same in evaluation.
+    group_size: T, the number of tokens that share the slots of an expert; 0: chosen from the shape.
+    jitter: in training, the input of the router is multiplied by U(1-jitter, 1+jitter) (2101.03961).
     init_scale: s in std = sqrt(s / fan_in) of every matrix.
     rngs: draws the parameters.
 
   Raises:
-    InputError: an unknown name, or parts that do not fit together.
+    InputError: if a name is unknown or parts do not fit together.
   """
 
   def __init__(
@@ -81,12 +88,15 @@ class MoE(nnx.Module):
     """One forward pass.
 
     Args:
-      x_BLD: activations of any float dtype; the router works in float32 whatever it is. Or x_TD, tokens that
-        are no sequences; the fields of the context and y then have no leading B either.
+      x_BLD: activations of any float dtype. The router always works in float32. For tokens that are not sequences, pass
+        x_TD; the fields of the context and the output then have no leading B either.
       context: mask, keys, what a router may read, and whether this is training.
 
+    Returns:
+      y_BLD in the dtype of x, and a `MoEAux` with losses, counts and metrics.
+
     Raises:
-      InputError: the router reads what the context does not have, or a method needs sequences and x is flat.
+      InputError: if the router reads a field that the context does not have, or a method needs sequences and x is flat.
     """
     if x_BLD.ndim == 2:
       check_flat(self.router, self.balancer)
@@ -112,10 +122,10 @@ class MoE(nnx.Module):
     return y_BLD, _aux(batch_routing, losses, observed, kept_per_expert_E, context)
 
   def tokens_per_group(self, length: int) -> int:
-    """T for sequences of `length` tokens.
+    """Returns T for sequences of `length` tokens.
 
     Raises:
-      InputError: the router needs whole sequences and the groups cut them.
+      InputError: if the router needs whole sequences and `group_size` would cut them.
     """
     if not self.router.whole_sequences:
       return self.group_size or default_group_size(self.dispatcher.small_groups, length)
@@ -137,7 +147,7 @@ class MoE(nnx.Module):
     return x_BLD * jax.vmap(draw)(context.key_B)
 
   def _experts(self, x_BLD: Array, routing: Routing, context: Context) -> tuple[Array, Array]:
-    # Entries for experts without a network were served by the router: no dispatcher sees them, and none drops.
+    # The router serves entries for experts without a network itself. No dispatcher sees them, and none of them drops.
     has_network_GA = routing.assignment.expert_A < self.num_experts
     assignment = routing.assignment._replace(
       expert_A=jnp.where(has_network_GA, routing.assignment.expert_A, 0),
@@ -146,7 +156,7 @@ class MoE(nnx.Module):
     t = routing.mask_T.shape[-1]
     factor = self.capacity_factor if context.train else self.eval_capacity_factor
     network, rows_BLD = self.experts.for_step(context.drawing_key), x_BLD
-    # A dispatcher that spells the exchange gathers what is kept in parts itself.
+    # A dispatcher that writes out the exchange gathers split parameters itself.
     experts = as_experts(network, x_BLD.dtype, gather=not self.dispatcher.spells_exchange)
     if network.draws:
       rows_BLD, experts = with_row_bits(x_BLD, context.random_bits(x_BLD.shape[1]), experts)
@@ -167,7 +177,7 @@ class MoE(nnx.Module):
 
 
 def group_context(context: Context, shape: tuple[int, ...], t: int, bias_E: PyTree) -> RouterContext:
-  """What the router of a layer is told of its groups: those of `t` tokens, of x_BLD of `shape`."""
+  """Returns what the router of a layer reads of its groups: those of `t` tokens, for x_BLD of `shape`."""
   batch, length, *_ = shape
   cut = lambda x_BL: None if x_BL is None else x_BL.reshape(-1, t)
   along = lambda x_B: None if x_B is None else cut(jnp.broadcast_to(x_B[:, None], (batch, length)))

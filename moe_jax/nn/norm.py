@@ -6,7 +6,7 @@ from flax import nnx
 
 
 class RMSNorm(nnx.Module):
-  """x / rms(x) * scale over the last axis, in float32, returned in the dtype of x."""
+  """x / rms(x) * scale over the last axis, computed in float32 and returned in the dtype of x."""
 
   def __init__(self, dim: int, eps: float):
     self.eps = eps

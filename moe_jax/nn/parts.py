@@ -1,4 +1,4 @@
-"""Parts given by name, by factory, or as the module itself."""
+"""Builds parts that are given as a name, a factory, or the module itself."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from moe_jax.registry import Registry, Spec
 
 
 def made(registry: Registry, part: Spec | nnx.Module, kind: type[nnx.Module], **offered: Any) -> nnx.Module:
-  """`part` if it is a module already, else what its factory makes of what it is offered.
+  """Returns `part` if it is a module, and otherwise what its factory builds from `offered`.
 
   Raises:
-    InputError: that is no `kind`.
+    InputError: if the result is not a `kind`.
   """
   if isinstance(part, nnx.Module):
     made_by, module = "", part

@@ -1,4 +1,4 @@
-"""How a part meets the residual stream. `RESIDUALS` has all by name."""
+"""Modules that add a part to the residual stream. `RESIDUALS` has all of them by name."""
 
 from collections.abc import Callable
 
@@ -25,9 +25,9 @@ class PreNorm(nnx.Module):
 
 
 class NormedInput(nnx.Module):
-  """alpha norm(x) + beta part(norm(x)): the residual of MiniMax-01 (2501.08313), which is the *normed* input.
+  """alpha norm(x) + beta part(norm(x)), as in MiniMax-01 (2501.08313). The residual is the *normed* input.
 
-  Its alpha is (2 * layers)^0.25 for DeepNorm's depth scaling, 3.5566 for 80 layers, and beta is 1.
+  MiniMax-01 uses DeepNorm's depth scaling, alpha = (2 * layers)^0.25, which is 3.5566 for 80 layers, and beta = 1.
   """
 
   def __init__(self, dim: int, *, alpha: float = 3.5566, beta: float = 1.0, norm_eps: float = 1e-6):

@@ -1,6 +1,6 @@
-"""Segments of repeated blocks: their parameters are stacked, and the program loops over them.
+"""Segments of repeated blocks. Their parameters are stacked, and the program loops over them.
 
-Compile time follows the number of different blocks, not the depth.
+Compile time depends on the number of different blocks and not on the depth.
 """
 
 from collections.abc import Callable
@@ -29,16 +29,18 @@ class Pattern(nnx.Module):
 
 
 class SegmentStack(nnx.Module):
-  """One pattern of blocks, `repeats` times, every variable with those of all repetitions on a leading axis.
+  """A pattern of blocks, repeated. Every variable has a leading axis of repetitions.
 
-  Whether the forward pass loops over that axis or is unrolled changes the compiled program and nothing else.
+  A loop over that axis and an unrolled forward pass compute the same; only the compiled program differs.
 
   Args:
-    make: makes the blocks of one repetition.
-    repeats: how many there are.
+    make: builds the blocks of one repetition.
+    repeats: the number of repetitions.
     first_layer: the number of the segment's first block in the model.
-    scan: loop over the repetitions.
-    remat: what the backward pass recomputes: full, dots, exchange, none.
+    scan: whether to loop over the repetitions.
+    remat: what the backward pass recomputes: full, dots (all but products), exchange (full, but no row is exchanged
+      twice), or none.
+    rngs: draws the parameters.
   """
 
   def __init__(
@@ -70,7 +72,13 @@ class SegmentStack(nnx.Module):
   def __call__(
     self, x_BLD: Array, context: Context, step_stats: tuple[StepStats | None, ...]
   ) -> tuple[Array, tuple[BlockAux, ...]]:
-    """`step_stats`: per block of the pattern, with a leading axis of repetitions. So has the aux of each block."""
+    """Returns x_BLD and the aux of each block of the pattern, with a leading axis of repetitions.
+
+    Args:
+      x_BLD: activations of any float dtype.
+      context: of the model; each block gets keys of its own.
+      step_stats: statistics for each block of the pattern, with a leading axis of repetitions, or None.
+    """
     graphdef, stacked = nnx.split(self.pattern)
     size = len(self.pattern.blocks)
 

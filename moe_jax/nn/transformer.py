@@ -1,4 +1,4 @@
-"""A language model: embedding, segments of blocks, norm, head."""
+"""The language model: embedding, segments of blocks, norm, and output matrix."""
 
 from collections.abc import Iterator
 
@@ -21,15 +21,16 @@ ModelAux = tuple[tuple[BlockAux, ...], ...]  # per segment and block of its patt
 
 
 class Transformer(nnx.Module):
-  """Token ids in, next-token logits out: `logits_BLV, aux = model(tokens_BL, context)`.
+  """A language model from token ids to logits: `logits_BLV, aux = model(tokens_BL, context)`.
 
   Args:
-    config: names in it are resolved here.
+    config: the model. Names in it are resolved here.
     vocab_size: V.
     rngs: draws the parameters.
 
   Raises:
-    InputError: a wrong field, or a router that sees later tokens, unless `accept_leaks` names it.
+    InputError: if a field is wrong, or if the model is causal and a router looks at later tokens, unless `accept_leaks`
+      names it.
   """
 
   def __init__(self, config: ModelConfig, vocab_size: int, *, rngs: nnx.Rngs):
@@ -58,12 +59,12 @@ class Transformer(nnx.Module):
       yield stack
 
   def __call__(self, tokens_BL: Array, context: Context = DEFAULT) -> tuple[Array, ModelAux]:
-    """Logits [B, L, V] in float32 and what the blocks know.
+    """Returns logits [B, L, V] in float32, and the aux of each block.
 
     Args:
-      tokens_BL: int32.
-      context: mask, keys and so on of the batch. `step_stats`, if given, holds statistics as `balancer_stats` of this
-        method's aux arranges them.
+      tokens_BL: int32 token ids.
+      context: mask, keys and other inputs of the batch. The trees in its `step_stats`, if given, have the structure that
+        `balancer_stats` returns for the aux of this method.
     """
     dtype = jnp.dtype(self.config.compute_dtype)
     context = context._replace(token_id_BL=tokens_BL, mask_BL=context.mask_of(tokens_BL[..., None]))
@@ -81,7 +82,7 @@ class Transformer(nnx.Module):
 
 
 def balancer_stats(aux: ModelAux) -> PyTree:
-  """What the balancers of a model observed, as `Context.step_stats` takes it."""
+  """Returns what the balancers of a model observed, in the structure that `Context.step_stats` expects."""
   of_block = lambda block: None if block.ffn is None else block.ffn.balancer_stats
   return tuple(tuple(of_block(block) for block in segment) for segment in aux)
 

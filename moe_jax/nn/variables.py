@@ -8,16 +8,16 @@ from moe_jax.sharding import gathered
 
 
 def weight(param: nnx.Param, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-  """A parameter as products want it: in their dtype, and whole where it is only kept in parts."""
+  """Returns the value of a parameter, ready for a product: in `dtype`, and gathered if it is stored split (fsdp)."""
   return gathered(param[...].astype(dtype), param.get_metadata()["logical_axes"])
 
 
 class BalancerState(nnx.Variable):
-  """State of a balancer: neither differentiated nor seen by the optimizer, changed once per step."""
+  """State of a balancer. It has no gradient, the optimizer does not see it, and it changes once per optimizer step."""
 
 
 def freeze(module: nnx.Module) -> nnx.Module:
-  """Marks every parameter of `module` as frozen: the optimizer leaves it as it is. Returns the module."""
+  """Marks every parameter of `module` as frozen, so that the optimizer does not change it. Returns the module."""
   for _, leaf in nnx.iter_graph(module):
     if isinstance(leaf, nnx.Param):
       leaf.set_metadata(group="frozen")
@@ -32,14 +32,15 @@ def matrix(
   num_in: int = 1,
   zero: bool = False,
 ) -> nnx.Param:
-  """A float32 parameter with std sqrt(scale / fan_in), truncated at two standard deviations.
+  """Returns a float32 parameter with std sqrt(scale / fan_in), truncated at two standard deviations.
 
   Args:
     rngs: draws the values.
-    shape, axes: one logical axis (`moe_jax.sharding.RULES`) per dimension. Those named "expert" are batch axes.
-    scale: Switch (2101.03961, section 2.4) uses 0.1.
+    shape: the shape of the parameter.
+    axes: a logical axis (`moe_jax.sharding.RULES`) for each dimension. Axes named "expert" are batch axes.
+    scale: the variance is scale / fan_in. Switch (2101.03961, section 2.4) uses 0.1.
     num_in: how many of the other axes, from the left, are inputs.
-    zero: all zeros instead.
+    zero: whether to start at zero instead.
   """
   if zero:
     return nnx.Param(jnp.zeros(shape, jnp.float32), logical_axes=axes)
@@ -57,5 +58,10 @@ def matrix(
 
 
 def vector(values: jax.Array, axes: tuple[str, ...]) -> nnx.Param:
-  """A parameter that starts at `values`, such as a bias or a temperature."""
+  """Returns a float32 parameter that starts at `values`, such as a bias or a temperature.
+
+  Args:
+    values: of any shape.
+    axes: a logical axis (`moe_jax.sharding.RULES`) for each dimension; () for a scalar.
+  """
   return nnx.Param(jnp.asarray(values, jnp.float32), logical_axes=axes)

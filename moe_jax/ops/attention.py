@@ -1,4 +1,4 @@
-"""Softmax attention that never holds the scores of a whole long sequence."""
+"""Softmax attention that never stores all scores of a long sequence."""
 
 import functools
 
@@ -20,19 +20,22 @@ def attend(
   mask_BL: Array | None = None,
   block: int = BLOCK,
 ) -> Array:
-  """Each position's softmax-weighted mean of the values that it sees, [B, L, N, H].
+  """Returns, for each position, the softmax-weighted mean of the values that it attends to, [B, L, N, H].
 
-  Scores are [B, N, L, L] in float32: at L = 4096, 32 heads and 4 sequences 8 GiB per layer. So queries go in
-  blocks, each with the keys that it can see only, and the backward pass recomputes a block's scores
-  (the idea of 2205.14135, left to XLA): B * N * block * L numbers are held instead. With L / block = 4 blocks
-  10/16 of the L x L products are made, with 8 blocks 9/16.
+  All scores [B, N, L, L] would be 8 GiB per layer in float32, for L = 4096, 32 heads and 4 sequences. Queries are therefore
+  processed in blocks, each with only the keys that it can attend to, and the backward pass recomputes the scores of a block
+  (the idea of 2205.14135, left to XLA). This stores B * N * block * L numbers at a time. With 4 blocks, 10/16 of the L x L
+  products are computed, and with 8 blocks 9/16.
 
   Args:
-    query_BLNH, key_BLNH, value_BLNH: of any float type. The heads of keys and values divide those of the queries.
-    causal: a position sees what is before it, and itself.
-    window: and of that only the last `window` positions; 0: all. Without `causal`, as many on either side.
-    mask_BL: bool, False: nobody sees the position. None: all are seen.
-    block: queries whose scores are held at once.
+    query_BLNH: queries of any float type.
+    key_BLNH: keys. Their number of heads divides that of the queries.
+    value_BLNH: values, with as many heads as keys.
+    causal: whether a position attends only to itself and earlier positions.
+    window: attend only to the last `window` positions, including the position itself; 0: no limit. Without `causal`, to as
+      many on either side.
+    mask_BL: bool, False: no position attends to it. None: all True.
+    block: the number of queries whose scores are stored at a time.
   """
   length = query_BLNH.shape[1]
   if length <= block and causal and not window and mask_BL is None:
@@ -62,7 +65,7 @@ def _attend(
   causal: bool,
   window: int,
 ) -> Array:
-  """Queries from position `start` on, keys from position `first` on."""
+  """`attend` for queries that start at position `start` and keys that start at position `first`."""
   behind_XY = (start + jnp.arange(query_BXNH.shape[1]))[:, None] - (first + jnp.arange(key_BYNH.shape[1]))[
     None
   ]

@@ -1,7 +1,7 @@
-"""What dispatchers know of experts: a tree of arrays, and a function that computes rows by it.
+"""Experts as dispatchers see them: a tree of arrays, and a function that computes rows from it.
 
-The function is written once for every way of multiplying by E matrices. The dispatcher supplies the `Product`, for
-only it knows which row belongs to which expert.
+The function is written once for all ways of multiplying by E matrices. The dispatcher supplies the `Product`, because
+only the dispatcher knows which row belongs to which expert.
 """
 
 import dataclasses
@@ -18,31 +18,32 @@ Activation = Callable[..., Array]  # one or two arrays of hidden units -> hidden
 
 
 class Product(Protocol):
-  """Rows times the matrices of their experts.
+  """Multiplies rows by the matrices of their experts.
 
-  parts: devices whose outputs add up to the experts' (each has a part of the hidden units): what is added to the
-    output, and not made by a product, is divided by it.
-  row_bits: uint32 [..], random bits of every row's token, the same wherever it is computed; None: nothing is drawn.
+  parts: the number of devices whose outputs add up to the output of the experts, each with a part of the hidden units. An
+    output bias must be divided by it, because every device adds one.
+  row_bits: uint32 [..], random bits for the token of each row. They do not depend on where the row is computed. None if
+    nothing is drawn.
   """
 
   parts: int
   row_bits: Array | None
 
   def __call__(self, rows: Array, w_EXY: Array) -> Array:
-    """[.., X] -> [.., Y]: every row times the matrix of its expert."""
+    """Returns every row times the matrix of its expert: [.., X] -> [.., Y]."""
 
   def per_row(self, values_EX: Array) -> Array:
-    """What broadcasts with rows [.., X]: for every row the vector of its expert, such as a bias."""
+    """Returns the vector of its expert for every row, such as a bias. The result broadcasts with rows [.., X]."""
 
   def hidden(self, rows: Array) -> Array:
-    """The experts' hidden units on their way to the last product; a wrapper may change them."""
+    """Returns the hidden units that enter the last product. A wrapper may change them, for example drop some."""
 
   def ffn(self, activation: Activation, rows: Array, w_in: Sequence[Array], w_out_EFD: Array) -> Array:
-    """`activation(*(rows w for w in w_in)) w_out`, in one pass where that is faster."""
+    """Returns `activation(*(rows w for w in w_in)) w_out`, computed in one pass if that is faster."""
 
 
 class Batched(NamedTuple):
-  """Rows [E, M, D], M for each expert: one batched product. Empty slots may hold anything; nobody reads them."""
+  """The product for rows [E, M, D], with M rows for each expert. Empty slots may hold any values, which are not read."""
 
   parts: int = 1
   row_bits: Array | None = None
@@ -61,7 +62,10 @@ class Batched(NamedTuple):
 
 
 class Sorted(NamedTuple):
-  """Rows [M, D] sorted by expert, `group_sizes_E` of each. At least `grouped_matmul.BLOCK` rows of no expert follow."""
+  """The product for rows [M, D] sorted by expert, with `group_sizes_E` rows for each.
+
+  At least `grouped_matmul.BLOCK` rows that belong to no expert must follow.
+  """
 
   group_sizes_E: Array
   num_rows: int  # M, static
@@ -84,7 +88,7 @@ class Sorted(NamedTuple):
 
 
 class Wrapper:
-  """A product that changes something of another one; on its own, nothing."""
+  """A base class for products that change another product. By itself it changes nothing."""
 
   def __init__(self, product: Product):
     self.product, self.parts, self.row_bits = product, product.parts, product.row_bits
@@ -103,7 +107,7 @@ class Wrapper:
 
 
 class PartOfSum(Wrapper):
-  """A product whose output is one of `parts` that somebody adds up."""
+  """A product whose output is one of `parts` terms of a sum. The caller adds them."""
 
   def __init__(self, product: Product, parts: int):
     super().__init__(product)
@@ -111,7 +115,7 @@ class PartOfSum(Wrapper):
 
 
 class WithRowBits(Wrapper):
-  """A product that knows the bits of its rows."""
+  """A product with random bits for its rows."""
 
   def __init__(self, product: Product, row_bits: Array):
     super().__init__(product)
@@ -126,12 +130,12 @@ Axes = tuple[str | None, ...]
 class Experts:
   """E experts as dispatchers call them: `experts(rows, product)`, [.., D] -> [.., D].
 
-  Whoever spreads experts over devices hands each device its part of the weights, and calls those that it finds there.
-  Rows of no token may come out as anything finite: their combine weight is zero.
+  A dispatcher that spreads experts over devices gives each device its part of the weights, and calls the experts that the
+  device has. The output of a row without a token may be any finite number, because its combine weight is zero.
   """
 
-  weights: tuple[Array, ...]  # those with a leading axis named "expert" are split by expert
-  axes: tuple[Axes, ...] = dataclasses.field(metadata={"static": True})  # logical axes of each
+  weights: tuple[Array, ...]  # weights whose first axis is named "expert" are split by expert
+  axes: tuple[Axes, ...] = dataclasses.field(metadata={"static": True})  # the logical axes of each weight
   compute: Callable[[tuple[Array, ...], Array, Product], Array] = dataclasses.field(metadata={"static": True})
 
   def __call__(self, rows: Array, product: Product) -> Array:
@@ -139,7 +143,7 @@ class Experts:
 
   @property
   def num_experts(self) -> int:
-    """Of the weights that are here."""
+    """The number of experts whose weights are here: E, or fewer on one of several devices."""
     return next(w.shape[0] for w, axes in zip(self.weights, self.axes) if axes[:1] == ("expert",))
 
 
@@ -147,18 +151,18 @@ _SHIFTS = (0, 8, 16, 24)  # of the bytes of 32 bits
 
 
 def with_row_bits(x: Array, bits: Array, experts: Experts) -> tuple[Array, Experts]:
-  """Tokens that carry random bits to their experts, and experts that read them, under any dispatcher.
+  """Attaches random bits to tokens, so that experts can read them under any dispatcher.
 
-  The bits travel as four more columns of a byte each, for all that moves rows moves numbers. Integers below 256 are
-  exact in every float type, also in products with ones and zeros.
+  The bits are four more columns of one byte each, because dispatchers move rows of numbers. Integers below 256 are exact in
+  every float type, also after a product with ones and zeros.
 
   Args:
     x: [.., D].
     bits: uint32 [..].
-    experts: those that want `Product.row_bits`.
+    experts: experts that read `Product.row_bits`.
 
   Returns:
-    x, [.., D + 4], and experts of such rows. The last four columns of their output are zeros.
+    x with further columns, [.., D + 4], and experts for such rows. The last four columns of their output are zeros.
   """
   bytes_ = jnp.stack([(bits >> shift) & 0xFF for shift in _SHIFTS], axis=-1)
 
@@ -177,13 +181,13 @@ def swiglu(gate: Array, up: Array) -> Array:
 
 
 def gated_experts(w_gate_EDF: Array, w_up_EDF: Array, w_down_EFD: Array) -> Experts:
-  """SwiGLU experts of plain arrays: `(silu(x Wg) * (x Wu)) Wd`."""
+  """Returns SwiGLU experts made of plain arrays: `(silu(x Wg) * (x Wu)) Wd`."""
   into, out = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
   return Experts((w_gate_EDF, w_up_EDF, w_down_EFD), (into, into, out), _gated)
 
 
 def relu_experts(w_up_EDF: Array, w_down_EFD: Array) -> Experts:
-  """ReLU experts of plain arrays: `relu(x Wu) Wd`."""
+  """Returns ReLU experts made of plain arrays: `relu(x Wu) Wd`."""
   return Experts((w_up_EDF, w_down_EFD), (("expert", "embed", "mlp"), ("expert", "mlp", "embed")), _relu)
 
 

@@ -1,7 +1,7 @@
-"""What is measured of a layer with experts: each metric is declared once, as sums and a way to read them.
+"""Metrics of layers with experts. Each is declared once, as sums and a function that reads them.
 
-A layer gives the sums of one micro-batch. They add over micro-batches, devices and batches of an evaluation; only then
-are they read. Logs, results and tables find a metric here, so adding one is one entry of `METRICS`.
+A layer computes the sums of one micro-batch. They are added over micro-batches, devices and the batches of an evaluation,
+and read at the end. Logs, results and tables find all metrics in `METRICS`, so a new metric is one entry there.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from moe_jax.types import Array, PyTree
 
 
 class LayerRecord(NamedTuple):
-  """What a metric may read: one layer in one micro-batch."""
+  """What a metric may read: one layer and one micro-batch."""
 
   tokens_per_expert_BE: Array  # float32 counts before capacity, per sequence
   kept_per_expert_E: Array  # float32 counts after capacity
@@ -25,14 +25,15 @@ class LayerRecord(NamedTuple):
 
 
 class Metric(NamedTuple):
-  """One thing to measure.
+  """A quantity to measure.
 
-  sums: `LayerRecord` -> a tree of arrays that add up.
-  read: those sums, over whatever was added -> a number per layer, or an array. Leading axes are kept.
-  training, validation: the title of its column in tables; None: it is not in that table. An empty title: logged or
-    stored, and in no table.
-  unit, format: of the numbers in tables.
-  lower_is_better: None where neither direction is a virtue by itself.
+  sums: maps a `LayerRecord` to a tree of arrays that can be added over micro-batches and devices.
+  read: maps the added sums to a number for each layer, or an array. It keeps leading axes.
+  training: the title of its column for training. None: not measured in training. An empty title: logged, but in no table.
+  validation: the same for validation. An empty title: stored in the result, but in no table.
+  unit: the unit of the numbers, for tables.
+  format: the format of the numbers in tables.
+  lower_is_better: None if neither direction is better by itself.
   """
 
   sums: Callable[[LayerRecord], PyTree]
@@ -62,7 +63,7 @@ def _entropy_and_tokens(layer: LayerRecord) -> tuple[Array, Array]:
 
 
 def ratio(sums: tuple[Array, Array]) -> Array:
-  """The first sum over the second; 0 where that is 0."""
+  """Returns the first sum divided by the second, or by 1 if the second is less than 1."""
   return sums[0] / jnp.maximum(sums[1], 1)
 
 
@@ -92,10 +93,10 @@ METRICS: dict[str, Metric] = {
 
 
 def register(name: str, metric: Metric) -> None:
-  """Adds a metric of your own. It is measured from then on, and its title appears in every table.
+  """Adds a metric. It is measured from now on, and has a column in every table.
 
   Raises:
-    InputError: the name is taken by another metric, or `metric` is none.
+    InputError: if the name belongs to a metric of this package, or `metric` is not a `Metric`.
   """
   if not isinstance(metric, Metric):
     raise InputError(f"metric {name!r}: {metric!r} is no Metric")
@@ -108,5 +109,5 @@ _BUILTIN = frozenset(METRICS)
 
 
 def observe(layer: LayerRecord) -> dict[str, PyTree]:
-  """The sums of every metric."""
+  """Returns the sums of every metric, by name."""
   return {name: metric.sums(layer) for name, metric in METRICS.items()}

@@ -1,4 +1,4 @@
-"""The steps of a run, jitted on a mesh with the layouts of their arguments, compiled once per configuration."""
+"""The jitted steps of a run on a mesh, with the layouts of their arguments. Each configuration is compiled once."""
 
 import dataclasses
 import functools
@@ -24,10 +24,10 @@ from moe_jax.training.step import EvalSums, Options, Step, TrainState, init_stat
 
 
 def resolve_config(config: Config) -> Config:
-  """`config` with a `Method` in place of every name, checked; the model is causal if its objective is.
+  """Returns `config` with a `Method` in place of every name, checked. The model is causal if the objective is.
 
   Raises:
-    InputError: a wrong field, an unknown name, or parts that do not fit together.
+    InputError: if a field is wrong, a name is unknown, or parts do not fit together.
   """
   config.check()
   with naming("objective", config.train.objective):
@@ -48,11 +48,11 @@ def resolve_config(config: Config) -> Config:
 
 
 def check_run(config: Config, mesh: jax.sharding.Mesh) -> Config:
-  """The resolved configuration of a run on `mesh`.
+  """Returns the resolved configuration of a run on `mesh`.
 
   Raises:
-    InputError: what only the whole configuration shows: methods that do not fit together, and divisibility by groups
-      and mesh.
+    InputError: if `resolve_config` raises one, if a causal model would look at later tokens, or if groups or the mesh do
+      not divide the batch or the model.
   """
   config = resolve_config(config)
   length = config.data.sequence_length
@@ -78,7 +78,7 @@ def check_run(config: Config, mesh: jax.sharding.Mesh) -> Config:
 
 
 def naming_group(layer: MoE):
-  """Names the flag of what `layer` says of its groups."""
+  """Adds the flag to the message of an `InputError` that `layer` raises about its groups."""
   return naming("group_size", layer.group_size)
 
 
@@ -99,18 +99,18 @@ def compile_steps(
   """The steps of `config` on `mesh`; runs that differ only in seeds, or in how often they log, evaluate and
   save, share them, compiled once.
 
-  What is compiled is found again by the parts that `config` names, not by their names: a method that is defined anew is
-  compiled anew.
+  Compiled programs are cached by the methods of `config` and not by their names, so a method that is redefined is compiled
+  again.
 
   Args:
-    config: resolved here, if it is not yet.
+    config: resolved here if it is not resolved yet.
     vocab_size: V of the text.
     num_domains: S of the text.
-    mesh: of devices.
-    gradients: give the gradients with the metrics of a step.
+    mesh: the mesh of devices.
+    gradients: whether to return the gradients with the metrics of a step.
 
   Raises:
-    InputError: the text has more domains than a router by task has rows.
+    InputError: if the text has more domains than a task-level router has tasks.
   """
   config = resolve_config(config)
   for block in different_blocks(config.model):
@@ -139,30 +139,30 @@ _NOT_COMPILED = {
 
 
 def objective_of(config: Config) -> Objective:
-  """Of a resolved configuration."""
+  """Returns the objective of a resolved configuration."""
   return config.train.objective()
 
 
 def hooks_of(config: Config) -> tuple[Hook, ...]:
-  """Of a resolved configuration."""
+  """Returns the hooks of a resolved configuration."""
   return tuple(method() for method in config.train.hooks)
 
 
 def make_model(config: Config, vocab_size: int, seed: jax.Array | int = 0) -> Transformer:
-  """The freshly initialised model of a resolved configuration, for a text with `vocab_size` ids."""
+  """Returns the newly initialised model of a resolved configuration, for a text with `vocab_size` ids."""
   num_ids = vocab_size + objective_of(config).num_extra_ids
   return Transformer(config.model, num_ids, rngs=nnx.Rngs(jax.random.key(seed)))
 
 
 def abstract_model(config: Config, vocab_size: int) -> Transformer:
-  """The model's structure, without computing any parameter."""
+  """Returns the model without parameter values, computing nothing."""
   found = []
   jax.eval_shape(lambda: found.append(make_model(config, vocab_size)))
   return found[0]
 
 
 def make_train_step(config: Config, vocab_size: int, num_domains: int, gradients: bool = False) -> Step:
-  """The training step of a resolved configuration, not jitted."""
+  """Returns the training step of a resolved configuration. It is not jitted."""
   schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
   options = Options(
     accumulation=config.train.accumulation,
@@ -179,7 +179,7 @@ def make_train_step(config: Config, vocab_size: int, num_domains: int, gradients
 
 
 def make_init(config: Config, vocab_size: int) -> Callable[[jax.Array | int], TrainState]:
-  """seed -> the state before the first step of a resolved configuration, not jitted."""
+  """Returns the function seed -> state before the first step, for a resolved configuration. It is not jitted."""
   optimizer = make_optimizer(config.optimizer, config.train.num_steps)
   hooks = hooks_of(config)
   return lambda seed: init_state(make_model(config, vocab_size, seed), optimizer, hooks, seed)
@@ -223,7 +223,7 @@ def _compile_steps(
 
 
 def _plain(config: Config) -> Config:
-  """What arms of a comparison that differ in balancing share at the start."""
+  """Returns the configuration whose initial parameters are those of all arms that differ only in balancing."""
   moe = dataclasses.replace(config.model.moe, balancers="none", dispatcher="sorted", jitter=0.0)
   if config.model.segments:
     return config
@@ -235,7 +235,7 @@ def _plain(config: Config) -> Config:
 
 @functools.lru_cache(maxsize=64)
 def _compile_init(config: Config, vocab_size: int, mesh: jax.sharding.Mesh) -> Callable[[int], TrainState]:
-  """Methods share it, for compiling the initialisers takes longer than running them. On CPU LLVM does not optimise."""
+  """Compiles the initialisers. Arms share them, because compiling takes longer than running, so LLVM does not optimise."""
   init = make_init(config, vocab_size)
   shardings = sharding.state_shardings(mesh, jax.eval_shape(init, 0))
   hurry = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
@@ -243,7 +243,7 @@ def _compile_init(config: Config, vocab_size: int, mesh: jax.sharding.Mesh) -> C
 
 
 def _with_balancers_of(model: Transformer, abstract: TrainState, state: TrainState) -> TrainState:
-  """`state` with the initial state of `model`'s own balancers."""
+  """Returns `state` with the initial state of the balancers of `model`."""
   variables = nnx.to_flat_state(abstract.variables)
   initial = dict(variables)
   for path, layer in nnx.iter_modules(model):

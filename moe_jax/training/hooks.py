@@ -1,4 +1,4 @@
-"""What runs once per optimizer step, after the optimizer. `HOOKS` has all by name."""
+"""Hooks run once per optimizer step, after the optimizer. `HOOKS` has all of them by name."""
 
 from typing import Any
 
@@ -12,29 +12,29 @@ from moe_jax.types import PyTree
 
 
 class Hook:
-  """The contract. A hook may change the model, and keeps a state of its own in checkpoints."""
+  """The base class of hooks. A hook may change the model, and may have a state, which checkpoints include."""
 
   def init(self, model: nnx.Module) -> PyTree:
-    """The hook's state before the first step, a tree of arrays."""
+    """Returns the state before the first step, a tree of arrays."""
     del model
     return ()
 
   def __call__(self, model: nnx.Module, state: PyTree, aux: PyTree) -> PyTree:
-    """Runs after an update.
+    """Runs after the update of an optimizer step.
 
     Args:
-      model: with the new parameters. Changes to it stay.
-      state: of this hook.
-      aux: what the model's blocks know, summed over the micro-batches of the step.
+      model: the model with its new parameters. The hook may change it in place.
+      state: the state of this hook.
+      aux: the aux of the model, summed over the micro-batches of the step.
 
     Returns:
-      The hook's new state.
+      The new state of this hook.
     """
     raise NotImplementedError
 
 
 class BalancerUpdates(Hook):
-  """Moves biases and other state of balancers, see `moe_jax.nn.aux.update_balancers`. Every step has it."""
+  """Updates the state of balancers, see `moe_jax.nn.aux.update_balancers`. Every step runs it, before other hooks."""
 
   def __call__(self, model: nnx.Module, state: PyTree, aux: PyTree) -> PyTree:
     update_balancers(model, aux)
@@ -42,7 +42,11 @@ class BalancerUpdates(Hook):
 
 
 class AverageParameters(Hook):
-  """An exponential average of the parameters: average <- decay * average + (1 - decay) * parameters."""
+  """Keeps an exponential average of the parameters: average <- decay * average + (1 - decay) * parameters.
+
+  Raises:
+    InputError: if `decay` is not in [0, 1).
+  """
 
   def __init__(self, decay: float = 0.999):
     if not 0 <= decay < 1:

@@ -1,4 +1,4 @@
-"""A finished run, loaded back: its model with the trained parameters, its configuration, its tokenizer."""
+"""Loads a finished run: its model with the trained parameters, its configuration, and its tokenizer."""
 
 import json
 import os
@@ -21,19 +21,23 @@ NOT_CONFIG = ("vocab_size", "domains")  # what it holds of the text, beside the 
 
 
 class LoadedRun(NamedTuple):
-  """What `Run.load` gives."""
+  """The result of `Run.load`."""
 
-  model: Transformer  # with the parameters and balancers of the newest checkpoint
+  model: Transformer  # with the parameters and balancer states of the newest checkpoint
   config: Config
   tokenizer: Tokenizer
   step: int  # of the checkpoint
 
 
 def load_run(folder: str | os.PathLike[str]) -> LoadedRun:
-  """The run in `folder`, as its newest checkpoint left it, on one device.
+  """Loads the newest checkpoint of the run in `folder`, on one device.
+
+  Args:
+    folder: the folder of a run. In the folder of a comparison, this is arms/ARM/seed_SEED.
 
   Raises:
-    InputError: the folder holds no run, or one whose methods have no name here, or of another layout.
+    InputError: if the folder has no run or no checkpoint, if a method of the run is not registered, or if another version
+      of moe_jax wrote it.
   """
   folder = pathlib.Path(folder)
   values = _read(folder / CONFIG_FILE)
@@ -78,7 +82,7 @@ def _config(folder: pathlib.Path, values: dict[str, Any]) -> Config:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-  """Whole or not at all: a file that exists is complete."""
+  """Writes a JSON file atomically, so that a file that exists is complete."""
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_suffix(".tmp")
   temporary.write_text(json.dumps(value, indent=1))

@@ -1,7 +1,7 @@
-"""What a model is trained for. `OBJECTIVES` has all by name.
+"""Objectives: what training minimises. `OBJECTIVES` has all of them by name.
 
-An objective maps (model, micro-batch) to a loss that is a sum over targets, so that a step means the same however its
-batch is cut: sums of micro-batches are divided by the targets of the whole step.
+An objective maps a model and a micro-batch to a loss that is a sum over targets. The step divides the sums of all
+micro-batches by the targets of the whole step, so a step means the same however its batch is cut.
 """
 
 import dataclasses
@@ -21,55 +21,61 @@ Batch = dict[str, Array]  # tokens_BL, targets_BL int32; mask_BL bool; domain_B 
 
 
 class Terms(NamedTuple):
-  """What an objective makes of a micro-batch."""
+  """The result of an objective for one micro-batch."""
 
-  loss: Array  # float32 scalar, summed over the targets, in nats where it is a likelihood
-  aux: PyTree  # what the model's blocks know
+  loss: Array  # float32 scalar, summed over targets; in nats if it is a likelihood
+  aux: PyTree  # the aux of the model
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-  """The contract. A frozen dataclass, so that compiled steps can be cached by it."""
+  """The base class of objectives. Subclasses are frozen dataclasses, so that compiled steps can be cached by them."""
 
   @property
   def causal(self) -> bool:
-    """Whether a position may see only what is before it."""
+    """Whether a position may see only earlier positions. It makes the model causal or bidirectional."""
     return True
 
   @property
   def num_extra_ids(self) -> int:
-    """Ids behind the vocabulary that the model must embed, such as a mask."""
+    """The number of ids after the vocabulary that the model must embed, such as a mask."""
     return 0
 
   def prepare(self, batch: Batch, key_B: Array, vocab_size: int) -> Batch:
-    """Changes the batch of the whole step, before it is cut. `key_B`: a random key per sequence."""
+    """Returns the batch of the whole step, changed if the objective needs it, before it is cut into micro-batches.
+
+    Args:
+      batch: tokens_BL, targets_BL, mask_BL and domain_B.
+      key_B: a random key for each sequence.
+      vocab_size: V, without extra ids.
+    """
     del key_B, vocab_size
     return batch
 
   def num_targets(self, batch: Batch) -> Array:
-    """What the loss is summed over."""
+    """Returns the number of targets that the loss is summed over."""
     return batch["mask_BL"].sum()
 
   def __call__(self, model: nnx.Module, batch: Batch, context: Context) -> Terms:
-    """The loss that is minimised."""
+    """Returns the loss that training minimises."""
     raise NotImplementedError
 
   def evaluate(self, model: nnx.Module, batch: Batch, context: Context) -> Terms:
-    """The negative log likelihood of the targets, which every result reports."""
+    """Returns the negative log likelihood of the targets. Every result reports it, whatever training minimises."""
     return self(model, batch, context)
 
 
 def nll(logits_BLV: Array, targets_BL: Array) -> Array:
-  """Negative log likelihood in nats, [B, L]."""
+  """Returns the negative log likelihood of the targets in nats, [B, L]."""
   return optax.softmax_cross_entropy_with_integer_labels(logits_BLV, targets_BL)
 
 
 @dataclasses.dataclass(frozen=True)
 class NextToken(Objective):
-  """The next token. Subclasses may change `token_losses`; evaluation stays the likelihood."""
+  """Next-token prediction. Subclasses may override `token_losses`. Evaluation remains the likelihood."""
 
   def token_losses(self, logits_BLV: Array, targets_BL: Array) -> Array:
-    """[B, L], what is minimised per target."""
+    """Returns the loss of each target, [B, L]."""
     return nll(logits_BLV, targets_BL)
 
   def __call__(self, model: nnx.Module, batch: Batch, context: Context) -> Terms:
@@ -85,10 +91,14 @@ class NextToken(Objective):
 
 @dataclasses.dataclass(frozen=True)
 class MaskedTokens(Objective):
-  """Masked tokens of a bidirectional model (BERT, 1810.04805, section 3.1).
+  """Prediction of masked tokens by a bidirectional model (BERT, 1810.04805, section 3.1).
 
-  A share `rate` of the tokens are targets. Of those, 80% are replaced by the mask, an id behind the vocabulary, 10%
-  by a random id, and 10% stay. Positions see all others, so a router that looks ahead leaks nothing here.
+  Each token is a target with probability `rate`. Of the targets, 80% are replaced by the mask, which is the first id after
+  the vocabulary, 10% by a random id, and 10% are kept. Every position sees all others, so a router that looks ahead leaks
+  nothing.
+
+  Raises:
+    InputError: if `rate` is not in (0, 1).
   """
 
   rate: float = 0.15

@@ -1,7 +1,7 @@
-"""The optimizer: clipping, groups of parameters, and a schedule with warm-up, all from optax.
+"""The optimizer: clipping, groups of parameters, and a schedule with warm-up. All of them are optax transformations.
 
-Every parameter belongs to a group by its metadata `group`: "frozen" (see `moe_jax.nn.variables.freeze`), or the
-optimizer's own if it has none.
+The metadata `group` of a parameter names its group. A parameter without it is trained by the configured optimizer. The
+group "frozen" is not changed (see `moe_jax.nn.variables.freeze`).
 """
 
 from collections.abc import Callable
@@ -36,12 +36,12 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
 
 
 def per_variable(function: Callable[[nnx.Variable], object]) -> Callable[[nnx.State], nnx.State]:
-  """State -> a state of the same structure that holds `function(variable)`, as optax's masks and labels want it."""
+  """Returns a function of a state that returns `function(variable)` in its structure, as optax's masks and labels need."""
   is_variable = lambda leaf: isinstance(leaf, nnx.Variable)
   return lambda params: jax.tree.map(lambda v: v.replace(function(v)), params, is_leaf=is_variable)
 
 
-# True for variables with two or more logical axes, not counting the stacked layers: those decay.
+# True for variables with two or more logical axes, not counting the axis of stacked layers. These decay.
 is_matrix = per_variable(lambda v: len(v.get_metadata()["logical_axes"]) >= 2)
 is_frozen = per_variable(lambda v: v.get_metadata().get("group") == FROZEN)
 
@@ -49,7 +49,7 @@ is_frozen = per_variable(lambda v: v.get_metadata().get("group") == FROZEN)
 def adamw(
   learning_rate: optax.Schedule, weight_decay: float, beta1: float, beta2: float
 ) -> optax.GradientTransformation:
-  """AdamW (1711.05101); matrices decay, and norms, biases and other vectors do not."""
+  """Returns AdamW (1711.05101). Matrices decay. Norms, biases and other vectors do not."""
   return optax.adamw(learning_rate, b1=beta1, b2=beta2, weight_decay=weight_decay, mask=is_matrix)
 
 
@@ -59,7 +59,12 @@ OPTIMIZERS = Registry(
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-  """Clipping of the global norm, then the optimizer. Frozen parameters count in neither and have no state."""
+  """Returns the optimizer, after clipping of the global norm. Frozen parameters do not count in the norm and have no state.
+
+  Args:
+    config: names the optimizer and its hyperparameters.
+    num_steps: the number of optimizer steps, for the schedule.
+  """
   optimizer = OPTIMIZERS.resolve(config.optimizer)(
     learning_rate=learning_rate_schedule(config, num_steps),
     weight_decay=config.weight_decay,

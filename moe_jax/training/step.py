@@ -1,8 +1,8 @@
 """One optimizer step and one evaluation step, as pure functions made of parts.
 
-What a step computes does not depend on how its batch is cut: the objective is divided by the targets of the whole
-step, every balancing loss is weighed by its micro-batch's share of the tokens, and hooks run once, on the summed aux
-of the whole step.
+The result of a step does not depend on how its batch is cut. The objective is divided by the targets of the whole step,
+each balancing loss is weighted by its micro-batch's share of the tokens, and hooks run once, on the summed aux of the
+whole step.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,14 +25,14 @@ from moe_jax.types import Array, PyTree, StepStats
 
 
 class TrainState(NamedTuple):
-  """All that a step reads and changes."""
+  """Everything that a step reads and changes."""
 
   step: Array  # int32, optimizer steps done
-  key: Array  # uint32 [2], of everything that is drawn; the same for the whole run
+  key: Array  # uint32 [2], the data of the random key of the run; steps fold in their number
   params: nnx.State
-  variables: nnx.State  # everything else of the model: the state of balancers
+  variables: nnx.State  # the other variables of the model: the state of balancers
   opt_state: PyTree
-  hooks: tuple[PyTree, ...]  # a state per hook
+  hooks: tuple[PyTree, ...]  # the state of each hook
 
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
@@ -41,7 +41,14 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
 def init_state(
   model: nnx.Module, optimizer: optax.GradientTransformation, hooks: Sequence[Hook], seed: Array | int
 ) -> TrainState:
-  """The state before the first step."""
+  """Returns the state before the first step.
+
+  Args:
+    model: has the initial parameters.
+    optimizer: optax, over the model's `nnx.Param`s.
+    hooks: those of the step.
+    seed: determines everything that is drawn in training.
+  """
   params, variables = nnx.state(model, nnx.Param, ...)
   return TrainState(
     step=jnp.int32(0),
@@ -54,16 +61,15 @@ def init_state(
 
 
 class Options(NamedTuple):
-  """What else a step does."""
+  """Options of a step."""
 
   accumulation: int = 1  # micro-batches per optimizer step
-  num_domains: int = 1  # of the text, for metrics by domain
+  num_domains: int = 1  # S of the text, for metrics by domain
   vocab_size: int = 0  # V, for objectives that draw ids
-  schedule: Callable[[Array], Array] | None = None  # of the learning rate, only to be logged
-  gradients: bool = False  # give them, as the metric `gradients`
-  record_logits: str = (
-    ""  # float16 | float32: give `router_trace`, the fields of `router_trace.Steps` but the step
-  )
+  schedule: Callable[[Array], Array] | None = None  # the learning rate of a step, which is only logged
+  gradients: bool = False  # return the gradients, as the metric `gradients`
+  # float16 or float32: return the metric `router_trace`, with the fields of `router_trace.Steps` except the step
+  record_logits: str = ""
 
 
 def make_step(
@@ -73,17 +79,17 @@ def make_step(
   hooks: Sequence[Hook] = (),
   options: Options | None = None,
 ) -> Step:
-  """The function (state, batch of the whole step) -> (state, metrics). Not jitted.
+  """Returns the function (state, batch of the whole step) -> (state, metrics). It is not jitted.
 
   Args:
-    model: only its structure matters, so it may be abstract.
-    objective: what is minimised, beside the balancing losses of the model's layers.
+    model: only its structure is used, so it may be abstract.
+    objective: what is minimised, in addition to the balancing losses of the model's layers.
     optimizer: optax, over the model's `nnx.Param`s.
-    hooks: run after the optimizer, in order, behind the updates of balancers that every step has.
-    options: see there.
+    hooks: run in order, after the optimizer and the updates of balancers, which every step has.
+    options: further options.
 
-  Metrics: `loss` (the objective's, per target), `total_loss`, one entry [R] per balancing loss, `grad_norm`,
-  `learning_rate`, and what `moe_jax.ops.metrics` declares for training [R, ...], all of the whole step.
+  Metrics are those of the whole step: `loss` (of the objective, per target), `total_loss`, an entry [R] for each balancing
+  loss, `grad_norm`, `learning_rate`, and the metrics that `moe_jax.ops.metrics` declares for training [R, ...].
   """
   options = options or Options()
   graphdef = nnx.graphdef(model)
@@ -135,7 +141,7 @@ def make_step(
 
 
 def prepared(state: TrainState, batch: Batch, objective: Objective, vocab_size: int) -> Batch:
-  """The batch with a key per sequence, so that no draw depends on how it is cut, and what the objective makes of it."""
+  """Returns the batch that the objective prepares, with a key for each sequence, so that draws do not depend on the cut."""
   step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
   num_sequences = batch["tokens_BL"].shape[0]
   key_B = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(jnp.arange(num_sequences))
@@ -166,13 +172,13 @@ def _at_least_1(count: Array) -> Array:
 
 
 def _map_moe(function: Callable[[Any], Any], aux: PyTree) -> PyTree:
-  """`function` of every `MoEAux` of a tree."""
+  """Applies `function` to every `MoEAux` of a tree."""
   is_moe = lambda leaf: hasattr(leaf, "balancer_stats")
   return jax.tree.map(lambda leaf: function(leaf) if is_moe(leaf) else leaf, aux, is_leaf=is_moe)
 
 
 def _weighed(aux: PyTree, share: Array) -> PyTree:
-  """Losses, which are means over a micro-batch, times its share of the step's tokens; counts by expert, not sequence."""
+  """Returns aux that can be added: losses, which are means, times the share of the step's tokens, and counts by expert."""
 
   def of_layer(layer):
     losses = {name: share * loss for name, loss in layer.losses.items()}
@@ -190,16 +196,22 @@ def _logits(aux: PyTree) -> list[Array]:
 
 
 def _cut(batch: Batch, pieces: int) -> Batch:
-  """[B, ...] -> [pieces, B / pieces, ...]. Sequence b goes to piece b % pieces: with the batch split over
-  devices in contiguous blocks, every device finds its part of each piece among its own sequences."""
+  """[B, ...] -> [pieces, B / pieces, ...]. Sequence b goes to piece b % pieces.
+
+  The batch is split over devices in contiguous blocks, so every device has its part of each piece.
+  """
   return jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
 def _scan_sum(
   function: Callable[[Batch, PyTree | None], tuple[PyTree, PyTree]], micros: Batch
 ) -> tuple[PyTree, PyTree]:
-  """`function(micro-batch, sum so far)` gives (what to add up, what to stack) for each entry of the leading axis.
-  The sum, of which one term is held at a time, and the stack."""
+  """Returns a sum and a stack over the leading axis of `micros`. Only one term of the sum is stored at a time.
+
+  Args:
+    function: maps (micro-batch, sum so far) to (term of the sum, entry of the stack).
+    micros: micro-batches on a leading axis.
+  """
   first = jax.tree.map(lambda x: x[0], micros)
   if jax.tree.leaves(micros)[0].shape[0] == 1:
     total, apart = function(first, None)
@@ -229,7 +241,7 @@ def _metrics(loss: Array, aux: PyTree) -> dict[str, Array]:
 
 
 def _router_trace(logits_J: list[Array], batch: Batch, dtype: str) -> dict[str, Array]:
-  """What a replay needs of a step, its micro-batches put back into the order of the batch: the reverse of `_cut`."""
+  """Returns what a replay needs of a step, in the order of the batch before `_cut`."""
 
   def in_order(logits_JRBLE: Array) -> Array:
     logits_RBJLE = jnp.moveaxis(logits_JRBLE, 0, 2)
@@ -244,19 +256,22 @@ def _router_trace(logits_J: list[Array], batch: Batch, dtype: str) -> dict[str, 
 
 
 class EvalSums(NamedTuple):
-  """Sums over evaluated batches; add them up, then read them."""
+  """Sums over an evaluated batch. Add those of all batches, then read them."""
 
   nll: Array
   num_targets: Array
   num_tokens: Array
-  metrics: list[list[dict[str, PyTree]]]  # per segment and block of its pattern: name -> sums, stacked
+  metrics: list[list[dict[str, PyTree]]]  # for each segment and block of its pattern: name -> stacked sums
 
 
 def make_eval_step(
   model: nnx.Module, objective: Objective, num_domains: int, vocab_size: int
 ) -> Callable[[TrainState, Batch], EvalSums]:
-  """The function (state, batch) -> sums. No jitter, no draws but what the objective evaluates on, and those always the
-  same; `eval_capacity_factor`; no update."""
+  """Returns the function (state, batch) -> sums. It is not jitted, and updates nothing.
+
+  The layers draw nothing and use `eval_capacity_factor`. An objective that draws its targets gets keys that depend only on
+  the text, so every evaluation uses the same targets.
+  """
   graphdef = nnx.graphdef(model)
 
   def eval_fn(state: TrainState, batch: Batch) -> EvalSums:
@@ -274,7 +289,7 @@ def make_eval_step(
 
 
 def _keys_of_text(tokens_BL: Array) -> Array:
-  """A key per sequence that follows from its text: the same whatever else is in the batch."""
+  """Returns a key for each sequence that depends only on its text, and not on the rest of the batch."""
   place_L = jnp.arange(1, tokens_BL.shape[1] + 1, dtype=jnp.uint32) * jnp.uint32(0x9E3779B1)
   checksum_B = jnp.sum((tokens_BL.astype(jnp.uint32) + 1) * place_L[None], axis=1, dtype=jnp.uint32)
   return jax.vmap(lambda number: jax.random.fold_in(jax.random.key(0), number))(checksum_B)

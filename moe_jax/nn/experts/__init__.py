@@ -1,4 +1,4 @@
-"""Networks of experts. `EXPERTS` has all by name."""
+"""Networks of experts. `EXPERTS` has all of them by name."""
 
 from moe_jax.nn.experts.base import ExpertNetwork, as_experts
 from moe_jax.nn.experts.clipped_swiglu import ClippedSwiGLU

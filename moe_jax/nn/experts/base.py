@@ -1,4 +1,4 @@
-"""The contract of experts: a module whose parameters have a leading expert axis."""
+"""The base class of experts: a module whose parameters have a leading expert axis."""
 
 from typing import Any
 
@@ -13,13 +13,13 @@ from moe_jax.types import Array
 
 
 class ExpertNetwork(nnx.Module):
-  """E networks at once: `rows = experts(rows, product)`, [.., D] -> [.., D].
+  """All E experts of a layer as one module: `rows = experts(rows, product)`, [.., D] -> [.., D].
 
-  Every parameter names its logical axes, the first of which is "expert"; nothing else about them is known to the
-  layer, the dispatchers, sharding or checkpoints. `product` multiplies each row by the matrix of its expert, see
-  `moe_jax.ops.experts.Product`.
+  Every parameter names its logical axes, of which the first is "expert". The layer, dispatchers, sharding and checkpoints
+  assume nothing else about the parameters. `product` multiplies each row by the matrix of its expert (see
+  `moe_jax.ops.experts.Product`), so a network is written once for all dispatchers.
 
-  draws: reads `product.row_bits`, which then are there.
+  draws: whether the network reads `product.row_bits`. The layer provides them only if it does.
   """
 
   draws: bool = False
@@ -28,18 +28,18 @@ class ExpertNetwork(nnx.Module):
     raise NotImplementedError
 
   def for_step(self, key: Array | None) -> "ExpertNetwork":
-    """The experts of one optimizer step, where they draw something. `key`: of the step; None: nothing is drawn."""
+    """Returns the experts for one optimizer step. Override it to draw from `key`, which is None if nothing is drawn."""
     del key
     return self
 
 
 def as_experts(module: ExpertNetwork, dtype: jnp.dtype, gather: bool) -> Experts:
-  """`module` as dispatchers want it.
+  """Returns `module` in the form that dispatchers call.
 
   Args:
     module: the experts.
-    dtype: that its floating-point parameters are cast to.
-    gather: make parameters whole that are kept in parts (fsdp), as for a dispatcher that leaves that to us.
+    dtype: the dtype that floating-point parameters are cast to.
+    gather: whether to gather parameters that are stored split (fsdp). False for a dispatcher that does this itself.
   """
   graphdef, state = nnx.split(module)
   is_variable = lambda leaf: isinstance(leaf, nnx.Variable)
@@ -59,7 +59,7 @@ def as_experts(module: ExpertNetwork, dtype: jnp.dtype, gather: bool) -> Experts
 
 
 def inner_experts(spec: Spec, num_experts: int, dim: int, expert_dim: int, **offered: Any) -> ExpertNetwork:
-  """The network that another one changes."""
+  """Returns the network that another network wraps."""
   from moe_jax.nn.experts import EXPERTS  # which has this module's users
 
   sizes = {"num_experts": num_experts, "dim": dim, "expert_dim": expert_dim}

@@ -14,11 +14,14 @@ from moe_jax.types import Array
 
 
 class ExpertDropout(ExpertNetwork):
-  """`experts` whose hidden units drop out in training with probability `rate`; those kept grow by 1 / (1 - rate).
+  """The network `experts` with dropout: in training, hidden units are set to 0 with probability `rate`.
 
-  Switch uses 0.4 inside the experts and 0.1 elsewhere. Which units of a row drop follows from the keys of the step
-  and of the token's sequence, the token's place in it, and the expert. So a draw is the same wherever the row is
-  computed: under any dispatcher, on any mesh, in any micro-batch.
+  The other units are divided by 1 - rate. Switch uses 0.4 inside experts and 0.1 elsewhere. Which units of a row drop
+  depends on the keys of the step and of the token's sequence, the token's position, and the expert. The draw is therefore
+  the same under any dispatcher, on any mesh, and in any micro-batch.
+
+  Raises:
+    InputError: if `rate` is not in [0, 1).
   """
 
   def __init__(
@@ -69,7 +72,7 @@ class _Dropping(Wrapper):
 
 
 def _mix(bits: Array) -> Array:
-  """A hash of 32 bits in which every input bit moves every output bit (the finaliser of MurmurHash3)."""
+  """A hash of 32 bits in which every output bit depends on every input bit (the finaliser of MurmurHash3)."""
   bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
   bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
   return bits ^ (bits >> 16)

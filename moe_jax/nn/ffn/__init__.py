@@ -1,7 +1,7 @@
-"""Feed-forward parts of a block. `FFNS` has all by name.
+"""Feed-forward parts of a block. `FFNS` has all of them by name.
 
-A part is a module `ffn(x_BLD, context) -> (y_BLD, aux)`, where aux is a `MoEAux` or None. Its factory takes what it
-needs of the model: `moe` is the block's `MoEConfig`.
+A part is a module that maps (x_BLD, context) to (y_BLD, aux), where aux is a `MoEAux` or None. Its factory takes what it
+needs of the model by name. `moe` is the `MoEConfig` of the block.
 """
 
 from typing import Any
@@ -19,13 +19,13 @@ from moe_jax.registry import Registry
 def shared_experts(
   moe: MoEConfig, dim: int, activation: str, init_scale: float, rngs: nnx.Rngs
 ) -> MLP | None:
-  """The always-on experts as one network of their summed width; None without any."""
+  """Returns the shared experts as one network of their summed width, or None if there are none."""
   width = moe.num_shared_experts * moe.expert_dim
   return MLP(dim, width, activation, init_scale=init_scale, rngs=rngs) if width else None
 
 
 def moe(moe: MoEConfig, dim: int, activation: str, init_scale: float, rngs: nnx.Rngs) -> MoE:
-  """The layer that routes tokens to experts."""
+  """Returns the layer that routes tokens to experts, with its shared experts."""
   fields = ("num_experts", "num_experts_per_token", "expert_dim", "router", "experts", "dispatcher")
   fields += ("capacity_factor", "eval_capacity_factor", "group_size", "jitter")
   layer = MoE(
@@ -42,7 +42,7 @@ def moe(moe: MoEConfig, dim: int, activation: str, init_scale: float, rngs: nnx.
 def parallel_moe(
   moe: MoEConfig, dim: int, dense_dim: int, activation: str, init_scale: float, rngs: nnx.Rngs
 ) -> ParallelMoE:
-  """Experts beside a dense part of width `dense_dim`, as in Gemma 4."""
+  """Returns routed experts in parallel with a dense part of width `dense_dim`, as in Gemma 4."""
   experts = FFNS["moe"](moe, dim, activation, init_scale, rngs)
   return ParallelMoE(experts, MLP(dim, dense_dim, activation, init_scale=init_scale, rngs=rngs))
 
@@ -50,7 +50,7 @@ def parallel_moe(
 def soft_moe(
   moe: MoEConfig, dim: int, activation: str, init_scale: float, rngs: nnx.Rngs, slots: int = 1
 ) -> SoftMoE:
-  """Soft MoE (2308.00951) with `slots` slots per expert."""
+  """Returns a Soft MoE layer (2308.00951) with `slots` slots per expert."""
   sizes: dict[str, Any] = {"num_experts": moe.num_experts, "expert_dim": moe.expert_dim}
   layer = SoftMoE(dim, **sizes, slots=slots, experts=moe.experts, init_scale=init_scale, rngs=rngs)
   layer.shared = shared_experts(moe, dim, activation, init_scale, rngs)

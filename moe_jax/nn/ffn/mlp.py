@@ -10,7 +10,15 @@ ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu}
 
 
 class MLP(nnx.Module):
-  """x_BLD -> y_BLD through `dense_dim` hidden units; also the shared experts of an MoE layer."""
+  """A dense network with `dense_dim` hidden units: `y_BLD, None = mlp(x_BLD)`. Also used for shared experts.
+
+  Args:
+    dim: D.
+    dense_dim: the hidden width.
+    activation: swiglu, relu or gelu.
+    init_scale: s in std = sqrt(s / fan_in) of every matrix.
+    rngs: draws the parameters.
+  """
 
   def __init__(
     self, dim: int, dense_dim: int, activation: str = "swiglu", *, init_scale: float = 1.0, rngs: nnx.Rngs

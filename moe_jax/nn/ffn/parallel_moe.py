@@ -10,7 +10,7 @@ from moe_jax.types import MoEAux
 
 
 class ParallelMoE(nnx.Module):
-  """mlp(x) + moe(x): every token also goes through a dense part of its own width."""
+  """moe(x) + mlp(x): all tokens also go through a dense part, which has its own width."""
 
   def __init__(self, moe: MoE, mlp: MLP):
     self.moe, self.mlp = moe, mlp

@@ -1,4 +1,4 @@
-"""Soft MoE (2308.00951): experts work on mixtures of tokens, so nothing is chosen and nothing drops."""
+"""Soft MoE (2308.00951): experts process mixtures of tokens. Nothing is chosen and nothing drops."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ EPSILON = 1e-6  # of the squared norm, as in google-research/vmoe
 
 
 class SoftMoE(nnx.Module):
-  """Every slot of an expert takes a mean of the sequence's tokens, and every token a mean of all slots' outputs.
+  """Soft MoE: every slot of an expert is a mean of the sequence's tokens, and every output a mean of all slots' outputs.
 
   With C slots per expert (2308.00951, section 2; details as in the code of google-research/vmoe,
   projects/soft_moe/router.py):
@@ -29,11 +29,21 @@ class SoftMoE(nnx.Module):
     slot        = sum over tokens l of softmax_l(logits) x_l, the softmax over the valid tokens of the sequence
     y           = sum over slots (e, c) of softmax_ec(logits) expert_e(slot_ec)
 
-  The experts' work is E*C rows per sequence whatever its length: choose C so that E*C is near it. Padding enters
-  no slot and gets zero. A slot holds later tokens too, so in a causal model the layer leaks.
+  The experts process E*C rows per sequence, whatever its length. Choose C so that E*C is near the length. Padding enters
+  no slot, and its output is zero. A slot depends on all tokens of the sequence, so the layer leaks in a causal model.
+
+  Args:
+    dim: D.
+    num_experts: E.
+    expert_dim: F.
+    slots: C, the slots of each expert.
+    experts: the network of the experts: a name, a function or class that makes one, or the module.
+    shared: a module that all tokens go through beside the slots, or None.
+    init_scale: s in std = sqrt(s / fan_in) of the experts' matrices.
+    rngs: draws the parameters.
 
   Raises:
-    InputError: less than one slot.
+    InputError: if there is less than one slot.
   """
 
   leaks = "always"
@@ -59,16 +69,16 @@ class SoftMoE(nnx.Module):
     self.shared = nnx.data(shared)  # may come later, and is data even while there is none
 
   def __call__(self, x_BLD: Array, context: Context = DEFAULT) -> tuple[Array, MoEAux]:
-    """One forward pass. Nothing is drawn, balanced, or different in training.
+    """One forward pass. It does not differ in training, unless the experts draw.
 
     Args:
-      x_BLD: activations of any float dtype; the softmaxes work in float32 whatever it is.
-      context: only its mask matters, and its keys where the experts draw.
+      x_BLD: activations of any float dtype. The softmaxes are computed in float32.
+      context: only its mask is read, and its keys if the experts draw.
 
     Returns:
-      y_BLD, and a `MoEAux` without losses whose counts are soft: an expert's tokens are the combine weights that
-      tokens give to its slots, so they sum to the number of valid tokens. The dispatch weights would say
-      nothing: those of a slot always sum to 1. The entropy is that of a token's combine weights over experts.
+      y_BLD, and a `MoEAux` without losses. Its counts are soft: the tokens of an expert are the combine weights of its
+      slots, summed over tokens. They add up to the number of valid tokens. (Dispatch weights say nothing about load,
+      because those of a slot always sum to 1.) The entropy is that of a token's combine weights over experts.
     """
     mask_BL = context.mask_of(x_BLD)
     dispatch_BLEC, combine_BLEC = self._weights(x_BLD, mask_BL)

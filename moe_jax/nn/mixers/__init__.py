@@ -1,6 +1,6 @@
-"""Token mixers. `MIXERS` has all by name.
+"""Token mixers. `MIXERS` has all of them by name.
 
-A mixer is a module `mixer(x_BLD, context) -> (y_BLD, aux)`, where aux is a tree of sums that it knows, or None.
+A mixer is a module that maps (x_BLD, context) to (y_BLD, aux), where aux is a tree of sums or None.
 """
 
 from moe_jax.nn.mixers.attention import Attention

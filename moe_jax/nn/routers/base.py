@@ -1,4 +1,4 @@
-"""The contract of a router."""
+"""The base class of routers, and pieces to build one from."""
 
 import jax
 import jax.numpy as jnp
@@ -10,19 +10,20 @@ from moe_jax.types import Array, RouterContext, Routing
 
 
 class Router(nnx.Module):
-  """Decides where tokens go, with whatever parameters it needs: `routing = router(x_GTD, context)`.
+  """A module that decides which experts a token is sent to: `routing = router(x_GTD, context)`.
 
-  x_GTD: float32, G groups of T tokens. context: a `RouterContext` of all groups. Each field of the routing has a
-  leading G. What a model must know beforehand are attributes, with safe defaults:
+  The input x_GTD is float32, with G groups of T tokens. `context` is a `RouterContext` of all groups. Every field of the
+  returned `Routing` has a leading G. A router has any parameters that it needs. The following attributes say what a model
+  must know beforehand. Their defaults are those of a plain top-k router:
 
-  leaks: whether the choice for a token depends on later tokens of its sequence: "" never, "drops" only where
-    capacity drops assignments, "always" otherwise. A causal model refuses the latter two.
-  takes_bias: False where there is no choice that a balancer's bias could move.
-  gives_smooth_load: fills in `Routing.smooth_load_TE`.
-  whole_sequences: needs groups of whole sequences.
-  num_tasks: domains that it knows; 0: it reads none.
-  num_scored_experts: experts that its logits score; None: the layer's. More, where it serves some itself
-    (`Routing.direct_TD`).
+  leaks: whether the choice for a token depends on later tokens of its sequence: "" never, "drops" only if capacity drops
+    assignments, "always" otherwise. A causal model refuses the last two.
+  takes_bias: whether the bias of a balancer can change the choice.
+  gives_smooth_load: whether the router sets `Routing.smooth_load_TE`.
+  whole_sequences: whether groups must consist of whole sequences.
+  num_tasks: the number of domains that the router distinguishes; 0: it does not read the domain.
+  num_scored_experts: the number of experts that the logits score; None: the E experts of the layer. It exceeds E if the
+    router serves some experts itself, with `Routing.direct_TD`.
   """
 
   leaks: str = ""
@@ -36,18 +37,20 @@ class Router(nnx.Module):
     raise NotImplementedError
 
   def from_logits(self, logits_GTE: Array, context: RouterContext) -> Routing | None:
-    """The routing that follows from recorded logits; None where they do not suffice."""
+    """Returns the routing for recorded logits, or None if the logits do not determine it."""
     del logits_GTE, context
     return None
 
 
 def project(x_GTD: Array, w_DE: Array) -> Array:
-  """Full float32 products also where the accelerator's default is lower: a rounded logit flips a choice."""
+  """Returns the logits x W [G, T, E], in full float32 precision on every device. A rounded logit can change a choice."""
   return jnp.einsum("GTD,DE->GTE", x_GTD, w_DE, precision=jax.lax.Precision.HIGHEST)
 
 
 def top_k(logits_GTE: Array, num_experts_per_token: int, context: RouterContext) -> Routing:
-  """The plain choice, for a router of your own: the K experts with the highest softmax (with bias), weighted by the
-  softmax over the K chosen logits (2401.04088)."""
+  """Returns the usual routing for logits of your own: the K experts with the highest softmax score plus bias.
+
+  The weights are the softmax over the K chosen logits, as in Mixtral (2401.04088).
+  """
   choice = softmax_topk(logits_GTE.shape[-1], num_experts_per_token)
   return in_groups(choice.choose, logits_GTE, context=context)

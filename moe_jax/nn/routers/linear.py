@@ -1,4 +1,4 @@
-"""The common router: one matrix makes the logits, and a pure choice does the rest."""
+"""Routers whose logits are one matrix product. A pure choice does the rest."""
 
 import dataclasses
 import inspect
@@ -15,7 +15,7 @@ from moe_jax.types import Array, RouterContext, Routing
 
 
 class LinearRouter(Router):
-  """logits = x W, then `choice`. Subclasses add parameters."""
+  """A router with logits = x W, followed by `choice`. Subclasses add parameters."""
 
   def __init__(self, choice: Choice, dim: int, num_logits: int, init_scale: float, *, rngs: nnx.Rngs):
     self.choose = choice.choose
@@ -35,7 +35,7 @@ class LinearRouter(Router):
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-  """The router factory of a choice: `Linear(softmax_topk)(dim=..., num_experts=..., ...)`."""
+  """The factory of the router of a choice: `Linear(softmax_topk)(dim=..., num_experts=..., ...)` is a `LinearRouter`."""
 
   choice: Callable[..., Choice]
 

@@ -1,4 +1,4 @@
-"""Routers with learned noise: a further matrix says how much (1701.06538)."""
+"""Routers with learned noise. A second matrix sets its standard deviation (1701.06538)."""
 
 from flax import nnx
 

@@ -1,4 +1,4 @@
-"""Routers that serve some tokens themselves, by experts that compute next to nothing (MoE++, 2410.07348)."""
+"""Routers that add to the layer's output by themselves: the zero-computation experts of MoE++ (2410.07348), and BASE."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ class ZeroComputation(nnx.Module):
     copy      x
     constant  a1 x + a2 v with a learned vector v and (a1, a2) = softmax(x W)
 
-  v starts standard normal, as in the released code: about the size of a normalised token.
+  v starts standard normal, as in the released code, which is about the size of a normalised token.
   """
 
   def __init__(self, kinds: tuple[str, ...], dim: int, *, rngs: nnx.Rngs):
@@ -31,7 +31,7 @@ class ZeroComputation(nnx.Module):
     self.w_mix_DZ2 = matrix(rngs, (dim, num, 2), ("embed", "zero_computation", "mix")) if num else None
 
   def __call__(self, x_GTD: Array, weight_GTZ: Array) -> Array:
-    """x of any float dtype, and the router's weights of these experts -> y_GTD."""
+    """Returns y_GTD in the dtype of x_GTD. `weight_GTZ` are the weights that the router gives to these experts."""
     copy_GT = sum((weight_GTZ[..., z] for z in self.copies), jnp.zeros(x_GTD.shape[:2], weight_GTZ.dtype))
     if not self.constants:
       return copy_GT[..., None].astype(x_GTD.dtype) * x_GTD
@@ -50,8 +50,10 @@ class ZeroComputation(nnx.Module):
 
 
 class MoEPlusPlus(LinearRouter):
-  """MoE++ (2410.07348): top-K of E networks and Z experts that compute next to nothing, see
-  `moe_jax.ops.routing.zero_computation.moe_plus_plus`."""
+  """MoE++ (2410.07348): top-K of E networks and Z zero-computation experts.
+
+  See `moe_jax.ops.routing.zero_computation.moe_plus_plus`.
+  """
 
   def __init__(
     self,
@@ -81,8 +83,10 @@ class MoEPlusPlus(LinearRouter):
 
 
 class BaseAssignment(LinearRouter):
-  """BASE (2103.16716), see `moe_jax.ops.routing.base_assignment`. `mix=true` is for a layer without a residual around
-  it: the published layer is a E(x) + (1 - a) x, whose second term this adds."""
+  """BASE (2103.16716), see `moe_jax.ops.routing.base_assignment`.
+
+  The published layer is a E(x) + (1 - a) x, without a residual around it. `mix` adds the second term.
+  """
 
   def __init__(
     self,
