@@ -4,7 +4,7 @@ The public names below are imported when they are first used, so `import moe_jax
 
   MoE, Context, Transformer          the MoE layer, its inputs besides activations, and the language model
   Router, Balancer, ExpertNetwork    base classes and records for routing methods of your own
-  Objective, NextToken, Terms, Hook  base classes for what is minimised, and for what runs after each optimizer step
+  Objective, NextToken, Terms, Hook  base classes for losses, and for what runs after each optimizer step
   Metric                             a quantity to measure
   matrix, vector, weight, freeze     parameters with logical axes
   project, top_k                     pieces of a router
@@ -83,8 +83,8 @@ def register(kind: str, name: str, part: Any) -> None:
   Args:
     kind: router, experts, balancer, dispatcher, mixer, ffn, residual, objective, optimizer, hook, or metric.
     name: consists of letters, digits and _.
-    part: a function or class that builds the part. Its parameters with defaults become options of the name. For a
-      metric, the `Metric` itself.
+    part: a function or class that builds the part. Its parameters with defaults become options of the name.
+      For a metric, the `Metric` itself.
 
   Raises:
     InputError: if the kind is unknown, the name is taken, or `part` cannot build a part of this kind.

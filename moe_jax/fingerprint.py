@@ -25,10 +25,12 @@ def place(code: Callable[..., Any]) -> str:
 
 
 def digest(code: Callable[..., Any]) -> str:
-  """Returns a digest of the source of `code` and of the functions, classes and plain constants of its module that it uses.
+  """Returns a digest of the source of `code`, and of what it uses of its module.
 
-  A comparison folder stores it, to notice that the code behind a name has changed. For code without source, such as a
-  function typed into an interpreter, the digest is of its instructions.
+  That is functions, classes and plain constants. What it imports from other modules is not included.
+
+  A comparison folder stores it, to notice that the code behind a name has changed. For code without source,
+  such as a function typed into an interpreter, the digest is of its instructions.
   """
   parts: list[str] = []
   _collect(inspect.unwrap(code), parts, set())
@@ -52,7 +54,10 @@ def _collect(code: Any, parts: list[str], seen: set[int]) -> None:
 
 
 def _source(code: Any) -> str:
-  """Of a function, from the text that it was compiled from; of a class, its plain attributes, for its functions follow."""
+  """Returns the text that a function was compiled from.
+
+  For a class, its plain attributes; its functions follow.
+  """
   if isinstance(code, type):
     plain = {k: v for k, v in vars(code).items() if isinstance(v, int | float | str) and k[:2] != "__"}
     return f"{code.__qualname__} {[base.__qualname__ for base in code.__bases__]} {plain}"

@@ -1,9 +1,10 @@
 """Registries of parts by name. They resolve `switch_loss:0.01:scope=sequence` to a `Method`.
 
-A name is resolved once, at the border: on the command line, in a configuration, or in a call. Everything below holds
-`Method` objects. Two of them are equal if they would build the same part.
+A name is resolved once, at the border: on the command line, in a configuration, or in a call. Everything
+below holds `Method` objects. Two of them are equal if they would build the same part.
 
-Grammar: NAME[:VALUE ...][:OPTION=VALUE ...]. Plain values fill the options of the factory in order. A value has the type
+Grammar: NAME[:VALUE ...][:OPTION=VALUE ...]. Plain values fill the options of the factory in order. A value
+  has the type
 of the option's default. `,` or `+` joins several methods.
 """
 
@@ -22,7 +23,8 @@ from moe_jax.fingerprint import digest, is_builtin, place
 class Method:
   """A factory with its options, not called yet.
 
-  Methods are hashable, and equal if factory, source and options are equal. Compiled programs are therefore cached by
+  Methods are hashable, and equal if factory, source and options are equal. Compiled programs are therefore
+  cached by
   methods: a function that is redefined under the same name is a different method.
   """
 
@@ -61,8 +63,8 @@ class Registry(Mapping[str, Callable[..., Any]]):
   Args:
     kind: "router", "balancer", ...; appears in errors.
     factories: those of this package.
-    offered: names of parameters that a factory may take. All its other parameters must have defaults: they are its
-      options.
+    offered: names of parameters that a factory may take. All its other parameters must have defaults: they
+      are its options.
   """
 
   def __init__(self, kind: str, factories: Mapping[str, Callable[..., Any]], offered: Sequence[str] = ()):
@@ -80,12 +82,13 @@ class Registry(Mapping[str, Callable[..., Any]]):
     return len(self._factories)
 
   def register(self, name: str, factory: Callable[..., Any]) -> None:
-    """Registers `factory` under a name. A new definition of the same function, as in a notebook cell that runs again,
-    replaces the old one.
+    """Registers `factory` under a name.
+
+    A new definition of the same function, as in a notebook cell that runs again, replaces the old one.
 
     Raises:
-      InputError: if the name is taken or is not an identifier, or if `factory` is not callable or takes parameters that
-        are not offered and have no default. The message says where the factory is defined.
+      InputError: if the name is taken or is not an identifier, or if `factory` is not callable or takes
+        parameters that are not offered and have no default. The message says where the factory is defined.
     """
     if not name.isidentifier():
       raise InputError(f"{self.kind} {name!r}: a name consists of letters, digits and _")

@@ -1,7 +1,8 @@
 """The arms that the comparisons run. An arm is a set of fields of the configuration.
 
-Every balancer and every router of the registries must be in one of the two tables, which tests/comparison/test_arms.py
-checks. Rates suit short runs (see docs/LOG.md, "Which bias step"). Weights are those of the papers.
+Every balancer and every router of the registries must be in one of the two tables, which
+tests/comparison/test_arms.py checks. Rates suit short runs (see docs/LOG.md, "Which bias step"). Weights are
+those of the papers.
 """
 
 import dataclasses
@@ -17,7 +18,9 @@ _PARTS = ("model", "optimizer", "data", "train")  # whose fields an arm may set,
 
 
 def with_arm(config: Config, arm: Arm) -> Config:
-  """Returns `config` with the fields of `arm`. Each field is found by its name in any part of the configuration.
+  """Returns `config` with the fields of `arm`.
+
+  Each field is found by its name in any part of the configuration.
 
   Raises:
     InputError: if no part of the configuration has a field of that name.
@@ -50,7 +53,7 @@ def _part_of(config: Config, field: str) -> str:
 
 
 def balancing_arm(text: str) -> Arm:
-  """Returns the arm for `"switch_loss:0.01+z_loss:0.001"` or, with its own router, `"load_loss:0.1@noisy_topk"`."""
+  """Returns the arm for `"switch_loss:0.01+z_loss:0.001"` or, with a router, `"load_loss:0.1@noisy_topk"`."""
   balancers, at, router = text.partition("@")
   return {"balancers": balancers} | ({"router": router} if at else {})
 
@@ -121,7 +124,9 @@ BALANCING: dict[str, Arm] = {
 
 
 def routers(expert_dim: int) -> dict[str, Arm]:
-  """Returns the arms of `experiments/routers.py --routers=all`. K x F, the active hidden width, is the same in all.
+  """Returns the arms of `experiments/routers.py --routers=all`.
+
+  K x F, the active hidden width, is the same in all.
 
   Args:
     expert_dim: F of the arms with K = 2.
@@ -159,7 +164,7 @@ _CAUSAL = (
   "hash_topk@none",
   "frozen_table_topk@none",
 )
-# These look at later tokens in a causal model, so their perplexity cannot be compared with that of a language model.
+# These look at later tokens, so in a causal model their perplexity is not that of a language model.
 _LEAKING = (
   "gshard_top2",
   "gshard_top2:threshold=0.2:slots=sent",

@@ -30,20 +30,20 @@ Result = dict[str, Any]
 class Comparison:
   """Trains every arm with every seed in `output_dir`, and keeps the runs that an earlier call finished.
 
-  A seed fixes the initial parameters, the order of the batches and all random draws. All arms share them, so differences
-  between arms are paired by seed. With several processes, all processes make the same calls. Only process 0 prints and
-  writes.
+  A seed fixes the initial parameters, the order of the batches and all random draws. All arms share them, so
+  differences between arms are paired by seed. With several processes, all processes make the same calls. Only
+  process 0 prints and writes.
 
   Args:
-    arms: for each arm, its name and the fields in which it differs from `config`. Methods may be names, functions or
-      classes. The first arm is the baseline.
+    arms: for each arm, its name and the fields in which it differs from `config`. Methods may be names,
+      functions or classes. The first arm is the baseline.
     seeds: the seeds of the runs.
     config: the configuration of every run. Its `seed` and `data_seed` are replaced by the seed of the run.
     output_dir: a new folder, or that of an earlier comparison with the same configuration.
 
   Raises:
-    InputError: if a field is wrong, or if the folder has results of another configuration or of other code. It is raised
-      before any training.
+    InputError: if a field is wrong, or if the folder has results of another configuration or of other code.
+      It is raised before any training.
   """
 
   def __init__(
@@ -65,7 +65,10 @@ class Comparison:
       self._check_folder()
 
   def run(self) -> list[Result]:
-    """Trains the runs that are not finished. Returns a result for each arm and seed, in the order of the arms."""
+    """Trains the runs that are not finished.
+
+    Returns a result for each arm and seed, in the order of the arms.
+    """
     dataset = load_dataset(self.config.data)
     self._describe(dataset.info)
     processes.check_agree(
@@ -97,7 +100,9 @@ class Comparison:
   def report(
     self, results: list[Result], *, title: str, question: str, command: str, notes: Sequence[str]
   ) -> None:
-    """Prints the table, and writes metrics.jsonl, summary.csv, differences.csv, plots and report.html. In process 0 only.
+    """Prints the table, and writes metrics.jsonl, summary.csv, differences.csv, plots and report.html.
+
+    In process 0 only.
 
     Args:
       results: what `run` returned.
@@ -126,7 +131,10 @@ class Comparison:
     return self._run_folder(arm, seed) / "result.json"
 
   def _check_folder(self) -> None:
-    """Raises `InputError` unless the folder is new, empty, or of the same configuration. Arms and seeds may be added."""
+    """Raises `InputError` unless the folder is new, empty, or of the same configuration.
+
+    Arms and seeds may be added.
+    """
     known = self._known()
     changed = _differences(known["config"], to_plain(self.config, fingerprint)) if known else []
     for name in self.arms.keys() & known.get("arms", {}).keys():
@@ -155,7 +163,10 @@ class Comparison:
     (self.folder / "config.json").write_text(json.dumps(claim, indent=1) + "\n")
 
   def _sees_claim(self) -> bool:
-    """Returns whether this process can read what process 0 wrote. A network file system may need some time."""
+    """Returns whether this process can read what process 0 wrote.
+
+    A network file system may need some time.
+    """
     deadline = time.monotonic() + 10.0
     while not self._known() and time.monotonic() < deadline:
       time.sleep(0.2)

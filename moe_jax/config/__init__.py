@@ -1,7 +1,8 @@
 """Configuration: frozen dataclasses. Fields that choose a part hold its name or the object itself.
 
-Every field with a help text is a flag of the experiment scripts, with the same name. `check` raises an `InputError`
-that names the first wrong field. This package imports no parts: `moe_jax.nn.build.resolve` turns names into `Method`s.
+Every field with a help text is a flag of the experiment scripts, with the same name. `check` raises an
+`InputError` that names the first wrong field. This package imports no parts: `moe_jax.nn.build.resolve` turns
+names into `Method`s.
 """
 
 from moe_jax.config.model import BlockConfig, ModelConfig, MoEConfig, Segment

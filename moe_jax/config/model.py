@@ -11,7 +11,8 @@ from moe_jax.registry import Spec
 class MoEConfig:
   """A feed-forward part with experts.
 
-  Methods are text, `name` or `name:value:option=value` (see `moe_jax.registry`), or the functions and classes themselves.
+  Methods are text, `name` or `name:value:option=value` (see `moe_jax.registry`), or the functions and classes
+  themselves.
   """
 
   num_experts: int = flag(16, "E, experts of a layer")
@@ -65,7 +66,10 @@ class BlockConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-  """A pattern of blocks, repeated. The parameters of all repetitions are stacked, and the program loops over them."""
+  """A pattern of blocks, repeated.
+
+  The parameters of all repetitions are stacked, and the program loops over them.
+  """
 
   pattern: tuple[BlockConfig, ...]
   repeats: int = 1
@@ -102,8 +106,8 @@ class ModelConfig:
   moe: MoEConfig = MoEConfig()
   dense_ffn: Spec = "mlp"  # feed-forward part of the blocks without experts
   causal: bool = True  # set by the objective; False: every position attends to all others
-  # The blocks, for models that the fields above cannot describe. Empty: made from num_layers, num_dense_first, moe_every,
-  # mixer, ffn and residual.
+  # The blocks, for models that the fields above cannot describe. Empty: made from num_layers, num_dense_first,
+  # moe_every, mixer, ffn and residual.
   segments: tuple[Segment, ...] = ()
 
   def check(self) -> None:
@@ -154,7 +158,10 @@ class ModelConfig:
 
   @property
   def blocks(self) -> tuple[Segment, ...]:
-    """The segments of the model. Those of the short fields are expanded, and every block has its own `MoEConfig`."""
+    """The segments of the model.
+
+    Those of the short fields are expanded, and every block has its own `MoEConfig`.
+    """
     segments = self.segments or self._segments_of_pattern()
     own = lambda block: block if block.moe is not None else dataclasses.replace(block, moe=self.moe)
     return tuple(Segment(tuple(own(b) for b in s.pattern), s.repeats) for s in segments)

@@ -9,7 +9,7 @@ from moe_jax.registry import Spec
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """The optimizer, and a learning rate that warms up and then decays to `final_learning_rate_fraction` of its peak."""
+  """The optimizer, and a learning rate that warms up to its peak and then decays to a fraction of it."""
 
   optimizer: Spec = flag("adamw", "what turns gradients into updates")
   learning_rate: float = flag(3e-3, "at the end of the warm-up")
@@ -88,7 +88,10 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Devices along each mesh axis. One axis may be -1 and takes the rest. `sharding.RULES` says what each axis splits."""
+  """Devices along each mesh axis.
+
+  One axis may be -1 and takes the rest. `sharding.RULES` says what each axis splits.
+  """
 
   slice: int = flag(1, "devices along the outer mesh axis, across slices or nodes; -1: what is left")
   data: int = flag(-1, "devices that replicate the parameters and split the batch; -1: what is left")

@@ -1,4 +1,7 @@
-"""Flax NNX modules. They own parameters, name their logical axes, and call the pure functions of `moe_jax.ops`."""
+"""Flax NNX modules.
+
+They own parameters, name their logical axes, and call the pure functions of `moe_jax.ops`.
+"""
 
 from moe_jax.nn.context import Context
 from moe_jax.nn.moe import MoE

@@ -13,7 +13,10 @@ from moe_jax.types import Array, MoEAux, PyTree
 
 
 def moe_auxes(aux: PyTree) -> list[MoEAux]:
-  """Returns every `MoEAux` of a tree, in order. The arrays of those of a segment have a leading axis of repetitions."""
+  """Returns every `MoEAux` of a tree, in order.
+
+  The arrays of those of a segment have a leading axis of repetitions.
+  """
   leaves = jax.tree.leaves(aux, is_leaf=lambda leaf: isinstance(leaf, MoEAux))
   return [leaf for leaf in leaves if isinstance(leaf, MoEAux)]
 
@@ -22,8 +25,9 @@ def by_layer(segments: list[list[Array]]) -> Array:
   """Returns an array [R, ...] in the order of the layers.
 
   Args:
-    segments: for each segment, a list with an array [repetitions, ...] for each block of its pattern. If the last axis
-      differs between layers, for example because they have different numbers of experts, the shorter ones end in NaN.
+    segments: for each segment, a list with an array [repetitions, ...] for each block of its pattern. If the
+      last axis differs between layers, for example because they have different numbers of experts, the
+      shorter ones end in NaN.
   """
   arrays = [jnp.stack(blocks, axis=1).reshape(-1, *blocks[0].shape[1:]) for blocks in map(_padded, segments)]
   return jnp.concatenate(_padded(arrays)) if len(arrays) > 1 else arrays[0]
@@ -38,7 +42,10 @@ def _padded(arrays: list[Array]) -> list[Array]:
 
 
 def segments_of(aux: PyTree) -> list[list[MoEAux]]:
-  """Returns the `MoEAux` of each segment's pattern. Other trees than the aux of a model count as single layers."""
+  """Returns the `MoEAux` of each segment's pattern.
+
+  Other trees than the aux of a model count as single layers.
+  """
   if isinstance(aux, MoEAux):
     aux = ((aux,),)
   found = [moe_auxes(segment) for segment in aux]
@@ -48,7 +55,9 @@ def segments_of(aux: PyTree) -> list[list[MoEAux]]:
 
 
 def read_metrics(aux: PyTree) -> dict[str, Array]:
-  """Returns every metric in `moe_jax.ops.metrics.METRICS` by name, with a leading axis over the layers with experts.
+  """Returns every metric in `moe_jax.ops.metrics.METRICS` by name, [R, ...].
+
+  The leading axis is over the layers with experts.
 
   Args:
     aux: the aux of a layer or a model. For several micro-batches, pass the sum of theirs.
@@ -59,7 +68,7 @@ def read_metrics(aux: PyTree) -> dict[str, Array]:
 
 
 def losses_by_name(aux: PyTree) -> dict[str, Array]:
-  """Returns every balancing loss by name, weight included, with a leading axis over the layers that have it."""
+  """Returns every balancing loss by name, weight included, with an axis over the layers that have it."""
   segments = segments_of(aux)
   names = dict.fromkeys(name for blocks in segments for b in blocks for name in b.losses)
   with_it = lambda name: [[b.losses[name] for b in blocks if name in b.losses] for blocks in segments]
@@ -82,8 +91,8 @@ def update_balancers(model: nnx.Module, aux: PyTree) -> None:
 
   Args:
     model: has any number of `MoE` layers. It is changed in place.
-    aux: a tree with the `MoEAux` of each layer, in the order in which flax walks the model (attributes by name, lists
-      by index). For several micro-batches, pass the sum of their auxes.
+    aux: a tree with the `MoEAux` of each layer, in the order in which flax walks the model (attributes by
+      name, lists by index). For several micro-batches, pass the sum of their auxes.
 
   Raises:
     InputError: if the model and the tree have different numbers of layers.

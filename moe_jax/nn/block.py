@@ -21,8 +21,8 @@ class Block(nnx.Module):
 
   Args:
     mixer, ffn: modules that map (x_BLD, context) to (y_BLD, aux).
-    residual: makes a module that adds a part to the residual stream: it maps (part, x_BLD, context) to (x_BLD, aux).
-      Called once for the mixer and once for the feed-forward part.
+    residual: makes a module that adds a part to the residual stream: it maps (part, x_BLD, context) to
+      (x_BLD, aux). Called once for the mixer and once for the feed-forward part.
   """
 
   def __init__(self, mixer: nnx.Module, ffn: nnx.Module, residual: Callable[[], nnx.Module]):

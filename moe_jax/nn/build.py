@@ -51,7 +51,8 @@ def resolve(config: ModelConfig) -> ModelConfig:
   """Returns `config` with a `Method` in place of every name, checked. No code below this reads a name.
 
   Raises:
-    InputError: if a name is unknown, an option is wrong, or parts do not fit together. The message names the flag.
+    InputError: if a name is unknown, an option is wrong, or parts do not fit together. The message names the
+      flag.
   """
   config.check()
   parts: dict[str, Any] = {"moe": resolve_moe(config.moe)}
@@ -103,7 +104,7 @@ def make_blocks(config: ModelConfig, segment: Segment, rngs: nnx.Rngs) -> list[B
 
 @functools.lru_cache(maxsize=256)
 def _check_block(config: ModelConfig, block: BlockConfig) -> None:
-  """Builds a resolved block without computing anything, so that a part raises errors about its options now."""
+  """Builds a resolved block without computing anything, so that errors about options are raised now."""
   try:
     jax.eval_shape(lambda: make_blocks(config, Segment((block,)), nnx.Rngs(0)) and None)
   except InputError as error:
@@ -123,7 +124,8 @@ def abstract_ffn(block: BlockConfig) -> nnx.Module:
   """Returns the feed-forward part of a resolved block, narrow and without parameters, to read its attributes.
 
   Raises:
-    InputError: if its parts do not fit together or do not support the numbers of experts. The message names the flag.
+    InputError: if its parts do not fit together or do not support the numbers of experts. The message names
+      the flag.
   """
   found = []
 
@@ -143,7 +145,10 @@ def routed_part(block: BlockConfig) -> MoE | None:
 
 @contextlib.contextmanager
 def _naming_of(moe: MoEConfig) -> Iterator[None]:
-  """Adds the flag to the message of an `InputError` that a layer raises. The first word of the message tells which."""
+  """Adds the flag to the message of an `InputError` that a layer raises.
+
+  The first word of the message tells which.
+  """
   try:
     yield
   except InputError as error:

@@ -14,7 +14,10 @@ def check_sizes(num_experts: int, num_experts_per_token: int) -> None:
 
 
 def check_fit(router: Router, balancer: Balancer, num_experts: int) -> None:
-  """Raises `InputError` if the balancer needs something that the router does not provide. E is `num_experts`."""
+  """Raises `InputError` if the balancer needs something that the router does not provide.
+
+  E is `num_experts`.
+  """
   num_scored_experts = router.num_scored_experts or num_experts
   bias = balancer.bias(balancer.init(num_scored_experts))
   if bias is not None and not router.takes_bias:

@@ -15,8 +15,8 @@ _BITS = np.uint32(2**32 - 1)
 class Context(NamedTuple):
   """One micro-batch, as every part of a model sees it.
 
-  All fields have safe defaults: `Context()` is an evaluation of text without padding. Random keys belong to sequences, so
-  draws do not depend on how the batch is cut into micro-batches or spread over devices.
+  All fields have safe defaults: `Context()` is an evaluation of text without padding. Random keys belong to
+  sequences, so draws do not depend on how the batch is cut into micro-batches or spread over devices.
   """
 
   # bool, False: padding, which follows the text. It is sent nowhere and is not counted.
@@ -27,8 +27,8 @@ class Context(NamedTuple):
   token_id_BL: Array | None = None  # int32, vocabulary ids
   domain_B: Array | None = None  # int32, the domain of each sequence
   num_domains: int = 1  # S, static
-  # Statistics of the balancer: `whole` of the whole optimizer step, `so_far` of the micro-batches before this one. If it
-  # is None, or a field is, this batch is the whole step. A model takes the statistics of each of its layers.
+  # Statistics of the balancer: `whole` of the whole optimizer step, `so_far` of the micro-batches before this
+  # one. If it is None, or a field is, this batch is the whole step. A model takes those of all its layers.
   step_stats: StepStats | None = None
   train: bool = False  # static: draws, and uses `capacity_factor` instead of `eval_capacity_factor`
   record_logits: bool = False  # static: fill in `MoEAux.logits_BLE`
@@ -45,7 +45,7 @@ class Context(NamedTuple):
 
   @property
   def drawing_key(self) -> Array | None:
-    """The key of the step, in training and if the sequences have keys; otherwise None, and experts draw nothing."""
+    """The key of the step, in training and if sequences have keys. Otherwise None: experts draw nothing."""
     return self.step_key if self.train and self.key_B is not None else None
 
   def random_bits(self, *shape: int) -> Array:

@@ -1,4 +1,7 @@
-"""Finds blocks whose output for a token depends on later tokens. A causal model refuses them, unless accepted by name."""
+"""Finds blocks whose output for a token depends on later tokens.
+
+A causal model refuses them, unless accepted by name.
+"""
 
 from moe_jax.config import BlockConfig, ModelConfig
 from moe_jax.errors import InputError
@@ -7,7 +10,10 @@ from moe_jax.registry import split_methods
 
 
 def leak(block: BlockConfig) -> str:
-  """Returns when the output of a resolved block depends on later tokens: "" never, "drops" if capacity drops, "always"."""
+  """Returns when the output of a resolved block depends on later tokens.
+
+  The result is "" for never, "drops" for only if capacity drops assignments, or "always".
+  """
   routed = routed_part(block)
   if routed is None:
     return getattr(abstract_ffn(block), "leaks", "")
@@ -16,7 +22,7 @@ def leak(block: BlockConfig) -> str:
 
 
 def sees_later_tokens(config: ModelConfig) -> bool:
-  """Returns whether a resolved model is causal and its output for a token depends on later tokens nevertheless."""
+  """Returns whether a resolved model is causal, but its output for a token depends on later tokens."""
   return config.causal and any(leak(block) for block in different_blocks(config))
 
 
@@ -26,7 +32,7 @@ def deciding_method(block: BlockConfig) -> tuple[str, str]:
 
 
 def check_causal(config: ModelConfig) -> None:
-  """Raises `InputError` if the output for a token would depend on later tokens and `accept_leaks` does not name why."""
+  """Raises `InputError` if outputs depend on later tokens, unless `accept_leaks` names the method."""
   for block in different_blocks(config) if config.causal else ():
     when = leak(block)
     flag, text = deciding_method(block)

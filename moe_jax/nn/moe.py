@@ -26,16 +26,17 @@ from moe_jax.types import Array, BatchRouting, MoEAux, PyTree, RouterContext, Ro
 class MoE(nnx.Module):
   """A layer of routed experts: `y_BLD, aux = moe(x_BLD)`.
 
-  The routed experts return zero for a token that none of them keeps, so a residual connection passes it on unchanged.
-  `aux.loss` is the balancing loss, to be added to the loss of the model. Call `moe_jax.update_balancers` after each
-  optimizer step.
+  The routed experts return zero for a token that none of them keeps, so a residual connection passes it on
+  unchanged. `aux.loss` is the balancing loss, to be added to the loss of the model. Call
+  `moe_jax.update_balancers` after each optimizer step.
 
   Args:
     dim: D, the width of the tokens.
     num_experts: E.
     num_experts_per_token: K, the number of experts that a token is sent to.
     expert_dim: F, the hidden width of an expert.
-    router: a name with options (`"sigmoid_topk:normalize=true"`), a function or class that makes a router, or a router.
+    router: a name with options (`"sigmoid_topk:normalize=true"`), a function or class that makes a router, or
+      a router.
     experts: the network of the experts, in the same forms.
     balancer: the balancer, in the same forms. Several are a text with commas, or a sequence.
     dispatcher: how tokens get to experts, in the same forms.
@@ -88,15 +89,16 @@ class MoE(nnx.Module):
     """One forward pass.
 
     Args:
-      x_BLD: activations of any float dtype. The router always works in float32. For tokens that are not sequences, pass
-        x_TD; the fields of the context and the output then have no leading B either.
+      x_BLD: activations of any float dtype. The router always works in float32. For tokens that are not
+        sequences, pass x_TD; the fields of the context and the output then have no leading B either.
       context: mask, keys, what a router may read, and whether this is training.
 
     Returns:
       y_BLD in the dtype of x, and a `MoEAux` with losses, counts and metrics.
 
     Raises:
-      InputError: if the router reads a field that the context does not have, or a method needs sequences and x is flat.
+      InputError: if the router reads a field that the context does not have, or a method needs sequences and
+        x is flat.
     """
     if x_BLD.ndim == 2:
       check_flat(self.router, self.balancer)
@@ -147,7 +149,7 @@ class MoE(nnx.Module):
     return x_BLD * jax.vmap(draw)(context.key_B)
 
   def _experts(self, x_BLD: Array, routing: Routing, context: Context) -> tuple[Array, Array]:
-    # The router serves entries for experts without a network itself. No dispatcher sees them, and none of them drops.
+    # The router itself serves entries for experts without a network. No dispatcher sees them, and none drops.
     has_network_GA = routing.assignment.expert_A < self.num_experts
     assignment = routing.assignment._replace(
       expert_A=jnp.where(has_network_GA, routing.assignment.expert_A, 0),

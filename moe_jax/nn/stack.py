@@ -38,8 +38,8 @@ class SegmentStack(nnx.Module):
     repeats: the number of repetitions.
     first_layer: the number of the segment's first block in the model.
     scan: whether to loop over the repetitions.
-    remat: what the backward pass recomputes: full, dots (all but products), exchange (full, but no row is exchanged
-      twice), or none.
+    remat: what the backward pass recomputes: full, dots (all but products), exchange (full, but no row is
+      exchanged twice), or none.
     rngs: draws the parameters.
   """
 

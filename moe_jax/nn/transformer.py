@@ -29,8 +29,8 @@ class Transformer(nnx.Module):
     rngs: draws the parameters.
 
   Raises:
-    InputError: if a field is wrong, or if the model is causal and a router looks at later tokens, unless `accept_leaks`
-      names it.
+    InputError: if a field is wrong, or if the model is causal and a router looks at later tokens, unless
+      `accept_leaks` names it.
   """
 
   def __init__(self, config: ModelConfig, vocab_size: int, *, rngs: nnx.Rngs):
@@ -63,8 +63,8 @@ class Transformer(nnx.Module):
 
     Args:
       tokens_BL: int32 token ids.
-      context: mask, keys and other inputs of the batch. The trees in its `step_stats`, if given, have the structure that
-        `balancer_stats` returns for the aux of this method.
+      context: mask, keys and other inputs of the batch. The trees in its `step_stats`, if given, have the
+        structure that `balancer_stats` returns for the aux of this method.
     """
     dtype = jnp.dtype(self.config.compute_dtype)
     context = context._replace(token_id_BL=tokens_BL, mask_BL=context.mask_of(tokens_BL[..., None]))

@@ -8,16 +8,22 @@ from moe_jax.sharding import gathered
 
 
 def weight(param: nnx.Param, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-  """Returns the value of a parameter, ready for a product: in `dtype`, and gathered if it is stored split (fsdp)."""
+  """Returns the value of a parameter for a product: in `dtype`, and gathered if it is stored split (fsdp)."""
   return gathered(param[...].astype(dtype), param.get_metadata()["logical_axes"])
 
 
 class BalancerState(nnx.Variable):
-  """State of a balancer. It has no gradient, the optimizer does not see it, and it changes once per optimizer step."""
+  """State of a balancer.
+
+  It has no gradient, the optimizer does not see it, and it changes once per optimizer step.
+  """
 
 
 def freeze(module: nnx.Module) -> nnx.Module:
-  """Marks every parameter of `module` as frozen, so that the optimizer does not change it. Returns the module."""
+  """Marks every parameter of `module` as frozen, so that the optimizer does not change it.
+
+  Returns the module.
+  """
   for _, leaf in nnx.iter_graph(module):
     if isinstance(leaf, nnx.Param):
       leaf.set_metadata(group="frozen")

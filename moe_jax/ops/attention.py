@@ -22,18 +22,18 @@ def attend(
 ) -> Array:
   """Returns, for each position, the softmax-weighted mean of the values that it attends to, [B, L, N, H].
 
-  All scores [B, N, L, L] would be 8 GiB per layer in float32, for L = 4096, 32 heads and 4 sequences. Queries are therefore
-  processed in blocks, each with only the keys that it can attend to, and the backward pass recomputes the scores of a block
-  (the idea of 2205.14135, left to XLA). This stores B * N * block * L numbers at a time. With 4 blocks, 10/16 of the L x L
-  products are computed, and with 8 blocks 9/16.
+  All scores [B, N, L, L] would be 8 GiB per layer in float32, for L = 4096, 32 heads and 4 sequences. Queries
+  are therefore processed in blocks, each with only the keys that it can attend to, and the backward pass
+  recomputes the scores of a block (the idea of 2205.14135, left to XLA). This stores B * N * block * L
+  numbers at a time. With 4 blocks, 10/16 of the L x L products are computed, and with 8 blocks 9/16.
 
   Args:
     query_BLNH: queries of any float type.
     key_BLNH: keys. Their number of heads divides that of the queries.
     value_BLNH: values, with as many heads as keys.
     causal: whether a position attends only to itself and earlier positions.
-    window: attend only to the last `window` positions, including the position itself; 0: no limit. Without `causal`, to as
-      many on either side.
+    window: attend only to the last `window` positions, including the position itself; 0: no limit. Without
+      `causal`, to as many on either side.
     mask_BL: bool, False: no position attends to it. None: all True.
     block: the number of queries whose scores are stored at a time.
   """

@@ -1,7 +1,7 @@
 """Experts as dispatchers see them: a tree of arrays, and a function that computes rows from it.
 
-The function is written once for all ways of multiplying by E matrices. The dispatcher supplies the `Product`, because
-only the dispatcher knows which row belongs to which expert.
+The function is written once for all ways of multiplying by E matrices. The dispatcher supplies the `Product`,
+because only the dispatcher knows which row belongs to which expert.
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ Activation = Callable[..., Array]  # one or two arrays of hidden units -> hidden
 class Product(Protocol):
   """Multiplies rows by the matrices of their experts.
 
-  parts: the number of devices whose outputs add up to the output of the experts, each with a part of the hidden units. An
-    output bias must be divided by it, because every device adds one.
-  row_bits: uint32 [..], random bits for the token of each row. They do not depend on where the row is computed. None if
-    nothing is drawn.
+  parts: the number of devices whose outputs add up to the output of the experts, each with a part of the
+    hidden units. An output bias must be divided by it, because every device adds one.
+  row_bits: uint32 [..], random bits for the token of each row. They do not depend on where the row is
+    computed. None if nothing is drawn.
   """
 
   parts: int
@@ -33,17 +33,26 @@ class Product(Protocol):
     """Returns every row times the matrix of its expert: [.., X] -> [.., Y]."""
 
   def per_row(self, values_EX: Array) -> Array:
-    """Returns the vector of its expert for every row, such as a bias. The result broadcasts with rows [.., X]."""
+    """Returns the vector of its expert for every row, such as a bias.
+
+    The result broadcasts with rows [.., X].
+    """
 
   def hidden(self, rows: Array) -> Array:
-    """Returns the hidden units that enter the last product. A wrapper may change them, for example drop some."""
+    """Returns the hidden units that enter the last product.
+
+    A wrapper may change them, for example drop some.
+    """
 
   def ffn(self, activation: Activation, rows: Array, w_in: Sequence[Array], w_out_EFD: Array) -> Array:
     """Returns `activation(*(rows w for w in w_in)) w_out`, computed in one pass if that is faster."""
 
 
 class Batched(NamedTuple):
-  """The product for rows [E, M, D], with M rows for each expert. Empty slots may hold any values, which are not read."""
+  """The product for rows [E, M, D], with M rows for each expert.
+
+  Empty slots may hold any values, which are not read.
+  """
 
   parts: int = 1
   row_bits: Array | None = None
@@ -130,8 +139,9 @@ Axes = tuple[str | None, ...]
 class Experts:
   """E experts as dispatchers call them: `experts(rows, product)`, [.., D] -> [.., D].
 
-  A dispatcher that spreads experts over devices gives each device its part of the weights, and calls the experts that the
-  device has. The output of a row without a token may be any finite number, because its combine weight is zero.
+  A dispatcher that spreads experts over devices gives each device its part of the weights, and calls the
+  experts that the device has. The output of a row without a token may be any finite number, because its
+  combine weight is zero.
   """
 
   weights: tuple[Array, ...]  # weights whose first axis is named "expert" are split by expert
@@ -153,8 +163,8 @@ _SHIFTS = (0, 8, 16, 24)  # of the bytes of 32 bits
 def with_row_bits(x: Array, bits: Array, experts: Experts) -> tuple[Array, Experts]:
   """Attaches random bits to tokens, so that experts can read them under any dispatcher.
 
-  The bits are four more columns of one byte each, because dispatchers move rows of numbers. Integers below 256 are exact in
-  every float type, also after a product with ones and zeros.
+  The bits are four more columns of one byte each, because dispatchers move rows of numbers. Integers below
+  256 are exact in every float type, also after a product with ones and zeros.
 
   Args:
     x: [.., D].
@@ -162,7 +172,8 @@ def with_row_bits(x: Array, bits: Array, experts: Experts) -> tuple[Array, Exper
     experts: experts that read `Product.row_bits`.
 
   Returns:
-    x with further columns, [.., D + 4], and experts for such rows. The last four columns of their output are zeros.
+    x with further columns, [.., D + 4], and experts for such rows. The last four columns of their output are
+    zeros.
   """
   bytes_ = jnp.stack([(bits >> shift) & 0xFF for shift in _SHIFTS], axis=-1)
 

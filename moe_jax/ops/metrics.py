@@ -1,7 +1,8 @@
 """Metrics of layers with experts. Each is declared once, as sums and a function that reads them.
 
-A layer computes the sums of one micro-batch. They are added over micro-batches, devices and the batches of an evaluation,
-and read at the end. Logs, results and tables find all metrics in `METRICS`, so a new metric is one entry there.
+A layer computes the sums of one micro-batch. They are added over micro-batches, devices and the batches of an
+evaluation, and read at the end. Logs, results and tables find all metrics in `METRICS`, so a new metric is
+one entry there.
 """
 
 from collections.abc import Callable
@@ -29,7 +30,8 @@ class Metric(NamedTuple):
 
   sums: maps a `LayerRecord` to a tree of arrays that can be added over micro-batches and devices.
   read: maps the added sums to a number for each layer, or an array. It keeps leading axes.
-  training: the title of its column for training. None: not measured in training. An empty title: logged, but in no table.
+  training: the title of its column for training. None: not measured in training. An empty title: logged, but
+    in no table.
   validation: the same for validation. An empty title: stored in the result, but in no table.
   unit: the unit of the numbers, for tables.
   format: the format of the numbers in tables.

@@ -1,4 +1,7 @@
-"""The jitted steps of a run on a mesh, with the layouts of their arguments. Each configuration is compiled once."""
+"""The jitted steps of a run on a mesh, with the layouts of their arguments.
+
+Each configuration is compiled once.
+"""
 
 import dataclasses
 import functools
@@ -24,7 +27,9 @@ from moe_jax.training.step import EvalSums, Options, Step, TrainState, init_stat
 
 
 def resolve_config(config: Config) -> Config:
-  """Returns `config` with a `Method` in place of every name, checked. The model is causal if the objective is.
+  """Returns `config` with a `Method` in place of every name, checked.
+
+  The model is causal if the objective is.
 
   Raises:
     InputError: if a field is wrong, a name is unknown, or parts do not fit together.
@@ -51,8 +56,8 @@ def check_run(config: Config, mesh: jax.sharding.Mesh) -> Config:
   """Returns the resolved configuration of a run on `mesh`.
 
   Raises:
-    InputError: if `resolve_config` raises one, if a causal model would look at later tokens, or if groups or the mesh do
-      not divide the batch or the model.
+    InputError: if `resolve_config` raises one, if a causal model would look at later tokens, or if groups or
+      the mesh do not divide the batch or the model.
   """
   config = resolve_config(config)
   length = config.data.sequence_length
@@ -99,8 +104,8 @@ def compile_steps(
   """The steps of `config` on `mesh`; runs that differ only in seeds, or in how often they log, evaluate and
   save, share them, compiled once.
 
-  Compiled programs are cached by the methods of `config` and not by their names, so a method that is redefined is compiled
-  again.
+  Compiled programs are cached by the methods of `config` and not by their names, so a method that is
+  redefined is compiled again.
 
   Args:
     config: resolved here if it is not resolved yet.
@@ -179,7 +184,10 @@ def make_train_step(config: Config, vocab_size: int, num_domains: int, gradients
 
 
 def make_init(config: Config, vocab_size: int) -> Callable[[jax.Array | int], TrainState]:
-  """Returns the function seed -> state before the first step, for a resolved configuration. It is not jitted."""
+  """Returns the function seed -> state before the first step, for a resolved configuration.
+
+  It is not jitted.
+  """
   optimizer = make_optimizer(config.optimizer, config.train.num_steps)
   hooks = hooks_of(config)
   return lambda seed: init_state(make_model(config, vocab_size, seed), optimizer, hooks, seed)
@@ -223,7 +231,7 @@ def _compile_steps(
 
 
 def _plain(config: Config) -> Config:
-  """Returns the configuration whose initial parameters are those of all arms that differ only in balancing."""
+  """Returns the configuration that arms with different balancers share for their initial parameters."""
   moe = dataclasses.replace(config.model.moe, balancers="none", dispatcher="sorted", jitter=0.0)
   if config.model.segments:
     return config
@@ -235,7 +243,10 @@ def _plain(config: Config) -> Config:
 
 @functools.lru_cache(maxsize=64)
 def _compile_init(config: Config, vocab_size: int, mesh: jax.sharding.Mesh) -> Callable[[int], TrainState]:
-  """Compiles the initialisers. Arms share them, because compiling takes longer than running, so LLVM does not optimise."""
+  """Compiles the initialisers.
+
+  Arms share them, because compiling takes longer than running, so LLVM does not optimise.
+  """
   init = make_init(config, vocab_size)
   shardings = sharding.state_shardings(mesh, jax.eval_shape(init, 0))
   hurry = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None

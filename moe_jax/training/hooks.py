@@ -34,7 +34,10 @@ class Hook:
 
 
 class BalancerUpdates(Hook):
-  """Updates the state of balancers, see `moe_jax.nn.aux.update_balancers`. Every step runs it, before other hooks."""
+  """Updates the state of balancers, see `moe_jax.nn.aux.update_balancers`.
+
+  Every step runs it, before other hooks.
+  """
 
   def __call__(self, model: nnx.Module, state: PyTree, aux: PyTree) -> PyTree:
     update_balancers(model, aux)

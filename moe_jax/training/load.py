@@ -36,8 +36,8 @@ def load_run(folder: str | os.PathLike[str]) -> LoadedRun:
     folder: the folder of a run. In the folder of a comparison, this is arms/ARM/seed_SEED.
 
   Raises:
-    InputError: if the folder has no run or no checkpoint, if a method of the run is not registered, or if another version
-      of moe_jax wrote it.
+    InputError: if the folder has no run or no checkpoint, if a method of the run is not registered, or if
+      another version of moe_jax wrote it.
   """
   folder = pathlib.Path(folder)
   values = _read(folder / CONFIG_FILE)

@@ -1,7 +1,7 @@
 """Objectives: what training minimises. `OBJECTIVES` has all of them by name.
 
-An objective maps a model and a micro-batch to a loss that is a sum over targets. The step divides the sums of all
-micro-batches by the targets of the whole step, so a step means the same however its batch is cut.
+An objective maps a model and a micro-batch to a loss that is a sum over targets. The step divides the sums of
+all micro-batches by the targets of the whole step, so a step means the same however its batch is cut.
 """
 
 import dataclasses
@@ -29,7 +29,10 @@ class Terms(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-  """The base class of objectives. Subclasses are frozen dataclasses, so that compiled steps can be cached by them."""
+  """The base class of objectives.
+
+  Subclasses are frozen dataclasses, so that compiled steps can be cached by them.
+  """
 
   @property
   def causal(self) -> bool:
@@ -42,7 +45,7 @@ class Objective:
     return 0
 
   def prepare(self, batch: Batch, key_B: Array, vocab_size: int) -> Batch:
-    """Returns the batch of the whole step, changed if the objective needs it, before it is cut into micro-batches.
+    """Returns the batch of the whole step, before it is cut into micro-batches, with what the objective adds.
 
     Args:
       batch: tokens_BL, targets_BL, mask_BL and domain_B.
@@ -61,7 +64,10 @@ class Objective:
     raise NotImplementedError
 
   def evaluate(self, model: nnx.Module, batch: Batch, context: Context) -> Terms:
-    """Returns the negative log likelihood of the targets. Every result reports it, whatever training minimises."""
+    """Returns the negative log likelihood of the targets.
+
+    Every result reports it, whatever training minimises.
+    """
     return self(model, batch, context)
 
 
@@ -93,9 +99,9 @@ class NextToken(Objective):
 class MaskedTokens(Objective):
   """Prediction of masked tokens by a bidirectional model (BERT, 1810.04805, section 3.1).
 
-  Each token is a target with probability `rate`. Of the targets, 80% are replaced by the mask, which is the first id after
-  the vocabulary, 10% by a random id, and 10% are kept. Every position sees all others, so a router that looks ahead leaks
-  nothing.
+  Each token is a target with probability `rate`. Of the targets, 80% are replaced by the mask, which is the
+  first id after the vocabulary, 10% by a random id, and 10% are kept. Every position sees all others, so a
+  router that looks ahead leaks nothing.
 
   Raises:
     InputError: if `rate` is not in (0, 1).

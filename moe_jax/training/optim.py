@@ -1,7 +1,9 @@
-"""The optimizer: clipping, groups of parameters, and a schedule with warm-up. All of them are optax transformations.
+"""The optimizer: clipping, groups of parameters, and a schedule with warm-up.
 
-The metadata `group` of a parameter names its group. A parameter without it is trained by the configured optimizer. The
-group "frozen" is not changed (see `moe_jax.nn.variables.freeze`).
+All of them are optax transformations.
+
+The metadata `group` of a parameter names its group. A parameter without it is trained by the configured
+optimizer. The group "frozen" is not changed (see `moe_jax.nn.variables.freeze`).
 """
 
 from collections.abc import Callable
@@ -18,8 +20,9 @@ FROZEN = "frozen"
 
 
 def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-  """Linear warm-up to `learning_rate`, then the chosen decay, which reaches its final fraction as the last step ends.
+  """Returns a linear warm-up to `learning_rate`, followed by the chosen decay.
 
+  The decay reaches its final fraction at the end of the last step.
   A run shorter than its warm-up still decays: warm-up takes at most half of the steps.
   """
   peak, end = config.learning_rate, config.learning_rate * config.final_learning_rate_fraction
@@ -36,7 +39,7 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
 
 
 def per_variable(function: Callable[[nnx.Variable], object]) -> Callable[[nnx.State], nnx.State]:
-  """Returns a function of a state that returns `function(variable)` in its structure, as optax's masks and labels need."""
+  """Returns a function that maps a state to `function(variable)`, for the masks and labels of optax."""
   is_variable = lambda leaf: isinstance(leaf, nnx.Variable)
   return lambda params: jax.tree.map(lambda v: v.replace(function(v)), params, is_leaf=is_variable)
 
@@ -59,7 +62,9 @@ OPTIMIZERS = Registry(
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-  """Returns the optimizer, after clipping of the global norm. Frozen parameters do not count in the norm and have no state.
+  """Returns the optimizer, after clipping of the global norm.
+
+  Frozen parameters do not count in the norm and have no state.
 
   Args:
     config: names the optimizer and its hyperparameters.
@@ -78,7 +83,7 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
 
 
 def trained(gradients: nnx.State) -> nnx.State:
-  """Gradients with those of frozen parameters as zeros, whatever they are: the compiler then never computes them."""
+  """Returns the gradients, with zeros for frozen parameters. The compiler then does not compute those."""
   is_variable = lambda leaf: isinstance(leaf, nnx.Variable)
   zeros = lambda v: v.replace(jnp.zeros_like(v.get_value()))
   zero = lambda v: zeros(v) if v.get_metadata().get("group") == FROZEN else v

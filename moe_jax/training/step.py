@@ -1,8 +1,8 @@
 """One optimizer step and one evaluation step, as pure functions made of parts.
 
-The result of a step does not depend on how its batch is cut. The objective is divided by the targets of the whole step,
-each balancing loss is weighted by its micro-batch's share of the tokens, and hooks run once, on the summed aux of the
-whole step.
+The result of a step does not depend on how its batch is cut. The objective is divided by the targets of the
+whole step, each balancing loss is weighted by its micro-batch's share of the tokens, and hooks run once, on
+the summed aux of the whole step.
 """
 
 from collections.abc import Callable, Sequence
@@ -68,7 +68,7 @@ class Options(NamedTuple):
   vocab_size: int = 0  # V, for objectives that draw ids
   schedule: Callable[[Array], Array] | None = None  # the learning rate of a step, which is only logged
   gradients: bool = False  # return the gradients, as the metric `gradients`
-  # float16 or float32: return the metric `router_trace`, with the fields of `router_trace.Steps` except the step
+  # float16 or float32: return the metric `router_trace`, the fields of `router_trace.Steps` except the step
   record_logits: str = ""
 
 
@@ -88,8 +88,9 @@ def make_step(
     hooks: run in order, after the optimizer and the updates of balancers, which every step has.
     options: further options.
 
-  Metrics are those of the whole step: `loss` (of the objective, per target), `total_loss`, an entry [R] for each balancing
-  loss, `grad_norm`, `learning_rate`, and the metrics that `moe_jax.ops.metrics` declares for training [R, ...].
+  Metrics are those of the whole step: `loss` (of the objective, per target), `total_loss`, an entry [R] for
+  each balancing loss, `grad_norm`, `learning_rate`, and the metrics that `moe_jax.ops.metrics` declares for
+  training [R, ...].
   """
   options = options or Options()
   graphdef = nnx.graphdef(model)
@@ -141,7 +142,10 @@ def make_step(
 
 
 def prepared(state: TrainState, batch: Batch, objective: Objective, vocab_size: int) -> Batch:
-  """Returns the batch that the objective prepares, with a key for each sequence, so that draws do not depend on the cut."""
+  """Returns the batch that the objective prepares, with a key for each sequence.
+
+  Draws therefore do not depend on how the batch is cut.
+  """
   step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
   num_sequences = batch["tokens_BL"].shape[0]
   key_B = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(jnp.arange(num_sequences))
@@ -178,7 +182,7 @@ def _map_moe(function: Callable[[Any], Any], aux: PyTree) -> PyTree:
 
 
 def _weighed(aux: PyTree, share: Array) -> PyTree:
-  """Returns aux that can be added: losses, which are means, times the share of the step's tokens, and counts by expert."""
+  """Returns aux that can be added: losses times the share of the step's tokens, and counts by expert."""
 
   def of_layer(layer):
     losses = {name: share * loss for name, loss in layer.losses.items()}
@@ -206,7 +210,9 @@ def _cut(batch: Batch, pieces: int) -> Batch:
 def _scan_sum(
   function: Callable[[Batch, PyTree | None], tuple[PyTree, PyTree]], micros: Batch
 ) -> tuple[PyTree, PyTree]:
-  """Returns a sum and a stack over the leading axis of `micros`. Only one term of the sum is stored at a time.
+  """Returns a sum and a stack over the leading axis of `micros`.
+
+  Only one term of the sum is stored at a time.
 
   Args:
     function: maps (micro-batch, sum so far) to (term of the sum, entry of the stack).
@@ -269,8 +275,8 @@ def make_eval_step(
 ) -> Callable[[TrainState, Batch], EvalSums]:
   """Returns the function (state, batch) -> sums. It is not jitted, and updates nothing.
 
-  The layers draw nothing and use `eval_capacity_factor`. An objective that draws its targets gets keys that depend only on
-  the text, so every evaluation uses the same targets.
+  The layers draw nothing and use `eval_capacity_factor`. An objective that draws its targets gets keys that
+  depend only on the text, so every evaluation uses the same targets.
   """
   graphdef = nnx.graphdef(model)
 

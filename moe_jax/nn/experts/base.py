@@ -15,9 +15,9 @@ from moe_jax.types import Array
 class ExpertNetwork(nnx.Module):
   """All E experts of a layer as one module: `rows = experts(rows, product)`, [.., D] -> [.., D].
 
-  Every parameter names its logical axes, of which the first is "expert". The layer, dispatchers, sharding and checkpoints
-  assume nothing else about the parameters. `product` multiplies each row by the matrix of its expert (see
-  `moe_jax.ops.experts.Product`), so a network is written once for all dispatchers.
+  Every parameter names its logical axes, of which the first is "expert". The layer, dispatchers, sharding and
+  checkpoints assume nothing else about the parameters. `product` multiplies each row by the matrix of its
+  expert (see `moe_jax.ops.experts.Product`), so a network is written once for all dispatchers.
 
   draws: whether the network reads `product.row_bits`. The layer provides them only if it does.
   """
@@ -28,7 +28,10 @@ class ExpertNetwork(nnx.Module):
     raise NotImplementedError
 
   def for_step(self, key: Array | None) -> "ExpertNetwork":
-    """Returns the experts for one optimizer step. Override it to draw from `key`, which is None if nothing is drawn."""
+    """Returns the experts for one optimizer step.
+
+    Override it to draw from `key`, which is None if nothing is drawn.
+    """
     del key
     return self
 
@@ -39,7 +42,8 @@ def as_experts(module: ExpertNetwork, dtype: jnp.dtype, gather: bool) -> Experts
   Args:
     module: the experts.
     dtype: the dtype that floating-point parameters are cast to.
-    gather: whether to gather parameters that are stored split (fsdp). False for a dispatcher that does this itself.
+    gather: whether to gather parameters that are stored split (fsdp). False for a dispatcher that does this
+      itself.
   """
   graphdef, state = nnx.split(module)
   is_variable = lambda leaf: isinstance(leaf, nnx.Variable)

@@ -11,10 +11,10 @@ from moe_jax.types import Array
 
 
 class ClippedSwiGLU(ExpertNetwork):
-  """`((u + 1) * g * sigmoid(alpha g)) Wd + bd` with g = min(x Wg + bg, limit) and u = clip(x Wu + bu, -limit, limit).
+  """`((u + 1) * g * sigmoid(alpha g)) Wd + bd`.
 
-  gpt-oss (2508.10925 and its released code) uses limit 7 and alpha 1.702, with which g * sigmoid(alpha g) approximates
-  GELU. Biases start at 0.
+  Here g = min(x Wg + bg, limit) and u = clip(x Wu + bu, -limit, limit). gpt-oss (2508.10925 and its released
+  code) uses limit 7 and alpha 1.702, with which g * sigmoid(alpha g) approximates GELU. Biases start at 0.
   """
 
   def __init__(

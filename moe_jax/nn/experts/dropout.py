@@ -16,9 +16,9 @@ from moe_jax.types import Array
 class ExpertDropout(ExpertNetwork):
   """The network `experts` with dropout: in training, hidden units are set to 0 with probability `rate`.
 
-  The other units are divided by 1 - rate. Switch uses 0.4 inside experts and 0.1 elsewhere. Which units of a row drop
-  depends on the keys of the step and of the token's sequence, the token's position, and the expert. The draw is therefore
-  the same under any dispatcher, on any mesh, and in any micro-batch.
+  The other units are divided by 1 - rate. Switch uses 0.4 inside experts and 0.1 elsewhere. Which units of a
+  row drop depends on the keys of the step and of the token's sequence, the token's position, and the expert.
+  The draw is therefore the same under any dispatcher, on any mesh, and in any micro-batch.
 
   Raises:
     InputError: if `rate` is not in [0, 1).

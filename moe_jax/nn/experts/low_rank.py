@@ -13,10 +13,11 @@ from moe_jax.types import Array
 
 
 class LowRankExperts(ExpertNetwork):
-  """The network `experts`, frozen, with a trained low-rank addition to every matrix W: W + alpha / rank * A B.
+  """The network `experts`, frozen, with a trained addition to every matrix W: W + alpha / rank * A B.
 
-  A starts random and B at zero, so the layer starts equal to the frozen experts (2106.09685, section 4.1). The sum is
-  computed for each expert in every forward pass, which works for any network and costs `rank` products per weight.
+  A starts random and B at zero, so the layer starts equal to the frozen experts (2106.09685, section 4.1).
+  The sum is computed for each expert in every forward pass, which works for any network and costs `rank`
+  products per weight.
 
   Raises:
     InputError: if `rank` is less than 1, or `experts` has no matrices of its own.

@@ -1,7 +1,7 @@
 """Feed-forward parts of a block. `FFNS` has all of them by name.
 
-A part is a module that maps (x_BLD, context) to (y_BLD, aux), where aux is a `MoEAux` or None. Its factory takes what it
-needs of the model by name. `moe` is the `MoEConfig` of the block.
+A part is a module that maps (x_BLD, context) to (y_BLD, aux), where aux is a `MoEAux` or None. Its factory
+takes what it needs of the model by name. `moe` is the `MoEConfig` of the block.
 """
 
 from typing import Any

@@ -20,7 +20,7 @@ EPSILON = 1e-6  # of the squared norm, as in google-research/vmoe
 
 
 class SoftMoE(nnx.Module):
-  """Soft MoE: every slot of an expert is a mean of the sequence's tokens, and every output a mean of all slots' outputs.
+  """Soft MoE: a slot of an expert is a mean of the sequence's tokens, and an output a mean of all slots.
 
   With C slots per expert (2308.00951, section 2; details as in the code of google-research/vmoe,
   projects/soft_moe/router.py):
@@ -29,8 +29,9 @@ class SoftMoE(nnx.Module):
     slot        = sum over tokens l of softmax_l(logits) x_l, the softmax over the valid tokens of the sequence
     y           = sum over slots (e, c) of softmax_ec(logits) expert_e(slot_ec)
 
-  The experts process E*C rows per sequence, whatever its length. Choose C so that E*C is near the length. Padding enters
-  no slot, and its output is zero. A slot depends on all tokens of the sequence, so the layer leaks in a causal model.
+  The experts process E*C rows per sequence, whatever its length. Choose C so that E*C is near the length.
+  Padding enters no slot, and its output is zero. A slot depends on all tokens of the sequence, so the layer
+  leaks in a causal model.
 
   Args:
     dim: D.
@@ -76,9 +77,10 @@ class SoftMoE(nnx.Module):
       context: only its mask is read, and its keys if the experts draw.
 
     Returns:
-      y_BLD, and a `MoEAux` without losses. Its counts are soft: the tokens of an expert are the combine weights of its
-      slots, summed over tokens. They add up to the number of valid tokens. (Dispatch weights say nothing about load,
-      because those of a slot always sum to 1.) The entropy is that of a token's combine weights over experts.
+      y_BLD, and a `MoEAux` without losses. Its counts are soft: the tokens of an expert are the combine
+      weights of its slots, summed over tokens. They add up to the number of valid tokens. (Dispatch weights
+      say nothing about load, because those of a slot always sum to 1.) The entropy is that of a token's
+      combine weights over experts.
     """
     mask_BL = context.mask_of(x_BLD)
     dispatch_BLEC, combine_BLEC = self._weights(x_BLD, mask_BL)

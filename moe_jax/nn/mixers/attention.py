@@ -12,7 +12,7 @@ from moe_jax.ops.attention import attend
 
 
 def rotate(x_BLNH: jax.Array, theta: float) -> jax.Array:
-  """Rotary positions (2104.09864): rotates the pair (i, i + H/2) at position l by l * theta^(-2i/H) radians."""
+  """Rotary positions (2104.09864): turns the pair (i, i + H/2) at position l by l * theta^(-2i/H) radians."""
   half = x_BLNH.shape[-1] // 2
   frequency_X = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
   angle_LX = jnp.arange(x_BLNH.shape[1], dtype=jnp.float32)[:, None] * frequency_X[None, :]
@@ -25,8 +25,8 @@ def rotate(x_BLNH: jax.Array, theta: float) -> jax.Array:
 class Attention(nnx.Module):
   """Grouped-query softmax attention: `y_BLD, None = attention(x_BLD, context)`.
 
-  Padding follows the text, so the causal mask already hides it from real tokens. Without a causal mask, padding is masked
-  explicitly.
+  Padding follows the text, so the causal mask already hides it from real tokens. Without a causal mask,
+  padding is masked explicitly.
 
   Args:
     dim: D.
@@ -37,8 +37,8 @@ class Attention(nnx.Module):
     qk_norm: whether to normalise queries and keys over H, each with a scale of its own (Qwen3, 2505.09388).
     norm_eps: added to the mean square in that norm.
     causal: whether a position attends only to itself and earlier positions, or to all.
-    window: attend only to the last `window` positions, including the position itself; 0: no limit. Without `causal`, to as
-      many on either side.
+    window: attend only to the last `window` positions, including the position itself; 0: no limit. Without
+      `causal`, to as many on either side.
     init_scale: s in std = sqrt(s / fan_in) of every matrix.
     rngs: draws the parameters.
 

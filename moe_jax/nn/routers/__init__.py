@@ -1,7 +1,7 @@
 """Routers: modules that decide which experts a token is sent to. `ROUTERS` has all of them by name.
 
-A method whose logits are one matrix product is a pure choice in `moe_jax.ops.routing`. A method with other parameters is a
-module in this package.
+A method whose logits are one matrix product is a pure choice in `moe_jax.ops.routing`. A method with other
+parameters is a module in this package.
 """
 
 from moe_jax.nn.routers.base import Router, project, top_k

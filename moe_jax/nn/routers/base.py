@@ -12,18 +12,18 @@ from moe_jax.types import Array, RouterContext, Routing
 class Router(nnx.Module):
   """A module that decides which experts a token is sent to: `routing = router(x_GTD, context)`.
 
-  The input x_GTD is float32, with G groups of T tokens. `context` is a `RouterContext` of all groups. Every field of the
-  returned `Routing` has a leading G. A router has any parameters that it needs. The following attributes say what a model
-  must know beforehand. Their defaults are those of a plain top-k router:
+  The input x_GTD is float32, with G groups of T tokens. `context` is a `RouterContext` of all groups. Every
+  field of the returned `Routing` has a leading G. A router has any parameters that it needs. The following
+  attributes say what a model must know beforehand. Their defaults are those of a plain top-k router:
 
-  leaks: whether the choice for a token depends on later tokens of its sequence: "" never, "drops" only if capacity drops
-    assignments, "always" otherwise. A causal model refuses the last two.
+  leaks: whether the choice for a token depends on later tokens of its sequence: "" never, "drops" only if
+    capacity drops assignments, "always" otherwise. A causal model refuses the last two.
   takes_bias: whether the bias of a balancer can change the choice.
   gives_smooth_load: whether the router sets `Routing.smooth_load_TE`.
   whole_sequences: whether groups must consist of whole sequences.
   num_tasks: the number of domains that the router distinguishes; 0: it does not read the domain.
-  num_scored_experts: the number of experts that the logits score; None: the E experts of the layer. It exceeds E if the
-    router serves some experts itself, with `Routing.direct_TD`.
+  num_scored_experts: the number of experts that the logits score; None: the E experts of the layer. It
+    exceeds E if the router serves some experts itself, with `Routing.direct_TD`.
   """
 
   leaks: str = ""
@@ -43,7 +43,10 @@ class Router(nnx.Module):
 
 
 def project(x_GTD: Array, w_DE: Array) -> Array:
-  """Returns the logits x W [G, T, E], in full float32 precision on every device. A rounded logit can change a choice."""
+  """Returns the logits x W [G, T, E], in full float32 precision on every device.
+
+  A rounded logit can change a choice.
+  """
   return jnp.einsum("GTD,DE->GTE", x_GTD, w_DE, precision=jax.lax.Precision.HIGHEST)
 
 

@@ -35,7 +35,7 @@ class LinearRouter(Router):
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-  """The factory of the router of a choice: `Linear(softmax_topk)(dim=..., num_experts=..., ...)` is a `LinearRouter`."""
+  """Makes a router factory of a choice: `Linear(softmax_topk)(dim=..., num_experts=..., ...)` is a router."""
 
   choice: Callable[..., Choice]
 

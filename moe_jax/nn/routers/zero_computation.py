@@ -1,4 +1,4 @@
-"""Routers that add to the layer's output by themselves: the zero-computation experts of MoE++ (2410.07348), and BASE."""
+"""Routers that add to the layer's output themselves: MoE++ (2410.07348) and BASE (2103.16716)."""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,10 @@ class ZeroComputation(nnx.Module):
     self.w_mix_DZ2 = matrix(rngs, (dim, num, 2), ("embed", "zero_computation", "mix")) if num else None
 
   def __call__(self, x_GTD: Array, weight_GTZ: Array) -> Array:
-    """Returns y_GTD in the dtype of x_GTD. `weight_GTZ` are the weights that the router gives to these experts."""
+    """Returns y_GTD in the dtype of x_GTD.
+
+    `weight_GTZ` are the weights that the router gives to these experts.
+    """
     copy_GT = sum((weight_GTZ[..., z] for z in self.copies), jnp.zeros(x_GTD.shape[:2], weight_GTZ.dtype))
     if not self.constants:
       return copy_GT[..., None].astype(x_GTD.dtype) * x_GTD
