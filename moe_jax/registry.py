@@ -4,8 +4,7 @@ A name is resolved once, at the border: on the command line, in a configuration,
 below holds `Method` objects. Two of them are equal if they would build the same part.
 
 Grammar: NAME[:VALUE ...][:OPTION=VALUE ...]. Plain values fill the options of the factory in order. A value
-  has the type
-of the option's default. `,` or `+` joins several methods.
+has the type of the option's default. `,` or `+` joins several methods.
 """
 
 import dataclasses
@@ -23,9 +22,8 @@ from moe_jax.fingerprint import digest, is_builtin, place
 class Method:
   """A factory with its options, not called yet.
 
-  Methods are hashable, and equal if factory, source and options are equal. Compiled programs are therefore
-  cached by
-  methods: a function that is redefined under the same name is a different method.
+  Methods are hashable, and equal if factory, source and options are equal. They are the keys under which
+  compiled programs are cached, so a function that is redefined under the same name is compiled again.
   """
 
   factory: Callable[..., Any]

@@ -22,7 +22,7 @@ def spec_text(spec: Any) -> str:
 def fingerprint(spec: Any) -> str:
   """Returns `spec_text`, with a digest of the source for a user's code.
 
-  Results depend on no more than this.
+  This is what results depend on.
   """
   if isinstance(spec, tuple | list):
     return ",".join(fingerprint(part) for part in spec)

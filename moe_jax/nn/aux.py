@@ -87,7 +87,7 @@ def balancing_loss(aux: PyTree) -> Array | float:
 
 
 def update_balancers(model: nnx.Module, aux: PyTree) -> None:
-  """Updates the state of all balancers of `model`. Call it once per optimizer step, after the step.
+  """Updates the state of all balancers of `model`. Call it once per step, after the optimizer.
 
   Args:
     model: has any number of `MoE` layers. It is changed in place.

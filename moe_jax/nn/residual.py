@@ -27,8 +27,7 @@ class PreNorm(nnx.Module):
 class NormedInput(nnx.Module):
   """alpha norm(x) + beta part(norm(x)), as in MiniMax-01 (2501.08313). The residual is the *normed* input.
 
-  MiniMax-01 uses DeepNorm's depth scaling, alpha = (2 * layers)^0.25, which is 3.5566 for 80 layers, and beta
-  = 1.
+  MiniMax-01 has beta = 1 and, as DeepNorm, alpha = (2 * layers)^0.25, which is 3.5566 for 80 layers.
   """
 
   def __init__(self, dim: int, *, alpha: float = 3.5566, beta: float = 1.0, norm_eps: float = 1e-6):

@@ -30,9 +30,8 @@ class Metric(NamedTuple):
 
   sums: maps a `LayerRecord` to a tree of arrays that can be added over micro-batches and devices.
   read: maps the added sums to a number for each layer, or an array. It keeps leading axes.
-  training: the title of its column for training. None: not measured in training. An empty title: logged, but
-    in no table.
-  validation: the same for validation. An empty title: stored in the result, but in no table.
+  training: the title of its column for training. Empty: logged, but in no table. None: not logged either.
+  validation: the same for validation, where results store what training logs.
   unit: the unit of the numbers, for tables.
   format: the format of the numbers in tables.
   lower_is_better: None if neither direction is better by itself.
