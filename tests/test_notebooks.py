@@ -14,7 +14,7 @@ pytest.importorskip("ipykernel", reason="running notebooks needs ipykernel")
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TINY = {
-  "MOE_JAX_NOTEBOOK_STEPS": "4",
+  "MOE_JAX_NOTEBOOK_STEPS": "2",
   "MOE_JAX_NOTEBOOK_SEEDS": "1",
   "MOE_JAX_NOTEBOOK_DATASET": "markov",
 }
@@ -24,7 +24,7 @@ KERNEL = "this_interpreter"
 @pytest.fixture
 def kernel(tmp_path, monkeypatch):
   """The name of a kernel that runs in this interpreter, whatever kernels the user has. The kernel inherits
-  the environment: the tests' compilation cache, data folder and CPU, but a single device."""
+  the environment: the tests' compilation cache, compiler flags, data folder and CPU, but a single device."""
   spec = {
     "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
     "display_name": KERNEL,
@@ -38,7 +38,8 @@ def kernel(tmp_path, monkeypatch):
   monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
   monkeypatch.setenv("TMPDIR", str(tmp_path))
   monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-  monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+  one_device = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+  monkeypatch.setenv("XLA_FLAGS", " ".join(one_device))
   monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel draws inline
   for name, value in TINY.items():
     monkeypatch.setenv(name, value)

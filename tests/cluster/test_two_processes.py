@@ -25,7 +25,7 @@ from moe_jax.training.loop import Run
 from moe_jax.training.metric_writer import read_jsonl
 from tests import tiny
 
-SLOW = 600.0  # seconds that anything may take on a machine with much else to do; the tests need far fewer
+SLOW = 240.0  # seconds that anything may take on a machine with much else to do; the tests need far fewer
 ARM = "switch_loss:0.1+loss_free_bias:0.01"
 FIELDS = {
   "num_layers": 1,
@@ -248,8 +248,12 @@ def talk(tmp_path):
 def test_the_other_ends_in_bounded_time_and_says_why(talk, process, sent, status, told):
   with talk() as pair:
     pair.wait_until(lambda: all("talking" in pair.output(i) for i in (0, 1)), SLOW, "talk")
-    pair.processes[process].send_signal(sent)
     started = time.monotonic()
+    pair.processes[process].send_signal(sent)
+    while sent == signal.SIGINT and pair.processes[process].poll() is None:
+      # Python drops an interrupt that comes while one of JAX's callbacks runs, and a user presses the keys again.
+      time.sleep(2.0)
+      pair.processes[process].send_signal(sent)
     ended = pair.ends(1 - process, SLOW)
     assert time.monotonic() - started < 60
     assert re.search(told, pair.output(1 - process))
