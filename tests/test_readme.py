@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # The same programs on less: two steps instead of sixty.
 BEFORE = """
@@ -30,6 +32,7 @@ def python_blocks(markdown: str) -> list[str]:
   return re.findall(r"^```python\n(.*?)^```", markdown, re.DOTALL | re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_every_python_block_of_the_readme_runs(tmp_path):
   blocks = python_blocks((ROOT / "README.md").read_text())
   assert len(blocks) == 3

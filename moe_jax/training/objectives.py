@@ -29,10 +29,7 @@ class Terms(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-  """The base class of objectives.
-
-  Subclasses are frozen dataclasses, so that compiled steps can be cached by them.
-  """
+  """The base class of objectives. Subclasses are frozen dataclasses, whose fields are their options."""
 
   @property
   def causal(self) -> bool:
