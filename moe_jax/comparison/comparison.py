@@ -94,7 +94,7 @@ class Comparison:
     return [json.loads(self._result_file(arm, seed).read_text()) for arm in self.arms for seed in self.seeds]
 
   def report(
-    self, results: list[Result], *, title: str, question: str, command: str, notes: Sequence[str]
+    self, results: list[Result], *, title: str, question: str, command: str, notes: Sequence[str] = ()
   ) -> None:
     """Writes metrics.jsonl, summary.csv, the plots and report.html; prints the table. In process 0."""
     with processes.first_writes("report") as mine:

@@ -34,7 +34,7 @@ class Context(NamedTuple):
   # this one. None, as a whole or as a field: this batch is all there is. A model takes one of each per layer.
   step_stats: StepStats | None = None
   train: bool = False  # static: draws, and uses `capacity_factor` instead of `eval_capacity_factor`
-  record_logits: bool = False  # static: fill in `MoEAux.logits_BLE`
+  record_logits: bool = False  # static: fill in `MoEAux.logits_BLE` and `MoEAux.selected_BLE`
 
   def mask_of(self, x_BLX: Array) -> Array:
     return jnp.ones(x_BLX.shape[:-1], bool) if self.mask_BL is None else self.mask_BL
