@@ -1,5 +1,6 @@
 """Identity of a user's code: where it is defined, and a digest that changes when the code does."""
 
+import dis
 import hashlib
 import inspect
 import linecache
@@ -85,7 +86,7 @@ def _used(function: types.FunctionType) -> list[tuple[str, Any]]:
   names, waiting = set(), [function.__code__]
   while waiting:
     code = waiting.pop()
-    names.update(code.co_names)
+    names.update(i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
     waiting += [c for c in code.co_consts if isinstance(c, types.CodeType)]
   found = [(name, function.__globals__[name]) for name in sorted(names) if name in function.__globals__]
   for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):

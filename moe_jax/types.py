@@ -127,7 +127,9 @@ class MoEAux(NamedTuple):
   tokens_per_expert_BE: Array  # float32 counts before capacity, per sequence
   kept_per_expert_E: Array  # float32 counts after capacity
   metrics: dict[str, PyTree]  # name -> sums, see `moe_jax.ops.metrics`
-  logits_BLE: Array | None = None  # float32, what the router decided by; None unless asked for. Not a sum.
+  # None unless asked for, and no sums: what the router decided by, and 1 where it sent a token to an expert
+  logits_BLE: Array | None = None
+  selected_BLE: Array | None = None
 
   @property
   def loss(self) -> Array | float:

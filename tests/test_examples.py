@@ -98,9 +98,10 @@ def test_a_run_is_looked_into(tmp_path, capsys):
   config = tiny.change(moe_jax.preset("tiny"), num_steps=2, eval_batches=1, tensorboard=False)
   config = tiny.change(config, mesh=tiny.ONE_DEVICE, sequence_length=32)
   moe_jax.Run(config, moe_jax.load_dataset(config.data), tmp_path).train()
-  text, best_RL = example("look_inside").main(tmp_path, prompt="def f(", num_tokens=3)
-  assert text.startswith("def f(") and best_RL.shape == (2, 1 + 6 + 3)
-  assert "best expert by layer" in capsys.readouterr().out
+  text, taken_RLE = example("look_inside").main(tmp_path, prompt="def f(", num_tokens=3)
+  assert text.startswith("def f(") and taken_RLE.shape == (2, 1 + 6 + 3, 8)
+  assert (taken_RLE.sum(axis=-1) == 2).all()
+  assert "experts by layer" in capsys.readouterr().out
 
 
 def test_an_objective_and_a_hook_of_ones_own(tmp_path):

@@ -5,6 +5,7 @@ python experiments/examples/look_inside.py runs/load_balancing/arms/none/seed_0
 
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -13,17 +14,20 @@ import moe_jax
 
 def main(folder: str, prompt: str = "def main(", num_tokens: int = 20) -> tuple[str, np.ndarray]:
   run = moe_jax.Run.load(folder)
-  tokens = [run.tokenizer.bos_id, *run.tokenizer.encode(prompt)]
-  for _ in range(num_tokens):
-    logits_BLV, _ = run.model(jnp.array([tokens]))
-    tokens.append(int(jnp.argmax(logits_BLV[0, -1])))
-  text = run.tokenizer.decode(np.array(tokens[1:]))
+  forward = jax.jit(lambda tokens_BL: run.model(tokens_BL, moe_jax.Context(record_logits=True)))
+  start = [run.tokenizer.bos_id, *run.tokenizer.encode(prompt)]
+  tokens_L = np.pad(start, (0, num_tokens))  # what is behind a position does not change it
+  for end in range(len(start), len(tokens_L)):
+    logits_BLV, aux = forward(tokens_L[None])
+    tokens_L[end] = int(jnp.argmax(logits_BLV[0, end - 1]))
+  text = run.tokenizer.decode(tokens_L[1:])
   print(text)
-  _, aux = run.model(jnp.array([tokens]), moe_jax.Context(record_logits=True))
-  best_RL = np.concatenate([a.logits_BLE[:, 0].argmax(-1) for a in moe_jax.moe_auxes(aux)])
-  for i, token in enumerate(tokens):
-    print(f"{run.tokenizer.decode(np.array([token]))!r:8} best expert by layer: {best_RL[:, i].tolist()}")
-  return text, best_RL
+  _, aux = forward(tokens_L[None])
+  taken_RLE = np.concatenate([a.selected_BLE[:, 0] for a in moe_jax.moe_auxes(aux)]) > 0
+  for i, token in enumerate(tokens_L):
+    experts = [np.flatnonzero(taken_LE[i]).tolist() for taken_LE in taken_RLE]
+    print(f"{run.tokenizer.decode(np.array([token]))!r:8} experts by layer: {experts}")
+  return text, taken_RLE
 
 
 if __name__ == "__main__":

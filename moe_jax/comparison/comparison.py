@@ -98,7 +98,7 @@ class Comparison:
     return [json.loads(self._result_file(arm, seed).read_text()) for arm in self.arms for seed in self.seeds]
 
   def report(
-    self, results: list[Result], *, title: str, question: str, command: str, notes: Sequence[str]
+    self, results: list[Result], *, title: str, question: str, command: str, notes: Sequence[str] = ()
   ) -> None:
     """Prints the table, and writes metrics.jsonl, summary.csv, differences.csv, plots and report.html.
 

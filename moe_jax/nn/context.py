@@ -31,7 +31,7 @@ class Context(NamedTuple):
   # one. If it is None, or a field is, this batch is the whole step. A model takes those of all its layers.
   step_stats: StepStats | None = None
   train: bool = False  # static: draws, and uses `capacity_factor` instead of `eval_capacity_factor`
-  record_logits: bool = False  # static: fill in `MoEAux.logits_BLE`
+  record_logits: bool = False  # static: fill in `MoEAux.logits_BLE` and `MoEAux.selected_BLE`
 
   def mask_of(self, x_BLX: Array) -> Array:
     """Returns the mask [B, L], all True if there is none."""

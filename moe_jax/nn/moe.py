@@ -237,5 +237,6 @@ def _aux(
     kept_per_expert_E=kept_per_expert_E,
     metrics=observe(layer),
     logits_BLE=routing.logits_BLE if context.record_logits else None,
+    selected_BLE=routing.selected_BLE if context.record_logits else None,
   )
   return jax.lax.stop_gradient(aux)._replace(losses=losses)

@@ -192,7 +192,7 @@ def _weighed(aux: PyTree, share: Array) -> PyTree:
 
 
 def _without_logits(aux: PyTree) -> PyTree:
-  return _map_moe(lambda layer: layer._replace(logits_BLE=None), aux)
+  return _map_moe(lambda layer: layer._replace(logits_BLE=None, selected_BLE=None), aux)
 
 
 def _logits(aux: PyTree) -> list[Array]:
