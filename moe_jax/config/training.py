@@ -15,7 +15,9 @@ class OptimizerConfig:
   learning_rate: float = flag(3e-3, "at the end of the warm-up")
   schedule: str = flag("cosine", "decay after the warm-up: cosine, linear or constant")
   warmup_steps: int = flag(20, "steps in which the learning rate rises, at most half of all")
-  final_learning_rate_fraction: float = flag(0.1, "what the learning rate has decayed to when training ends / learning_rate")
+  final_learning_rate_fraction: float = flag(
+    0.1, "what the learning rate has decayed to when training ends / learning_rate"
+  )
   weight_decay: float = flag(0.1, "of matrices; norms and vectors do not decay")
   beta1: float = flag(0.9, "decay of Adam's mean of gradients")
   beta2: float = flag(0.95, "decay of Adam's mean of squared gradients")
