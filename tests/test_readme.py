@@ -24,6 +24,7 @@ assert max_vio.shape == (1,) and max_vio[0] < 0.6 * step(Model(nnx.Rngs(0)), opt
 assert [(r["arm"], r["seed"]) for r in results] == [(arm, s) for arm in arms for s in range(3)]
 assert run.step == 2 and str(run.config.model.moe.router) == "cosine:0.1"
 assert type(run.model.segments[0].pattern.blocks[0].ffn.router) is CosineRouter
+assert all((layer_BLE.sum(-1) == 2).all() for layer_BLE in chosen)
 print("every block ran")
 """
 
