@@ -56,9 +56,8 @@ class RouterContext(NamedTuple):
   """
 
   mask: Array  # bool [G, T], False: padding, which is sent nowhere and takes no capacity
-  bias_E: Any = (
-    None  # float32 or an `ExpertScale`, of a balancer: moves the choice of experts, never a weight
-  )
+  # float32 or an `ExpertScale`, of a balancer: moves the choice of experts, never a weight
+  bias_E: Any = None
   key: Array | None = None  # [G] random keys; None: choose without drawing, as in evaluation
   token_id: Array | None = None  # int32 [G, T], vocabulary ids
   sequence: Array | None = None  # int32 [G, T], which of the group's sequences the token belongs to

@@ -36,7 +36,7 @@ from moe_jax.ops.experts import gated_experts, swiglu
 from moe_jax.ops.routing import make_choice
 from moe_jax.ops.routing.common import in_groups
 from moe_jax.sharding import constrain, on_one_cpu
-from moe_jax.sharding.dispatchers import get_dispatcher
+from moe_jax.sharding.dispatchers import make_dispatcher
 from moe_jax.types import RouterContext
 
 _TOKENS = flags.DEFINE_integer("num_tokens", 4096, "total number of tokens", lower_bound=1)
@@ -86,7 +86,7 @@ def dense_ffn(weights, x_TD):
 
 
 def dispatcher_of(name):
-  return get_dispatcher("sorted" if name == "buffers" else name)
+  return make_dispatcher("sorted" if name == "buffers" else name)
 
 
 def moe_layer(params, x_TD, *, dispatcher, group_size):

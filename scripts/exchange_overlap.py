@@ -24,7 +24,7 @@ from moe_jax.analysis.topology import devices_of
 from moe_jax.config import MeshConfig
 from moe_jax.errors import InputError
 from moe_jax.ops.experts import gated_experts
-from moe_jax.sharding.dispatchers import Dispatcher, get_dispatcher
+from moe_jax.sharding.dispatchers import Dispatcher, make_dispatcher
 from moe_jax.types import Assignment
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x2", "TPU generation and grid of chips")
@@ -51,7 +51,7 @@ def dispatchers() -> dict[str, Dispatcher]:
     raise InputError(
       f"--num_experts={_EXPERTS.value}: must be a multiple of --expert_parallelism={_EXPERT_PARALLELISM.value}"
     )
-  return {chunks: get_dispatcher(f"{spec}:chunks={chunks}") for chunks in _CHUNKS.value}
+  return {chunks: make_dispatcher(f"{spec}:chunks={chunks}") for chunks in _CHUNKS.value}
 
 
 def arguments(mesh):

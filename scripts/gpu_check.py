@@ -33,7 +33,7 @@ from moe_jax.analysis.flops import forward_flops, step_flops
 from moe_jax.config import Config, DataConfig, MeshConfig, MoEConfig, OptimizerConfig, TrainConfig
 from moe_jax.nn.ffn import FFNS
 from moe_jax.ops.routing import make_choice
-from moe_jax.sharding.dispatchers import get_dispatcher
+from moe_jax.sharding.dispatchers import make_dispatcher
 from moe_jax.training.compiled import CompiledSteps, check_run, compile_steps
 from moe_jax.training.results import versions
 from moe_jax.types import RouterContext
@@ -324,7 +324,7 @@ def main(argv: list[str]) -> None:
   del argv
   config = given_config()
   for name in _DISPATCHERS.value:
-    get_dispatcher(name)
+    make_dispatcher(name)
   try:
     device = jax.devices(_PLATFORM.value)[0]
   except RuntimeError:

@@ -19,7 +19,7 @@ from moe_jax.ops.metrics import LayerRecord, observe
 from moe_jax.ops.routing import to_batch
 from moe_jax.registry import Method, Spec
 from moe_jax.sharding import constrain, on_one_cpu
-from moe_jax.sharding.dispatchers import DISPATCHERS, Dispatcher
+from moe_jax.sharding.dispatchers import Dispatcher, make_dispatcher
 from moe_jax.types import Array, BatchRouting, MoEAux, PyTree, RouterContext, Routing, StepStats
 
 
@@ -76,7 +76,7 @@ class MoE(nnx.Module):
     self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
     self.group_size, self.jitter = group_size, jitter
     self.balancer = balancer_of(balancer)
-    self.dispatcher = dispatcher if isinstance(dispatcher, Dispatcher) else DISPATCHERS.resolve(dispatcher)()
+    self.dispatcher = make_dispatcher(dispatcher)
     offered = {"dim": dim, "num_experts": num_experts, "init_scale": init_scale, "rngs": rngs}
     self.router = made(ROUTERS, router, Router, num_experts_per_token=num_experts_per_token, **offered)
     self.num_scored_experts = self.router.num_scored_experts or num_experts

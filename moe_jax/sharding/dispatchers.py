@@ -98,9 +98,9 @@ DISPATCHERS = Registry(
 )
 
 
-def get_dispatcher(spec: Spec) -> Dispatcher:
-  """The dispatcher of that name, e.g. `dropless:chunks=4`. Raises `InputError` naming what is known."""
-  return DISPATCHERS.resolve(spec)()
+def make_dispatcher(dispatcher: Spec | Dispatcher) -> Dispatcher:
+  """Returns a dispatcher as it is, or what a name such as `dropless:chunks=4` stands for."""
+  return dispatcher if isinstance(dispatcher, Dispatcher) else DISPATCHERS.resolve(dispatcher)()
 
 
-__all__ = ["DISPATCHERS", "Dispatcher", "get_dispatcher"]
+__all__ = ["DISPATCHERS", "Dispatcher", "make_dispatcher"]

@@ -9,7 +9,7 @@ import numpy as np
 from moe_jax import sharding
 from moe_jax.config import MeshConfig
 from moe_jax.ops.experts import gated_experts
-from moe_jax.sharding.dispatchers import get_dispatcher
+from moe_jax.sharding.dispatchers import make_dispatcher
 from moe_jax.types import Assignment
 from tests.reference.moe_layer import moe_layer
 
@@ -69,7 +69,7 @@ def mesh_of(name: str) -> jax.sharding.Mesh:
 
 def compile_step(spec):
   dispatch = functools.partial(
-    get_dispatcher(spec).dispatch, num_experts=E, capacity=CAPACITY, shard=sharding.constrain
+    make_dispatcher(spec).dispatch, num_experts=E, capacity=CAPACITY, shard=sharding.constrain
   )
 
   def loss(x, combine, experts, assignment, cotangent):
@@ -91,7 +91,7 @@ def check(spec, mesh, assignment, expected_valid=None, run=step):
   x, cotangent, experts = inputs()
   with jax.set_mesh(mesh_of(mesh)):
     gradients, (y, kept) = run(spec, mesh)(x, assignment.weight_A, experts, assignment, cotangent)
-  capacity = None if get_dispatcher(spec).never_drops else CAPACITY
+  capacity = None if make_dispatcher(spec).never_drops else CAPACITY
   oracle = assignment
   if expected_valid is not None:
     oracle, capacity = assignment._replace(valid_A=expected_valid), None

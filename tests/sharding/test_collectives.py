@@ -15,7 +15,7 @@ import pytest
 from moe_jax import sharding
 from moe_jax.analysis.hlo import parse
 from moe_jax.analysis.overlap import exchanges
-from moe_jax.sharding.dispatchers import get_dispatcher
+from moe_jax.sharding.dispatchers import make_dispatcher
 from tests.sharding.cases import CAPACITY, E, assignment, inputs, mesh_of
 
 
@@ -25,7 +25,7 @@ def _lowered(spec: str, mesh: str, differentiate: bool = False, platform: str = 
   given = assignment("even")
 
   def forward(x, combine, experts):
-    y, _ = get_dispatcher(spec).dispatch(
+    y, _ = make_dispatcher(spec).dispatch(
       x, given._replace(weight_A=combine), experts, num_experts=E, capacity=CAPACITY, shard=sharding.constrain
     )
     return y

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax.errors import InputError
-from moe_jax.sharding.dispatchers import DISPATCHERS, get_dispatcher
+from moe_jax.sharding.dispatchers import DISPATCHERS, make_dispatcher
 from tests.reference.moe_layer import kept_entries, moe_layer
 from tests.sharding.cases import (
   CAPACITY,
@@ -88,7 +88,7 @@ def test_bfloat16(spec):
   x, cotangent, experts = inputs(jnp.bfloat16)
   given = assignment("uneven")
   with jax.set_mesh(mesh_of("expert=2")):
-    dispatch = functools.partial(get_dispatcher(spec).dispatch, num_experts=E, capacity=0)
+    dispatch = functools.partial(make_dispatcher(spec).dispatch, num_experts=E, capacity=0)
     y, _ = jax.jit(dispatch)(x, given, experts)
   assert y.dtype == jnp.bfloat16
   exact, _, _ = moe_layer(x, given, experts.weights, None, cotangent)
@@ -108,13 +108,13 @@ def test_bfloat16(spec):
 )
 def test_a_wrong_dispatcher_is_one_line(spec, message):
   with pytest.raises(InputError, match=message):
-    get_dispatcher(spec)
+    make_dispatcher(spec)
 
 
 def test_a_mesh_that_does_not_divide():
   x, _, experts = inputs()
   given = assignment("even")
-  dispatch = functools.partial(get_dispatcher("dropless").dispatch, num_experts=E, capacity=0)
+  dispatch = functools.partial(make_dispatcher("dropless").dispatch, num_experts=E, capacity=0)
   with jax.set_mesh(mesh_of("expert=8")):
     with pytest.raises(InputError, match="12 routing groups: the 8 devices"):
       dispatch(x[:12], jax.tree.map(lambda f: f[:12], given), experts)
@@ -124,8 +124,8 @@ def test_a_mesh_that_does_not_divide():
 
 
 def test_who_never_drops():
-  never = {spec for spec in DISPATCHERS if get_dispatcher(spec).never_drops}
+  never = {spec for spec in DISPATCHERS if make_dispatcher(spec).never_drops}
   assert never == {"dropless", "all_gather"}
-  assert get_dispatcher("all_to_all:capacity=none").never_drops
-  assert not get_dispatcher("dropless:buffer_factor=1.5").never_drops
-  assert not get_dispatcher("all_gather:capacity=global").never_drops
+  assert make_dispatcher("all_to_all:capacity=none").never_drops
+  assert not make_dispatcher("dropless:buffer_factor=1.5").never_drops
+  assert not make_dispatcher("all_gather:capacity=global").never_drops
