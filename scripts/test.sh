@@ -10,4 +10,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment dev
 cd "$root"
 say "running pytest $*"
-exec "$python" -m pytest -n "${MOE_JAX_TEST_WORKERS:-2}" "$@"
+# worksteal: neighbours run in one worker, which shares what a module sets up
+exec "$python" -m pytest -n "${MOE_JAX_TEST_WORKERS:-2}" --dist=worksteal "$@"

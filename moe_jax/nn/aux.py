@@ -1,7 +1,5 @@
 """Reads the aux of a model, and updates its balancers. For any training loop, including ours."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -105,13 +103,13 @@ def update_balancers(model: nnx.Module, aux: PyTree) -> None:
       "the aux of every layer, in the order of the layers"
     )
   for layer, own in zip(layers, auxes, strict=True):
-    update = layer.balancer.update
-    if (
-      own.kept_per_expert_E.ndim == 2
-    ):  # stacked layers of a segment; the index gives vmap an axis in any case
-      indexed = lambda layer, state, stats, update=update: update(state, stats)
-      update = lambda state, stats, own=own, f=indexed: jax.vmap(f)(
-        jnp.arange(own.kept_per_expert_E.shape[0]), state, stats
-      )
-    state: Any = layer.balancer_state.get_value()
-    layer.balancer_state.set_value(update(state, own.balancer_stats))
+    layer.balancer_state.set_value(_updated(layer, own))
+
+
+def _updated(layer: MoE, aux: MoEAux) -> PyTree:
+  state: PyTree = layer.balancer_state.get_value()
+  if aux.kept_per_expert_E.ndim == 1:
+    return layer.balancer.update(state, aux.balancer_stats)
+  # The layers of a segment are stacked. Their index gives vmap an axis where there is neither state nor statistics.
+  update = lambda index, state, stats: layer.balancer.update(state, stats)
+  return jax.vmap(update)(jnp.arange(len(aux.kept_per_expert_E)), state, aux.balancer_stats)

@@ -21,7 +21,7 @@ from moe_jax.ops.metrics import METRICS
 from moe_jax.training.hooks import BalancerUpdates, Hook
 from moe_jax.training.objectives import Batch, Objective
 from moe_jax.training.optim import trained
-from moe_jax.types import Array, PyTree, StepStats
+from moe_jax.types import Array, MoEAux, PyTree, StepStats
 
 
 class TrainState(NamedTuple):
@@ -177,7 +177,7 @@ def _at_least_1(count: Array) -> Array:
 
 def _map_moe(function: Callable[[Any], Any], aux: PyTree) -> PyTree:
   """Applies `function` to every `MoEAux` of a tree."""
-  is_moe = lambda leaf: hasattr(leaf, "balancer_stats")
+  is_moe = lambda leaf: isinstance(leaf, MoEAux)
   return jax.tree.map(lambda leaf: function(leaf) if is_moe(leaf) else leaf, aux, is_leaf=is_moe)
 
 
