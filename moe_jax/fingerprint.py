@@ -43,6 +43,9 @@ def _collect(code: Any, parts: list[str], seen: set[int]) -> None:
     return
   seen.add(id(code))
   parts.append(_source(code))
+  for base in getattr(code, "__bases__", ()):
+    if base.__module__ == code.__module__:
+      _collect(base, parts, seen)
   for function in _functions(code):
     if function is not code:
       parts.append(_source(function))
@@ -50,7 +53,7 @@ def _collect(code: Any, parts: list[str], seen: set[int]) -> None:
       if isinstance(value, types.FunctionType | type):
         if value.__module__ == code.__module__:
           _collect(value, parts, seen)
-      elif isinstance(value, int | float | str | bytes | tuple | None):
+      elif _is_plain(value):
         parts.append(f"{name}={value!r}")
 
 
@@ -73,12 +76,20 @@ def _instructions(code: types.CodeType) -> str:
   return f"{code.co_code.hex()} {code.co_names} {nested}"
 
 
+def _is_plain(value: Any) -> bool:
+  """Returns whether `repr(value)` is the same in every process."""
+  if isinstance(value, tuple):
+    return all(map(_is_plain, value))
+  return isinstance(value, int | float | str | bytes | None)
+
+
 def _functions(code: Any) -> list[types.FunctionType]:
+  """Returns the functions that a function or a class consists of."""
   if isinstance(code, types.FunctionType):
     return [code]
-  return (
-    [f for f in vars(code).values() if isinstance(f, types.FunctionType)] if isinstance(code, type) else []
-  )
+  members = vars(code).values() if isinstance(code, type) else ()
+  inner = [getattr(m, "__func__", getattr(m, "fget", m)) for m in members]  # of static methods and properties
+  return [f for f in inner if isinstance(f, types.FunctionType)]
 
 
 def _used(function: types.FunctionType) -> list[tuple[str, Any]]:

@@ -159,3 +159,24 @@ def test_a_name_can_be_defined_anew_but_not_taken():
   for name, factory, message in cases:
     with pytest.raises(InputError, match=message):
       registry.register(name, factory)
+
+
+def test_a_class_counts_with_its_properties_bases_and_plain_constants_only():
+  def defined(prop="1", base="2", constant="(1, (2, 'a'))"):
+    space = {"__name__": "a_notebook"}
+    text = f"""
+C, OBJECTS = {constant}, (object(),)
+class Base:
+  @staticmethod
+  def f():
+    return {base}
+class Part(Base):
+  @property
+  def causal(self):
+    return {prop}, C, OBJECTS
+"""
+    exec(text, space)
+    return REGISTRY.resolve(space["Part"]).fingerprint
+
+  assert defined() == defined()  # an object's address is not what the code is
+  assert len({defined(), defined(prop="3"), defined(base="3"), defined(constant="5")}) == 4

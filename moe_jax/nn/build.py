@@ -153,8 +153,7 @@ def _naming_of(moe: MoEConfig) -> Iterator[None]:
     yield
   except InputError as error:
     text = str(error)
-    flags = {"router": "router", "experts": "experts", "dispatcher": "dispatcher"}
-    flag = next((f for word, f in flags.items() if text.startswith(f"{word} ")), None)
+    flag = next((part for part in _MOE_PARTS if text.startswith(f"{part} ")), None)
     if flag is None and text.startswith(("balancer", "the balancer")):
       flag = "balancers"
     if text.startswith("num_experts"):

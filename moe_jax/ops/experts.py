@@ -197,14 +197,5 @@ def gated_experts(w_gate_EDF: Array, w_up_EDF: Array, w_down_EFD: Array) -> Expe
   return Experts((w_gate_EDF, w_up_EDF, w_down_EFD), (into, into, out), _gated)
 
 
-def relu_experts(w_up_EDF: Array, w_down_EFD: Array) -> Experts:
-  """Returns ReLU experts made of plain arrays: `relu(x Wu) Wd`."""
-  return Experts((w_up_EDF, w_down_EFD), (("expert", "embed", "mlp"), ("expert", "mlp", "embed")), _relu)
-
-
 def _gated(weights: tuple[Array, ...], rows: Array, product: Product) -> Array:
   return product.ffn(swiglu, rows, weights[:2], weights[2])
-
-
-def _relu(weights: tuple[Array, ...], rows: Array, product: Product) -> Array:
-  return product.ffn(jax.nn.relu, rows, weights[:1], weights[1])

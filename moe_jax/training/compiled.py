@@ -70,7 +70,7 @@ def check_run(config: Config, mesh: jax.sharding.Mesh) -> Config:
     )
   groups = {length}
   for layer in filter(None, routed):
-    with naming_group(layer):
+    with naming("group_size", layer.group_size):
       groups.add(layer.tokens_per_group(length))
   for group in groups:
     if micro * length % group or (length % group and group % length):
@@ -80,11 +80,6 @@ def check_run(config: Config, mesh: jax.sharding.Mesh) -> Config:
       )
     sharding.check_divides(mesh, config.model, micro_batch=micro, num_groups=micro * length // group)
   return config
-
-
-def naming_group(layer: MoE):
-  """Adds the flag to the message of an `InputError` that `layer` raises about its groups."""
-  return naming("group_size", layer.group_size)
 
 
 class CompiledSteps(NamedTuple):

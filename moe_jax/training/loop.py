@@ -67,9 +67,8 @@ class Run:
       info = self.dataset.info
       self.steps = compile_steps(self.config, info.vocab_size, len(info.domains), self.mesh)
       self.checkpoints = Checkpoints(self.folder / "checkpoints")
-      stack.callback(
-        self.checkpoints.close
-      )  # on every way out: a save under way must not meet the next manager
+      # On every way out: a save under way must not meet the next manager.
+      stack.callback(self.checkpoints.close)
       self.batches = self.dataset.train_batches(
         process_index=self.share.index,
         process_count=self.share.count,

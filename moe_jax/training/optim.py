@@ -44,9 +44,12 @@ def per_variable(function: Callable[[nnx.Variable], object]) -> Callable[[nnx.St
   return lambda params: jax.tree.map(lambda v: v.replace(function(v)), params, is_leaf=is_variable)
 
 
+def is_frozen(variable: nnx.Variable) -> bool:
+  return variable.get_metadata().get("group") == FROZEN
+
+
 # True for variables with two or more logical axes, not counting the axis of stacked layers. These decay.
 is_matrix = per_variable(lambda v: len(v.get_metadata()["logical_axes"]) >= 2)
-is_frozen = per_variable(lambda v: v.get_metadata().get("group") == FROZEN)
 
 
 def adamw(
@@ -77,14 +80,12 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
     beta2=config.beta2,
   )
   clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity()
-  label = per_variable(lambda v: FROZEN if v.get_metadata().get("group") == FROZEN else "trained")
+  label = per_variable(lambda v: FROZEN if is_frozen(v) else "trained")
   groups = {"trained": optax.chain(clip, optimizer), FROZEN: optax.set_to_zero()}
   return optax.partition(groups, label)
 
 
 def trained(gradients: nnx.State) -> nnx.State:
   """Returns the gradients, with zeros for frozen parameters. The compiler then does not compute those."""
-  is_variable = lambda leaf: isinstance(leaf, nnx.Variable)
-  zeros = lambda v: v.replace(jnp.zeros_like(v.get_value()))
-  zero = lambda v: zeros(v) if v.get_metadata().get("group") == FROZEN else v
-  return jax.tree.map(zero, gradients, is_leaf=is_variable)
+  value = lambda v: jnp.zeros_like(v.get_value()) if is_frozen(v) else v.get_value()
+  return per_variable(value)(gradients)

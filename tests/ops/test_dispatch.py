@@ -15,7 +15,7 @@ from moe_jax.ops.dispatch import (
   expert_capacity,
   sorted_dispatch,
 )
-from moe_jax.ops.experts import gated_experts, relu_experts
+from moe_jax.ops.experts import Experts, gated_experts
 from moe_jax.types import Assignment
 from tests.reference.moe_layer import kept_entries, moe_layer
 
@@ -36,7 +36,11 @@ def make_weights(num_experts, gated=True, seed=0, dtype=jnp.float32):
   e = num_experts
   gate, up, down = (jax.random.normal(k, s) * 0.4 for k, s in zip(keys, [(e, D, F), (e, D, F), (e, F, D)]))
   gate, up, down = (w.astype(dtype) for w in (gate, up, down))
-  return gated_experts(gate, up, down) if gated else relu_experts(up, down)
+  if gated:
+    return gated_experts(gate, up, down)
+  axes = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
+  relu = lambda weights, rows, product: product.ffn(jax.nn.relu, rows, weights[:1], weights[1])
+  return Experts((up, down), axes, relu)
 
 
 def token_choice(groups, tokens, experts, k, seed=0, choice_major=False, p_valid=1.0, holds=False):
