@@ -35,7 +35,7 @@ CONFIG = Config(
       num_experts_per_token=2,
       expert_dim=16,
       # all kinds of state and scope at once
-      balancers="switch_loss:0.1,switch_loss:0.1:scope=sequence,z_loss:0.01,loss_free_bias:0.01",
+      balancers="switch_loss:0.05,switch_loss:0.05:scope=sequence,z_loss:0.005,loss_free_bias:0.01",
       capacity_factor=1.0,  # some assignments drop
       jitter=0.1,
     ),

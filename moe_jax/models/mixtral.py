@@ -24,7 +24,7 @@ _8X7B = Config(
       num_experts_per_token=2,
       expert_dim=14336,
       router="softmax_topk:softmax=after",
-      balancers="switch_loss:0.01",  # 0.02 in Hugging Face's convention, which is K at balance
+      balancers="switch_loss:0.00125",  # 0.02 in Hugging Face's convention: x K / num_layers
       dispatcher="dropless",
     ),
   ),
@@ -38,7 +38,7 @@ _8X22B = dataclasses.replace(
   model_dim=6144,
   num_heads=48,
   dense_dim=16384,
-  moe=dataclasses.replace(_8X7B.model.moe, expert_dim=16384),
+  moe=dataclasses.replace(_8X7B.model.moe, expert_dim=16384, balancers="switch_loss:3.57143e-05"),  # 0.001 there
 )
 
 PRESETS = {"mixtral_8x7b": _8X7B, "mixtral_8x22b": dataclasses.replace(_8X7B, model=_8X22B)}

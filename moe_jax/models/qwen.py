@@ -23,7 +23,7 @@ PRESETS = {
         num_experts_per_token=8,
         expert_dim=768,
         router="softmax_topk:softmax=after",  # weights sum to 1 over the chosen
-        balancers="switch_loss:0.001",
+        balancers="switch_loss:0.000166667",  # 0.001 in Hugging Face's convention: x K / num_layers
         dispatcher="dropless",
       ),
     ),

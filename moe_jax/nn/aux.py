@@ -79,9 +79,11 @@ def num_moe_layers(aux: PyTree) -> int:
 
 
 def balancing_loss(aux: PyTree) -> Array | float:
-  """Returns the sum of all balancing losses of a model, averaged over its layers with experts."""
-  layers = num_moe_layers(aux)
-  return sum(loss_R.sum() for loss_R in losses_by_name(aux).values()) / layers if layers else 0.0
+  """Returns the sum of all balancing losses of all layers.
+
+  The pull of a loss on a router therefore does not depend on how many other layers there are.
+  """
+  return sum((loss_R.sum() for loss_R in losses_by_name(aux).values()), 0.0)
 
 
 def update_balancers(model: nnx.Module, aux: PyTree) -> None:

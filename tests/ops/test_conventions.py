@@ -118,7 +118,7 @@ def ours(probs_TE, chosen_TK, k=None):
 
 
 ORACLES = {
-  "moe_jax": averaged(ours),
+  "moe_jax": summed(ours),
   "gshard": summed(gshard),
   "mesh_tensorflow": summed(mesh_tensorflow),
   "switch": summed(switch),
@@ -131,7 +131,7 @@ ORACLES = {
   "hugging_face": hugging_face,
   "deepseek": summed(deepseek),
 }
-OURS = {"all": averaged(ours), "first": averaged(functools.partial(ours, k=1))}
+OURS = {"all": summed(ours), "first": summed(functools.partial(ours, k=1))}
 
 # --- router z-losses: logits_RTE, K -> the loss with coefficient 1 ---
 
@@ -141,7 +141,7 @@ def lse2(logits_TE):
 
 
 Z_ORACLES = {
-  "moe_jax": lambda x_RTE, k: np.mean([lse2(x).mean() for x in x_RTE]),
+  "moe_jax": lambda x_RTE, k: sum(lse2(x).mean() for x in x_RTE),
   "mesh_tensorflow": lambda x_RTE, k: sum(lse2(x).sum() / len(x) for x in x_RTE),
   "flaxformer": lambda x_RTE, k: np.mean([lse2(x).sum() / len(x) for x in x_RTE]),
   "megatron_lm": lambda x_RTE, k: sum(lse2(x).mean() for x in x_RTE),

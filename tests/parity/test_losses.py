@@ -69,11 +69,11 @@ def test_one_layer_is_k_times_ours(model, mask_BL):
 
 
 def test_layers_that_route_alike_are_k_times_ours():
-  """So the converter's factor does not depend on the number of layers."""
+  """In all: each of ours has a third of the weight, because layers add up."""
   factor = convert(1.0, "hugging_face", "moe_jax", num_experts=E, num_experts_per_token=K, num_layers=3)
   expected, _ = their_value_and_gradients(pooled("mixtral"), [LOGITS_BLE] * 3)
   loss, _ = value_and_gradient("switch_loss:1", LOGITS_BLE)
-  np.testing.assert_allclose(factor * loss, expected, rtol=1e-5)
+  np.testing.assert_allclose(factor * 3 * loss, expected, rtol=1e-5)
 
 
 def test_pooling_hides_collapsed_layers():

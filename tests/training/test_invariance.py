@@ -17,7 +17,7 @@ def expected():
 def test_some_assignments_drop_and_balancers_act(expected):
   """Otherwise the tests below would compare less than they say."""
   assert np.all(expected["metrics"]["dropped_fraction"] > 0.01)
-  assert np.all(expected["metrics"]["switch_loss"] > 0.1)
+  assert np.all(expected["metrics"]["switch_loss"] > 0.05)
   assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(expected["balancer"]))
   assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(expected["gradients"]))
 
@@ -116,14 +116,14 @@ def test_micro_batch_scope_is_the_exception():
   assert np.all(cut["switch_loss"] > whole["switch_loss"] * 1.01)  # four small ones are less balanced
 
 
-def test_the_depth_does_not_change_a_loss_weight():
-  """Losses are means over layers: four balanced layers weigh what two weigh."""
+def test_layers_add_up():
+  """So the pull on one router does not depend on how many other layers there are."""
   for layers in (2, 4):
     config = tiny.change(tiny.CONFIG, balancers="switch_loss:0.1", num_layers=layers)
     metrics = tiny.one_step(config, tiny.make_batch())["metrics"]
     assert metrics["switch_loss"].shape == (layers,)
     np.testing.assert_allclose(
-      metrics["total_loss"], metrics["loss"] + metrics["switch_loss"].mean(), rtol=1e-6
+      metrics["total_loss"], metrics["loss"] + metrics["switch_loss"].sum(), rtol=1e-6
     )
     assert np.all((metrics["switch_loss"] > 0.099) & (metrics["switch_loss"] < 0.2))  # 0.4 when collapsed
 

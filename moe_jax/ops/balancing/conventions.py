@@ -1,9 +1,8 @@
 """Normalisation conventions of balancing losses in other codebases, and a converter between them.
 
-In this project, a load-balancing loss of weight w equals w x 1 at perfect balance for every E, K and number
-of layers, because load fractions are over all K choices and layers are averaged. Other codebases have w x K,
-w / K or w / E^2 at balance, and sum or average over layers. A convention is therefore two powers and a rule
-for combining layers.
+In this project, a load-balancing loss of weight w equals w x 1 in each layer at perfect balance for every E and
+K, because load fractions are over all K choices, and layers add up. Other codebases have w x K, w / K or w / E^2
+at balance, and sum or average over layers. A convention is therefore two powers and a rule for combining layers.
 
 The conversion is exact if both losses count the same choices (`counts`) and do not pool layers. One loss is
 then a constant times the other, and so are their gradients. Otherwise the conversion makes the losses equal at
@@ -55,7 +54,7 @@ CONVENTIONS: Mapping[str, Convention] = {
   "moe_jax": Convention(
     title="moe_jax: switch_loss; gshard_loss counts first choices only",
     setting="--balancers=switch_loss:WEIGHT",
-    layers="mean",
+    layers="sum",
     counts="all",
     accumulation="weighted by tokens: equals the whole batch",
     source="moe_jax/ops/balancing/losses.py, moe_jax/training/step.py",
@@ -228,7 +227,7 @@ def value_at_balance(
   num_layers: int,
   loss: str = "load_balancing",
 ) -> float:
-  """Returns the loss of the whole model with coefficient 1 at perfect balance; 1 for "moe_jax".
+  """Returns the loss of the whole model with coefficient 1 at perfect balance; `num_layers` for "moe_jax".
 
   For `loss="z"`, the unit is the mean over tokens and layers of logsumexp(logits)^2. `num_layers` counts
   only layers with experts.
