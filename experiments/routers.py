@@ -3,7 +3,7 @@
 Question   Perplexity, load and drops of every router: same model but for the routing, same batches, K x F equal.
 Command    python experiments/routers.py
            python experiments/routers.py --routers=all --output_dir=runs/every_router
-           python experiments/routers.py --routers=softmax_topk,sigmoid_topk:normalize=true@loss_free_bias:0.003
+           python experiments/routers.py --routers=softmax_topk,sigmoid_topk:normalize=true@loss_free_bias:0.001
            python experiments/routers.py --objective=masked_lm --output_dir=runs/masked_routers
 Hardware   two CPU cores, 2 GB; any JAX device
 Minutes    about 5 for the default, 45 for all, on two CPU cores
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
   from moe_jax.training.compiled import resolve_config
 
   config = cli.config_from_flags()
-  every = routers(config.model.moe.expert_dim)
+  every = routers(config.model.moe)
   causal = resolve_config(config).model.causal
   arms = arms_from_flag("routers", _ROUTERS.value or ROUTERS[causal], every, routing_arm)
   comparison = Comparison(

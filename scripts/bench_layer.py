@@ -24,7 +24,7 @@ from absl import flags, logging
 from flax import nnx
 
 from moe_jax import cli
-from moe_jax.comparison.arms import BALANCING, arms_from_flag, balancing_arm, routers, routing_arm, with_arm
+from moe_jax.comparison.arms import arms_from_flag, balancing, balancing_arm, routers, routing_arm, with_arm
 from moe_jax.config import Config, ModelConfig, MoEConfig
 from moe_jax.errors import InputError
 from moe_jax.nn.aux import update_balancers
@@ -221,9 +221,9 @@ def method_rows(inputs):
     capacity_factor=_CAPACITY.value,
   )
   base = Config(model=ModelConfig(model_dim=_DIM.value, moe=moe))
-  found = arms_from_flag("balancing", _BALANCING.value, BALANCING, balancing_arm) if _BALANCING.value else {}
+  found = arms_from_flag("balancing", _BALANCING.value, balancing(base), balancing_arm) if _BALANCING.value else {}
   if _ROUTERS.value:
-    found |= arms_from_flag("routers", _ROUTERS.value, routers(_EXPERT_DIM.value), routing_arm)
+    found |= arms_from_flag("routers", _ROUTERS.value, routers(moe), routing_arm)
   base_step = method_step(base.model, inputs)
   for name, arm in found.items():
     yield compare_method(name, method_step(with_arm(base, arm).model, inputs), base_step)

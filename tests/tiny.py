@@ -36,6 +36,7 @@ CONFIG = Config(
       expert_dim=16,
       # all kinds of state and scope at once
       balancers="switch_loss:0.05,switch_loss:0.05:scope=sequence,z_loss:0.005,loss_free_bias:0.01",
+      dispatcher="sorted",
       capacity_factor=1.0,  # some assignments drop
       jitter=0.1,
     ),

@@ -1,16 +1,18 @@
 """The arms that the comparisons run. An arm is a set of fields of the configuration.
 
 Every balancer and every router of the registries must be in one of the two tables, which
-tests/comparison/test_arms.py checks. Rates suit short runs (see docs/LOG.md, "Which bias step"). Weights are
-those of the papers.
+tests/comparison/test_arms.py checks. `PUBLISHED` has weights in the convention of their source; the others are
+plain numbers in ours (docs/coefficients.md).
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from moe_jax.config import Config
+from moe_jax.config import Config, MoEConfig
 from moe_jax.errors import InputError, unknown_name
+from moe_jax.nn.build import num_routed_layers, resolve
+from moe_jax.ops.balancing.conventions import convert
 
 Arm = Mapping[str, Any]
 
@@ -88,11 +90,60 @@ def arms_from_flag(
   return {name: every[name] if name in every else parse(name) for name in names}
 
 
-# experiments/load_balancing.py --methods=all
+@dataclasses.dataclass(frozen=True)
+class Published:
+  """A balancing loss with the weight of its source, in the convention of the source."""
+
+  balancer: str  # a name, and the options after the weight
+  weight: float
+  convention: str  # a name in `moe_jax.ops.balancing.conventions`
+  source: str
+  loss: str = "load_balancing"
+
+  def spec(self, moe: MoEConfig, num_layers: int) -> str:
+    """Returns the balancer with the weight that is equivalent here."""
+    weight = convert(
+      self.weight,
+      self.convention,
+      "moe_jax",
+      num_experts=moe.num_experts,
+      num_experts_per_token=moe.num_experts_per_token,
+      num_layers=num_layers,
+      loss=self.loss,
+    )
+    name, colon, options = self.balancer.partition(":")
+    return f"{name}:{weight:.6g}{colon}{options}"
+
+  def note(self, name: str, moe: MoEConfig, num_layers: int) -> str:
+    """Returns a sentence for the report."""
+    return (
+      f"{name}: {self.weight:g} in the convention of {self.convention} ({self.source}), here "
+      f"{self.spec(moe, num_layers)}."
+    )
+
+
+# Arms whose balancers are losses of one paper. The converter makes our weights of them.
+PUBLISHED: dict[str, tuple[Published, ...]] = {
+  "switch": (Published("switch_loss", 0.01, "switch", "2101.03961, section 2.2"),),
+  "deepseek_moe": (Published("switch_loss", 0.01, "deepseek", "2401.06066, the 2B model"),),
+  "loss_free_baseline": (Published("switch_loss", 0.001, "deepseek", "2408.15664, the baseline with a loss"),),
+  "mixtral": (Published("switch_loss", 0.02, "hugging_face", "router_aux_loss_coef of Mixtral-8x7B"),),
+  "olmoe": (
+    Published("switch_loss", 0.01, "megablocks", "OLMoE, 2409.02060"),
+    Published("z_loss", 0.001, "megablocks_fork", "OLMoE, 2409.02060", loss="z"),
+  ),
+  "st_moe": (
+    Published("st_moe_loss", 0.01, "mesh_tensorflow", "2202.08906"),
+    Published("z_loss", 0.001, "megatron_lm", "2202.08906, whose z-losses add up", loss="z"),
+  ),
+}
+
+# Balancing arms with options of ours.
 BALANCING: dict[str, Arm] = {
   text: balancing_arm(text)
   for text in (
     "none",
+    "none@sigmoid_topk",
     "switch_loss:0.01",
     "switch_loss:0.01:scope=sequence",
     "switch_loss:0.01+z_loss:0.001",
@@ -102,10 +153,10 @@ BALANCING: dict[str, Arm] = {
     "squared_deviation_loss:0.01",
     "squared_deviation_loss:0.01:of=load",
     "adaptive_loss:0.01",
-    "loss_free_bias:0.003",
-    "loss_free_bias:0.003@sigmoid_topk",
-    "loss_free_bias:0.003:rule=proportional",
-    "multiplicative_bias:0.03",
+    "loss_free_bias:0.001@sigmoid_topk",
+    "loss_free_bias:0.001",
+    "loss_free_bias:0.001:rule=proportional",
+    "multiplicative_bias:0.01",
     "quantile_balancing",
     "quantile_balancing:cutoff=quantile",
     "quantile_balancing:ema=0.9",
@@ -119,19 +170,40 @@ BALANCING: dict[str, Arm] = {
   "deepseek_v2": balancing_arm(
     "switch_loss:0.003:scope=sequence+device_loss:0.05:devices=8+communication_loss:0.02@device_limited_topk:scale=1"
   ),
-  "deepseek_v3": balancing_arm("loss_free_bias:0.003+sequence_loss:0.0001@node_limited_topk:scale=1"),
+  "deepseek_v3": balancing_arm("loss_free_bias:0.001+sequence_loss:0.0001@node_limited_topk:scale=1"),
 }
 
 
-def routers(expert_dim: int) -> dict[str, Arm]:
+def balancing(config: Config) -> dict[str, Arm]:
+  """Returns the arms of `experiments/load_balancing.py` that have names, `--methods=all`."""
+  moe, layers = config.model.moe, num_routed_layers(resolve(config.model))
+  published = {
+    name: {"balancers": ",".join(p.spec(moe, layers) for p in losses)} for name, losses in PUBLISHED.items()
+  }
+  return BALANCING | published | {"hash_topk": routing_arm("hash_topk@none")} | dense_models(moe)
+
+
+def published_notes(names: Iterable[str], config: Config) -> list[str]:
+  """Returns a sentence for each loss of these arms that has a weight of its source."""
+  moe, layers = config.model.moe, num_routed_layers(resolve(config.model))
+  return [p.note(name, moe, layers) for name in names for p in PUBLISHED.get(name, ())]
+
+
+def dense_models(moe: MoEConfig) -> dict[str, Arm]:
+  """Returns models without routing: `dense` has the active width of `moe`, `dense_total` the width of all experts."""
+  one = {"router": "softmax_topk:softmax=before", "balancers": "none", "num_experts": 1, "num_experts_per_token": 1}
+  return {
+    "dense": one | {"expert_dim": moe.num_experts_per_token * moe.expert_dim},
+    "dense_total": one | {"expert_dim": moe.num_experts * moe.expert_dim},
+  }
+
+
+def routers(moe: MoEConfig) -> dict[str, Arm]:
   """Returns the arms of `experiments/routers.py --routers=all`.
 
-  K x F, the active hidden width, is the same in all.
-
-  Args:
-    expert_dim: F of the arms with K = 2.
+  K x F, the active hidden width, is that of `moe` in all but `top_p`, which chooses up to 4 experts.
   """
-  wide = {"num_experts_per_token": 1, "expert_dim": 2 * expert_dim}
+  wide = {"num_experts_per_token": 1, "expert_dim": moe.num_experts_per_token * moe.expert_dim}
   # All tokens of a sequence have the same experts, so a capacity would drop most of them.
   dropless = {"dispatcher": "dropless"}
   return (
@@ -139,7 +211,7 @@ def routers(expert_dim: int) -> dict[str, Arm]:
     | {text.partition("@")[0]: _accepted(routing_arm(text)) for text in _LEAKING}
     | {
       "switch_top1": routing_arm("switch_top1") | wide,
-      "dense": routing_arm("softmax_topk:softmax=before@none") | wide | {"num_experts": 1},
+      "dense": dense_models(moe)["dense"],
       "top_p": routing_arm("top_p") | {"num_experts_per_token": 4},
       "task_level": routing_arm("task_level") | dropless,
       "sequence_level": _accepted(routing_arm("sequence_level") | dropless),
@@ -153,13 +225,13 @@ _CAUSAL = (
   "softmax_topk",
   "softmax_topk:softmax=before",
   "sqrt_softplus_topk",
-  "sigmoid_topk@loss_free_bias:0.003",
+  "sigmoid_topk@loss_free_bias:0.001",
   "noisy_topk@importance_loss:0.1+load_loss:0.1",
   "vmoe_topk@importance_loss:0.005:group:scores+load_loss:0.005:group",
   "hierarchical_topk:groups_per_token=1",
-  "group_limited_topk@loss_free_bias:0.003",
+  "group_limited_topk@loss_free_bias:0.001",
   "device_limited_topk:scale=1",
-  "node_limited_topk:scale=1@loss_free_bias:0.003",
+  "node_limited_topk:scale=1@loss_free_bias:0.001",
   "moe_plus_plus@heterogeneous_loss:0.01",
   "hash_topk@none",
   "frozen_table_topk@none",

@@ -27,7 +27,7 @@ class MoEConfig:
     "none", "what keeps experts evenly loaded, joined by commas, e.g. switch_loss:0.01,z_loss:0.001"
   )
   dispatcher: Spec = flag(
-    "sorted", "how tokens get to experts: einsum, sorted, dropless, all_to_all, all_gather"
+    "dropless", "how tokens get to experts: dropless; with a capacity: einsum, sorted, all_to_all, all_gather"
   )
   capacity_factor: float = flag(1.25, "slots per expert / (T*K/E) in training; ignored by dropless")
   eval_capacity_factor: float = flag(2.0, "slots per expert / (T*K/E) in evaluation")

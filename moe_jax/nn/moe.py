@@ -62,7 +62,7 @@ class MoE(nnx.Module):
     router: Spec | Router = "softmax_topk",
     experts: Spec | ExpertNetwork = "swiglu",
     balancer: Spec | Balancer | tuple[Method, ...] = "none",
-    dispatcher: Spec | Dispatcher = "sorted",
+    dispatcher: Spec | Dispatcher = "dropless",
     shared: nnx.Module | None = None,
     capacity_factor: float = 1.25,
     eval_capacity_factor: float = 2.0,

@@ -1,9 +1,20 @@
 """The arms of the comparisons: every registered method is in an arm, and every arm can run."""
 
+import dataclasses
+
 import pytest
 
 from moe_jax import sharding
-from moe_jax.comparison.arms import BALANCING, arms_from_flag, balancing_arm, routers, routing_arm, with_arm
+from moe_jax.comparison.arms import (
+  PUBLISHED,
+  arms_from_flag,
+  balancing,
+  balancing_arm,
+  published_notes,
+  routers,
+  routing_arm,
+  with_arm,
+)
 from moe_jax.config import Config, MeshConfig
 from moe_jax.errors import InputError
 from moe_jax.nn.routers import ROUTERS
@@ -12,7 +23,8 @@ from moe_jax.registry import split_methods
 from moe_jax.training.compiled import check_run
 
 CONFIG = Config(mesh=MeshConfig(data=1, expert=1))
-ROUTING = routers(CONFIG.model.moe.expert_dim)
+BALANCING = balancing(CONFIG)
+ROUTING = routers(CONFIG.model.moe)
 
 
 def test_every_balancer_is_in_an_arm():
@@ -29,6 +41,16 @@ def test_every_router_is_in_an_arm():
 def test_every_arm_can_run(name):
   arm = BALANCING.get(name) or {"balancers": "switch_loss:0.01"} | dict(ROUTING[name.removeprefix("router ")])
   check_run(with_arm(CONFIG, arm), sharding.make_mesh(CONFIG.mesh))
+
+
+def test_published_weights_are_converted():
+  """Switch, DeepSeek and Megatron add up layers as we do; Hugging Face has K / R of a weight in each layer."""
+  assert BALANCING["switch"]["balancers"] == "switch_loss:0.01"
+  for layers in (1, 4):
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, num_layers=layers))
+    name, weight = balancing(config)["mixtral"]["balancers"].split(":")
+    assert name == "switch_loss" and float(weight) == pytest.approx(0.02 * 2 / layers, rel=1e-5)
+    assert len(published_notes(["none", "olmoe"], config)) == len(PUBLISHED["olmoe"]) == 2
 
 
 def test_routers_have_equal_active_width():
