@@ -11,14 +11,13 @@ VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "moe_jax/__init__.py").rea
 )
 README = ROOT / "README.md"
 
-TOKENIZERS = ["sentencepiece>=0.2", "tokenizers>=0.20"]
 EXTRAS = {
   "tpu": ["jax[tpu]>=0.10"],
   "cuda13": ["jax[cuda13]>=0.10"],
-  "tokenizers": TOKENIZERS,
+  "sentencepiece": ["sentencepiece>=0.2"],
   "notebooks": ["jupyterlab>=4", "ipywidgets>=8", "ipykernel>=6"],
   "dev": [
-    *TOKENIZERS,
+    "sentencepiece>=0.2",
     "pytest>=8",
     "pytest-timeout>=2.4",
     "pytest-xdist>=3.6",
@@ -52,6 +51,7 @@ setup(
     "absl-py>=2.1",
     "grain>=0.2.12",
     "tensorflow-datasets>=4.9",
+    "tokenizers>=0.20",
     "scipy>=1.13",
     "jinja2>=3.1",
     "matplotlib>=3.9",

@@ -41,7 +41,11 @@ class DataConfig:
   text_folder: str = flag(
     "", "with dataset=text_folder: a folder of text files; its sub-folders are the domains"
   )
-  tokenizer: str = flag("bytes", "bytes, a SentencePiece .model file, or a Hugging Face tokenizer.json")
+  tokenizer: str = flag(
+    "bytes",
+    "bytes, bpe:SIZE trained on the data set (e.g. bpe:2048), a SentencePiece .model file, or a Hugging Face "
+    "tokenizer.json",
+  )
   sequence_length: int = flag(128, "L, tokens of a sequence")
   batch_size: int = flag(8, "B, sequences per optimizer step over all processes")
   data_seed: int = flag(0, "order of the training windows; the same for every method that is compared")
@@ -58,6 +62,21 @@ class DataConfig:
     require(
       self.markov_temperature > 0, "markov_temperature", self.markov_temperature, "must be above 0, e.g. 1.0"
     )
+    if self.tokenizer.startswith("bpe:"):
+      require(
+        self.bpe_size >= 258,
+        "tokenizer",
+        self.tokenizer,
+        "needs a size of at least 258: 256 bytes, bos and pad",
+      )
+      right = "needs text to be trained on, which markov has not; use stdlib, text_folder or a TFDS data set"
+      require(self.dataset != "markov", "tokenizer", self.tokenizer, right)
+
+  @property
+  def bpe_size(self) -> int:
+    """The vocabulary size of a tokenizer that is trained on the data set; 0 for other tokenizers."""
+    size = self.tokenizer.removeprefix("bpe:")
+    return int(size) if size != self.tokenizer and size.isascii() and size.isdecimal() else 0
 
 
 @dataclasses.dataclass(frozen=True)

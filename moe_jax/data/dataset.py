@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_jax.config import DataConfig
+from moe_jax.data.bpe import BpeCache
+from moe_jax.data.cache import cache_dir
 from moe_jax.data.tokenizers import load_tokenizer
 from moe_jax.data.windows import Batch, DocumentWindows, Text, WindowSource, fingerprint_texts, masked_rows
 from moe_jax.errors import InputError
@@ -43,16 +45,24 @@ class Dataset:
     info: see `DatasetInfo`.
     train, validation: the windows of the two splits.
     pad_id: the token id that fills fully masked rows.
+    trained_tokenizer: the tokenizer.json of a tokenizer that was trained on this data set.
   """
 
   def __init__(
-    self, config: DataConfig, info: DatasetInfo, train: WindowSource, validation: WindowSource, pad_id: int
+    self,
+    config: DataConfig,
+    info: DatasetInfo,
+    train: WindowSource,
+    validation: WindowSource,
+    pad_id: int,
+    trained_tokenizer: bytes | None = None,
   ):
     self.config = config
     self.info = info
     self._train = train
     self._validation = validation
     self._pad_id = pad_id
+    self.trained_tokenizer = trained_tokenizer
 
   def train_batches(
     self, *, process_index: int = 0, process_count: int = 1, data_seed: int | None = None
@@ -109,11 +119,16 @@ def dataset_of_texts(
   Raises:
     InputError: naming `flag` (name, value), if a split has less than one window of text.
   """
-  tokenizer = load_tokenizer(config.tokenizer)
+  bpe = None
+  if config.bpe_size:
+    bpe = BpeCache([text for text, _ in splits["train"]], config.bpe_size, cache_dir(config))
+  tokenizer = bpe.tokenizer if bpe else load_tokenizer(config.tokenizer)
   windows = {}
   for split, texts in splits.items():
-    tokens = ((tokenizer.encode(text), domain) for text, domain in texts)
-    windows[split] = DocumentWindows(tokens, tokenizer, config.sequence_length)
+    strings = [text for text, _ in texts]
+    tokens = bpe.encode(strings) if bpe else map(tokenizer.encode, strings)
+    documents = zip(tokens, (domain for _, domain in texts), strict=True)
+    windows[split] = DocumentWindows(documents, tokenizer, config.sequence_length)
   for split, w in windows.items():
     if w.targets_per_window.sum() < config.sequence_length:
       right = f"too little text for one {split} window of {config.sequence_length} tokens"
@@ -127,7 +142,8 @@ def dataset_of_texts(
     targets_per_domain={split: w.targets_per_domain(len(domains)) for split, w in windows.items()},
     padded_fraction={split: w.padded_fraction for split, w in windows.items()},
   )
-  return Dataset(config, info, windows["train"], windows["validation"], tokenizer.pad_id)
+  trained = bpe.content if bpe else None
+  return Dataset(config, info, windows["train"], windows["validation"], tokenizer.pad_id, trained)
 
 
 def own_rows(batch_size: int, process_index: int, process_count: int) -> slice:

@@ -1,10 +1,9 @@
 """`load_dataset` opens the `Dataset` that a `DataConfig` describes."""
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 
 from moe_jax.config import DataConfig
+from moe_jax.data.cache import data_dir
 from moe_jax.data.dataset import Dataset, dataset_of_texts
 from moe_jax.data.markov import load_markov
 from moe_jax.data.text_folder import read_text_folder
@@ -26,11 +25,6 @@ def load_dataset(config: DataConfig) -> Dataset:
   from moe_jax.data.tfds_text import load_tfds
 
   return load_tfds(config, config.data_dir or str(data_dir(config)), tuple(_BUILT_IN))
-
-
-def data_dir(config: DataConfig) -> Path:
-  """Returns `config.data_dir`, or $MOE_JAX_DATA_DIR, or ~/.cache/moe_jax."""
-  return Path(config.data_dir or os.environ.get("MOE_JAX_DATA_DIR") or "~/.cache/moe_jax").expanduser()
 
 
 def _load_stdlib(config: DataConfig) -> Dataset:

@@ -9,14 +9,16 @@ import jax
 from flax import nnx
 
 from moe_jax import sharding
-from moe_jax.config import Config
+from moe_jax.config import Config, DataConfig
+from moe_jax.data.bpe import load_bpe
 from moe_jax.data.tokenizers import Tokenizer, load_tokenizer
 from moe_jax.errors import InputError
 from moe_jax.nn.transformer import Transformer
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import abstract_model, make_init, resolve_config
 
-CONFIG_FILE = "config.json"  # in the folder of a run
+# In the folder of a run. The second is only there if the data set trained its own tokenizer.
+CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer.json"
 NOT_CONFIG = ("vocab_size", "domains")  # what it holds of the text, beside the configuration
 
 
@@ -54,7 +56,18 @@ def load_run(folder: str | os.PathLike[str]) -> LoadedRun:
     checkpoints.close()
   graphdef = nnx.graphdef(abstract_model(config, vocab_size))
   model = nnx.merge(graphdef, state.params, state.variables)
-  return LoadedRun(model, config, load_tokenizer(config.data.tokenizer), int(state.step))
+  return LoadedRun(model, config, _tokenizer(folder, config.data), int(state.step))
+
+
+def _tokenizer(folder: pathlib.Path, data: DataConfig) -> Tokenizer:
+  """A tokenizer that was trained on the data set is in the folder of the run; others are where they were."""
+  if not data.bpe_size:
+    return load_tokenizer(data.tokenizer)
+  try:
+    return load_bpe((folder / TOKENIZER_FILE).read_bytes())
+  except OSError:
+    right = f"copy it from another run of --tokenizer={data.tokenizer} with the same fingerprint, or from the data folder"
+    raise InputError(f"{folder}: {TOKENIZER_FILE} is missing; {right}") from None
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:

@@ -14,13 +14,14 @@ from moe_jax.cluster import processes
 from moe_jax.config import Config
 from moe_jax.config.plain import to_plain
 from moe_jax.data import Dataset
+from moe_jax.data.cache import write_whole
 from moe_jax.errors import InputError
 from moe_jax.nn.build import different_blocks, routed_part
 from moe_jax.nn.leaks import sees_later_tokens
 from moe_jax.ops.dispatch import expert_capacity
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import check_run, compile_steps
-from moe_jax.training.load import CONFIG_FILE, LoadedRun, load_run, write_json
+from moe_jax.training.load import CONFIG_FILE, TOKENIZER_FILE, LoadedRun, load_run, write_json
 from moe_jax.training.metric_writer import JsonlWriter, MetricWriter, MultiWriter, TensorBoardWriter
 from moe_jax.training.progress import TrainingProgress
 from moe_jax.training.results import TailMeans, count_params, table_columns, validation_summary, versions
@@ -34,7 +35,8 @@ class Run:
   Args:
     config: checked here, and its names resolved, before anything is compiled.
     dataset: what to train and evaluate on.
-    folder: gets config.json, metrics.jsonl, result.json, checkpoints/, tensorboard/ and, if asked for, router_logits/.
+    folder: gets config.json, metrics.jsonl, result.json, checkpoints/, tensorboard/, router_logits/ if asked for, and
+      tokenizer.json if the data set trained one.
     progress: where to show the numbers; None: nowhere.
     label: of the run, in the result.
     show: of the run, on the progress bar; empty: the label.
@@ -96,6 +98,8 @@ class Run:
         "vocab_size": self.dataset.info.vocab_size,
         "domains": list(self.dataset.info.domains),
       }
+      if self.dataset.trained_tokenizer is not None:
+        write_whole(self.folder / TOKENIZER_FILE, self.dataset.trained_tokenizer)
       write_json(self.folder / CONFIG_FILE, values)
 
   @staticmethod

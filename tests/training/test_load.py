@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax.data import load_dataset
+from moe_jax.data import Dataset, load_dataset
+from moe_jax.data.bpe import load_bpe, train_bpe
 from moe_jax.errors import InputError
 from moe_jax.training.loop import Run
 from tests import tiny
@@ -40,6 +41,25 @@ def test_a_loaded_run_is_the_trained_model(trained_run):
   np.testing.assert_array_equal(loaded.model(tokens_BL)[0], trained(tokens_BL)[0])
   for kept, found in zip(*(jax.tree.leaves(nnx.state(m)) for m in (trained, loaded.model)), strict=True):
     np.testing.assert_array_equal(kept, found)
+
+
+def test_a_trained_tokenizer_is_loaded_from_the_folder_of_the_run(trained_run, tmp_path):
+  folder, content = tmp_path / "run", train_bpe(["abc abc"], 264)
+  shutil.copytree(trained_run.folder, folder)
+  values = json.loads((folder / "config.json").read_text())
+  values["data"] |= {"dataset": "stdlib", "tokenizer": "bpe:264"}
+  (folder / "config.json").write_text(json.dumps(values))
+  with pytest.raises(
+    InputError, match=r"run: tokenizer.json is missing; copy it from another run of .*=bpe:264"
+  ):
+    Run.load(folder)
+  config = tiny.change(CONFIG, dataset="stdlib", tokenizer="bpe:264")
+  dataset = Dataset(config.data, load_dataset(CONFIG.data).info, None, None, 0, content)
+  run = Run(config, dataset, folder)
+  run._write_config()
+  assert (
+    Run.load(folder).tokenizer.encode("abc").tolist() == load_bpe(content).encode("abc").tolist() == [257]
+  )
 
 
 def test_what_cannot_be_loaded_is_said_in_one_line(trained_run, tmp_path):
