@@ -1,12 +1,13 @@
-"""Does a balancing method balance, and what does it cost in perplexity?
+"""Does a balancing method balance, and what does it cost in quality?
 
-Question   Perplexity beside MaxVio for balancing methods: same model, same batches, several seeds.
-Command    python experiments/load_balancing.py
-           python experiments/load_balancing.py --methods=none,switch_loss:0.01+z_loss:0.001 --seeds=5
+Question   Bits per byte beside MaxVio for balancing methods: same model, same batches, several seeds.
+Command    python experiments/load_balancing.py --seeds=5
+           python experiments/load_balancing.py --preset=quick
+           python experiments/load_balancing.py --methods=none,switch_loss:0.01+z_loss:0.001
            python experiments/load_balancing.py --methods=all --output_dir=runs/every_method
 Hardware   two CPU cores, 2 GB; any JAX device
-Minutes    about 4 for the default on two CPU cores
-Result     MaxVio over the validation set: none > switch_loss > loss_free_bias, see docs/LOG.md
+Minutes    2 with --preset=quick; about 60 for the default with five seeds, on two CPU cores
+Result     MaxVio over the validation set: none > switch_loss > loss_free_bias, see README.md
 
 Writes one folder: config.json, metrics.jsonl, summary.csv, plots, report.html, and one folder per arm
 and seed under arms/. Run again with the same flags, it keeps the runs that are done and continues the
@@ -21,13 +22,19 @@ from absl import flags
 from moe_jax import cli
 from moe_jax.cluster import start as distributed
 
-METHODS = "none,switch_loss:0.01,loss_free_bias:0.003"
+METHODS = (
+  "none,none@sigmoid_topk,switch_loss:0.01,loss_free_bias:0.001@sigmoid_topk,loss_free_bias:0.001:rule=proportional,"
+  "hash_topk,dense,dense_total"
+)
+# A bias cannot move further than steps x rate, and the tour has 100 steps.
+QUICK_METHODS = "none,switch_loss:0.01,loss_free_bias:0.01@sigmoid_topk"
 
 _METHODS = flags.DEFINE_string(
   "methods",
-  METHODS,
+  "",
   "all, or arms separated by commas; an arm joins balancers by +, e.g. switch_loss:0.01+z_loss:0.001, and may "
-  "bring its own router, e.g. load_loss:0.1@noisy_topk; or a name in moe_jax/comparison/arms.py, e.g. deepseek_v3",
+  "bring its own router, e.g. load_loss:0.1@noisy_topk; or a name in moe_jax/comparison/arms.py, e.g. deepseek_v3; "
+  f"empty: {METHODS}, and with --preset=quick {QUICK_METHODS}",
 )
 _SEEDS = flags.DEFINE_integer("seeds", 3, "runs per arm, with seeds 0, 1, ...", lower_bound=1)
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", "runs/load_balancing", "the folder to write")
@@ -40,34 +47,42 @@ for module in (cli, distributed):
 def main(argv: list[str]) -> None:
   del argv
   # Imported here, so that --help and wrong flags answer at once.
-  from moe_jax.comparison.arms import BALANCING, arms_from_flag, balancing_arm
+  from moe_jax.comparison.arms import arms_from_flag, balancing, balancing_arm, published_notes
   from moe_jax.comparison.comparison import Comparison
 
+  config = cli.config_from_flags()
+  quick = flags.FLAGS.preset == "quick"
+  methods = _METHODS.value or (QUICK_METHODS if quick else METHODS)
   comparison = Comparison(
-    arms=arms_from_flag("methods", _METHODS.value, BALANCING, balancing_arm),
+    arms=arms_from_flag("methods", methods, balancing(config), balancing_arm),
     seeds=range(_SEEDS.value),
-    config=cli.config_from_flags(),
+    config=config,
     output_dir=_OUTPUT_DIR.value,
   )
   results = comparison.run()
   comparison.report(
     results,
     title="Load balancing",
-    question="Which method balances the experts, and at what perplexity?",
+    question="Which method balances the experts, and at what quality?",
     command=shlex.join(["python", *sys.argv]),
-    notes=NOTES,
+    notes=[*([TOUR] if quick else []), *NOTES, *published_notes(comparison.arms, config)],
   )
 
 
-# Shown in the report. The numbers come from the command in docs/LOG.md, "Which bias step".
+# Shown in the report.
+TOUR = (
+  "This is a tour: 100 steps are too few to learn anything that a router could be good at. Use --preset=default for "
+  "a comparison."
+)
 NOTES = [
-  "The bias step of loss_free_bias is 0.003 and not the paper's 0.001, because a step bounds the bias that "
-  "a run can reach by steps x rate. With the default model over 180 steps, MaxVio global is 1.01 at 0.001, "
-  "0.34 at 0.003, 0.52 at 0.01 and 1.65 at 0.03 (means of two seeds); perplexity does not tell them apart. "
-  "Longer runs can use a smaller step.",
-  "The weight of switch_loss is 0.01, as in the Switch paper; the loss is 1 x weight at perfect balance.",
-  "Capacity drops assignments in training (--capacity_factor) and in validation (--eval_capacity_factor), so "
-  "perplexity includes what imbalance costs there; --dispatcher=dropless takes that away.",
+  "Nothing is dropped (--dispatcher=dropless), so a difference in quality is not one of dropped tokens. "
+  "experiments/capacity.py compares capacities.",
+  "Balancing losses are 1 x weight in each layer at perfect balance, and layers add up, as in Switch (2101.03961).",
+  "loss_free_bias on sigmoid_topk with the step 0.001 is the method as published (2408.15664). Its baseline is "
+  "none@sigmoid_topk. On softmax, the paper uses the proportional rule; it does not say how it scales the violation, "
+  "and here it is divided by the mean load.",
+  "hash_topk, dense and dense_total are yardsticks: experts fixed by the token, one network of the active width, and "
+  "one of the width of all experts.",
 ]
 
 if __name__ == "__main__":

@@ -221,7 +221,9 @@ def method_rows(inputs):
     capacity_factor=_CAPACITY.value,
   )
   base = Config(model=ModelConfig(model_dim=_DIM.value, moe=moe))
-  found = arms_from_flag("balancing", _BALANCING.value, balancing(base), balancing_arm) if _BALANCING.value else {}
+  found = (
+    arms_from_flag("balancing", _BALANCING.value, balancing(base), balancing_arm) if _BALANCING.value else {}
+  )
   if _ROUTERS.value:
     found |= arms_from_flag("routers", _ROUTERS.value, routers(moe), routing_arm)
   base_step = method_step(base.model, inputs)

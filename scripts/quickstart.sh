@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Installs the project and runs a comparison of load-balancing methods, in one command:
 #   bash scripts/quickstart.sh [flags of experiments/load_balancing.py]
-# Only the installation needs the network. See environment.sh for PYTHON and MOE_JAX_VENV.
+# The default is --preset=quick, a tour of two minutes. Only the installation needs the network. See environment.sh for PYTHON and MOE_JAX_VENV.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 prepare_environment
-say "running experiments/load_balancing.py $*"
-exec "$python" "$root/experiments/load_balancing.py" "$@"
+say "running experiments/load_balancing.py --preset=quick $*"
+exec "$python" "$root/experiments/load_balancing.py" --preset=quick "$@"

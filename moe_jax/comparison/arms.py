@@ -126,7 +126,9 @@ class Published:
 PUBLISHED: dict[str, tuple[Published, ...]] = {
   "switch": (Published("switch_loss", 0.01, "switch", "2101.03961, section 2.2"),),
   "deepseek_moe": (Published("switch_loss", 0.01, "deepseek", "2401.06066, the 2B model"),),
-  "loss_free_baseline": (Published("switch_loss", 0.001, "deepseek", "2408.15664, the baseline with a loss"),),
+  "loss_free_baseline": (
+    Published("switch_loss", 0.001, "deepseek", "2408.15664, the baseline with a loss"),
+  ),
   "mixtral": (Published("switch_loss", 0.02, "hugging_face", "router_aux_loss_coef of Mixtral-8x7B"),),
   "olmoe": (
     Published("switch_loss", 0.01, "megablocks", "OLMoE, 2409.02060"),
@@ -191,7 +193,12 @@ def published_notes(names: Iterable[str], config: Config) -> list[str]:
 
 def dense_models(moe: MoEConfig) -> dict[str, Arm]:
   """Returns models without routing: `dense` has the active width of `moe`, `dense_total` the width of all experts."""
-  one = {"router": "softmax_topk:softmax=before", "balancers": "none", "num_experts": 1, "num_experts_per_token": 1}
+  one = {
+    "router": "softmax_topk:softmax=before",
+    "balancers": "none",
+    "num_experts": 1,
+    "num_experts_per_token": 1,
+  }
   return {
     "dense": one | {"expert_dim": moe.num_experts_per_token * moe.expert_dim},
     "dense_total": one | {"expert_dim": moe.num_experts * moe.expert_dim},

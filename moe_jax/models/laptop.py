@@ -1,8 +1,8 @@
 """One small model at three lengths, and a smaller one for trying things out. They train on a laptop's CPU.
 
-  quick     a tour of a few minutes: the model has not learned enough for a conclusion
-  default   2 million tokens (5.8 million bytes), about two minutes a run: the comparison of the README
-  long      18 million tokens (51 million bytes, eight passes over the text): a night for a few arms
+quick     a tour of a few minutes: the model has not learned enough for a conclusion
+default   2 million tokens (5.8 million bytes), about two minutes a run: the comparison of the README
+long      18 million tokens (51 million bytes, eight passes over the text): a night for a few arms
 """
 
 from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig

@@ -38,7 +38,9 @@ _8X22B = dataclasses.replace(
   model_dim=6144,
   num_heads=48,
   dense_dim=16384,
-  moe=dataclasses.replace(_8X7B.model.moe, expert_dim=16384, balancers="switch_loss:3.57143e-05"),  # 0.001 there
+  moe=dataclasses.replace(
+    _8X7B.model.moe, expert_dim=16384, balancers="switch_loss:3.57143e-05"
+  ),  # 0.001 there
 )
 
 PRESETS = {"mixtral_8x7b": _8X7B, "mixtral_8x22b": dataclasses.replace(_8X7B, model=_8X22B)}
