@@ -54,7 +54,10 @@ def load_bpe(content: bytes) -> Tokenizer:
   def decode(tokens: np.ndarray) -> str:
     return model.decode([int(t) for t in tokens if t < size], skip_special_tokens=False)
 
-  return with_specials(encode, decode, size, None, None, hashlib.sha256(content).hexdigest())
+  tokenizer = with_specials(encode, decode, size, None, None, hashlib.sha256(content).hexdigest())
+  token_bytes = np.zeros(tokenizer.vocab_size, np.int64)
+  token_bytes[:size] = [len(model.id_to_token(i)) for i in range(size)]  # one character stands for each byte
+  return tokenizer._replace(token_bytes=token_bytes, content=content)
 
 
 class BpeCache:
@@ -76,7 +79,6 @@ class BpeCache:
       print(f"training a BPE tokenizer of {size} tokens in {self.folder} (once)", file=sys.stderr)
       content = train_bpe(texts, size)
       keep(path, content)
-    self.content = content
     self.tokenizer = load_bpe(content)
 
   def encode(self, texts: Sequence[str]) -> list[np.ndarray]:

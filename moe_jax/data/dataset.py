@@ -13,8 +13,17 @@ import numpy as np
 from moe_jax.config import DataConfig
 from moe_jax.data.bpe import BpeCache
 from moe_jax.data.cache import cache_dir
-from moe_jax.data.tokenizers import load_tokenizer
-from moe_jax.data.windows import Batch, DocumentWindows, Text, WindowSource, fingerprint_texts, masked_rows
+from moe_jax.data.ngrams import yardsticks
+from moe_jax.data.tokenizers import Tokenizer, load_tokenizer
+from moe_jax.data.windows import (
+  Batch,
+  DocumentWindows,
+  Text,
+  WindowSource,
+  fingerprint_texts,
+  masked_rows,
+  utf8_length,
+)
 from moe_jax.errors import InputError
 
 VALIDATION_SEED = 0  # the validation order never depends on data_seed
@@ -31,6 +40,12 @@ class DatasetInfo(NamedTuple):
   num_windows: dict[str, int]  # per split; lazily cut splits are missing here and in the next two fields
   targets_per_domain: dict[str, tuple[int, ...]]  # per split, S counts
   padded_fraction: dict[str, float]  # per split, masked positions / all positions
+  num_bytes: dict[str, int]  # per split, utf-8 bytes of the documents; empty for markov and lazily cut splits
+  bytes_per_token: (
+    float | None
+  )  # of the training split, of its beginning if it is cut lazily; None for markov
+  # bits per byte of the whole validation split by byte models of each order: `moe_jax.data.ngrams`; as `num_bytes`
+  yardsticks: dict[str, float]
   # markov only. entropy_rate is the exact best mean loss of a model that knows the domain. validation_floor
   # is the loss of the true mixture on these validation windows: the floor for a model that must infer the domain.
   entropy_rate: float | None = None  # nats per token
@@ -44,8 +59,7 @@ class Dataset:
     config: the data configuration.
     info: see `DatasetInfo`.
     train, validation: the windows of the two splits.
-    pad_id: the token id that fills fully masked rows.
-    trained_tokenizer: the tokenizer.json of a tokenizer that was trained on this data set.
+    tokenizer: its `pad_id` fills fully masked rows; None: token ids that stand for no text, padded with 0.
   """
 
   def __init__(
@@ -54,15 +68,15 @@ class Dataset:
     info: DatasetInfo,
     train: WindowSource,
     validation: WindowSource,
-    pad_id: int,
-    trained_tokenizer: bytes | None = None,
+    tokenizer: Tokenizer | None = None,
   ):
     self.config = config
     self.info = info
     self._train = train
     self._validation = validation
-    self._pad_id = pad_id
-    self.trained_tokenizer = trained_tokenizer
+    self.tokenizer = tokenizer
+    self._pad_id = tokenizer.pad_id if tokenizer else 0
+    self._bytes_of_targets: dict[int, float] = {}  # by limit
 
   def train_batches(
     self, *, process_index: int = 0, process_count: int = 1, data_seed: int | None = None
@@ -99,6 +113,33 @@ class Dataset:
     own = own_rows(batch_size, process_index, process_count)
     return self._read_validation(batch_size, own, limit)
 
+  def validation_bytes(self, num_targets: float, limit: int = 0) -> float | None:
+    """Returns the utf-8 bytes that the targets of `validation_batches(limit=limit)` stand for; None for markov.
+
+    It is exact if every token is a fixed string of bytes, as with `bytes` and `bpe:SIZE`, and for a whole split in
+    memory. Otherwise it is `num_targets` times the mean bytes per token of the validation split, or of the training
+    documents at the beginning if splits are cut lazily.
+
+    Args:
+      num_targets: the number of these targets, over all processes.
+      limit: the maximum number of batches; 0: all.
+    """
+    if self.tokenizer is None:
+      return None
+    if self.tokenizer.token_bytes is not None:
+      if limit not in self._bytes_of_targets:  # the same in every evaluation
+        self._bytes_of_targets[limit] = float(
+          sum(
+            self.tokenizer.token_bytes[batch["targets_BL"][batch["mask_BL"]]].sum()
+            for batch in self.validation_batches(limit=limit)
+          )
+        )
+      return self._bytes_of_targets[limit]
+    if "validation" in self.info.num_bytes:
+      mean = self.info.num_bytes["validation"] / sum(self.info.targets_per_domain["validation"])
+      return num_targets * mean
+    return num_targets * self.info.bytes_per_token
+
   def _read_validation(self, batch_size: int, own: slice, limit: int) -> Iterator[Batch]:
     order = np.random.default_rng(VALIDATION_SEED).permutation(len(self._validation))
     starts = range(0, len(order), batch_size)
@@ -119,20 +160,21 @@ def dataset_of_texts(
   Raises:
     InputError: naming `flag` (name, value), if a split has less than one window of text.
   """
+  strings = {split: [text for text, _ in texts] for split, texts in splits.items()}
   bpe = None
   if config.bpe_size:
-    bpe = BpeCache([text for text, _ in splits["train"]], config.bpe_size, cache_dir(config))
+    bpe = BpeCache(strings["train"], config.bpe_size, cache_dir(config))
   tokenizer = bpe.tokenizer if bpe else load_tokenizer(config.tokenizer)
   windows = {}
   for split, texts in splits.items():
-    strings = [text for text, _ in texts]
-    tokens = bpe.encode(strings) if bpe else map(tokenizer.encode, strings)
+    tokens = bpe.encode(strings[split]) if bpe else map(tokenizer.encode, strings[split])
     documents = zip(tokens, (domain for _, domain in texts), strict=True)
     windows[split] = DocumentWindows(documents, tokenizer, config.sequence_length)
   for split, w in windows.items():
     if w.targets_per_window.sum() < config.sequence_length:
       right = f"too little text for one {split} window of {config.sequence_length} tokens"
       raise InputError(f"--{flag[0]}={flag[1]}: {right}")
+  num_bytes = {split: sum(map(utf8_length, of_split)) for split, of_split in strings.items()}
   info = DatasetInfo(
     name=name,
     vocab_size=tokenizer.vocab_size,
@@ -141,9 +183,11 @@ def dataset_of_texts(
     num_windows={split: len(w) for split, w in windows.items()},
     targets_per_domain={split: w.targets_per_domain(len(domains)) for split, w in windows.items()},
     padded_fraction={split: w.padded_fraction for split, w in windows.items()},
+    num_bytes=num_bytes,
+    bytes_per_token=num_bytes["train"] / int(windows["train"].targets_per_window.sum()),
+    yardsticks=yardsticks(strings["train"], strings["validation"], cache_dir(config)),
   )
-  trained = bpe.content if bpe else None
-  return Dataset(config, info, windows["train"], windows["validation"], tokenizer.pad_id, trained)
+  return Dataset(config, info, windows["train"], windows["validation"], tokenizer)
 
 
 def own_rows(batch_size: int, process_index: int, process_count: int) -> slice:

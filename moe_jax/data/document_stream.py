@@ -20,7 +20,7 @@ import numpy as np
 from moe_jax.config import DataConfig
 from moe_jax.data.dataset import VALIDATION_SEED, Dataset, DatasetInfo, own_rows, seed_bits
 from moe_jax.data.tokenizers import Tokenizer
-from moe_jax.data.windows import Batch, DocumentWindows, Text, masked_rows
+from moe_jax.data.windows import Batch, DocumentWindows, Text, masked_rows, utf8_length
 from moe_jax.errors import InputError
 
 SHORT_WINDOWS = 16  # joined documents have about this many windows: about 3% padding
@@ -38,11 +38,13 @@ class StreamedDataset(Dataset):
     validation: Sequence[Text],
     tokenizer: Tokenizer,
   ):
-    super().__init__(config, info, train, validation, tokenizer.pad_id)
+    super().__init__(config, info, train, validation, tokenizer)
     self._tokenizer = tokenizer
-    sample = [len(tokenizer.encode(train[i].text)) for i in range(min(len(train), _SAMPLE))]
+    first = [train[i].text for i in range(min(len(train), _SAMPLE))]
+    sample = [len(tokenizer.encode(text)) for text in first]
     if not sum(sample):
       raise InputError(f"--dataset={config.dataset}: its first {_SAMPLE} documents hold no text")
+    self.info = info._replace(bytes_per_token=sum(map(utf8_length, first)) / sum(sample))
     target = SHORT_WINDOWS * config.sequence_length
     mean = sum(sample) / len(sample)
     join = len(info.domains) == 1 and mean < target

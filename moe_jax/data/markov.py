@@ -104,10 +104,13 @@ def load_markov(config: DataConfig) -> Dataset:
     num_windows={"train": NUM_TRAIN, "validation": NUM_VALIDATION},
     targets_per_domain={"validation": tuple(int(n) for n in per_domain)},
     padded_fraction={"train": 0.0, "validation": 0.0},
+    num_bytes={},
+    bytes_per_token=None,
+    yardsticks={},
     entropy_rate=chains.entropy_rate,
     validation_floor=chains.optimal_nll(windows),
   )
-  return Dataset(config, info, train, validation, pad_id=0)
+  return Dataset(config, info, train, validation)
 
 
 def _stationary(p_VV: np.ndarray) -> np.ndarray:

@@ -58,6 +58,9 @@ def load_tfds(config: DataConfig, data_dir: str, built_in: Sequence[str]) -> Dat
     num_windows={},
     targets_per_domain={},
     padded_fraction={},
+    num_bytes={},
+    bytes_per_token=None,  # `StreamedDataset` measures it
+    yardsticks={},
   )
   return StreamedDataset(config, info, sources["train"], sources["validation"], tokenizer)
 

@@ -22,6 +22,9 @@ class Tokenizer(NamedTuple):
   bos_id: int
   pad_id: int
   fingerprint: str  # identifies the tokenizer; equal for equal files in any location
+  # [V] utf-8 bytes of each id, 0 for specials; None where a token is not a fixed string of bytes
+  token_bytes: np.ndarray | None = None
+  content: bytes | None = None  # the tokenizer.json, if it was trained on the data set itself
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -50,7 +53,8 @@ def _bytes_tokenizer() -> Tokenizer:
     tokens = np.asarray(tokens)
     return tokens[tokens < 256].astype(np.uint8).tobytes().decode(errors="replace")
 
-  return with_specials(encode, decode, size=256, bos=None, pad=None, fingerprint="bytes")
+  tokenizer = with_specials(encode, decode, size=256, bos=None, pad=None, fingerprint="bytes")
+  return tokenizer._replace(token_bytes=(np.arange(tokenizer.vocab_size) < 256).astype(np.int64))
 
 
 def _sentencepiece_tokenizer(path: Path) -> Tokenizer:

@@ -32,6 +32,11 @@ class Text(NamedTuple):
   domain: int
 
 
+def utf8_length(text: str) -> int:
+  """Returns the bytes of a text in utf-8, lone surrogates as the tokenizers replace them."""
+  return len(text) if text.isascii() else len(text.encode(errors="replace"))
+
+
 class DocumentWindows:
   """The windows of a list of tokenised documents, held in memory: 2 bytes per token (4 above 65536 ids).
 

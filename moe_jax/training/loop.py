@@ -98,8 +98,9 @@ class Run:
         "vocab_size": self.dataset.info.vocab_size,
         "domains": list(self.dataset.info.domains),
       }
-      if self.dataset.trained_tokenizer is not None:
-        write_whole(self.folder / TOKENIZER_FILE, self.dataset.trained_tokenizer)
+      tokenizer = self.dataset.tokenizer
+      if tokenizer and tokenizer.content is not None:
+        write_whole(self.folder / TOKENIZER_FILE, tokenizer.content)
       write_json(self.folder / CONFIG_FILE, values)
 
   @staticmethod
@@ -232,16 +233,19 @@ class Run:
 
   def evaluate(self, state: TrainState) -> dict[str, Any]:
     """The `validation` part of a result: ratios of sums over the validation set, per layer."""
-    total = None
+    total, limit = None, self.config.train.eval_batches
     for batch in self.dataset.validation_batches(
       process_index=self.share.index,
       process_count=self.share.count,
-      limit=self.config.train.eval_batches,
+      limit=limit,
     ):
       sums = self.steps.evaluate(state, self._on_devices(batch))
       sums = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(sums))
       total = sums if total is None else jax.tree.map(np.add, total, sums)
-    return validation_summary(total)
+    num_bytes = None
+    if self.config.model.causal:
+      num_bytes = self.dataset.validation_bytes(float(total.num_targets), limit)
+    return validation_summary(total, num_bytes)
 
   def _result(self, validation: dict[str, Any]) -> dict[str, Any]:
     info = self.dataset.info
@@ -261,6 +265,8 @@ class Run:
       "domains": list(info.domains),
       "entropy_rate": info.entropy_rate,
       "validation_floor": info.validation_floor,
+      "bytes_per_token": info.bytes_per_token,
+      **({"yardsticks": info.yardsticks} if info.yardsticks and self.config.model.causal else {}),
       "columns": table_columns(),
       "validation": validation,
       "training": {

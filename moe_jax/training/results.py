@@ -18,14 +18,20 @@ from moe_jax.ops.metrics import METRICS
 from moe_jax.training.step import EvalSums
 
 
-def validation_summary(sums: EvalSums) -> dict[str, Any]:
-  """What the sums over an evaluation say, per layer, as plain lists over the R layers with experts."""
+def validation_summary(sums: EvalSums, num_bytes: float | None = None) -> dict[str, Any]:
+  """What the sums over an evaluation say, per layer, as plain lists over the R layers with experts.
+
+  Args:
+    sums: over all batches.
+    num_bytes: the utf-8 bytes of the targets; None: there are no bits per byte.
+  """
   read = lambda name, block: METRICS[name].read(jax.tree.map(np.asarray, block[name]))
   found = [blocks for blocks in sums.metrics if blocks]
   nll = float(sums.nll / sums.num_targets)
   return {
     "nll": nll,
     "perplexity": math.exp(min(nll, 700.0)),
+    **({"bits_per_byte": float(sums.nll) / (math.log(2) * num_bytes)} if num_bytes else {}),
     "num_tokens": int(sums.num_tokens),
     "num_targets": int(sums.num_targets),
     **{

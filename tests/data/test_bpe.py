@@ -95,7 +95,7 @@ def test_the_cache_is_read_and_a_folder_that_cannot_be_written_is_no_error(tmp_p
   assert all(map(np.array_equal, first.encode(TEXTS), expected))
   monkeypatch.setattr(bpe, "train_bpe", None)
   again = BpeCache(TEXTS, 300, tmp_path)
-  assert again.content == first.content == cannot.content
+  assert again.tokenizer.content == first.tokenizer.content == cannot.tokenizer.content
   again.tokenizer = again.tokenizer._replace(encode=None)
   assert all(map(np.array_equal, again.encode(TEXTS), expected)) and len(again.encode(TEXTS)) == 200
   names = sorted(p.name.split("-")[0] for p in (tmp_path / "bpe").rglob("*") if p.is_file())
@@ -110,8 +110,8 @@ def test_a_data_set_trains_on_its_training_split(tmp_path):
   assert all(map(same, dataset.validation_batches(), again.validation_batches()))
   others = [folder_dataset(folder, **{**flags, "tokenizer": name}) for name in ("bytes", "bpe:328")]
   assert len({d.info.fingerprint for d in (dataset, *others)}) == 3
-  assert others[0].trained_tokenizer is None
-  tokenizer = load_bpe(dataset.trained_tokenizer)
+  assert others[0].tokenizer.content is None
+  tokenizer = dataset.tokenizer
   text = ""
   for batch in dataset.validation_batches(1):
     text += tokenizer.decode(batch["targets_BL"][batch["mask_BL"]])

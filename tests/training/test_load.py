@@ -54,7 +54,7 @@ def test_a_trained_tokenizer_is_loaded_from_the_folder_of_the_run(trained_run, t
   ):
     Run.load(folder)
   config = tiny.change(CONFIG, dataset="stdlib", tokenizer="bpe:264")
-  dataset = Dataset(config.data, load_dataset(CONFIG.data).info, None, None, 0, content)
+  dataset = Dataset(config.data, load_dataset(CONFIG.data).info, None, None, load_bpe(content))
   run = Run(config, dataset, folder)
   run._write_config()
   assert (
