@@ -25,6 +25,10 @@ from moe_jax.training.loop import Run
 from moe_jax.training.metric_writer import read_jsonl
 from tests import tiny
 
+HEARTBEAT = 20  # --heartbeat_timeout, seconds
+# Gloo reports a process that is gone at once, but process 0 may be waiting for it in a save, where only heartbeats
+# tell. They are asked for every quarter of their time limit; then come 5 s for an answer. The rest is for a busy machine.
+BOUND = 1.25 * HEARTBEAT + 5 + 20
 SLOW = 240.0  # seconds that anything may take on a machine with much else to do; the tests need far fewer
 ARM = "switch_loss:0.1+loss_free_bias:0.01"
 FIELDS = {
@@ -35,6 +39,7 @@ FIELDS = {
   "head_dim": 8,
   "num_experts": 8,
   "expert_dim": 16,
+  "dispatcher": "sorted",
   "capacity_factor": 1.0,
   "jitter": 0.1,
   "remat": "none",
@@ -141,7 +146,8 @@ def killed(tmp_path_factory):
   folder = tmp_path_factory.mktemp("two")
   output_dir = folder / "run"
   metrics, checkpoints = _run_folder(output_dir) / "metrics.jsonl", _run_folder(output_dir) / "checkpoints"
-  with Pair(["experiments/load_balancing.py", *FLAGS, f"--output_dir={output_dir}"], folder) as pair:
+  flags = [*FLAGS, f"--heartbeat_timeout={HEARTBEAT}", f"--output_dir={output_dir}"]
+  with Pair(["experiments/load_balancing.py", *flags], folder) as pair:
     saved = lambda: metrics.exists() and '"step": 6' in metrics.read_text() and (checkpoints / "4").is_dir()
     pair.wait_until(saved, SLOW, "sixth step")
     pair.processes[1].kill()
@@ -152,7 +158,7 @@ def killed(tmp_path_factory):
 
 def test_a_process_that_is_killed_ends_the_other_with_one_line(killed):
   output_dir, status, seconds, output = killed
-  assert status == 1 and seconds < 60
+  assert status == 1 and seconds < BOUND
   (line,) = re.findall(r"(?m)^error: .*", output)
   assert re.fullmatch(
     r"error: process 1 of 2 \(.*, pid \d+\) died, was killed or hangs \(process 0: .*\); all processes stop, .*",
@@ -255,7 +261,7 @@ def test_the_other_ends_in_bounded_time_and_says_why(talk, process, sent, status
       time.sleep(2.0)
       pair.processes[process].send_signal(sent)
     ended = pair.ends(1 - process, SLOW)
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < BOUND
     assert re.search(told, pair.output(1 - process))
     assert ended == status if status else ended != 0
     assert sent != signal.SIGINT or pair.ends(process, SLOW) == status
