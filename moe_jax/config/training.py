@@ -44,7 +44,7 @@ class DataConfig:
   tokenizer: str = flag(
     "bytes",
     "bytes, bpe:SIZE trained on the data set (e.g. bpe:2048), a SentencePiece .model file, or a Hugging Face "
-    "tokenizer.json",
+    "tokenizer.json; markov has ids and needs none",
   )
   sequence_length: int = flag(128, "L, tokens of a sequence")
   batch_size: int = flag(8, "B, sequences per optimizer step over all processes")
@@ -69,8 +69,6 @@ class DataConfig:
         self.tokenizer,
         "needs a size of at least 258: 256 bytes, bos and pad",
       )
-      right = "needs text to be trained on, which markov has not; use stdlib, text_folder or a TFDS data set"
-      require(self.dataset != "markov", "tokenizer", self.tokenizer, right)
 
   @property
   def bpe_size(self) -> int:

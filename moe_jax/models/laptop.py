@@ -1,8 +1,8 @@
 """One small model at three lengths, and a smaller one for trying things out. They train on a laptop's CPU.
 
-quick     a tour of a few minutes: the model has not learned enough for a conclusion
-default   2 million tokens (5.8 million bytes), about two minutes a run: the comparison of the README
-long      18 million tokens (51 million bytes, eight passes over the text): a night for a few arms
+- `quick`: a tour of a few minutes. The model has not learned enough for a conclusion.
+- `default`: 1.2 million tokens (3.5 million bytes), a minute or two a run. The comparison of the README.
+- `long`: 18 million tokens (51 million bytes, eight passes over the text), a night for a few arms.
 """
 
 from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
@@ -33,7 +33,7 @@ _TINY = Config(
 
 PRESETS = {
   "quick": _length(num_steps=100, batch_size=16, warmup_steps=20, checkpoint_every=0),
-  "default": _length(num_steps=1000, batch_size=16, warmup_steps=50, checkpoint_every=250),
+  "default": _length(num_steps=600, batch_size=16, warmup_steps=50, checkpoint_every=200),
   "long": _length(num_steps=4400, batch_size=32, warmup_steps=100, checkpoint_every=500),
   "tiny": _TINY,
 }

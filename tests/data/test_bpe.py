@@ -131,7 +131,6 @@ def test_a_data_set_trains_on_its_training_split(tmp_path):
     ),
     ({"tokenizer": "bpe:x"}, "at least 258"),
     ({"tokenizer": "bpe:"}, "at least 258"),
-    ({"tokenizer": "bpe:300", "dataset": "markov"}, "which markov has not; use stdlib, text_folder or"),
     ({"tokenizer": "bpe"}, "must be bytes, bpe:SIZE, a SentencePiece"),
   ],
 )
