@@ -52,7 +52,7 @@ def load_bpe(content: bytes) -> Tokenizer:
     return np.asarray(model.encode(_without_surrogates(text), add_special_tokens=False).ids, np.int32)
 
   def decode(tokens: np.ndarray) -> str:
-    return model.decode([int(t) for t in tokens if t < size], skip_special_tokens=False)
+    return model.decode([int(t) for t in tokens], skip_special_tokens=False)  # ids that it lacks are skipped
 
   tokenizer = with_specials(encode, decode, size, None, None, hashlib.sha256(content).hexdigest())
   token_bytes = np.zeros(tokenizer.vocab_size, np.int64)

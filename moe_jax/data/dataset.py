@@ -130,7 +130,7 @@ class Dataset:
       if limit not in self._bytes_of_targets:  # the same in every evaluation
         self._bytes_of_targets[limit] = float(
           sum(
-            self.tokenizer.token_bytes[batch["targets_BL"][batch["mask_BL"]]].sum()
+            self.tokenizer.token_bytes[batch["targets_BL"]].sum()  # pad stands for no byte
             for batch in self.validation_batches(limit=limit)
           )
         )

@@ -97,6 +97,15 @@ def test_large_data_sets_are_cut_lazily_to_the_same_text(folder, name, monkeypat
     assert {int(d) for b in batches for d in b["domain_B"]} == {0, 1}
 
 
+def test_a_tokenizer_is_trained_on_what_is_held_in_memory(folder, monkeypatch):
+  assert open_tfds(folder, "tiny_plain", tokenizer="bpe:264").info.vocab_size == 264
+  monkeypatch.setattr(tfds_text, "IN_MEMORY_BYTES", 0)
+  with pytest.raises(
+    InputError, match=r"^--tokenizer=bpe:264: needs a data set of limited size, .* up to 64 MB"
+  ):
+    open_tfds(folder, "tiny_plain", tokenizer="bpe:264")
+
+
 def test_input_errors(folder, tmp_path):
   cases = {
     "tiny_two": "needs a text feature named text, or only one; its features are .*question",

@@ -1,0 +1,138 @@
+"""Bits per byte: the same for every tokenizer and every part of the validation set, absent where it has no meaning."""
+
+import dataclasses
+import math
+import types
+
+import numpy as np
+import pytest
+import tokenizers
+
+from moe_jax.data import load_dataset
+from moe_jax.data.document_stream import StreamedDataset
+from moe_jax.data.tokenizers import load_tokenizer
+from moe_jax.data.windows import Text
+from moe_jax.training.compiled import abstract_model
+from moe_jax.training.loop import Run
+from moe_jax.training.step import EvalSums
+from tests import tiny
+from tests.data.helpers import config, write_files
+
+ASCII = [f"item {i}: " + "the sum of many words " * (i % 5) + "x" * i for i in range(60)]
+TEXTS = {"ascii": ASCII, "unicode": [t.replace("e", "é").replace("s", "日") for t in ASCII]}
+LIMITS = (0, 1, 2)
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+  """`load(texts, tokenizer, ...)`: these texts as files, cut into windows of 16 tokens in batches of 8."""
+  root = tmp_path_factory.mktemp("texts")
+  for name, texts in TEXTS.items():
+    write_files(root / name, {f"{i}.txt": text for i, text in enumerate(texts)})
+  model = tokenizers.Tokenizer(
+    tokenizers.models.BPE()
+  )  # a file, whose tokens stand for nothing that is known
+  model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=300,
+    initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False,
+  )
+  model.train_from_iterator(TEXTS["ascii"], trainer)
+  model.save(str(root / "tokenizer.json"))
+
+  def build(texts, tokenizer, **changes):
+    tokenizer = str(root / tokenizer) if tokenizer.endswith("json") else tokenizer
+    kind = {"dataset": "text_folder", "text_folder": str(root / texts), "data_dir": str(root / "cache")}
+    flags = {"tokenizer": tokenizer, "sequence_length": 16, "batch_size": 8, **kind, **changes}
+    return load_dataset(config(**flags))
+
+  return build
+
+
+def run_of(dataset, folder, **fields):
+  run = Run(dataclasses.replace(tiny.change(tiny.CONFIG, **fields), data=dataset.config), dataset, folder)
+  model = abstract_model(run.config, dataset.info.vocab_size)
+  run.steps = types.SimpleNamespace(
+    model=model, evaluate=lambda state, batch: uniform_over_bytes(dataset, batch)
+  )
+  return run
+
+
+def uniform_over_bytes(dataset, batch):
+  """A model that gives each byte of each target 1/256."""
+  targets = np.asarray(batch["targets_BL"])[np.asarray(batch["mask_BL"])]
+  if dataset.tokenizer is None:
+    return EvalSums(1.0, len(targets), len(targets), [])
+  num_bytes = len(targets) if dataset.config.tokenizer == "bytes" else len(dataset.tokenizer.decode(targets))
+  return EvalSums(num_bytes * math.log(256), len(targets), len(targets), [])
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
+def test_a_model_uniform_over_bytes_has_8_bits_whatever_the_tokenizer(load, tokenizer, limit, tmp_path):
+  dataset = load("ascii", tokenizer)
+  run = run_of(dataset, tmp_path, eval_batches=limit)
+  validation = run.evaluate(None)
+  assert validation["bits_per_byte"] == pytest.approx(8, rel=1e-12)
+  if tokenizer == "bytes":
+    assert validation["bits_per_byte"] == pytest.approx(validation["nll"] / math.log(2), rel=1e-12)
+  else:
+    assert validation["nll"] > 1.3 * math.log(256)
+  result = run._result(validation)
+  assert result["yardsticks"] == load("ascii", "bytes").info.yardsticks  # they do not depend on the tokenizer
+  assert sorted(result["yardsticks"]) == ["bigram", "trigram", "unigram"]
+  assert result["bytes_per_token"] == dataset.info.bytes_per_token
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300", "tokenizer.json"])
+@pytest.mark.parametrize("texts", TEXTS)
+def test_bytes_are_those_of_the_documents(load, texts, tokenizer):
+  dataset = load(texts, tokenizer)
+  info = dataset.info
+  lengths = [len(text.encode()) for text in TEXTS[texts]]
+  assert sum(info.num_bytes.values()) == sum(lengths)
+  targets = {split: sum(counts) for split, counts in info.targets_per_domain.items()}
+  assert info.bytes_per_token == info.num_bytes["train"] / targets["train"]
+  assert dataset.validation_bytes(targets["validation"]) == pytest.approx(
+    info.num_bytes["validation"], rel=1e-12
+  )
+  batch = next(dataset.validation_batches())
+  count = int(batch["mask_BL"].sum())
+  part = dataset.validation_bytes(count, 1)
+  if tokenizer == "tokenizer.json":  # an estimate
+    assert part == pytest.approx(count * info.num_bytes["validation"] / targets["validation"])
+  else:
+    pieces = (
+      dataset.tokenizer.decode(row[mask])
+      for row, mask in zip(batch["targets_BL"], batch["mask_BL"], strict=True)
+    )
+    text = "".join(pieces)
+    if texts == "ascii":
+      assert part == len(text)
+    assert 0 < part <= len(text.encode())  # characters that windows cut are replaced by three bytes each
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "tokenizer.json"])
+def test_documents_that_are_cut_lazily(load, tokenizer):
+  """They are joined with `bos`, a target that stands for no byte."""
+  whole = load("ascii", tokenizer)
+  name = whole.config.tokenizer
+  documents = [Text(t, 0) for t in TEXTS["ascii"]]
+  info = load("ascii", "bytes", dataset="markov").info._replace(domains=("only",))
+  dataset = StreamedDataset(whole.config, info, documents[:40], documents[40:], load_tokenizer(name))
+  tokens = sum(len(dataset.tokenizer.encode(t)) for t, _ in documents[:40])
+  assert dataset.info.bytes_per_token == sum(len(t) for t, _ in documents[:40]) / tokens
+  if tokenizer == "bytes":
+    assert dataset.validation_bytes(0) == sum(len(t) for t, _ in documents[40:])
+  else:
+    assert dataset.validation_bytes(100) == 100 * dataset.info.bytes_per_token
+
+
+def test_where_bits_per_byte_have_no_meaning(load, tmp_path):
+  masked = run_of(load("ascii", "bytes"), tmp_path, objective="masked_lm")
+  markov = run_of(load("ascii", "bytes", dataset="markov", markov_states=16), tmp_path)
+  for run in (masked, markov):
+    validation = run.evaluate(None)
+    assert "bits_per_byte" not in validation and validation["nll"] > 0
+    assert "yardsticks" not in run._result(validation)
