@@ -6,7 +6,7 @@ Command    python experiments/communication.py
            python experiments/communication.py --trace=runs/communication/run --network_ports=node --output_dir=runs/communication_shared_ports
 Hardware   two CPU cores, 2 GB; any JAX device
 Minutes    about 2 on two CPU cores, most of it for the run that is recorded
-Result     see docs/scaling.md, "Communication, measured"
+Result     see docs/scaling.md, "Modelled communication"
 
 Without --trace it first trains a small fine-grained model (32 experts, 4 per token) and records its router logits in
 OUTPUT_DIR/run; a run that is there is used again. Then every router chooses experts from the same last logits, a

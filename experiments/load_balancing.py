@@ -59,15 +59,15 @@ def main(argv: list[str]) -> None:
   )
 
 
-# Shown in the report. The numbers come from the command in docs/LOG.md, "Which bias step".
+# Shown in the report. The numbers come from the command in docs/LOG.md, "The step size of the bias".
 NOTES = [
   "The bias step of loss_free_bias is 0.003 and not the paper's 0.001, because a step bounds the bias that "
   "a run can reach by steps x rate. With the default model over 180 steps, MaxVio global is 1.01 at 0.001, "
-  "0.34 at 0.003, 0.52 at 0.01 and 1.65 at 0.03 (means of two seeds); perplexity does not tell them apart. "
+  "0.34 at 0.003, 0.52 at 0.01 and 1.65 at 0.03 (means of two seeds); perplexity does not distinguish them. "
   "Longer runs can use a smaller step.",
   "The weight of switch_loss is 0.01, as in the Switch paper; the loss is 1 x weight at perfect balance.",
   "Capacity drops assignments in training (--capacity_factor) and in validation (--eval_capacity_factor), so "
-  "perplexity includes what imbalance costs there; --dispatcher=dropless takes that away.",
+  "perplexity includes the cost of those drops. With --dispatcher=dropless, nothing drops.",
 ]
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The arms that the comparisons run. An arm is a set of fields of the configuration.
 
 Every balancer and every router of the registries must be in one of the two tables, which
-tests/comparison/test_arms.py checks. Rates suit short runs (see docs/LOG.md, "Which bias step"). Weights are
-those of the papers.
+tests/comparison/test_arms.py checks. Rates suit short runs (see docs/LOG.md, "The step size of the bias").
+Weights are the numbers in the papers, which do not all normalise their losses as we do: see docs/coefficients.md.
 """
 
 import dataclasses
