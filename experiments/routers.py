@@ -1,6 +1,7 @@
 """Which router gives the lowest loss at equal active compute?
 
-Question   Perplexity, load and drops of every router: same model but for the routing, same batches, K x F equal.
+Question   Perplexity, load and drops of every router: same model but for the routing, same batches, equal active width
+           K x F (except top_p, which may use up to twice the width).
 Command    python experiments/routers.py
            python experiments/routers.py --routers=all --output_dir=runs/every_router
            python experiments/routers.py --routers=softmax_topk,sigmoid_topk:normalize=true@loss_free_bias:0.003
@@ -74,8 +75,9 @@ def main(argv: list[str]) -> None:
 
 
 WIDTH = (
-  "K x F, the hidden width that a token sees, is equal in all arms: routers with K = 1 have experts of twice the "
-  "width, and so twice the parameters. top_p sends a token to at most 4 experts and is not held to that width."
+  "K x F, the hidden width that a token sees, is equal in all arms but top_p, which sends a token to at most 4 "
+  "experts, up to twice the width. Routers with K = 1 have experts of twice the width, and so twice the parameters. "
+  "task_level reads the domain of each sequence, and task_level and sequence_level drop nothing."
 )
 LEAKS = (
   "Routers that look at later tokens of the sequence (expert choice, batch priority, BASE, Sinkhorn, ...) have no "

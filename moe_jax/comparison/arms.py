@@ -126,7 +126,8 @@ BALANCING: dict[str, Arm] = {
 def routers(expert_dim: int) -> dict[str, Arm]:
   """Returns the arms of `experiments/routers.py --routers=all`.
 
-  K x F, the active hidden width, is the same in all.
+  K x F, the active hidden width, is the same in all but `top_p`: with K = 4 at the same F, it is at most twice as
+  large. `task_level` reads the domain of each sequence. `task_level` and `sequence_level` drop nothing.
 
   Args:
     expert_dim: F of the arms with K = 2.
