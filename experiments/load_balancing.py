@@ -9,8 +9,7 @@ Minutes    about 4 for the default on two CPU cores
 Result     MaxVio over the validation set: none > switch_loss > loss_free_bias, see docs/LOG.md
 
 Writes one folder: config.json, metrics.jsonl, summary.csv, plots, report.html, and one folder per arm
-and seed under arms/. Run again with the same flags, it keeps the runs that are done and continues the
-one that was stopped.
+and seed under arms/. If it is interrupted, run it again with the same flags to resume it.
 """
 
 import shlex
@@ -39,7 +38,7 @@ for module in (cli, distributed):
 
 def main(argv: list[str]) -> None:
   del argv
-  # Imported here, so that --help and wrong flags answer at once.
+  # Imported here so that --help and invalid flags respond immediately.
   from moe_jax.comparison.arms import BALANCING, arms_from_flag, balancing_arm
   from moe_jax.comparison.comparison import Comparison
 

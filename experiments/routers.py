@@ -10,11 +10,10 @@ Hardware   two CPU cores, 2 GB; any JAX device
 Minutes    about 5 for the default, 45 for all, on two CPU cores
 Result     see docs/LOG.md, "Every router"
 
-An arm is a router, with balancers of its own behind @; the others take --balancers. Routers that look at later
-tokens are marked: a language model that uses them has a perplexity that no generated text can have, so they get no
-verdict against the others. With --objective=masked_lm the model is bidirectional, every position may see all others,
-and such routers compare fairly with token choice. Writes the same folder as load_balancing.py, and continues in the
-same way.
+An arm is a router. Its own balancers follow @; arms without them use --balancers. Routers that look at later tokens
+leak them to the model. Their perplexity cannot be reached when text is generated, so they get no verdict against the
+others. With --objective=masked_lm the model is bidirectional: every position may see all others, and such routers
+compare fairly with token choice. Writes the same folder as load_balancing.py, and resumes in the same way.
 """
 
 import shlex
@@ -49,7 +48,7 @@ for module in (cli, distributed):
 
 def main(argv: list[str]) -> None:
   del argv
-  # Imported here, so that --help and wrong flags answer at once.
+  # Imported here so that --help and invalid flags respond immediately.
   from moe_jax.comparison.arms import arms_from_flag, routers, routing_arm
   from moe_jax.comparison.comparison import Comparison
   from moe_jax.training.compiled import resolve_config
