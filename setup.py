@@ -10,6 +10,8 @@ VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "moe_jax/__init__.py").rea
   1
 )
 README = ROOT / "README.md"
+# The badges and the first cells of the notebooks name the same repository. tests/test_repository.py compares them.
+REPOSITORY = "https://github.com/moe-jax/moe_jax"
 
 EXTRAS = {
   "tpu": ["jax[tpu]>=0.10"],
@@ -38,6 +40,7 @@ setup(
   long_description=README.read_text() if README.exists() else "",
   long_description_content_type="text/markdown",
   author="The moe_jax authors",
+  url=REPOSITORY,
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=find_packages(include=["moe_jax", "moe_jax.*"]),

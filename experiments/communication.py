@@ -1,4 +1,4 @@
-"""What do routers that limit where a token may go save on the wire, and what do they change?
+"""How much communication do routers that limit where a token may go save, and how do they change the routing?
 
 Question   Bytes per device, busiest link and modelled step time of routers and of expert shadowing, on one real trace.
 Command    python experiments/communication.py
@@ -6,16 +6,16 @@ Command    python experiments/communication.py
            python experiments/communication.py --trace=runs/communication/run --network_ports=node --output_dir=runs/communication_shared_ports
 Hardware   two CPU cores, 2 GB; any JAX device
 Minutes    about 2 on two CPU cores, most of it for the run that is recorded
-Result     see docs/scaling.md, "Communication, measured"
+Result     see docs/scaling.md, "Modelled communication"
 
-Without --trace it first trains a small fine-grained model (32 experts, 4 per token) and records its router logits in
-OUTPUT_DIR/run; a run that is there is used again. Then every router chooses experts from the same last logits, a
-simulated machine (--nodes, --devices_per_node, bandwidths) holds tokens and experts in equal parts, and what travels is
-counted. Routing is the recorded model's; widths (--layer_dim, --layer_expert_dim) are those of Qwen3-30B-A3B in bf16.
-Writes summary.csv (a line per arm and --once_per), devices.csv and three plots.
+Without --trace, the script first trains a small fine-grained model (32 experts, 4 per token) and records its router
+logits in OUTPUT_DIR/run. A finished run there is reused. Every router then chooses experts from the same last logits, a
+simulated machine (--nodes, --devices_per_node, bandwidths) holds tokens and experts in equal parts, and the script
+counts what is sent. The routing is that of the recorded model. Widths (--layer_dim, --layer_expert_dim) are those of
+Qwen3-30B-A3B in bf16. Writes summary.csv (a line per arm and --once_per), devices.csv and three plots.
 
-The logits stay those of the recorded run: a model that trains with a limit would adapt to it. "Choices kept" says how
-many of the unlimited choices a limit leaves, and nothing about the loss.
+The logits stay those of the recorded run, while a model that trains with a limit would adapt to it. "Choices kept" is
+the share of the unlimited choices that a limit leaves. It says nothing about the loss.
 """
 
 import dataclasses
@@ -69,7 +69,7 @@ for module in (cli, distributed):
 
 def main(argv: list[str]) -> None:
   del argv
-  # Imported here, so that --help and wrong flags answer at once.
+  # Imported here so that --help and invalid flags respond immediately.
   from rich.console import Console
 
   from moe_jax.analysis import recording

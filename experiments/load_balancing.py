@@ -10,8 +10,7 @@ Minutes    2 with --preset=quick; about 60 for the default with five seeds, on t
 Result     MaxVio over the validation set: none > switch_loss > loss_free_bias, see README.md
 
 Writes one folder: config.json, metrics.jsonl, summary.csv, plots, report.html, and one folder per arm
-and seed under arms/. Run again with the same flags, it keeps the runs that are done and continues the
-one that was stopped.
+and seed under arms/. If it is interrupted, run it again with the same flags to resume it.
 """
 
 import shlex

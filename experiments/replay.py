@@ -5,15 +5,16 @@ Command    python experiments/replay.py
            python experiments/replay.py --trace=runs/replay/run --methods=quantile_balancing:ema=0.9,loss_free_bias:0.01
 Hardware   two CPU cores, 2 GB; any JAX device
 Minutes    about 2 for the default on two free CPU cores (99 s of processor time), most of it for the recorded run
-Result     see docs/LOG.md, "Replay"
+Result     see docs/LOG.md, "Replay of recorded router logits"
 
-Without --trace it first trains the default model without balancing and records its router logits in
-OUTPUT_DIR/run; a run that is there is used again, and one that was stopped goes on. Then each method chooses
-experts from the recorded logits and moves its bias step by step. Writes summary.csv and three plots:
-replay_max_vio.png, replay_bias.png, replay_oscillation.png.
+Without --trace, the script first trains the default model without balancing and records its router logits in
+OUTPUT_DIR/run. A finished run there is reused, and an interrupted one resumes. Each method then chooses experts from
+the recorded logits and moves its bias step by step. Writes summary.csv and three plots: replay_max_vio.png,
+replay_bias.png, replay_oscillation.png.
 
-The logits stay those of the recorded run, while a router that trains with a balancer adapts to it: this compares how
-biases follow one stream of logits, and says nothing about the loss. Methods with only a loss are refused.
+The logits stay those of the recorded run, while a router that trains with a balancer adapts to it. The comparison
+therefore shows how biases follow one stream of logits, and nothing about the loss. Methods that have only a loss are
+rejected.
 """
 
 import pathlib
@@ -49,7 +50,7 @@ for module in (cli, distributed):
 
 
 def main(unused_argv: list[str]) -> None:
-  # Imported here, so that --help and wrong flags answer at once.
+  # Imported here so that --help and invalid flags respond immediately.
   from rich.console import Console
 
   from moe_jax.analysis import recording

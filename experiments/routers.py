@@ -1,6 +1,7 @@
 """Which router gives the lowest loss at equal active compute?
 
-Question   Perplexity, load and drops of every router: same model but for the routing, same batches, K x F equal.
+Question   Perplexity, load and drops of every router: same model but for the routing, same batches, equal active width
+           K x F (except top_p, which may use up to twice the width).
 Command    python experiments/routers.py
            python experiments/routers.py --routers=all --output_dir=runs/every_router
            python experiments/routers.py --routers=softmax_topk,sigmoid_topk:normalize=true@loss_free_bias:0.001
@@ -9,11 +10,10 @@ Hardware   two CPU cores, 2 GB; any JAX device
 Minutes    about 5 for the default, 45 for all, on two CPU cores
 Result     see docs/LOG.md, "Every router"
 
-An arm is a router, with balancers of its own behind @; the others take --balancers. Routers that look at later
-tokens are marked: a language model that uses them has a perplexity that no generated text can have, so they get no
-verdict against the others. With --objective=masked_lm the model is bidirectional, every position may see all others,
-and such routers compare fairly with token choice. Writes the same folder as load_balancing.py, and continues in the
-same way.
+An arm is a router. Its own balancers follow @; arms without them use --balancers. Routers that look at later tokens
+leak them to the model. Their perplexity cannot be reached when text is generated, so they get no verdict against the
+others. With --objective=masked_lm the model is bidirectional: every position may see all others, and such routers
+compare fairly with token choice. Writes the same folder as load_balancing.py, and resumes in the same way.
 """
 
 import shlex
@@ -48,7 +48,7 @@ for module in (cli, distributed):
 
 def main(argv: list[str]) -> None:
   del argv
-  # Imported here, so that --help and wrong flags answer at once.
+  # Imported here so that --help and invalid flags respond immediately.
   from moe_jax.comparison.arms import arms_from_flag, routers, routing_arm
   from moe_jax.comparison.comparison import Comparison
   from moe_jax.training.compiled import resolve_config
@@ -74,8 +74,9 @@ def main(argv: list[str]) -> None:
 
 
 WIDTH = (
-  "K x F, the hidden width that a token sees, is equal in all arms: routers with K = 1 have experts of twice the "
-  "width, and so twice the parameters. top_p sends a token to at most 4 experts and is not held to that width."
+  "K x F, the hidden width that a token sees, is equal in all arms but top_p, which sends a token to at most 4 "
+  "experts, up to twice the width. Routers with K = 1 have experts of twice the width, and so twice the parameters. "
+  "task_level reads the domain of each sequence, and task_level and sequence_level drop nothing."
 )
 LEAKS = (
   "Routers that look at later tokens of the sequence (expert choice, batch priority, BASE, Sinkhorn, ...) have no "

@@ -8,7 +8,7 @@ r"""Compiles the whole training step for devices that need not be present, and r
 
 The step is forward, backward and AdamW. It is compiled from shapes alone, so no weights are in memory. The script
 prints memory per chip by kind and whether it fits, operations compared with those that the model needs, and the
-collectives with their bytes. TPU topologies need `pip install 'moe_jax[tpu]'` but no TPU. --slice_parallelism=2 means
+collectives with their bytes. TPU topologies need `pip install -e '.[tpu]'` but no TPU. --slice_parallelism=2 means
 two slices of the topology. --batch_size is the total over all devices.
 """
 

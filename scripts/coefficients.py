@@ -36,12 +36,14 @@ def weight_of(loss: str) -> float:
 
 
 def formula(convention) -> str:
-  """The loss of the whole model at balance with coefficient 1, as text: "R/K", "1/E^2", "1"."""
+  """The loss of the whole model at balance with coefficient 1, as text: "R/K", "1/E^2", "1", "0.01*R"."""
   layers = 1 if convention.layers == "sum" else 0
   powers = {"R": layers, "K": convention.choice_power, "E": convention.expert_power}
   text = {letter: letter if abs(power) == 1 else f"{letter}^{abs(power)}" for letter, power in powers.items()}
   above = "*".join(text[letter] for letter, power in powers.items() if power > 0) or "1"
   below = "".join(f"/{text[letter]}" for letter, power in powers.items() if power < 0)
+  if convention.factor != 1:
+    above = number(convention.factor) + ("" if above == "1" else f"*{above}")
   return above + below + (" per layer" if convention.layers == "caller" else "")
 
 

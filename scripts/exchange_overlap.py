@@ -4,7 +4,7 @@ r"""Measures whether a TPU program overlaps its exchanges with computation, and 
   python scripts/exchange_overlap.py --topology=v5p:2x2x4 --expert_parallelism=16 --chunks=1,4 --forward
 
 The script compiles the dispatcher with its experts, forward and backward, for a TPU topology. It needs no TPU, only
-the compiler (pip install libtpu). For each number of chunks, it prints the exchanges of rows, how many of them the
+the compiler (pip install -e '.[tpu]'). For each number of chunks, it prints the exchanges of rows, how many of them the
 schedule starts before a matrix product and ends after it, the temporary memory of a chip, and the compiler's FLOPs
 divided by the model's. The compiler counts the whole receive buffer, which `dropless:buffer_factor=1.25` bounds, even
 if the kernel multiplies only the rows that arrived. It takes two minutes on 2 CPU cores.

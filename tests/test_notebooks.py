@@ -1,8 +1,11 @@
 """Every notebook runs from its first cell to its last, in a kernel of this interpreter, and draws something."""
 
+import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -48,6 +51,28 @@ def kernel(tmp_path, monkeypatch):
 
 def test_there_are_notebooks():
   assert NOTEBOOKS
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_first_cell_installs_the_package_and_keeps_jax(path, monkeypatch):
+  first = next(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+  calls = []
+
+  def run(command, **_):
+    keep = pathlib.Path(command[command.index("--constraint") + 1]).read_text().splitlines()
+    calls.append((command[-1], keep))
+    return subprocess.CompletedProcess(command, len(calls) - 1, "", "jax is too old")
+
+  monkeypatch.setattr(subprocess, "run", run)
+  exec(first, {})  # the package is there: nothing to install
+  assert calls == []
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  exec(first, {})
+  [(source, keep)] = calls
+  assert source.startswith("git+https://")
+  assert {f"{name}=={importlib.metadata.version(name)}" for name in ("jax", "jaxlib")} <= set(keep)
+  with pytest.raises(SystemExit, match="jax is too old"):
+    exec(first, {})  # where pip fails, its reason is shown
 
 
 @pytest.mark.slow

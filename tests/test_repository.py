@@ -149,6 +149,22 @@ def test_notebooks_are_stored_without_outputs(path):
   assert not stored, f"{path}: clear the outputs of cells {stored}"
 
 
+def test_badges_and_notebooks_name_the_repository_of_setup():
+  url = re.search(
+    r'^REPOSITORY = "(https://github.com/[\w.-]+/[\w.-]+)"$', (ROOT / "setup.py").read_text(), re.M
+  )[1]
+  colab = url.replace("https://github.com/", "https://colab.research.google.com/github/") + "/blob/main/"
+  notebooks = _files(".ipynb")
+  for path in ("README.md", *notebooks):
+    text = (ROOT / path).read_text()
+    found = re.findall(r"https://colab\.research\.google\.com/github/[^)\s\"\\]+", text)
+    assert set(found) == {colab + notebook for notebook in (notebooks if path == "README.md" else [path])}, (
+      path
+    )
+    if path != "README.md":
+      assert f'REPOSITORY = \\"{url}\\"\\n' in text, f"{path}: its first cell must install from {url}"
+
+
 def test_ruff_is_the_same_version_everywhere():
   pins = set()
   for path in ("setup.py", ".pre-commit-config.yaml"):

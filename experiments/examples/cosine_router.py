@@ -1,4 +1,4 @@
-"""A router of one's own with a learned temperature, in one's own file.
+"""A router of your own with a learned temperature, in your own file.
 
 python experiments/load_balancing.py --plugins=experiments/examples/cosine_router.py --router=cosine:temperature=0.1
 """

@@ -1,4 +1,4 @@
-"""A finished run, loaded back: it continues a prompt, and shows which expert took which token.
+"""Loads a finished run, continues a prompt, and shows which expert took which token.
 
 python experiments/examples/look_inside.py runs/load_balancing/arms/none/seed_0
 """
@@ -16,7 +16,7 @@ def main(folder: str, prompt: str = "def main(", num_tokens: int = 20) -> tuple[
   run = moe_jax.Run.load(folder)
   forward = jax.jit(lambda tokens_BL: run.model(tokens_BL, moe_jax.Context(record_logits=True)))
   start = [run.tokenizer.bos_id, *run.tokenizer.encode(prompt)]
-  tokens_L = np.pad(start, (0, num_tokens))  # what is behind a position does not change it
+  tokens_L = np.pad(start, (0, num_tokens))  # later positions do not change earlier ones
   for end in range(len(start), len(tokens_L)):
     logits_BLV, aux = forward(tokens_L[None])
     tokens_L[end] = int(jnp.argmax(logits_BLV[0, end - 1]))

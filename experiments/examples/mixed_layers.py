@@ -1,9 +1,10 @@
-"""A model whose layers have other routers, numbers of experts and kinds of attention, trained for a few steps.
+"""A model whose layers differ in routers, numbers of experts and kinds of attention, trained for a few steps.
 
   XLA_FLAGS=--xla_force_host_platform_device_count=8 python experiments/examples/mixed_layers.py
 
-The first layer is dense, the next two route by a frozen table (as the first layers of DeepSeek-V4), the others by
-sigmoid scores over more experts; every other layer sees a window only. With 8 devices the numbers are those of 1.
+The first layer is dense. The next two route by a frozen table, as in the first layers of DeepSeek-V4. The others route
+by sigmoid scores over more experts, and every other one of them attends to a window only. Eight devices give the same
+numbers as one.
 """
 
 import tempfile

@@ -1,4 +1,4 @@
-"""A balancer of one's own in ten lines, compared with two that are here.
+"""A balancer of your own in ten lines, compared with two built-in ones.
 
 python experiments/examples/own_balancer.py
 """

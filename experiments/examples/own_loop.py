@@ -1,8 +1,8 @@
-"""The MoE layer inside a model and a training loop of one's own, balanced without a loss.
+"""The MoE layer in a model and a training loop of your own, balanced without a loss.
 
   python experiments/examples/own_loop.py
 
-Prints the MaxVio of the layer before and after; it falls.
+Prints the MaxVio of the layer before and after training. It falls.
 """
 
 import jax

@@ -1,4 +1,4 @@
-"""An objective and a hook of one's own: label smoothing, and an average of the parameters.
+"""An objective and a hook of your own: label smoothing, and an average of the parameters.
 
   python experiments/load_balancing.py --plugins=experiments/examples/own_objective.py \\
     --objective=label_smoothing:0.1 --hooks=averaged:0.99

@@ -33,7 +33,7 @@ def devices_of(topology: str, num_slices: int = 1) -> list[jax.Device]:
     return _cpu_devices(topology, shape, num_slices)
   if importlib.util.find_spec("libtpu") is None:
     raise InputError(
-      f"--topology={topology}: the TPU compiler is not installed: pip install 'moe_jax[tpu]'; cpu:8 needs none"
+      f"--topology={topology}: the TPU compiler is not installed: pip install -e '.[tpu]'; cpu:8 needs none"
     )
   # Describing a slice needs neither a local TPU nor the metadata service of a TPU machine.
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

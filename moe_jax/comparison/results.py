@@ -21,7 +21,7 @@ PROTOCOL = {
   "fingerprint": "data fingerprint",
   "sees_later_tokens": "view of later tokens",
 }
-# What is told when it differs, besides.
+# The report also warns where these differ.
 _SHARED = PROTOCOL | {
   "num_params": "number of parameters",
   "num_active_params": "number of active parameters",

@@ -295,7 +295,7 @@ def test_the_scripts_end_to_end(tmp_path):
 
 
 needs_tpu_compiler = pytest.mark.skipif(
-  not HAS_TPU_COMPILER, reason="needs the TPU compiler: pip install 'moe_jax[tpu]'"
+  not HAS_TPU_COMPILER, reason="needs the TPU compiler: pip install -e '.[tpu]'"
 )
 
 

@@ -142,7 +142,8 @@ def lse2(logits_TE):
 
 Z_ORACLES = {
   "moe_jax": lambda x_RTE, k: sum(lse2(x).mean() for x in x_RTE),
-  "mesh_tensorflow": lambda x_RTE, k: sum(lse2(x).sum() / len(x) for x in x_RTE),
+  # `loss += moe_z_loss * z_loss` in the gating, and then `loss * moe_loss_coef` in the layer.
+  "mesh_tensorflow": lambda x_RTE, k: 0.01 * sum(lse2(x).sum() / len(x) for x in x_RTE),
   "flaxformer": lambda x_RTE, k: np.mean([lse2(x).sum() / len(x) for x in x_RTE]),
   "megatron_lm": lambda x_RTE, k: sum(lse2(x).mean() for x in x_RTE),
   "levanter": lambda x_RTE, k: sum(lse2(x).mean() for x in x_RTE),

@@ -37,10 +37,11 @@ def adaptive_loss(
   The ratio is the number of assignments above ceil(capacity_factor * T * K / E) per expert and group, divided by
   all assignments of the step. With the layer's capacity factor, this is its dropped fraction.
 
-  axlearn differs in four ways. Its new scale acts in the same step; ours acts in the next. Its ratio is the
-  largest of the ratios of first, second, ... choices, which is the same for K = 1. Its loss counts first choices.
-  Its scale is unbounded; ours stays in [1/limit, limit], so that it does not diverge if the ratio cannot be reached.
-  axlearn has defaults only for min_ratio and rate, which we use; the other defaults are our choice.
+  Like axlearn's TopKGating, this has one ratio over all choices, and a loss over all choices divided by K.
+  (axlearn's Top2Gating takes the larger of the ratios of first and second choices, and its loss counts first
+  choices.) Two things differ. axlearn's new scale acts in the same step; ours acts in the next. Its scale is
+  unbounded; ours stays in [1/limit, limit], so that it does not diverge if the ratio cannot be reached. axlearn
+  has defaults only for min_ratio and rate, which we use; the other defaults are our choice.
   """
   for name, value, right, want in (
     ("min_ratio", min_ratio, 0 <= min_ratio <= max_ratio, f"in [0, max_ratio={max_ratio}]"),

@@ -40,9 +40,10 @@ def loss_free_bias(
       most n * rate.
     rule: how the error e = mean(counts) - counts_e becomes an update.
       sign: Algorithm 1.
-      proportional: e / mean(counts), which is 1 for an expert without tokens. The paper's variant for softmax
-        scores (section 4.3, appendix C) is b_e += rate * e, but its rates do not fit an error in counts, and the
-        paper does not state the divisor. With division by the mean, a rate means the same for every E, K and batch.
+      proportional: e / mean(counts), which is 1 for an expert without tokens. The paper has b_e += rate * e, on
+        sigmoid scores in section 4.3 and on softmax scores in appendix C.2. Its rates do not fit an error in
+        counts, and it does not state a divisor. Here the divisor is the mean, so that a rate means the same for
+        every E, K and batch. The published rates do not transfer.
       rms: e / sqrt(mean(e^2)), as large as `sign` on average, but small errors cause small updates
         (kexue.fm/archives/10757).
     schedule, steps: how the rate changes over optimizer steps: `constant`; `stop`: 0 after `steps` of them

@@ -2,7 +2,8 @@
 
 In this project, a load-balancing loss of weight w equals w x 1 in each layer at perfect balance for every E and
 K, because load fractions are over all K choices, and layers add up. Other codebases have w x K, w / K or w / E^2
-at balance, and sum or average over layers. A convention is therefore two powers and a rule for combining layers.
+at balance, and sum or average over layers. A convention is therefore two powers, a factor and a rule for
+combining layers.
 
 The conversion is exact if both losses count the same choices (`counts`) and do not pool layers. One loss is
 then a constant times the other, and so are their gradients. Otherwise the conversion makes the losses equal at
@@ -22,10 +23,11 @@ LAYERS = ("sum", "mean", "pooled", "caller")
 class Convention:
   """How one codebase or paper normalises a loss.
 
-  With coefficient 1, the term of one layer is E^expert_power * K^choice_power at perfect balance. For the
+  With coefficient 1, the term of one layer is factor * E^expert_power * K^choice_power at perfect balance. For the
   router z-loss, that factor multiplies the mean over tokens of logsumexp(logits)^2.
 
   title: a readable name.
+  factor: a further constant factor, at the defaults of that codebase.
   setting: the option of that codebase that holds the coefficient.
   layers: how the terms of all layers are combined. sum; mean; pooled: the tokens of all layers form one
     batch, which equals a mean if all layers route alike; caller: one number per layer is returned.
@@ -43,6 +45,7 @@ class Convention:
   accumulation: str
   expert_power: int = 0
   choice_power: int = 0
+  factor: float = 1.0
   counts: str = ""
 
 
@@ -172,12 +175,13 @@ Z_CONVENTIONS: Mapping[str, Convention] = {
     CONVENTIONS["moe_jax"], title="moe_jax: z_loss", setting="--balancers=z_loss:WEIGHT", counts=""
   ),
   "mesh_tensorflow": Convention(
-    title="Mesh-TensorFlow",
-    setting="not read",
+    title="Mesh-TensorFlow, Switch gating; added to the balancing loss before moe_loss_coef (0.01) multiplies both",
+    setting="moe_z_loss",
+    factor=0.01,
     layers="sum",
     accumulation="divided by their number",
-    source="tensorflow/mesh:mesh_tensorflow/transformer/moe.py",
-    checked="not in the version read; formula and accumulation are from a quotation, layers as for its other loss",
+    source="tensorflow/mesh:mesh_tensorflow/transformer/moe.py, transformer.py",
+    checked="formula and accumulation read in copies of moe.py; layers as for its other loss",
   ),
   "flaxformer": dataclasses.replace(
     CONVENTIONS["flaxformer"], setting="router_z_loss_factor", choice_power=0, counts=""
@@ -247,7 +251,7 @@ def value_at_balance(
       f"convention {name}: returns one {loss} loss per layer; use megatron_lm if your trainer sums them, "
       f"olmo_core if it averages them"
     )
-  one_layer = float(e) ** convention.expert_power * float(k) ** convention.choice_power
+  one_layer = convention.factor * float(e) ** convention.expert_power * float(k) ** convention.choice_power
   return one_layer * (layers if convention.layers == "sum" else 1)
 
 

@@ -4,8 +4,8 @@ A token's cutoff is the score (with bias) that an expert must exceed to be chose
 an expert is the cutoff minus the plain score; with that bias, the expert would be exactly at the cutoff. If an
 expert's bias is the K/E quantile of its required biases, a share K/E of the tokens choose it, which is balance.
 
-Sources: kexue.fm/archives/11619 (the article), and the technical report of Kimi K3, eq. 13-14 and appendix D (its
-eq. 14 takes quantiles of score - cutoff; appendix D takes quantiles of required biases, with the opposite sign).
+Sources: kexue.fm/archives/11619 (the article), and Kimi K3 (2607.24653), section 2.3.3 and appendix D (its eq. 14
+takes quantiles of score - cutoff; appendix D takes quantiles of required biases, with the opposite sign).
 The article iterates cutoffs and quantiles on one batch. For training, both the article and the report recommend one
 round per step, starting from the bias of the previous step. This module does the same. The article sorts one batch.
 Here, quantiles come from a histogram per expert, which can be summed over micro-batches and devices.
