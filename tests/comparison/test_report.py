@@ -31,7 +31,9 @@ def test_the_markdown_table_says_what_is_resolved(tmp_path):
   of_a = [make_result("a", s, perplexity=8.0) for s in range(3)]
   of_b = [make_result("b", s, perplexity=9.0 + s / 100) for s in range(3)]
   write_run(tmp_path, of_a + of_b)
-  page = write(tmp_path, report.load_results(tmp_path))["markdown"].read_text().splitlines()
+  text = write(tmp_path, report.load_results(tmp_path))["markdown"].read_text()
+  assert text == report.markdown_table(report.read_stored(tmp_path))
+  page = text.splitlines()
   assert page[0] == "`python x.py`" and page[2].startswith("| Arm | Perplexity |")
   assert page[4].startswith("| `a` | 8.000 ± 0.000 |") and page[4].endswith("| baseline |")
   assert "+1.010 [+0.985, +1.035]: higher (worse)" in page[5]

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from moe_jax.comparison import report
+from moe_jax.comparison.report import stored
 from moe_jax.errors import InputError
 from scripts import render_tables
-from tests.comparison.made_results import LONG, make_result, write
+from tests.comparison.made_results import LONG, make_result
 from tests.scripts import assert_one_line, run_scripts
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -33,9 +34,9 @@ def test_differences_csv_has_every_number(tmp_path):
   of_a = [make_result("a", s, perplexity=1.0) for s in (0, 1, 2)]
   of_b = [make_result("b", s, perplexity=2.0 + s / 7) for s in (0, 1, 2)]
   all_results = [*of_a, *of_b, make_result("c", 2, perplexity=5.0)]
-  path = write(tmp_path, all_results)["differences"]
+  store(tmp_path, all_results)
   differences = report.paired_differences(all_results)
-  with path.open(newline="") as file:
+  with (tmp_path / "differences.csv").open(newline="") as file:
     lines = list(csv.DictReader(file))
   assert [(line["arm"], line["quantity"]) for line in lines] == [(d.arm, d.key) for d in differences]
   assert {line["baseline"] for line in lines} == {"a"}
@@ -46,6 +47,13 @@ def test_differences_csv_has_every_number(tmp_path):
     per_seed = {s: float(line[f"seed_{s}"]) for s in (0, 1, 2) if line[f"seed_{s}"]}
     assert per_seed == d.per_seed and line["num_seeds"] == str(len(per_seed)) and line["verdict"] == d.verdict
     assert int(line["degrees_of_freedom"]) == len(per_seed) - 1
+
+
+def store(folder, results, varies=()):
+  folder.mkdir(exist_ok=True)
+  about = stored.about_of(results, "python x.py", varies)
+  differences = report.paired_differences(results, varies=varies)
+  stored.write_stored(folder, report.Stored(report.summarise(results), differences, about))
 
 
 def a_comparison(in_bytes=True):
@@ -79,28 +87,28 @@ def same(a, b):
 def test_a_table_from_files_is_the_table_from_results(tmp_path, in_bytes):
   """Also results of older code, without the newer keys."""
   results = a_comparison(in_bytes)
-  paths = write(tmp_path, results, varies=("slots",))
-  stored = report.read_stored(tmp_path)
+  store(tmp_path, results, varies=("slots",))
+  found = report.read_stored(tmp_path)
   summary, differences = report.summarise(results), report.paired_differences(results, varies=("slots",))
   plain = lambda c: dataclasses.replace(c, value=None)
-  assert stored.summary.columns == tuple(map(plain, summary.columns))
-  for own, there in zip(stored.summary.rows, summary.rows, strict=True):
+  assert found.summary.columns == tuple(map(plain, summary.columns))
+  for own, there in zip(found.summary.rows, summary.rows, strict=True):
     assert same(own, dataclasses.replace(there, max_vio_layers=[]))
-  assert (stored.summary.yardsticks, stored.summary.facts) == (summary.yardsticks, summary.facts)
-  for own, there in zip(stored.differences, differences, strict=True):
+  assert (found.summary.yardsticks, found.summary.facts) == (summary.yardsticks, summary.facts)
+  for own, there in zip(found.differences, differences, strict=True):
     assert same(own, dataclasses.replace(there, column=plain(there.column)))
   fresh = report.Stored(summary, differences, {"command": "python x.py", "varies": ["slots"]})
-  text = paths["markdown"].read_text()
-  assert text == report.markdown_table(fresh) == report.markdown_table(stored)
+  text = report.markdown_table(found)
+  assert text == report.markdown_table(fresh)
   assert ("| byte trigram |  | 2.9000 |" in text) == in_bytes and "| `same\\|or` |" in text
   assert "wide (active width)" in text and "By design, arms differ in: expert capacity" in text
-  assert stored.about["commit"] is None or stored.about["commit"].removesuffix("-dirty").isalnum()
-  assert stored.about["minutes"] == round(len(results) * 8 / 60, 1)
+  assert found.about["commit"] is None or found.about["commit"].removesuffix("-dirty").isalnum()
+  assert found.about["minutes"] == round(len(results) * 8 / 60, 1)
 
 
 def test_columns_of_a_table_can_be_chosen(tmp_path):
-  write(tmp_path, a_comparison())
-  stored = report.read_stored(tmp_path)
+  store(tmp_path, a_comparison())
+  found = report.read_stored(tmp_path)
   table = report.markdown_table(
     stored, ["max_vio", "bits_per_byte:verdict", "max_vio:verdict", "bits_per_byte"]
   )
@@ -111,13 +119,13 @@ def test_columns_of_a_table_can_be_chosen(tmp_path):
     "No difference in MaxVio global is resolved" in table
     and "mutual information" not in table.split("Differences:")[0]
   )
-  plain = report.markdown_table(stored, ["perplexity"])
+  plain = report.markdown_table(found, ["perplexity"])
   assert "Differences" not in plain and "byte trigram" not in plain
   for wrong in ("perplexty", "perplexity:verdict"):
     with pytest.raises(
       InputError, match=f"columns={wrong}: the table has no such column; its columns: bits_per"
     ):
-      report.markdown_table(stored, [wrong])
+      report.markdown_table(found, [wrong])
 
 
 def a_page(root, text):
@@ -130,7 +138,7 @@ TABLE = "# Page\n\n<!-- table one columns=max_vio -->\nold\n<!-- end -->\n\nText
 
 
 def test_pages_are_rewritten_from_stored_results(tmp_path):
-  write(tmp_path / "run", a_comparison())
+  store(tmp_path / "run", a_comparison())
   page = a_page(tmp_path, TABLE)
   folder = render_tables.add(tmp_path, "one", tmp_path / "run")
   assert sorted(path.name for path in folder.iterdir()) == sorted(report.FILES)
@@ -163,7 +171,7 @@ def test_pages_are_rewritten_from_stored_results(tmp_path):
   ],
 )
 def test_a_page_that_cannot_be_rendered_is_an_input_error(tmp_path, text, message):
-  write(tmp_path / "run", [make_result()])
+  store(tmp_path / "run", [make_result()])
   render_tables.add(tmp_path, "one", tmp_path / "run")
   (tmp_path / "docs" / "page.md").write_text(text)
   with pytest.raises(InputError, match=message):
