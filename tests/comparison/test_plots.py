@@ -65,7 +65,7 @@ def test_numbers_of_points_do_not_overlap():
   rng = np.random.default_rng(0)
   points = {i: rng.normal([1.0, 2.0], 0.02 if i < 30 else 0.5, (3, 2)) for i in range(40)}
   ax = canvas.figure(5.6, 5.4).subplots()
-  pareto._draw_points(ax, points)
+  pareto._draw_points(ax, points, {3})
   pareto._number_points(ax, points)
   ax.figure.canvas.draw()
   boxes = [text.get_window_extent() for text in ax.texts]
@@ -103,7 +103,7 @@ def test_axes_are_in_bits_per_byte_where_bytes_are_known(tmp_path, in_bytes, mon
   if in_bytes:
     results = [make_result(arm, 0, bits_per_byte=2.0) | {"bytes_per_token": 2.0} for arm in "ab"]
   metrics = {(arm, 0): [{"step": s, "loss": 3.0} for s in (1, 2)] for arm in "ab"}
-  plots.write_plots(tmp_path, results, report.summarise(results), metrics)
+  plots.write_plots(tmp_path, results, report.summarise(results), [], metrics)
   assert ("bits per byte" in saved["loss"].get_ylabel()) == in_bytes
   assert ("bits per byte" in saved["quality_vs_max_vio"].get_ylabel()) == in_bytes
   assert saved["loss"].lines[0].get_ydata() == pytest.approx(3 / math.log(2) / 2 if in_bytes else 3.0)

@@ -110,7 +110,7 @@ def test_columns_of_a_table_can_be_chosen(tmp_path):
   store(tmp_path, a_comparison())
   found = report.read_stored(tmp_path)
   table = report.markdown_table(
-    stored, ["max_vio", "bits_per_byte:verdict", "max_vio:verdict", "bits_per_byte"]
+    found, ["max_vio", "bits_per_byte:verdict", "max_vio:verdict", "bits_per_byte"]
   )
   head, _, first, better = table.splitlines()[2:6]
   assert head == "| Arm | Seeds | MaxVio global | Bits per byte: difference | Bits per byte |"

@@ -96,13 +96,14 @@ def set_scale(ax: Any, axis: str, values: np.ndarray, ratio: float) -> bool:
   return True
 
 
-def draw_yardsticks(ax: Any, yardsticks: Mapping[str, float], reach: float = 0.0) -> None:
-  """Draws a horizontal line with its name for each byte model in view, and a note of those above it.
+def draw_yardsticks(ax: Any, yardsticks: Mapping[str, float], reach: float = 0.0, note: bool = True) -> None:
+  """Draws a horizontal line with its name for each byte model in view, and notes those above it.
 
   Args:
     ax: the axes, with everything else drawn.
     yardsticks: "trigram" and so on -> bits per byte.
     reach: how far the view may grow upwards to show a line, as a share of its height.
+    note: whether to name the byte models that are above the view.
   """
   low, high = ax.get_ylim()
   near = [y for y in yardsticks.values() if high < y <= high + reach * (high - low)]
@@ -126,5 +127,5 @@ def draw_yardsticks(ax: Any, yardsticks: Mapping[str, float], reach: float = 0.0
   above = ", ".join(
     f"byte {name} {y:.2f}" for name, y in sorted(yardsticks.items(), key=lambda x: x[1]) if y > high
   )
-  if above:
+  if above and note:
     ax.set_title(f"above: {above}", loc="right", fontsize=7.5, color="#666666")

@@ -77,7 +77,7 @@ def write_report(
   names = {"csv": SUMMARY, "differences": DIFFERENCES, "about": ABOUT, "markdown": "summary.md"}
   paths = {name: run_dir / file for name, file in (names | {"html": "report.html"}).items()}
   paths["markdown"].write_text(markdown_table(stored), encoding="utf-8")
-  drawn = plots.write_plots(run_dir, results, summary, load_metrics(run_dir))
+  drawn = plots.write_plots(run_dir, results, summary, differences, load_metrics(run_dir))
   paths |= {plot.path.stem: plot.path for plot in drawn}
   page = (
     _templates()

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.comparison.differences import Difference
 from moe_jax.comparison.report import canvas
 from moe_jax.comparison.results import Result, group_by_arm
 from moe_jax.comparison.statistics import Summary
@@ -14,8 +15,16 @@ _NUMBERED_FROM = 8  # arms; with fewer, colours alone tell them apart
 _LEGEND_ROWS = 24
 
 
-def plot_quality(directory: pathlib.Path, results: Sequence[Result], summary: Summary) -> canvas.Plot | None:
-  """Writes the plot, in bits per byte where all results have them, otherwise in perplexity."""
+def plot_quality(
+  directory: pathlib.Path,
+  results: Sequence[Result],
+  summary: Summary,
+  differences: Sequence[Difference],
+) -> canvas.Plot | None:
+  """Writes the plot, in bits per byte where all results have them, otherwise in perplexity.
+
+  Arms that are not comparable with the first one are hollow, and no part of the front.
+  """
   columns = {column.key: column for column in summary.columns}
   quality = next(
     columns[key] for key in ("bits_per_byte", "perplexity") if key in columns and columns[key].judged
@@ -33,32 +42,37 @@ def plot_quality(directory: pathlib.Path, results: Sequence[Result], summary: Su
   arms = [row.arm for row in summary.rows]
   figure = canvas.figure(5.6, 4.2 if len(points) < _NUMBERED_FROM else 5.4)
   ax = figure.subplots()
-  _draw_points(ax, points)
+  broken = {d.arm for d in differences if d.broken}
+  hollow = {index for index in points if arms[index] in broken}
+  _draw_points(ax, points, hollow)
   everything = np.concatenate(list(points.values()))
   if not canvas.set_scale(ax, "x", everything[:, 0], ratio=8):
     ax.margins(x=0.08)
   canvas.set_scale(ax, "y", everything[:, 1], ratio=8)
   ax.set_xlabel("MaxVio over the validation set, mean over layers")
   ax.set_ylabel(f"validation {'bits per byte' if quality.key == 'bits_per_byte' else 'perplexity per token'}")
-  front = _draw_front(ax, np.array([xy.mean(axis=0) for xy in points.values()]))
+  means = [xy.mean(axis=0) for index, xy in points.items() if index not in hollow]
+  front = _draw_front(ax, np.array(means))
   if quality.key == "bits_per_byte":
     canvas.draw_yardsticks(ax, summary.yardsticks, reach=0.5)
   numbered = len(points) >= _NUMBERED_FROM
   if numbered:
     _number_points(ax, points)
-  _draw_legend(ax, points, arms, numbered)
+  _draw_legend(ax, points, arms, hollow, numbered)
   caption = "Quality against balance: down is a better model, left a better balance. "
   if any(len(xy) > 1 for xy in points.values()):
     caption += "Small: one seed each; large: mean, with lines of one sample standard deviation over seeds. "
   if front:
     caption += "Grey steps: the arms that no other beats in both means. "
+  if hollow:
+    caption += f"Hollow: not comparable with {arms[0]}. "
   return canvas.save(figure, directory / "quality_vs_max_vio.png", caption.strip())
 
 
-def _draw_points(ax: Any, points: dict[int, np.ndarray]) -> None:
+def _draw_points(ax: Any, points: dict[int, np.ndarray], hollow: set[int]) -> None:
   few = len(points) < _NUMBERED_FROM
   for index, xy in points.items():
-    look = canvas.style(index)
+    look = _marker(index, hollow)
     color, marker = look["color"], look["marker"]
     several = len(xy) > 1
     if several:
@@ -66,12 +80,28 @@ def _draw_points(ax: Any, points: dict[int, np.ndarray]) -> None:
       ax.scatter(*xy.T, s=size, color=color, marker=marker, alpha=alpha, lw=0, zorder=2)
     spread = xy.std(axis=0, ddof=1) if several else (None, None)
     bars, cap = (1.0, 2.5) if few else (0.6, 0.0)
-    ax.errorbar(*xy.mean(axis=0), xerr=spread[0], yerr=spread[1], color=color, marker=marker, ms=6, mec="white",
-                mew=0.7, elinewidth=bars, capsize=cap, ls="", zorder=3)  # fmt: skip
+    ax.errorbar(*xy.mean(axis=0), xerr=spread[0], yerr=spread[1], elinewidth=bars, capsize=cap, zorder=3,
+                **look)  # fmt: skip
+
+
+def _marker(index: int, hollow: set[int]) -> dict[str, Any]:
+  look = canvas.style(index)
+  fill, edge = ("white", look["color"]) if index in hollow else (look["color"], "white")
+  return {
+    "color": look["color"],
+    "marker": look["marker"],
+    "ls": "",
+    "ms": 6,
+    "mfc": fill,
+    "mec": edge,
+    "mew": 1.2 if index in hollow else 0.7,
+  }
 
 
 def _draw_front(ax: Any, means: np.ndarray) -> bool:
   """Draws steps through the means that no other mean beats in both; whether there are two or more of them."""
+  if len(means) < 2:
+    return False
   beaten = [any((other <= own).all() and (other < own).any() for other in means) for own in means]
   front = means[~np.array(beaten)]
   if len(front) < 2:
@@ -117,16 +147,15 @@ def _free_place(
   return xy + np.array([9.0, 9.0]) * scale
 
 
-def _draw_legend(ax: Any, points: dict[int, np.ndarray], arms: Sequence[str], numbered: bool) -> None:
+def _draw_legend(
+  ax: Any, points: dict[int, np.ndarray], arms: Sequence[str], hollow: set[int], numbered: bool
+) -> None:
   from matplotlib.lines import Line2D
 
   handles = []
   for index in points:
-    look = canvas.style(index)
     label = f"{index + 1}  {canvas.shorten(arms[index])}" if numbered else canvas.shorten(arms[index])
-    handles.append(
-      Line2D([], [], color=look["color"], marker=look["marker"], ls="", mec="white", mew=0.7, label=label)
-    )
+    handles.append(Line2D([], [], label=label, **_marker(index, hollow)))
   ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1.02), borderaxespad=0.0, handletextpad=0.3,
             fontsize=8 if len(points) <= _LEGEND_ROWS else 7.5, ncols=-(-len(points) // _LEGEND_ROWS),
             columnspacing=1.0)  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.comparison.differences import Difference
 from moe_jax.comparison.report import canvas, heatmaps, pareto
 from moe_jax.comparison.results import Result
 from moe_jax.comparison.statistics import Row, Summary, number
@@ -15,7 +16,11 @@ Metrics = Mapping[tuple[str, int], Sequence[Mapping[str, Any]]]
 
 
 def write_plots(
-  directory: pathlib.Path, results: Sequence[Result], summary: Summary, metrics: Metrics
+  directory: pathlib.Path,
+  results: Sequence[Result],
+  summary: Summary,
+  differences: Sequence[Difference],
+  metrics: Metrics,
 ) -> list[canvas.Plot]:
   """Writes every plot that the results have the numbers for.
 
@@ -23,6 +28,7 @@ def write_plots(
     directory: where the PNG files go.
     results: as from `load_results`.
     summary: their summary.
+    differences: from the first arm.
     metrics: (arm, seed) -> lines of metrics.jsonl.
   """
   from matplotlib import rc_context
@@ -30,7 +36,7 @@ def write_plots(
   with rc_context(canvas.RC):
     plots = [
       _plot_max_vio(directory, summary.rows, metrics),
-      pareto.plot_quality(directory, results, summary),
+      pareto.plot_quality(directory, results, summary, differences),
       _plot_loss(directory, results, summary, metrics),
       heatmaps.plot_load(directory, results),
       heatmaps.plot_domains(directory, results),
@@ -169,7 +175,7 @@ def _plot_loss(
   whole.set_ylabel(f"training loss, {'bits per byte' if factors else 'nats/token'}")
   if factors:
     for ax in (whole, end):
-      canvas.draw_yardsticks(ax, summary.yardsticks)
+      canvas.draw_yardsticks(ax, summary.yardsticks, note=False)
   _label_ends(end, tails, arms)
   text = "Training loss of each logged batch; at right the last third of training on its own scale. "
   return canvas.save(figure, directory / "loss.png", text + _seeds_words(summary.rows), wide=True)
