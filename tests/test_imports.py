@@ -73,7 +73,9 @@ GRAPH = {
   "comparison.arms": Part("config errors registry", outside=set()),
   "comparison.report": Part("comparison training.metric_writer config errors", never=JAX),
   "comparison.results": Part("training.metric_writer errors", never=JAX),
-  "comparison.statistics": Part("comparison.results errors", never=JAX),
+  "comparison.facts": Part("comparison.results errors", never=JAX),
+  "comparison.statistics": Part("comparison.facts comparison.results errors", never=JAX),
+  "comparison.differences": Part("comparison.statistics comparison.results errors", never=JAX),
   "analysis": Part(RUN),
   "analysis.replay": Part(f"analysis comparison.report {RUN}"),
   "analysis.communication": Part(

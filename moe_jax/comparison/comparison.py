@@ -98,7 +98,14 @@ class Comparison:
     return [json.loads(self._result_file(arm, seed).read_text()) for arm in self.arms for seed in self.seeds]
 
   def report(
-    self, results: list[Result], *, title: str, question: str, command: str, notes: Sequence[str] = ()
+    self,
+    results: list[Result],
+    *,
+    title: str,
+    question: str,
+    command: str,
+    notes: Sequence[str] = (),
+    varies: Sequence[str] = (),
   ) -> None:
     """Prints the table, and writes metrics.jsonl, summary.csv, differences.csv, plots and report.html.
 
@@ -110,18 +117,19 @@ class Comparison:
       question: the question that the comparison answers.
       command: the command that reproduces it.
       notes: paragraphs for the report.
+      varies: keys of `moe_jax.comparison.results.PROTOCOL` that the question varies, e.g. "slots". Arms may
+        differ in them.
     """
     with processes.first_writes("report") as mine:
       if mine:
-        self._report(results, title=title, question=question, command=command, notes=notes)
+        texts = {"title": title, "question": question, "command": command, "notes": notes}
+        self._report(results, varies, **texts)
 
-  def _report(self, results: list[Result], **texts: Any) -> None:
+  def _report(self, results: list[Result], varies: Sequence[str], **texts: Any) -> None:
     self._merge_metrics()
     report.print_table(report.summarise(results), self.console)
-    if len(self.arms) > 1:
-      differences = [d for d in report.paired_differences(results) if d.key in ("perplexity", "max_vio")]
-      report.print_differences(differences, next(iter(self.arms)), self.console)
-    paths = report.write_report(self.folder, results, **texts)
+    report.print_differences(report.paired_differences(results, varies=varies), self.console, varies)
+    paths = report.write_report(self.folder, results, varies=varies, **texts)
     self.console.print(f"report: {paths['html']}", soft_wrap=True)
 
   def _run_folder(self, arm: str, seed: int) -> pathlib.Path:

@@ -20,6 +20,9 @@ PROTOCOL = {
   "dataset": "data set",
   "fingerprint": "data fingerprint",
   "sees_later_tokens": "view of later tokens",
+  "active_width": "active width",
+  "slots": "expert capacity",
+  "inputs": "router input",
 }
 # The report also warns where these differ.
 _SHARED = PROTOCOL | {
@@ -94,19 +97,36 @@ def lookup(result: Result, *path: str) -> Any:
   return value
 
 
-def broken_protocol(one: Result, other: Result) -> str:
-  """What two results do not share and should, in words; empty if they can be compared. A key that one of
-  them does not record is no contradiction."""
-  keys = [key for key in PROTOCOL if key in one and key in other and one[key] != other[key]]
+def check_varies(varies: Sequence[str]) -> None:
+  """Raises `ValueError` if `varies` has a key that is not of `PROTOCOL`."""
+  for key in varies:
+    if key not in PROTOCOL:
+      raise ValueError(f"varies: {key!r} is no key of the protocol; its keys: {', '.join(PROTOCOL)}")
+
+
+def broken_protocol(one: Result, other: Result, varies: Sequence[str] = ()) -> str:
+  """Returns what two results do not share and should, in words; empty if they can be compared.
+
+  Keys in `varies` may differ. A key that one of the two does not record is no contradiction.
+  """
+  known = [key for key in PROTOCOL if one.get(key) is not None and other.get(key) is not None]
+  keys = [key for key in known if key not in varies and one[key] != other[key]]
   tails = [lookup(result, "training", "tail_steps") for result in (one, other)]
   words = [PROTOCOL[key] for key in keys]
   return ", ".join(words + (["tail window"] if None not in tails and tails[0] != tails[1] else []))
 
 
-def warnings(run_dir: str | os.PathLike[str], results: Sequence[Result]) -> list[str]:
-  """One sentence per reason why these results may not be comparable; empty if none is found."""
+def warnings(
+  run_dir: str | os.PathLike[str], results: Sequence[Result], varies: Sequence[str] = ()
+) -> list[str]:
+  """One sentence per reason why these results may not be comparable; empty if none is found.
+
+  Keys of `PROTOCOL` in `varies` may differ.
+  """
   found = []
   for key, words in _SHARED.items():
+    if key in varies:
+      continue
     # Results without the key are of an experiment that does not record it, which is no contradiction.
     values = {json.dumps(r[key], sort_keys=True) for r in results if key in r}
     if len(values) > 1:

@@ -1,14 +1,13 @@
-"""Means and spreads over seeds, and differences that seeds resolve."""
+"""Means and spreads over seeds: what the tables of a comparison consist of."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import special
 
-from moe_jax.comparison.results import Result, broken_protocol, group_by_arm, lookup
+from moe_jax.comparison.facts import facts_of
+from moe_jax.comparison.results import Result, group_by_arm, lookup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +27,9 @@ class Column:
   title: str
   unit: str
   format: str
-  value: Callable[[Result], float | None]
   lower_is_better: bool | None = True
-  judged: bool = True  # False: depends on what else the machine does, so no difference has a verdict
+  judged: bool = False  # whether differences in it are tested and get verdicts
+  value: Callable[[Result], float | None] | None = dataclasses.field(default=None, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +38,9 @@ class Row:
 
   arm: str
   seeds: tuple[int, ...]
-  columns: tuple[Column, ...]  # of the whole table
   cells: dict[str, Stat | None]  # by Column.key; None: no seed has the quantity
-  max_vio_layers: list[Stat]  # R, MaxVio over the validation set of each layer; empty if unknown
+  # R, MaxVio over the validation set of each layer; empty if unknown
+  max_vio_layers: list[Stat] = dataclasses.field(default_factory=list, compare=False)
 
   @property
   def max_vio_range(self) -> tuple[float, float] | None:
@@ -51,32 +50,19 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Difference:
-  """An arm minus the baseline in one quantity, paired by seed."""
+class Summary:
+  """What a table shows.
 
-  arm: str
-  column: Column
-  per_seed: dict[int, float]
-  mean: float
-  standard_error: float | None  # spread of the differences / sqrt(n); None with fewer than two seeds
-  degrees_of_freedom: int  # n - 1
-  p_value: (
-    float | None
-  )  # two-sided, of the paired t test; None with fewer than two seeds, NaN if a seed diverged
-  interval: (
-    tuple[float, float] | None
-  )  # where the mean is with 95% confidence, by Student's t; None, NaN likewise
-  verdict: str  # e.g. "lower (better)", "no difference resolved", "not comparable: number of steps"
-  resolved: bool  # the verdict names a direction
+  columns: its quantities.
+  rows: its arms; the first is the baseline.
+  yardsticks: name -> bits per byte of byte models that were counted on the training text.
+  facts: what its caption says, as from `facts_of`.
+  """
 
-  @property
-  def key(self) -> str:
-    return self.column.key
-
-
-UNRESOLVED = "no difference resolved"
-MIN_SEEDS_FOR_VERDICT = 3
-CONFIDENCE = 0.95
+  columns: tuple[Column, ...]
+  rows: tuple[Row, ...]
+  yardsticks: dict[str, float]
+  facts: dict[str, Any]
 
 
 def number(value: Any) -> float | None:
@@ -113,27 +99,47 @@ def _excess(result: Result) -> float | None:
   return None if nll is None or floor is None else nll - floor
 
 
-_FIRST = (
-  Column("perplexity", "Perplexity", "", ".3f", _at("validation", "perplexity")),
-  Column("nll", "NLL", "nats/token", ".4f", _at("validation", "nll")),
-  Column("excess_nll", "Excess NLL", "nats/token", ".4f", _excess),
+_PERPLEXITY = Column("perplexity", "Perplexity", "", ".3f", value=_at("validation", "perplexity"))
+_BITS_PER_BYTE = Column("bits_per_byte", "Bits per byte", "", ".4f", value=_at("validation", "bits_per_byte"))
+_REST = (
+  Column("nll", "NLL", "nats/token", ".4f", value=_at("validation", "nll")),
+  Column("excess_nll", "Excess NLL", "nats/token", ".4f", value=_excess),
 )
-_LAST = (
-  Column("tokens_per_second", "Tokens/s", "", ",.0f", _at("training", "tokens_per_second"), False, False),
-)
+_LAST = Column("tokens_per_second", "Tokens/s", "", ",.0f", False, value=_at("training", "tokens_per_second"))
+# Besides quality. See `columns_of`.
+_JUDGED = ("max_vio", "mutual_information")
 
 
 def columns_of(results: Sequence[Result]) -> tuple[Column, ...]:
-  """The columns of a table: those of every run, and between them the metrics that the results declare."""
+  """Returns the columns of a table: those of every run, and between them the metrics that the results declare.
+
+  Three of them are judged: quality (bits per byte where every result has it, otherwise perplexity), balance
+  (MaxVio over the validation set) and specialisation (mutual information of expert and domain). These are what
+  comparisons of routers and balancers ask about. The other columns restate one of the three (NLL and excess are
+  functions of quality, load entropy and dead experts of the load) or depend on what else the machine does
+  (tokens per second). Judging them as well would tell nothing new, and each further cell makes the correction
+  for many cells stricter for all.
+  """
   declared = {}
   for result in results:
     for entry in result.get("columns", ()):
       declared.setdefault(entry["key"], entry)
   metrics = tuple(
-    Column(e["key"], e["title"], e["unit"], e["format"], _at(e["part"], e["name"]), e["lower_is_better"])
+    Column(
+      e["key"],
+      e["title"],
+      e["unit"],
+      e["format"],
+      e["lower_is_better"],
+      e["key"] in _JUDGED,
+      _at(e["part"], e["name"]),
+    )
     for e in declared.values()
   )
-  return (*_FIRST, *metrics, *_LAST)
+  known = [_BITS_PER_BYTE.value(result) is not None for result in results]
+  in_bytes = bool(known) and all(known)
+  first = (dataclasses.replace(_BITS_PER_BYTE, judged=in_bytes),) if any(known) else ()
+  return (*first, dataclasses.replace(_PERPLEXITY, judged=not in_bytes), *_REST, *metrics, _LAST)
 
 
 def stat(values: Sequence[float | None]) -> Stat | None:
@@ -146,8 +152,8 @@ def stat(values: Sequence[float | None]) -> Stat | None:
   return Stat(float(np.mean(present)), spread, present.size)
 
 
-def summarise(results: Sequence[Result]) -> list[Row]:
-  """One row per arm, in the order of the results.
+def summarise(results: Sequence[Result]) -> Summary:
+  """Returns one row per arm, in the order of the results, with what a table must say besides.
 
   Values per layer are averaged over layers first, so a spread is one between seeds, not between layers.
   """
@@ -158,87 +164,6 @@ def summarise(results: Sequence[Result]) -> list[Row]:
     layers = [[number(x) for x in each] for each in layers if isinstance(each, (list, tuple))]
     by_layer = [stat(layer) for layer in zip(*layers, strict=False)]
     seeds = tuple(r["seed"] for r in of_arm)
-    rows.append(Row(arm, seeds, columns, cells, [s for s in by_layer if s is not None]))
-  return rows
-
-
-def paired_differences(results: Sequence[Result], baseline: str | None = None) -> list[Difference]:
-  """Arm minus baseline per seed, for every other arm and every quantity that both have.
-
-  Pairing by seed removes what the seeds share (data order, initialisation). A verdict is given only with at
-  least 3 shared seeds, |mean| > 2 standard errors, and, at every seed, runs that share steps, tokens, schedule
-  and text; `chance_of_verdict` says how often chance alone does it. p-values are not corrected for how many
-  differences there are.
-
-  Args:
-    results: as from `load_results`.
-    baseline: an arm; None: the first.
-  """
-  arms = group_by_arm(results)
-  if not arms:
-    return []
-  baseline = next(iter(arms)) if baseline is None else baseline
-  if baseline not in arms:
-    raise ValueError(f"baseline {baseline!r} is not an arm; arms: {', '.join(arms)}")
-  reference = {r["seed"]: r for r in arms[baseline]}
-  differences = []
-  for arm, of_arm in arms.items():
-    if arm == baseline:
-      continue
-    for column in columns_of(results):
-      pairs = {
-        r["seed"]: (column.value(r), column.value(reference[r["seed"]]))
-        for r in of_arm
-        if r["seed"] in reference
-      }
-      per_seed = {seed: a - b for seed, (a, b) in pairs.items() if a is not None and b is not None}
-      if per_seed:
-        broken = {broken_protocol(r, reference[r["seed"]]) for r in of_arm if r["seed"] in reference} - {""}
-        differences.append(_difference(arm, column, per_seed, "; ".join(sorted(broken))))
-  return differences
-
-
-def _difference(arm: str, column: Column, per_seed: dict[int, float], broken: str) -> Difference:
-  of_seeds = stat(list(per_seed.values()))
-  error = None if of_seeds.spread is None else of_seeds.spread / math.sqrt(of_seeds.num)
-  verdict, resolved = UNRESOLVED, False
-  if broken:
-    verdict = f"not comparable: {broken}"
-  elif not column.judged:
-    verdict = "not judged"
-  # A comparison with NaN is False: a diverged seed resolves nothing.
-  elif of_seeds.num >= MIN_SEEDS_FOR_VERDICT and abs(of_seeds.mean) > 2 * error:
-    resolved = True
-    lower = of_seeds.mean < 0
-    verdict = "lower" if lower else "higher"
-    if column.lower_is_better is not None:
-      verdict += " (better)" if lower == column.lower_is_better else " (worse)"
-  return Difference(
-    arm=arm,
-    column=column,
-    per_seed=per_seed,
-    mean=of_seeds.mean,
-    standard_error=error,
-    degrees_of_freedom=of_seeds.num - 1,
-    p_value=None if error is None else _p_value(of_seeds.mean, error, of_seeds.num - 1),
-    interval=None if error is None else _interval(of_seeds.mean, error, of_seeds.num - 1),
-    verdict=verdict,
-    resolved=resolved,
-  )
-
-
-def _p_value(mean: float, error: float, degrees_of_freedom: int) -> float:
-  """Of |t| = |mean| / error or more by chance. Seeds that differ by exactly nothing give 1."""
-  if error == 0:
-    return 1.0 if mean == 0 else 0.0
-  return 2 * float(special.stdtr(degrees_of_freedom, -abs(mean) / error))
-
-
-def _interval(mean: float, error: float, degrees_of_freedom: int) -> tuple[float, float]:
-  half = float(special.stdtrit(degrees_of_freedom, 0.5 + CONFIDENCE / 2)) * error
-  return mean - half, mean + half
-
-
-def chance_of_verdict(num_seeds: int) -> float:
-  """How often |mean| > 2 standard errors happens by chance: P(|t| > 2), Student's t with n - 1 degrees of freedom."""
-  return _p_value(2.0, 1.0, num_seeds - 1)
+    rows.append(Row(arm, seeds, cells, [s for s in by_layer if s is not None]))
+  yardsticks = next((r["yardsticks"] for r in results if r.get("yardsticks")), {})
+  return Summary(columns, tuple(rows), dict(yardsticks), facts_of(results))

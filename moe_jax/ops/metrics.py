@@ -86,7 +86,9 @@ METRICS: dict[str, Metric] = {
     _counts, stats.load_entropy, None, "Load entropy", "of log E", lower_is_better=False
   ),
   "router_entropy": Metric(_entropy_and_tokens, ratio, "", "Router entropy", "nats", ".3f"),
-  "mutual_information": Metric(_counts_by_domain, stats.mutual_information, None, "Mutual inf.", "nats"),
+  "mutual_information": Metric(
+    _counts_by_domain, stats.mutual_information, None, "Mutual information", "nats"
+  ),
   "tokens_per_expert": Metric(_counts, lambda counts: counts, ""),
   "load": Metric(_counts, stats.load, None, ""),
   "load_by_domain": Metric(_counts_by_domain, stats.load, None, ""),

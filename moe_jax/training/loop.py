@@ -24,6 +24,7 @@ from moe_jax.training.compiled import check_run, compile_steps
 from moe_jax.training.load import CONFIG_FILE, TOKENIZER_FILE, LoadedRun, load_run, write_json
 from moe_jax.training.metric_writer import JsonlWriter, MetricWriter, MultiWriter, TensorBoardWriter
 from moe_jax.training.progress import TrainingProgress
+from moe_jax.training.protocol import protocol_of
 from moe_jax.training.results import TailMeans, count_params, table_columns, validation_summary, versions
 from moe_jax.training.router_trace import FOLDER, TraceWriter
 from moe_jax.training.step import TrainState
@@ -258,6 +259,7 @@ class Run:
       "objective": str(self.config.train.objective),
       "sees_later_tokens": sees_later_tokens(self.config.model),
       "schedule": to_plain(self.config.optimizer),
+      **protocol_of(self.config),
       "num_params": num_params,
       "num_active_params": num_active,
       "dataset": info.name,

@@ -5,13 +5,23 @@ Figures are made without pyplot: no display, no global state. matplotlib is impo
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 DPI = 150
 # Okabe and Ito's palette, safe for colour-blind readers, without its yellow, which white paper swallows.
 _COLOURS = ("#222222", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)))
-_MARKERS = ("o", "s", "^", "D")
+_DASHES = (
+  "-",
+  (0, (5, 1.5)),
+  (0, (1.2, 1.2)),
+  (0, (5, 1.5, 1.2, 1.5)),
+  (0, (2.5, 2.5)),
+  (0, (8, 1.5, 1.2, 1.5, 1.2, 1.5)),
+)
+_MARKERS = ("o", "s", "^", "D", "v", "P")
 _LABEL_LENGTH = 34  # longer arm names are cut in the middle in plots; tables have the whole name
 RC = {
   "font.size": 9.0,
@@ -37,7 +47,7 @@ class Plot:
 
 
 def style(index: int) -> dict[str, Any]:
-  """Colour, dashes and marker of the index-th arm; distinct for 28 arms."""
+  """Colour, dashes and marker of the index-th arm; distinct for 42 arms."""
   lap = index // len(_COLOURS)
   return {
     "color": _COLOURS[index % len(_COLOURS)],
@@ -65,3 +75,57 @@ def save(figure: Any, path: pathlib.Path, caption: str, wide: bool = False) -> P
   # No software version in the file: the same numbers give the same bytes.
   figure.savefig(path, bbox_inches="tight", pad_inches=0.08, metadata={"Software": None})
   return Plot(path, caption, wide)
+
+
+def set_scale(ax: Any, axis: str, values: np.ndarray, ratio: float) -> bool:
+  """Logarithmic if the finite values are positive and span more than `ratio`; symlog if some are not positive."""
+  from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+  values = values[np.isfinite(values)]
+  positive = values[values > 0]
+  if not positive.size or values.max() / positive.min() <= ratio:
+    return False
+  if positive.size == values.size:
+    getattr(ax, f"set_{axis}scale")("log")
+  else:
+    getattr(ax, f"set_{axis}scale")("symlog", linthresh=float(np.quantile(positive, 0.1)))
+  side = getattr(ax, f"{axis}axis")
+  side.set_major_locator(LogLocator(subs=(1, 2, 5))) if positive.size == values.size else None
+  side.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+  side.set_minor_formatter(NullFormatter())
+  return True
+
+
+def draw_yardsticks(ax: Any, yardsticks: Mapping[str, float], reach: float = 0.0, note: bool = True) -> None:
+  """Draws a horizontal line with its name for each byte model in view, and notes those above it.
+
+  Args:
+    ax: the axes, with everything else drawn.
+    yardsticks: "trigram" and so on -> bits per byte.
+    reach: how far the view may grow upwards to show a line, as a share of its height.
+    note: whether to name the byte models that are above the view.
+  """
+  low, high = ax.get_ylim()
+  near = [y for y in yardsticks.values() if high < y <= high + reach * (high - low)]
+  top = max(near, default=high)
+  ax.set_ylim(low, top + 0.04 * (top - low) if near else high)
+  low, high = ax.get_ylim()
+  for name, y in yardsticks.items():
+    if low <= y <= high:
+      ax.axhline(y, color="#777777", lw=0.9, ls=(0, (1, 1.5)), zorder=1)
+      ax.annotate(
+        f"byte {name}",
+        (0.99, y),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 1.5),
+        textcoords="offset points",
+        ha="right",
+        fontsize=7.5,
+        color="#666666",
+        zorder=4,
+      )
+  above = ", ".join(
+    f"byte {name} {y:.2f}" for name, y in sorted(yardsticks.items(), key=lambda x: x[1]) if y > high
+  )
+  if above and note:
+    ax.set_title(f"above: {above}", loc="right", fontsize=7.5, color="#666666")

@@ -12,10 +12,12 @@ from typing import Any
 import jinja2
 import markupsafe
 
-from moe_jax.comparison.report import canvas, plots, tables
-from moe_jax.comparison.report.markdown import write_markdown
+from moe_jax.comparison.differences import Difference, paired_differences
+from moe_jax.comparison.report import canvas, plots, tables, words
+from moe_jax.comparison.report.markdown import markdown_table
+from moe_jax.comparison.report.stored import ABOUT, DIFFERENCES, SUMMARY, Stored, about_of, write_stored
 from moe_jax.comparison.results import Result, load_config, load_metrics, lookup, warnings
-from moe_jax.comparison.statistics import Column, Difference, Row, paired_differences, summarise
+from moe_jax.comparison.statistics import Summary, summarise
 from moe_jax.errors import InputError
 
 # What the runs share, and where a result has it.
@@ -44,8 +46,9 @@ def write_report(
   question: str,
   command: str,
   notes: Sequence[str] = (),
+  varies: Sequence[str] = (),
 ) -> dict[str, pathlib.Path]:
-  """Writes summary.csv, differences.csv, summary.md, the plots and report.html into the run folder.
+  """Writes summary.csv, differences.csv, about.json, summary.md, the plots and report.html into the run folder.
 
   The training curves come from `arms/*/seed_*/metrics.jsonl` and the configuration from config.json, where
   they exist. The first arm of the results is the baseline of the differences.
@@ -57,9 +60,10 @@ def write_report(
     question: what the comparison asks, one sentence.
     command: what reproduces it.
     notes: sentences for the end of the page.
+    varies: keys of `PROTOCOL` that the question varies, so that arms may differ in them.
 
   Returns:
-    name -> path: "csv", "differences", "markdown", "html" and one per plot, e.g. "max_vio".
+    name -> path: "csv", "differences", "about", "markdown", "html" and one per plot, e.g. "max_vio".
 
   Raises:
     InputError: there is no result.
@@ -67,18 +71,13 @@ def write_report(
   run_dir = pathlib.Path(run_dir)
   if not results:
     raise InputError(f"{run_dir}: no finished arm to report; results are arms/<arm>/seed_<k>/result.json")
-  rows = summarise(results)
-  differences = paired_differences(results)
-  paths = {
-    "csv": run_dir / "summary.csv",
-    "differences": run_dir / "differences.csv",
-    "markdown": run_dir / "summary.md",
-    "html": run_dir / "report.html",
-  }
-  tables.write_csv(paths["csv"], rows)
-  tables.write_differences_csv(paths["differences"], differences, baseline=rows[0].arm)
-  write_markdown(paths["markdown"], rows, differences, command)
-  drawn = plots.write_plots(run_dir, results, rows, load_metrics(run_dir))
+  summary, differences = summarise(results), paired_differences(results, varies=varies)
+  stored = Stored(summary, differences, about_of(results, command, varies))
+  write_stored(run_dir, stored)
+  names = {"csv": SUMMARY, "differences": DIFFERENCES, "about": ABOUT, "markdown": "summary.md"}
+  paths = {name: run_dir / file for name, file in (names | {"html": "report.html"}).items()}
+  paths["markdown"].write_text(markdown_table(stored), encoding="utf-8")
+  drawn = plots.write_plots(run_dir, results, summary, differences, load_metrics(run_dir))
   paths |= {plot.path.stem: plot.path for plot in drawn}
   page = (
     _templates()
@@ -87,15 +86,12 @@ def write_report(
       title=title,
       question=question,
       command=command,
-      warnings=warnings(run_dir, results),
-      results=_results_table(rows),
+      warnings=warnings(run_dir, results, varies),
+      results=_results_table(summary),
       plots=[_picture(plot) for plot in drawn],
-      baseline=rows[0].arm,
-      differences=_with_columns(differences),
-      differences_caption=tables.differences_caption(
-        rows[0].arm, min((len(d.per_seed) for d in differences), default=0)
-      ),
-      layers=_layers_table(rows),
+      baseline=summary.rows[0].arm,
+      differences=_differences(differences, varies),
+      layers=_layers_table(summary),
       facts=_facts(results),
       config=_config_text(load_config(run_dir)),
       notes=notes,
@@ -123,29 +119,41 @@ def _breakable(arm: str) -> markupsafe.Markup:
   return markupsafe.Markup("<wbr>").join(re.split("(?<=[:,+=])", arm))
 
 
-def _results_table(rows: Sequence[Row]) -> dict[str, Any]:
-  columns = tables.shown_columns(rows)
-  same = len({len(row.seeds) for row in rows}) == 1  # then the caption says how many
-  lines = []
-  for row in rows:
-    cells = [] if same else [str(len(row.seeds))]
-    cells += [tables.format_stat(row.cells[c.key], c, len(row.seeds)) for c in columns]
-    lines.append((row.arm, cells))
-  titles = [*([] if same else [("Seeds", "")]), *((c.title, c.unit) for c in columns)]
-  return {"columns": titles, "rows": lines, "caption": tables.caption(rows)}
+def _results_table(summary: Summary) -> dict[str, Any]:
+  columns = tables.shown_columns(summary)
+  titles, rows = tables.cells_of(summary, columns)
+  units = [""] * (len(titles) - len(columns) - 1) + [column.unit for column in columns]
+  lines = [(row[0], row[1:]) for row in rows]
+  head = list(zip(titles[1:], units, strict=True))
+  return {"columns": head, "rows": lines, "caption": words.caption(summary, columns)}
 
 
-def _layers_table(rows: Sequence[Row]) -> dict[str, Any] | None:
-  most = max(len(row.max_vio_layers) for row in rows)
-  column = next((c for c in rows[0].columns if c.key == "max_vio"), None)
+def _layers_table(summary: Summary) -> dict[str, Any] | None:
+  most = max(len(row.max_vio_layers) for row in summary.rows)
+  column = next((c for c in summary.columns if c.key == "max_vio"), None)
   if not most or column is None:
     return None
   lines = []
-  for row in rows:
+  for row in summary.rows:
     cells = [tables.format_stat(s, column, len(row.seeds)) for s in row.max_vio_layers]
     lines.append((row.arm, cells + ["-"] * (most - len(cells))))
   caption = "MaxVio over the validation set of each layer with experts, counted from 0; ± as above."
   return {"columns": [(f"Layer {i}", "") for i in range(most)], "rows": lines, "caption": caption}
+
+
+def _differences(differences: Sequence[Difference], varies: Sequence[str]) -> dict[str, Any] | None:
+  """What the page says of differences: the judged ones by quantity, sentences, and all of them by arm."""
+  if not differences:
+    return None
+  row = lambda d: (d, d.column, tables.format_difference(d), tables.format_p(d.p_holm))
+  judged = words.judgements(differences)
+  sentences = [j.sentence for j in judged if j.sentence] + [words.not_comparable(differences)]
+  return {
+    "judged": [[row(d) for d in j.differences] for j in judged if j.differences],
+    "sentences": [sentence for sentence in sentences if sentence],
+    "caption": words.differences_caption(differences, varies),
+    "all": [row(d) for d in differences],
+  }
 
 
 def _picture(plot: canvas.Plot) -> dict[str, Any]:
@@ -153,10 +161,6 @@ def _picture(plot: canvas.Plot) -> dict[str, Any]:
   width, height = struct.unpack(">II", data[16:24])  # where PNG has them; the page then reserves the space
   encoded = base64.b64encode(data).decode("ascii")
   return {"caption": plot.caption, "wide": plot.wide, "base64": encoded, "width": width, "height": height}
-
-
-def _with_columns(differences: Sequence[Difference]) -> list[tuple[Difference, Column, str]]:
-  return [(d, d.column, tables.format_difference(d)) for d in differences]
 
 
 def _facts(results: Sequence[Result]) -> list[tuple[str, str]]:

@@ -1,32 +1,80 @@
-"""The table as Markdown, for pages: every arm with its differences to the first one and their verdicts."""
+"""The table as Markdown, for pages. Results of a run and files of an earlier one take the same path."""
 
-import os
-import pathlib
 from collections.abc import Sequence
 
-from moe_jax.comparison.report.tables import format_difference, format_stat, shown_columns
-from moe_jax.comparison.statistics import Difference, Row
+from moe_jax.comparison.report.stored import Stored
+from moe_jax.comparison.report.tables import cells_of, format_difference, shown_columns
+from moe_jax.comparison.report.words import (
+  Judgement,
+  caption,
+  differences_caption,
+  judgements,
+  not_comparable,
+)
+from moe_jax.comparison.statistics import Summary
+from moe_jax.errors import InputError
 
-LEFT_OUT = ("nll", "tokens_per_second")  # perplexity says the one, and the machine decides the other
-JUDGED = ("perplexity", "max_vio", "mutual_information")
-
-
-def write_markdown(
-  path: str | os.PathLike[str], rows: Sequence[Row], differences: Sequence[Difference], command: str
-) -> None:
-  """One line per arm: mean ± spread over seeds, then what the paired differences to the first arm resolve."""
-  columns = {column.key: column for column in shown_columns(rows) if column.key not in LEFT_OUT}
-  judged = {(d.arm, d.key): d for d in differences}
-  of_verdicts = [key for key in JUDGED if key in columns]
-  titles = [column.title for column in columns.values()]
-  titles += [f"{columns[key].title}: verdict" for key in of_verdicts]
-  lines = [f"`{command}`", "", f"| arm | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
-  for row in rows:
-    cells = [format_stat(row.cells[key], column, len(row.seeds)) for key, column in columns.items()]
-    cells += [_verdict(judged.get((row.arm, key))) for key in of_verdicts]
-    lines.append(f"| `{row.arm}` | {' | '.join(cells)} |")
-  pathlib.Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+_LEFT_OUT = ("nll", "tokens_per_second")  # perplexity says the one, and the caption the other
+_VERDICT = ":verdict"
 
 
-def _verdict(difference: Difference | None) -> str:
-  return "baseline" if difference is None else f"{format_difference(difference)}: {difference.verdict}"
+def markdown_table(stored: Stored, columns: Sequence[str] = ()) -> str:
+  """Returns the command, the table, one sentence per quantity in which nothing is resolved, and the caption.
+
+  Args:
+    stored: the table.
+    columns: which columns, in order: the key of a quantity for `mean ± spread`, or, for a judged one,
+      `key:verdict` for the difference from the first arm and its verdict. Empty: all.
+
+  Raises:
+    InputError: if the table has no such column.
+  """
+  summary, judged = stored.summary, {j.column.key: j for j in judgements(stored.differences)}
+  every = [c.key for c in shown_columns(summary) if c.key not in _LEFT_OUT]
+  columns = columns or [*every, *(f"{key}{_VERDICT}" for key in judged)]
+  known = {c.key: c for c in summary.columns}
+  for name in columns:
+    if (name.removesuffix(_VERDICT) not in judged) if name.endswith(_VERDICT) else (name not in known):
+      offered = ", ".join([*known, *(f"{key}{_VERDICT}" for key in judged)])
+      raise InputError(f"columns={name}: the table has no such column; its columns: {offered}")
+  shown = [known[name] for name in columns if name in known]
+  asked = [judged[name.removesuffix(_VERDICT)] for name in columns if name not in known]
+  kept = [name for name in columns if name in known or not judged[name.removesuffix(_VERDICT)].sentence]
+  titles, rows = _with_verdicts(summary, kept, judged)
+  lines = [f"`{stored.about['command']}`", "", _line(titles), "|---" * len(titles) + "|", *map(_line, rows)]
+  text = caption(summary, shown)
+  if asked:
+    said = [*(j.sentence for j in asked), not_comparable(stored.differences)]
+    lines += ["", " ".join(filter(None, said))] if any(said) else []
+    text += " " + differences_caption(stored.differences, stored.about.get("varies", ()))
+  return "\n".join([*lines, "", text.strip()]) + "\n"
+
+
+def _with_verdicts(
+  summary: Summary, names: Sequence[str], judged: dict[str, Judgement]
+) -> tuple[list[str], list[list[str]]]:
+  """Returns (titles, rows) with the named columns in their order."""
+  known = {c.key: c for c in summary.columns}
+  titles, rows = cells_of(summary, [known[name] for name in names if name in known])
+  lead = len(titles) - sum(name in known for name in names)
+  rows = [[f"`{row[0]}`" if i < len(summary.rows) else row[0], *row[1:]] for i, row in enumerate(rows)]
+  for place, name in enumerate(names, start=lead):
+    if name in known:
+      continue
+    judgement = judged[name.removesuffix(_VERDICT)]
+    titles.insert(place, f"{judgement.column.title}: difference")
+    of_arm = {d.arm: d for d in judgement.differences}
+    for i, row in enumerate(rows):
+      if i == 0:
+        cell = "baseline"
+      elif i >= len(summary.rows) or summary.rows[i].arm not in of_arm:
+        cell = ""
+      else:
+        d = of_arm[summary.rows[i].arm]
+        cell = "not comparable" if d.broken else f"{format_difference(d)}: {d.verdict}"
+      row.insert(place, cell)
+  return titles, rows
+
+
+def _line(cells: Sequence[str]) -> str:
+  return f"| {' | '.join(cell.replace('|', chr(92) + '|').replace(chr(10), ' ') for cell in cells)} |"

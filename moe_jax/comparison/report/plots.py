@@ -1,36 +1,43 @@
-"""The plots of a comparison as PNG files: curves over steps, and quality against balance."""
+"""The plots of a comparison as PNG files: curves over steps here, the others beside."""
 
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from moe_jax.comparison.report import canvas, heatmaps
-from moe_jax.comparison.results import Result, group_by_arm
-from moe_jax.comparison.statistics import Row, number
+from moe_jax.comparison.differences import Difference
+from moe_jax.comparison.report import canvas, heatmaps, pareto
+from moe_jax.comparison.results import Result
+from moe_jax.comparison.statistics import Row, Summary, number
 
 Metrics = Mapping[tuple[str, int], Sequence[Mapping[str, Any]]]
 
 
 def write_plots(
-  directory: pathlib.Path, results: Sequence[Result], rows: Sequence[Row], metrics: Metrics
+  directory: pathlib.Path,
+  results: Sequence[Result],
+  summary: Summary,
+  differences: Sequence[Difference],
+  metrics: Metrics,
 ) -> list[canvas.Plot]:
   """Writes every plot that the results have the numbers for.
 
   Args:
     directory: where the PNG files go.
     results: as from `load_results`.
-    rows: their summary.
+    summary: their summary.
+    differences: from the first arm.
     metrics: (arm, seed) -> lines of metrics.jsonl.
   """
   from matplotlib import rc_context
 
   with rc_context(canvas.RC):
     plots = [
-      _plot_max_vio(directory, rows, metrics),
-      _plot_perplexity(directory, results, rows),
-      _plot_loss(directory, rows, metrics),
+      _plot_max_vio(directory, summary.rows, metrics),
+      pareto.plot_quality(directory, results, summary, differences),
+      _plot_loss(directory, results, summary, metrics),
       heatmaps.plot_load(directory, results),
       heatmaps.plot_domains(directory, results),
     ]
@@ -113,25 +120,6 @@ def _seeds_words(rows: Sequence[Row]) -> str:
   return "Line: mean over seeds; band: lowest to highest seed."
 
 
-def _set_scale(ax: Any, axis: str, values: np.ndarray, ratio: float) -> bool:
-  """Logarithmic if the finite values are positive and span more than `ratio`; symlog if some are not positive."""
-  from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-  values = values[np.isfinite(values)]
-  positive = values[values > 0]
-  if not positive.size or values.max() / positive.min() <= ratio:
-    return False
-  if positive.size == values.size:
-    getattr(ax, f"set_{axis}scale")("log")
-  else:
-    getattr(ax, f"set_{axis}scale")("symlog", linthresh=float(np.quantile(positive, 0.1)))
-  side = getattr(ax, f"{axis}axis")
-  side.set_major_locator(LogLocator(subs=(1, 2, 5))) if positive.size == values.size else None
-  side.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-  side.set_minor_formatter(NullFormatter())
-  return True
-
-
 def _all_values(curves: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
   return np.concatenate([values.ravel() for _, values in curves.values()])
 
@@ -144,7 +132,7 @@ def _plot_max_vio(directory: pathlib.Path, rows: Sequence[Row], metrics: Metrics
   figure = canvas.figure(6.2, max(3.4, 0.15 * len(arms)))
   ax = figure.subplots()
   _draw_curves(ax, curves)
-  if not _set_scale(ax, "y", _all_values(curves), ratio=8):
+  if not canvas.set_scale(ax, "y", _all_values(curves), ratio=8):
     ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
   ax.set_xlabel("training step")
   ax.set_ylabel("MaxVio per batch, mean over layers")
@@ -154,11 +142,24 @@ def _plot_max_vio(directory: pathlib.Path, rows: Sequence[Row], metrics: Metrics
   return canvas.save(figure, directory / "max_vio.png", text + _seeds_words(rows))
 
 
-def _plot_loss(directory: pathlib.Path, rows: Sequence[Row], metrics: Metrics) -> canvas.Plot | None:
-  arms = [row.arm for row in rows]
+def _bits_per_byte(results: Sequence[Result], arms: Sequence[str]) -> list[float] | None:
+  """What a loss in nats per token of each arm is multiplied with; None if bytes are not known for all."""
+  sizes = {str(r["arm"]): r.get("bytes_per_token") for r in results}
+  if any(not sizes[arm] for arm in arms):
+    return None
+  return [1 / (math.log(2) * sizes[arm]) for arm in arms]
+
+
+def _plot_loss(
+  directory: pathlib.Path, results: Sequence[Result], summary: Summary, metrics: Metrics
+) -> canvas.Plot | None:
+  arms = [row.arm for row in summary.rows]
   curves = _curves(metrics, arms, "loss")
   if not curves:
     return None
+  factors = _bits_per_byte(results, arms)
+  if factors:
+    curves = {i: (steps, values * factors[i]) for i, (steps, values) in curves.items()}
   figure = canvas.figure(8.6, max(3.2, 0.15 * len(arms)))
   whole, end = figure.subplots(1, 2, gridspec_kw={"wspace": 0.2})
   _draw_curves(whole, curves)
@@ -171,44 +172,10 @@ def _plot_loss(directory: pathlib.Path, rows: Sequence[Row], metrics: Metrics) -
   for ax in (whole, end):
     ax.set_xlabel("training step")
     ax.margins(x=0.01)
-  whole.set_ylabel("training loss, nats/token")
+  whole.set_ylabel(f"training loss, {'bits per byte' if factors else 'nats/token'}")
+  if factors:
+    for ax in (whole, end):
+      canvas.draw_yardsticks(ax, summary.yardsticks, note=False)
   _label_ends(end, tails, arms)
   text = "Training loss of each logged batch; at right the last third of training on its own scale. "
-  return canvas.save(figure, directory / "loss.png", text + _seeds_words(rows), wide=True)
-
-
-def _plot_perplexity(
-  directory: pathlib.Path, results: Sequence[Result], rows: Sequence[Row]
-) -> canvas.Plot | None:
-  get = {column.key: column.value for row in rows[:1] for column in row.columns}
-  if "max_vio" not in get:
-    return None
-  points = {}
-  for index, of_arm in enumerate(group_by_arm(results).values()):
-    pairs = [(get["max_vio"](r), get["perplexity"](r)) for r in of_arm]
-    pairs = [p for p in pairs if None not in p and np.isfinite(p).all()]
-    if pairs:
-      points[index] = np.array(pairs)
-  if not points:
-    return None
-  figure = canvas.figure(5.0, max(3.6, 0.19 * len(rows)))
-  ax = figure.subplots()
-  for index, xy in points.items():
-    look = canvas.style(index)
-    mean, several = xy.mean(axis=0), len(xy) > 1
-    spread = xy.std(axis=0, ddof=1) if several else (None, None)
-    if several:
-      ax.scatter(*xy.T, s=13, color=look["color"], marker=look["marker"], alpha=0.4, lw=0, zorder=2)
-    ax.errorbar(*mean, xerr=spread[0], yerr=spread[1], color=look["color"], marker=look["marker"], ms=6, mec="white",
-                mew=0.7, elinewidth=1.0, capsize=2.5, ls="", label=canvas.shorten(rows[index].arm), zorder=3)  # fmt: skip
-  everything = np.concatenate(list(points.values()))
-  if not _set_scale(ax, "x", everything[:, 0], ratio=8):
-    ax.margins(x=0.08)
-  _set_scale(ax, "y", everything[:, 1], ratio=8)
-  ax.set_xlabel("MaxVio over the validation set, mean over layers")
-  ax.set_ylabel("validation perplexity per token")
-  ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.02), borderaxespad=0.0, handletextpad=0.4, fontsize=8)
-  caption = "Quality against balance: down is a better model, left a better balance. "
-  if any(len(xy) > 1 for xy in points.values()):
-    caption += "Small: one seed each; large: mean with sample standard deviation over seeds."
-  return canvas.save(figure, directory / "perplexity_vs_max_vio.png", caption)
+  return canvas.save(figure, directory / "loss.png", text + _seeds_words(summary.rows), wide=True)

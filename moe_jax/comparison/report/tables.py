@@ -1,27 +1,21 @@
-"""The same numbers as text: cells, a terminal table, CSV."""
+"""The same numbers as text: cells, and the tables of the terminal."""
 
-import csv
 import math
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from moe_jax.comparison.statistics import (
-  MIN_SEEDS_FOR_VERDICT,
-  Column,
-  Difference,
-  Row,
-  Stat,
-  chance_of_verdict,
+from moe_jax.comparison.differences import Difference
+from moe_jax.comparison.report.words import (
+  caption,
+  differences_caption,
+  judgements,
+  not_comparable,
+  shown_yardsticks,
 )
+from moe_jax.comparison.statistics import Column, Stat, Summary
 
 _GAP = 1  # spaces between columns of the terminal table, beside the box's own
-MAX_VIO_MEANS = (
-  "MaxVio = max(load)/mean(load) - 1 over experts, signed, mean over layers; 0 = balanced, E/K - 1 = every token "
-  "goes to the same K of E experts. Global: load counted over the whole validation set. Batch: per training batch, "
-  "mean over the tail of training."
-)
 
 
 def format_number(x: float, spec: str, sign: bool = False) -> str:
@@ -41,77 +35,86 @@ def format_stat(stat: Stat | None, column: Column, num_seeds: int) -> str:
   return text if stat.num == num_seeds else f"{text} (n={stat.num})"
 
 
-def shown_columns(rows: Sequence[Row]) -> list[Column]:
-  """All columns, except the excess over a floor that no arm knows."""
-  return [
-    c for c in rows[0].columns if c.key != "excess_nll" or any(r.cells[c.key] is not None for r in rows)
-  ]
+def shown_columns(summary: Summary) -> list[Column]:
+  """Returns all columns, except the excess over a floor that no arm knows."""
+  known = lambda column: any(row.cells[column.key] is not None for row in summary.rows)
+  return [column for column in summary.columns if column.key != "excess_nll" or known(column)]
 
 
-def caption(rows: Sequence[Row]) -> str:
-  """What ± is, over how many seeds, and what the columns mean."""
-  counts = sorted({len(row.seeds) for row in rows})
-  if counts == [1]:
-    spread = "One seed per arm, so there is no spread: differences may be chance."
-  else:
-    n = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    spread = f"Mean ± sample standard deviation over {n} seeds."
-  return (
-    f"{spread} {MAX_VIO_MEANS} Dropped: share of (token, expert) assignments over capacity, of which validation "
-    "and training have their own. Load entropy: 1 = balanced. Mutual information: between expert and domain."
-  )
+def cells_of(summary: Summary, columns: Sequence[Column]) -> tuple[list[str], list[list[str]]]:
+  """Returns (titles, rows) as text: arms, then yardsticks, each with its name first.
 
-
-def differences_caption(baseline: str, num_seeds: int) -> str:
-  """How to read the paired differences from `baseline` over `num_seeds` shared seeds."""
-  text = f"Arm minus {baseline}, paired by seed: mean ± standard error of the mean. "
-  if num_seeds < MIN_SEEDS_FOR_VERDICT:
-    return text + f"A verdict needs at least {MIN_SEEDS_FOR_VERDICT} shared seeds."
-  return text + (
-    "A verdict is given where |mean| > 2 standard errors. Where there is no difference, chance alone passes this in "
-    f"{chance_of_verdict(num_seeds):.0%} of cells at {num_seeds} seeds: read single cells with care, most of all in "
-    "a large table."
-  )
+  A column "Seeds" comes second, unless all arms have equally many; then the caption says how many.
+  """
+  counts = {len(row.seeds) for row in summary.rows}
+  titles = ["Arm", *(["Seeds"] if len(counts) > 1 else []), *(column.title for column in columns)]
+  rows = []
+  for row in summary.rows:
+    num = len(row.seeds)
+    cells = [format_stat(row.cells[column.key], column, num) for column in columns]
+    rows.append([row.arm, *([str(num)] if len(counts) > 1 else []), *cells])
+  for name, bits in shown_yardsticks(summary, columns).items():
+    cells = [format_number(bits, c.format) if c.key == "bits_per_byte" else "" for c in columns]
+    rows.append([f"byte {name}", *([""] if len(counts) > 1 else []), *cells])
+  return titles, rows
 
 
 def format_difference(difference: Difference) -> str:
-  form = difference.column.format
-  text = format_number(difference.mean, form, sign=True)
-  if difference.standard_error is not None:
-    text += f" ± {format_number(difference.standard_error, form)}"
-  return text
+  """Returns `mean [low, high]`, or `mean` if there is no interval."""
+  signed = lambda x: format_number(x, difference.column.format, sign=True)
+  if difference.interval is None:
+    return signed(difference.mean)
+  low, high = map(signed, difference.interval)
+  return f"{signed(difference.mean)} [{low}, {high}]"
 
 
-def print_table(rows: Sequence[Row], console: Any = None) -> None:
+def format_p(p: float | None) -> str:
+  """Returns a corrected p-value with two digits; `-` if there is none."""
+  if p is None:
+    return "-"
+  return "< 0.0001" if p < 1e-4 else f"{p:.2g}"
+
+
+def print_table(summary: Summary, console: Any = None) -> None:
   """Prints the table and its caption. Columns that do not fit the width go to further blocks with the arms again.
 
   Args:
-    rows: as from `summarise`.
+    summary: as from `summarise`.
     console: a rich Console; None: standard output, 80 columns wide when it is not a terminal.
   """
-  columns = shown_columns(rows)
-  header = ["Arm", "Seeds", *(c.title for c in columns)]
-  cells = [
-    [r.arm, str(len(r.seeds)), *(format_stat(r.cells[c.key], c, len(r.seeds)) for c in columns)] for r in rows
-  ]
-  if len({len(r.seeds) for r in rows}) == 1:  # then the caption says how many
-    header, cells = header[:1] + header[2:], [line[:1] + line[2:] for line in cells]
+  columns = shown_columns(summary)
   console = console or _standard_output()
-  _print_blocks(header, cells, console)
-  console.print(_text(caption(rows), console), style="dim")
+  _print_blocks(*cells_of(summary, columns), console)
+  console.print(_text(caption(summary, columns), console), style="dim")
 
 
-def print_differences(differences: Sequence[Difference], baseline: str, console: Any = None) -> None:
-  """Prints quantity, difference and verdict, a block per arm, and how to read them."""
+def print_differences(
+  differences: Sequence[Difference], console: Any = None, varies: Sequence[str] = ()
+) -> None:
+  """Prints what is resolved: a block per judged quantity, or one sentence, and how to read them.
+
+  Args:
+    differences: as from `paired_differences`.
+    console: as in `print_table`.
+    varies: as given to `paired_differences`.
+  """
   if not differences:
     return
   console = console or _standard_output()
-  for arm in dict.fromkeys(d.arm for d in differences):
-    console.print(_text(f"{arm} minus {baseline}", console), style="bold")
-    cells = [[d.column.title, format_difference(d), d.verdict] for d in differences if d.arm == arm]
-    _print_blocks(["Quantity", "Difference", "Verdict"], cells, console)
-  seeds = min(len(d.per_seed) for d in differences)
-  console.print(_text(differences_caption(baseline, seeds), console), style="dim")
+  for judgement in judgements(differences):
+    if judgement.sentence:
+      console.print(_text(judgement.sentence, console))
+      continue
+    title = f"{judgement.column.title}: difference from {differences[0].baseline}"
+    console.print(_text(title, console), style="bold")
+    cells = [
+      [d.arm, format_difference(d), format_p(d.p_holm), "not comparable" if d.broken else d.verdict]
+      for d in judgement.differences
+    ]
+    _print_blocks(["Arm", "Difference", "p", "Verdict"], cells, console)
+  if not_comparable(differences):
+    console.print(_text(not_comparable(differences), console))
+  console.print(_text(differences_caption(differences, varies), console), style="dim")
 
 
 def _standard_output() -> Any:
@@ -146,7 +149,8 @@ def _print_blocks(header: list[str], cells: list[list[str]], console: Any) -> No
     for i in block:
       table.add_column(titles[i], justify="right", no_wrap=True)
     for row in texts:
-      table.add_row(*(row[i] for i in (0, *block)))
+      if any(row[i].plain for i in block):  # a yardstick has one cell
+        table.add_row(*(row[i] for i in (0, *block)))
     console.print(table)
     console.print()
 
@@ -162,63 +166,3 @@ def _blocks(widths: list[int], width: int, first: int) -> list[list[int]]:
     blocks[-1].append(i)
     used += between + cell
   return blocks
-
-
-def write_csv(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
-  """One line per arm: `arm`, `num_seeds`, then `<key>_mean`, `<key>_std` and `<key>_n` per column, at full precision.
-
-  Unknown values are empty. `max_vio_lowest_layer` and `_highest_layer` are over layers.
-  """
-  columns = rows[0].columns if rows else ()
-  names = ["arm", "num_seeds"]
-  names += [f"{c.key}_{part}" for c in columns for part in ("mean", "std", "n")]
-  names += ["max_vio_lowest_layer", "max_vio_highest_layer"]
-  with open(path, "w", encoding="utf-8", newline="") as file:
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(names)
-    for row in rows:
-      line: list[Any] = [row.arm, len(row.seeds)]
-      for column in columns:
-        cell = row.cells[column.key]
-        line += (
-          ["", "", 0] if cell is None else [cell.mean, "" if cell.spread is None else cell.spread, cell.num]
-        )
-      writer.writerow(line + list(row.max_vio_range or ("", "")))
-
-
-def write_differences_csv(
-  path: str | os.PathLike[str], differences: Sequence[Difference], baseline: str
-) -> None:
-  """One line per arm and quantity, at full precision: what an interval or a correction over the table needs.
-
-  `low` and `high` bound the 95% interval of the mean, `p_value` is the uncorrected one of the paired t test; both
-  are empty with fewer than two shared seeds. `seed_<k>` is the arm minus the baseline at seed k.
-  """
-  seeds = sorted({seed for difference in differences for seed in difference.per_seed})
-  names = (
-    "arm",
-    "baseline",
-    "quantity",
-    "num_seeds",
-    "mean",
-    "standard_error",
-    "degrees_of_freedom",
-    "p_value",
-  )
-  names = (*names, "low", "high", "verdict", *(f"seed_{seed}" for seed in seeds))
-  with open(path, "w", encoding="utf-8", newline="") as file:
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(names)
-    for d in differences:
-      line = [
-        d.arm,
-        baseline,
-        d.key,
-        len(d.per_seed),
-        d.mean,
-        d.standard_error,
-        d.degrees_of_freedom,
-        d.p_value,
-      ]
-      line += [*(d.interval or (None, None)), d.verdict, *(d.per_seed.get(seed) for seed in seeds)]
-      writer.writerow(line)  # None is written as nothing

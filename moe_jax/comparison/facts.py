@@ -1,0 +1,98 @@
+"""What the caption of a table says about its runs: model, length, size, speed, hardware."""
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from moe_jax.comparison.results import Result, lookup
+
+
+def facts_of(results: Sequence[Result]) -> dict[str, Any]:
+  """Returns what the results say about their runs, as JSON values. A fact that no result has is left out.
+
+  Each fact is a list of its different values, sorted; `tokens_per_second` is one number, the median over runs.
+  """
+  known = {
+    "dataset": _different(r.get("dataset") for r in results),
+    "num_steps": _different(r.get("num_steps") for r in results),
+    "tokens": _different(_tokens(r) for r in results),
+    "bytes": _different(_bytes(r) for r in results),
+    "num_params": _different(r.get("num_params") for r in results),
+    "num_active_params": _different(r.get("num_active_params") for r in results),
+    "hardware": _different(_hardware(r) for r in results),
+    "seeds": _different(r["seed"] for r in results),
+  }
+  for name in ("num_layers", "model_dim", "num_experts", "num_experts_per_token", "expert_dim"):
+    values = [lookup(r, "model", name) for r in results]
+    known[name] = _different(x for value in values for x in (value if isinstance(value, list) else [value]))
+  speeds = [lookup(r, "training", "tokens_per_second") for r in results]
+  speeds = [speed for speed in speeds if isinstance(speed, int | float) and math.isfinite(speed)]
+  found: dict[str, Any] = {name: values for name, values in known.items() if values}
+  return found | ({"tokens_per_second": statistics.median(speeds)} if speeds else {})
+
+
+def facts_sentence(facts: dict[str, Any]) -> str:
+  """Returns the facts in words; empty if none is known."""
+  parts = [
+    f"{', '.join(facts['dataset'])} text" if "dataset" in facts else "",
+    _model(facts),
+    _count(facts, "num_params", "parameters", _counted(facts, "num_active_params", " ({} active)")),
+    _count(facts, "num_steps", "steps"),
+    _count(facts, "tokens", "tokens", _counted(facts, "bytes", " ({} bytes)")),
+    f"median {facts['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in facts else "",
+    f"on {', '.join(facts['hardware'])}" if "hardware" in facts else "",
+  ]
+  text = "; ".join(part for part in parts if part)
+  return text.replace("tokens/s; on ", "tokens/s on ") + ("." if text else "")
+
+
+def _model(facts: dict[str, Any]) -> str:
+  words = ""
+  if "num_layers" in facts and "model_dim" in facts:
+    words = f"{_range(facts['num_layers'])} layers of width {_range(facts['model_dim'])}"
+  letters = {"num_experts": "E", "num_experts_per_token": "K", "expert_dim": "F"}
+  sizes = [f"{letter} = {_range(facts[name])}" for name, letter in letters.items() if name in facts]
+  return ", ".join([words, *sizes] if words else sizes)
+
+
+def _count(facts: dict[str, Any], name: str, unit: str, more: str = "") -> str:
+  return f"{_range(facts[name])} {unit}{more}" if name in facts else ""
+
+
+def _counted(facts: dict[str, Any], name: str, form: str) -> str:
+  return form.format(_range(facts[name])) if name in facts else ""
+
+
+def _range(values: Sequence[float]) -> str:
+  """`3`, or `3 to 5`; from 100,000 on in millions with three digits."""
+  texts = dict.fromkeys(_short(value) for value in (min(values), max(values)))
+  return " to ".join(texts)
+
+
+def _short(value: float) -> str:
+  if value < 1e5:
+    return f"{value:,.0f}"
+  scale, letter = next((s, x) for s, x in ((1e9, "B"), (1e6, "M"), (1.0, "")) if value >= s or s == 1.0)
+  return f"{value / scale:.3g}{letter}" if letter else f"{value:,.0f}"
+
+
+def _different(values: Iterable[Any]) -> list[Any]:
+  return sorted({value for value in values if value is not None})
+
+
+def _tokens(result: Result) -> int | None:
+  steps, per_step = result.get("num_steps"), result.get("tokens_per_step")
+  return None if steps is None or per_step is None else steps * per_step
+
+
+def _bytes(result: Result) -> int | None:
+  tokens, per_token = _tokens(result), result.get("bytes_per_token")
+  return None if tokens is None or per_token is None else round(tokens * per_token)
+
+
+def _hardware(result: Result) -> str | None:
+  device, cores = result.get("device"), result.get("cpu_cores")
+  if device is None:
+    return None
+  return f"{device}, {cores} CPU cores" if cores else str(device)

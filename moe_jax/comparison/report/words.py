@@ -1,0 +1,127 @@
+"""What a table says in words: its caption, its verdicts, and sentences where there is nothing to show."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from moe_jax.comparison.differences import (
+  LEVEL,
+  MIN_SEEDS_FOR_VERDICT,
+  POWER,
+  Difference,
+  family_of,
+  smallest_resolvable,
+)
+from moe_jax.comparison.facts import facts_sentence
+from moe_jax.comparison.results import PROTOCOL
+from moe_jax.comparison.statistics import Column, Summary
+
+# What columns mean, for those whose titles do not say it.
+_MEANINGS = {
+  "bits_per_byte": "Bits per byte: of the validation text.",
+  "max_vio": "MaxVio = max(load)/mean(load) - 1 over the experts of a layer, mean over layers; 0 = balanced, E/K - 1 = "
+  "every token goes to the same K of E experts. Global: load counted over the whole validation set.",
+  "max_vio_training": "MaxVio batch: per training batch, mean over the tail of training.",
+  "dropped_fraction": "Dropped: share of (token, expert) assignments over capacity.",
+  "load_entropy": "Load entropy: 1 = balanced.",
+  "mutual_information": "Mutual information: between expert and domain.",
+}
+
+
+def caption(summary: Summary, columns: Sequence[Column]) -> str:
+  """Returns what was run, what ± is, and what the columns mean."""
+  counts = sorted({len(row.seeds) for row in summary.rows})
+  if counts == [1]:
+    spread = "One seed per arm, so there is no spread: differences may be chance."
+  else:
+    n = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    spread = f"Mean ± sample standard deviation over {n} seeds."
+  sentences = [facts_sentence(summary.facts), spread]
+  sentences += [_MEANINGS[column.key] for column in columns if column.key in _MEANINGS]
+  if shown_yardsticks(summary, columns):
+    names = ", ".join(summary.yardsticks)
+    sentences.append(f"Yardsticks ({names}): smoothed byte models counted on the training text.")
+  return " ".join(sentence for sentence in sentences if sentence)
+
+
+def shown_yardsticks(summary: Summary, columns: Sequence[Column]) -> dict[str, float]:
+  """Returns the yardsticks if their column is among `columns`."""
+  return summary.yardsticks if any(column.key == "bits_per_byte" for column in columns) else {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+  """What the table says about one judged quantity: cells, or one sentence where nothing is resolved."""
+
+  column: Column
+  differences: tuple[Difference, ...]  # one per arm; empty where the sentence says all
+  sentence: str
+
+
+def judgements(differences: Sequence[Difference]) -> list[Judgement]:
+  """Returns one per judged quantity that the arms and the baseline have."""
+  columns = {d.key: d.column for d in differences if d.column.judged}
+  return [_judgement(differences, column) for column in columns.values()]
+
+
+def _judgement(differences: Sequence[Difference], column: Column) -> Judgement:
+  cells = tuple(d for d in differences if d.key == column.key)
+  if any(d.resolved for d in cells):
+    return Judgement(column, cells, "")
+  quantity, tested = in_sentence(column), family_of(cells)
+  if tested:
+    least = smallest_resolvable(differences, column.key)
+    seeds = min(len(d.per_seed) for d in tested)
+    arms = f"{len(tested)} arm{'s' if len(tested) > 1 else ''} against {tested[0].baseline}"
+    could = "" if least is None else f"; a difference of {two_digits(least)} would have been"
+    return Judgement(column, (), f"No difference in {quantity} is resolved ({arms}, {seeds} seeds{could}).")
+  if any(not d.broken for d in cells):
+    why = f"an arm needs at least {MIN_SEEDS_FOR_VERDICT} seeds that the baseline has"
+  else:
+    why = "no arm is comparable with the baseline"
+  return Judgement(column, (), f"Differences in {quantity} have no verdict: {why}.")
+
+
+def not_comparable(differences: Sequence[Difference]) -> str:
+  """Returns a sentence that lists the arms without verdicts, with the reasons; empty if there are none."""
+  reasons = {d.arm: d.broken for d in differences if d.broken}
+  if not reasons:
+    return ""
+  arms = ", ".join(f"{arm} ({reason})" for arm, reason in reasons.items())
+  return f"Not comparable with {differences[0].baseline}, so without a verdict: {arms}."
+
+
+def differences_caption(differences: Sequence[Difference], varies: Sequence[str] = ()) -> str:
+  """Returns how to read the differences, and what this table could have resolved."""
+  if not differences:
+    return ""
+  text = (
+    f"Differences: arm minus {differences[0].baseline}, paired by seed, with the {1 - LEVEL:.0%} interval of "
+  )
+  text += "each cell alone by Student's t."
+  family = family_of(differences)
+  if family:
+    text += (
+      f" A verdict needs p < {LEVEL:g} in the paired t test after Holm's correction over the {len(family)} "
+    )
+    text += f"judged cell{'s' if len(family) > 1 else ''}."
+  columns = {d.key: d.column for d in family}
+  least = {key: smallest_resolvable(differences, key) for key in columns}
+  could = [f"{two_digits(x)} in {in_sentence(columns[key])}" for key, x in least.items() if x is not None]
+  if could:
+    text += f" True differences that it would resolve with {POWER:.0%} power: {', '.join(could)}."
+  if varies:
+    text += f" By design, arms differ in: {', '.join(PROTOCOL[key] for key in varies)}."
+  return text
+
+
+def in_sentence(column: Column) -> str:
+  """Returns the title as it is written within a sentence."""
+  return re.sub(r"^[A-Z](?=[a-z]+\b)", lambda first: first[0].lower(), column.title)
+
+
+def two_digits(x: float) -> str:
+  """Returns a positive number with two significant digits, without an exponent."""
+  return np.format_float_positional(x, precision=2, fractional=False, trim="-")

@@ -1,0 +1,88 @@
+"""What a result says of its model, so that tables can tell which runs may be compared (docs/fair_comparison.md)."""
+
+import os
+from typing import Any
+
+import jax
+from flax import nnx
+
+from moe_jax.config import BlockConfig, Config, ModelConfig, Segment
+from moe_jax.nn.build import different_blocks, make_blocks
+from moe_jax.nn.ffn import MLP, SoftMoE
+from moe_jax.nn.moe import MoE
+from moe_jax.ops.dispatch import expert_capacity
+
+
+def protocol_of(config: Config) -> dict[str, Any]:
+  """Returns the part of a result that depends on the resolved configuration alone.
+
+  active_width: the hidden width that a token meets in a feed-forward part: K * F of the routed experts, and that
+    of shared experts and parallel parts. K is the maximum if a router chooses how many. For Soft MoE, F * slots of
+    all experts / tokens of a sequence. A list if blocks differ; None if no part is known.
+  slots: what bounds the tokens of an expert, e.g. "capacity 1.25/2 per group of 128" (training/evaluation), or
+    "dropless" if nothing does.
+  inputs: what routers read beside hidden states and token ids, which a language model does not know when it
+    generates: "domain", or "".
+  model: sizes for captions.
+  cpu_cores: of this machine.
+  """
+  length = config.data.sequence_length
+  parts = {block: _parts(config.model, block) for block in different_blocks(config.model)}
+  layers = {block: part for block, found in parts.items() for part in found if isinstance(part, MoE)}
+  with_experts = [b for b, found in parts.items() if any(isinstance(p, MoE | SoftMoE) for p in found)]
+  widths = sorted({_active_width(block, found, length) for block, found in parts.items()} - {0})
+  slots = sorted({_slots(block, layer, length) for block, layer in layers.items()})
+  sizes = ("num_experts", "num_experts_per_token", "expert_dim")
+  return {
+    "active_width": (widths[0] if len(widths) == 1 else widths) or None,
+    "slots": "; ".join(slots) or "dropless",
+    "inputs": "domain" if any(layer.router.num_tasks for layer in layers.values()) else "",
+    "model": {
+      "num_layers": sum(len(segment.pattern) * segment.repeats for segment in config.model.blocks),
+      "model_dim": config.model.model_dim,
+      **{name: sorted({getattr(block.moe, name) for block in with_experts}) for name in sizes},
+    },
+    "cpu_cores": os.cpu_count(),
+  }
+
+
+def _parts(config: ModelConfig, block: BlockConfig) -> list[nnx.Module]:
+  """Returns the modules of the feed-forward part of a block, with their true sizes and without arrays."""
+  found: list[nnx.Module] = []
+
+  def build() -> None:
+    (made,) = make_blocks(config, Segment((block,)), nnx.Rngs(0))
+    found.extend(module for _, module in nnx.iter_modules(made.ffn))
+
+  jax.eval_shape(build)  # a trace: nothing is computed
+  return found
+
+
+def _active_width(block: BlockConfig, parts: list[nnx.Module], length: int) -> int | float:
+  width = 0
+  for part in parts:
+    if isinstance(part, MoE):
+      width += part.num_experts_per_token * block.moe.expert_dim
+    elif isinstance(part, SoftMoE):
+      _, num_experts, slots = part.w_slots_DEC.shape
+      width += num_experts * slots * block.moe.expert_dim / length
+    elif isinstance(part, MLP):
+      width += part.w_up_DF.shape[-1]
+  return int(width) if width == int(width) else width
+
+
+def _slots(block: BlockConfig, layer: MoE, length: int) -> str:
+  if layer.dispatcher.never_drops:
+    return "dropless"
+  group, k = layer.tokens_per_group(length), layer.num_experts_per_token
+  factors = layer.capacity_factor, layer.eval_capacity_factor
+  options = dict(block.moe.dispatcher.options)
+  buffer = options.get("buffer_factor", 0)
+  scope = options.get("capacity", "none" if buffer else "group")
+  bounds = []
+  if scope != "none" and min(expert_capacity(group, k, f, layer.num_experts) for f in factors) < group:
+    shared = "" if scope == "group" else f" ({scope})"
+    bounds.append(f"capacity {factors[0]:g}/{factors[1]:g} per group of {group}{shared}")
+  if buffer:
+    bounds.append(f"device buffers of {buffer:g}")
+  return ", ".join(bounds) or "dropless"  # also where an expert has a slot for every token

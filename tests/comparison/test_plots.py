@@ -1,0 +1,109 @@
+"""The pictures show every arm, and are the same for the same numbers."""
+
+import base64
+import io
+import json
+import math
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from moe_jax.comparison import report
+from moe_jax.comparison.report import canvas, pareto, plots
+from tests.comparison.made_results import Page, make_result, write, write_run
+
+
+def test_every_picture_shows_every_arm_and_is_reproducible(tmp_path):
+  all_results = [make_result(arm, seed, nll=1.0 + seed) for arm in ("none", "b") for seed in range(2)]
+  for r in all_results:  # or one arm's curves would hide the other's
+    r["validation"]["max_vio"] = [1.0, 2.0 + r["seed"] + 3 * (r["arm"] == "b")]
+  write_run(tmp_path, all_results)
+  for i, path in enumerate(sorted(tmp_path.glob("arms/*/*/metrics.jsonl"))):
+    lines = [{"step": s, "loss": 3.0 - s / (9 + i), "max_vio": [1.0 + i, s / 20]} for s in (10, 20, 30)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  paths = write(tmp_path, all_results)
+  names = ["max_vio", "quality_vs_max_vio", "loss", "load_heatmap", "domain_heatmap"]
+  assert list(paths) == ["csv", "differences", "about", "markdown", "html", *names]
+  first = {name: paths[name].read_bytes() for name in names}
+  images = Page(paths["html"].read_text()).images
+  assert [base64.b64decode(i["src"].partition(",")[2]) for i in images] == list(first.values())
+  for (name, data), attributes in zip(first.items(), images, strict=True):
+    pixels = np.rint(255 * matplotlib.image.imread(io.BytesIO(data))[..., :3]).astype(int)
+    height, width = pixels.shape[:2]
+    assert (attributes["width"], attributes["height"]) == (str(width), str(height))
+    assert 500 < width < 2000 and 250 < height < 1000
+    # Colour bars, legends and the names of curves are at the right.
+    seen = pixels if "quality" in name else pixels[:, : width // 2]
+    colours, areas = np.unique(seen.reshape(-1, 3), axis=0, return_counts=True)
+    if "heatmap" in name:
+      assert (areas > 2000).sum() >= 6  # shades of the first arm's two rows of four experts, and paper
+    else:
+      for arm in range(2):
+        style = canvas.style(arm)["color"]
+        is_arms = (colours == [int(style[i : i + 2], 16) for i in (1, 3, 5)]).all(axis=1)
+        assert areas[is_arms].sum() > 50, (name, arm)  # letters have few pixels of any one grey
+  write(tmp_path, all_results)
+  assert {name: paths[name].read_bytes() for name in names} == first
+
+
+def test_curves_average_layers_and_keep_shared_steps():
+  metrics = {
+    ("a", 0): [{"step": 1, "x": [1.0, 3.0]}, {"step": 2, "x": [2.0, 2.0]}, {"step": 3, "eval_x": 0.0}],
+    ("a", 1): [{"step": 2, "x": [4.0, 4.0]}, {"step": 3, "x": [5.0, 5.0]}],
+    ("b", 0): [{"step": 1, "x": 7.0}, {"step": 2, "x": None}],
+  }
+  curves = plots._curves(metrics, ["a", "b", "c"], "x")
+  assert sorted(curves) == [0, 1]
+  np.testing.assert_array_equal(curves[0][0], [2])
+  np.testing.assert_array_equal(curves[0][1], [[2.0], [4.0]])
+  np.testing.assert_array_equal(curves[1][1], [[7.0]])
+
+
+def test_numbers_of_points_do_not_overlap():
+  """40 arms of which 30 share a place, as methods that balance alike do."""
+  rng = np.random.default_rng(0)
+  points = {i: rng.normal([1.0, 2.0], 0.02 if i < 30 else 0.5, (3, 2)) for i in range(40)}
+  ax = canvas.figure(5.6, 5.4).subplots()
+  pareto._draw_points(ax, points, {3})
+  pareto._number_points(ax, points)
+  ax.figure.canvas.draw()
+  boxes = [text.get_window_extent() for text in ax.texts]
+  assert len(boxes) == 40
+  for i, box in enumerate(boxes):
+    assert not any(box.overlaps(other) for other in boxes[:i])
+
+
+def test_the_front_is_of_arms_that_no_other_beats():
+  ax = canvas.figure(4, 4).subplots()
+  means = np.array([[1.0, 3.0], [2.0, 2.0], [3.0, 1.0], [2.5, 2.5], [1.0, 4.0]])
+  assert pareto._draw_front(ax, means)
+  assert {tuple(xy) for xy in ax.lines[0].get_xydata()} == {(1.0, 3.0), (2.0, 2.0), (3.0, 1.0)}
+  assert not pareto._draw_front(ax, means[:1])
+
+
+@pytest.mark.parametrize("trigram", [2.05, 2.9])
+def test_yardsticks_in_view_are_lines_and_others_are_named(trigram):
+  ax = canvas.figure(4, 4).subplots()
+  ax.plot([0, 1], [2.0, 2.1])
+  canvas.draw_yardsticks(ax, {"unigram": 4.5, "trigram": trigram}, reach=0.5)
+  lines = [line.get_ydata()[0] for line in ax.lines[1:]]
+  assert lines == ([2.05] if trigram < 2.1 else [])
+  assert ("byte trigram 2.90" in ax.get_title("right")) == (trigram > 2.1)
+  assert "byte unigram 4.50" in ax.get_title("right") and ax.get_ylim()[1] < 2.3
+
+
+@pytest.mark.parametrize("in_bytes", [True, False])
+def test_axes_are_in_bits_per_byte_where_bytes_are_known(tmp_path, in_bytes, monkeypatch):
+  saved = {}
+  monkeypatch.setattr(
+    canvas, "save", lambda figure, path, *_, **__: saved.update({path.stem: figure.axes[0]})
+  )
+  results = [make_result(arm, 0, nll=2.0) for arm in "ab"]
+  if in_bytes:
+    results = [make_result(arm, 0, bits_per_byte=2.0) | {"bytes_per_token": 2.0} for arm in "ab"]
+  metrics = {(arm, 0): [{"step": s, "loss": 3.0} for s in (1, 2)] for arm in "ab"}
+  plots.write_plots(tmp_path, results, report.summarise(results), [], metrics)
+  assert ("bits per byte" in saved["loss"].get_ylabel()) == in_bytes
+  assert ("bits per byte" in saved["quality_vs_max_vio"].get_ylabel()) == in_bytes
+  assert saved["loss"].lines[0].get_ydata() == pytest.approx(3 / math.log(2) / 2 if in_bytes else 3.0)

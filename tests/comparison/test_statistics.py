@@ -1,0 +1,79 @@
+"""Means and spreads by hand, and which columns a table has."""
+
+from moe_jax.comparison import facts, report
+from moe_jax.comparison.report import tables
+from tests.comparison.made_results import make_result
+
+
+def test_mean_and_spread_by_hand():
+  perplexities, max_vios = (10.0, 12.0, 14.0), ([1.0, 3.0], [2.0, 4.0], [0.0, 2.0])
+  summary = report.summarise(
+    [make_result(seed=s, perplexity=perplexities[s], max_vio=max_vios[s]) for s in range(3)]
+  )
+  (row,) = summary.rows
+  assert row.seeds == (0, 1, 2)
+  assert row.cells["perplexity"] == report.Stat(12.0, 2.0, 3)
+  # Layers first: 2, 3 and 1, whose deviation is 1. Over all six values it would be 1.41.
+  assert row.cells["max_vio"] == report.Stat(2.0, 1.0, 3)
+  assert [s.mean for s in row.max_vio_layers] == [1.0, 3.0] and row.max_vio_range == (1.0, 3.0)
+  assert row.cells["dead_experts"].mean == 0.5
+  assert row.cells["excess_nll"] is None
+
+
+def test_excess_prefers_the_measured_floor():
+  result = make_result() | {"entropy_rate": 1.5}
+  assert report.summarise([result]).rows[0].cells["excess_nll"].mean == 0.5
+  assert report.summarise([result | {"validation_floor": 1.75}]).rows[0].cells["excess_nll"].mean == 0.25
+
+
+def test_one_seed_has_no_spread_and_missing_keys_are_dashes():
+  (row,) = report.summarise(
+    [{"arm": "a", "seed": 3, "validation": {"nll": 1.0, "max_vio": [1.0, None]}}]
+  ).rows
+  assert row.cells["nll"] == report.Stat(1.0, None, 1)
+  assert row.cells["tokens_per_second"] is None and "max_vio" not in row.cells
+  column = report.columns_of([])[0]
+  assert tables.format_stat(None, column, 1) == "-"
+  assert tables.format_stat(report.Stat(1.0, 0.5, 2), column, 3) == "1.000 ± 0.500 (n=2)"
+
+
+def test_bits_per_byte_come_first_and_are_judged_where_every_result_has_them():
+  old, new = make_result("a"), make_result("b", bits_per_byte=2.0)
+  keys = lambda results, judged: [c.key for c in report.columns_of(results) if c.judged >= judged]
+  rest = ["max_vio", "mutual_information"]
+  assert keys([old], True) == ["perplexity", *rest] and keys([old], False)[0] == "perplexity"
+  assert keys([new], True) == ["bits_per_byte", *rest]
+  assert keys([new], False)[:2] == ["bits_per_byte", "perplexity"]
+  assert keys([old, new], True) == ["perplexity", *rest] and keys([old, new], False)[0] == "bits_per_byte"
+
+
+def test_the_caption_says_what_was_run():
+  model = {
+    "num_layers": 4,
+    "model_dim": 64,
+    "num_experts": [8, 16],
+    "num_experts_per_token": [2],
+    "expert_dim": [64],
+  }
+  new = {"bytes_per_token": 2.5, "cpu_cores": 2, "num_steps": 1500, "tokens_per_step": 2048, "model": model}
+  results = [make_result("a", s) | new for s in range(2)] + [
+    make_result("b") | new | {"num_params": 2_345_678}
+  ]
+  results[1]["training"] = results[1]["training"] | {"tokens_per_second": 3e4}
+  found = report.summarise(results).facts
+  assert (
+    found["tokens"] == [1500 * 2048] and found["bytes"] == [1500 * 2048 * 2.5] and found["seeds"] == [0, 1]
+  )
+  assert facts.facts_sentence(found) == (
+    "stdlib text; 4 layers of width 64, E = 8 to 16, K = 2, F = 64; 1,000 to 2.35M parameters (500 active); "
+    "1,500 steps; 3.07M tokens (7.68M bytes); median 10,000 tokens/s on cpu x 1, 2 CPU cores."
+  )
+  assert facts.facts_sentence(report.summarise([{"arm": "a", "seed": 0}]).facts) == ""
+
+
+def test_yardsticks_are_those_of_the_results():
+  yardsticks = {"unigram": 4.5, "trigram": 2.5}
+  assert (
+    report.summarise([make_result(), make_result("b") | {"yardsticks": yardsticks}]).yardsticks == yardsticks
+  )
+  assert report.summarise([make_result()]).yardsticks == {}

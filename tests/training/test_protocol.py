@@ -1,0 +1,89 @@
+"""What results say of their models: the width that a token meets, what bounds an expert, what routers are told."""
+
+import dataclasses
+
+import pytest
+
+from moe_jax.config import BlockConfig, MoEConfig, Segment
+from moe_jax.nn.build import resolve
+from moe_jax.training.protocol import protocol_of
+from tests.tiny import CONFIG, change
+
+PLAIN = change(
+  CONFIG, balancers="none", jitter=0.0
+)  # E = 8, K = 2, F = 16, capacity 1.0/2.0, 16 tokens, dense 16
+
+
+def of(config=PLAIN, **fields):
+  config = change(config, **fields)
+  return protocol_of(dataclasses.replace(config, model=resolve(config.model)))
+
+
+@pytest.mark.parametrize(
+  ("fields", "width"),
+  [
+    ({}, 2 * 16),
+    ({"num_shared_experts": 3}, 2 * 16 + 3 * 16),
+    ({"num_experts_per_token": 4, "router": "top_p"}, 4 * 16),  # at most
+    ({"num_experts_per_token": 1, "expert_dim": 32, "num_experts": 1}, 32),  # dense, of equal active width
+    ({"ffn": "mlp", "dense_dim": 48}, 48),
+    ({"ffn": "parallel_moe", "dense_dim": 24}, 2 * 16 + 24),
+    ({"num_dense_first": 1, "dense_dim": 64}, [2 * 16, 64]),
+    ({"ffn": "soft_moe:slots=3", "accept_leaks": "soft_moe"}, 8 * 3 * 16 // 16),
+    ({"experts": "low_rank:rank=2"}, 2 * 16),
+    ({"experts": "expert_dropout:rate=0.1"}, 2 * 16),
+  ],
+  ids=str,
+)
+def test_active_width(fields, width):
+  assert of(**fields)["active_width"] == width
+
+
+@pytest.mark.parametrize(
+  ("fields", "slots"),
+  [
+    ({}, "capacity 1/2 per group of 16"),
+    ({"dispatcher": "einsum"}, "capacity 1/2 per group of 16"),
+    ({"dispatcher": "all_to_all"}, "capacity 1/2 per group of 16"),
+    ({"dispatcher": "all_to_all:capacity=device"}, "capacity 1/2 per group of 16 (device)"),
+    ({"dispatcher": "all_to_all:buffer_factor=1.5"}, "capacity 1/2 per group of 16, device buffers of 1.5"),
+    ({"dispatcher": "dropless"}, "dropless"),
+    ({"dispatcher": "dropless:buffer_factor=1.5"}, "device buffers of 1.5"),
+    ({"dispatcher": "all_gather"}, "dropless"),
+    ({"capacity_factor": 1.25, "group_size": 32}, "capacity 1.25/2 per group of 32"),
+    ({"capacity_factor": 4.0, "eval_capacity_factor": 4.0}, "dropless"),  # E/K: a slot for every token
+    ({"capacity_factor": 3.9, "eval_capacity_factor": 3.75}, "capacity 3.9/3.75 per group of 16"),
+    ({"num_experts": 1, "num_experts_per_token": 1}, "dropless"),
+    ({"ffn": "mlp"}, "dropless"),
+  ],
+  ids=str,
+)
+def test_slots(fields, slots):
+  assert of(**fields)["slots"] == slots
+
+
+def test_inputs_are_what_a_language_model_is_not_told():
+  assert [of(router=router)["inputs"] for router in ("softmax_topk", "hash_topk", "task_level")] == [
+    "",
+    "",
+    "domain",
+  ]
+
+
+def test_sizes_of_the_model():
+  sizes = {
+    "num_layers": 2,
+    "model_dim": 16,
+    "num_experts": [8],
+    "num_experts_per_token": [2],
+    "expert_dim": [16],
+  }
+  assert of()["model"] == sizes
+  assert of(ffn="soft_moe", accept_leaks="soft_moe")["model"] == sizes
+  assert of(ffn="mlp")["model"]["num_experts"] == []
+  wide = BlockConfig(moe=MoEConfig(num_experts=4, expert_dim=64, dispatcher="dropless"))
+  model = dataclasses.replace(PLAIN.model, num_layers=4, segments=(Segment((BlockConfig(), wide), 3),))
+  model = dataclasses.replace(model, num_layers=type(model).num_layers)
+  mixed = protocol_of(dataclasses.replace(PLAIN, model=resolve(model)))
+  assert mixed["model"] | {"num_layers": 6, "num_experts": [4, 8], "expert_dim": [16, 64]} == mixed["model"]
+  assert (mixed["active_width"], mixed["slots"]) == ([32, 128], "capacity 1/2 per group of 16; dropless")
