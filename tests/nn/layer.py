@@ -16,6 +16,7 @@ FIELDS = {
   "num_experts_per_token": K,
   "expert_dim": F,
   "balancer": "switch_loss:0.5,loss_free_bias:0.1",
+  "dispatcher": "sorted",
   "capacity_factor": 0.5,  # 2 of an expert's 4 fair slots
   "eval_capacity_factor": 1.0,
 }

@@ -138,6 +138,7 @@ FIRST = MoEConfig(
   expert_dim=16,
   router="frozen_table_topk:vocab_size=32",
   balancers="switch_loss:0.1",
+  dispatcher="sorted",
   capacity_factor=1.0,
 )
 FULL = BlockConfig(ffn="parallel_moe", residual="normed_input:1.5:0.7")

@@ -25,7 +25,9 @@ CONFIG = ModelConfig(
   head_dim=4,
   dense_dim=20,
   remat="none",
-  moe=MoEConfig(num_experts=4, num_experts_per_token=2, expert_dim=8, capacity_factor=0.5),
+  moe=MoEConfig(
+    num_experts=4, num_experts_per_token=2, expert_dim=8, dispatcher="sorted", capacity_factor=0.5
+  ),
 )
 # One dense layer, then two periods of a dense layer and one with experts; all with ReLU.
 MIXED = dataclasses.replace(
