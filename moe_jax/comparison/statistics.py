@@ -106,20 +106,21 @@ _REST = (
   Column("excess_nll", "Excess NLL", "nats/token", ".4f", value=_excess),
 )
 _LAST = Column("tokens_per_second", "Tokens/s", "", ",.0f", False, value=_at("training", "tokens_per_second"))
-# Besides quality. See `columns_of`.
-_JUDGED = ("max_vio", "mutual_information")
 
 
 def columns_of(results: Sequence[Result]) -> tuple[Column, ...]:
   """Returns the columns of a table: those of every run, and between them the metrics that the results declare.
 
   Three of them are judged: quality (bits per byte where every result has it, otherwise perplexity), balance
-  (MaxVio over the validation set) and specialisation (mutual information of expert and domain). These are what
+  (MaxVio over the validation set) and specialisation (mutual information of expert and domain, where there are several domains). These are what
   comparisons of routers and balancers ask about. The other columns restate one of the three (NLL and excess are
   functions of quality, load entropy and dead experts of the load) or depend on what else the machine does
   (tokens per second). Judging them as well would tell nothing new, and each further cell makes the correction
   for many cells stricter for all.
   """
+  # Besides quality. With one domain, mutual information is zero by definition.
+  several = any(len(result.get("domains") or ()) > 1 for result in results)
+  judged = ("max_vio", "mutual_information") if several else ("max_vio",)
   declared = {}
   for result in results:
     for entry in result.get("columns", ()):
@@ -131,7 +132,7 @@ def columns_of(results: Sequence[Result]) -> tuple[Column, ...]:
       e["unit"],
       e["format"],
       e["lower_is_better"],
-      e["key"] in _JUDGED,
+      e["key"] in judged,
       _at(e["part"], e["name"]),
     )
     for e in declared.values()

@@ -86,11 +86,26 @@ def test_the_front_is_of_arms_that_no_other_beats():
 def test_yardsticks_in_view_are_lines_and_others_are_named(trigram):
   ax = canvas.figure(4, 4).subplots()
   ax.plot([0, 1], [2.0, 2.1])
-  canvas.draw_yardsticks(ax, {"unigram": 4.5, "trigram": trigram}, reach=0.5)
+  canvas.draw_yardsticks(ax, {"byte unigram": 4.5, "byte trigram": trigram}, reach=0.5)
   lines = [line.get_ydata()[0] for line in ax.lines[1:]]
   assert lines == ([2.05] if trigram < 2.1 else [])
   assert ("byte trigram 2.90" in ax.get_title("right")) == (trigram > 2.1)
   assert "byte unigram 4.50" in ax.get_title("right") and ax.get_ylim()[1] < 2.3
+
+
+def test_dense_models_are_lines(tmp_path, monkeypatch):
+  saved = {}
+  monkeypatch.setattr(
+    canvas, "save", lambda figure, path, *_, **__: saved.update({path.stem: figure.axes[0]})
+  )
+  results = [make_result(arm, 0, perplexity=y, max_vio=[0.0]) for arm, y in (("a", 5.0), ("b", 7.0))]
+  results += [make_result("dense", 0, perplexity=6.0, max_vio=[0.0]) | {"model": {"num_experts": [1]}}]
+  results += [make_result("mlp", 0, perplexity=6.5)]
+  del results[-1]["validation"]["max_vio"]
+  pareto.plot_quality(tmp_path, results, report.summarise(results), [])
+  ax = saved["quality_vs_max_vio"]
+  assert [text.get_text() for text in ax.texts] == ["dense", "mlp"]
+  assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
 
 
 @pytest.mark.parametrize("in_bytes", [True, False])

@@ -44,6 +44,7 @@ def test_bits_per_byte_come_first_and_are_judged_where_every_result_has_them():
   assert keys([old], True) == ["perplexity", *rest] and keys([old], False)[0] == "perplexity"
   assert keys([new], True) == ["bits_per_byte", *rest]
   assert keys([new], False)[:2] == ["bits_per_byte", "perplexity"]
+  assert keys([old | {"domains": ["one"]}], True) == ["perplexity", "max_vio"]
   assert keys([old, new], True) == ["perplexity", *rest] and keys([old, new], False)[0] == "bits_per_byte"
 
 

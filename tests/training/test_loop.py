@@ -110,6 +110,11 @@ def test_the_result_holds_what_the_report_reads(finished, dataset):
   assert result["fingerprint"] == dataset.info.fingerprint
   assert result["validation_floor"] <= validation["nll"]
   assert result["training"]["tail_steps"] == math.ceil(0.2 * CONFIG.train.num_steps)
+  assert (result["active_width"], result["slots"], result["inputs"]) == (
+    32,
+    "capacity 1/2 per group of 16",
+    "",
+  )
   assert list(folder.glob("tensorboard/*")) == []  # --notensorboard
 
 

@@ -97,13 +97,13 @@ def set_scale(ax: Any, axis: str, values: np.ndarray, ratio: float) -> bool:
 
 
 def draw_yardsticks(ax: Any, yardsticks: Mapping[str, float], reach: float = 0.0, note: bool = True) -> None:
-  """Draws a horizontal line with its name for each byte model in view, and notes those above it.
+  """Draws a horizontal line with its name for each yardstick in view, and notes those above it.
 
   Args:
     ax: the axes, with everything else drawn.
-    yardsticks: "trigram" and so on -> bits per byte.
+    yardsticks: name -> value on the y axis.
     reach: how far the view may grow upwards to show a line, as a share of its height.
-    note: whether to name the byte models that are above the view.
+    note: whether to name the yardsticks that are above the view.
   """
   low, high = ax.get_ylim()
   near = [y for y in yardsticks.values() if high < y <= high + reach * (high - low)]
@@ -114,7 +114,7 @@ def draw_yardsticks(ax: Any, yardsticks: Mapping[str, float], reach: float = 0.0
     if low <= y <= high:
       ax.axhline(y, color="#777777", lw=0.9, ls=(0, (1, 1.5)), zorder=1)
       ax.annotate(
-        f"byte {name}",
+        name,
         (0.99, y),
         xycoords=("axes fraction", "data"),
         xytext=(0, 1.5),
@@ -125,7 +125,7 @@ def draw_yardsticks(ax: Any, yardsticks: Mapping[str, float], reach: float = 0.0
         zorder=4,
       )
   above = ", ".join(
-    f"byte {name} {y:.2f}" for name, y in sorted(yardsticks.items(), key=lambda x: x[1]) if y > high
+    f"{name} {y:.2f}" for name, y in sorted(yardsticks.items(), key=lambda x: x[1]) if y > high
   )
   if above and note:
     ax.set_title(f"above: {above}", loc="right", fontsize=7.5, color="#666666")

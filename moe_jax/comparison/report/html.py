@@ -33,6 +33,9 @@ _FACTS = {
   "Parameters": ("num_params",),
   "Active parameters": ("num_active_params",),
   "Tail of training, steps": ("training", "tail_steps"),
+  "Active width": ("active_width",),
+  "Expert capacity": ("slots",),
+  "Bytes per token": ("bytes_per_token",),
   "Device": ("device",),
   "Versions": ("versions",),
 }

@@ -8,7 +8,8 @@ import numpy as np
 
 from moe_jax.comparison.differences import Difference
 from moe_jax.comparison.report import canvas
-from moe_jax.comparison.results import Result, group_by_arm
+from moe_jax.comparison.report.words import byte_models
+from moe_jax.comparison.results import Result, group_by_arm, lookup
 from moe_jax.comparison.statistics import Summary
 
 _NUMBERED_FROM = 8  # arms; with fewer, colours alone tell them apart
@@ -23,7 +24,8 @@ def plot_quality(
 ) -> canvas.Plot | None:
   """Writes the plot, in bits per byte where all results have them, otherwise in perplexity.
 
-  Arms that are not comparable with the first one are hollow, and no part of the front.
+  Arms that are not comparable with the first one are hollow, and no part of the front. Arms without experts to
+  choose from are horizontal lines, as the byte models are.
   """
   columns = {column.key: column for column in summary.columns}
   quality = next(
@@ -31,11 +33,14 @@ def plot_quality(
   )
   if "max_vio" not in columns:
     return None
-  points = {}
-  for index, of_arm in enumerate(group_by_arm(results).values()):
+  points, lines = {}, {}
+  for index, (arm, of_arm) in enumerate(group_by_arm(results).items()):
     pairs = [(columns["max_vio"].value(r), quality.value(r)) for r in of_arm]
+    qualities = [y for _, y in pairs if y is not None and np.isfinite(y)]
     pairs = [p for p in pairs if None not in p and np.isfinite(p).all()]
-    if pairs:
+    if qualities and (not pairs or lookup(of_arm[0], "model", "num_experts") == [1]):
+      lines[canvas.shorten(arm)] = float(np.mean(qualities))  # a dense model has no balance
+    elif pairs:
       points[index] = np.array(pairs)
   if not points:
     return None
@@ -54,7 +59,8 @@ def plot_quality(
   means = [xy.mean(axis=0) for index, xy in points.items() if index not in hollow]
   front = _draw_front(ax, np.array(means))
   if quality.key == "bits_per_byte":
-    canvas.draw_yardsticks(ax, summary.yardsticks, reach=0.5)
+    lines |= byte_models(summary)
+  canvas.draw_yardsticks(ax, lines, reach=0.5)
   numbered = len(points) >= _NUMBERED_FROM
   if numbered:
     _number_points(ax, points)

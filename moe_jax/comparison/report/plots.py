@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.comparison.differences import Difference
-from moe_jax.comparison.report import canvas, heatmaps, pareto
+from moe_jax.comparison.report import canvas, heatmaps, pareto, words
 from moe_jax.comparison.results import Result
 from moe_jax.comparison.statistics import Row, Summary, number
 
@@ -175,7 +175,7 @@ def _plot_loss(
   whole.set_ylabel(f"training loss, {'bits per byte' if factors else 'nats/token'}")
   if factors:
     for ax in (whole, end):
-      canvas.draw_yardsticks(ax, summary.yardsticks, note=False)
+      canvas.draw_yardsticks(ax, words.byte_models(summary), note=False)
   _label_ends(end, tails, arms)
   text = "Training loss of each logged batch; at right the last third of training on its own scale. "
   return canvas.save(figure, directory / "loss.png", text + _seeds_words(summary.rows), wide=True)

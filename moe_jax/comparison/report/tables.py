@@ -55,7 +55,7 @@ def cells_of(summary: Summary, columns: Sequence[Column]) -> tuple[list[str], li
     rows.append([row.arm, *([str(num)] if len(counts) > 1 else []), *cells])
   for name, bits in shown_yardsticks(summary, columns).items():
     cells = [format_number(bits, c.format) if c.key == "bits_per_byte" else "" for c in columns]
-    rows.append([f"byte {name}", *([""] if len(counts) > 1 else []), *cells])
+    rows.append([name, *([""] if len(counts) > 1 else []), *cells])
   return titles, rows
 
 

@@ -42,13 +42,18 @@ def caption(summary: Summary, columns: Sequence[Column]) -> str:
   sentences += [_MEANINGS[column.key] for column in columns if column.key in _MEANINGS]
   if shown_yardsticks(summary, columns):
     names = ", ".join(summary.yardsticks)
-    sentences.append(f"Yardsticks ({names}): smoothed byte models counted on the training text.")
+    sentences.append(f"Byte {names}: smoothed models counted on the training text.")
   return " ".join(sentence for sentence in sentences if sentence)
 
 
+def byte_models(summary: Summary) -> dict[str, float]:
+  """Returns the yardsticks under the names that rows and lines have."""
+  return {f"byte {name}": bits for name, bits in summary.yardsticks.items()}
+
+
 def shown_yardsticks(summary: Summary, columns: Sequence[Column]) -> dict[str, float]:
-  """Returns the yardsticks if their column is among `columns`."""
-  return summary.yardsticks if any(column.key == "bits_per_byte" for column in columns) else {}
+  """Returns the yardsticks by name if their column is among `columns`."""
+  return byte_models(summary) if any(column.key == "bits_per_byte" for column in columns) else {}
 
 
 @dataclasses.dataclass(frozen=True)
