@@ -70,7 +70,7 @@ GRAPH = {
   "training.progress": Part("errors", never=JAX),
   "training.router_trace": Part("errors", never=JAX),
   "comparison": Part(RUN),
-  "comparison.arms": Part("config errors registry nn.build ops.balancing"),
+  "comparison.arms": Part("config errors registry nn ops"),
   "comparison.report": Part("comparison training.metric_writer config errors", never=JAX),
   "comparison.results": Part("training.metric_writer errors", never=JAX),
   "comparison.facts": Part("comparison.results errors", never=JAX),
