@@ -160,6 +160,7 @@ _CAUSAL = (
   "group_limited_topk@loss_free_bias:0.003",
   "device_limited_topk:scale=1",
   "node_limited_topk:scale=1@loss_free_bias:0.003",
+  "grouped_topk",
   "moe_plus_plus@heterogeneous_loss:0.01",
   "hash_topk@none",
   "frozen_table_topk@none",

@@ -149,6 +149,21 @@ ROWS = {
     reference.sigmoid,
     permutable=False,
   ),
+  "grouped_topk": Row(
+    "grouped_topk:groups=2",
+    8,
+    4,
+    functools.partial(limited_routing.grouped_topk, groups=2),
+    own_weights=True,
+    permutable=False,
+  ),
+  "grouped_topk_one_of_each": Row(
+    "grouped_topk:normalize=true",
+    6,
+    3,
+    functools.partial(limited_routing.grouped_topk, groups=3, normalize=True),
+    permutable=False,
+  ),
   "topology_aware_topk": Row(
     "topology_aware_topk:max_remote_fraction=0.4",
     6,

@@ -9,7 +9,12 @@ from moe_jax.ops.routing.expert_choice import expert_choice
 from moe_jax.ops.routing.gshard import gshard_top2
 from moe_jax.ops.routing.hashing import frozen_table_topk, hash_topk
 from moe_jax.ops.routing.hierarchical import hierarchical_topk
-from moe_jax.ops.routing.limited import device_limited_topk, group_limited_topk, node_limited_topk
+from moe_jax.ops.routing.limited import (
+  device_limited_topk,
+  group_limited_topk,
+  grouped_topk,
+  node_limited_topk,
+)
 from moe_jax.ops.routing.noisy import noisy_topk, vmoe_topk
 from moe_jax.ops.routing.prioritized import batch_prioritized
 from moe_jax.ops.routing.quantile import quantile_topk
@@ -41,6 +46,7 @@ CHOICES = Registry(
     "group_limited_topk": group_limited_topk,
     "device_limited_topk": device_limited_topk,
     "node_limited_topk": node_limited_topk,
+    "grouped_topk": grouped_topk,
     "topology_aware_topk": topology_aware_topk,
     "hash_topk": hash_topk,
     "frozen_table_topk": frozen_table_topk,
