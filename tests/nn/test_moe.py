@@ -251,7 +251,17 @@ def test_flat_tokens_are_refused_where_sequences_matter(fields, message):
 
 
 @pytest.mark.parametrize(
-  "router", ["softmax_topk", "noisy_topk", "hierarchical_topk", "moe_plus_plus", "task_level"]
+  "router",
+  [
+    "softmax_topk",
+    "noisy_topk",
+    "hierarchical_topk",
+    "moe_plus_plus",
+    "task_level",
+    "cosine_topk",
+    "mlp_topk",
+    "gemma4_topk",
+  ],
 )
 def test_float32_products_are_full_precision_in_the_compiled_program(router):
   """With bfloat16 tokens those are the router's own, forward and backward. CPUs compute them so in any case."""
