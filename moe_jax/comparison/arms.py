@@ -139,6 +139,7 @@ def routers(expert_dim: int) -> dict[str, Arm]:
     | {text.partition("@")[0]: _accepted(routing_arm(text)) for text in _LEAKING}
     | {
       "switch_top1": routing_arm("switch_top1") | wide,
+      "llama4_topk": routing_arm("llama4_topk") | wide,
       "dense": routing_arm("softmax_topk:softmax=before@none") | wide | {"num_experts": 1},
       "top_p": routing_arm("top_p") | {"num_experts_per_token": 4},
       "task_level": routing_arm("task_level") | dropless,

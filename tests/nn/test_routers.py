@@ -169,6 +169,13 @@ def test_a_token_of_zeros_has_finite_gradients_in_a_cosine_router():
   assert np.isfinite(jax.grad(lambda x: router.logits(x).sum())(np.zeros_like(X_BLD))).all()
 
 
+def test_what_weights_multiply_is_one_of_two():
+  router = router_of("sigmoid_topk")
+  router.weighs = "hidden"
+  with pytest.raises(InputError, match="weighs must be one of output, input, got 'hidden'"):
+    router_of(router)
+
+
 @pytest.mark.parametrize(
   ("spec", "message"),
   [

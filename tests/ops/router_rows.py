@@ -20,6 +20,7 @@ ROWS = {
   "every_expert": Row("softmax_topk:before", 3, 3, reference.softmax_before_topk, own_weights=True),
   "sigmoid_topk": Row("sigmoid_topk", 6, 2, reference.sigmoid_topk, reference.sigmoid, own_weights=True),
   "deepseek_v3": Row("sigmoid_topk:normalize=true:scale=2.5", 6, 2, reference.deepseek_v3, reference.sigmoid),
+  "llama4_topk": Row("llama4_topk", 6, 2, reference.llama4_topk, reference.sigmoid, own_weights=True),
   "switch_top1": Row("switch_top1", 6, 1, reference.softmax_before_topk, own_weights=True),
   "gshard_top2": Row("gshard_top2", 6, 2, reference.gshard_top2, draw=uniform_per_token, leaks="drops"),
   "gshard_mesh": Row(

@@ -24,6 +24,7 @@ class Router(nnx.Module):
   num_tasks: the number of domains that the router distinguishes; 0: it does not read the domain.
   num_scored_experts: the number of experts that the logits score; None: the E experts of the layer. It
     exceeds E if the router serves some experts itself, with `Routing.direct_TD`.
+  weighs: what the weights of the assignment multiply: the "output" of the experts, or their "input" (Llama 4).
   """
 
   leaks: str = ""
@@ -32,6 +33,7 @@ class Router(nnx.Module):
   whole_sequences: bool = False
   num_tasks: int = 0
   num_scored_experts: int | None = None
+  weighs: str = "output"
 
   def __call__(self, x_GTD: Array, context: RouterContext) -> Routing:
     raise NotImplementedError

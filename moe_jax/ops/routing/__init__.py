@@ -22,7 +22,13 @@ from moe_jax.ops.routing.sinkhorn import sinkhorn
 from moe_jax.ops.routing.st_moe import st_moe_topn
 from moe_jax.ops.routing.task import sequence_level, task_level
 from moe_jax.ops.routing.top_p import top_p
-from moe_jax.ops.routing.topk import sigmoid_topk, softmax_topk, sqrt_softplus_topk, switch_top1
+from moe_jax.ops.routing.topk import (
+  llama4_topk,
+  sigmoid_topk,
+  softmax_topk,
+  sqrt_softplus_topk,
+  switch_top1,
+)
 from moe_jax.ops.routing.topology import topology_aware_topk
 from moe_jax.ops.routing.zero_computation import moe_plus_plus
 from moe_jax.registry import Registry, Spec
@@ -34,6 +40,7 @@ CHOICES = Registry(
     "sigmoid_topk": sigmoid_topk,
     "sqrt_softplus_topk": sqrt_softplus_topk,
     "switch_top1": switch_top1,
+    "llama4_topk": llama4_topk,
     "gshard_top2": gshard_top2,
     "noisy_topk": noisy_topk,
     "vmoe_topk": vmoe_topk,

@@ -73,6 +73,17 @@ def sigmoid_topk(
   return scored_topk("sigmoid_topk", num_experts_per_token, "sigmoid", normalize, scale)
 
 
+def llama4_topk(num_experts: int, num_experts_per_token: int) -> Choice:
+  """Llama 4, as in the released code (transformers, `Llama4TextMoe`): weights multiply what the experts read.
+
+  The K largest logits, with weights sigmoid(x). The released models have K = 1 and one shared expert. An expert
+  reads weight * h, and its output is added without a weight. A bias moves the choice by the sigmoids.
+  """
+  return scored_topk("llama4_topk", num_experts_per_token, "sigmoid", normalize=False)._replace(
+    weighs="input"
+  )
+
+
 def sqrt_softplus_topk(
   num_experts: int, num_experts_per_token: int, normalize: bool = True, scale: float = 1.0
 ) -> Choice:
@@ -100,6 +111,7 @@ def switch_top1(num_experts: int, num_experts_per_token: int) -> Choice:
 
 __all__ = [
   "LOG_SCORES",
+  "llama4_topk",
   "scored_topk",
   "sigmoid_topk",
   "softmax_topk",
