@@ -145,6 +145,7 @@ def routers(expert_dim: int) -> dict[str, Arm]:
       "task_level": routing_arm("task_level") | dropless,
       "sequence_level": _accepted(routing_arm("sequence_level") | dropless),
       "base_assignment": _accepted(routing_arm("base_assignment@none") | wide),
+      "token_rounding": _accepted(routing_arm("token_rounding:tile=8") | dropless),
       "soft_moe": {"ffn": "soft_moe", "balancers": "none", "accept_leaks": "soft_moe"},
     }
   )

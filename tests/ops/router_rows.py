@@ -229,6 +229,33 @@ ROWS = {
   "expert_choice_uneven": Row(
     "expert_choice", 5, 2, batch_routing.expert_choice, leaks="always", takes_bias=False, exact_ties=False
   ),
+  "token_rounding": Row(
+    "token_rounding:tile=4",
+    6,
+    2,
+    functools.partial(batch_routing.token_rounding, tile=4),
+    leaks="always",
+    bias_decides=False,
+    exact_ties=False,
+  ),
+  "token_rounding_up": Row(
+    "token_rounding:tile=5:to=up",
+    5,
+    2,
+    functools.partial(batch_routing.token_rounding, tile=5, to="up"),
+    leaks="always",
+    bias_decides=False,
+    exact_ties=False,
+  ),
+  "token_rounding_down": Row(
+    "token_rounding:tile=3:to=down",
+    6,
+    3,
+    functools.partial(batch_routing.token_rounding, tile=3, to="down"),
+    leaks="always",
+    bias_decides=False,
+    exact_ties=False,
+  ),
   "base_assignment": Row(
     "base_assignment",
     6,
