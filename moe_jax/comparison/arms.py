@@ -113,6 +113,7 @@ BALANCING: dict[str, Arm] = {
 } | {
   "shazeer": balancing_arm("importance_loss:0.1+load_loss:0.1@noisy_topk"),
   "vmoe": balancing_arm("importance_loss:0.005:group:scores+load_loss:0.005:group@vmoe_topk"),
+  "expert_threshold": balancing_arm("expert_threshold@expert_threshold") | {"dispatcher": "dropless"},
   "dynamic": balancing_arm("switch_loss:0.01+entropy_loss:0.0001@top_p") | {"num_experts_per_token": 4},
   "moe_plus_plus": balancing_arm("heterogeneous_loss:0.01@moe_plus_plus"),
   # the published scales of the weights, 16 and 2.5, are for 160 and 256 experts
@@ -145,6 +146,7 @@ def routers(expert_dim: int) -> dict[str, Arm]:
       "task_level": routing_arm("task_level") | dropless,
       "sequence_level": _accepted(routing_arm("sequence_level") | dropless),
       "base_assignment": _accepted(routing_arm("base_assignment@none") | wide),
+      "expert_threshold": routing_arm("expert_threshold@expert_threshold") | dropless,
       "token_rounding": _accepted(routing_arm("token_rounding:tile=8") | dropless),
       "soft_moe": {"ffn": "soft_moe", "balancers": "none", "accept_leaks": "soft_moe"},
     }

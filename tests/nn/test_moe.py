@@ -217,6 +217,7 @@ def test_balancer_state_has_no_gradient():
       "by a bias, and the router takes none",
     ),
     ({"router": "group_limited_topk:groups=3"}, "groups=3"),
+    ({"balancer": "expert_threshold"}, "compares with no threshold; use router expert_threshold"),
     ({"balancer": "load_loss"}, "reads the smooth load"),
     ({"router": "moe_plus_plus:zeros=2", "balancer": "heterogeneous_loss"}, "has 5; say zero_computation=5"),
   ],

@@ -81,6 +81,24 @@ ROWS = {
   "top_p": Row("top_p", 6, 3, variable_routing.top_p(0.4), own_weights=True),
   # K = E without taking every expert, which the law of the bias does not expect of other routers
   "top_p_unlimited": Row("top_p:0.8", 4, 4, variable_routing.top_p(0.8), bias_decides=False),
+  "expert_threshold": Row(
+    "expert_threshold",
+    6,
+    1,
+    variable_routing.expert_threshold(4),
+    reference.sigmoid,
+    own_weights=True,
+    shift_matters=True,
+  ),
+  "expert_threshold_cut": Row(
+    "expert_threshold:most=2",
+    6,
+    1,
+    variable_routing.expert_threshold(2),
+    reference.sigmoid,
+    own_weights=True,
+    shift_matters=True,
+  ),
   "task_level": Row("task_level:3", 6, 2, reference.softmax_topk),
   "sequence_level": Row(
     "sequence_level",

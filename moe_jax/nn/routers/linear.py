@@ -21,7 +21,7 @@ class ChoiceRouter(Router):
     self.choose = choice.choose
     self.leaks, self.takes_bias = choice.leaks, choice.takes_bias
     self.gives_smooth_load, self.whole_sequences = choice.gives_smooth_load, choice.whole_sequences
-    self.weighs = choice.weighs
+    self.weighs, self.has_threshold = choice.weighs, choice.has_threshold
 
   def logits(self, x_GTD: Array) -> Array:
     """Returns logits_GTE in float32."""

@@ -21,6 +21,7 @@ from moe_jax.ops.routing.quantile import quantile_topk
 from moe_jax.ops.routing.sinkhorn import sinkhorn
 from moe_jax.ops.routing.st_moe import st_moe_topn
 from moe_jax.ops.routing.task import sequence_level, task_level
+from moe_jax.ops.routing.threshold import expert_threshold
 from moe_jax.ops.routing.token_rounding import token_rounding
 from moe_jax.ops.routing.top_p import top_p
 from moe_jax.ops.routing.topk import (
@@ -60,6 +61,7 @@ CHOICES = Registry(
     "frozen_table_topk": frozen_table_topk,
     "batch_prioritized": batch_prioritized,
     "expert_choice": expert_choice,
+    "expert_threshold": expert_threshold,
     "token_rounding": token_rounding,
     "base_assignment": base_assignment,
     "sinkhorn": sinkhorn,
