@@ -158,8 +158,10 @@ def grouped_topk(
 
   The opposite of a group limit. With the experts of a group on one device, all devices do the same work for every
   token, whatever the router has learned. Scores are the softmax over all E experts, and the weights are the scores
-  of the chosen experts. The equations are known from a summary of the paper, which was not re-read. The summary
-  does not divide the weights by their sum; `normalize` does.
+  of the chosen experts, not divided by their sum; `normalize` divides them. The equations are known from a summary of
+  the paper, which was not re-read. They agree with the code that serves the released model (vllm-ascend,
+  models/pangu_moe.py), except that there each weight is multiplied by a learned scale of its expert, which is not
+  here.
 
   The assignment of a token lists group after group, each with its best expert first. A bias moves the choice
   within the groups.
