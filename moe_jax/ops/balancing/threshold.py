@@ -25,17 +25,20 @@ class LogitCounts(NamedTuple):
 
 
 def expert_threshold(ema: float = 0.99, bins: int = 1000, reach: float = 8.0) -> Balancer:
-  """Moves the thresholds of router `expert_threshold` (2603.11535), which cannot do without.
+  """Moves the thresholds of router `expert_threshold` (2603.11535), which needs it.
 
-  Once per optimizer step, q_e is a logit of expert e that a share K/E of the step's tokens reach. It lies between the
-  logits of the last token of that share and of the next one, at most a bin above the latter. The threshold is the moving average c_e <- ema * c_e + (1 - ema) * q_e from 0, divided by 1 - ema^steps, so the first step counts in
-  full. It acts from the next step on, and its bias is -c_e. In evaluation it stands still.
+  Once per optimizer step, q_e is a logit of expert e that a share K/E of the step's tokens reach. It lies
+  between the logits of the last token of that share and of the next one, at most a bin above the latter.
+  The threshold is the moving average c_e <- ema * c_e + (1 - ema) * q_e from 0, divided by 1 - ema^steps,
+  so the first step counts in full. It acts from the next step on, and its bias is -c_e. In evaluation it
+  stands still.
 
-  This is the released code of the authors, with two differences. There, q_e is the mean over micro-batches and devices
-  of their own k-th largest logits. Here, it is the quantile of the whole step, from a histogram that adds up, so it
-  does not depend on how the step is cut. And the code first trains some steps with expert choice, in which
-  thresholds only follow. Here there is no such warm-up, because those steps would leak the future: the first step
-  has threshold 0, the second one that of the first step. The paper itself was not re-read.
+  This is the authors' code (src/models/engines/common.py), with two differences. There, q_e is the mean
+  over micro-batches and devices of their own k-th largest logits. Here, it is the quantile of the whole
+  step, from a histogram that adds up, so it does not depend on how the step is cut. And the code first
+  trains some steps with expert choice, in which thresholds only follow. Here there is no such warm-up,
+  because those steps would leak the future: the first step has threshold 0, the second one that of the
+  first step. The paper itself was not re-read.
 
   Args:
     ema: the share of the old average in the new one, in [0, 1). 0.99 in the released code.
@@ -51,9 +54,8 @@ def expert_threshold(ema: float = 0.99, bins: int = 1000, reach: float = 8.0) ->
   require_histogram_options("expert_threshold", ema, bins, reach)
 
   def threshold(state: ThresholdState) -> Array:
-    steps = jnp.maximum(state.steps, 1).astype(
-      jnp.float32
-    )  # before the first step the average is 0 in any case
+    # Before the first step the average is 0, whatever it is divided by.
+    steps = jnp.maximum(state.steps, 1).astype(jnp.float32)
     return state.mean_E / (1 - ema**steps)
 
   def observe(state: ThresholdState, routing: BatchRouting) -> LogitCounts:

@@ -16,9 +16,9 @@ def expert_threshold(num_experts: int, num_experts_per_token: int, most: int = 0
   token has as many experts as want it, possibly none. Without the balancer, c is 0. Another bias is added to the
   logits, not to their sigmoids.
 
-  The comparison of logits, the sigmoid and ">=" are those of the released code of the authors. The paper was not
-  re-read. It does not bound the experts of a token. Here `most` does, because shapes are static: where more want the
-  token, those with the largest x - c get it. Capacity counts K experts per token.
+  The comparison of logits, the sigmoid and ">=" are those of the authors' code (src/models/engines/common.py). The
+  paper was not re-read. The code does not bound the experts of a token. Here `most` does, because shapes are static:
+  where more want the token, those with the largest x - c get it. Capacity counts K experts per token.
 
   Args:
     most: the largest number of experts of a token; 0: min(E, 4K).
