@@ -166,6 +166,7 @@ BALANCING: dict[str, Arm] = {
 } | {
   "shazeer": balancing_arm("importance_loss:0.1+load_loss:0.1@noisy_topk"),
   "vmoe": balancing_arm("importance_loss:0.005:group:scores+load_loss:0.005:group@vmoe_topk"),
+  "expert_threshold": balancing_arm("expert_threshold@expert_threshold") | {"dispatcher": "dropless"},
   "dynamic": balancing_arm("switch_loss:0.01+entropy_loss:0.0001@top_p") | {"num_experts_per_token": 4},
   "moe_plus_plus": balancing_arm("heterogeneous_loss:0.01@moe_plus_plus"),
   # the published scales of the weights, 16 and 2.5, are for 160 and 256 experts
@@ -220,10 +221,13 @@ def routers(moe: MoEConfig) -> dict[str, Arm]:
     | {
       "switch_top1": routing_arm("switch_top1") | wide,
       "dense": dense_models(moe)["dense"],
+      "llama4_topk": routing_arm("llama4_topk") | wide,
       "top_p": routing_arm("top_p") | {"num_experts_per_token": 4},
       "task_level": routing_arm("task_level") | dropless,
       "sequence_level": _accepted(routing_arm("sequence_level") | dropless),
       "base_assignment": _accepted(routing_arm("base_assignment@none") | wide),
+      "expert_threshold": routing_arm("expert_threshold@expert_threshold") | dropless,
+      "token_rounding": _accepted(routing_arm("token_rounding:tile=8") | dropless),
       "soft_moe": {"ffn": "soft_moe", "balancers": "none", "accept_leaks": "soft_moe"},
     }
   )
@@ -240,6 +244,10 @@ _CAUSAL = (
   "group_limited_topk@loss_free_bias:0.001",
   "device_limited_topk:scale=1",
   "node_limited_topk:scale=1@loss_free_bias:0.001",
+  "grouped_topk",
+  "cosine_topk",
+  "mlp_topk",
+  "gemma4_topk",
   "moe_plus_plus@heterogeneous_loss:0.01",
   "hash_topk@none",
   "frozen_table_topk@none",

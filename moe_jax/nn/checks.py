@@ -1,6 +1,6 @@
 """Checks that the parts of an MoE layer fit together, before anything is drawn or compiled."""
 
-from moe_jax.errors import InputError
+from moe_jax.errors import InputError, require_option
 from moe_jax.nn.routers import Router
 from moe_jax.ops.balancing import Balancer
 
@@ -18,6 +18,7 @@ def check_fit(router: Router, balancer: Balancer, num_experts: int) -> None:
 
   E is `num_experts`.
   """
+  require_option("the router", "weighs", router.weighs, ("output", "input"))
   num_scored_experts = router.num_scored_experts or num_experts
   bias = balancer.bias(balancer.init(num_scored_experts))
   if bias is not None and not router.takes_bias:

@@ -13,7 +13,7 @@ from moe_jax.nn.routers import ROUTERS, Router
 from moe_jax.nn.variables import BalancerState
 from moe_jax.ops.balancing import Balancer, balancer_of
 from moe_jax.ops.balancing.common import normalized_scores
-from moe_jax.ops.dispatch import default_group_size, expert_capacity, no_sharding
+from moe_jax.ops.dispatch import default_group_size, expert_capacity, no_sharding, weighing_inputs
 from moe_jax.ops.experts import with_row_bits
 from moe_jax.ops.metrics import LayerRecord, observe
 from moe_jax.ops.routing import to_batch
@@ -162,7 +162,10 @@ class MoE(nnx.Module):
     experts = as_experts(network, x_BLD.dtype, gather=not self.dispatcher.spells_exchange)
     if network.draws:
       rows_BLD, experts = with_row_bits(x_BLD, context.random_bits(x_BLD.shape[1]), experts)
-    y_GTD, kept_GA = self.dispatcher.dispatch(
+    dispatch = self.dispatcher.dispatch
+    if self.router.weighs == "input":
+      dispatch = weighing_inputs(dispatch, x_BLD.shape[-1])
+    y_GTD, kept_GA = dispatch(
       constrain(rows_BLD.reshape(-1, t, rows_BLD.shape[-1]), ("group", None, None)),
       assignment,
       experts,

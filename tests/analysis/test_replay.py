@@ -173,7 +173,7 @@ def test_tail_is_of_the_last_updates(recorded):
 def test_the_methods_of_the_registry_that_have_a_bias():
   names = bias_methods(8)
   assert {"loss_free_bias", "multiplicative_bias", "quantile_balancing"} <= set(names)
-  assert not {"none", "switch_loss", "z_loss"} & set(names)
+  assert not {"none", "switch_loss", "z_loss", "expert_threshold"} & set(names)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,8 @@ def reference_layer(moe, x_BLD, mask_BL, factor, group=L, router="softmax_topk")
   weights = matrices(moe.experts)
   capacity = None if factor is None else math.ceil(group * K * factor / E)
   x_GTD = x_BLD.reshape(-1, group, D)
-  y_GTD, kept_GA, _ = moe_layer(x_GTD, assignment, weights, capacity, np.zeros_like(x_GTD))
+  weighs = "input" if router == "llama4_topk" else "output"
+  y_GTD, kept_GA, _ = moe_layer(x_GTD, assignment, weights, capacity, np.zeros_like(x_GTD), weighs)
   return y_GTD.reshape(x_BLD.shape), assignment, kept_GA
 
 
@@ -58,6 +59,8 @@ def reference_layer(moe, x_BLD, mask_BL, factor, group=L, router="softmax_topk")
     ("sorted", "softmax_topk"),
     ("dropless", "softmax_topk"),
     ("sorted", "gshard_top2"),
+    ("sorted", "llama4_topk"),
+    ("dropless", "llama4_topk"),
   ],
 )
 def test_output_and_counts_equal_the_reference(dispatcher, router):
@@ -83,6 +86,23 @@ def test_output_and_counts_equal_the_reference(dispatcher, router):
   assert (lost_BL & MASK_BL).any() == (dispatcher != "dropless")  # the case has tokens that are lost whole
   assert np.all(y_BLD[lost_BL] == 0)
   assert np.all(lost_BL[~MASK_BL])
+
+
+@pytest.mark.parametrize("dispatcher", ["einsum", "sorted", "dropless"])
+def test_weights_on_the_inputs_of_relu_experts_are_weights_on_their_outputs(dispatcher):
+  """relu(w x) is w relu(x). So two routers agree, with capacity and with random bits beside the tokens."""
+  fields = {"dispatcher": dispatcher, "experts": "expert_dropout:rate=0.4:experts=relu"}
+  key, step_key = keys(), np.array([3, 4], np.uint32)
+  on_inputs, on_outputs, undrawn = (
+    forward(make(router=router, **fields), inputs(), MASK_BL, train=True, **drawn)[0]
+    for router, drawn in (
+      ("llama4_topk", {"key_B": key, "step_key": step_key}),
+      ("sigmoid_topk", {"key_B": key, "step_key": step_key}),
+      ("sigmoid_topk", {}),
+    )
+  )
+  np.testing.assert_allclose(on_inputs, on_outputs, rtol=1e-5, atol=1e-6)
+  assert np.abs(on_inputs - undrawn).max() > 0.1
 
 
 def test_losses_and_entropy_equal_the_reference():
@@ -197,6 +217,7 @@ def test_balancer_state_has_no_gradient():
       "by a bias, and the router takes none",
     ),
     ({"router": "group_limited_topk:groups=3"}, "groups=3"),
+    ({"balancer": "expert_threshold"}, "compares with no threshold; use router expert_threshold"),
     ({"balancer": "load_loss"}, "reads the smooth load"),
     ({"router": "moe_plus_plus:zeros=2", "balancer": "heterogeneous_loss"}, "has 5; say zero_computation=5"),
   ],
@@ -251,7 +272,17 @@ def test_flat_tokens_are_refused_where_sequences_matter(fields, message):
 
 
 @pytest.mark.parametrize(
-  "router", ["softmax_topk", "noisy_topk", "hierarchical_topk", "moe_plus_plus", "task_level"]
+  "router",
+  [
+    "softmax_topk",
+    "noisy_topk",
+    "hierarchical_topk",
+    "moe_plus_plus",
+    "task_level",
+    "cosine_topk",
+    "mlp_topk",
+    "gemma4_topk",
+  ],
 )
 def test_float32_products_are_full_precision_in_the_compiled_program(router):
   """With bfloat16 tokens those are the router's own, forward and backward. CPUs compute them so in any case."""

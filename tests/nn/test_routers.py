@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from moe_jax.errors import InputError
 from moe_jax.nn import Context, MoE
 from tests.nn.layer import randomized
 from tests.reference import batch_routing, noisy_routing
@@ -57,12 +58,55 @@ def base_assignment(w, x_TD, b):
   return batch_routing.base_assignment(x_TD @ w["router/w_router_DE"], 1, None, MASK_BL[b])
 
 
+def tokens(choose, logits_TE, b):
+  """`choose(logits_E, scores_E)` -> {expert: weight}, token after token."""
+  entries = []
+  for t, logits_E in enumerate(logits_TE):
+    real = bool(MASK_BL[b, t])
+    entries += [reference.Entry(t, e, w, real, real) for e, w in choose(logits_E).items()]
+  return entries
+
+
+def best(k, scores_E):
+  """{expert: score} of the k best."""
+  return {e: scores_E[e] for e in reference.pick(scores_E, [0] * E, k)}
+
+
+def over_sum(chosen):
+  return {e: s / sum(chosen.values()) for e, s in chosen.items()}
+
+
+def cosine_topk(w, x_TD, b):
+  unit = lambda x: x / np.sqrt((x * x).sum())
+  inverse_temperature = min(np.exp(w["router/log_inverse_temperature"]), 100)
+  vectors = [unit(v) for v in w["router/w_expert_XE"].T]
+  logits_TE = [[inverse_temperature * unit(x @ w["router/w_token_DX"]) @ v for v in vectors] for x in x_TD]
+  return tokens(lambda logits_E: best(2, reference.softmax(logits_E)), logits_TE, b)
+
+
+def mlp_topk(w, x_TD, b):
+  logits_TE = np.tanh(x_TD @ w["router/w_in_DX"]) @ w["router/w_out_XE"]
+  return tokens(lambda logits_E: over_sum(best(3, reference.sigmoid(logits_E))), logits_TE, b)
+
+
+def gemma4_topk(w, x_TD, b):
+  rms_T = [np.sqrt((x * x).sum() / D + 1e-6) for x in x_TD]
+  logits_TE = [
+    (x / rms * w["router/scale_D"] / np.sqrt(D)) @ w["router/w_router_DE"] for x, rms in zip(x_TD, rms_T)
+  ]
+  scaled = lambda chosen: {e: s * w["router/scale_E"][e] for e, s in chosen.items()}
+  return tokens(lambda logits_E: scaled(over_sum(best(2, reference.softmax(logits_E)))), logits_TE, b)
+
+
 CASES = {
   "noisy_topk": (noisy_topk, 2),
   "hierarchical_topk:groups=2": (hierarchical_topk, 4),
   "task_level:tasks=3": (task_level, 2),
   "base_assignment": (base_assignment, 1),
   "base_assignment:mix=true": (base_assignment, 1),  # a E(x) + (1 - a) x
+  "cosine_topk": (cosine_topk, 2),
+  "mlp_topk:hidden=7:activation=tanh:score=sigmoid": (mlp_topk, 3),
+  "gemma4_topk": (gemma4_topk, 2),
 }
 
 
@@ -101,3 +145,48 @@ def test_output_and_gradients_equal_the_loop(spec):
     want = np.sum((sides[0] - sides[1]) * COTANGENT_BLD) / 2e-6
     np.testing.assert_allclose(np.sum(gradient * direction), want, rtol=1e-3, atol=1e-4, err_msg=name)
     assert abs(want) > 1e-3, name
+
+
+def router_of(spec, **fields):
+  return MoE(D, num_experts=E, expert_dim=F, router=spec, rngs=nnx.Rngs(0), **fields).router
+
+
+def test_the_temperature_of_a_cosine_router_is_at_least_a_hundredth():
+  router = router_of("cosine_topk:temperature=0.25")
+  widest = lambda: float(np.abs(router.logits(X_BLD)).max())
+  before, expected = widest(), [1.0, 0.04, 25.0, 25.0]  # temperatures 0.25, 6.25, 0.01 and far below
+  found = []
+  for log_inverse in (np.log(4), np.log(0.16), np.log(100), 50.0):
+    router.log_inverse_temperature.set_value(np.float32(log_inverse))
+    found.append(widest() / before)
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+  assert 2 < before <= 4  # 1/0.25 times a cosine
+  assert router.w_expert_XE.shape == (E // 2, E)
+
+
+def test_a_token_of_zeros_has_finite_gradients_in_a_cosine_router():
+  router = router_of("cosine_topk")
+  assert np.isfinite(jax.grad(lambda x: router.logits(x).sum())(np.zeros_like(X_BLD))).all()
+
+
+def test_what_weights_multiply_is_one_of_two():
+  router = router_of("sigmoid_topk")
+  router.weighs = "hidden"
+  with pytest.raises(InputError, match="weighs must be one of output, input, got 'hidden'"):
+    router_of(router)
+
+
+@pytest.mark.parametrize(
+  ("spec", "message"),
+  [
+    ("cosine_topk:width=-1", "width must be 1 or more, or 0 for half the experts, got -1"),
+    ("cosine_topk:temperature=0.001", "temperature must be 0.01 or more, got 0.001"),
+    ("cosine_topk:score=tanh", "router cosine_topk: score must be one of softmax, sigmoid, sqrt_softplus"),
+    ("mlp_topk:hidden=-2", "hidden must be 1 or more, or 0 for the model dimension, got -2"),
+    ("mlp_topk:activation=sin", "activation must be one of relu, gelu, silu, tanh, got 'sin'"),
+  ],
+)
+def test_wrong_options_are_one_line_errors(spec, message):
+  with pytest.raises(InputError) as error:
+    router_of(spec)
+  assert message in str(error.value) and "\n" not in str(error.value)

@@ -110,6 +110,15 @@ def quantile_balancing(bins, cutoff, score):
   return Row(spec, observed=observed, score=score, has_gradient=False)
 
 
+def expert_threshold(bins):
+  """A row of expert_threshold; its thresholds start at 0, so the bins lie in [-8, 8]."""
+
+  def observed(logits_BLE, mask_BL):
+    return bias_reference.histogram(logits_BLE[mask_BL].reshape(-1, E), -8, 8, bins), K * mask_BL.sum()
+
+  return Row(f"expert_threshold:bins={bins}", observed=observed, score="sigmoid", has_gradient=False)
+
+
 def between_devices(name, weight, scope, score):
   """A row of device_loss or communication_loss, for two devices of which a token may reach both."""
   size = {"sequence": L, "group": GROUP}.get(scope, B * L)
@@ -226,6 +235,7 @@ ROWS = {
     "multiplicative_bias:0.25", observed=counts_of_all_choices, score="sigmoid", has_gradient=False
   ),
   "quantile_balancing": quantile_balancing(50, "next", "sigmoid"),
+  "expert_threshold": expert_threshold(40),
   "quantile_cutoff": quantile_balancing(40, "quantile", "softmax"),
   "none": Row("none", has_gradient=False),
 }

@@ -77,6 +77,7 @@ class Row(NamedTuple):
   takes_bias: bool = True
   bias_decides: bool = True  # an overwhelming bias brings its expert to every token
   own_weights: bool = False  # a weight does not depend on which other experts the token has
+  shift_matters: bool = False  # a bias that is the same for all experts changes the choice
   permutable: bool = True  # experts have no order or groups
   exact_ties: bool = True  # equal scores go to the lower index
   differentiable: bool = True  # weights depend on the logits

@@ -20,6 +20,7 @@ ROWS = {
   "every_expert": Row("softmax_topk:before", 3, 3, reference.softmax_before_topk, own_weights=True),
   "sigmoid_topk": Row("sigmoid_topk", 6, 2, reference.sigmoid_topk, reference.sigmoid, own_weights=True),
   "deepseek_v3": Row("sigmoid_topk:normalize=true:scale=2.5", 6, 2, reference.deepseek_v3, reference.sigmoid),
+  "llama4_topk": Row("llama4_topk", 6, 2, reference.llama4_topk, reference.sigmoid, own_weights=True),
   "switch_top1": Row("switch_top1", 6, 1, reference.softmax_before_topk, own_weights=True),
   "gshard_top2": Row("gshard_top2", 6, 2, reference.gshard_top2, draw=uniform_per_token, leaks="drops"),
   "gshard_mesh": Row(
@@ -80,6 +81,24 @@ ROWS = {
   "top_p": Row("top_p", 6, 3, variable_routing.top_p(0.4), own_weights=True),
   # K = E without taking every expert, which the law of the bias does not expect of other routers
   "top_p_unlimited": Row("top_p:0.8", 4, 4, variable_routing.top_p(0.8), bias_decides=False),
+  "expert_threshold": Row(
+    "expert_threshold",
+    6,
+    1,
+    variable_routing.expert_threshold(4),
+    reference.sigmoid,
+    own_weights=True,
+    shift_matters=True,
+  ),
+  "expert_threshold_cut": Row(
+    "expert_threshold:most=2",
+    6,
+    1,
+    variable_routing.expert_threshold(2),
+    reference.sigmoid,
+    own_weights=True,
+    shift_matters=True,
+  ),
   "task_level": Row("task_level:3", 6, 2, reference.softmax_topk),
   "sequence_level": Row(
     "sequence_level",
@@ -149,6 +168,21 @@ ROWS = {
     reference.sigmoid,
     permutable=False,
   ),
+  "grouped_topk": Row(
+    "grouped_topk:groups=2",
+    8,
+    4,
+    functools.partial(limited_routing.grouped_topk, groups=2),
+    own_weights=True,
+    permutable=False,
+  ),
+  "grouped_topk_one_of_each": Row(
+    "grouped_topk:normalize=true",
+    6,
+    3,
+    functools.partial(limited_routing.grouped_topk, groups=3, normalize=True),
+    permutable=False,
+  ),
   "topology_aware_topk": Row(
     "topology_aware_topk:max_remote_fraction=0.4",
     6,
@@ -212,6 +246,33 @@ ROWS = {
   ),
   "expert_choice_uneven": Row(
     "expert_choice", 5, 2, batch_routing.expert_choice, leaks="always", takes_bias=False, exact_ties=False
+  ),
+  "token_rounding": Row(
+    "token_rounding:tile=4",
+    6,
+    2,
+    functools.partial(batch_routing.token_rounding, tile=4),
+    leaks="always",
+    bias_decides=False,
+    exact_ties=False,
+  ),
+  "token_rounding_up": Row(
+    "token_rounding:tile=5:to=up",
+    5,
+    2,
+    functools.partial(batch_routing.token_rounding, tile=5, to="up"),
+    leaks="always",
+    bias_decides=False,
+    exact_ties=False,
+  ),
+  "token_rounding_down": Row(
+    "token_rounding:tile=3:to=down",
+    6,
+    3,
+    functools.partial(batch_routing.token_rounding, tile=3, to="down"),
+    leaks="always",
+    bias_decides=False,
+    exact_ties=False,
   ),
   "base_assignment": Row(
     "base_assignment",

@@ -23,7 +23,7 @@ def route_batch(router, logits_BLE, mask_BL, bias_E=None):
 
 
 @functools.cache
-def skewed_run(spec, num_steps=400):
+def skewed_run(spec, num_steps=400, router="sigmoid_topk"):
   """MaxVio [steps] and bias [steps, E] of the balancer `spec` on the same batch at every step: weights never
   move."""
   noise_BLE = np.random.default_rng(0).normal(size=(4, 32, SKEWED_EXPERTS)).astype(np.float32)
@@ -32,7 +32,7 @@ def skewed_run(spec, num_steps=400):
   balancer = make_balancer(spec)
 
   def step(state, _):
-    routing = route_batch("sigmoid_topk", logits_BLE, mask_BL, balancer.bias(state))
+    routing = route_batch(router, logits_BLE, mask_BL, balancer.bias(state))
     counts_E = routing.selected_BLE.sum(axis=(0, 1))
     new_state = balancer.update(state, balancer.observe(state, routing))
     return new_state, (stats.max_vio(counts_E), balancer.bias(state))

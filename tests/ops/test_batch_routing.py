@@ -32,7 +32,14 @@ WHOLE_GROUP = [
   name
   for name, row in ROWS.items()
   if row.spec.split(":")[0]
-  in ("batch_prioritized", "expert_choice", "base_assignment", "sinkhorn", "quantile_topk")
+  in (
+    "batch_prioritized",
+    "expert_choice",
+    "base_assignment",
+    "sinkhorn",
+    "quantile_topk",
+    "token_rounding",
+  )
 ]
 
 
@@ -251,6 +258,8 @@ def test_jit_of_one_group_equals_the_same_group_among_others():
 @pytest.mark.parametrize(
   ("spec", "k", "message"),
   [
+    ("token_rounding:tile=0", 2, "tile must be at least 1, got 0"),
+    ("token_rounding:to=half", 2, "to must be one of nearest, up, down, got 'half'"),
     ("batch_prioritized:mean", 2, "priority must be one of max, sum, got 'mean'"),
     ("base_assignment", 2, "num_experts_per_token=2: router base_assignment takes 1"),
     ("sinkhorn:relu", 2, "score must be one of auto, sigmoid, softmax, got 'relu'"),
@@ -265,3 +274,49 @@ def test_wrong_settings_are_one_line_errors(spec, k, message):
   with pytest.raises(InputError) as error:
     make_choice(spec, 6, k)
   assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("to", ["nearest", "up", "down"])
+@pytest.mark.parametrize("tile", [2, 5, 20])
+def test_token_rounding_gives_every_expert_a_multiple_of_the_tile(tile, to):
+  """Also with crowded experts, padding, and a tile that is larger than the group."""
+  row = ROWS["token_rounding"]
+  choice = make_choice(f"token_rounding:tile={tile}:to={to}", 6, 2)
+  for mask_T in (np.ones(T, bool), MASK_T):
+    logits_TE = crowded_logits(row)
+    before_E, after_E = (
+      loads_of(c, logits_TE, mask=mask_T) for c in (make_choice("softmax_topk", 6, 2), choice)
+    )
+    assert np.all(after_E % tile == 0) and after_E.max() <= mask_T.sum()
+    moved_E = after_E - before_E
+    allowed = {"nearest": (-tile / 2, tile / 2), "up": (0, tile - 1), "down": (1 - tile, 0)}[to]
+    can_rise_E = before_E - before_E % tile + tile <= mask_T.sum()  # to the next multiple
+    assert np.all(moved_E[can_rise_E] >= allowed[0]) and np.all(moved_E <= allowed[1])
+    assert np.all(moved_E[before_E % tile == 0] == 0)
+
+
+def test_token_rounding_is_top_k_where_counts_are_multiples():
+  """Six tokens ask for two experts each, every expert is asked by two: nothing moves, with any rounding."""
+  logits_TE = np.zeros((6, 6), np.float32)
+  for t in range(6):
+    logits_TE[t, [t, (t + 1) % 6]] = 2 + 0.1 * t, 1
+  plain = choices(route(make_choice("softmax_topk", 6, 2), logits_TE).assignment)
+  for to in ("nearest", "up", "down"):
+    rounded = choices(route(make_choice(f"token_rounding:tile=2:to={to}", 6, 2), logits_TE).assignment)
+    assert rounded.keys() == plain.keys()
+    np.testing.assert_allclose([rounded[pair] for pair in plain], list(plain.values()), rtol=1e-6)
+
+
+def test_token_rounding_drops_the_smallest_weight_and_adds_the_highest_score():
+  """Expert 0 is chosen by 3 of 5 tokens and expert 1 by 2, K = 1 of 2 with a tile of 2."""
+  logits_TE = np.array([[2.0, 0], [0.5, 0], [1, 0], [0, 1], [0, 3]], np.float32)
+  scores_TE = np.array([reference.softmax(x) for x in logits_TE.astype(float)])
+  up, down = (
+    choices(route(make_choice(f"token_rounding:tile=2:to={to}", 2, 1), logits_TE).assignment)
+    for to in ("up", "down")
+  )
+  kept = {(0, 0): 1, (1, 0): 1, (3, 1): 1, (4, 1): 1}
+  assert {pair: round(weight, 5) for pair, weight in down.items()} == kept  # equal weights: by index
+  added = {(2, 0): 1, (3, 0): scores_TE[3, 0]}
+  np.testing.assert_allclose([up.pop(pair) for pair in added], list(added.values()), rtol=1e-5)
+  assert up.keys() == kept.keys()

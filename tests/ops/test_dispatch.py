@@ -14,6 +14,7 @@ from moe_jax.ops.dispatch import (
   einsum_dispatch,
   expert_capacity,
   sorted_dispatch,
+  weighing_inputs,
 )
 from moe_jax.ops.experts import Experts, gated_experts
 from moe_jax.types import Assignment
@@ -90,31 +91,32 @@ def tokens_like(groups, tokens, seed=1, dtype=jnp.float32):
 
 
 @functools.cache
-def step(name: str, num_experts: int, capacity: int) -> Callable:
+def step(name: str, num_experts: int, capacity: int, weighs: str = "output") -> Callable:
   """(x, combine weights, expert weights, assignment, cotangent) -> y, kept, gradients of the first three."""
+  dispatch = UNDER_TEST[name] if weighs == "output" else weighing_inputs(UNDER_TEST[name], D)
 
   def loss(x, combine, experts, assignment, cotangent):
     assignment = assignment._replace(weight_A=combine)
-    y, kept = UNDER_TEST[name](x, assignment, experts, num_experts=num_experts, capacity=capacity)
+    y, kept = dispatch(x, assignment, experts, num_experts=num_experts, capacity=capacity)
     return jnp.vdot(y.astype(jnp.float32), cotangent.astype(jnp.float32)), (y, kept)
 
   return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
 
 
-def run(name, x, assignment, experts, capacity, cotangent):
-  grads, (y, kept) = step(name, experts.num_experts, 0 if name == "dropless" else capacity)(
+def run(name, x, assignment, experts, capacity, cotangent, weighs="output"):
+  grads, (y, kept) = step(name, experts.num_experts, 0 if name == "dropless" else capacity, weighs)(
     x, assignment.weight_A, experts, assignment, cotangent
   )
   names = ("gate", "up", "down")[-len(experts.weights) :]
   return y, kept, {"x": grads[0], "weight": grads[1], **dict(zip(names, grads[2].weights, strict=True))}
 
 
-def check(name, x, assignment, experts, capacity, cotangent, atol=2e-5):
+def check(name, x, assignment, experts, capacity, cotangent, atol=2e-5, weighs="output"):
   """Asserts that the dispatcher gives the reference's values, drops and gradients; returns its own."""
-  y, kept, grads = run(name, x, assignment, experts, capacity, cotangent)
+  y, kept, grads = run(name, x, assignment, experts, capacity, cotangent, weighs)
   weights = (None, *experts.weights)[-3:]
   y_ref, kept_ref, grads_ref = moe_layer(
-    x, assignment, weights, None if name == "dropless" else capacity, cotangent
+    x, assignment, weights, None if name == "dropless" else capacity, cotangent, weighs
   )
   np.testing.assert_array_equal(kept, kept_ref)
   assert y.dtype == x.dtype
@@ -146,6 +148,17 @@ def test_equals_the_loop_with_and_without_drops(name, case):
   x, cotangent = tokens_like(2, 8)
   for capacity in (3,) if experts == 1 else (3, 16):
     check(name, x, padded(assignment), make_weights(experts), capacity, cotangent)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_on_the_inputs_equal_the_loop(name):
+  x, cotangent = tokens_like(2, 8)
+  for case in ("token_major", "skipped_entries_hold_slots", "any_order_and_count", "no_valid_entry"):
+    for capacity in (3, 16):
+      check(name, x, padded(CASES[case][0]), make_weights(4), capacity, cotangent, weighs="input")
+  rounded, cotangent = tokens_like(2, 8, dtype=jnp.bfloat16)
+  weights = make_weights(4, dtype=jnp.bfloat16)
+  check(name, rounded, padded(CASES["token_major"][0]), weights, 3, cotangent, atol=0.06, weighs="input")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -90,6 +90,21 @@ def test_a_token_uses_at_most_its_number_of_groups(groups_per_token):
   assert most(route(plain, logits_TE).assignment) == 3  # else this shows nothing
 
 
+@pytest.mark.parametrize("groups", [0, 1, 2, 4])
+def test_every_group_gets_equally_many_experts_of_each_token(groups):
+  """Also where all logits and the bias favour one group. Without groups, these tokens would not."""
+  bias_E = np.where(np.arange(16) < 4, 2.0, 0.0).astype(np.float32)
+  of_groups = lambda spec, p: [
+    np.bincount(of_token, minlength=p).tolist()
+    for of_token in groups_of(
+      route(make_choice(spec, 16, 4), logits_of(16), bias_E=bias_E).assignment, 16 // p
+    )
+  ]
+  p = groups or 4
+  assert of_groups(f"grouped_topk:groups={groups}", p) == [[4 // p] * p] * T
+  assert of_groups("softmax_topk", 4) == [[4, 0, 0, 0]] * T
+
+
 def test_the_group_score_decides_between_one_very_good_and_two_good_experts():
   logits_TE = jnp.array([[3.0, -3.0, 1.0, 1.0]])
   for group_top, group in [(1, 0), (2, 1)]:
@@ -107,6 +122,8 @@ def test_the_group_score_decides_between_one_very_good_and_two_good_experts():
     ("device_limited_topk:6:2", "2 groups of 1 experts per token are fewer than num_experts_per_token=3"),
     ("node_limited_topk:6:3", "group_top=2 must be between 1 and the 1 experts of a group"),
     ("group_limited_topk:2:1:0", "group_top=0 must be between 1 and the 3 experts"),
+    ("grouped_topk:groups=4", "groups=4 must divide num_experts=6"),
+    ("grouped_topk:groups=2", "groups=2 must divide num_experts_per_token=3"),
     ("group_limited_topk:2:1:score=tanh", "score must be one of softmax, sigmoid, sqrt_softplus, got 'tanh'"),
   ],
 )

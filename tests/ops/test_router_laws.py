@@ -36,7 +36,6 @@ def rows_that(condition=lambda row: True):
 
 
 every_router = rows_that()
-every_biased_router = rows_that(lambda row: row.takes_bias)
 
 
 def test_every_router_has_a_row():
@@ -128,7 +127,7 @@ def test_masked_tokens_are_never_valid_and_change_nothing(row):
   assert not choices(nobody.assignment)
 
 
-@every_biased_router
+@rows_that(lambda row: row.takes_bias and not row.shift_matters)
 def test_a_constant_bias_changes_nothing(row):
   logits_TE, key = logits_of(row), key_of(row)
   plain = route_row(row, logits_TE, key=key)

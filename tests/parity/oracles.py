@@ -24,6 +24,8 @@ PREFIX = {
   "deepseek_v3": "DeepseekV3",
   "deepseek_v4": "DeepseekV4",
   "axk2": "AXK2",
+  "gemma4": "Gemma4Text",
+  "llama4": "Llama4Text",
   "switch_transformers": "SwitchTransformers",
   "nllb_moe": "NllbMoe",
 }

@@ -89,6 +89,13 @@ CASES = {
     },
     {"router": "sqrt_softplus_topk:scale=1.5", "balancer": "loss_free_bias:0.001", "shared": 1},
   ),
+  "llama4": Case(
+    "llama4",
+    "Moe",
+    (),
+    {"num_local_experts": E, "intermediate_size": F},
+    {"router": "llama4_topk", "shared": 1},
+  ),
   "switch": Case(
     "switch_transformers",
     "SparseMLP",
@@ -132,13 +139,14 @@ def their_arrays(model, params):
       arrays |= {f"experts.expert_{e}.wi.weight": up[e].T, f"experts.expert_{e}.wo.weight": down[e].T}
     return arrays
   gate_up_EDF = np.concatenate([w["experts/w_gate_EDF"], up], axis=-1)
+  as_there = lambda w_EXY: w_EXY if model == "llama4" else w_EXY.swapaxes(1, 2)
   arrays = {
-    "gate.weight": router.T,
-    "experts.gate_up_proj": gate_up_EDF.swapaxes(1, 2),
-    "experts.down_proj": down.swapaxes(1, 2),
+    "router.weight" if model == "llama4" else "gate.weight": router.T,
+    "experts.gate_up_proj": as_there(gate_up_EDF),
+    "experts.down_proj": as_there(down),
   }
   if "shared/w_up_DF" in w:
-    name = "shared_expert" if model == "qwen2_moe" else "shared_experts"
+    name = "shared_expert" if model in ("qwen2_moe", "llama4") else "shared_experts"
     arrays |= {
       f"{name}.gate_proj.weight": w["shared/w_gate_DF"].T,
       f"{name}.up_proj.weight": w["shared/w_up_DF"].T,
@@ -168,12 +176,14 @@ def test_the_same_output(name):
   moe = our_layer(case)
   y_BLD, aux = jax.jit(lambda moe, x_BLD: moe(x_BLD))(moe, X_BLD)
   expected_BLD = oracles.call(their_block(case, moe), X_BLD)
+  if case.model == "llama4":  # which returns flat tokens, and the logits
+    expected_BLD = expected_BLD[0].reshape(X_BLD.shape)
   np.testing.assert_allclose(y_BLD, expected_BLD, rtol=1e-4, atol=1e-5)
   dropped = B * L * moe.num_experts_per_token - aux.kept_per_expert_E.sum()
   assert (dropped > 0) == (name == "switch")
 
 
-@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "llama4"])
 def test_the_same_gradients(name):
   """Of the input and of every matrix, the router's included, for a random linear function of the output."""
   case = CASES[name]
@@ -188,7 +198,9 @@ def test_the_same_gradients(name):
   d_params, d_x_BLD = jax.jit(jax.grad(value, argnums=(0, 1)))(params, X_BLD)
   block = their_block(case, moe)
   x_BLD = oracles.torch.tensor(X_BLD, requires_grad=True)
-  (block(x_BLD) * oracles.torch.tensor(c_BLD)).sum().backward()
+  output = block(x_BLD)
+  y_BLD = output[0].reshape(x_BLD.shape) if case.model == "llama4" else output
+  (y_BLD * oracles.torch.tensor(c_BLD)).sum().backward()
   np.testing.assert_allclose(d_x_BLD, x_BLD.grad.numpy(), rtol=1e-4, atol=1e-5)
   expected = {name: p.grad.numpy() for name, p in block.named_parameters()}
   found = their_arrays(case.model, d_params)

@@ -6,11 +6,14 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
+from moe_jax.nn import MoE
 from moe_jax.ops.dispatch.slots import assign_slots
 from moe_jax.ops.routing import make_choice
 from moe_jax.ops.routing.hashing import table_topk
 from moe_jax.ops.routing.topk import LOG_SCORES
+from moe_jax.types import RouterContext
 from tests.ops.choosing import route
 from tests.parity import oracles
 
@@ -130,6 +133,24 @@ def test_the_same_experts_and_weights(name):
   assert_equal(ours(make_choice(case.spec, E, K), X_TD @ W_ED.T, bias_E=bias_E), their)
   if case.biased:  # or the case would not test where the bias goes
     assert (chosen(theirs(case, bias_E=0 * BIAS_E)[2]) != chosen(their[1])).any()
+
+
+def test_the_router_of_gemma4():
+  scale_D, scale_E = (np.random.default_rng(n).uniform(0.5, 3, n).astype(np.float32) for n in (D, E + 1))
+  scale_E = scale_E[:E]
+  theirs = oracles.build("gemma4", "Router", hidden_size=D, num_experts=E, top_k_experts=K)
+  oracles.load(theirs, **{"proj.weight": W_ED, "scale": scale_D, "per_expert_scale": scale_E})
+  scores_TE, *their = oracles.call(theirs, X_TD)
+  router = MoE(
+    D, num_experts=E, num_experts_per_token=K, expert_dim=2, router="gemma4_topk", rngs=nnx.Rngs(0)
+  ).router
+  for variable, value in ((router.w_router_DE, W_ED.T), (router.scale_D, scale_D), (router.scale_E, scale_E)):
+    variable.set_value(value)
+  routing = jax.device_get(router(X_TD[None], RouterContext(np.ones((1, T), bool))))
+  np.testing.assert_allclose(np.exp(routing.log_scores_TE[0]), scores_TE, rtol=1e-5)
+  a = routing.assignment
+  assert_equal((a.weight_A.reshape(T, K), a.expert_A.reshape(T, K)), their)
+  assert np.ptp(by_expert(*their).sum(axis=1)) > 0.5  # the scales of the experts show
 
 
 def test_the_hash_layers_of_deepseek_v4():

@@ -58,6 +58,38 @@ def expert_choice(logits_TE, k, bias_E, mask_T, draw=None):
   return entries
 
 
+def token_rounding(logits_TE, k, bias_E, mask_T, draw=None, *, tile, to="nearest"):
+  """Expert after expert: its tokens by weight, then the others by score, of which it takes a rounded number."""
+  scores_TE = _scores(logits_TE, softmax)
+  tokens, experts = len(scores_TE), len(scores_TE[0])
+  real, padding = ([t for t in range(tokens) if bool(mask_T[t]) == is_real] for is_real in (True, False))
+  chosen = [pick(scores_E, bias_E, k) for scores_E in scores_TE]
+  weights = [{e: s[e] / sum(s[i] for i in own) for e in own} for s, own in zip(scores_TE, chosen)]
+  most_added = {"nearest": tile // 2, "up": tile - 1, "down": 0}[to]
+  taken, added = [], []
+  for e in range(experts):
+    of_expert = [t for t in real if e in chosen[t]]
+    order = _by_falling({t: weights[t][e] for t in of_expert}, of_expert)
+    others = [t for t in real if e not in chosen[t]]
+    order += _by_falling({t: scores_TE[t][e] for t in others}, others) + padding
+    count = len(of_expert)
+    below, above = count - count % tile, count + -count % tile
+    nearer = (
+      above
+      if above - count < count - below or (above - count == count - below and below // tile % 2)
+      else below
+    )
+    rounded = {"nearest": nearer, "up": above, "down": below}[to]
+    rounded = rounded if rounded <= len(real) else below
+    taken.append(order[:rounded])
+    for place in range(count, count + min(most_added, tokens)):
+      t, valid = order[min(place, tokens - 1)], place < rounded
+      added.append(Entry(t, e, scores_TE[t][e], valid, valid))
+  kept = lambda t, e: bool(mask_T[t]) and t in taken[e]
+  own = [Entry(t, e, weights[t][e], kept(t, e), kept(t, e)) for t in range(tokens) for e in chosen[t]]
+  return own + added
+
+
 def best_balanced(scores_TE):
   """Every token's expert in the best assignment with floor(n/E) to ceil(n/E) tokens per expert, by scipy.
 

@@ -79,6 +79,19 @@ def group_limited(
   return entries
 
 
+def grouped_topk(logits_TE, k, bias_E, mask_T, draw_T=None, *, groups, normalize=False):
+  """Group after group, its k / groups best experts of the softmax over all."""
+  entries, size = [], len(bias_E) // groups
+  for t, logits_E in enumerate(np.asarray(logits_TE, np.float64)):
+    scores_E = softmax(logits_E)
+    biased_E = [s + b for s, b in zip(scores_E, bias_E)]
+    members = [range(g * size, (g + 1) * size) for g in range(groups)]
+    chosen = [e for group in members for e in best_of(group, biased_E, k // groups)]
+    weights = weights_of([scores_E[e] for e in chosen], normalize, 1.0)
+    entries += [Entry(t, e, w, bool(mask_T[t]), bool(mask_T[t])) for e, w in zip(chosen, weights)]
+  return entries
+
+
 def topology_aware(logits_TE, k, bias_E, mask_T, draw_T=None, *, nodes, fraction):
   """Node after node: who would leave, in the order of the best remote logit; the others stay at home."""
   logits_TE = np.asarray(logits_TE, np.float64)

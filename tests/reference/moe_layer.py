@@ -32,8 +32,8 @@ def _ffn(x, gate, up, down):
   return (g * sigmoid * u) @ down, (g * sigmoid * u, sigmoid * (1 + g * (1 - sigmoid)) * u, g * sigmoid)
 
 
-def moe_layer(x_GTD, assignment, weights, capacity, cotangent_GTD):
-  """Forward and backward of sum(y * cotangent).
+def moe_layer(x_GTD, assignment, weights, capacity, cotangent_GTD, weighs="output"):
+  """Forward and backward of sum(y * cotangent). Weights multiply the output or the input of the experts.
 
   Returns y_GTD, kept_GA, and a dict of gradients: x, weight (of the entries), gate, up, down.
   """
@@ -51,11 +51,11 @@ def moe_layer(x_GTD, assignment, weights, capacity, cotangent_GTD):
   }
   for g, a in zip(*np.nonzero(kept)):
     t, e = token[g, a], expert[g, a]
-    x, d_y = x_GTD[g, t], cotangent_GTD[g, t]
+    before, after = (combine[g, a], 1) if weighs == "input" else (1, combine[g, a])
+    x, d_y, d_x = before * x_GTD[g, t], cotangent_GTD[g, t], 0
     out, (hidden, slope, other) = _ffn(x, None if gate is None else gate[e], up[e], down[e])
-    y[g, t] += combine[g, a] * out
-    grads["weight"][g, a] = d_y @ out
-    d_out = combine[g, a] * d_y
+    y[g, t] += after * out
+    d_out = after * d_y
     grads["down"][e] += np.outer(hidden, d_out)
     d_hidden = down[e] @ d_out
     if gate is None:
@@ -63,7 +63,9 @@ def moe_layer(x_GTD, assignment, weights, capacity, cotangent_GTD):
     else:
       d_gate, d_up = d_hidden * slope, d_hidden * other
       grads["gate"][e] += np.outer(x, d_gate)
-      grads["x"][g, t] += gate[e] @ d_gate
+      d_x = gate[e] @ d_gate
     grads["up"][e] += np.outer(x, d_up)
-    grads["x"][g, t] += up[e] @ d_up
+    d_x = d_x + up[e] @ d_up
+    grads["x"][g, t] += before * d_x
+    grads["weight"][g, a] = d_x @ x_GTD[g, t] if weighs == "input" else d_y @ out
   return y, kept, grads

@@ -67,6 +67,11 @@ def sigmoid_topk(logits_TE, k, bias_E, mask_T, draw_T=None):
   return _token_choice(logits_TE, k, bias_E, mask_T, sigmoid, list)
 
 
+def llama4_topk(logits_TE, k, bias_E, mask_T, draw_T=None):
+  """The weights multiply what the experts read: see `moe_layer` for that."""
+  return sigmoid_topk(logits_TE, k, bias_E, mask_T)
+
+
 def deepseek_v3(logits_TE, k, bias_E, mask_T, draw_T=None):
   return _token_choice(
     logits_TE, k, bias_E, mask_T, sigmoid, lambda scores: [2.5 * w for w in _over_sum(scores)]

@@ -6,7 +6,7 @@ import math
 import numpy as np
 
 from tests.reference.balancing import SCORES, selected
-from tests.reference.routing import Entry, gshard_top2_mesh, pick, softmax, softmax_topk
+from tests.reference.routing import Entry, gshard_top2_mesh, pick, sigmoid, softmax, softmax_topk
 
 
 def mesh_top2(logits_TE, k, bias_E, mask_T, draw_T=None):
@@ -56,6 +56,21 @@ def sequence_mean(logits_TE, mask_T, sequence_T):
 
 def sequence_level(logits_TE, k, bias_E, mask_T, draw_T=None, *, sequence):
   return softmax_topk(sequence_mean(logits_TE, mask_T, sequence), k, bias_E, mask_T)
+
+
+def expert_threshold(most):
+  """Every expert whose logit with bias is 0 or more, at most `most`, the largest first."""
+
+  def route(logits_TE, k, bias_E, mask_T, draw=None):
+    entries = []
+    for t, logits_E in enumerate(np.asarray(logits_TE, np.float64)):
+      weights_E = sigmoid(logits_E)
+      for e in pick(logits_E, bias_E, most):
+        valid = bool(mask_T[t]) and logits_E[e] + bias_E[e] >= 0
+        entries.append(Entry(t, e, weights_E[e], valid, valid))
+    return entries
+
+  return route
 
 
 def moe_plus_plus(num_experts, zeros, normalize=False):

@@ -8,6 +8,7 @@ import numpy as np
 
 from moe_jax import sharding
 from moe_jax.config import MeshConfig
+from moe_jax.ops.dispatch import weighing_inputs
 from moe_jax.ops.experts import gated_experts
 from moe_jax.sharding.dispatchers import make_dispatcher
 from moe_jax.types import Assignment
@@ -67,10 +68,10 @@ def mesh_of(name: str) -> jax.sharding.Mesh:
   return sharding.make_mesh(MeshConfig(**MESHES[name]))
 
 
-def compile_step(spec):
-  dispatch = functools.partial(
-    make_dispatcher(spec).dispatch, num_experts=E, capacity=CAPACITY, shard=sharding.constrain
-  )
+def compile_step(spec, weighs="output"):
+  dispatch = make_dispatcher(spec).dispatch
+  dispatch = dispatch if weighs == "output" else weighing_inputs(dispatch, D)
+  dispatch = functools.partial(dispatch, num_experts=E, capacity=CAPACITY, shard=sharding.constrain)
 
   def loss(x, combine, experts, assignment, cotangent):
     y, kept = dispatch(x, assignment._replace(weight_A=combine), experts)
@@ -80,22 +81,22 @@ def compile_step(spec):
 
 
 @functools.cache
-def step(spec: str, mesh: str):
+def step(spec: str, mesh: str, weighs: str):
   """(x, combine weights, experts, assignment, cotangent) -> (gradients of the first three, (y, kept))."""
-  return compile_step(spec)
+  return compile_step(spec, weighs)
 
 
-def check(spec, mesh, assignment, expected_valid=None, run=step):
+def check(spec, mesh, assignment, expected_valid=None, run=step, weighs="output"):
   """Asserts the loop's values, drops and gradients. `expected_valid`: the entries that are kept, where it is
   not for the loop's own capacity to say."""
   x, cotangent, experts = inputs()
   with jax.set_mesh(mesh_of(mesh)):
-    gradients, (y, kept) = run(spec, mesh)(x, assignment.weight_A, experts, assignment, cotangent)
+    gradients, (y, kept) = run(spec, mesh, weighs)(x, assignment.weight_A, experts, assignment, cotangent)
   capacity = None if make_dispatcher(spec).never_drops else CAPACITY
   oracle = assignment
   if expected_valid is not None:
     oracle, capacity = assignment._replace(valid_A=expected_valid), None
-  y_ref, kept_ref, ref = moe_layer(x, oracle, experts.weights, capacity, cotangent)
+  y_ref, kept_ref, ref = moe_layer(x, oracle, experts.weights, capacity, cotangent, weighs)
   np.testing.assert_array_equal(kept, kept_ref)
   np.testing.assert_allclose(y, y_ref, atol=1e-5)
   found = (*gradients[:2], *gradients[2].weights)

@@ -31,6 +31,12 @@ def test_equals_the_loop_on_every_mesh(spec, mesh):
     check(spec, mesh, assignment(kind))
 
 
+@pytest.mark.parametrize("spec", SPECS)
+def test_weights_on_the_inputs_equal_the_loop(spec):
+  for kind in ("uneven", "skipped"):
+    check(spec, "data=2,expert=4", assignment(kind), weighs="input")
+
+
 @pytest.mark.parametrize(
   ("spec", "mesh"),
   [

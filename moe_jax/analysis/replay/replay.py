@@ -27,6 +27,7 @@ from moe_jax.errors import InputError
 from moe_jax.nn.build import resolve_moe, routed_layer
 from moe_jax.nn.context import Context
 from moe_jax.nn.moe import MoE, group_context
+from moe_jax.nn.routers import Router
 from moe_jax.ops import stats
 from moe_jax.ops.balancing import BALANCERS, make_balancer
 from moe_jax.ops.routing import to_batch
@@ -124,11 +125,12 @@ def replay(
 
 
 def bias_methods(num_experts: int) -> list[str]:
-  """The balancers of the registry that move choices by a bias and suit so many experts."""
+  """The balancers of the registry that move choices by a bias, and suit so many experts and a plain router."""
 
   def has_bias(name: str) -> bool:
     try:
       balancer = make_balancer(name)
+      balancer.suits(Router, 0)  # whose class attributes are those of a plain top-k router
       return balancer.bias(balancer.init(num_experts)) is not None
     except InputError:
       return False

@@ -7,6 +7,7 @@ parameters is a module in this package.
 from moe_jax.nn.routers.base import Router, project, top_k
 from moe_jax.nn.routers.linear import Linear, LinearRouter
 from moe_jax.nn.routers.noisy import HierarchicalTopK, NoisyTopK
+from moe_jax.nn.routers.nonlinear import CosineTopK, Gemma4TopK, MLPTopK
 from moe_jax.nn.routers.task import TaskLevel
 from moe_jax.nn.routers.zero_computation import BaseAssignment, MoEPlusPlus
 from moe_jax.ops.routing import CHOICES
@@ -21,6 +22,9 @@ ROUTERS = Registry(
     "task_level": TaskLevel,
     "moe_plus_plus": MoEPlusPlus,
     "base_assignment": BaseAssignment,
+    "cosine_topk": CosineTopK,
+    "mlp_topk": MLPTopK,
+    "gemma4_topk": Gemma4TopK,
   },
   offered=("dim", "num_experts", "num_experts_per_token", "init_scale", "rngs"),
 )

@@ -1,4 +1,4 @@
-"""Routers whose logits are one matrix product. A pure choice does the rest."""
+"""Routers that are logits and a pure choice. Mostly, the logits are one matrix product."""
 
 import dataclasses
 import inspect
@@ -14,23 +14,35 @@ from moe_jax.sharding import constrain
 from moe_jax.types import Array, RouterContext, Routing
 
 
-class LinearRouter(Router):
-  """A router with logits = x W, followed by `choice`. Subclasses add parameters."""
+class ChoiceRouter(Router):
+  """A router whose `choice` decides from logits alone. Subclasses say what the logits are."""
 
-  def __init__(self, choice: Choice, dim: int, num_logits: int, init_scale: float, *, rngs: nnx.Rngs):
+  def __init__(self, choice: Choice):
     self.choose = choice.choose
     self.leaks, self.takes_bias = choice.leaks, choice.takes_bias
     self.gives_smooth_load, self.whole_sequences = choice.gives_smooth_load, choice.whole_sequences
+    self.weighs, self.has_threshold = choice.weighs, choice.has_threshold
+
+  def logits(self, x_GTD: Array) -> Array:
+    """Returns logits_GTE in float32."""
+    raise NotImplementedError
+
+  def __call__(self, x_GTD: Array, context: RouterContext) -> Routing:
+    return self.from_logits(self.logits(x_GTD), context)
+
+  def from_logits(self, logits_GTE: Array, context: RouterContext) -> Routing | None:
+    return in_groups(self.choose, logits_GTE, context=context)
+
+
+class LinearRouter(ChoiceRouter):
+  """A router with logits = x W, followed by `choice`. Subclasses add parameters."""
+
+  def __init__(self, choice: Choice, dim: int, num_logits: int, init_scale: float, *, rngs: nnx.Rngs):
+    super().__init__(choice)
     self.w_router_DE = matrix(rngs, (dim, num_logits), ("embed", "router"), init_scale, zero=choice.zero_init)
 
   def logits(self, x_GTD: Array) -> Array:
     return constrain(project(x_GTD, weight(self.w_router_DE)), ("group", None, None))
-
-  def __call__(self, x_GTD: Array, context: RouterContext) -> Routing:
-    return in_groups(self.choose, self.logits(x_GTD), context=context)
-
-  def from_logits(self, logits_GTE: Array, context: RouterContext) -> Routing | None:
-    return in_groups(self.choose, logits_GTE, context=context)
 
 
 @dataclasses.dataclass(frozen=True)

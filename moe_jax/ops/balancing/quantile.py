@@ -64,17 +64,18 @@ def quantile_balancing(
   Raises:
     InputError: if an option is outside its range.
   """
-  _require_options(ema, bins, reach, cutoff)
+  require_option("balancer quantile_balancing", "cutoff", cutoff, CUTOFFS)
+  require_histogram_options("quantile_balancing", ema, bins, reach)
 
   def observe(bias_E: Array, routing: BatchRouting) -> RequiredBiases:
     scores_TE = routing.scores_BLE.reshape(-1, bias_E.size)
     mask_T = routing.mask_BL.reshape(-1)
     cutoff_T = _cutoff(scores_TE, bias_E, routing.num_experts_per_token, cutoff)
-    count_EQ = _histogram(cutoff_T[:, None] - scores_TE, mask_T, *_range(bias_E, reach), bins)
+    count_EQ = histogram(cutoff_T[:, None] - scores_TE, mask_T, *bin_range(bias_E, reach), bins)
     return RequiredBiases(count_EQ, routing.num_experts_per_token * mask_T.sum().astype(jnp.float32))
 
   def update(bias_E: Array, stats: RequiredBiases) -> Array:
-    solved_E = _quantile(stats.count_EQ, stats.num_choices / bias_E.size, *_range(bias_E, reach))
+    solved_E = quantile(stats.count_EQ, stats.num_choices / bias_E.size, *bin_range(bias_E, reach))
     new_E = ema * bias_E + (1 - ema) * solved_E
     new_E = new_E - new_E.mean() if centre else new_E
     return jnp.where(stats.num_choices > 0, new_E, bias_E)
@@ -87,15 +88,15 @@ def quantile_balancing(
   )
 
 
-def _require_options(ema: float, bins: int, reach: float, cutoff: str) -> None:
-  require_option("balancer quantile_balancing", "cutoff", cutoff, CUTOFFS)
+def require_histogram_options(balancer: str, ema: float, bins: int, reach: float) -> None:
+  """Raises `InputError` for options of a moving quantile that are outside their range."""
   for name, value, right, ok in (
     ("ema", ema, "in [0, 1)", 0 <= ema < 1),
     ("bins", bins, "1 or more", bins >= 1),
     ("reach", reach, "above 0", reach > 0),
   ):
     if not ok:
-      raise InputError(f"balancer quantile_balancing: {name} must be {right}, got {value}")
+      raise InputError(f"balancer {balancer}: {name} must be {right}, got {value}")
 
 
 def _cutoff(scores_TE: Array, bias_E: Array, k: int, cutoff: str) -> Array:
@@ -108,11 +109,12 @@ def _cutoff(scores_TE: Array, bias_E: Array, k: int, cutoff: str) -> Array:
   return best_TX[:, -1] + k / num_experts * (best_TX[:, -2] - best_TX[:, -1])
 
 
-def _range(bias_E: Array, reach: float) -> tuple[Array, Array]:
-  return bias_E.min() - reach, bias_E.max() + reach
+def bin_range(values_E: Array, reach: float) -> tuple[Array, Array]:
+  """Returns the lower and the upper end of the bins: `reach` beyond the smallest and the largest value."""
+  return values_E.min() - reach, values_E.max() + reach
 
 
-def _histogram(values_TE: Array, mask_T: Array, low: Array, high: Array, bins: int) -> Array:
+def histogram(values_TE: Array, mask_T: Array, low: Array, high: Array, bins: int) -> Array:
   """Returns valid tokens per uniform bin of [low, high], [E, Q] float32. Values outside count in the end bins."""
   num_experts = values_TE.shape[-1]
   bin_TE = jnp.clip(jnp.floor((values_TE - low) * bins / (high - low)), 0, bins - 1).astype(jnp.int32)
@@ -123,7 +125,7 @@ def _histogram(values_TE: Array, mask_T: Array, low: Array, high: Array, bins: i
   return jnp.zeros(num_experts * bins, jnp.float32).at[flat_TE].add(valid_TE).reshape(num_experts, bins)
 
 
-def _quantile(count_EQ: Array, rank: Array, low: Array, high: Array) -> Array:
+def quantile(count_EQ: Array, rank: Array, low: Array, high: Array) -> Array:
   """Returns the value below which `rank` of an expert's tokens lie, [E], interpolated linearly within its bin."""
   num_experts, bins = count_EQ.shape
   # Counts differ from rank by multiples of 1/E, so half of that is a safe margin for rounding errors in rank.

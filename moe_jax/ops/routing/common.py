@@ -23,6 +23,8 @@ class Choice(NamedTuple):
   whole_sequences: reads `context.sequence`, so groups must hold whole sequences.
   num_tasks: domains that it knows; 0: it reads none.
   zero_init: the projections start at zero.
+  weighs: whether weights multiply the "output" of the experts or their "input".
+  has_threshold: compares logits with the bias of balancer `expert_threshold`.
   """
 
   choose: Callable[..., Routing]
@@ -32,6 +34,8 @@ class Choice(NamedTuple):
   whole_sequences: bool = False
   num_tasks: int = 0
   zero_init: bool = False
+  weighs: str = "output"
+  has_threshold: bool = False
 
 
 def in_groups(choose: Callable[..., Routing], *logits_GTE: Array, context: RouterContext) -> Routing:

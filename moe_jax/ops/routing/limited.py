@@ -1,10 +1,12 @@
-"""Group-limited routers: the K experts of a token lie in few groups, so it travels to few devices.
+"""Routers with groups of experts: the K experts of a token lie in few groups, or equally many in every group.
 
-The E experts are cut into P equal groups of neighbours, such as the experts of one device or node. A token
-first chooses its W best groups, then its K best experts within them. Groups of experts have the axis P, because
-G stands for groups of tokens.
+The E experts are cut into P equal groups of neighbours, such as the experts of one device or node. If the groups
+are few, a token travels to few devices: it chooses its W best groups, then its K best experts within them. If
+every group has equally many, all devices have the same load. Groups of experts have the axis P, because G stands
+for groups of tokens.
 """
 
+import jax
 import jax.numpy as jnp
 
 from moe_jax.errors import InputError, require_option
@@ -74,11 +76,15 @@ def _in_best_groups(biased_TE: Array, groups: int, groups_per_token: int, group_
   return jnp.any(group_TW[:, :, None] == group_E[None, None, :], axis=1)
 
 
-def _check_groups(num_experts: int, k: int, groups: int, groups_per_token: int, group_top: int) -> None:
+def _check_equal_groups(router: str, num_experts: int, groups: int) -> None:
   if groups < 1 or num_experts % groups:
     raise InputError(
-      f"router group_limited_topk: groups={groups} must divide num_experts={num_experts} into equal groups"
+      f"router {router}: groups={groups} must divide num_experts={num_experts} into equal groups"
     )
+
+
+def _check_groups(num_experts: int, k: int, groups: int, groups_per_token: int, group_top: int) -> None:
+  _check_equal_groups("group_limited_topk", num_experts, groups)
   per_group = num_experts // groups
   if not 1 <= groups_per_token <= groups:
     raise InputError(
@@ -143,3 +149,48 @@ def node_limited_topk(
     normalize=True,
     scale=scale,
   )
+
+
+def grouped_topk(
+  num_experts: int, num_experts_per_token: int, groups: int = 0, normalize: bool = False
+) -> Choice:
+  """Mixture of grouped experts (Pangu Pro MoE, 2505.21411, eq. 5-7): the K/P best experts of each of P groups.
+
+  The opposite of a group limit. With the experts of a group on one device, all devices do the same work for every
+  token, whatever the router has learned. Scores are the softmax over all E experts, and the weights are the scores
+  of the chosen experts, not divided by their sum; `normalize` divides them. The equations are known from a summary of
+  the paper, which was not re-read. They agree with the code that serves the released model (vllm-ascend,
+  models/pangu_moe.py), except that there each weight is multiplied by a learned scale of its expert, which is not
+  here.
+
+  The assignment of a token lists group after group, each with its best expert first. A bias moves the choice
+  within the groups.
+
+  Args:
+    groups: P, the number of groups of neighbouring experts; 0: K, so one expert of each group, as in Pangu Pro MoE
+      (64 experts, K = 8).
+    normalize: divide a token's weights by their sum.
+
+  Raises:
+    InputError: if P does not divide both E and K.
+  """
+  groups = groups or num_experts_per_token
+  _check_equal_groups("grouped_topk", num_experts, groups)
+  if num_experts_per_token % groups:
+    raise InputError(
+      f"router grouped_topk: groups={groups} must divide num_experts_per_token={num_experts_per_token}, so that "
+      "a token has equally many experts in every group"
+    )
+
+  def choose(logits_TE: Array, context: RouterContext) -> Routing:
+    log_scores_TE = jax.nn.log_softmax(logits_TE, axis=-1)
+    biased_TE = apply_bias(jnp.exp(log_scores_TE), context.bias_E)
+    rows_XO = biased_TE.reshape(-1, num_experts // groups)  # a row for each token and group
+    best_XY = select_top_k(rows_XO, None, num_experts_per_token // groups)
+    first_of_P = jnp.arange(groups, dtype=jnp.int32) * (num_experts // groups)
+    expert_TPY = best_XY.reshape(-1, groups, best_XY.shape[-1]) + first_of_P[None, :, None]
+    expert_TK = expert_TPY.reshape(-1, num_experts_per_token)
+    weight_TK = weigh(log_scores_TE, expert_TK, normalize, 1.0)
+    return Routing(logits_TE, log_scores_TE, context.mask, token_major(expert_TK, weight_TK, context.mask))
+
+  return Choice(choose)

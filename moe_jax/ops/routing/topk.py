@@ -50,19 +50,38 @@ def softmax_topk(num_experts: int, num_experts_per_token: int, softmax: str = "a
   return Choice(choose)
 
 
-def sigmoid_topk(
-  num_experts: int, num_experts_per_token: int, normalize: bool = False, scale: float = 1.0
+def scored_topk(
+  router: str, num_experts_per_token: int, score: str = "softmax", normalize: bool = True, scale: float = 1.0
 ) -> Choice:
-  """Sigmoid top-k (2408.15664: weights are the plain scores). `normalize` divides a token's
-  weights by their sum, `scale` multiplies them (DeepSeek-V3, 2412.19437, eq. 12-16: true and 2.5)."""
+  """Top-k of any of `LOG_SCORES`, for routers with logits of their own. `router` is their name, for errors."""
+  require_option(f"router {router}", "score", score, tuple(LOG_SCORES))
 
   def choose(logits_TE: Array, context: RouterContext) -> Routing:
-    log_scores_TE = jax.nn.log_sigmoid(logits_TE)
+    log_scores_TE = LOG_SCORES[score](logits_TE)
     expert_TK = select_top_k(jnp.exp(log_scores_TE), context.bias_E, num_experts_per_token)
     weight_TK = weigh(log_scores_TE, expert_TK, normalize, scale)
     return Routing(logits_TE, log_scores_TE, context.mask, token_major(expert_TK, weight_TK, context.mask))
 
   return Choice(choose)
+
+
+def sigmoid_topk(
+  num_experts: int, num_experts_per_token: int, normalize: bool = False, scale: float = 1.0
+) -> Choice:
+  """Sigmoid top-k (2408.15664: weights are the plain scores). `normalize` divides a token's
+  weights by their sum, `scale` multiplies them (DeepSeek-V3, 2412.19437, eq. 12-16: true and 2.5)."""
+  return scored_topk("sigmoid_topk", num_experts_per_token, "sigmoid", normalize, scale)
+
+
+def llama4_topk(num_experts: int, num_experts_per_token: int) -> Choice:
+  """Llama 4, as in the released code (transformers, `Llama4TextMoe`): weights multiply what the experts read.
+
+  The K largest logits, with weights sigmoid(x). The released models have K = 1 and one shared expert. An expert
+  reads weight * h, and its output is added without a weight. A bias moves the choice by the sigmoids.
+  """
+  return scored_topk("llama4_topk", num_experts_per_token, "sigmoid", normalize=False)._replace(
+    weighs="input"
+  )
 
 
 def sqrt_softplus_topk(
@@ -90,4 +109,13 @@ def switch_top1(num_experts: int, num_experts_per_token: int) -> Choice:
   return softmax_topk(num_experts, 1, softmax="before")
 
 
-__all__ = ["LOG_SCORES", "sigmoid_topk", "softmax_topk", "sqrt_softplus_topk", "switch_top1", "weigh"]
+__all__ = [
+  "LOG_SCORES",
+  "llama4_topk",
+  "scored_topk",
+  "sigmoid_topk",
+  "softmax_topk",
+  "sqrt_softplus_topk",
+  "switch_top1",
+  "weigh",
+]
