@@ -4,13 +4,16 @@ Question   Perplexity beside MaxVio for balancing methods: same model, same batc
 Command    python experiments/load_balancing.py
            python experiments/load_balancing.py --methods=none,switch_loss:0.01+z_loss:0.001 --seeds=5
            python experiments/load_balancing.py --methods=all --output_dir=runs/every_method
+           python experiments/load_balancing.py --sweep=weight:0.003,0.01,0.03 --sweep=rate:0.001,0.003,0.01 --output_dir=runs/best
+           python experiments/load_balancing.py --shard=1/4 --output_dir=runs/part_1   # then scripts/join.py
 Hardware   two CPU cores, 2 GB; any JAX device
 Minutes    about 4 for the default on two CPU cores
 Result     MaxVio over the validation set: none > switch_loss > loss_free_bias, see docs/LOG.md
 
 Writes one folder: config.json, metrics.jsonl, summary.csv, plots, report.html, and one folder per arm
 and seed under arms/. Run again with the same flags, it keeps the runs that are done and continues the
-one that was stopped.
+one that was stopped. --sweep trains every arm at the best value of a field or option, chosen on other seeds
+(sweep.csv lists what was tried), and --shard trains a part of the runs, on several machines.
 """
 
 import shlex
@@ -20,6 +23,7 @@ from absl import flags
 
 from moe_jax import cli
 from moe_jax.cluster import start as distributed
+from moe_jax.comparison import flags as comparison_flags
 
 METHODS = "none,switch_loss:0.01,loss_free_bias:0.003"
 
@@ -29,11 +33,11 @@ _METHODS = flags.DEFINE_string(
   "all, or arms separated by commas; an arm joins balancers by +, e.g. switch_loss:0.01+z_loss:0.001, and may "
   "bring its own router, e.g. load_loss:0.1@noisy_topk; or a name in moe_jax/comparison/arms.py, e.g. deepseek_v3",
 )
-_SEEDS = flags.DEFINE_integer("seeds", 3, "runs per arm, with seeds 0, 1, ...", lower_bound=1)
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", "runs/load_balancing", "the folder to write")
 cli.define_flags(leave_out=("balancers", "seed", "data_seed"))
+comparison_flags.define_flags()
 distributed.define_flags()
-for module in (cli, distributed):
+for module in (cli, comparison_flags, distributed):
   flags.adopt_module_key_flags(module)  # shown by --help
 
 
@@ -45,9 +49,9 @@ def main(argv: list[str]) -> None:
 
   comparison = Comparison(
     arms=arms_from_flag("methods", _METHODS.value, BALANCING, balancing_arm),
-    seeds=range(_SEEDS.value),
     config=cli.config_from_flags(),
     output_dir=_OUTPUT_DIR.value,
+    **comparison_flags.arguments(),
   )
   results = comparison.run()
   comparison.report(
