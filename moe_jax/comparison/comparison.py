@@ -43,7 +43,7 @@ class Comparison:
       in `output_dir/sweep.csv`.
     shard: the part of the runs to train. A sweep is split by arms.
     evaluations: for each arm, further evaluations of its trained models: a name, and the fields in which the
-      evaluation differs from the arm. Results have them under `evaluations`.
+      evaluation differs from the arm. Results have them under `evaluations`. Not with a sweep, which renames arms.
     keep_diverged: whether a run whose loss is no longer finite gets a result that says so, instead of an error.
 
   Raises:
@@ -235,7 +235,8 @@ class Comparison:
     if self.evaluation_fields:
       claim["evaluations"] = self.evaluation_fields
     if self.sweep:
-      claim["sweep"] = to_plain(self.sweep)
+      values = {field: list(texts) for field, texts in self.sweep.grid}
+      claim["sweep"] = {"goal": self.sweep.goal, "selection seeds": list(self.sweep.seeds), "values": values}
       claim["planned"] = {arm: [c.name for c in tried] for arm, tried in self.planned.items()}
     return claim
 

@@ -235,7 +235,7 @@ def write_csv(path: pathlib.Path, lines: Sequence[Mapping[str, Any]]) -> None:
   with path.open("w", newline="") as file:
     writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(lines)
+    writer.writerows({k: "" if x != x else x for k, x in line.items()} for line in lines)  # no text for NaN
 
 
 def read_csv(path: pathlib.Path) -> list[dict[str, str]]:
