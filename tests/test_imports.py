@@ -75,6 +75,7 @@ GRAPH = {
   "comparison.results": Part("training.metric_writer errors", never=JAX),
   "comparison.statistics": Part("comparison.results errors", never=JAX),
   "analysis": Part(RUN),
+  "analysis.capacity": Part(f"analysis comparison {RUN}"),
   "analysis.replay": Part(f"analysis comparison.report {RUN}"),
   "analysis.communication": Part(
     "comparison.report training.router_trace nn config ops types errors", never={"flax", "optax"}

@@ -1,0 +1,87 @@
+"""The figures of the capacity study: bits per token, and dropped assignments, against the capacity factor."""
+
+import math
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+
+from moe_jax.analysis.capacity.study import NONE
+from moe_jax.analysis.capacity.tables import Cell, series
+from moe_jax.comparison.report import canvas
+
+_LEGEND = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.02), "borderaxespad": 0.0, "fontsize": 8}
+_DASHES = ("-", "--", ":")  # of groups
+
+
+def write_plots(folder: pathlib.Path, found: Sequence[Cell]) -> list[canvas.Plot]:
+  """Writes capacity.png and dropped.png: a line per method and kind of group, with every seed."""
+  as_trained = lambda cell: cell.factor == cell.setting.factor
+  without = lambda cell: cell.factor == NONE
+  with rc_context(canvas.RC):
+    return [
+      _plot(
+        folder / "capacity.png",
+        found,
+        (("evaluated as trained", as_trained, "bits"), ("evaluated without capacity", without, "bits")),
+        "bits per token",
+        "Bits per token on the validation set. Left: evaluation drops what exceeds the capacity, too. Right: it "
+        "drops nothing, so what remains is what the drops of training have cost.",
+      ),
+      _plot(
+        folder / "dropped.png",
+        found,
+        (("training", as_trained, "dropped_in_training"), ("evaluation", as_trained, "dropped")),
+        "dropped fraction",
+        "Dropped fraction of (token, expert) assignments, mean over layers, in the last part of training and on the "
+        "validation set at the same factor.",
+      ),
+    ]
+
+
+def _plot(
+  path: pathlib.Path,
+  found: Sequence[Cell],
+  panels: Sequence[tuple[str, Callable[[Cell], bool], str]],
+  label: str,
+  caption: str,
+) -> canvas.Plot:
+  factors = dict.fromkeys(cell.setting.factor for cell in found)
+  factors = sorted(factors, key=lambda factor: math.inf if factor == NONE else float(factor))
+  lines = series(found)
+  methods, groups = (list(dict.fromkeys(key[i] for key in lines)) for i in (0, 1))
+  figure = canvas.figure(8.6, 3.6)
+  axes = figure.subplots(1, len(panels), sharey=True, gridspec_kw={"wspace": 0.08})
+  for ax, (title, shows, quantity) in zip(axes, panels, strict=True):
+    for (method, group), own in lines.items():
+      look = canvas.style(methods.index(method)) | {"linestyle": _DASHES[groups.index(group)]}
+      name = method if len(groups) == 1 else f"{method}, {group}"
+      _draw(ax, {c.setting.factor: getattr(c, quantity) for c in own if shows(c)}, factors, look, name)
+    ax.set_title(title, loc="left")
+    ax.set_xticks(range(len(factors)), factors)
+    ax.set_xlabel("capacity factor of training")
+  axes[0].set_ylabel(label)
+  axes[-1].legend(**_LEGEND)
+  return canvas.save(figure, path, f"{caption} Line: mean over seeds; points: seeds.", wide=True)
+
+
+def _draw(ax: Any, by_factor: dict[str, dict[int, float]], factors: list[str], look: dict, name: str) -> None:
+  """Draws the mean of every factor, and each seed as a point. No line leads to the factor that is none."""
+  x = [i for i, factor in enumerate(factors) if factor in by_factor]
+  mean = [float(np.mean(list(by_factor[factors[i]].values()))) for i in x]
+  limited = [i for i in range(len(x)) if factors[x[i]] != NONE]
+  style = {"color": look["color"], "lw": 1.5}
+  ax.plot(
+    [x[i] for i in limited],
+    [mean[i] for i in limited],
+    linestyle=look["linestyle"],
+    label=canvas.shorten(name),
+    **style,
+  )
+  ax.scatter(x, mean, s=28, color=look["color"], marker=look["marker"], zorder=3)
+  for i in x:
+    seeds = list(by_factor[factors[i]].values())
+    if len(seeds) > 1:
+      ax.scatter([i] * len(seeds), seeds, s=9, color=look["color"], alpha=0.4, lw=0, zorder=2)
