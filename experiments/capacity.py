@@ -36,7 +36,7 @@ from moe_jax import cli
 from moe_jax.cluster import start as distributed
 from moe_jax.comparison import flags as comparison_flags
 
-METHODS = "gshard_top2,switch_top1,none,switch_loss:0.01,loss_free_bias:0.003"
+METHODS = "none,switch_loss:0.01,loss_free_bias:0.003,switch_top1,gshard_top2"
 
 _METHODS = flags.DEFINE_string(
   "methods",

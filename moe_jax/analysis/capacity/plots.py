@@ -13,6 +13,7 @@ from moe_jax.analysis.capacity.tables import Cell, series
 from moe_jax.comparison.report import canvas
 
 _LEGEND = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.02), "borderaxespad": 0.0, "fontsize": 8}
+_SIGNS = "Large: mean over seeds, hollow where the model looks at later tokens; small: seeds."
 _DASHES = ("-", "--", ":")  # of groups
 
 
@@ -55,33 +56,30 @@ def _plot(
   figure = canvas.figure(8.6, 3.6)
   axes = figure.subplots(1, len(panels), sharey=True, gridspec_kw={"wspace": 0.08})
   for ax, (title, shows, quantity) in zip(axes, panels, strict=True):
-    for (method, group), own in lines.items():
+    for index, ((method, group), own) in enumerate(lines.items()):
       look = canvas.style(methods.index(method)) | {"linestyle": _DASHES[groups.index(group)]}
       name = method if len(groups) == 1 else f"{method}, {group}"
-      _draw(ax, {c.setting.factor: getattr(c, quantity) for c in own if shows(c)}, factors, look, name)
+      shift = 0.3 * (index / max(len(lines) - 1, 1) - 0.5)  # beside each other, not on each other
+      by_factor = {c.setting.factor: (c, getattr(c, quantity)) for c in own if shows(c)}
+      _draw(ax, by_factor, factors, shift, look, name)
     ax.set_title(title, loc="left")
     ax.set_xticks(range(len(factors)), factors)
     ax.set_xlabel("capacity factor of training")
   axes[0].set_ylabel(label)
   axes[-1].legend(**_LEGEND)
-  return canvas.save(figure, path, f"{caption} Line: mean over seeds; points: seeds.", wide=True)
+  return canvas.save(figure, path, f"{caption} {_SIGNS}", wide=True)
 
 
-def _draw(ax: Any, by_factor: dict[str, dict[int, float]], factors: list[str], look: dict, name: str) -> None:
+def _draw(
+  ax: Any, own: dict[str, tuple[Cell, dict]], factors: list[str], shift: float, look: dict, name: str
+) -> None:
   """Draws the mean of every factor, and each seed as a point. No line leads to the factor that is none."""
-  x = [i for i, factor in enumerate(factors) if factor in by_factor]
-  mean = [float(np.mean(list(by_factor[factors[i]].values()))) for i in x]
-  limited = [i for i in range(len(x)) if factors[x[i]] != NONE]
-  style = {"color": look["color"], "lw": 1.5}
-  ax.plot(
-    [x[i] for i in limited],
-    [mean[i] for i in limited],
-    linestyle=look["linestyle"],
-    label=canvas.shorten(name),
-    **style,
-  )
-  ax.scatter(x, mean, s=28, color=look["color"], marker=look["marker"], zorder=3)
-  for i in x:
-    seeds = list(by_factor[factors[i]].values())
-    if len(seeds) > 1:
-      ax.scatter([i] * len(seeds), seeds, s=9, color=look["color"], alpha=0.4, lw=0, zorder=2)
+  shown = [(i + shift, factor, *own[factor]) for i, factor in enumerate(factors) if factor in own]
+  means = [(x, float(np.mean(list(by_seed.values())))) for x, factor, _, by_seed in shown if factor != NONE]
+  ax.plot(*zip(*means, strict=True), color=look["color"], linestyle=look["linestyle"], lw=1.2)
+  for x, _, cell, by_seed in shown:
+    seeds = list(by_seed.values())
+    fill = "white" if cell.sees_later_tokens else look["color"]
+    ax.scatter([x] * len(seeds), seeds, s=8, color=look["color"], alpha=0.4, lw=0, zorder=2)
+    ax.scatter([x], [np.mean(seeds)], s=26, color=fill, edgecolors=look["color"], zorder=3)
+  ax.plot([], [], color=look["color"], linestyle=look["linestyle"], marker="o", label=canvas.shorten(name))

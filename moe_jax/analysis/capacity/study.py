@@ -20,7 +20,7 @@ class Setting(NamedTuple):
   group: str  # whose tokens share the slots of an expert; empty without a capacity
 
   def __str__(self) -> str:
-    return " ".join(filter(None, self))
+    return f"{self.method} dropless" if self.factor == NONE else " ".join(self)
 
 
 class Plan(NamedTuple):
@@ -100,7 +100,7 @@ def make_plan(
   settings = [
     Setting(method, factor, group)
     for method in chosen
-    for factor in factors
+    for factor in sorted(factors, key=lambda factor: factor != NONE)  # the first arm is the baseline
     for group in (groups if factor != NONE else ("",))
   ]
 
@@ -115,8 +115,6 @@ def make_plan(
     for factor in eval_factors:
       for group in [""] if factor == NONE else [setting.group] if setting.group else groups:
         fields = _capacity(config, factor, group, dispatcher)
-        # Nothing but training reads these two. With one value for all arms, they share their programs.
-        fields |= {"capacity_factor": 1.0, "jitter": 0.0}
         own = {} if factor == NONE else {"eval_capacity_factor": float(factor)}
         found[" ".join(filter(None, (factor, group)))] = fields | own
     return found
