@@ -1,6 +1,5 @@
 """The figures of the capacity study: bits per token, and dropped assignments, against the capacity factor."""
 
-import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +8,7 @@ import numpy as np
 from matplotlib import rc_context
 
 from moe_jax.analysis.capacity.study import NONE
-from moe_jax.analysis.capacity.tables import Cell, series
+from moe_jax.analysis.capacity.tables import Cell, in_order, series
 from moe_jax.comparison.report import canvas
 
 _LEGEND = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.02), "borderaxespad": 0.0, "fontsize": 8}
@@ -49,8 +48,7 @@ def _plot(
   label: str,
   caption: str,
 ) -> canvas.Plot:
-  factors = dict.fromkeys(cell.setting.factor for cell in found)
-  factors = sorted(factors, key=lambda factor: math.inf if factor == NONE else float(factor))
+  factors = in_order(cell.setting.factor for cell in found)
   lines = series(found)
   methods, groups = (list(dict.fromkeys(key[i] for key in lines)) for i in (0, 1))
   figure = canvas.figure(8.6, 3.6)

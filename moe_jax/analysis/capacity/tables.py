@@ -3,15 +3,14 @@
 import csv
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from moe_jax.analysis.capacity.study import NONE, Setting
 from moe_jax.comparison.results import Result, lookup
 from moe_jax.comparison.statistics import number, stat
 
-# ST-MoE (2202.08906), Table 8: negative log perplexity by capacity factor of training and of evaluation, after the
-# same number of steps. T5-Large sized models with 32 experts and an auxiliary loss.
+# ST-MoE (2202.08906), Table 8: negative log perplexity by capacity factor of training and of evaluation.
 PUBLISHED = {
   "top-1": {
     ("0.75", "0.75"): -1.428,
@@ -118,6 +117,11 @@ def series(found: Sequence[Cell]) -> dict[tuple[str, str], list[Cell]]:
   return keys
 
 
+def in_order(factors: Iterable[str]) -> list[str]:
+  """Returns the different factors, the one without a capacity last."""
+  return sorted({*factors}, key=lambda factor: math.inf if factor == NONE else float(factor))
+
+
 def write_markdown(path: pathlib.Path, found: Sequence[Cell], command: str) -> None:
   """Writes bits per token by factor of training and evaluation, and ST-MoE's comparison with ours beside it."""
   lines = [
@@ -127,8 +131,7 @@ def write_markdown(path: pathlib.Path, found: Sequence[Cell], command: str) -> N
   ]
   for (method, group), own in series(found).items():
     by_factors = {(c.setting.factor, c.factor): c for c in own}
-    trained, evaluated = (list(dict.fromkeys(pair[i] for pair in by_factors)) for i in (0, 1))
-    evaluated = sorted(evaluated, key=lambda f: math.inf if f == NONE else float(f))
+    trained, evaluated = (in_order(pair[i] for pair in by_factors) for i in (0, 1))
     lines += ["", f"`{method}`, groups of a {group}:" if group else f"`{method}`:", ""]
     lines += [f"| trained at | {' | '.join(f'evaluated at {f}' for f in evaluated)} |"]
     lines += ["|---" * (len(evaluated) + 1) + "|"]
