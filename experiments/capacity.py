@@ -4,13 +4,14 @@ Question   Bits per token and drops against the capacity factor, of training and
 Command    python experiments/capacity.py
            python experiments/capacity.py --preset=tiny --output_dir=runs/capacity_tiny
            python experiments/capacity.py --methods=none,switch_loss:0.01 --group=sequence,batch --output_dir=runs/groups
-           XLA_FLAGS=--xla_force_host_platform_device_count=8 python experiments/capacity.py --preset=tiny \
+           XLA_FLAGS=--xla_force_host_platform_device_count=8 python experiments/capacity.py --preset=tiny \\
              --expert_parallelism=8 --data_parallelism=1 --output_dir=runs/capacity_sharded
 Hardware   two CPU cores, 2 GB; any JAX device
-Minutes    about MINUTES_TINY for --preset=tiny on two CPU cores. The default trains 90 runs (5 methods, 6 factors,
-           3 seeds): 10 times what experiments/load_balancing.py needs. --shard splits it over machines; after
-           scripts/join.py, the command with --output_dir=JOINED draws the figures
-Result     see docs/LOG.md, "Capacity"
+Minutes    about 10 for --preset=tiny on two CPU cores, estimated from a part of it, and mostly compilation. The default
+           preset trains 90 runs (5 methods, 6 factors, 3 seeds), 10 times those of experiments/load_balancing.py.
+           --shard splits it over machines; after scripts/join.py, the command with --output_dir=JOINED draws the
+           figures
+Result     capacity.md in the folder
 
 GShard and Switch are as their papers have them: dispatch and combine tensors (--dispatcher=einsum), groups, a capacity,
 drops. The others are softmax top-k with a balancing method. Each is trained at every --capacity_factors, `none`
@@ -19,11 +20,11 @@ ST-MoE (2202.08906), Table 8, whose figures are put beside ours. A factor that i
 training again.
 
 --group says whose tokens share the slots of an expert: those of a sequence, of a batch, or of the sequences on one
-device. With a batch, the batch cannot be spread over devices.
+device. Groups of a batch need the whole batch on one device.
 
 Beside the files of a comparison it writes capacity.csv, capacity.md, capacity.png and dropped.png. With a capacity,
-GShard's first choices come before all second ones, so a token's output depends on later tokens: such an arm gets no
-verdict, and its loss is compared where evaluation has no capacity, or with --objective=masked_lm.
+GShard's first choices come before all second ones, so a token's output depends on later tokens (docs/leaks.md). Such an
+arm gets no verdict against others. Compare it where evaluation has no capacity, or with --objective=masked_lm.
 """
 
 import pathlib

@@ -16,7 +16,7 @@ from moe_jax.training.load import write_json
 
 Result = dict[str, Any]
 # Parts of a claim that may grow with every call. Everything else of it must stay as it is.
-GROWING = ("arms", "seeds", "evaluations")
+GROWING = ("arms", "seeds", "evaluations", "planned")
 SWEEP = "sweep"  # the folder of what a sweep tried, itself the folder of a comparison
 
 
@@ -107,13 +107,18 @@ def described(arm: Arm, config: Config) -> dict[str, Any]:
 
 
 def merged_claim(known: Mapping[str, Any], claim: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns a claim with the arms, seeds and evaluations of both, those of `known` first."""
+  """Returns a claim with the arms, seeds and evaluations of both, those of `known` first.
+
+  Arms that a sweep chose come in the order of the sweep, whichever shard was first.
+  """
   merged = dict(claim)
   for part in GROWING:
     if isinstance(claim.get(part), Sequence):
       merged[part] = sorted({*known.get(part, ()), *claim[part]})
     elif part in claim or part in known:
       merged[part] = known.get(part, {}) | claim.get(part, {})
+  rank = {name: i for i, name in enumerate(n for tried in merged.get("planned", {}).values() for n in tried)}
+  merged["arms"] = dict(sorted(merged["arms"].items(), key=lambda arm: rank.get(arm[0], 0)))
   return merged
 
 

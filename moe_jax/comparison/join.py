@@ -63,7 +63,7 @@ def join(
 
 
 def _joined_claim(sources: Sequence[ComparisonFolder]) -> dict[str, Any]:
-  """Returns what all folders claim together, with the arms in their order."""
+  """Returns what all folders claim together."""
   claim: dict[str, Any] = {}
   for source in sources:
     known = source.known()
@@ -76,11 +76,7 @@ def _joined_claim(sources: Sequence[ComparisonFolder]) -> dict[str, Any]:
         "one command and one version of the code"
       )
     claim = merged_claim(claim, known)
-  # A shard of a sweep knows what was chosen for its own arms only.
-  order = [name for tried in claim.get("planned", {}).values() for name in tried]
-  rank = {name: i for i, name in enumerate(order)}
-  arms = sorted(claim["arms"].items(), key=lambda item: rank.get(item[0], 0))
-  return claim | {"arms": dict(arms)}
+  return claim
 
 
 def _runs(sources: Sequence[ComparisonFolder]) -> dict[tuple[str, int], pathlib.Path]:

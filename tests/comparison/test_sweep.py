@@ -110,6 +110,13 @@ def test_joined_shards_equal_one_process(whole, parts, tmp_path):
   assert "c 1/2; c 2/2" in (tmp_path / "joined" / "summary.md").read_text()
 
 
+def test_shards_may_share_a_folder(whole, tmp_path, trained):
+  for i in (2, 1, 0):
+    compare(tmp_path / "run", shard=Shard(i, 2) if i else None)
+    assert len(trained) == {2: 2, 1: 4, 0: 4}[i]
+  assert contents(tmp_path / "run") == contents(whole)
+
+
 def test_missing_runs_are_named_and_the_joined_folder_goes_on(whole, parts, tmp_path, trained):
   joined = tmp_path / "joined"
   missing = join(parts[:1], joined, QUIET)
@@ -199,7 +206,10 @@ def test_a_sweep_is_split_by_arms_and_joined(swept, tmp_path):
   folders = [tmp_path / f"part_{i}" for i in (1, 2)]
   for i, folder in enumerate(folders, 1):
     compare(folder, seeds=[0], sweep=WEIGHTS, shard=Shard(i, 2))
-  # In any order: the arms come as they were given.
+    # In any order, in one folder or in several: the arms come as they were given.
+    compare(tmp_path / "shared", seeds=[0], sweep=WEIGHTS, shard=Shard(3 - i, 2))
+  compare(tmp_path / "shared", seeds=[0], sweep=WEIGHTS)
+  assert contents(tmp_path / "shared") == contents(swept)
   assert join(folders[1:], tmp_path / "half", QUIET) == ["none (what the sweep would choose)"]
   assert join(folders[::-1], tmp_path / "joined", QUIET) == []
   assert contents(tmp_path / "joined") == contents(swept)
