@@ -224,7 +224,7 @@ class Comparison:
 
   def _shard_in_words(self, results: list[Result]) -> str:
     return (
-      f"shard {self.shard} has its {len(results)} runs in {self.folder.path}. When all shards are done: "
+      f"shard {self.shard} is done, number of runs: {len(results)}, in {self.folder.path}. When all shards are done: "
       "python scripts/join.py FOLDER... --output_dir=JOINED. Where all shards have written one folder: this command "
       "without --shard."
     )

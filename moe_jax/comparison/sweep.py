@@ -217,7 +217,7 @@ def tried_in_words(lines: Sequence[Mapping[str, Any]]) -> list[str]:
   for arm, of_arm in arms.items():
     first = of_arm[0]
     if not first["value"]:
-      sentences.append(f"{arm} has none of the options of the sweep, and was trained as it is.")
+      sentences.append(f"{arm} has none of the options of the sweep, and is trained as it is.")
       continue
     seeds = first["seeds"].replace(" ", ", ")
     text = f"{arm}: chosen by {first['goal']} on the selection seeds {seeds}. Tried: "
