@@ -5,12 +5,16 @@ Command    python experiments/load_balancing.py --seeds=5
            python experiments/load_balancing.py --preset=quick
            python experiments/load_balancing.py --methods=none,switch_loss:0.01+z_loss:0.001
            python experiments/load_balancing.py --methods=all --output_dir=runs/every_method
+           python experiments/load_balancing.py --sweep=weight:0.003,0.01,0.03 --sweep=rate:0.001,0.003,0.01 --output_dir=runs/best
+           python experiments/load_balancing.py --shard=1/4 --output_dir=runs/part_1   # then scripts/join.py
 Hardware   two CPU cores, 2 GB; any JAX device
 Minutes    2 with --preset=quick; about 60 for the default with five seeds, on two CPU cores
 Result     MaxVio over the validation set: none > switch_loss > loss_free_bias, see README.md
 
 Writes one folder: config.json, metrics.jsonl, summary.csv, plots, report.html, and one folder per arm
-and seed under arms/. If it is interrupted, run it again with the same flags to resume it.
+and seed under arms/. If it is interrupted, run it again with the same flags to resume it. --sweep trains
+every arm at the best value of a field or option, chosen on other seeds (sweep.csv lists what was tried),
+and --shard trains a part of the runs, on several machines.
 """
 
 import shlex
@@ -20,6 +24,7 @@ from absl import flags
 
 from moe_jax import cli
 from moe_jax.cluster import start as distributed
+from moe_jax.comparison import flags as comparison_flags
 
 METHODS = (
   "none,none@sigmoid_topk,switch_loss:0.01,loss_free_bias:0.001@sigmoid_topk,loss_free_bias:0.001:rule=proportional,"
@@ -35,11 +40,11 @@ _METHODS = flags.DEFINE_string(
   "bring its own router, e.g. load_loss:0.1@noisy_topk; or a name in moe_jax/comparison/arms.py, e.g. deepseek_v3; "
   f"empty: {METHODS}, and with --preset=quick {QUICK_METHODS}",
 )
-_SEEDS = flags.DEFINE_integer("seeds", 3, "runs per arm, with seeds 0, 1, ...", lower_bound=1)
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", "runs/load_balancing", "the folder to write")
 cli.define_flags(leave_out=("balancers", "seed", "data_seed"))
+comparison_flags.define_flags()
 distributed.define_flags()
-for module in (cli, distributed):
+for module in (cli, comparison_flags, distributed):
   flags.adopt_module_key_flags(module)  # shown by --help
 
 
@@ -54,9 +59,9 @@ def main(argv: list[str]) -> None:
   methods = _METHODS.value or (QUICK_METHODS if quick else METHODS)
   comparison = Comparison(
     arms=arms_from_flag("methods", methods, balancing(config), balancing_arm),
-    seeds=range(_SEEDS.value),
     config=config,
     output_dir=_OUTPUT_DIR.value,
+    **comparison_flags.arguments(),
   )
   results = comparison.run()
   comparison.report(

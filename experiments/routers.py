@@ -23,6 +23,7 @@ from absl import flags
 
 from moe_jax import cli
 from moe_jax.cluster import start as distributed
+from moe_jax.comparison import flags as comparison_flags
 
 ROUTERS = {
   True: "softmax_topk,switch_top1,hash_topk,dense",  # in a causal model
@@ -38,11 +39,11 @@ _ROUTERS = flags.DEFINE_string(
 _BALANCERS = flags.DEFINE_string(
   "balancers", "switch_loss:0.01", "of the arms that bring none; several are joined by +"
 )
-_SEEDS = flags.DEFINE_integer("seeds", 3, "runs per arm, with seeds 0, 1, ...", lower_bound=1)
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", "runs/routers", "the folder to write")
 cli.define_flags(leave_out=("router", "balancers", "seed", "data_seed"))
+comparison_flags.define_flags()
 distributed.define_flags()
-for module in (cli, distributed):
+for module in (cli, comparison_flags, distributed):
   flags.adopt_module_key_flags(module)  # shown by --help
 
 
@@ -59,9 +60,9 @@ def main(argv: list[str]) -> None:
   arms = arms_from_flag("routers", _ROUTERS.value or ROUTERS[causal], every, routing_arm)
   comparison = Comparison(
     arms={name: {"balancers": _BALANCERS.value} | arm for name, arm in arms.items()},
-    seeds=range(_SEEDS.value),
     config=config,
     output_dir=_OUTPUT_DIR.value,
+    **comparison_flags.arguments(),
   )
   results = comparison.run()
   comparison.report(

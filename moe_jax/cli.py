@@ -72,8 +72,11 @@ def config_from_flags() -> Config:
   return Config(**parts | {"model": dataclasses.replace(parts["model"], moe=moe)})
 
 
-def run(main: Callable[[list[str]], None]) -> None:
-  """`app.run` that answers wrong input with one line on stderr and exit status 2."""
+def run(main: Callable[[list[str]], None], takes_arguments: bool = False) -> None:
+  """`app.run` that answers wrong input with one line on stderr and exit status 2.
+
+  Only with `takes_arguments` may the command line have more than flags.
+  """
 
   def parse(argv: list[str]) -> list[str]:
     try:
@@ -82,7 +85,7 @@ def run(main: Callable[[list[str]], None]) -> None:
       _fail(unknown_name("flag", f"--{error.flagname}", (f"--{name}" for name in _own_flags())), short=True)
     except flags.Error as error:
       _fail(error)
-    if len(rest) > 1:
+    if len(rest) > 1 and not takes_arguments:
       _fail(InputError(f"unexpected argument {rest[1]!r}: flags are written --name=value"))
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # libraries' progress notes, which are not about this run

@@ -13,6 +13,10 @@ class InputError(ValueError):
   """
 
 
+class NonFiniteLoss(InputError):
+  """A training run whose loss or gradient is no longer finite."""
+
+
 def unknown_name(what: str, name: str, known: Iterable[str]) -> InputError:
   """Returns the error for a name that is not registered. The message lists the nearest names, then all names."""
   known = sorted(known)

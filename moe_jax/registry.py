@@ -46,6 +46,19 @@ class Method:
         parts.append(_to_text(value) if is_first_number else f"{name}={_to_text(value)}")
     return ":".join(parts)
 
+  def takes(self, name: str) -> bool:
+    """Returns whether the factory has a parameter of this name."""
+    return name in _parameters(self.factory)
+
+  def with_option(self, option: str, text: str) -> "Method":
+    """Returns this method with one option read from `text`.
+
+    Raises:
+      InputError: if `text` does not have the type of the option.
+    """
+    value = parse_value(f"{self.name!r}", _parameters(self.factory)[option], text)
+    return dataclasses.replace(self, options=tuple((dict(self.options) | {option: value}).items()))
+
   @property
   def fingerprint(self) -> str:
     """What results depend on: name, options and, for a user's code, a digest of its source."""
@@ -164,7 +177,7 @@ class Registry(Mapping[str, Callable[..., Any]]):
         raise InputError(f"{self.kind} {spec!r}: no option {option!r}; options: {_describe(options)}")
       if option in given:
         raise InputError(f"{self.kind} {spec!r}: {option} is given twice")
-      given[option] = _convert(f"{self.kind} {spec!r}", options[option], text)
+      given[option] = parse_value(f"{self.kind} {spec!r}", options[option], text)
     return self._method(name, self[name], given)
 
 
@@ -201,7 +214,12 @@ def _to_text(value: Any) -> str:
   return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _convert(what: str, parameter: inspect.Parameter, text: str) -> Any:
+def parse_value(what: str, parameter: inspect.Parameter | dataclasses.Field, text: str) -> Any:
+  """Returns `text` as a value of the type of the parameter's default.
+
+  Raises:
+    InputError: if it is none. The message starts with `what`.
+  """
   kind = type(parameter.default)
   if kind is bool:
     if text.lower() not in ("true", "false"):

@@ -9,7 +9,7 @@ from moe_jax import cli
 from moe_jax.config import Config
 from tests.scripts import assert_one_line, run_scripts
 
-EXPERIMENTS = ("load_balancing", "routers", "replay", "communication")
+EXPERIMENTS = ("load_balancing", "routers", "capacity", "replay", "communication")
 WRONG = [
   (["--num_expert=3"], "unknown flag '--num_expert': did you mean --num_experts"),
   (["--seeds=many"], "flag --seeds=many"),
@@ -37,13 +37,25 @@ WRONG = [
   (["--hooks=averag"], "--hooks=averag: unknown hook 'averag'"),
   (["--plugins=no_such.py"], "--plugins=no_such.py: no such file"),
   (["--dispatcher=all_to_all:chunks=0"], "dispatcher all_to_all: chunks must be 1 or more"),
+  (["--sweep=learning_rat:1,2"], "--sweep=learning_rat:1,2: unknown field, and option of these arms"),
+  (["--sweep=weight:0.1,0.2", "--sweep_seeds=0"], "--sweep_seeds=0: 0 is reported, too"),
+  (["--shard=3/2"], "--shard=3/2: must be i/n with i from 1 to n"),
 ]
+WRONG_OF_OTHERS = [
+  ("experiments/capacity.py", ["--capacity_factors=1,x"], "--capacity_factors=x: must be a number above 0, or none"),
+  ("experiments/capacity.py", ["--group=batch,tree"], "--group=batch,tree: must be different ones of sequence,"),
+  ("experiments/capacity.py", ["--methods=none@st_moe_topn"], "--router=st_moe_topn: in a causal model its output"),
+  ("scripts/join.py", [], "no folders: give the folders of all shards"),
+  ("scripts/join.py", ["tests"], "tests: holds no comparison"),
+]  # fmt: skip
 
 
 def test_wrong_flags_end_with_one_line_and_write_nothing(tmp_path):
   folder = tmp_path / "run"
   script = ["experiments/load_balancing.py", f"--output_dir={folder}"]
-  for ended, (_, message) in zip(run_scripts(*([*script, *flags] for flags, _ in WRONG)), WRONG, strict=True):
+  wrong = [([*script, *flags], message) for flags, message in WRONG]
+  wrong += [([path, f"--output_dir={folder}", *flags], message) for path, flags, message in WRONG_OF_OTHERS]
+  for ended, (_, message) in zip(run_scripts(*(command for command, _ in wrong)), wrong, strict=True):
     assert_one_line(ended, message)
   assert not folder.exists()
 
@@ -54,8 +66,8 @@ def test_every_flag_has_a_help_and_its_default():
     assert len(flags) > 60
     for name, text in flags:
       assert len(text) > 8 and text.replace(" ", "_") != name, (name, text)
-    assert "--capacity_factor: slots per expert / (T*K/E) in training" in ended.stdout
-    assert "(default: '1.25')" in ended.stdout
+    assert "--sequence_length: L, tokens of a sequence" in ended.stdout
+    assert "(default: '128')" in ended.stdout
 
 
 def test_every_field_is_a_flag_or_said_to_be_none():

@@ -77,6 +77,7 @@ GRAPH = {
   "comparison.statistics": Part("comparison.facts comparison.results errors", never=JAX),
   "comparison.differences": Part("comparison.statistics comparison.results errors", never=JAX),
   "analysis": Part(RUN),
+  "analysis.capacity": Part(f"analysis comparison {RUN}"),
   "analysis.replay": Part(f"analysis comparison.report {RUN}"),
   "analysis.communication": Part(
     "comparison.report training.router_trace nn config ops types errors", never={"flax", "optax"}

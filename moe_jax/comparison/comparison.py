@@ -1,10 +1,7 @@
 """A comparison trains several arms on the same batches, with several seeds. It can be resumed."""
 
 import dataclasses
-import json
 import os
-import pathlib
-import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,18 +10,20 @@ from rich.console import Console
 
 from moe_jax import sharding
 from moe_jax.cluster import processes
-from moe_jax.comparison import report
-from moe_jax.comparison.arms import Arm, value_of, with_arm
-from moe_jax.config import Config
+from moe_jax.comparison import report, sweep
+from moe_jax.comparison.arms import Arm, with_arm
+from moe_jax.comparison.folder import SWEEP, ComparisonFolder, Result, described
+from moe_jax.comparison.shard import Shard
+from moe_jax.config import Config, DataConfig
 from moe_jax.config.plain import fingerprint, to_plain
-from moe_jax.data import load_dataset
-from moe_jax.errors import InputError
-from moe_jax.registry import Method
+from moe_jax.data import Dataset, load_dataset
+from moe_jax.errors import InputError, NonFiniteLoss
 from moe_jax.training.compiled import check_run
+from moe_jax.training.load import write_json
 from moe_jax.training.loop import Run
 from moe_jax.training.progress import TrainingProgress
 
-Result = dict[str, Any]
+REPORT_FILE = "report.json"  # title, question, command and notes, from which joined folders have theirs
 
 
 class Comparison:
@@ -40,6 +39,12 @@ class Comparison:
     seeds: the seeds of the runs.
     config: the configuration of every run. Its `seed` and `data_seed` are replaced by the seed of the run.
     output_dir: a new folder, or that of an earlier comparison with the same configuration.
+    sweep: values of fields and options, of which every arm gets the best. They are tried in `output_dir/sweep`, and listed
+      in `output_dir/sweep.csv`.
+    shard: the part of the runs to train. A sweep is split by arms.
+    evaluations: for each arm, further evaluations of its trained models: a name, and the fields in which the
+      evaluation differs from the arm. Results have them under `evaluations`. Not with a sweep, which renames arms.
+    keep_diverged: whether a run whose loss is no longer finite gets a result that says so, instead of an error.
 
   Raises:
     InputError: if a field is wrong, or if the folder has results of another configuration or of other code.
@@ -52,50 +57,142 @@ class Comparison:
     seeds: Iterable[int],
     config: Config,
     output_dir: str | os.PathLike[str],
+    *,
+    sweep: sweep.Sweep | None = None,
+    shard: Shard | None = None,
+    evaluations: Mapping[str, Mapping[str, Arm]] | None = None,
+    keep_diverged: bool = False,
   ):
-    mesh = sharding.make_mesh(config.check().mesh)
-    self.seeds = list(seeds)
+    self.mesh = sharding.make_mesh(config.check().mesh)
+    self.seeds, self.sweep, self.shard = list(seeds), sweep, shard or Shard()
     self.config = _with_seed(config, 0)  # the seed is of the run, not of the comparison
-    # Resolved here, once: a method that is defined anew later is another arm.
-    self.configs = {name: check_run(with_arm(self.config, arm), mesh) for name, arm in arms.items()}
-    self.arms = {name: _described(arm, self.configs[name]) for name, arm in arms.items()}
-    self.folder = pathlib.Path(output_dir)
+    self.keep_diverged = keep_diverged
     self.console = Console(quiet=not processes.is_first())
+    self.folder = ComparisonFolder(output_dir)
+    # Resolved here, once: a method that is defined anew later is another arm.
+    self.configs = {name: check_run(with_arm(self.config, arm), self.mesh) for name, arm in arms.items()}
+    if sweep:
+      arms = self._plan(arms, output_dir)
+    self.arms = {name: described(arm, self.configs[name]) for name, arm in arms.items()}
+    self.evaluations = {
+      arm: {
+        name: check_run(with_arm(self.configs[arm], fields), self.mesh) for name, fields in variants.items()
+      }
+      for arm, variants in (evaluations or {}).items()
+    }
+    self.evaluation_fields = {
+      f"{arm}: {name}": described(fields, self.evaluations[arm][name])
+      for arm, variants in (evaluations or {}).items()
+      for name, fields in variants.items()
+    }
     if processes.is_first():  # where it fails, the others are stopped with its message
-      self._check_folder()
+      self.folder.check(self._claimed())
+
+  def _plan(self, arms: Mapping[str, Arm], output_dir: str | os.PathLike[str]) -> dict[str, Arm]:
+    """Makes the comparison that selects. Returns the arms with every value that may be chosen."""
+    self.sweep.check(self.seeds)
+    self.planned = self.sweep.candidates(self.configs)
+    self.tried = {arm: self.planned[arm] for arm in self.shard.part(list(self.planned))}
+    if not self.tried:
+      raise InputError(f"--shard={self.shard}: a sweep is split by arms, and there are {len(self.planned)}")
+    candidates = {c.name: {**arms[arm], **c.fields} for arm, tried in self.planned.items() for c in tried}
+    self.configs = {n: check_run(with_arm(self.config, arm), self.mesh) for n, arm in candidates.items()}
+    to_try = {c.name: candidates[c.name] for tried in self.tried.values() for c in tried if c.value}
+    folder = os.path.join(output_dir, SWEEP)
+    self.selection = Comparison(to_try, self.sweep.seeds, self.config, folder, keep_diverged=True)
+    return candidates
+
+  @property
+  def is_whole(self) -> bool:
+    """Whether this comparison trains all runs, and not the part of one shard."""
+    return self.shard.count == 1
 
   def run(self) -> list[Result]:
-    """Trains the runs that are not finished.
+    """Trains the runs that are not finished, and evaluates those that lack an evaluation.
 
-    Returns a result for each arm and seed, in the order of the arms.
+    Returns a result for each arm and seed, in the order of the arms. With a shard, it is those of its part.
     """
     dataset = load_dataset(self.config.data)
     self._describe(dataset.info)
     processes.check_agree(
       dataset.info.fingerprint, "--dataset: fingerprint of the text", "all processes must read the same text"
     )
+    return self._run(dataset)
+
+  def _run(self, dataset: Dataset) -> list[Result]:
+    datasets = self._datasets(dataset)
+    with processes.first_writes("check") as mine:
+      if mine:
+        self.folder.check_text(dataset.info.fingerprint)
+    if self.sweep:
+      self._select(dataset)
     with processes.first_writes("claim") as mine:
       if mine:
-        self._check_fingerprint(dataset.info.fingerprint)
-        self._claim_folder()
+        self.folder.claim(self._claimed())
     processes.check_agree(
       self._sees_claim(),
-      f"--output_dir={self.folder}: holds the config.json of process 0",
+      f"--output_dir={self.folder.path}: holds the config.json of process 0",
       "the folder must be on a file system that all processes share",
     )
-    todo = processes.from_first(
-      [(arm, seed) for seed in self.seeds for arm in self.arms if not self._result_file(arm, seed).exists()]
-    )
-    kept = len(self.arms) * len(self.seeds) - len(todo)
-    if kept:
-      self.console.print(f"{kept} of {kept + len(todo)} runs in {self.folder} are done and kept")
-    with TrainingProgress(len(todo) * self.config.train.num_steps, self.console) as progress:
+    runs = self._runs()
+    todo = processes.from_first([run for run in runs if not self._is_done(*run)])
+    if len(todo) < len(runs):
+      kept = f"{len(runs) - len(todo)} of {len(runs)} runs in {self.folder.path} are done and kept"
+      self.console.print(kept, soft_wrap=True)
+    steps = sum(self.configs[a].train.num_steps for a, s in todo if not self.folder.has_result(a, s))
+    with TrainingProgress(steps, self.console) as progress:
       for arm, seed in todo:
-        folder = self._run_folder(arm, seed)
-        config = _with_seed(self.configs[arm], seed)
-        Run(config, dataset, folder, progress, label=arm, show=f"{arm} seed {seed}").train()
+        self._run_one(arm, seed, datasets[self.configs[arm].data], progress)
     processes.wait_for_all("results")
-    return [json.loads(self._result_file(arm, seed).read_text()) for arm in self.arms for seed in self.seeds]
+    mine = set(runs)
+    return [self.folder.result(a, s) for a in self.arms for s in self.seeds if (a, s) in mine]
+
+  def _runs(self) -> list[tuple[str, int]]:
+    """Returns (arm, seed) of every run of this process, in the order in which they are trained."""
+    runs = [(arm, seed) for seed in self.seeds for arm in self.arms]
+    return runs if self.sweep else self.shard.part(runs)
+
+  def _is_done(self, arm: str, seed: int) -> bool:
+    return self.folder.has_result(arm, seed) and not self._lacking(arm, seed)
+
+  def _lacking(self, arm: str, seed: int) -> list[str]:
+    """Returns the names of the evaluations that a finished run lacks."""
+    has = self.folder.result(arm, seed).get("evaluations", {})
+    return [name for name in self.evaluations.get(arm, {}) if name not in has]
+
+  def _run_one(self, arm: str, seed: int, dataset: Dataset, progress: TrainingProgress) -> None:
+    """Trains and evaluates one run, as far as it is not done."""
+    folder = self.folder.run(arm, seed)
+    config = _with_seed(self.configs[arm], seed)
+    run = Run(config, dataset, folder, progress, label=arm, show=f"{arm} seed {seed}")
+    if not self.folder.has_result(arm, seed):
+      try:
+        run.train()
+      except NonFiniteLoss as error:
+        if not self.keep_diverged:
+          raise
+        progress.finish_run()
+        result = {"arm": arm, "seed": seed, "fingerprint": dataset.info.fingerprint, "diverged": str(error)}
+        if processes.is_first():
+          write_json(folder / "result.json", result | {"validation": {"nll": "Infinity"}})
+        return
+    processes.wait_for_all("result")
+    lacking = self._lacking(arm, seed)
+    if lacking:
+      run.evaluate_as({name: _with_seed(self.evaluations[arm][name], seed) for name in lacking})
+
+  def _select(self, dataset: Dataset) -> None:
+    """Tries the values of the sweep, and keeps the best of every arm of this process."""
+    selection = self.selection
+    results = selection._run(dataset) if selection.arms else []
+    chosen, lines = self.sweep.choose(self.tried, results)
+    self.arms = {c.name: self.arms[c.name] for c in chosen.values()}
+    self.tried_in_words = sweep.tried_in_words(lines)
+    for sentence in self.tried_in_words:
+      self.console.print(sentence, soft_wrap=True, highlight=False, markup=False)
+    with processes.first_writes("sweep") as mine:
+      if mine:
+        sweep.write_csv(self.folder.path / "sweep.csv", lines)
 
   def report(
     self,
@@ -109,66 +206,54 @@ class Comparison:
   ) -> None:
     """Prints the table, and writes metrics.jsonl, summary.csv, differences.csv, plots and report.html.
 
-    In process 0 only.
+    In process 0 only. For a shard, it only says how to go on: `scripts/join.py` writes the report of all shards.
 
     Args:
       results: what `run` returned.
       title: the title of the report.
       question: the question that the comparison answers.
       command: the command that reproduces it.
-      notes: paragraphs for the report.
+      notes: paragraphs for the report. What a sweep tried follows them.
       varies: keys of `moe_jax.comparison.results.PROTOCOL` that the question varies, e.g. "slots". Arms may
         differ in them.
     """
+    notes = [*notes, *(self.tried_in_words if self.sweep else ())]
     with processes.first_writes("report") as mine:
       if mine:
-        texts = {"title": title, "question": question, "command": command, "notes": notes}
-        self._report(results, varies, **texts)
+        texts = {
+          "title": title,
+          "question": question,
+          "command": command,
+          "notes": notes,
+          "varies": [*varies],
+        }
+        write_json(self.folder.path / REPORT_FILE, texts)
+        if self.is_whole:
+          self._report(results, **texts)
+        else:
+          self.console.print(self._shard_in_words(results), soft_wrap=True, highlight=False)
 
-  def _report(self, results: list[Result], varies: Sequence[str], **texts: Any) -> None:
-    self._merge_metrics()
-    report.print_table(report.summarise(results), self.console)
-    report.print_differences(report.paired_differences(results, varies=varies), self.console, varies)
-    paths = report.write_report(self.folder, results, varies=varies, **texts)
-    self.console.print(f"report: {paths['html']}", soft_wrap=True)
+  def _report(self, results: list[Result], **texts: Any) -> None:
+    self.folder.merge_metrics(self._runs())
+    write_report(self.folder, results, self.console, **texts)
 
-  def _run_folder(self, arm: str, seed: int) -> pathlib.Path:
-    return self.folder / "arms" / re.sub(r"[^\w.=+-]", "_", arm) / f"seed_{seed}"
+  def _shard_in_words(self, results: list[Result]) -> str:
+    return (
+      f"shard {self.shard} is done, number of runs: {len(results)}, in {self.folder.path}. When all shards are done: "
+      "python scripts/join.py FOLDER... --output_dir=JOINED. Where all shards have written one folder: this command "
+      "without --shard."
+    )
 
-  def _result_file(self, arm: str, seed: int) -> pathlib.Path:
-    return self._run_folder(arm, seed) / "result.json"
-
-  def _check_folder(self) -> None:
-    """Raises `InputError` unless the folder is new, empty, or of the same configuration.
-
-    Arms and seeds may be added.
-    """
-    known = self._known()
-    changed = _differences(known["config"], to_plain(self.config, fingerprint)) if known else []
-    for name in self.arms.keys() & known.get("arms", {}).keys():
-      changed += [f"arm {name}: {line}" for line in _differences(known["arms"][name], self.arms[name])]
-    if changed:
-      raise InputError(
-        f"--output_dir={self.folder}: holds a run with another configuration ({'; '.join(changed[:3])}); "
-        "choose another folder or remove this one"
-      )
-    if not known and self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-      raise InputError(f"--output_dir={self.folder}: is not empty and holds no run; choose another folder")
-
-  def _known(self) -> dict[str, Any]:
-    """Returns config.json of the folder, or {} if there is none."""
-    path = self.folder / "config.json"
-    return json.loads(path.read_text()) if path.exists() else {}
-
-  def _claim_folder(self) -> None:
-    known = self._known()
-    claim = {
-      "arms": known.get("arms", {}) | self.arms,
-      "seeds": sorted({*known.get("seeds", []), *self.seeds}),
-      "config": to_plain(self.config, fingerprint),
-    }
-    self.folder.mkdir(parents=True, exist_ok=True)
-    (self.folder / "config.json").write_text(json.dumps(claim, indent=1) + "\n")
+  def _claimed(self) -> dict[str, Any]:
+    """Returns what config.json says of this comparison."""
+    claim = {"arms": self.arms, "seeds": self.seeds, "config": to_plain(self.config, fingerprint)}
+    if self.evaluation_fields:
+      claim["evaluations"] = self.evaluation_fields
+    if self.sweep:
+      values = {field: list(texts) for field, texts in self.sweep.grid}
+      claim["sweep"] = {"goal": self.sweep.goal, "selection seeds": list(self.sweep.seeds), "values": values}
+      claim["planned"] = {arm: [c.name for c in tried] for arm, tried in self.planned.items()}
+    return claim
 
   def _sees_claim(self) -> bool:
     """Returns whether this process can read what process 0 wrote.
@@ -176,18 +261,25 @@ class Comparison:
     A network file system may need some time.
     """
     deadline = time.monotonic() + 10.0
-    while not self._known() and time.monotonic() < deadline:
+    while not self.folder.known() and time.monotonic() < deadline:
       time.sleep(0.2)
-    return bool(self._known())
+    return bool(self.folder.known())
 
-  def _check_fingerprint(self, fingerprint: str) -> None:
-    for path in self.folder.glob("arms/*/seed_*/result.json"):
-      other = json.loads(path.read_text())["fingerprint"]
-      if other != fingerprint:
+  def _datasets(self, dataset: Dataset) -> dict[DataConfig, Dataset]:
+    """Returns the data set for every data configuration of an arm, such as one with another batch size.
+
+    Raises:
+      InputError: if an arm reads other text or other tokens.
+    """
+    found = {self.config.data: dataset}
+    for name, config in self.configs.items():
+      if config.data not in found:
+        found[config.data] = load_dataset(config.data)
+      if found[config.data].info.fingerprint != dataset.info.fingerprint:
         raise InputError(
-          f"--output_dir={self.folder}: holds results on other text (fingerprint {other[:12]}, now "
-          f"{fingerprint[:12]}: another Python version or changed files); choose another folder"
+          f"arm {name}: reads other text or tokens than the comparison; compare texts in folders of their own"
         )
+    return found
 
   def _describe(self, info: Any) -> None:
     shares = ""
@@ -199,41 +291,17 @@ class Comparison:
       shares = f", {sum(counts) / 1e6:.1f}M training tokens: {shares}"
     self.console.print(f"data: {info.name} (fingerprint {info.fingerprint[:12]}){shares}", soft_wrap=True)
 
-  def _merge_metrics(self) -> None:
-    """Writes the metrics of all runs to one file. Each line starts with its arm and seed."""
-    with (self.folder / "metrics.jsonl").open("w") as out:
-      for arm in self.arms:
-        for seed in self.seeds:
-          label = json.dumps({"arm": arm, "seed": seed})[:-1]
-          for line in (self._run_folder(arm, seed) / "metrics.jsonl").read_text().splitlines():
-            out.write(f"{label}, {line[1:]}\n")  # as text: JSON has no literal for a loss that is not finite
+
+def write_report(
+  folder: ComparisonFolder, results: list[Result], console: Console, varies: Sequence[str] = (), **texts: Any
+) -> None:
+  """Prints the table and writes the report of `results` into the folder. The first arm is the baseline."""
+  report.print_table(report.summarise(results), console)
+  report.print_differences(report.paired_differences(results, varies=varies), console, varies)
+  paths = report.write_report(folder.path, results, varies=varies, **texts)
+  console.print(f"report: {paths['html']}", soft_wrap=True)
 
 
 def _with_seed(config: Config, seed: int) -> Config:
   data, train = dataclasses.replace(config.data, data_seed=seed), dataclasses.replace(config.train, seed=seed)
   return dataclasses.replace(config, data=data, train=train)
-
-
-def _described(arm: Arm, config: Config) -> dict[str, Any]:
-  """Returns the fields of an arm as JSON values, with a digest of the source of a user's methods.
-
-  The digest keeps results of other code under the same name from being reused.
-  """
-  described = {}
-  for field in arm:
-    value = value_of(config, field)
-    is_spec = isinstance(value, str | Method) or (isinstance(value, tuple) and field != "segments")
-    described[field] = fingerprint(value) if is_spec else to_plain(value, fingerprint)
-  return described
-
-
-def _differences(old: Any, new: Any, name: str = "") -> list[str]:
-  """Returns a text for every leaf that differs: its field, its old value and its new value."""
-  if isinstance(old, dict) and isinstance(new, dict):
-    keys = [*old, *(key for key in new if key not in old)]
-    return [line for key in keys for line in _differences(old.get(key), new.get(key), key)]
-  if old == new:
-    return []
-  if isinstance(old, str) and isinstance(new, str) and old.partition(" [")[0] == new.partition(" [")[0]:
-    return [f"the code of {name} {old.partition(' [')[0]!r} has changed"]
-  return [f"{name} was {old!r}, now {new!r}"]

@@ -200,8 +200,7 @@ def _compile_steps(
   model = abstract_model(config, vocab_size)
   abstract = jax.eval_shape(make_init(config, vocab_size), 0)
   shardings = sharding.state_shardings(mesh, abstract)
-  batch, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-  metrics = everywhere
+  batch, metrics = sharding.batch_sharding(mesh), sharding.replicated(mesh)
   compiler = sharding.compiler_options(mesh.devices.flat[0].platform) or None
   plain_init = _compile_init(_plain(config), vocab_size, mesh)
   return CompiledSteps(
@@ -213,15 +212,31 @@ def _compile_steps(
       donate_argnums=0,
       compiler_options=compiler,
     ),
-    evaluate=jax.jit(
-      make_eval_step(model, objective_of(config), num_domains, vocab_size),
-      in_shardings=(shardings, batch),
-      out_shardings=everywhere,
-      compiler_options=compiler,
-    ),
+    evaluate=_compile_evaluation(_evaluated(config), vocab_size, num_domains, mesh, unused_metrics),
     abstract_state=abstract,
     state_shardings=shardings,
     model=model,
+  )
+
+
+def _evaluated(config: Config) -> Config:
+  """Returns the configuration that arms share which differ only in what training alone reads."""
+  moe = dataclasses.replace(config.model.moe, capacity_factor=1.0, jitter=0.0)
+  model = dataclasses.replace(config.model, moe=moe)
+  return dataclasses.replace(config, model=model, train=dataclasses.replace(config.train, num_steps=1))
+
+
+@functools.lru_cache(maxsize=64)
+def _compile_evaluation(
+  config: Config, vocab_size: int, num_domains: int, mesh: jax.sharding.Mesh, unused_metrics: tuple
+) -> Callable[[TrainState, dict], EvalSums]:
+  shardings = sharding.state_shardings(mesh, jax.eval_shape(make_init(config, vocab_size), 0))
+  model = abstract_model(config, vocab_size)
+  return jax.jit(
+    make_eval_step(model, objective_of(config), num_domains, vocab_size),
+    in_shardings=(shardings, sharding.batch_sharding(mesh)),
+    out_shardings=sharding.replicated(mesh),
+    compiler_options=sharding.compiler_options(mesh.devices.flat[0].platform) or None,
   )
 
 

@@ -97,6 +97,6 @@ def _config(folder: pathlib.Path, values: dict[str, Any]) -> Config:
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes a JSON file atomically, so that a file that exists is complete."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_suffix(".tmp")
+  temporary = path.with_suffix(f".{os.getpid()}.tmp")  # processes of one comparison may write the same file
   temporary.write_text(json.dumps(value, indent=1))
   temporary.replace(path)

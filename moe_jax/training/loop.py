@@ -1,9 +1,11 @@
 """Training with all its side effects: data, checkpoints, metrics, progress. The steps stay pure."""
 
 import contextlib
+import json
 import os
 import pathlib
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,7 +17,7 @@ from moe_jax.config import Config
 from moe_jax.config.plain import to_plain
 from moe_jax.data import Dataset
 from moe_jax.data.cache import write_whole
-from moe_jax.errors import InputError
+from moe_jax.errors import NonFiniteLoss
 from moe_jax.nn.build import different_blocks, routed_part
 from moe_jax.nn.leaks import sees_later_tokens
 from moe_jax.ops.dispatch import expert_capacity
@@ -27,7 +29,7 @@ from moe_jax.training.progress import TrainingProgress
 from moe_jax.training.protocol import protocol_of
 from moe_jax.training.results import TailMeans, count_params, table_columns, validation_summary, versions
 from moe_jax.training.router_trace import FOLDER, TraceWriter
-from moe_jax.training.step import TrainState
+from moe_jax.training.step import EvalSums, TrainState
 
 
 class Run:
@@ -182,7 +184,7 @@ class Run:
     kept = "there is no earlier checkpoint (see --checkpoint_every)"
     if latest is not None:
       kept = f"the checkpoint of step {latest} in {self.checkpoints.folder} is good"
-    raise InputError(
+    raise NonFiniteLoss(
       f"--learning_rate={self.config.optimizer.learning_rate:g}: {self.show or 'the run'} has loss "
       f"{metrics['loss']:g} and gradient norm {metrics['grad_norm']:g} at step {step}; {kept}; try a lower "
       "learning rate"
@@ -224,6 +226,38 @@ class Run:
   def _tokens_per_step(self) -> int:
     return self.config.data.batch_size * self.config.data.sequence_length
 
+  def evaluate_as(self, configs: Mapping[str, Config]) -> dict[str, Any]:
+    """Evaluates the finished run under other configurations, without training, and adds that to result.json.
+
+    Args:
+      configs: by name. They may differ from the run's in what only evaluation reads: capacity, dispatcher,
+        routing groups, the objective.
+
+    Returns:
+      The result, with `evaluations[name]`: the numbers of `validation`, and whether that model
+      `sees_later_tokens`.
+
+    Raises:
+      InputError: if a configuration has other parameters than the run.
+    """
+    with jax.set_mesh(self.mesh), contextlib.ExitStack() as stack:
+      info = self.dataset.info
+      steps = [compile_steps(c, info.vocab_size, len(info.domains), self.mesh) for c in configs.values()]
+      checkpoints = Checkpoints(self.folder / "checkpoints")
+      stack.callback(checkpoints.close)
+      found = {}
+      for (name, config), of_config in zip(configs.items(), steps, strict=True):
+        # Restored for each: checked against its arrays, and laid out for its program.
+        state, _ = checkpoints.restore(of_config.abstract_state, of_config.state_shardings)
+        sees_later = sees_later_tokens(check_run(config, self.mesh).model)
+        found[name] = {"sees_later_tokens": sees_later} | _scalars(self.evaluate(state, of_config.evaluate))
+    path = self.folder / "result.json"
+    result = json.loads(path.read_text())
+    result["evaluations"] = result.get("evaluations", {}) | found
+    if processes.is_first():
+      write_json(path, result)
+    return result
+
   def _on_devices(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     layout = sharding.batch_sharding(self.mesh)
     whole = self.config.data.batch_size
@@ -232,15 +266,19 @@ class Run:
       for name, x in batch.items()
     }
 
-  def evaluate(self, state: TrainState) -> dict[str, Any]:
-    """The `validation` part of a result: ratios of sums over the validation set, per layer."""
-    total, limit = None, self.config.train.eval_batches
+  def evaluate(self, state: TrainState, step: Callable[..., EvalSums] | None = None) -> dict[str, Any]:
+    """The `validation` part of a result: ratios of sums over the validation set, per layer.
+
+    `step` evaluates a batch; None: as the run is configured.
+    """
+    total, step = None, step or self.steps.evaluate
+    limit = self.config.train.eval_batches
     for batch in self.dataset.validation_batches(
       process_index=self.share.index,
       process_count=self.share.count,
       limit=limit,
     ):
-      sums = self.steps.evaluate(state, self._on_devices(batch))
+      sums = step(state, self._on_devices(batch))
       sums = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(sums))
       total = sums if total is None else jax.tree.map(np.add, total, sums)
     num_bytes = None

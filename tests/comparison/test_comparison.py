@@ -6,6 +6,7 @@ import pytest
 
 from moe_jax.comparison.arms import balancing_arm
 from moe_jax.comparison.comparison import Comparison
+from moe_jax.comparison.folder import ComparisonFolder
 from moe_jax.errors import InputError
 from moe_jax.training import loop as train_loop
 from moe_jax.training.metric_writer import read_jsonl
@@ -79,7 +80,7 @@ def test_another_configuration_is_refused(finished):
 def test_other_text_is_refused(finished):
   folder, _ = finished
   with pytest.raises(InputError, match="holds results on other text"):
-    Comparison(ARMS, [0], CONFIG, folder)._check_fingerprint("0" * 64)
+    ComparisonFolder(folder).check_text("0" * 64)
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):

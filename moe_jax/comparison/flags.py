@@ -1,0 +1,47 @@
+"""The flags that comparisons share: seeds, a shard, and a sweep."""
+
+from typing import Any
+
+from absl import flags
+
+
+def define_flags(sweep: bool = True) -> None:
+  """Defines `--seeds`, `--shard` and, with `sweep`, `--sweep`, `--sweep_seeds` and `--sweep_goal`."""
+  flags.DEFINE_integer("seeds", 3, "runs per arm, with seeds 0, 1, ...", lower_bound=1)
+  flags.DEFINE_string(
+    "shard",
+    "",
+    "i/n, from 1/n to n/n: train only this part of the runs, in a folder of its own or one that all share; "
+    "scripts/join.py joins folders",
+  )
+  if not sweep:
+    return
+  flags.DEFINE_multi_string(
+    "sweep",
+    [],
+    "FIELD:VALUE,VALUE,...: every arm gets the best value of a config field, e.g. learning_rate:0.001,0.003, or of "
+    "an option of its methods, e.g. weight:0.01,0.1 or switch_loss.weight:0.01,0.1; given twice: of every combination",
+  )
+  flags.DEFINE_list(
+    "sweep_seeds", ["100", "101"], "seeds with which the values of --sweep are tried; none may be reported"
+  )
+  flags.DEFINE_string(
+    "sweep_goal", "nll", "what decides between the values of --sweep: a column of the table, e.g. max_vio"
+  )
+
+
+def arguments() -> dict[str, Any]:
+  """Returns the arguments of `Comparison` that these flags give.
+
+  Raises:
+    InputError: if one is wrong.
+  """
+  # Imported here, so that --help answers at once.
+  from moe_jax.comparison.shard import Shard
+  from moe_jax.comparison.sweep import Sweep
+
+  values = flags.FLAGS
+  found = {"seeds": range(values.seeds), "shard": Shard.parse(values.shard)}
+  if "sweep" in values and values.sweep:
+    found["sweep"] = Sweep.parse(values.sweep, values.sweep_seeds, values.sweep_goal)
+  return found

@@ -1,0 +1,151 @@
+"""Joins the folders of shards into the folder that one process would have written."""
+
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+
+from moe_jax.comparison import sweep
+from moe_jax.comparison.comparison import REPORT_FILE, write_report
+from moe_jax.comparison.folder import (
+  SWEEP,
+  ComparisonFolder,
+  Result,
+  claim_differences,
+  merged_claim,
+)
+from moe_jax.comparison.results import load_results, lookup
+from moe_jax.errors import InputError
+from moe_jax.training.load import write_json
+
+
+def join(
+  folders: Sequence[str | os.PathLike[str]], output_dir: str | os.PathLike[str], console: Console
+) -> list[str]:
+  """Copies the finished runs of all folders into one, and writes its report.
+
+  Args:
+    folders: of comparisons with the same configuration, such as those of shards.
+    output_dir: a new folder.
+    console: where to print the table.
+
+  Returns:
+    The runs that are missing, as "ARM seed SEED".
+
+  Raises:
+    InputError: if a folder holds no comparison, if two have another configuration, other code or other text, if
+      two have different results of one run, or if `output_dir` is not empty. Nothing is written then.
+  """
+  sources, target = [ComparisonFolder(folder) for folder in folders], ComparisonFolder(output_dir)
+  if not sources:
+    raise InputError("no folders: give the folders of all shards, e.g. runs/shard_*")
+  if target.path.exists() and (not target.path.is_dir() or any(target.path.iterdir())):
+    raise InputError(f"--output_dir={target.path}: is not empty; choose another folder")
+  claim = _joined_claim(sources)
+  runs = _runs(sources)
+  tried = [ComparisonFolder(source.path / SWEEP) for source in sources if (source.path / SWEEP).is_dir()]
+  claim_of_tried, runs_of_tried = (_joined_claim(tried), _runs(tried)) if tried else ({}, {})
+  _copy(runs, target, claim)
+  if tried:
+    _copy(runs_of_tried, ComparisonFolder(target.path / SWEEP), claim_of_tried)
+    sweep.write_csv(target.path / "sweep.csv", _sweep_lines(sources, claim))
+  results = load_results(target.path)
+  texts = _report_texts(sources)
+  if results and texts:
+    write_json(target.path / REPORT_FILE, texts)
+    target.merge_metrics((result["arm"], result["seed"]) for result in results)
+    write_report(target, results, console, **texts)
+  return _missing(claim, target)
+
+
+def _joined_claim(sources: Sequence[ComparisonFolder]) -> dict[str, Any]:
+  """Returns what all folders claim together."""
+  claim: dict[str, Any] = {}
+  for source in sources:
+    known = source.known()
+    if "arms" not in known or "config" not in known:
+      raise InputError(f"{source.path}: holds no comparison (no config.json of one)")
+    changed = claim_differences(claim, known) if claim else []
+    if changed:
+      raise InputError(
+        f"{source.path}: is another comparison than {sources[0].path} ({'; '.join(changed[:3])}); join folders of "
+        "one command and one version of the code"
+      )
+    claim = merged_claim(claim, known)
+  return claim
+
+
+def _runs(sources: Sequence[ComparisonFolder]) -> dict[tuple[str, int], pathlib.Path]:
+  """Returns the folder of every finished run, by arm and seed.
+
+  A run that several folders hold must have one result. Its first folder is taken.
+  """
+  found: dict[tuple[str, int], tuple[pathlib.Path, Result]] = {}
+  for source in sources:
+    for path in sorted(source.path.glob("arms/*/seed_*/result.json")):
+      result = json.loads(path.read_text())
+      key = result["arm"], result["seed"]
+      if found:
+        first, other = next(iter(found.values()))
+        _check_same_code(source.path, result, first.parents[2], other)
+      if key in found and lookup(found[key][1], "validation") != lookup(result, "validation"):
+        raise InputError(
+          f"{path.parent}: has another result than {found[key][0]}, of the same run; remove one of them"
+        )
+      found.setdefault(key, (path.parent, result))
+  return {key: path for key, (path, _) in found.items()}
+
+
+def _check_same_code(own: pathlib.Path, result: Result, first: pathlib.Path, other: Result) -> None:
+  if result["fingerprint"] != other["fingerprint"]:
+    raise InputError(
+      f"{own}: has results on other text than {first} (fingerprint {result['fingerprint'][:12]} and "
+      f"{other['fingerprint'][:12]}); use the same files and the same Python version on all machines"
+    )
+  versions = [lookup(r, "versions", "moe_jax") for r in (result, other)]
+  if None not in versions and versions[0] != versions[1]:
+    raise InputError(
+      f"{own}: has results of moe_jax {versions[0]}, and {first} of {versions[1]}; train both with one version"
+    )
+
+
+def _copy(
+  runs: Mapping[tuple[str, int], pathlib.Path], target: ComparisonFolder, claim: Mapping[str, Any]
+) -> None:
+  for (arm, seed), path in runs.items():
+    shutil.copytree(path, target.run(arm, seed))
+  target.claim(claim)
+
+
+def _sweep_lines(sources: Sequence[ComparisonFolder], claim: Mapping[str, Any]) -> list[dict[str, str]]:
+  paths = [source.path / "sweep.csv" for source in sources]
+  lines = [line for path in paths if path.exists() for line in sweep.read_csv(path)]
+  lines = list({(line["arm"], line["value"]): line for line in lines}.values())
+  order = list(claim["planned"])
+  return sorted(lines, key=lambda line: order.index(line["arm"]))
+
+
+def _report_texts(sources: Sequence[ComparisonFolder]) -> dict[str, Any]:
+  """Returns title, question, commands and notes of the shards. {} if none has come to its report."""
+  paths = [source.path / REPORT_FILE for source in sources]
+  each = [json.loads(path.read_text()) for path in paths if path.exists()]
+  if not each:
+    return {}
+  commands = dict.fromkeys(texts["command"] for texts in each)
+  notes = dict.fromkeys(note for texts in each for note in texts["notes"])
+  return each[0] | {"command": "; ".join(commands), "notes": list(notes)}
+
+
+def _missing(claim: Mapping[str, Any], target: ComparisonFolder) -> list[str]:
+  missing = [
+    f"{arm} seed {seed}"
+    for arm in claim["arms"]
+    for seed in claim["seeds"]
+    if not target.has_result(arm, seed)
+  ]
+  undecided = [arm for arm, names in claim.get("planned", {}).items() if not {*names} & claim["arms"].keys()]
+  return missing + [f"{arm} (what the sweep would choose)" for arm in undecided]

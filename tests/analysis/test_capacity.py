@@ -1,0 +1,187 @@
+"""The capacity study: one model evaluated at many factors, the same numbers on eight devices, and its files."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from moe_jax.analysis.capacity import report, study, tables
+from moe_jax.analysis.capacity.study import Setting
+from moe_jax.comparison.comparison import Comparison
+from moe_jax.config import MeshConfig
+from moe_jax.errors import InputError
+from moe_jax.training import loop as train_loop
+from tests import tiny
+
+CONFIG = tiny.change(
+  tiny.CONFIG, num_steps=3, eval_batches=2, clip_norm=1.0, num_layers=1, balancers="none", jitter=0.0
+)
+METHODS = study.methods(CONFIG)
+EVALUATED = ["0.5", "1", "none"]
+
+
+def plan_of(*names, factors=("0.5", "none"), groups=("sequence",), eval_factors=EVALUATED, config=CONFIG):
+  chosen = {name: METHODS[name] for name in names}
+  arguments = {"factors": factors, "eval_factors": eval_factors, "groups": groups, "dispatcher": "einsum"}
+  return study.make_plan(config, chosen, **arguments)
+
+
+def run(plan, folder, config=CONFIG):
+  return {r["arm"]: r for r in Comparison(plan.arms, [0], config, folder, evaluations=plan.evaluations).run()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """(folder, plan, results by arm) of GShard with and without a capacity, and of Switch with one."""
+  folder = tmp_path_factory.mktemp("capacity") / "run"
+  plan = plan_of("gshard_top2", "switch_top1")
+  del plan.arms["switch_top1 dropless"], plan.evaluations["switch_top1 dropless"]
+  return folder, plan, run(plan, folder)
+
+
+def numbers(evaluation):
+  return {k: evaluation[k] for k in ("nll", "max_vio", "dropped_fraction")}
+
+
+def test_one_model_is_evaluated_at_every_factor(finished, tmp_path):
+  _, plan, results = finished
+  for arm, result in results.items():
+    factor = plan.settings[arm].factor
+    names = [factor if factor == "none" else f"{factor} sequence" for factor in EVALUATED]
+    assert list(result["evaluations"]) == names
+    own = factor if factor == "none" else f"{factor} sequence"
+    assert numbers(result["evaluations"][own]) == numbers(result["validation"])
+    dropped = [np.mean(result["evaluations"][name]["dropped_fraction"]) for name in names]
+    assert dropped[0] > dropped[1] > dropped[2] == 0
+  # An independent way to the same numbers: the factor of evaluation changes nothing in training.
+  plan = plan_of("gshard_top2", factors=["0.5"], eval_factors=["none"])
+  arm = dict(plan.arms["gshard_top2 0.5 sequence"]) | {"eval_capacity_factor": 1.0}
+  (other,) = Comparison({"a": arm}, [0], CONFIG, tmp_path / "run").run()
+  assert numbers(other["validation"]) == numbers(
+    results["gshard_top2 0.5 sequence"]["evaluations"]["1 sequence"]
+  )
+
+
+def test_an_evaluation_says_whether_it_looks_ahead(finished):
+  _, _, results = finished
+  sees = lambda arm: [e["sees_later_tokens"] for e in results[arm]["evaluations"].values()]
+  assert sees("gshard_top2 0.5 sequence") == sees("gshard_top2 dropless") == [True, True, False]
+  assert sees("switch_top1 0.5 sequence") == [False] * 3
+
+
+def test_a_further_factor_needs_no_training(finished, monkeypatch):
+  folder, plan, results = finished
+  monkeypatch.setattr(train_loop.Run, "train", None)
+  again = run(plan_of("gshard_top2", eval_factors=[*EVALUATED, "2"]), folder)
+  for arm, result in again.items():
+    assert {k: v for k, v in result["evaluations"].items() if k != "2 sequence"} == results[arm][
+      "evaluations"
+    ]
+    assert np.isfinite(result["evaluations"]["2 sequence"]["nll"])
+  arm, name = "gshard_top2 dropless", "0.5 sequence"
+  changed = {arm: {name: plan.evaluations[arm][name] | {"eval_capacity_factor": 0.7}}}
+  with pytest.raises(InputError, match=f"evaluation {arm}: {name}: eval_capacity_factor was 0.5, now 0.7"):
+    Comparison(plan.arms, [0], CONFIG, folder, evaluations=changed)
+
+
+def test_another_model_is_no_evaluation(finished):
+  folder, plan, _ = finished
+  wider = {arm: {"wide": {"expert_dim": 64}} for arm in plan.arms}
+  with pytest.raises(InputError, match="a checkpoint of another configuration"):
+    Comparison(plan.arms, [0], CONFIG, folder, evaluations=wider).run()
+
+
+def test_gshard_is_the_same_on_eight_devices(finished, tmp_path):
+  _, plan, results = finished
+  arm = "gshard_top2 0.5 sequence"
+  names = ("0.5 sequence", "none")
+  some = plan._replace(
+    arms={arm: plan.arms[arm]}, evaluations={arm: {name: plan.evaluations[arm][name] for name in names}}
+  )
+  sharded = run(some, tmp_path / "run", tiny.change(CONFIG, mesh=MeshConfig(data=1, expert=8)))[arm]
+  for part in ("loss", "dropped_fraction"):
+    np.testing.assert_allclose(sharded["training"][part], results[arm]["training"][part], rtol=1e-5)
+  for name in names:
+    many, one = sharded["evaluations"][name], results[arm]["evaluations"][name]
+    assert many["dropped_fraction"] == one["dropped_fraction"] and many["max_vio"] == one["max_vio"]
+    assert many["nll"] == pytest.approx(one["nll"], rel=1e-5)
+
+
+def test_groups_of_a_device_on_one_device_are_groups_of_the_batch(tmp_path):
+  plan = plan_of("none", factors=["1"], groups=study.GROUPS, eval_factors=[])
+  results = run(plan, tmp_path / "run")
+  sequence, batch, device = (results[f"none 1 {group}"] for group in study.GROUPS)
+  assert batch["validation"]["dropped_fraction"] == device["validation"]["dropped_fraction"]
+  assert batch["validation"]["nll"] == pytest.approx(device["validation"]["nll"], rel=1e-5)
+  assert np.mean(batch["training"]["dropped_fraction"]) < np.mean(sequence["training"]["dropped_fraction"])
+
+
+def test_an_arm_without_capacity_is_evaluated_in_all_groups():
+  plan = plan_of("none", groups=("sequence", "batch"))
+  assert list(plan.evaluations["none dropless"]) == [
+    "0.5 sequence",
+    "0.5 batch",
+    "1 sequence",
+    "1 batch",
+    "none",
+  ]
+  assert list(plan.evaluations["none 0.5 batch"]) == ["0.5 batch", "1 batch", "none"]
+  assert (
+    plan.arms["none 0.5 batch"]["group_size"] == 8 * plan.arms["none 0.5 sequence"]["group_size"] == 8 * 16
+  )
+
+
+def test_the_files_have_every_number(finished, tmp_path):
+  _, plan, results = finished
+  notes = report.write(tmp_path, list(results.values()), plan, "command")
+  assert {p.name for p in tmp_path.iterdir()} == {
+    "capacity.csv",
+    "capacity.md",
+    "capacity.png",
+    "dropped.png",
+  }
+  lines = {
+    (line["method"], line["train_factor"], line["eval_factor"]): line
+    for line in csv.DictReader((tmp_path / "capacity.csv").open())
+  }
+  assert len(lines) == 3 * 3
+  line = lines["gshard_top2", "0.5", "none"]
+  nll = results["gshard_top2 0.5 sequence"]["evaluations"]["none"]["nll"]
+  assert float(line["nll_mean"]) == nll and float(line["bits_mean"]) == pytest.approx(nll / np.log(2))
+  assert (line["nll_std"], line["num_seeds"], line["sees_later_tokens"]) == ("", "1", "False")
+  page = (tmp_path / "capacity.md").read_text()
+  assert f"{nll / np.log(2):.4f}" in page and "`switch_top1`, groups of a sequence:" in page
+  assert "trained at 0.75 and evaluated at 2: ST-MoE top-1 +0.026; ST-MoE top-2 +0.027." in notes[0]
+
+
+def cell(trained, evaluated, **nll):
+  by_seed = {int(seed[1:]): x for seed, x in nll.items()}
+  return tables.Cell(
+    Setting("m", trained, "sequence"), evaluated, "sequence", by_seed, by_seed, by_seed, by_seed, False
+  )
+
+
+def test_our_differences_are_paired_by_seed():
+  found = [cell("0.75", "2", s0=3.0, s1=5.0), cell("1.25", "1.25", s0=2.0, s1=3.0)]
+  (note,) = tables.st_moe_in_words(found)
+  assert (
+    "trained at 0.75 and evaluated at 2: ST-MoE top-1 +0.026; ST-MoE top-2 +0.027; m, sequence +1.500 ± 0.707."
+    in note
+  )
+
+
+@pytest.mark.parametrize(
+  ("call", "message"),
+  [
+    (lambda: study.parse_factors("capacity_factors", ["1", "-1"]), "--capacity_factors=-1: must be a number above 0"),
+    (lambda: study.parse_factors("capacity_factors", ["inf"]), "--capacity_factors=inf: must be a number above 0"),
+    (lambda: study.parse_factors("capacity_factors", ["x"]), "--capacity_factors=x: must be a number above 0, or none"),
+    (lambda: study.parse_factors("capacity_factors", ["1", "1.0"]), "--capacity_factors=1,1.0: must be different"),
+    (lambda: study.parse_factors("capacity_factors", []), "--capacity_factors=: must be different factors"),
+    (lambda: plan_of("none", groups=("tree",)), "--group=tree: must be different ones of sequence, batch, device"),
+    (lambda: plan_of("none", groups=()), "--group=: must be different ones"),
+  ],
+)  # fmt: skip
+def test_wrong_input_is_one_line(call, message):
+  with pytest.raises(InputError, match=message):
+    call()
