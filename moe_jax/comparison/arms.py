@@ -106,6 +106,7 @@ BALANCING: dict[str, Arm] = {
     "loss_free_bias:0.003@sigmoid_topk",
     "loss_free_bias:0.003:rule=proportional",
     "multiplicative_bias:0.03",
+    "smebu:0.003@sigmoid_topk",
     "quantile_balancing",
     "quantile_balancing:cutoff=quantile",
     "quantile_balancing:ema=0.9",

@@ -225,6 +225,7 @@ ROWS = {
   "multiplicative_bias": Row(
     "multiplicative_bias:0.25", observed=counts_of_all_choices, score="sigmoid", has_gradient=False
   ),
+  "smebu": Row("smebu:0.25", observed=counts_of_all_choices, score="sigmoid", has_gradient=False),
   "quantile_balancing": quantile_balancing(50, "next", "sigmoid"),
   "quantile_cutoff": quantile_balancing(40, "quantile", "softmax"),
   "none": Row("none", has_gradient=False),

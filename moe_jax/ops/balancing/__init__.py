@@ -11,6 +11,7 @@ from moe_jax.ops.balancing.dynamic import entropy_loss, heterogeneous_loss
 from moe_jax.ops.balancing.importance import importance_loss, load_loss
 from moe_jax.ops.balancing.losses import gshard_loss, st_moe_loss, switch_loss, z_loss
 from moe_jax.ops.balancing.quantile import quantile_balancing
+from moe_jax.ops.balancing.smebu import smebu
 from moe_jax.registry import Method, Registry, Spec
 
 
@@ -39,6 +40,7 @@ BALANCERS = Registry(
     "loss_free_bias": loss_free_bias,
     "multiplicative_bias": multiplicative_bias,
     "quantile_balancing": quantile_balancing,
+    "smebu": smebu,
   },
 )
 
