@@ -20,7 +20,8 @@ class MoEConfig:
   expert_dim: int = flag(64, "F, hidden width of an expert")
   num_shared_experts: int = flag(0, "always-on experts of width expert_dim beside the routed ones")
   experts: Spec = flag(
-    "swiglu", "network of the experts: swiglu, relu, gelu, clipped_swiglu, expert_dropout, low_rank"
+    "swiglu",
+    "network of the experts: swiglu, relu, gelu, clipped_swiglu, bounded_swiglu, expert_dropout, low_rank",
   )
   router: Spec = flag("softmax_topk", "what chooses the experts of a token, e.g. sigmoid_topk:normalize=true")
   balancers: Spec | Sequence[Spec] = flag(
