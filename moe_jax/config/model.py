@@ -86,7 +86,9 @@ class ModelConfig:
   num_kv_heads: int = flag(2, "heads of keys and values, each shared by num_heads / num_kv_heads query heads")
   head_dim: int = flag(16, "H, width of a head")
   dense_dim: int = flag(192, "hidden width of the blocks without experts")
-  activation: str = flag("swiglu", "of dense feed-forward parts and shared experts: swiglu, relu or gelu")
+  activation: str = flag(
+    "swiglu", "of dense feed-forward parts and shared experts: swiglu, bounded_swiglu, relu or gelu"
+  )
   num_dense_first: int = flag(0, "the first blocks that have no experts")
   moe_every: int = flag(1, "of the blocks after those, every n-th has experts")
   mixer: Spec = flag("attention", "token mixer of every block, e.g. attention:window=128")
@@ -123,7 +125,7 @@ class ModelConfig:
     )
     require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "must be even for rotary positions")
     one_of(self, "compute_dtype", "float32", "bfloat16")
-    one_of(self, "activation", "swiglu", "relu", "gelu")
+    one_of(self, "activation", "swiglu", "bounded_swiglu", "relu", "gelu")
     one_of(self, "remat", "none", "full", "dots", "exchange")
     require(self.init_scale > 0, "init_scale", self.init_scale, "must be above 0, Switch uses 0.1")
     self.moe.check()

@@ -24,7 +24,8 @@ class Case(NamedTuple):
   part: str
   args: tuple  # of the block's constructor, besides the configuration
   fields: dict  # of the configuration there
-  ours: dict  # of the layer here; `shared`: how many experts wide
+  ours: dict  # of the layer here; `shared`: how many experts wide, `activation`: of that one
+  scale: float = 1.0  # of the input
 
 
 CASES = {
@@ -85,9 +86,15 @@ CASES = {
       "moe_intermediate_size": F,
       "num_hidden_layers": 1,
       "num_hash_layers": 0,
-      "swiglu_limit": 1e6,  # the limit of 10 on an expert's activations is not ours
     },
-    {"router": "sqrt_softplus_topk:scale=1.5", "balancer": "loss_free_bias:0.001", "shared": 1},
+    {
+      "router": "sqrt_softplus_topk:scale=1.5",
+      "balancer": "loss_free_bias:0.001",
+      "experts": "bounded_swiglu",
+      "shared": 1,
+      "activation": "bounded_swiglu",
+    },
+    scale=20.0,  # so that many hidden units reach the limit of 10
   ),
   "switch": Case(
     "switch_transformers",
@@ -113,11 +120,12 @@ def our_layer(case):
     "expert_dim": F,
     "dispatcher": "dropless",
   } | case.ours
-  width = F * fields.pop("shared", 0)
+  width, activation = F * fields.pop("shared", 0), fields.pop("activation", "swiglu")
 
   def build():
     rngs = nnx.Rngs(0)
-    return MoE(D, shared=MLP(D, width, rngs=rngs) if width else None, rngs=rngs, **fields)
+    shared = MLP(D, width, activation, rngs=rngs) if width else None
+    return MoE(D, shared=shared, rngs=rngs, **fields)
 
   return randomized(build, np.random.default_rng(3).uniform(-0.3, 0.3, E).astype(np.float32), seed=2)
 
@@ -166,8 +174,9 @@ def their_block(case, moe):
 def test_the_same_output(name):
   case = CASES[name]
   moe = our_layer(case)
-  y_BLD, aux = jax.jit(lambda moe, x_BLD: moe(x_BLD))(moe, X_BLD)
-  expected_BLD = oracles.call(their_block(case, moe), X_BLD)
+  x_BLD = case.scale * X_BLD
+  y_BLD, aux = jax.jit(lambda moe, x_BLD: moe(x_BLD))(moe, x_BLD)
+  expected_BLD = oracles.call(their_block(case, moe), x_BLD)
   np.testing.assert_allclose(y_BLD, expected_BLD, rtol=1e-4, atol=1e-5)
   dropped = B * L * moe.num_experts_per_token - aux.kept_per_expert_E.sum()
   assert (dropped > 0) == (name == "switch")
