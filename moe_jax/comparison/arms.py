@@ -116,6 +116,7 @@ BALANCING: dict[str, Arm] = {
   "vmoe": balancing_arm("importance_loss:0.005:group:scores+load_loss:0.005:group@vmoe_topk"),
   "dynamic": balancing_arm("switch_loss:0.01+entropy_loss:0.0001@top_p") | {"num_experts_per_token": 4},
   "moe_plus_plus": balancing_arm("heterogeneous_loss:0.01@moe_plus_plus"),
+  "longcat": balancing_arm("longcat_bias@longcat_topk:scale=1"),
   # the published scales of the weights, 16 and 2.5, are for 160 and 256 experts
   "deepseek_v2": balancing_arm(
     "switch_loss:0.003:scope=sequence+device_loss:0.05:devices=8+communication_loss:0.02@device_limited_topk:scale=1"
@@ -162,6 +163,7 @@ _CAUSAL = (
   "device_limited_topk:scale=1",
   "node_limited_topk:scale=1@loss_free_bias:0.003",
   "moe_plus_plus@heterogeneous_loss:0.01",
+  "longcat_topk:scale=1@longcat_bias",
   "hash_topk@none",
   "frozen_table_topk@none",
 )

@@ -226,6 +226,15 @@ ROWS = {
     "multiplicative_bias:0.25", observed=counts_of_all_choices, score="sigmoid", has_gradient=False
   ),
   "smebu": Row("smebu:0.25", observed=counts_of_all_choices, score="sigmoid", has_gradient=False),
+  "longcat_bias": Row(
+    "longcat_bias:zero_computation=1",
+    observed=lambda logits, mask: (
+      reference.selected(logits, mask, K, "softmax").sum(axis=(0, 1)),
+      np.asarray(mask.sum()),
+      np.asarray(K * mask.sum()),
+    ),
+    has_gradient=False,
+  ),
   "quantile_balancing": quantile_balancing(50, "next", "sigmoid"),
   "quantile_cutoff": quantile_balancing(40, "quantile", "softmax"),
   "none": Row("none", has_gradient=False),

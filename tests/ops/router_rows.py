@@ -101,6 +101,15 @@ ROWS = {
     zero_computation=4,
     permutable=False,  # the weights next to a zero expert are others
   ),
+  "longcat_topk": Row(
+    "longcat_topk:identities=2:scale=1",
+    4,
+    3,
+    variable_routing.longcat(1),
+    own_weights=True,
+    zero_computation=2,
+  ),
+  "longcat_scaled": Row("longcat_topk:identities=1", 5, 2, variable_routing.longcat(6), zero_computation=1),
   "sqrt_softplus_topk": Row(
     "sqrt_softplus_topk", 6, 2, limited_routing.sqrt_softplus_topk, limited_routing.sqrt_softplus
   ),

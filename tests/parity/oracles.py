@@ -24,6 +24,7 @@ PREFIX = {
   "deepseek_v3": "DeepseekV3",
   "deepseek_v4": "DeepseekV4",
   "axk2": "AXK2",
+  "longcat_flash": "LongcatFlash",
   "switch_transformers": "SwitchTransformers",
   "nllb_moe": "NllbMoe",
 }

@@ -13,7 +13,7 @@ from moe_jax.nn.ffn import MLP
 from tests.nn.layer import randomized
 from tests.parity import oracles
 
-B, L, D, E, K, F = 2, 12, 8, 8, 3, 6
+B, L, D, E, K, F, Z = 2, 12, 8, 8, 3, 6, 4
 X_BLD = oracles.normals(B, L, D, seed=1)
 
 
@@ -96,6 +96,13 @@ CASES = {
     },
     scale=20.0,  # so that many hidden units reach the limit of 10
   ),
+  "longcat_flash": Case(
+    "longcat_flash",
+    "MoE",
+    (),
+    {"n_routed_experts": E, "zero_expert_num": Z, "expert_ffn_hidden_size": F, "routed_scaling_factor": 6.0},
+    {"router": f"longcat_topk:identities={Z}", "balancer": f"longcat_bias:zero_computation={Z}"},
+  ),
   "switch": Case(
     "switch_transformers",
     "SparseMLP",
@@ -127,7 +134,8 @@ def our_layer(case):
     shared = MLP(D, width, activation, rngs=rngs) if width else None
     return MoE(D, shared=shared, rngs=rngs, **fields)
 
-  return randomized(build, np.random.default_rng(3).uniform(-0.3, 0.3, E).astype(np.float32), seed=2)
+  columns = E + (Z if case.model == "longcat_flash" else 0)
+  return randomized(build, np.random.default_rng(3).uniform(-0.3, 0.3, columns).astype(np.float32), seed=2)
 
 
 def their_arrays(model, params):
@@ -145,6 +153,10 @@ def their_arrays(model, params):
     "experts.gate_up_proj": gate_up_EDF.swapaxes(1, 2),
     "experts.down_proj": down.swapaxes(1, 2),
   }
+  if model == "longcat_flash":
+    arrays["router.classifier.weight"] = arrays.pop("gate.weight")
+    # There the identity experts have first matrices, which are not used.
+    arrays["experts.gate_up_proj"] = np.pad(arrays["experts.gate_up_proj"], [(0, Z), (0, 0), (0, 0)])
   if "shared/w_up_DF" in w:
     name = "shared_expert" if model == "qwen2_moe" else "shared_experts"
     arrays |= {
@@ -165,7 +177,8 @@ def their_block(case, moe):
     arrays["shared_expert_gate.weight"] = np.zeros((1, D), np.float32)
     arrays["shared_expert.down_proj.weight"] = 2 * arrays["shared_expert.down_proj.weight"]
   for bias_E in jax.tree.leaves(moe.balancer_state.get_value()):
-    arrays["gate.e_score_correction_bias"] = np.asarray(bias_E)
+    name = "router" if case.model == "longcat_flash" else "gate"
+    arrays[f"{name}.e_score_correction_bias"] = np.asarray(bias_E)
   oracles.load(block, **arrays)
   return block
 

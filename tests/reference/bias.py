@@ -73,3 +73,12 @@ def smebu(counts_of_steps, rate, kappa, beta):
       bias[e] += momentum[e]
     rows.append(list(bias))
   return np.array(rows)
+
+
+def longcat(counts_E, tokens, k, ffn_per_token, num_zero, rate):
+  """2509.01322: by how much each bias moves; those of the last `num_zero` experts do not."""
+  num_ffn = len(counts_E) - num_zero
+  moves = [0.0] * len(counts_E)
+  for e in range(num_ffn if tokens else 0):
+    moves[e] = rate * (ffn_per_token / (k * num_ffn) - counts_E[e] / (k * tokens))
+  return np.array(moves)

@@ -8,7 +8,7 @@ from moe_jax.nn.routers.base import Router, project, top_k
 from moe_jax.nn.routers.linear import Linear, LinearRouter
 from moe_jax.nn.routers.noisy import HierarchicalTopK, NoisyTopK
 from moe_jax.nn.routers.task import TaskLevel
-from moe_jax.nn.routers.zero_computation import BaseAssignment, MoEPlusPlus
+from moe_jax.nn.routers.zero_computation import BaseAssignment, LongCatTopK, MoEPlusPlus
 from moe_jax.ops.routing import CHOICES
 from moe_jax.registry import Registry
 
@@ -20,6 +20,7 @@ ROUTERS = Registry(
     "hierarchical_topk": HierarchicalTopK,
     "task_level": TaskLevel,
     "moe_plus_plus": MoEPlusPlus,
+    "longcat_topk": LongCatTopK,
     "base_assignment": BaseAssignment,
   },
   offered=("dim", "num_experts", "num_experts_per_token", "init_scale", "rngs"),

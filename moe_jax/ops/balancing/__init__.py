@@ -9,6 +9,7 @@ from moe_jax.ops.balancing.deepseek import communication_loss, device_loss, sequ
 from moe_jax.ops.balancing.deviation import squared_deviation_loss
 from moe_jax.ops.balancing.dynamic import entropy_loss, heterogeneous_loss
 from moe_jax.ops.balancing.importance import importance_loss, load_loss
+from moe_jax.ops.balancing.longcat import longcat_bias
 from moe_jax.ops.balancing.losses import gshard_loss, st_moe_loss, switch_loss, z_loss
 from moe_jax.ops.balancing.quantile import quantile_balancing
 from moe_jax.ops.balancing.smebu import smebu
@@ -41,6 +42,7 @@ BALANCERS = Registry(
     "multiplicative_bias": multiplicative_bias,
     "quantile_balancing": quantile_balancing,
     "smebu": smebu,
+    "longcat_bias": longcat_bias,
   },
 )
 

@@ -19,7 +19,7 @@ from moe_jax.ops.routing.task import sequence_level, task_level
 from moe_jax.ops.routing.top_p import top_p
 from moe_jax.ops.routing.topk import sigmoid_topk, softmax_topk, sqrt_softplus_topk, switch_top1
 from moe_jax.ops.routing.topology import topology_aware_topk
-from moe_jax.ops.routing.zero_computation import moe_plus_plus
+from moe_jax.ops.routing.zero_computation import longcat_topk, moe_plus_plus
 from moe_jax.registry import Registry, Spec
 
 CHOICES = Registry(
@@ -38,6 +38,7 @@ CHOICES = Registry(
     "task_level": task_level,
     "sequence_level": sequence_level,
     "moe_plus_plus": moe_plus_plus,
+    "longcat_topk": longcat_topk,
     "group_limited_topk": group_limited_topk,
     "device_limited_topk": device_limited_topk,
     "node_limited_topk": node_limited_topk,
