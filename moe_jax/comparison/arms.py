@@ -116,6 +116,7 @@ BALANCING: dict[str, Arm] = {
   "vmoe": balancing_arm("importance_loss:0.005:group:scores+load_loss:0.005:group@vmoe_topk"),
   "dynamic": balancing_arm("switch_loss:0.01+entropy_loss:0.0001@top_p") | {"num_experts_per_token": 4},
   "moe_plus_plus": balancing_arm("heterogeneous_loss:0.01@moe_plus_plus"),
+  "remoe": balancing_arm("remoe_loss@remoe") | {"dispatcher": "dropless"},
   "longcat": balancing_arm("longcat_bias@longcat_topk:scale=1"),
   # the published scales of the weights, 16 and 2.5, are for 160 and 256 experts
   "deepseek_v2": balancing_arm(
@@ -143,6 +144,8 @@ def routers(expert_dim: int) -> dict[str, Arm]:
       "switch_top1": routing_arm("switch_top1") | wide,
       "dense": routing_arm("softmax_topk:softmax=before@none") | wide | {"num_experts": 1},
       "top_p": routing_arm("top_p") | {"num_experts_per_token": 4},
+      # It starts with half of the experts, which a capacity for K would drop.
+      "remoe": routing_arm("remoe@remoe_loss") | dropless,
       "task_level": routing_arm("task_level") | dropless,
       "sequence_level": _accepted(routing_arm("sequence_level") | dropless),
       "base_assignment": _accepted(routing_arm("base_assignment@none") | wide),

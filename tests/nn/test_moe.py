@@ -203,6 +203,8 @@ def test_balancer_state_has_no_gradient():
       {"router": "longcat_topk", "balancer": "longcat_bias:zero_computation=4"},
       "has 8; say zero_computation=8",
     ),
+    ({"balancer": "remoe_loss"}, "and this router chooses otherwise; use router remoe"),
+    ({"router": "remoe", "balancer": "loss_free_bias"}, "and the router takes none"),
     ({"balancer": "longcat_bias:zero_computation=1"}, "no zero-computation experts; use router longcat_topk"),
   ],
 )

@@ -11,7 +11,14 @@ from tests.ops.router_row import (
   uniform_per_further_choice,
   uniform_per_token,
 )
-from tests.reference import batch_routing, limited_routing, noisy_routing, table_routing, variable_routing
+from tests.reference import (
+  batch_routing,
+  limited_routing,
+  noisy_routing,
+  relu_routing,
+  table_routing,
+  variable_routing,
+)
 from tests.reference import routing as reference
 
 ROWS = {
@@ -80,6 +87,16 @@ ROWS = {
   "top_p": Row("top_p", 6, 3, variable_routing.top_p(0.4), own_weights=True),
   # K = E without taking every expert, which the law of the bias does not expect of other routers
   "top_p_unlimited": Row("top_p:0.8", 4, 4, variable_routing.top_p(0.8), bias_decides=False),
+  "remoe": Row("remoe", 6, 2, relu_routing.remoe, relu_routing.relu, own_weights=True, takes_bias=False),
+  "remoe_limited": Row(
+    "remoe:max_experts=3",
+    6,
+    2,
+    functools.partial(relu_routing.remoe, limit=3),
+    relu_routing.relu,
+    own_weights=True,
+    takes_bias=False,
+  ),
   "task_level": Row("task_level:3", 6, 2, reference.softmax_topk),
   "sequence_level": Row(
     "sequence_level",

@@ -24,6 +24,8 @@ class Router(nnx.Module):
   num_tasks: the number of domains that the router distinguishes; 0: it does not read the domain.
   num_scored_experts: the number of experts that the logits score; None: the E experts of the layer. It
     exceeds E if the router serves some experts itself, with `Routing.direct_TD`.
+  sparse_weights: whether an expert is used where its weight is above 0, so that a loss on weights sets how many
+    are used.
   """
 
   leaks: str = ""
@@ -32,6 +34,7 @@ class Router(nnx.Module):
   whole_sequences: bool = False
   num_tasks: int = 0
   num_scored_experts: int | None = None
+  sparse_weights: bool = False
 
   def __call__(self, x_GTD: Array, context: RouterContext) -> Routing:
     raise NotImplementedError

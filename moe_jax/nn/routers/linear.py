@@ -21,6 +21,7 @@ class LinearRouter(Router):
     self.choose = choice.choose
     self.leaks, self.takes_bias = choice.leaks, choice.takes_bias
     self.gives_smooth_load, self.whole_sequences = choice.gives_smooth_load, choice.whole_sequences
+    self.sparse_weights = choice.sparse_weights
     self.w_router_DE = matrix(rngs, (dim, num_logits), ("embed", "router"), init_scale, zero=choice.zero_init)
 
   def logits(self, x_GTD: Array) -> Array:

@@ -12,6 +12,7 @@ from moe_jax.ops.balancing.importance import importance_loss, load_loss
 from moe_jax.ops.balancing.longcat import longcat_bias
 from moe_jax.ops.balancing.losses import gshard_loss, st_moe_loss, switch_loss, z_loss
 from moe_jax.ops.balancing.quantile import quantile_balancing
+from moe_jax.ops.balancing.remoe import remoe_loss
 from moe_jax.ops.balancing.smebu import smebu
 from moe_jax.registry import Method, Registry, Spec
 
@@ -36,6 +37,7 @@ BALANCERS = Registry(
     "z_loss": z_loss,
     "entropy_loss": entropy_loss,
     "heterogeneous_loss": heterogeneous_loss,
+    "remoe_loss": remoe_loss,
     "importance_loss": importance_loss,
     "load_loss": load_loss,
     "loss_free_bias": loss_free_bias,

@@ -13,6 +13,7 @@ from moe_jax.ops.routing.limited import device_limited_topk, group_limited_topk,
 from moe_jax.ops.routing.noisy import noisy_topk, vmoe_topk
 from moe_jax.ops.routing.prioritized import batch_prioritized
 from moe_jax.ops.routing.quantile import quantile_topk
+from moe_jax.ops.routing.remoe import remoe
 from moe_jax.ops.routing.sinkhorn import sinkhorn
 from moe_jax.ops.routing.st_moe import st_moe_topn
 from moe_jax.ops.routing.task import sequence_level, task_level
@@ -35,6 +36,7 @@ CHOICES = Registry(
     "hierarchical_topk": hierarchical_topk,
     "st_moe_topn": st_moe_topn,
     "top_p": top_p,
+    "remoe": remoe,
     "task_level": task_level,
     "sequence_level": sequence_level,
     "moe_plus_plus": moe_plus_plus,

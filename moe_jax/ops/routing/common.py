@@ -23,6 +23,7 @@ class Choice(NamedTuple):
   whole_sequences: reads `context.sequence`, so groups must hold whole sequences.
   num_tasks: domains that it knows; 0: it reads none.
   zero_init: the projections start at zero.
+  sparse_weights: an expert is used where its weight is above 0, so a loss on weights sets how many are used.
   """
 
   choose: Callable[..., Routing]
@@ -32,6 +33,7 @@ class Choice(NamedTuple):
   whole_sequences: bool = False
   num_tasks: int = 0
   zero_init: bool = False
+  sparse_weights: bool = False
 
 
 def in_groups(choose: Callable[..., Routing], *logits_GTE: Array, context: RouterContext) -> Routing:
