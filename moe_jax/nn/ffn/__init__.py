@@ -4,16 +4,19 @@ A part is a module that maps (x_BLD, context) to (y_BLD, aux), where aux is a `M
 takes what it needs of the model by name. `moe` is the `MoEConfig` of the block.
 """
 
-from typing import Any
+from typing import Any, TypeVar
 
 from flax import nnx
 
 from moe_jax.config import MoEConfig
+from moe_jax.nn.ffn.latent_moe import LatentMoE
 from moe_jax.nn.ffn.mlp import MLP
 from moe_jax.nn.ffn.parallel_moe import ParallelMoE
 from moe_jax.nn.ffn.soft_moe import SoftMoE
 from moe_jax.nn.moe import MoE
 from moe_jax.registry import Registry
+
+Layer = TypeVar("Layer", bound=MoE)
 
 
 def shared_experts(
@@ -26,15 +29,29 @@ def shared_experts(
 
 def moe(moe: MoEConfig, dim: int, activation: str, init_scale: float, rngs: nnx.Rngs) -> MoE:
   """Returns the layer that routes tokens to experts, with its shared experts."""
+  return _routed(MoE, moe, dim, activation, init_scale, rngs)
+
+
+def latent_moe(
+  moe: MoEConfig, dim: int, activation: str, init_scale: float, rngs: nnx.Rngs, latent_dim: int = 0
+) -> LatentMoE:
+  """Returns routed experts of width `latent_dim` (0: half of the model's) between two projections."""
+  return _routed(LatentMoE, moe, dim, activation, init_scale, rngs, latent_dim=latent_dim or dim // 2)
+
+
+def _routed(
+  kind: type[Layer],
+  moe: MoEConfig,
+  dim: int,
+  activation: str,
+  init_scale: float,
+  rngs: nnx.Rngs,
+  **options: Any,
+) -> Layer:
   fields = ("num_experts", "num_experts_per_token", "expert_dim", "router", "experts", "dispatcher")
   fields += ("capacity_factor", "eval_capacity_factor", "group_size", "jitter")
-  layer = MoE(
-    dim,
-    balancer=moe.balancers,
-    init_scale=init_scale,
-    rngs=rngs,
-    **{name: getattr(moe, name) for name in fields},
-  )
+  options |= {name: getattr(moe, name) for name in fields}
+  layer = kind(dim, balancer=moe.balancers, init_scale=init_scale, rngs=rngs, **options)
   layer.shared = shared_experts(moe, dim, activation, init_scale, rngs)
   return layer
 
@@ -59,8 +76,8 @@ def soft_moe(
 
 FFNS = Registry(
   "ffn",
-  {"mlp": MLP, "moe": moe, "parallel_moe": parallel_moe, "soft_moe": soft_moe},
+  {"mlp": MLP, "moe": moe, "parallel_moe": parallel_moe, "latent_moe": latent_moe, "soft_moe": soft_moe},
   offered=("moe", "dim", "dense_dim", "activation", "init_scale", "rngs"),
 )
 
-__all__ = ["FFNS", "MLP", "ParallelMoE", "SoftMoE"]
+__all__ = ["FFNS", "MLP", "LatentMoE", "ParallelMoE", "SoftMoE"]
