@@ -10,7 +10,7 @@ from flax import nnx
 
 from moe_jax.config import MoEConfig
 from moe_jax.nn.ffn.latent_moe import LatentMoE
-from moe_jax.nn.ffn.mlp import MLP
+from moe_jax.nn.ffn.mlp import MLP, GatedMLP
 from moe_jax.nn.ffn.parallel_moe import ParallelMoE
 from moe_jax.nn.ffn.soft_moe import SoftMoE
 from moe_jax.nn.moe import MoE
@@ -24,7 +24,8 @@ def shared_experts(
 ) -> MLP | None:
   """Returns the shared experts as one network of their summed width, or None if there are none."""
   width = moe.num_shared_experts * moe.expert_dim
-  return MLP(dim, width, activation, init_scale=init_scale, rngs=rngs) if width else None
+  kind = GatedMLP if moe.shared_expert_gate else MLP
+  return kind(dim, width, activation, init_scale=init_scale, rngs=rngs) if width else None
 
 
 def moe(moe: MoEConfig, dim: int, activation: str, init_scale: float, rngs: nnx.Rngs) -> MoE:
@@ -80,4 +81,4 @@ FFNS = Registry(
   offered=("moe", "dim", "dense_dim", "activation", "init_scale", "rngs"),
 )
 
-__all__ = ["FFNS", "MLP", "LatentMoE", "ParallelMoE", "SoftMoE"]
+__all__ = ["FFNS", "MLP", "GatedMLP", "LatentMoE", "ParallelMoE", "SoftMoE"]
