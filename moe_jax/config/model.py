@@ -102,7 +102,8 @@ class ModelConfig:
   moe_every: int = flag(1, "of the blocks after those, every n-th has experts")
   mixer: Spec = flag("attention", "token mixer of every block, e.g. attention:window=128")
   ffn: Spec = flag(
-    "moe", "feed-forward part of the blocks with experts: moe, latent_moe:WIDTH, soft_moe:SLOTS, parallel_moe"
+    "moe",
+    "feed-forward part of the blocks with experts: moe, latent_moe:WIDTH, default_moe, soft_moe:SLOTS, parallel_moe",
   )
   residual: Spec = flag("pre_norm", "how parts meet the residual stream: pre_norm, normed_input:ALPHA:BETA")
   rope_theta: float = flag(10_000.0, "base of the rotary positions (2104.09864)")

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from flax import nnx
 
 from moe_jax.config import MoEConfig
+from moe_jax.nn.ffn.default_moe import DefaultMoE
 from moe_jax.nn.ffn.latent_moe import LatentMoE
 from moe_jax.nn.ffn.mlp import MLP, GatedMLP
 from moe_jax.nn.ffn.parallel_moe import ParallelMoE
@@ -38,6 +39,13 @@ def latent_moe(
 ) -> LatentMoE:
   """Returns routed experts of width `latent_dim` (0: half of the model's) between two projections."""
   return _routed(LatentMoE, moe, dim, activation, init_scale, rngs, latent_dim=latent_dim or dim // 2)
+
+
+def default_moe(
+  moe: MoEConfig, dim: int, activation: str, init_scale: float, rngs: nnx.Rngs, beta: float = 0.95
+) -> DefaultMoE:
+  """Returns routed experts that are replaced by their mean output where a token does not reach them."""
+  return _routed(DefaultMoE, moe, dim, activation, init_scale, rngs, beta=beta)
 
 
 def _routed(
@@ -77,8 +85,15 @@ def soft_moe(
 
 FFNS = Registry(
   "ffn",
-  {"mlp": MLP, "moe": moe, "parallel_moe": parallel_moe, "latent_moe": latent_moe, "soft_moe": soft_moe},
+  {
+    "mlp": MLP,
+    "moe": moe,
+    "parallel_moe": parallel_moe,
+    "latent_moe": latent_moe,
+    "default_moe": default_moe,
+    "soft_moe": soft_moe,
+  },
   offered=("moe", "dim", "dense_dim", "activation", "init_scale", "rngs"),
 )
 
-__all__ = ["FFNS", "MLP", "GatedMLP", "LatentMoE", "ParallelMoE", "SoftMoE"]
+__all__ = ["FFNS", "MLP", "DefaultMoE", "GatedMLP", "LatentMoE", "ParallelMoE", "SoftMoE"]

@@ -7,7 +7,7 @@ from flax import nnx
 from moe_jax.errors import InputError
 from moe_jax.nn.context import Context
 from moe_jax.nn.experts import EXPERTS, ExpertNetwork
-from moe_jax.nn.moe import MoE
+from moe_jax.nn.moe import MoE, Served
 from moe_jax.nn.norm import RMSNorm
 from moe_jax.nn.parts import made
 from moe_jax.nn.variables import matrix, weight
@@ -55,8 +55,8 @@ class LatentMoE(MoE):
     self.latent_norm = RMSNorm(latent_dim, EPSILON)
     self.w_up_XD = matrix(rngs, (latent_dim, dim), ("latent", "embed"), init_scale)
 
-  def _experts(self, x_BLD: Array, routing: Routing, context: Context) -> tuple[Array, Array]:
+  def _experts(self, x_BLD: Array, routing: Routing, context: Context) -> Served:
     latent_BLX = constrain(x_BLD @ weight(self.w_down_DX, x_BLD.dtype), ("batch", None, None))
-    latent_BLX, kept_per_expert_E = super()._experts(latent_BLX, routing, context)
-    y_BLD = self.latent_norm(latent_BLX) @ weight(self.w_up_XD, x_BLD.dtype)
-    return constrain(y_BLD, ("batch", None, None)), kept_per_expert_E
+    served = super()._experts(latent_BLX, routing, context)
+    y_BLD = self.latent_norm(served.y_BLD) @ weight(self.w_up_XD, x_BLD.dtype)
+    return served._replace(y_BLD=constrain(y_BLD, ("batch", None, None)))
