@@ -150,6 +150,7 @@ def routers(expert_dim: int) -> dict[str, Arm]:
       "sequence_level": _accepted(routing_arm("sequence_level") | dropless),
       "base_assignment": _accepted(routing_arm("base_assignment@none") | wide),
       "default_moe": {"ffn": "default_moe", "router": "softmax_topk:softmax=before"},
+      "erc_moe": {"ffn": "erc_moe"},
       "latent_moe": {"ffn": "latent_moe"},
       "soft_moe": {"ffn": "soft_moe", "balancers": "none", "accept_leaks": "soft_moe"},
     }

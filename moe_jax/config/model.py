@@ -103,7 +103,7 @@ class ModelConfig:
   mixer: Spec = flag("attention", "token mixer of every block, e.g. attention:window=128")
   ffn: Spec = flag(
     "moe",
-    "feed-forward part of the blocks with experts: moe, latent_moe:WIDTH, default_moe, soft_moe:SLOTS, parallel_moe",
+    "feed-forward part of the blocks with experts: moe, latent_moe:WIDTH, default_moe, erc_moe, soft_moe:SLOTS, parallel_moe",
   )
   residual: Spec = flag("pre_norm", "how parts meet the residual stream: pre_norm, normed_input:ALPHA:BETA")
   rope_theta: float = flag(10_000.0, "base of the rotary positions (2104.09864)")

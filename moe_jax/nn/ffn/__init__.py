@@ -10,6 +10,7 @@ from flax import nnx
 
 from moe_jax.config import MoEConfig
 from moe_jax.nn.ffn.default_moe import DefaultMoE
+from moe_jax.nn.ffn.erc_moe import CoupledMoE
 from moe_jax.nn.ffn.latent_moe import LatentMoE
 from moe_jax.nn.ffn.mlp import MLP, GatedMLP
 from moe_jax.nn.ffn.parallel_moe import ParallelMoE
@@ -46,6 +47,19 @@ def default_moe(
 ) -> DefaultMoE:
   """Returns routed experts that are replaced by their mean output where a token does not reach them."""
   return _routed(DefaultMoE, moe, dim, activation, init_scale, rngs, beta=beta)
+
+
+def erc_moe(
+  moe: MoEConfig,
+  dim: int,
+  activation: str,
+  init_scale: float,
+  rngs: nnx.Rngs,
+  weight: float = 1.0,
+  alpha: float = 1.0,
+) -> CoupledMoE:
+  """Returns routed experts with the loss that couples them to the router."""
+  return _routed(CoupledMoE, moe, dim, activation, init_scale, rngs, weight=weight, alpha=alpha)
 
 
 def _routed(
@@ -91,9 +105,10 @@ FFNS = Registry(
     "parallel_moe": parallel_moe,
     "latent_moe": latent_moe,
     "default_moe": default_moe,
+    "erc_moe": erc_moe,
     "soft_moe": soft_moe,
   },
   offered=("moe", "dim", "dense_dim", "activation", "init_scale", "rngs"),
 )
 
-__all__ = ["FFNS", "MLP", "DefaultMoE", "GatedMLP", "LatentMoE", "ParallelMoE", "SoftMoE"]
+__all__ = ["FFNS", "MLP", "CoupledMoE", "DefaultMoE", "GatedMLP", "LatentMoE", "ParallelMoE", "SoftMoE"]
