@@ -172,7 +172,7 @@ class MoE(nnx.Module):
     return x_BLD * jax.vmap(draw)(context.key_B)
 
   def _experts(self, x_BLD: Array, routing: Routing, context: Context) -> Served:
-    """What the routed experts add. Subclasses may change the rows before, and the result after."""
+    """What the routed experts add. A subclass may give rows of another width than D, and change the result."""
     # The router itself serves entries for experts without a network. No dispatcher sees them, and none drops.
     has_network_GA = routing.assignment.expert_A < self.num_experts
     assignment = routing.assignment._replace(
