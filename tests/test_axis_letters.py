@@ -156,7 +156,7 @@ ON_TWO = {"mesh": MeshConfig(data=1, expert=2), "accumulation": 1}
 PROGRAMS = (
   {"dispatcher": "sorted", "balancers": ",".join(BALANCERS)},
   {"dispatcher": "einsum", "balancers": "load_loss", "router": "noisy_topk"},
-  {"dispatcher": "dropless", "balancers": "remoe_loss", "router": "remoe", "ffn": "erc_moe"},
+  {"dispatcher": "dropless", "balancers": "none", "ffn": "erc_moe"},
   {"dispatcher": "all_to_all:chunks=2:buffer_factor=2:exchange=padded", "balancers": "none", **ON_TWO},
   {"dispatcher": "all_gather:capacity=global", "balancers": "none", **ON_TWO},
 )

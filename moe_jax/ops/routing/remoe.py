@@ -39,12 +39,12 @@ def remoe(num_experts: int, num_experts_per_token: int, max_experts: int = 0) ->
     is_active_TE = weight_TE > 0
     log_scores_TE = jnp.where(is_active_TE, jnp.log(jnp.where(is_active_TE, weight_TE, 1)), LOG_OF_ZERO)
     if max_experts in (0, num_experts):
-      expert_TK = jnp.broadcast_to(jnp.arange(num_experts, dtype=jnp.int32), logits_TE.shape)
-      weight_TK = weight_TE
+      expert_TX = jnp.broadcast_to(jnp.arange(num_experts, dtype=jnp.int32), logits_TE.shape)
+      weight_TX = weight_TE
     else:
-      expert_TK = select_top_k(logits_TE, None, max_experts)
-      weight_TK = take_experts(weight_TE, expert_TK)
-    assignment = token_major(expert_TK, weight_TK, context.mask, valid_TK=weight_TK > 0)
+      expert_TX = select_top_k(logits_TE, None, max_experts)
+      weight_TX = take_experts(weight_TE, expert_TX)
+    assignment = token_major(expert_TX, weight_TX, context.mask, valid_TK=weight_TX > 0)
     return Routing(logits_TE, log_scores_TE, context.mask, assignment)
 
   return Choice(choose, takes_bias=False, sparse_weights=True)
