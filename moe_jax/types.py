@@ -86,6 +86,13 @@ class Routing(NamedTuple):
     return jnp.exp(self.log_scores_TE)
 
 
+class ExpertOutputs(NamedTuple):
+  """What the experts of a layer returned for the tokens that they kept, before any combine weight."""
+
+  sum_ED: Array  # float32, the sum over tokens
+  tokens_E: Array  # float32, the number of these tokens
+
+
 class BatchRouting(NamedTuple):
   """One layer's routing of one micro-batch in the batch layout: what balancers and statistics read."""
 
@@ -98,6 +105,7 @@ class BatchRouting(NamedTuple):
   smooth_load_BLE: Array | None = None  # see `Routing`
   # float32, differentiable: the combine weight of each chosen expert, before capacity; 0 for all others
   weights_BLE: Array | None = None
+  outputs: ExpertOutputs | None = None  # only where the layer measures them; no gradient
 
   @property
   def scores_BLE(self) -> Array:

@@ -150,12 +150,13 @@ BALANCERS = (
   "switch_loss", "switch_loss:scope=sequence", "st_moe_loss", "gshard_loss:scope=buffer", "sequence_loss",
   "device_loss:devices=4", "communication_loss:devices=4:devices_per_token=3", "squared_deviation_loss:of=load",
   "squared_deviation_loss", "adaptive_loss", "entropy_loss", "importance_loss", "z_loss", "loss_free_bias",
-  "quantile_balancing:bins=50",
+  "quantile_balancing:bins=50", "smebu",
 )  # fmt: skip
 ON_TWO = {"mesh": MeshConfig(data=1, expert=2), "accumulation": 1}
 PROGRAMS = (
   {"dispatcher": "sorted", "balancers": ",".join(BALANCERS)},
   {"dispatcher": "einsum", "balancers": "load_loss", "router": "noisy_topk"},
+  {"dispatcher": "dropless", "balancers": "none", "ffn": "erc_moe"},
   {"dispatcher": "all_to_all:chunks=2:buffer_factor=2:exchange=padded", "balancers": "none", **ON_TWO},
   {"dispatcher": "all_gather:capacity=global", "balancers": "none", **ON_TWO},
 )

@@ -159,6 +159,7 @@ BALANCING: dict[str, Arm] = {
     "loss_free_bias:0.001",
     "loss_free_bias:0.001:rule=proportional",
     "multiplicative_bias:0.01",
+    "smebu:0.001@sigmoid_topk",
     "quantile_balancing",
     "quantile_balancing:cutoff=quantile",
     "quantile_balancing:ema=0.9",
@@ -169,6 +170,8 @@ BALANCING: dict[str, Arm] = {
   "expert_threshold": balancing_arm("expert_threshold@expert_threshold") | {"dispatcher": "dropless"},
   "dynamic": balancing_arm("switch_loss:0.01+entropy_loss:0.0001@top_p") | {"num_experts_per_token": 4},
   "moe_plus_plus": balancing_arm("heterogeneous_loss:0.01@moe_plus_plus"),
+  "remoe": balancing_arm("remoe_loss@remoe") | {"dispatcher": "dropless"},
+  "longcat": balancing_arm("longcat_bias@longcat_topk:scale=1"),
   # the published scales of the weights, 16 and 2.5, are for 160 and 256 experts
   "deepseek_v2": balancing_arm(
     "switch_loss:0.003:scope=sequence+device_loss:0.05:devices=8+communication_loss:0.02@device_limited_topk:scale=1"
@@ -223,11 +226,16 @@ def routers(moe: MoEConfig) -> dict[str, Arm]:
       "dense": dense_models(moe)["dense"],
       "llama4_topk": routing_arm("llama4_topk") | wide,
       "top_p": routing_arm("top_p") | {"num_experts_per_token": 4},
+      # It starts with half of the experts, which a capacity for K would drop.
+      "remoe": routing_arm("remoe@remoe_loss") | dropless,
       "task_level": routing_arm("task_level") | dropless,
       "sequence_level": _accepted(routing_arm("sequence_level") | dropless),
       "base_assignment": _accepted(routing_arm("base_assignment@none") | wide),
       "expert_threshold": routing_arm("expert_threshold@expert_threshold") | dropless,
       "token_rounding": _accepted(routing_arm("token_rounding:tile=8") | dropless),
+      "default_moe": {"ffn": "default_moe", "router": "softmax_topk:softmax=before"},
+      "erc_moe": {"ffn": "erc_moe"},
+      "latent_moe": {"ffn": "latent_moe"},
       "soft_moe": {"ffn": "soft_moe", "balancers": "none", "accept_leaks": "soft_moe"},
     }
   )
@@ -249,6 +257,7 @@ _CAUSAL = (
   "mlp_topk",
   "gemma4_topk",
   "moe_plus_plus@heterogeneous_loss:0.01",
+  "longcat_topk:scale=1@longcat_bias",
   "hash_topk@none",
   "frozen_table_topk@none",
 )

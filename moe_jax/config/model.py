@@ -19,8 +19,12 @@ class MoEConfig:
   num_experts_per_token: int = flag(2, "K, experts that a token is sent to")
   expert_dim: int = flag(64, "F, hidden width of an expert")
   num_shared_experts: int = flag(0, "always-on experts of width expert_dim beside the routed ones")
+  shared_expert_gate: bool = flag(
+    False, "a token scales what its shared experts add by the sigmoid of a learned projection, as in Qwen"
+  )
   experts: Spec = flag(
-    "swiglu", "network of the experts: swiglu, relu, gelu, clipped_swiglu, expert_dropout, low_rank"
+    "swiglu",
+    "network of the experts: swiglu, relu, gelu, clipped_swiglu, bounded_swiglu, expert_dropout, low_rank",
   )
   router: Spec = flag("softmax_topk", "what chooses the experts of a token, e.g. sigmoid_topk:normalize=true")
   balancers: Spec | Sequence[Spec] = flag(
@@ -46,6 +50,12 @@ class MoEConfig:
     )
     positive(self, "expert_dim")
     require(self.num_shared_experts >= 0, "num_shared_experts", self.num_shared_experts, "0 or more")
+    require(
+      self.num_shared_experts > 0 or not self.shared_expert_gate,
+      "shared_expert_gate",
+      self.shared_expert_gate,
+      "needs shared experts, e.g. --num_shared_experts=1",
+    )
     for name, example in (("capacity_factor", 1.25), ("eval_capacity_factor", 2.0)):
       require(getattr(self, name) > 0, name, getattr(self, name), f"must be above 0, e.g. {example}")
     require(
@@ -85,11 +95,16 @@ class ModelConfig:
   num_kv_heads: int = flag(2, "heads of keys and values, each shared by num_heads / num_kv_heads query heads")
   head_dim: int = flag(16, "H, width of a head")
   dense_dim: int = flag(192, "hidden width of the blocks without experts")
-  activation: str = flag("swiglu", "of dense feed-forward parts and shared experts: swiglu, relu or gelu")
+  activation: str = flag(
+    "swiglu", "of dense feed-forward parts and shared experts: swiglu, bounded_swiglu, relu or gelu"
+  )
   num_dense_first: int = flag(0, "the first blocks that have no experts")
   moe_every: int = flag(1, "of the blocks after those, every n-th has experts")
   mixer: Spec = flag("attention", "token mixer of every block, e.g. attention:window=128")
-  ffn: Spec = flag("moe", "feed-forward part of the blocks with experts: moe, soft_moe:SLOTS, parallel_moe")
+  ffn: Spec = flag(
+    "moe",
+    "feed-forward part of the blocks with experts: moe, latent_moe:WIDTH, default_moe, erc_moe, soft_moe:SLOTS, parallel_moe",
+  )
   residual: Spec = flag("pre_norm", "how parts meet the residual stream: pre_norm, normed_input:ALPHA:BETA")
   rope_theta: float = flag(10_000.0, "base of the rotary positions (2104.09864)")
   norm_eps: float = flag(1e-6, "added to the mean square in RMSNorm")
@@ -122,7 +137,7 @@ class ModelConfig:
     )
     require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "must be even for rotary positions")
     one_of(self, "compute_dtype", "float32", "bfloat16")
-    one_of(self, "activation", "swiglu", "relu", "gelu")
+    one_of(self, "activation", "swiglu", "bounded_swiglu", "relu", "gelu")
     one_of(self, "remat", "none", "full", "dots", "exchange")
     require(self.init_scale > 0, "init_scale", self.init_scale, "must be above 0, Switch uses 0.1")
     self.moe.check()

@@ -1,5 +1,7 @@
 """The MoE layer: route, dispatch to experts, combine. The forward pass mutates nothing."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,13 +16,31 @@ from moe_jax.nn.variables import BalancerState
 from moe_jax.ops.balancing import Balancer, balancer_of
 from moe_jax.ops.balancing.common import normalized_scores
 from moe_jax.ops.dispatch import default_group_size, expert_capacity, no_sharding, weighing_inputs
-from moe_jax.ops.experts import with_row_bits
+from moe_jax.ops.experts import Experts, with_row_bits
 from moe_jax.ops.metrics import LayerRecord, observe
 from moe_jax.ops.routing import to_batch
 from moe_jax.registry import Method, Spec
 from moe_jax.sharding import constrain, on_one_cpu
 from moe_jax.sharding.dispatchers import Dispatcher, make_dispatcher
-from moe_jax.types import Array, BatchRouting, MoEAux, PyTree, RouterContext, Routing, StepStats
+from moe_jax.types import (
+  Array,
+  Assignment,
+  BatchRouting,
+  ExpertOutputs,
+  MoEAux,
+  PyTree,
+  RouterContext,
+  Routing,
+  StepStats,
+)
+
+
+class Served(NamedTuple):
+  """What the routed experts of a layer did."""
+
+  y_BLD: Array  # what they add to the output
+  kept_GA: Array  # bool, the entries of the assignment that were served
+  outputs: ExpertOutputs | None = None
 
 
 class MoE(nnx.Module):
@@ -112,15 +132,18 @@ class MoE(nnx.Module):
     cut = lambda y_BLX: constrain(y_BLX.reshape(-1, t, y_BLX.shape[-1]), ("group", None, None))
     of_groups = group_context(context, x_BLD.shape, t, self.balancer.bias(state))
     routing = self.router(cut(router_input_BLD), of_groups._replace(layer_input=cut(x_BLD)))
-    y_BLD, kept_per_expert_E = self._experts(x_BLD, routing, context)
+    served = self._experts(x_BLD, routing, context)
+    y_BLD = served.y_BLD
     if self.shared is not None:
       y_BLD = y_BLD + self.shared(x_BLD)[0]
     if routing.direct_TD is not None:
       y_BLD = y_BLD + routing.direct_TD.reshape(y_BLD.shape)
 
     batch_routing = to_batch(routing, batch, length, self.num_experts_per_token)
+    batch_routing = batch_routing._replace(outputs=served.outputs)
     observed = jax.lax.stop_gradient(self.balancer.observe(state, batch_routing))
     losses = self.balancer.losses(state, batch_routing, _with_this_batch(context.step_stats, observed))
+    kept_per_expert_E = _count_kept(routing, served.kept_GA)
     return y_BLD, _aux(batch_routing, losses, observed, kept_per_expert_E, context)
 
   def tokens_per_group(self, length: int) -> int:
@@ -148,7 +171,8 @@ class MoE(nnx.Module):
     )
     return x_BLD * jax.vmap(draw)(context.key_B)
 
-  def _experts(self, x_BLD: Array, routing: Routing, context: Context) -> tuple[Array, Array]:
+  def _experts(self, x_BLD: Array, routing: Routing, context: Context) -> Served:
+    """What the routed experts add. A subclass may give rows of another width than D, and change the result."""
     # The router itself serves entries for experts without a network. No dispatcher sees them, and none drops.
     has_network_GA = routing.assignment.expert_A < self.num_experts
     assignment = routing.assignment._replace(
@@ -162,23 +186,32 @@ class MoE(nnx.Module):
     experts = as_experts(network, x_BLD.dtype, gather=not self.dispatcher.spells_exchange)
     if network.draws:
       rows_BLD, experts = with_row_bits(x_BLD, context.random_bits(x_BLD.shape[1]), experts)
+    rows_GTD = constrain(rows_BLD.reshape(-1, t, rows_BLD.shape[-1]), ("group", None, None))
+    capacity = expert_capacity(t, self.num_experts_per_token, factor, self.num_experts)
+    y_GTD, kept_GA, outputs = self._dispatch(rows_GTD, assignment, experts, capacity, x_BLD.shape[-1])
+    y_BLD = y_GTD.reshape(rows_BLD.shape)[..., : x_BLD.shape[-1]]
+    y_BLD = constrain(y_BLD, ("batch", None, None))
+    return Served(y_BLD, kept_GA | (routing.assignment.valid_A & ~has_network_GA), outputs)
+
+  def _dispatch(
+    self, rows_GTD: Array, assignment: Assignment, experts: Experts, capacity: int, dim: int
+  ) -> tuple[Array, Array, ExpertOutputs | None]:
+    """Returns y_GTD, which entries were kept [G, A], and the outputs of experts if the layer measures them.
+
+    Behind the first `dim` columns of a row may be random bits.
+    """
     dispatch = self.dispatcher.dispatch
     if self.router.weighs == "input":
-      dispatch = weighing_inputs(dispatch, x_BLD.shape[-1])
+      dispatch = weighing_inputs(dispatch, dim)
     y_GTD, kept_GA = dispatch(
-      constrain(rows_BLD.reshape(-1, t, rows_BLD.shape[-1]), ("group", None, None)),
+      rows_GTD,
       assignment,
       experts,
       num_experts=self.num_experts,
-      capacity=expert_capacity(t, self.num_experts_per_token, factor, self.num_experts),
+      capacity=capacity,
       shard=no_sharding if on_one_cpu() else constrain,
     )
-    y_BLD = y_GTD.reshape(rows_BLD.shape)[..., : x_BLD.shape[-1]]
-    y_BLD = constrain(y_BLD, ("batch", None, None))
-    kept_GA |= routing.assignment.valid_A & ~has_network_GA
-    onehot_GAE = jax.nn.one_hot(routing.assignment.expert_A, routing.logits_TE.shape[-1], dtype=jnp.float32)
-    kept_per_expert_E = jnp.einsum("GA,GAE->E", kept_GA.astype(jnp.float32), onehot_GAE)
-    return y_BLD, kept_per_expert_E
+    return y_GTD, kept_GA, None
 
 
 def group_context(context: Context, shape: tuple[int, ...], t: int, bias_E: PyTree) -> RouterContext:
@@ -202,6 +235,11 @@ def group_context(context: Context, shape: tuple[int, ...], t: int, bias_E: PyTr
     domain=along(context.domain_B),
     train=context.train,
   )
+
+
+def _count_kept(routing: Routing, kept_GA: Array) -> Array:
+  onehot_GAE = jax.nn.one_hot(routing.assignment.expert_A, routing.logits_TE.shape[-1], dtype=jnp.float32)
+  return jnp.einsum("GA,GAE->E", kept_GA.astype(jnp.float32), onehot_GAE)
 
 
 def _with_batch_axis(context: Context) -> Context:

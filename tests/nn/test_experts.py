@@ -23,6 +23,7 @@ CLIPPED = "clipped_swiglu:limit=0.5"  # low, so that it clips
 KINDS = {
   "gelu": "gelu",
   "clipped": CLIPPED,
+  "bounded": "bounded_swiglu:limit=0.5",
   "dropout": functools.partial(EXPERTS["expert_dropout"], rate=0.4, experts=CLIPPED),
   "low_rank": functools.partial(EXPERTS["low_rank"], rank=2, alpha=3.0, experts=CLIPPED),
 }
@@ -92,6 +93,10 @@ def expert(kind, w, e, x, kept_F):
   if kind == "gelu":
     z = x @ w["experts/w_up_EDF"][e]
     return (0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))) @ w["experts/w_down_EFD"][e]
+  if kind == "bounded":
+    gate = np.minimum(x @ w["experts/w_gate_EDF"][e], 0.5)
+    up = np.clip(x @ w["experts/w_up_EDF"][e], -0.5, 0.5)
+    return (gate / (1 + np.exp(-gate)) * up) @ w["experts/w_down_EFD"][e]
   inner = "experts/" if kind == "clipped" else "experts/experts/"
   names = ("w_gate_EDF", "w_up_EDF", "w_down_EFD", "b_gate_EF", "b_up_EF", "b_down_ED")
   own = {name: w[inner + name][e] for name in names}
@@ -245,3 +250,14 @@ def test_three_steps_move_the_adapters_and_not_what_is_frozen():
 def test_adapters_go_inside():
   with pytest.raises(InputError, match="expert_dropout:experts=low_rank"):
     EXPERTS.resolve("low_rank:experts=expert_dropout")(num_experts=2, dim=4, expert_dim=4, rngs=nnx.Rngs(0))
+
+
+# --- bounded ---
+
+
+def test_bounds_that_nothing_reaches_change_nothing():
+  sizes = {"num_experts": E, "expert_dim": F}
+  layer = lambda experts: MoE(D, experts=experts, rngs=nnx.Rngs(0), **sizes)(X_BLD)[0]
+  np.testing.assert_array_equal(layer("bounded_swiglu:limit=1000"), layer("swiglu"))
+  with pytest.raises(InputError, match="limit must be above 0"):
+    layer("bounded_swiglu:limit=0")

@@ -220,6 +220,13 @@ def test_balancer_state_has_no_gradient():
     ({"balancer": "expert_threshold"}, "compares with no threshold; use router expert_threshold"),
     ({"balancer": "load_loss"}, "reads the smooth load"),
     ({"router": "moe_plus_plus:zeros=2", "balancer": "heterogeneous_loss"}, "has 5; say zero_computation=5"),
+    (
+      {"router": "longcat_topk", "balancer": "longcat_bias:zero_computation=4"},
+      "has 8; say zero_computation=8",
+    ),
+    ({"balancer": "remoe_loss"}, "and this router chooses otherwise; use router remoe"),
+    ({"router": "remoe", "balancer": "loss_free_bias"}, "and the router takes none"),
+    ({"balancer": "longcat_bias:zero_computation=1"}, "no zero-computation experts; use router longcat_topk"),
   ],
 )
 def test_wrong_names_are_answered_at_construction(fields, words):

@@ -10,9 +10,11 @@ import pytest
 from flax import nnx
 
 from moe_jax.config import BlockConfig, MeshConfig, ModelConfig, MoEConfig, Segment
+from moe_jax.errors import InputError
 from moe_jax.nn import Context, MoE, Transformer
 from moe_jax.nn.aux import by_layer, moe_auxes
-from moe_jax.nn.ffn import MLP, ParallelMoE
+from moe_jax.nn.build import resolve_moe
+from moe_jax.nn.ffn import FFNS, MLP, GatedMLP, ParallelMoE
 from moe_jax.nn.residual import RESIDUALS
 from moe_jax.nn.routers import Router
 from moe_jax.ops.routing import make_choice
@@ -43,6 +45,19 @@ def test_a_parallel_part_is_added_to_the_experts():
   np.testing.assert_allclose(y_BLD, routed_BLD + dense_BLD, rtol=1e-6, atol=1e-6)
   assert min(np.abs(routed_BLD).max(), np.abs(dense_BLD).max()) > 0.1
   jax.tree.map(np.testing.assert_array_equal, aux, expected)
+
+
+def test_a_gate_scales_what_shared_experts_add_to_a_token():
+  moe = MoEConfig(num_experts=4, expert_dim=8, num_shared_experts=2, shared_expert_gate=True)
+  layer = randomized(lambda: FFNS["moe"](resolve_moe(moe), 8, "swiglu", 1.0, nnx.Rngs(0)))
+  x_BLD = np.random.default_rng(0).normal(size=(2, 4, 8)).astype(np.float32)
+  y_BLD, _ = layer(x_BLD)
+  shared, layer.shared = layer.shared, None
+  scale_BL = 1 / (1 + np.exp(-x_BLD @ np.asarray(shared.w_shared_gate_D[...])))
+  added_BLD = super(GatedMLP, shared).__call__(jnp.asarray(x_BLD))[0]
+  np.testing.assert_allclose(y_BLD, layer(x_BLD)[0] + scale_BL[..., None] * added_BLD, rtol=1e-5, atol=1e-5)
+  with pytest.raises(InputError, match="--shared_expert_gate=True: needs shared experts"):
+    dataclasses.replace(moe, num_shared_experts=0).check()
 
 
 @pytest.mark.parametrize("spec, alpha, beta", [("pre_norm", None, 1.0), ("normed_input:1.5:0.7", 1.5, 0.7)])

@@ -11,7 +11,7 @@ from moe_jax.ops.balancing.losses import SCOPES
 from tests.reference import balancing as reference
 from tests.reference import bias as bias_reference
 from tests.reference import deepseek_losses as further
-from tests.reference import importance, variable_routing
+from tests.reference import importance, relu_routing, variable_routing
 
 B, L, GROUP, E, K = 4, 6, 3, 4, 2  # shapes of the laws
 
@@ -167,6 +167,28 @@ def adaptive(weight, scope):
   )
 
 
+def remoe(start, scope):
+  """A row of remoe_loss in its initial state, with counts that are not those of the weights."""
+
+  def observed(logits_BLE, mask_BL):
+    selected_BLE = reference.selected(logits_BLE, mask_BL, K, "softmax")
+    return {"experts": selected_BLE.sum(axis=(0, 1)), "slots": np.asarray(K * mask_BL.sum())}
+
+  def loss(logits_BLE, mask_BL, step_logits_BLE, step_mask_BL):
+    counted = (step_logits_BLE, step_mask_BL) if scope == "global_batch" else (logits_BLE, mask_BL)
+    counts_E = observed(*counted)["experts"]
+    tokens = max(counted[1].sum(), 1)
+    return start * relu_routing.loss(logits_BLE, mask_BL, counts_E, tokens, K)
+
+  return Row(
+    f"remoe_loss:{start}:scope={scope}",
+    loss,
+    observed,
+    fields=lambda logits_BLE: {"weights_BLE": jax.nn.relu(logits_BLE)},
+    depends_on_the_cut=scope == "micro_batch",
+  )
+
+
 ROWS = {
   **{
     f"switch_{s}": load_balancing("switch_loss", 0.5, s, ("softmax", "sigmoid")[i % 2])
@@ -233,6 +255,18 @@ ROWS = {
   ),
   "multiplicative_bias": Row(
     "multiplicative_bias:0.25", observed=counts_of_all_choices, score="sigmoid", has_gradient=False
+  ),
+  "remoe_micro_batch": remoe(0.5, "micro_batch"),
+  "remoe_global_batch": remoe(2, "global_batch"),
+  "smebu": Row("smebu:0.25", observed=counts_of_all_choices, score="sigmoid", has_gradient=False),
+  "longcat_bias": Row(
+    "longcat_bias:zero_computation=1",
+    observed=lambda logits, mask: (
+      reference.selected(logits, mask, K, "softmax").sum(axis=(0, 1)),
+      np.asarray(mask.sum()),
+      np.asarray(K * mask.sum()),
+    ),
+    has_gradient=False,
   ),
   "quantile_balancing": quantile_balancing(50, "next", "sigmoid"),
   "expert_threshold": expert_threshold(40),

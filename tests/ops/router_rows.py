@@ -11,7 +11,14 @@ from tests.ops.router_row import (
   uniform_per_further_choice,
   uniform_per_token,
 )
-from tests.reference import batch_routing, limited_routing, noisy_routing, table_routing, variable_routing
+from tests.reference import (
+  batch_routing,
+  limited_routing,
+  noisy_routing,
+  relu_routing,
+  table_routing,
+  variable_routing,
+)
 from tests.reference import routing as reference
 
 ROWS = {
@@ -99,6 +106,16 @@ ROWS = {
     own_weights=True,
     shift_matters=True,
   ),
+  "remoe": Row("remoe", 6, 2, relu_routing.remoe, relu_routing.relu, own_weights=True, takes_bias=False),
+  "remoe_limited": Row(
+    "remoe:max_experts=3",
+    6,
+    2,
+    functools.partial(relu_routing.remoe, limit=3),
+    relu_routing.relu,
+    own_weights=True,
+    takes_bias=False,
+  ),
   "task_level": Row("task_level:3", 6, 2, reference.softmax_topk),
   "sequence_level": Row(
     "sequence_level",
@@ -120,6 +137,15 @@ ROWS = {
     zero_computation=4,
     permutable=False,  # the weights next to a zero expert are others
   ),
+  "longcat_topk": Row(
+    "longcat_topk:identities=2:scale=1",
+    4,
+    3,
+    variable_routing.longcat(1),
+    own_weights=True,
+    zero_computation=2,
+  ),
+  "longcat_scaled": Row("longcat_topk:identities=1", 5, 2, variable_routing.longcat(6), zero_computation=1),
   "sqrt_softplus_topk": Row(
     "sqrt_softplus_topk", 6, 2, limited_routing.sqrt_softplus_topk, limited_routing.sqrt_softplus
   ),

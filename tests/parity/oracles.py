@@ -26,6 +26,7 @@ PREFIX = {
   "axk2": "AXK2",
   "gemma4": "Gemma4Text",
   "llama4": "Llama4Text",
+  "longcat_flash": "LongcatFlash",
   "switch_transformers": "SwitchTransformers",
   "nllb_moe": "NllbMoe",
 }

@@ -9,11 +9,11 @@ import pytest
 from flax import nnx
 
 from moe_jax.nn import MoE
-from moe_jax.nn.ffn import MLP
+from moe_jax.nn.ffn import MLP, GatedMLP
 from tests.nn.layer import randomized
 from tests.parity import oracles
 
-B, L, D, E, K, F = 2, 12, 8, 8, 3, 6
+B, L, D, E, K, F, Z = 2, 12, 8, 8, 3, 6, 4
 X_BLD = oracles.normals(B, L, D, seed=1)
 
 
@@ -24,7 +24,8 @@ class Case(NamedTuple):
   part: str
   args: tuple  # of the block's constructor, besides the configuration
   fields: dict  # of the configuration there
-  ours: dict  # of the layer here; `shared`: how many experts wide
+  ours: dict  # of the layer here; `shared`: how many experts wide, `activation`: of that one
+  scale: float = 1.0  # of the input
 
 
 CASES = {
@@ -85,9 +86,22 @@ CASES = {
       "moe_intermediate_size": F,
       "num_hidden_layers": 1,
       "num_hash_layers": 0,
-      "swiglu_limit": 1e6,  # the limit of 10 on an expert's activations is not ours
     },
-    {"router": "sqrt_softplus_topk:scale=1.5", "balancer": "loss_free_bias:0.001", "shared": 1},
+    {
+      "router": "sqrt_softplus_topk:scale=1.5",
+      "balancer": "loss_free_bias:0.001",
+      "experts": "bounded_swiglu",
+      "shared": 1,
+      "activation": "bounded_swiglu",
+    },
+    scale=20.0,  # so that many hidden units reach the limit of 10
+  ),
+  "longcat_flash": Case(
+    "longcat_flash",
+    "MoE",
+    (),
+    {"n_routed_experts": E, "zero_expert_num": Z, "expert_ffn_hidden_size": F, "routed_scaling_factor": 6.0},
+    {"router": f"longcat_topk:identities={Z}", "balancer": f"longcat_bias:zero_computation={Z}"},
   ),
   "llama4": Case(
     "llama4",
@@ -120,13 +134,16 @@ def our_layer(case):
     "expert_dim": F,
     "dispatcher": "dropless",
   } | case.ours
-  width = F * fields.pop("shared", 0)
+  width, activation = F * fields.pop("shared", 0), fields.pop("activation", "swiglu")
 
   def build():
     rngs = nnx.Rngs(0)
-    return MoE(D, shared=MLP(D, width, rngs=rngs) if width else None, rngs=rngs, **fields)
+    kind = GatedMLP if case.model == "qwen2_moe" else MLP
+    shared = kind(D, width, activation, rngs=rngs) if width else None
+    return MoE(D, shared=shared, rngs=rngs, **fields)
 
-  return randomized(build, np.random.default_rng(3).uniform(-0.3, 0.3, E).astype(np.float32), seed=2)
+  columns = E + (Z if case.model == "longcat_flash" else 0)
+  return randomized(build, np.random.default_rng(3).uniform(-0.3, 0.3, columns).astype(np.float32), seed=2)
 
 
 def their_arrays(model, params):
@@ -145,6 +162,10 @@ def their_arrays(model, params):
     "experts.gate_up_proj": as_there(gate_up_EDF),
     "experts.down_proj": as_there(down),
   }
+  if model == "longcat_flash":
+    arrays["router.classifier.weight"] = arrays.pop("gate.weight")
+    # There the identity experts have first matrices, which are not used.
+    arrays["experts.gate_up_proj"] = np.pad(arrays["experts.gate_up_proj"], [(0, Z), (0, 0), (0, 0)])
   if "shared/w_up_DF" in w:
     name = "shared_expert" if model in ("qwen2_moe", "llama4") else "shared_experts"
     arrays |= {
@@ -152,6 +173,8 @@ def their_arrays(model, params):
       f"{name}.up_proj.weight": w["shared/w_up_DF"].T,
       f"{name}.down_proj.weight": w["shared/w_down_FD"].T,
     }
+  if "shared/w_shared_gate_D" in w:
+    arrays["shared_expert_gate.weight"] = w["shared/w_shared_gate_D"][None]
   return arrays
 
 
@@ -159,13 +182,9 @@ def their_block(case, moe):
   sizes = {} if "d_model" in case.fields else {"hidden_size": D, "num_experts_per_tok": K}
   block = oracles.build(case.model, case.part, *case.args, **sizes, **case.fields)
   arrays = their_arrays(case.model, nnx.state(moe, nnx.Param))
-  if case.model == "qwen2_moe":
-    # Qwen multiplies its shared expert by the sigmoid of a learned projection, which we do not have: with
-    # a projection of 0 that is 1/2.
-    arrays["shared_expert_gate.weight"] = np.zeros((1, D), np.float32)
-    arrays["shared_expert.down_proj.weight"] = 2 * arrays["shared_expert.down_proj.weight"]
   for bias_E in jax.tree.leaves(moe.balancer_state.get_value()):
-    arrays["gate.e_score_correction_bias"] = np.asarray(bias_E)
+    name = "router" if case.model == "longcat_flash" else "gate"
+    arrays[f"{name}.e_score_correction_bias"] = np.asarray(bias_E)
   oracles.load(block, **arrays)
   return block
 
@@ -174,8 +193,9 @@ def their_block(case, moe):
 def test_the_same_output(name):
   case = CASES[name]
   moe = our_layer(case)
-  y_BLD, aux = jax.jit(lambda moe, x_BLD: moe(x_BLD))(moe, X_BLD)
-  expected_BLD = oracles.call(their_block(case, moe), X_BLD)
+  x_BLD = case.scale * X_BLD
+  y_BLD, aux = jax.jit(lambda moe, x_BLD: moe(x_BLD))(moe, x_BLD)
+  expected_BLD = oracles.call(their_block(case, moe), x_BLD)
   if case.model == "llama4":  # which returns flat tokens, and the logits
     expected_BLD = expected_BLD[0].reshape(X_BLD.shape)
   np.testing.assert_allclose(y_BLD, expected_BLD, rtol=1e-4, atol=1e-5)
@@ -183,7 +203,7 @@ def test_the_same_output(name):
   assert (dropped > 0) == (name == "switch")
 
 
-@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "llama4"])
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "qwen2_moe", "llama4"])
 def test_the_same_gradients(name):
   """Of the input and of every matrix, the router's included, for a random linear function of the output."""
   case = CASES[name]

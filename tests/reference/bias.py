@@ -57,3 +57,28 @@ def balancing_biases(required_TE, k):
   num_tokens, num_experts = required_TE.shape
   rank = -(-num_tokens * k // num_experts)
   return np.array([sorted(column)[rank - 1] for column in required_TE.T])
+
+
+def smebu(counts_of_steps, rate, kappa, beta):
+  """2602.17004: the bias [steps, E] after each step, from the counts [steps, E] of these steps."""
+  num_experts = len(counts_of_steps[0])
+  bias, momentum, rows = [0.0] * num_experts, [0.0] * num_experts, []
+  for counts_E in counts_of_steps:
+    mean = sum(counts_E) / num_experts
+    violations = [(mean - count) / mean if mean else 0.0 for count in counts_E]
+    moves = [rate * math.tanh(kappa * violation) for violation in violations]
+    centre = sum(moves) / num_experts
+    for e in range(num_experts):
+      momentum[e] = beta * momentum[e] + (1 - beta) * (moves[e] - centre)
+      bias[e] += momentum[e]
+    rows.append(list(bias))
+  return np.array(rows)
+
+
+def longcat(counts_E, tokens, k, ffn_per_token, num_zero, rate):
+  """2509.01322: by how much each bias moves; those of the last `num_zero` experts do not."""
+  num_ffn = len(counts_E) - num_zero
+  moves = [0.0] * len(counts_E)
+  for e in range(num_ffn if tokens else 0):
+    moves[e] = rate * (ffn_per_token / (k * num_ffn) - counts_E[e] / (k * tokens))
+  return np.array(moves)

@@ -92,6 +92,20 @@ def moe_plus_plus(num_experts, zeros, normalize=False):
   return route
 
 
+def longcat(scale):
+  """All columns are alike for the choice: feed-forward experts and, behind them, identity experts."""
+
+  def route(logits_TE, k, bias_E, mask_T, draw_T=None):
+    entries = []
+    for t, logits_E in enumerate(np.asarray(logits_TE, np.float64)):
+      probs_E = softmax(logits_E)
+      real = bool(mask_T[t])
+      entries += [Entry(t, e, scale * probs_E[e], real, real) for e in pick(probs_E, bias_E, k)]
+    return entries
+
+  return route
+
+
 def entropy(logits_BLE, mask_BL, score="softmax"):
   """The mean over valid tokens of -sum p log p, with p the scores over their sum."""
   values = []

@@ -1,6 +1,7 @@
 """Networks of experts. `EXPERTS` has all of them by name."""
 
 from moe_jax.nn.experts.base import ExpertNetwork, as_experts
+from moe_jax.nn.experts.bounded_swiglu import BoundedSwiGLU
 from moe_jax.nn.experts.clipped_swiglu import ClippedSwiGLU
 from moe_jax.nn.experts.dropout import ExpertDropout
 from moe_jax.nn.experts.low_rank import LowRankExperts
@@ -15,6 +16,7 @@ EXPERTS = Registry(
     "relu": ReLU,
     "gelu": GELU,
     "clipped_swiglu": ClippedSwiGLU,
+    "bounded_swiglu": BoundedSwiGLU,
     "expert_dropout": ExpertDropout,
     "low_rank": LowRankExperts,
   },

@@ -4,16 +4,21 @@ A part is a module that maps (x_BLD, context) to (y_BLD, aux), where aux is a `M
 takes what it needs of the model by name. `moe` is the `MoEConfig` of the block.
 """
 
-from typing import Any
+from typing import Any, TypeVar
 
 from flax import nnx
 
 from moe_jax.config import MoEConfig
-from moe_jax.nn.ffn.mlp import MLP
+from moe_jax.nn.ffn.default_moe import DefaultMoE
+from moe_jax.nn.ffn.erc_moe import CoupledMoE
+from moe_jax.nn.ffn.latent_moe import LatentMoE
+from moe_jax.nn.ffn.mlp import MLP, GatedMLP
 from moe_jax.nn.ffn.parallel_moe import ParallelMoE
 from moe_jax.nn.ffn.soft_moe import SoftMoE
 from moe_jax.nn.moe import MoE
 from moe_jax.registry import Registry
+
+Layer = TypeVar("Layer", bound=MoE)
 
 
 def shared_experts(
@@ -21,20 +26,55 @@ def shared_experts(
 ) -> MLP | None:
   """Returns the shared experts as one network of their summed width, or None if there are none."""
   width = moe.num_shared_experts * moe.expert_dim
-  return MLP(dim, width, activation, init_scale=init_scale, rngs=rngs) if width else None
+  kind = GatedMLP if moe.shared_expert_gate else MLP
+  return kind(dim, width, activation, init_scale=init_scale, rngs=rngs) if width else None
 
 
 def moe(moe: MoEConfig, dim: int, activation: str, init_scale: float, rngs: nnx.Rngs) -> MoE:
   """Returns the layer that routes tokens to experts, with its shared experts."""
+  return _routed(MoE, moe, dim, activation, init_scale, rngs)
+
+
+def latent_moe(
+  moe: MoEConfig, dim: int, activation: str, init_scale: float, rngs: nnx.Rngs, latent_dim: int = 0
+) -> LatentMoE:
+  """Returns routed experts of width `latent_dim` (0: half of the model's) between two projections."""
+  return _routed(LatentMoE, moe, dim, activation, init_scale, rngs, latent_dim=latent_dim or dim // 2)
+
+
+def default_moe(
+  moe: MoEConfig, dim: int, activation: str, init_scale: float, rngs: nnx.Rngs, beta: float = 0.95
+) -> DefaultMoE:
+  """Returns routed experts that are replaced by their mean output where a token does not reach them."""
+  return _routed(DefaultMoE, moe, dim, activation, init_scale, rngs, beta=beta)
+
+
+def erc_moe(
+  moe: MoEConfig,
+  dim: int,
+  activation: str,
+  init_scale: float,
+  rngs: nnx.Rngs,
+  weight: float = 1.0,
+  alpha: float = 1.0,
+) -> CoupledMoE:
+  """Returns routed experts with the loss that couples them to the router."""
+  return _routed(CoupledMoE, moe, dim, activation, init_scale, rngs, weight=weight, alpha=alpha)
+
+
+def _routed(
+  kind: type[Layer],
+  moe: MoEConfig,
+  dim: int,
+  activation: str,
+  init_scale: float,
+  rngs: nnx.Rngs,
+  **options: Any,
+) -> Layer:
   fields = ("num_experts", "num_experts_per_token", "expert_dim", "router", "experts", "dispatcher")
   fields += ("capacity_factor", "eval_capacity_factor", "group_size", "jitter")
-  layer = MoE(
-    dim,
-    balancer=moe.balancers,
-    init_scale=init_scale,
-    rngs=rngs,
-    **{name: getattr(moe, name) for name in fields},
-  )
+  options |= {name: getattr(moe, name) for name in fields}
+  layer = kind(dim, balancer=moe.balancers, init_scale=init_scale, rngs=rngs, **options)
   layer.shared = shared_experts(moe, dim, activation, init_scale, rngs)
   return layer
 
@@ -59,8 +99,16 @@ def soft_moe(
 
 FFNS = Registry(
   "ffn",
-  {"mlp": MLP, "moe": moe, "parallel_moe": parallel_moe, "soft_moe": soft_moe},
+  {
+    "mlp": MLP,
+    "moe": moe,
+    "parallel_moe": parallel_moe,
+    "latent_moe": latent_moe,
+    "default_moe": default_moe,
+    "erc_moe": erc_moe,
+    "soft_moe": soft_moe,
+  },
   offered=("moe", "dim", "dense_dim", "activation", "init_scale", "rngs"),
 )
 
-__all__ = ["FFNS", "MLP", "ParallelMoE", "SoftMoE"]
+__all__ = ["FFNS", "MLP", "CoupledMoE", "DefaultMoE", "GatedMLP", "LatentMoE", "ParallelMoE", "SoftMoE"]

@@ -9,7 +9,7 @@ from moe_jax.nn.routers.linear import Linear, LinearRouter
 from moe_jax.nn.routers.noisy import HierarchicalTopK, NoisyTopK
 from moe_jax.nn.routers.nonlinear import CosineTopK, Gemma4TopK, MLPTopK
 from moe_jax.nn.routers.task import TaskLevel
-from moe_jax.nn.routers.zero_computation import BaseAssignment, MoEPlusPlus
+from moe_jax.nn.routers.zero_computation import BaseAssignment, LongCatTopK, MoEPlusPlus
 from moe_jax.ops.routing import CHOICES
 from moe_jax.registry import Registry
 
@@ -21,6 +21,7 @@ ROUTERS = Registry(
     "hierarchical_topk": HierarchicalTopK,
     "task_level": TaskLevel,
     "moe_plus_plus": MoEPlusPlus,
+    "longcat_topk": LongCatTopK,
     "base_assignment": BaseAssignment,
     "cosine_topk": CosineTopK,
     "mlp_topk": MLPTopK,

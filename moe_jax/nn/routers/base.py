@@ -26,6 +26,8 @@ class Router(nnx.Module):
     exceeds E if the router serves some experts itself, with `Routing.direct_TD`.
   weighs: what the weights of the assignment multiply: the "output" of the experts, or their "input" (Llama 4).
   has_threshold: whether the router compares logits with the bias of balancer `expert_threshold`.
+  sparse_weights: whether an expert is used where its weight is above 0, so that a loss on weights sets how many
+    are used.
   """
 
   leaks: str = ""
@@ -36,6 +38,7 @@ class Router(nnx.Module):
   num_scored_experts: int | None = None
   weighs: str = "output"
   has_threshold: bool = False
+  sparse_weights: bool = False
 
   def __call__(self, x_GTD: Array, context: RouterContext) -> Routing:
     raise NotImplementedError

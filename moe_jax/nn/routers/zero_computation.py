@@ -1,4 +1,4 @@
-"""Routers that add to the layer's output themselves: MoE++ (2410.07348) and BASE (2103.16716)."""
+"""Routers that add to the layer's output themselves: MoE++ (2410.07348), LongCat-Flash and BASE (2103.16716)."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,8 @@ from flax import nnx
 from moe_jax.nn.routers.linear import LinearRouter
 from moe_jax.nn.variables import matrix, weight
 from moe_jax.ops.routing.base_assignment import base_assignment
-from moe_jax.ops.routing.common import in_groups
-from moe_jax.ops.routing.zero_computation import moe_plus_plus, zero_computation_kinds
+from moe_jax.ops.routing.common import Choice, in_groups
+from moe_jax.ops.routing.zero_computation import longcat_topk, moe_plus_plus, zero_computation_kinds
 from moe_jax.types import Array, RouterContext, Routing
 
 
@@ -52,7 +52,32 @@ class ZeroComputation(nnx.Module):
     return of_x_GT[..., None].astype(x_GTD.dtype) * x_GTD + constant_GTD
 
 
-class MoEPlusPlus(LinearRouter):
+class _WithZeroComputation(LinearRouter):
+  """Top-K of E networks and Z zero-computation experts. The choice returns (routing, weight_TZ)."""
+
+  def __init__(
+    self,
+    choice: Choice,
+    kinds: tuple[str, ...],
+    dim: int,
+    num_experts: int,
+    init_scale: float,
+    *,
+    rngs: nnx.Rngs,
+  ):
+    self.num_scored_experts = num_experts + len(kinds)
+    super().__init__(choice, dim, self.num_scored_experts, init_scale, rngs=rngs)
+    self.zero_computation = ZeroComputation(kinds, dim, rngs=rngs)
+
+  def __call__(self, x_GTD: Array, context: RouterContext) -> Routing:
+    routing, weight_GTZ = in_groups(self.choose, self.logits(x_GTD), context=context)
+    return routing._replace(direct_TD=self.zero_computation(_seen_by_experts(x_GTD, context), weight_GTZ))
+
+  def from_logits(self, logits_GTE: Array, context: RouterContext) -> Routing:
+    return in_groups(self.choose, logits_GTE, context=context)[0]
+
+
+class MoEPlusPlus(_WithZeroComputation):
   """MoE++ (2410.07348): top-K of E networks and Z zero-computation experts.
 
   See `moe_jax.ops.routing.zero_computation.moe_plus_plus`.
@@ -73,16 +98,28 @@ class MoEPlusPlus(LinearRouter):
   ):
     kinds = zero_computation_kinds(zeros, copies, constants)
     choice = moe_plus_plus(num_experts, num_experts_per_token, zeros, copies, constants, normalize)
-    self.num_scored_experts = num_experts + len(kinds)
-    super().__init__(choice, dim, self.num_scored_experts, init_scale, rngs=rngs)
-    self.zero_computation = ZeroComputation(kinds, dim, rngs=rngs)
+    super().__init__(choice, kinds, dim, num_experts, init_scale, rngs=rngs)
 
-  def __call__(self, x_GTD: Array, context: RouterContext) -> Routing:
-    routing, weight_GTZ = in_groups(self.choose, self.logits(x_GTD), context=context)
-    return routing._replace(direct_TD=self.zero_computation(_seen_by_experts(x_GTD, context), weight_GTZ))
 
-  def from_logits(self, logits_GTE: Array, context: RouterContext) -> Routing:
-    return in_groups(self.choose, logits_GTE, context=context)[0]
+class LongCatTopK(_WithZeroComputation):
+  """LongCat-Flash (2509.01322): top-K of E networks and Z identity experts.
+
+  See `moe_jax.ops.routing.zero_computation.longcat_topk`.
+  """
+
+  def __init__(
+    self,
+    dim: int,
+    num_experts: int,
+    num_experts_per_token: int,
+    *,
+    identities: int = 8,
+    scale: float = 6.0,
+    init_scale: float = 1.0,
+    rngs: nnx.Rngs,
+  ):
+    choice = longcat_topk(num_experts, num_experts_per_token, identities, scale)
+    super().__init__(choice, ("copy",) * identities, dim, num_experts, init_scale, rngs=rngs)
 
 
 class BaseAssignment(LinearRouter):

@@ -9,8 +9,11 @@ from moe_jax.ops.balancing.deepseek import communication_loss, device_loss, sequ
 from moe_jax.ops.balancing.deviation import squared_deviation_loss
 from moe_jax.ops.balancing.dynamic import entropy_loss, heterogeneous_loss
 from moe_jax.ops.balancing.importance import importance_loss, load_loss
+from moe_jax.ops.balancing.longcat import longcat_bias
 from moe_jax.ops.balancing.losses import gshard_loss, st_moe_loss, switch_loss, z_loss
 from moe_jax.ops.balancing.quantile import quantile_balancing
+from moe_jax.ops.balancing.remoe import remoe_loss
+from moe_jax.ops.balancing.smebu import smebu
 from moe_jax.ops.balancing.threshold import expert_threshold
 from moe_jax.registry import Method, Registry, Spec
 
@@ -35,12 +38,15 @@ BALANCERS = Registry(
     "z_loss": z_loss,
     "entropy_loss": entropy_loss,
     "heterogeneous_loss": heterogeneous_loss,
+    "remoe_loss": remoe_loss,
     "importance_loss": importance_loss,
     "load_loss": load_loss,
     "loss_free_bias": loss_free_bias,
     "multiplicative_bias": multiplicative_bias,
     "quantile_balancing": quantile_balancing,
     "expert_threshold": expert_threshold,
+    "smebu": smebu,
+    "longcat_bias": longcat_bias,
   },
 )
 

@@ -18,6 +18,7 @@ from moe_jax.ops.routing.limited import (
 from moe_jax.ops.routing.noisy import noisy_topk, vmoe_topk
 from moe_jax.ops.routing.prioritized import batch_prioritized
 from moe_jax.ops.routing.quantile import quantile_topk
+from moe_jax.ops.routing.remoe import remoe
 from moe_jax.ops.routing.sinkhorn import sinkhorn
 from moe_jax.ops.routing.st_moe import st_moe_topn
 from moe_jax.ops.routing.task import sequence_level, task_level
@@ -32,7 +33,7 @@ from moe_jax.ops.routing.topk import (
   switch_top1,
 )
 from moe_jax.ops.routing.topology import topology_aware_topk
-from moe_jax.ops.routing.zero_computation import moe_plus_plus
+from moe_jax.ops.routing.zero_computation import longcat_topk, moe_plus_plus
 from moe_jax.registry import Registry, Spec
 
 CHOICES = Registry(
@@ -49,9 +50,11 @@ CHOICES = Registry(
     "hierarchical_topk": hierarchical_topk,
     "st_moe_topn": st_moe_topn,
     "top_p": top_p,
+    "remoe": remoe,
     "task_level": task_level,
     "sequence_level": sequence_level,
     "moe_plus_plus": moe_plus_plus,
+    "longcat_topk": longcat_topk,
     "group_limited_topk": group_limited_topk,
     "device_limited_topk": device_limited_topk,
     "node_limited_topk": node_limited_topk,

@@ -25,6 +25,7 @@ class Choice(NamedTuple):
   zero_init: the projections start at zero.
   weighs: whether weights multiply the "output" of the experts or their "input".
   has_threshold: compares logits with the bias of balancer `expert_threshold`.
+  sparse_weights: an expert is used where its weight is above 0, so a loss on weights sets how many are used.
   """
 
   choose: Callable[..., Routing]
@@ -36,6 +37,7 @@ class Choice(NamedTuple):
   zero_init: bool = False
   weighs: str = "output"
   has_threshold: bool = False
+  sparse_weights: bool = False
 
 
 def in_groups(choose: Callable[..., Routing], *logits_GTE: Array, context: RouterContext) -> Routing:

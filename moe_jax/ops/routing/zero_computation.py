@@ -1,4 +1,4 @@
-"""MoE++'s router over feed-forward and zero-computation experts (2410.07348)."""
+"""Routers over feed-forward and zero-computation experts: MoE++ (2410.07348) and LongCat-Flash (2509.01322)."""
 
 import jax
 import jax.numpy as jnp
@@ -49,13 +49,55 @@ def moe_plus_plus(
       weight_TK = _softmax_of(take_experts(logits_TE, expert_TK), ~is_zero_TK)
     else:
       weight_TK = take_experts(scores_TE, expert_TK)
-    is_chosen_TKZ = expert_TK[:, :, None] == num_experts + jnp.arange(num_zero_computation)[None, None, :]
-    is_chosen_TKZ &= context.mask[:, None, None]
-    weight_TZ = jnp.sum(jnp.where(is_chosen_TKZ, weight_TK[:, :, None], 0), axis=1)
+    weight_TZ = _weights_of_others(expert_TK, weight_TK, context.mask, num_experts, num_zero_computation)
     assignment = token_major(expert_TK, weight_TK, context.mask)
     return Routing(logits_TE, log_scores_TE, context.mask, assignment), weight_TZ
 
   return Choice(choose)
+
+
+def longcat_topk(
+  num_experts: int, num_experts_per_token: int, identities: int = 8, scale: float = 6.0
+) -> Choice:
+  """Top-k of E feed-forward experts and Z identity experts, which return their input (LongCat-Flash, 2509.01322).
+
+  With s = softmax(x) over all E + Z, the K largest s + bias are chosen. Their weights are `scale` * s, not
+  renormalised (from the released code). The released model has E = 512, Z = 256 and K = 12. The balancer
+  `longcat_bias` sets how many feed-forward experts a token uses on average.
+
+  The choice returns (routing, weight_TZ) as that of `moe_plus_plus` does.
+
+  Args:
+    identities: Z. The default is half of the default E, as in the released model.
+    scale: what multiplies the weights. 6 fits the released sizes. With few experts, where s is larger, use 1.
+
+  Raises:
+    InputError: if there is no identity expert, or `scale` is not above 0.
+  """
+  if identities < 1:
+    raise InputError(f"router longcat_topk: identities must be 1 or more, got {identities}")
+  if not scale > 0:
+    raise InputError(f"router longcat_topk: scale must be above 0, got {scale}")
+
+  def choose(logits_TE: Array, context: RouterContext) -> tuple[Routing, Array]:
+    log_scores_TE = jax.nn.log_softmax(logits_TE, axis=-1)
+    scores_TE = jnp.exp(log_scores_TE)
+    expert_TK = select_top_k(scores_TE, context.bias_E, num_experts_per_token)
+    weight_TK = scale * take_experts(scores_TE, expert_TK)
+    weight_TZ = _weights_of_others(expert_TK, weight_TK, context.mask, num_experts, identities)
+    assignment = token_major(expert_TK, weight_TK, context.mask)
+    return Routing(logits_TE, log_scores_TE, context.mask, assignment), weight_TZ
+
+  return Choice(choose)
+
+
+def _weights_of_others(
+  expert_TK: Array, weight_TK: Array, mask_T: Array, num_experts: int, num_others: int
+) -> Array:
+  """[T, Z]: the weights of the experts from `num_experts` on; 0 where one is not chosen and for padding."""
+  is_chosen_TKZ = expert_TK[:, :, None] == num_experts + jnp.arange(num_others)[None, None, :]
+  is_chosen_TKZ &= mask_T[:, None, None]
+  return jnp.sum(jnp.where(is_chosen_TKZ, weight_TK[:, :, None], 0), axis=1)
 
 
 def zero_computation_kinds(zeros: int, copies: int, constants: int) -> tuple[str, ...]:
