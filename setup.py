@@ -48,7 +48,7 @@ setup(
   install_requires=[
     "jax>=0.10",
     "flax>=0.12",
-    "optax>=0.2.5",
+    "optax>=0.2.6",
     "orbax-checkpoint>=0.11.30",
     "numpy>=2.0",
     "absl-py>=2.1",

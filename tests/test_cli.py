@@ -9,7 +9,7 @@ from moe_jax import cli
 from moe_jax.config import Config
 from tests.scripts import assert_one_line, run_scripts
 
-EXPERIMENTS = ("load_balancing", "routers", "capacity", "replay", "communication")
+EXPERIMENTS = ("load_balancing", "routers", "capacity", "replay", "communication", "speedrun")
 WRONG = [
   (["--num_expert=3"], "unknown flag '--num_expert': did you mean --num_experts"),
   (["--seeds=many"], "flag --seeds=many"),

@@ -11,7 +11,9 @@ from moe_jax.registry import Spec
 class OptimizerConfig:
   """The optimizer, and a learning rate that warms up to its peak and then decays to a fraction of it."""
 
-  optimizer: Spec = flag("adamw", "what turns gradients into updates")
+  optimizer: Spec = flag(
+    "adamw", "what turns gradients into updates: adamw, or muon for hidden matrices and adamw for the rest"
+  )
   learning_rate: float = flag(3e-3, "at the end of the warm-up")
   schedule: str = flag("cosine", "decay after the warm-up: cosine, linear or constant")
   warmup_steps: int = flag(20, "steps in which the learning rate rises, at most half of all")

@@ -1,5 +1,7 @@
 """Parameters with logical axes, and the variable type of balancer state."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,6 +12,12 @@ from moe_jax.sharding import gathered
 def weight(param: nnx.Param, dtype: jnp.dtype = jnp.float32) -> jax.Array:
   """Returns the value of a parameter for a product: in `dtype`, and gathered if it is stored split (fsdp)."""
   return gathered(param[...].astype(dtype), param.get_metadata()["logical_axes"])
+
+
+def per_variable(function: Callable[[nnx.Variable], object]) -> Callable[[nnx.State], nnx.State]:
+  """Returns a function that maps a state to `function(variable)`, for the masks and labels of optax."""
+  is_variable = lambda leaf: isinstance(leaf, nnx.Variable)
+  return lambda params: jax.tree.map(lambda v: v.replace(function(v)), params, is_leaf=is_variable)
 
 
 class BalancerState(nnx.Variable):
@@ -40,6 +48,8 @@ def matrix(
 ) -> nnx.Param:
   """Returns a float32 parameter with std sqrt(scale / fan_in), truncated at two standard deviations.
 
+  Its metadata keeps `num_in`, by which an optimizer knows rows from columns.
+
   Args:
     rngs: draws the values.
     shape: the shape of the parameter.
@@ -49,7 +59,7 @@ def matrix(
     zero: whether to start at zero instead.
   """
   if zero:
-    return nnx.Param(jnp.zeros(shape, jnp.float32), logical_axes=axes)
+    return nnx.Param(jnp.zeros(shape, jnp.float32), logical_axes=axes, num_in=num_in)
   batch = tuple(i for i, name in enumerate(axes) if name == "expert")
   rest = [i for i in range(len(shape)) if i not in batch]
   init = jax.nn.initializers.variance_scaling(
@@ -60,7 +70,7 @@ def matrix(
     out_axis=rest[num_in:],
     batch_axis=batch,
   )
-  return nnx.Param(init(rngs.params(), shape, jnp.float32), logical_axes=axes)
+  return nnx.Param(init(rngs.params(), shape, jnp.float32), logical_axes=axes, num_in=num_in)
 
 
 def vector(values: jax.Array, axes: tuple[str, ...]) -> nnx.Param:

@@ -44,6 +44,7 @@ def resolve_config(config: Config) -> Config:
       hook()
   with naming("optimizer", config.optimizer.optimizer):
     optimizer = OPTIMIZERS.resolve(config.optimizer.optimizer)
+    make_optimizer(dataclasses.replace(config.optimizer, optimizer=optimizer), num_steps=1)
   return dataclasses.replace(
     config,
     model=resolve(dataclasses.replace(config.model, causal=causal)),

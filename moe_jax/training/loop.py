@@ -43,6 +43,8 @@ class Run:
     progress: where to show the numbers; None: nowhere.
     label: of the run, in the result.
     show: of the run, on the progress bar; empty: the label.
+    stop: gets the numbers of every evaluation in training (`eval_every`), as `evaluate` returns them. If it is true of
+      them, the run ends at that step, and its result is that of a whole run but for `num_steps`. None: never.
 
   Raises:
     InputError: a wrong field, or a loss that is no longer finite.
@@ -56,7 +58,9 @@ class Run:
     progress: TrainingProgress | None = None,
     label: str = "",
     show: str = "",
+    stop: Callable[[dict[str, Any]], bool] | None = None,
   ):
+    self.stop = stop
     self.dataset, self.label, self.show = dataset, label, show or label
     self.folder = pathlib.Path(folder)
     self.progress = progress
@@ -67,7 +71,7 @@ class Run:
     self.seconds, self.timed_steps, self.compile_seconds = 0.0, 0, 0.0
 
   def train(self) -> dict[str, Any]:
-    """Trains to `num_steps`, from the newest checkpoint if there is one, and writes result.json."""
+    """Trains to `num_steps` or to its stop, from the newest checkpoint if there is one, and writes result.json."""
     with jax.set_mesh(self.mesh), contextlib.ExitStack() as stack:
       info = self.dataset.info
       self.steps = compile_steps(self.config, info.vocab_size, len(info.domains), self.mesh)
@@ -87,7 +91,7 @@ class Run:
       recorder = stack.enter_context(self._recorder(int(state.step)))
       state = self._loop(state, writer, recorder)
       validation = self.evaluate(state)
-    result = self._result(validation)
+    result = self._result(validation, int(state.step))
     if processes.is_first():
       write_json(self.folder / "result.json", result)
     if self.progress:
@@ -138,8 +142,10 @@ class Run:
   def _loop(self, state: TrainState, writer: MetricWriter, recorder: TraceWriter | None) -> TrainState:
     train = self.config.train
     pending: list[dict] = []
-    started = time.monotonic()
     start_step = int(state.step)
+    if self.stop and start_step and self._evaluates(start_step) and self.stop(self.evaluate(state)):
+      return state  # an earlier process stopped here, and ended before it wrote the result
+    started = time.monotonic()
     for step in range(start_step + 1, train.num_steps + 1):
       state, metrics = self.steps.train(state, self._on_devices(next(self.batches)))
       trace = metrics.pop("router_trace", None)
@@ -147,7 +153,7 @@ class Run:
         recorder.add(step, trace)
       pending.append(metrics)
       last = step == train.num_steps
-      evaluate = train.eval_every and step % train.eval_every == 0 and not last
+      evaluate = self._evaluates(step)
       save = last or (train.checkpoint_every and step % train.checkpoint_every == 0)
       first = step == start_step + 1
       if first or step % train.log_every == 0 or last or evaluate or save:
@@ -160,14 +166,24 @@ class Run:
           self.seconds, self.timed_steps = self.seconds + elapsed, self.timed_steps + len(pending)
         pending = []
         self._log(step, values, writer)
+        stopped = False
         if evaluate:
-          writer.write(step, {f"eval_{k}": v for k, v in _scalars(self.evaluate(state)).items()})
-        if save:
+          validation = self.evaluate(state)
+          writer.write(step, {f"eval_{k}": v for k, v in _scalars(validation).items()})
+          stopped = self.stop is not None and self.stop(validation)
+        if save or stopped:
           if recorder:
             recorder.flush()  # a run that continues from here has all steps up to here
           self.checkpoints.save(step, state, self._extra())
+        if stopped:
+          break
         started = time.monotonic()
     return state
+
+  def _evaluates(self, step: int) -> bool:
+    """Returns whether `step` is followed by an evaluation in training. That of the last step is the result."""
+    every = self.config.train.eval_every
+    return every > 0 and step % every == 0 and step < self.config.train.num_steps
 
   def _read(self, step: int, pending: list[dict]) -> dict[str, np.ndarray]:
     """The metrics of `step`; those of the steps before it in `pending` go into the tail means."""
@@ -286,13 +302,13 @@ class Run:
       num_bytes = self.dataset.validation_bytes(float(total.num_targets), limit)
     return validation_summary(total, num_bytes)
 
-  def _result(self, validation: dict[str, Any]) -> dict[str, Any]:
+  def _result(self, validation: dict[str, Any], num_steps: int) -> dict[str, Any]:
     info = self.dataset.info
     num_params, num_active = count_params(self.steps.model)
     return {
       "arm": self.label,
       "seed": self.config.train.seed,
-      "num_steps": self.config.train.num_steps,
+      "num_steps": num_steps,
       "tokens_per_step": self._tokens_per_step,
       "objective": str(self.config.train.objective),
       "sees_later_tokens": sees_later_tokens(self.config.model),

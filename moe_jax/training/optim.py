@@ -6,15 +6,14 @@ The metadata `group` of a parameter names its group. A parameter without it is t
 optimizer. The group "frozen" is not changed (see `moe_jax.nn.variables.freeze`).
 """
 
-from collections.abc import Callable
-
-import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
 from moe_jax.config import OptimizerConfig
+from moe_jax.nn.variables import per_variable
 from moe_jax.registry import Registry
+from moe_jax.training.muon import scale_by_muon
 
 FROZEN = "frozen"
 
@@ -38,12 +37,6 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
   return optax.join_schedules([rise, decay], [warmup])
 
 
-def per_variable(function: Callable[[nnx.Variable], object]) -> Callable[[nnx.State], nnx.State]:
-  """Returns a function that maps a state to `function(variable)`, for the masks and labels of optax."""
-  is_variable = lambda leaf: isinstance(leaf, nnx.Variable)
-  return lambda params: jax.tree.map(lambda v: v.replace(function(v)), params, is_leaf=is_variable)
-
-
 def is_frozen(variable: nnx.Variable) -> bool:
   return variable.get_metadata().get("group") == FROZEN
 
@@ -59,8 +52,31 @@ def adamw(
   return optax.adamw(learning_rate, b1=beta1, b2=beta2, weight_decay=weight_decay, mask=is_matrix)
 
 
+def muon(
+  learning_rate: optax.Schedule, weight_decay: float, beta1: float, beta2: float, *, momentum: float = 0.95
+) -> optax.GradientTransformation:
+  """Returns Muon for the matrices of hidden layers, and AdamW for all other parameters, as in Kimi K2 (2507.20534).
+
+  Both have the same learning rate and weight decay: Muon's update has the root mean square of a typical one of AdamW
+  (2502.16982). As with `adamw`, vectors do not decay.
+
+  Args:
+    learning_rate: of both.
+    weight_decay: of all matrices.
+    beta1, beta2: of AdamW.
+    momentum: of Muon.
+  """
+  return optax.chain(
+    scale_by_muon(momentum, otherwise=optax.scale_by_adam(b1=beta1, b2=beta2)),
+    optax.add_decayed_weights(weight_decay, mask=is_matrix),
+    optax.scale_by_learning_rate(learning_rate),
+  )
+
+
 OPTIMIZERS = Registry(
-  "optimizer", {"adamw": adamw}, offered=("learning_rate", "weight_decay", "beta1", "beta2")
+  "optimizer",
+  {"adamw": adamw, "muon": muon},
+  offered=("learning_rate", "weight_decay", "beta1", "beta2"),
 )
 
 

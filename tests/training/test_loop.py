@@ -231,6 +231,27 @@ def test_evaluations_and_checkpoints_happen_at_their_steps_and_the_newest_two_st
   assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [4, 6]
 
 
+def test_a_run_that_has_reached_its_target_ends_there(dataset, tmp_path, monkeypatch):
+  """At the first evaluation of which `stop` is true; again so if the process ends before the result is written."""
+  asked = []
+
+  def stop(validation):
+    asked.append(validation["nll"])
+    return len(asked) > 1 and validation["nll"] == asked[1]
+
+  write = loop.write_json
+  with monkeypatch.context() as patch:
+    patch.setattr(loop, "write_json", lambda path, *args: path.name == "result.json" or write(path, *args))
+    expected = Run(tiny.change(CONFIG, eval_every=1), dataset, tmp_path, stop=stop).train()
+  assert expected["num_steps"] == 2 and expected["validation"]["nll"] == asked[1] != asked[0]
+  assert not (tmp_path / "result.json").exists()
+  result = Run(tiny.change(CONFIG, eval_every=1), dataset, tmp_path, stop=stop).train()
+  assert result["validation"] == expected["validation"] and result["num_steps"] == 2 and len(asked) == 3
+  lines = read_jsonl(tmp_path / "metrics.jsonl")
+  assert [line["step"] for line in lines if "loss" in line] == [1, 2]
+  assert [line["eval_nll"] for line in lines if "eval_nll" in line] == asked[:2]
+
+
 def test_a_run_stopped_within_a_save_continues_at_once(finished_run, dataset, tmp_path, monkeypatch):
   run, _ = finished_run
   save, close, closed = Checkpoints.save, Checkpoints.close, []

@@ -80,17 +80,25 @@ def test_steps_are_those_of_adamw_by_hand():
 
 class _Pair(nnx.Module):
   def __init__(self):
-    self.free = nnx.Param(jnp.asarray([[3.0, 4.0]]), logical_axes=("a", "b"))
+    self.free = nnx.Param(jnp.asarray([[3.0, 4.0]]), logical_axes=("a", "b"), num_in=1)
     self.held = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
     for param in (self.held.kernel, self.held.bias):
-      param.set_metadata(logical_axes=("a", "b"))
+      param.set_metadata(logical_axes=("a", "b"), num_in=1)
     freeze(self.held)
 
 
-@pytest.mark.parametrize("held", [1e6, np.nan, np.inf])
-def test_frozen_parameters_stay_and_count_in_no_norm(held):
+@pytest.mark.parametrize(
+  ("name", "held", "state_max"),  # after clipping the gradient is (3, 4) / 5; state: (1 - decay) * 4 / 5
+  [
+    ("adamw", 1e6, 0.1 * 0.8),
+    ("adamw", np.nan, 0.1 * 0.8),
+    ("adamw", np.inf, 0.1 * 0.8),
+    ("muon", np.nan, 0.05 * 0.8),
+  ],
+)
+def test_frozen_parameters_stay_and_count_in_no_norm(name, held, state_max):
   """Whatever their gradients are."""
-  config = OptimizerConfig(clip_norm=1.0, weight_decay=0.5, warmup_steps=0)
+  config = OptimizerConfig(name, clip_norm=1.0, weight_decay=0.5, warmup_steps=0)
   params = nnx.state(_Pair(), nnx.Param)
   optimizer = make_optimizer(config, 10)
   gradients = jax.tree.map(jnp.copy, params)
@@ -103,4 +111,4 @@ def test_frozen_parameters_stay_and_count_in_no_norm(held):
   moved = optax.apply_updates(params, updates)
   jax.tree.map(np.testing.assert_array_equal, moved["held"], params["held"])
   assert np.all(moved["free"][...] != params["free"][...])
-  assert max(float(x.max()) for x in jax.tree.leaves(state) if x.ndim) == pytest.approx(0.08)  # 0.1 * 4 / 5
+  assert max(float(x.max()) for x in jax.tree.leaves(state) if x.ndim > 1) == pytest.approx(state_max)

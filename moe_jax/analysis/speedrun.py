@@ -1,0 +1,287 @@
+"""Training to a target: attempt and reference in turn, and their paired ratios of seconds, tokens and bytes.
+
+docs/LEADERBOARD.md has the rules, and experiments/speedrun.py their numbers.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from scipy import special
+
+from moe_jax.config import Config
+from moe_jax.config.plain import fingerprint, to_plain
+from moe_jax.data import Dataset, load_dataset
+from moe_jax.errors import InputError
+from moe_jax.nn.leaks import sees_later_tokens
+from moe_jax.sharding import make_mesh
+from moe_jax.training.compiled import abstract_model, check_run
+from moe_jax.training.loop import Run
+from moe_jax.training.progress import TrainingProgress
+from moe_jax.training.results import count_params, versions
+
+MEASURED = ("seconds", "tokens", "bytes")
+ARMS = ("reference", "attempt")  # in the order in which they run
+CONFIDENCE = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+  """What an attempt must reach, and its bounds."""
+
+  target_bits_per_byte: float  # over the whole validation split
+  max_active_params: int  # those that one token uses, embeddings included
+  max_vio: float  # over the whole validation split, mean over layers
+  evaluate_bytes: int  # of training text between evaluations
+
+  def reached(self, validation: Mapping[str, Any]) -> bool:
+    """Returns whether an evaluation meets the target and is balanced. A model without experts is balanced."""
+    return validation["bits_per_byte"] <= self.target_bits_per_byte and max_vio(validation) <= self.max_vio
+
+
+def max_vio(validation: Mapping[str, Any]) -> float:
+  """Returns MaxVio over the validation split, averaged over layers."""
+  return float(np.mean(validation.get("max_vio", [])) if validation.get("max_vio") else 0.0)
+
+
+class Speedrun:
+  """Trains attempt and reference with every seed to the target of `rules`, each to at most its `num_steps`.
+
+  Args:
+    attempt: the configuration that is measured. The folder keeps the pairs that an earlier call finished. A seed
+      whose second run is missing starts over, so that both runs of a pair see the same machine.
+    reference: what it is compared with, on the attempt's text.
+    rules: target and bounds.
+    folder: gets config.json, and a folder for each seed with the two runs.
+    about: what the folder must agree with besides, e.g. the commit.
+
+  Raises:
+    InputError: if a configuration is wrong, looks at later tokens, has too many active parameters or no bits per
+      byte, or if the folder holds runs of another attempt. It is raised before any training.
+  """
+
+  def __init__(
+    self,
+    attempt: Config,
+    reference: Config,
+    rules: Rules,
+    folder: str | os.PathLike[str],
+    about: Mapping[str, Any],
+  ):
+    text = ("dataset", "data_dir", "text_folder")
+    data = dataclasses.replace(reference.data, **{name: getattr(attempt.data, name) for name in text})
+    reference = dataclasses.replace(reference, data=data)
+    self.configs = {"reference": _to_run(reference), "attempt": _to_run(attempt)}
+    self.rules, self.folder = rules, pathlib.Path(folder)
+    self.claim = {
+      "rules": dataclasses.asdict(rules),
+      "reference": reference.to_dict(),
+      "attempt": to_plain(self.configs["attempt"], fingerprint),
+      **about,
+    }
+    self._check_folder()
+    self.data = {arm: load_dataset(config.data) for arm, config in self.configs.items()}
+    self.params = {arm: self._count(arm) for arm in ARMS}
+    for arm in ARMS:
+      self.configs[arm] = self._with_evaluations(self.configs[arm], self.data[arm])
+
+  def run(self, seeds: Sequence[int], console: Console | None = None) -> dict[str, Any]:
+    """Trains what is missing and returns the entry of the leaderboard."""
+    self.folder.mkdir(parents=True, exist_ok=True)
+    (self.folder / "config.json").write_text(json.dumps(self.claim, indent=1) + "\n")
+    done = {seed: self._finished(seed) for seed in seeds}
+    steps = sum(config.train.num_steps for config in self.configs.values())
+    with TrainingProgress(steps * sum(pair is None for pair in done.values()), console) as progress:
+      for seed, pair in done.items():
+        if pair is None:
+          shutil.rmtree(self._seed_folder(seed), ignore_errors=True)
+          done[seed] = {arm: self._train(arm, seed, progress) for arm in ARMS}
+    pairs = [{"seed": seed, **pair} for seed, pair in done.items()]
+    total, active = self.params["attempt"]
+    counts = {"num_params": total, "num_active_params": active}
+    return {**self.claim, **counts, "versions": versions(), "seeds": pairs, "score": score(pairs)}
+
+  def _seed_folder(self, seed: int) -> pathlib.Path:
+    return self.folder / f"seed_{seed}"
+
+  def _finished(self, seed: int) -> dict[str, dict[str, Any]] | None:
+    """Returns the numbers of both runs of a seed; None if one is missing."""
+    paths = {arm: self._seed_folder(seed) / arm / "result.json" for arm in ARMS}
+    if not all(path.exists() for path in paths.values()):
+      return None
+    return {arm: self._numbers(json.loads(path.read_text())) for arm, path in paths.items()}
+
+  def _train(self, arm: str, seed: int, progress: TrainingProgress) -> dict[str, Any]:
+    config = self.configs[arm]
+    data, train = (
+      dataclasses.replace(config.data, data_seed=seed),
+      dataclasses.replace(config.train, seed=seed),
+    )
+    config = dataclasses.replace(config, data=data, train=train)
+    run = Run(
+      config,
+      self.data[arm],
+      self._seed_folder(seed) / arm,
+      progress,
+      label=arm,
+      show=f"{arm} seed {seed}",
+      stop=self.rules.reached,
+    )
+    return self._numbers(run.train())
+
+  def _numbers(self, result: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what the leaderboard keeps of a result.
+
+    The first step of a process is not timed, because it compiles. It counts as long as the others.
+    """
+    tokens = result["num_steps"] * result["tokens_per_step"]
+    return {
+      "reached": self.rules.reached(result["validation"]),
+      "seconds": tokens / result["training"]["tokens_per_second"],
+      "tokens": tokens,
+      "bytes": round(tokens * result["bytes_per_token"]),
+      "num_steps": result["num_steps"],
+      "bits_per_byte": result["validation"]["bits_per_byte"],
+      "max_vio": max_vio(result["validation"]),
+      "compile_seconds": result["training"]["compile_seconds"],
+    }
+
+  def _count(self, arm: str) -> tuple[int, int]:
+    """Returns (all parameters, active ones), within the bound."""
+    info = self.data[arm].info
+    if info.bytes_per_token is None:
+      raise InputError(f"--dataset={info.name}: has no bytes, so no bits per byte; use stdlib or text_folder")
+    total, active = count_params(abstract_model(self.configs[arm], info.vocab_size))
+    bound = self.rules.max_active_params
+    if active > bound:
+      raise InputError(f"--max_active_params={bound}: the {arm} has {active:,} active parameters")
+    return total, active
+
+  def _with_evaluations(self, config: Config, data: Dataset) -> Config:
+    per_step = config.data.batch_size * config.data.sequence_length * data.info.bytes_per_token
+    every = max(2, round(self.rules.evaluate_bytes / per_step))  # the first step is not timed
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, eval_every=every))
+
+  def _check_folder(self) -> None:
+    path = self.folder / "config.json"
+    if path.exists():
+      known = json.loads(path.read_text())
+      other = [key for key in self.claim if known.get(key) != self.claim[key]]
+      if other:
+        raise InputError(
+          f"--output_dir={self.folder}: holds runs with other {', '.join(other)}; choose another folder or remove "
+          "this one"
+        )
+    elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+      raise InputError(
+        f"--output_dir={self.folder}: is not empty and holds no attempt; choose another folder"
+      )
+
+
+def _to_run(config: Config) -> Config:
+  """Returns the configuration, checked, evaluated on the whole validation split and saved only at the end."""
+  same = {
+    "seed": 0,
+    "eval_batches": 0,
+    "checkpoint_every": 0,
+    "tensorboard": False,
+    "record_router_logits": 0,
+  }
+  config = dataclasses.replace(
+    config,
+    data=dataclasses.replace(config.data, data_seed=0),
+    train=dataclasses.replace(config.train, **same),
+  )
+  config = check_run(config, make_mesh(config.mesh))
+  if not config.model.causal:
+    raise InputError(f"--objective={config.train.objective}: must be next_token, which has bits per byte")
+  if sees_later_tokens(config.model):
+    raise InputError(
+      f"--accept_leaks={config.model.moe.accept_leaks}: an attempt must not look at the tokens that it predicts"
+    )
+  if config.train.num_steps < 2:
+    raise InputError(f"--num_steps={config.train.num_steps}: must be 2 or more; the first step is not timed")
+  return config
+
+
+def score(pairs: Sequence[Mapping[str, Any]]) -> dict[str, list[float]] | None:
+  """Returns for seconds, tokens and bytes the ratio attempt / reference: [mean, low, high].
+
+  The mean is geometric, over seeds, and the interval is Student's t interval of the mean of the logarithms, at 95%.
+  None with fewer than two seeds, or if a run did not reach the target: the ratio of a run that was cut off says nothing.
+  """
+  if len(pairs) < 2 or not all(pair[arm]["reached"] for pair in pairs for arm in ARMS):
+    return None
+  quantile = float(special.stdtrit(len(pairs) - 1, 0.5 + CONFIDENCE / 2))
+  found = {}
+  for name in MEASURED:
+    logs = np.log([pair["attempt"][name] / pair["reference"][name] for pair in pairs])
+    half = quantile * float(np.std(logs, ddof=1)) / math.sqrt(len(pairs))
+    found[name] = [math.exp(x) for x in (logs.mean(), logs.mean() - half, logs.mean() + half)]
+  return found
+
+
+HEADER = (
+  "| attempt | seconds / reference | tokens / reference | bytes / reference | seconds | reference seconds | steps | active parameters "
+  "| bits per byte | MaxVio | seeds at the target | versions | commit |"
+)
+
+
+def row(entry: Mapping[str, Any]) -> str:
+  """Returns the line of an entry in the table."""
+  of = lambda arm, name: [pair[arm][name] for pair in entry["seeds"]]
+  mean = lambda arm, name: float(np.mean(of(arm, name)))
+  ratio = lambda name: (
+    "{:.3f} [{:.3f}, {:.3f}]".format(*entry["score"][name]) if entry["score"] else "no score"
+  )
+  reached = [f"{sum(of(arm, 'reached'))} of {len(entry['seeds'])}" for arm in ("attempt", "reference")]
+  short = "" if all(of("reference", "reached")) else f" (reference: {reached[1]})"
+  cells = [
+    entry["name"],
+    *map(ratio, MEASURED),
+    f"{mean('attempt', 'seconds'):.1f}",
+    f"{mean('reference', 'seconds'):.1f}",
+    f"{mean('attempt', 'num_steps'):.0f} of {entry['attempt']['train']['num_steps']}",
+    f"{entry['num_active_params']:,}",
+    f"{mean('attempt', 'bits_per_byte'):.3f}",
+    f"{mean('attempt', 'max_vio'):.2f}",
+    reached[0] + short,
+    f"Python {entry['versions']['python']}, JAX {entry['versions']['jax']}",
+    f"`{entry['commit'][:12]}`",
+  ]
+  return f"| {' | '.join(cells)} |"
+
+
+def table(entries: Sequence[Mapping[str, Any]]) -> str:
+  """Returns the table: the lowest ratio of seconds first, and attempts without a score at the end."""
+  rank = lambda entry: (
+    entry["score"] is None,
+    entry["score"]["seconds"][0] if entry["score"] else 0,
+    entry["name"],
+  )
+  return "\n".join([HEADER, "|---" * (HEADER.count("|") - 1) + "|", *map(row, sorted(entries, key=rank))])
+
+
+def read_entries(folder: pathlib.Path, check: Callable[[Mapping[str, Any]], str]) -> list[dict[str, Any]]:
+  """Returns the entries in a folder of JSON files.
+
+  Args:
+    folder: of the leaderboard.
+    check: returns what is wrong with an entry; empty: nothing.
+
+  Raises:
+    InputError: if something is wrong with an entry.
+  """
+  entries = []
+  for path in sorted(folder.glob("*.json")):
+    entries.append(json.loads(path.read_text()))
+    if wrong := check(entries[-1]):
+      raise InputError(f"{path}: {wrong}")
+  return entries

@@ -1,0 +1,210 @@
+"""Speedruns on a tiny text: pairs in turn, the stop at the target, what is kept, and the table of the leaderboard."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from rich.console import Console
+from scipy import stats
+
+from moe_jax.analysis import speedrun
+from moe_jax.analysis.speedrun import ARMS, MEASURED, Rules, Speedrun, read_entries, row, score, table
+from moe_jax.config import Config
+from moe_jax.errors import InputError
+from tests import tiny
+from tests.data.helpers import write_files
+from tests.scripts import ROOT, assert_one_line, run_scripts
+
+RULES = Rules(target_bits_per_byte=7.0, max_active_params=20_000, max_vio=7.0, evaluate_bytes=400)
+ABOUT = {"name": "quick start", "commit": "c" * 40, "machine": {"cores": 2}}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+  files = {f"{d}/{i}.txt": f"{d} number {i} of these\n" * 20 for d in ("news", "code") for i in range(20)}
+  return str(write_files(tmp_path_factory.mktemp("text") / "corpus", files))
+
+
+@pytest.fixture(scope="module")
+def reference(text):
+  return tiny.change(
+    tiny.CONFIG, dataset="text_folder", text_folder=text, num_layers=1, num_steps=12, balancers="none",
+    dispatcher="dropless", jitter=0.0, warmup_steps=2, learning_rate=0.03,
+  )  # fmt: skip
+
+
+def _slower(config: Config) -> Config:
+  return tiny.change(config, learning_rate=0.01)
+
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def finished(reference, tmp_path_factory):
+  """(folder, entry) of two seeds."""
+  folder = tmp_path_factory.mktemp("speedrun") / "run"
+  return folder, Speedrun(_slower(reference), reference, RULES, folder, ABOUT).run([0, 1], QUIET)
+
+
+def test_runs_end_at_the_first_evaluation_that_meets_the_target(finished):
+  """Every three steps: 8 x 16 tokens of one byte, against 400 bytes."""
+  folder, entry = finished
+  for pair in entry["seeds"]:
+    assert pair["reference"]["num_steps"] <= pair["attempt"]["num_steps"] < 12
+    for arm in ARMS:
+      lines = (folder / f"seed_{pair['seed']}" / arm / "metrics.jsonl").read_text().splitlines()
+      lines = [line for line in map(json.loads, lines) if "eval_bits_per_byte" in line]
+      assert [line["step"] for line in lines] == list(range(3, pair[arm]["num_steps"] + 1, 3))
+      assert [line["eval_bits_per_byte"] <= 7.0 for line in lines] == [False] * (len(lines) - 1) + [True]
+      assert pair[arm]["bits_per_byte"] == lines[-1]["eval_bits_per_byte"] and pair[arm]["reached"]
+      assert pair[arm]["tokens"] == pair[arm]["bytes"] == pair[arm]["num_steps"] * 128
+      result = json.loads((folder / f"seed_{pair['seed']}" / arm / "result.json").read_text())
+      timed = result["training"]["seconds"] / (pair[arm]["num_steps"] - 1)  # all but the first step
+      assert pair[arm]["seconds"] == pytest.approx(timed * pair[arm]["num_steps"])
+  assert entry["score"]["tokens"][0] > 1.2 and entry["rules"]["max_vio"] == 7.0
+
+
+def test_a_seed_with_one_finished_run_starts_over_and_others_are_kept(finished, reference, monkeypatch):
+  folder, entry = finished
+  (folder / "seed_1" / "attempt" / "result.json").unlink()
+  trained, train = [], speedrun.Run.train
+  monkeypatch.setattr(
+    speedrun.Run, "train", lambda self: (trained.append((self.label, self.config.train.seed)), train(self))[1]
+  )
+  again = Speedrun(_slower(reference), reference, RULES, folder, ABOUT).run([0, 1, 2], QUIET)
+  assert trained == [(arm, seed) for seed in (1, 2) for arm in ("reference", "attempt")]
+  assert again["seeds"][0] == entry["seeds"][0]
+  for arm in ARMS:
+    assert again["seeds"][1][arm]["bits_per_byte"] == entry["seeds"][1][arm]["bits_per_byte"]
+
+
+def test_an_attempt_that_misses_target_or_balance_has_no_score(reference, tmp_path):
+  """Whether its loss or its MaxVio is too high, at the end of its steps."""
+  for i, fields in enumerate([{"target_bits_per_byte": 0.1}, {"max_vio": -0.5}]):
+    rules = dataclasses.replace(RULES, **fields)
+    entry = Speedrun(_slower(reference), reference, rules, tmp_path / str(i), ABOUT).run([0, 1], QUIET)
+    assert entry["score"] is None
+    assert [pair[arm]["num_steps"] for pair in entry["seeds"] for arm in ARMS] == [12] * 4
+    assert "| no score |" in row(entry) and "| 0 of 2 (reference: 0 of 2) |" in row(entry)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"num_layers": 8}, r"--max_active_params=20000: the attempt has 2\d,\d+ active parameters"),
+    (
+      {"router": "expert_choice", "accept_leaks": "expert_choice"},
+      "--accept_leaks=expert_choice: an attempt must not look",
+    ),
+    ({"objective": "masked_lm"}, "--objective=masked_lm: must be next_token"),
+    ({"dataset": "markov"}, "--dataset=markov.*: has no bytes"),
+    ({"num_steps": 1}, "--num_steps=1: must be 2 or more"),
+  ],
+)
+def test_attempts_outside_the_rules_are_refused(reference, tmp_path, fields, message):
+  with pytest.raises(InputError, match=message):
+    Speedrun(tiny.change(reference, **fields), reference, RULES, tmp_path / "run", ABOUT)
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_another_attempt_is_refused(finished, reference):
+  folder, _ = finished
+  with pytest.raises(InputError, match="holds runs with other attempt; choose"):
+    Speedrun(reference, reference, RULES, folder, ABOUT)
+
+
+def _pair(seed: int, ratio: float, reached: bool = True) -> dict:
+  numbers = dict.fromkeys(MEASURED, 100.0 + seed)
+  shared = {"num_steps": 9, "bits_per_byte": 2.0, "max_vio": 0.1}
+  attempt = {name: value * ratio for name, value in numbers.items()}
+  return {
+    "seed": seed,
+    "reference": {**numbers, **shared, "reached": True},
+    "attempt": {**attempt, **shared, "reached": reached},
+  }
+
+
+def test_the_score_is_the_paired_ratio_with_a_t_interval():
+  ratios = [0.7, 0.8, 0.75, 0.9, 0.85]
+  pairs = [_pair(seed, ratio) for seed, ratio in enumerate(ratios)]
+  expected = stats.ttest_1samp(np.log(ratios), 0.0).confidence_interval(0.95)
+  for name in MEASURED:
+    mean, low, high = score(pairs)[name]
+    np.testing.assert_allclose([mean, low, high], np.exp([np.mean(np.log(ratios)), *expected]), rtol=1e-9)
+  assert score(pairs[:1]) is None and score([*pairs, _pair(5, 0.7, reached=False)]) is None
+
+
+def test_the_table_has_the_fastest_first_and_keeps_the_others(finished, tmp_path):
+  _, entry = finished
+  one = lambda name, pairs: entry | {"name": name, "seeds": pairs, "score": score(pairs)}
+  missed = one("missed", [_pair(0, 1.0), _pair(1, 1.0, reached=False)])
+  slow, fast = (one(name, [_pair(0, r), _pair(1, r)]) for name, r in (("slow", 1.5), ("fast", 0.5)))
+  lines = table([missed, slow, fast]).splitlines()
+  assert [line.split("|")[1].strip() for line in lines[2:]] == ["fast", "slow", "missed"]
+  assert {line.count("|") for line in lines} == {14}
+  assert "| 0.500 [0.500, 0.500] |" in lines[2] and "| 1 of 2 |" in lines[4]
+  for one_entry in (slow, fast):
+    (tmp_path / f"{one_entry['name']}.json").write_text(json.dumps(one_entry))
+  assert [e["name"] for e in read_entries(tmp_path, lambda e: "")] == ["fast", "slow"]
+  with pytest.raises(InputError, match=r"slow.json: is slow"):
+    read_entries(tmp_path, lambda e: "is slow" if e["name"] == "slow" else "")
+
+
+def test_the_page_shows_the_committed_entries_and_wrong_flags_are_one_line(tmp_path):
+  wrong = [
+    (["--name=a|b"], "--name=a|b: name the attempt with letters"),
+    (["--name=a", "--optimizer=muo"], "--optimizer=muo: unknown optimizer 'muo': did you mean muon"),
+  ]
+  commands = [["--table"], *([*arguments, f"--output_dir={tmp_path / 'run'}"] for arguments, _ in wrong)]
+  shown, *refused = run_scripts(*(["experiments/speedrun.py", *arguments] for arguments in commands))
+  assert shown.status == 0, shown
+  page = (ROOT / "docs/LEADERBOARD.md").read_text()
+  (block,) = page.split("<!-- made by --table -->\n")[1:2]
+  assert block.partition("\n\n")[0] == shown.stdout.strip()
+  for ended, (_, message) in zip(refused, wrong, strict=True):
+    assert_one_line(ended, message)
+  assert not (tmp_path / "run").exists()
+
+
+# In a process of its own, because a script defines its flags when it is imported.
+_LOOK = """
+import dataclasses, json
+from experiments import speedrun as s
+entry = {"seeds": [0] * 5, "machine": {"cores": 2}, "commit": "c" * 40, "reference": s.REFERENCE, "attempt": s.REFERENCE}
+entry["rules"] = {"target_bits_per_byte": s.TARGET_BITS_PER_BYTE, "max_active_params": s.MAX_ACTIVE_PARAMS}
+entry["rules"] |= {"max_vio": s.MAX_VIO, "evaluate_bytes": s.EVALUATE_BYTES}
+other = s.REFERENCE | {"data": s.REFERENCE["data"] | {"dataset": "lm1b"}}
+cases = [{}, {"seeds": [0]}, {"machine": {"cores": 16}}, {"commit": "c" + s.CHANGED}, {"reference": other}, {"attempt": other},
+  {"rules": entry["rules"] | {"max_vio": 9.0}}]
+print(json.dumps([s.REFERENCE, entry["rules"], [s.what_is_wrong(entry | case) for case in cases]]))
+"""
+
+
+def test_the_reference_pins_every_field_and_entries_must_meet_the_rules():
+  """A field that is added later must be added to it, with the value that keeps it as it was."""
+  done = subprocess.run(
+    [sys.executable, "-c", _LOOK], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    timeout=100, check=False,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  reference, rules, (fine, *wrong) = json.loads(done.stdout)
+
+  def fields(values):
+    return {k: fields(v) for k, v in values.items()} if isinstance(values, dict) else None
+
+  assert fields(reference) == fields(Config().to_dict())
+  page = " ".join((ROOT / "docs/LEADERBOARD.md").read_text().split())
+  assert f"**Target.** {rules['target_bits_per_byte']:g} bits per byte" in page
+  assert f"must be at most {rules['max_vio']:g}." in page
+  assert (
+    f"At most {rules['max_active_params']:,} active" in page
+    and f"every {rules['evaluate_bytes']:,} bytes" in page
+  )
+  assert fine == ""
+  words = ["--seeds=5", "16 cores", "not committed", "another reference", "lm1b", "other rules"]
+  assert all(word in text for word, text in zip(words, wrong, strict=True)), wrong
