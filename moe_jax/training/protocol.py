@@ -62,7 +62,7 @@ def _active_width(block: BlockConfig, parts: list[nnx.Module], length: int) -> i
   width = 0
   for part in parts:
     if isinstance(part, MoE):
-      width += part.num_experts_per_token * block.moe.expert_dim
+      width += (part.router.most or part.num_experts_per_token) * block.moe.expert_dim
     elif isinstance(part, SoftMoE):
       _, num_experts, slots = part.w_slots_DEC.shape
       width += num_experts * slots * block.moe.expert_dim / length

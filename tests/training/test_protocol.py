@@ -25,6 +25,8 @@ def of(config=PLAIN, **fields):
     ({}, 2 * 16),
     ({"num_shared_experts": 3}, 2 * 16 + 3 * 16),
     ({"num_experts_per_token": 4, "router": "top_p"}, 4 * 16),  # at most
+    ({"router": "expert_threshold:most=5", "balancers": "expert_threshold"}, 5 * 16),
+    ({"router": "remoe", "balancers": "remoe_loss"}, 8 * 16),
     ({"num_experts_per_token": 1, "expert_dim": 32, "num_experts": 1}, 32),  # dense, of equal active width
     ({"ffn": "mlp", "dense_dim": 48}, 48),
     ({"ffn": "parallel_moe", "dense_dim": 24}, 2 * 16 + 24),

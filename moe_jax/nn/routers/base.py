@@ -28,6 +28,7 @@ class Router(nnx.Module):
   has_threshold: whether the router compares logits with the bias of balancer `expert_threshold`.
   sparse_weights: whether an expert is used where its weight is above 0, so that a loss on weights sets how many
     are used.
+  most: the largest number of experts of a token; None: K.
   """
 
   leaks: str = ""
@@ -39,6 +40,7 @@ class Router(nnx.Module):
   weighs: str = "output"
   has_threshold: bool = False
   sparse_weights: bool = False
+  most: int | None = None
 
   def __call__(self, x_GTD: Array, context: RouterContext) -> Routing:
     raise NotImplementedError

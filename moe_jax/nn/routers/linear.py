@@ -22,7 +22,7 @@ class ChoiceRouter(Router):
     self.leaks, self.takes_bias = choice.leaks, choice.takes_bias
     self.gives_smooth_load, self.whole_sequences = choice.gives_smooth_load, choice.whole_sequences
     self.weighs, self.has_threshold = choice.weighs, choice.has_threshold
-    self.sparse_weights = choice.sparse_weights
+    self.sparse_weights, self.most = choice.sparse_weights, choice.most
 
   def logits(self, x_GTD: Array) -> Array:
     """Returns logits_GTE in float32."""

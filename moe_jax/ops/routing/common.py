@@ -26,6 +26,7 @@ class Choice(NamedTuple):
   weighs: whether weights multiply the "output" of the experts or their "input".
   has_threshold: compares logits with the bias of balancer `expert_threshold`.
   sparse_weights: an expert is used where its weight is above 0, so a loss on weights sets how many are used.
+  most: the largest number of experts of a token; None: K.
   """
 
   choose: Callable[..., Routing]
@@ -38,6 +39,7 @@ class Choice(NamedTuple):
   weighs: str = "output"
   has_threshold: bool = False
   sparse_weights: bool = False
+  most: int | None = None
 
 
 def in_groups(choose: Callable[..., Routing], *logits_GTE: Array, context: RouterContext) -> Routing:
