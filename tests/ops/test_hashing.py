@@ -138,18 +138,3 @@ def test_wrong_tables_are_one_line_errors(table, message):
   with pytest.raises(InputError) as error:
     table_topk(np.array(table), 6, jax.nn.log_softmax)
   assert message in str(error.value)
-
-
-@pytest.mark.parametrize(
-  ("spec", "message"),
-  [
-    ("hash_topk:modulo", "kind must be one of random, even, got 'modulo'"),
-    ("hash_topk:vocab_size=0", "vocab_size=0 must be at least 1"),
-    ("frozen_table_topk:seed=-1", "seed=-1 must be in [0, 2^32)"),
-    ("frozen_table_topk:score=relu", "score must be one of softmax, sigmoid, sqrt_softplus, got 'relu'"),
-  ],
-)
-def test_wrong_settings_are_one_line_errors(spec, message):
-  with pytest.raises(InputError) as error:
-    make_choice(spec, 6, 2)
-  assert message in str(error.value)

@@ -182,20 +182,6 @@ def test_batch_weights_are_those_of_the_assignment_with_gradient():
   assert np.abs(gradient).max() > 0.01 and not gradient[~mask_GT].any()
 
 
-@pytest.mark.parametrize(
-  ("spec", "message"),
-  [
-    ("importance_loss:1:layer", "balancer importance_loss: scope must be one of"),
-    ("importance_loss:1:group:counts", "of must be one of weights, scores, got 'counts'"),
-    ("load_loss:1:layer", "balancer load_loss: scope must be one of"),
-  ],
-)
-def test_wrong_options(spec, message):
-  with pytest.raises(InputError) as error:
-    make_balancer(spec)
-  assert message in str(error.value) and "\n" not in str(error.value)
-
-
 def test_what_the_train_step_is_told():
   plain = make_choice("softmax_topk", 4, 2)
   make_balancer("importance_loss").suits(plain, 0)

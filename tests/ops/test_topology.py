@@ -4,7 +4,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.errors import InputError
 from moe_jax.ops.routing import make_choice
 from tests.ops.choosing import route
 from tests.ops.router_laws import assert_same_entries, entries_of
@@ -94,19 +93,3 @@ def test_a_bias_moves_the_choice_and_not_who_ranks_first():
 def test_remote_experts_stay_out_where_biased_scores_are_negative():
   expert_TK = experts_of("topology_aware_topk:2:0", logits_of(12), bias_E=np.full(E, -5, np.float32))
   assert not is_remote(expert_TK, 2).any()
-
-
-@pytest.mark.parametrize(
-  ("spec", "k", "message"),
-  [
-    ("topology_aware_topk:4", 1, "nodes=4 must divide num_experts=6"),
-    ("topology_aware_topk:0", 1, "nodes=0 must divide num_experts=6"),
-    ("topology_aware_topk:3", 3, "the 2 experts of a node (num_experts=6, nodes=3) are fewer than"),
-    ("topology_aware_topk:2:-0.1", 2, "max_remote_fraction must be in [0, 1], got -0.1"),
-    ("topology_aware_topk:2:1.5", 2, "max_remote_fraction must be in [0, 1], got 1.5"),
-  ],
-)
-def test_wrong_settings_are_one_line_errors(spec, k, message):
-  with pytest.raises(InputError) as error:
-    make_choice(spec, E, k)
-  assert message in str(error.value) and "\n" not in str(error.value)
