@@ -28,8 +28,17 @@ def routing_of(score, logits_BLE, mask_BL, selected_BLE, **fields):
   return BatchRouting(logits_BLE, LOG_SCORES[score](logits_BLE), selected_BLE, mask_BL, GROUP, K, **fields)
 
 
-def selected(score, logits_BLE, mask_BL):
-  return reference.selected(logits_BLE, mask_BL, K, score).astype(np.float32)
+def selected(score, logits_BLE, mask_BL, k=K):
+  return reference.selected(logits_BLE, mask_BL, k, score).astype(np.float32)
+
+
+def loss_of(spec, routing, step=None):
+  """The loss `spec` of one batch. `step`: what was observed in the whole step, if that is more than this batch."""
+  balancer = make_balancer(spec)
+  state = balancer.init(routing.logits_BLE.shape[-1])
+  observed = balancer.observe(state, routing) if step is None else step
+  (loss,) = balancer.losses(state, routing, StepStats(observed, observed)).values()
+  return loss
 
 
 def add(a, b):

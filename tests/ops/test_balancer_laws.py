@@ -6,13 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax.ops.balancing import BALANCERS, make_balancer
+from moe_jax.ops.balancing import BALANCERS
 from moe_jax.ops.balancing.losses import SCOPES
-from moe_jax.types import BatchRouting, StepStats
+from moe_jax.types import BatchRouting
 from tests.ops.balancer_laws import (
   MASK_BL,
   in_micro_batches,
   logits_of,
+  loss_of,
   nothing_observed,
   run,
   selected,
@@ -154,22 +155,17 @@ def unit_losses(logits_BLE, log_scores_BLE, selected_BLE, mask_BL, group, k):
   routing, found = BatchRouting(logits_BLE, log_scores_BLE, selected_BLE, mask_BL, group, k), {}
   for row in ROWS.values():
     if row.unit and logits_BLE.shape[-1] % row.multiple_of == 0:
-      balancer = make_balancer(row.unit)
-      state = balancer.init(logits_BLE.shape[-1])
-      stats = balancer.observe(state, routing)
-      (found[row.unit],) = balancer.losses(state, routing, StepStats(stats, stats)).values()
+      found[row.unit] = loss_of(row.unit, routing)
   return found
 
 
 def unit_losses_of(logits_LE, k, group):
   """The same for two sequences of `logits_LE`; the scores, as sigmoids do, sum to anything."""
-  order_LE = np.argsort(-logits_LE, axis=-1, kind="stable")
-  selected_LE = np.zeros_like(logits_LE)
-  np.put_along_axis(selected_LE, order_LE[:, :k], 1, axis=-1)
   log_scores_LE = logits_LE + np.log(np.random.default_rng(0).uniform(0.1, 1, (len(logits_LE), 1)))
   twice = lambda x: np.stack([x, x]).astype(np.float32)
   mask_BL = np.ones((2, len(logits_LE)), bool)
-  return unit_losses(twice(logits_LE), twice(log_scores_LE), twice(selected_LE), mask_BL, group=group, k=k)
+  selected_BLE = selected("softmax", twice(logits_LE), mask_BL, k)
+  return unit_losses(twice(logits_LE), twice(log_scores_LE), selected_BLE, mask_BL, group=group, k=k)
 
 
 EVERY_SHAPE = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 1), (8, 2), (8, 4)]
@@ -217,6 +213,3 @@ def test_tiny_sigmoid_scores_do_not_escape_the_loss():
   assert np.abs(gradient).max() > 1e-3
   scores_BLE = np.exp(logits_BLE.astype(float))
   assert (scores_BLE / (scores_BLE.sum(axis=-1, keepdims=True) + 1e-20)).sum(axis=-1).max() < 1e-3
-
-
-# --- loss-free bias ---

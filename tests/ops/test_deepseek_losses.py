@@ -8,20 +8,11 @@ import pytest
 from moe_jax.ops.balancing import make_balancer
 from moe_jax.ops.routing import make_choice, to_batch
 from moe_jax.ops.routing.common import in_groups
-from moe_jax.types import BatchRouting, RouterContext, StepStats
-from tests.ops.balancer_laws import MASK_BL, logits_of, routing_of, selected
+from moe_jax.types import BatchRouting, RouterContext
+from tests.ops.balancer_laws import MASK_BL, logits_of, loss_of, routing_of, selected
 from tests.ops.balancer_rows import B, E, K, L
 from tests.reference import balancing as reference
 from tests.reference import deepseek_losses as further
-
-
-def loss_of(spec, routing):
-  """The loss `spec` of a batch that is the whole optimizer step."""
-  balancer = make_balancer(spec)
-  state = balancer.init(routing.logits_BLE.shape[-1])
-  stats = balancer.observe(state, routing)
-  (loss,) = balancer.losses(state, routing, StepStats(stats, stats)).values()
-  return loss
 
 
 def route_with_bias(router, logits_BLE, bias_E):

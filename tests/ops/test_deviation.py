@@ -4,19 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax.ops.balancing import make_balancer
 from moe_jax.ops.balancing.losses import SCOPES
-from moe_jax.types import BatchRouting, StepStats
-from tests.ops.balancer_laws import MASK_BL, logits_of, routing_of, selected
+from moe_jax.types import BatchRouting
+from tests.ops.balancer_laws import MASK_BL, logits_of, loss_of, routing_of, selected
 from tests.ops.balancer_rows import GROUP, B, E, K, L
 from tests.reference import deepseek_losses as further
-
-
-def loss_of(spec, routing):
-  balancer = make_balancer(spec)
-  stats = balancer.observe(balancer.init(E), routing)
-  (loss,) = balancer.losses(balancer.init(E), routing, StepStats(stats, stats)).values()
-  return loss
 
 
 def loss_and_gradient(spec, logits_BLE, mask_BL=MASK_BL):
@@ -28,12 +20,10 @@ def loss_and_gradient(spec, logits_BLE, mask_BL=MASK_BL):
 
 
 def routing_with(logits_LE, k):
-  order_LE = np.argsort(-logits_LE, axis=-1, kind="stable")
-  selected_LE = np.zeros_like(logits_LE)
-  np.put_along_axis(selected_LE, order_LE[:, :k], 1, axis=-1)
-  logits_BLE, selected_BLE = logits_LE[None].astype(np.float32), selected_LE[None].astype(np.float32)
+  logits_BLE = logits_LE[None].astype(np.float32)
   mask_BL = np.ones(logits_BLE.shape[:2], bool)
-  return BatchRouting(logits_BLE, jax.nn.log_softmax(logits_BLE), selected_BLE, mask_BL, len(logits_LE), k)
+  chosen_BLE = selected("softmax", logits_BLE, mask_BL, k)
+  return BatchRouting(logits_BLE, jax.nn.log_softmax(logits_BLE), chosen_BLE, mask_BL, len(logits_LE), k)
 
 
 @pytest.mark.parametrize("scope", SCOPES)

@@ -10,8 +10,9 @@ from moe_jax.ops.balancing import make_balancer
 from moe_jax.ops.balancing.importance import cv_squared
 from moe_jax.ops.balancing.losses import SCOPES
 from moe_jax.ops.routing import make_choice, to_batch
-from moe_jax.types import BatchRouting, StepStats
+from moe_jax.types import BatchRouting
 from tests import tiny
+from tests.ops.balancer_laws import loss_of
 from tests.ops.choosing import route
 from tests.reference import importance as reference
 
@@ -31,15 +32,6 @@ def routing_of(values_BLE, mask_BL=None, group=4):
     smooth_load_BLE=values_BLE,
     weights_BLE=values_BLE,
   )
-
-
-def loss_of(spec, routing, step=None):
-  """Loss of one balancer; `step`: what was observed in the whole step, if it is more than this routing."""
-  balancer = make_balancer(spec)
-  state = balancer.init(routing.logits_BLE.shape[-1])
-  stats = balancer.observe(state, routing) if step is None else step
-  (loss,) = balancer.losses(state, routing, StepStats(stats, stats)).values()
-  return loss
 
 
 SPECS = ["importance_loss:1:{}", "importance_loss:1:{}:scores", "load_loss:1:{}"]

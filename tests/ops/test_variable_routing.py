@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.ops.balancing import make_balancer
 from moe_jax.ops.routing import make_choice
 from moe_jax.ops.routing.zero_computation import zero_computation_kinds
-from moe_jax.types import BatchRouting, RouterContext, StepStats
+from moe_jax.types import BatchRouting, RouterContext
+from tests.ops.balancer_laws import loss_of
 from tests.ops.choosing import route
 from tests.ops.router_laws import MASK_T, choice_of, choices, logits_of, route_row
 from tests.ops.router_row import T, four_sequences
@@ -129,14 +129,9 @@ def test_a_token_of_nothing_but_zero_experts_has_weights_and_gradients_of_zero()
 
 
 def losses_of(spec, logits_BLE, selected_BLE):
-  balancer = make_balancer(spec)
   mask_BL = jnp.ones(logits_BLE.shape[:2], bool)
   routing = BatchRouting(logits_BLE, jax.nn.log_softmax(logits_BLE), selected_BLE, mask_BL, 1, 1)
-  observed = balancer.observe(balancer.init(logits_BLE.shape[-1]), routing)
-  (loss,) = balancer.losses(
-    balancer.init(logits_BLE.shape[-1]), routing, StepStats(observed, observed)
-  ).values()
-  return float(loss)
+  return float(loss_of(spec, routing))
 
 
 @pytest.mark.parametrize("tau", [0.25, 0.75, 1.0])

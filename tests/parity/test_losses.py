@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.ops.balancing import make_balancer
 from moe_jax.ops.balancing.conventions import convert
 from moe_jax.ops.routing import make_choice, to_batch
 from moe_jax.ops.routing.common import in_groups
-from moe_jax.types import RouterContext, StepStats
+from moe_jax.types import RouterContext
+from tests.ops.balancer_laws import loss_of
 from tests.parity import oracles
 
 B, L, E, K = 3, 8, 6, 2
@@ -24,11 +24,7 @@ def our_loss(balancer, logits_BLE, mask_BL=None, router="softmax_topk", k=K):
   mask_BL = jnp.ones((batch, length), bool) if mask_BL is None else jnp.asarray(mask_BL)
   choice = make_choice(router, num_experts, k)
   routing = in_groups(choice.choose, logits_BLE, context=RouterContext(mask_BL))
-  part = make_balancer(balancer)
-  batch_routing = to_batch(routing, batch, length, k)
-  observed = part.observe(part.init(num_experts), batch_routing)
-  (loss,) = part.losses(part.init(num_experts), batch_routing, StepStats(observed, observed)).values()
-  return loss
+  return loss_of(balancer, to_batch(routing, batch, length, k))
 
 
 def value_and_gradient(balancer, logits_BLE, **kwargs):
