@@ -18,38 +18,41 @@ def selected(logits_BLE, mask_BL, k, score):
   return chosen_BLE
 
 
-def _units(batch, length, group, scope):
-  """The sets of (b, l) over each of which the scope balances."""
-  size = {"sequence": length, "group": group}.get(scope, batch * length)
-  tokens = [(b, t) for b in range(batch) for t in range(length)]
-  return [tokens[start : start + size] for start in range(0, len(tokens), size)]
+def units(mask_BL, size):
+  """Valid tokens (b, t) in runs of `size`; runs without any are left out."""
+  tokens = list(np.ndindex(*np.shape(mask_BL)))
+  runs = [[i for i in tokens[s : s + size] if mask_BL[i[0]][i[1]]] for s in range(0, len(tokens), size)]
+  return [run for run in runs if run]
+
+
+def mean_over_tokens(units, loss_of_unit):
+  num_tokens = sum(len(unit) for unit in units)
+  return sum(len(unit) * loss_of_unit(unit) for unit in units) / max(num_tokens, 1)
+
+
+def mean_score(logits_BLE, unit, e, score):
+  """p_e: the mean over tokens of expert e's score over the sum of all scores."""
+  shares = [SCORES[score](logits_BLE[b][t]) for b, t in unit]
+  return sum(scores_E[e] / sum(scores_E) for scores_E in shares) / len(unit)
 
 
 def load_balancing_loss(logits_BLE, mask_BL, k, score, scope, group, step_counts_E=None):
   """E * sum_e f_e * p_e: units weighted by their valid tokens. f has the `k` best choices of each token,
   p the scores over their sum. `step_counts_E`: what f is made of for the scopes `buffer` and `global_batch`."""
   batch, length, num_experts = np.shape(logits_BLE)
-  total, num_tokens = 0.0, 0
-  for unit in _units(batch, length, group, scope):
-    count_E, prob_E, tokens = [0] * num_experts, [0.0] * num_experts, 0
+
+  def loss(unit):
+    count_E = [0] * num_experts
     for b, t in unit:
-      if not mask_BL[b][t]:
-        continue
-      tokens += 1
-      scores_E = SCORES[score](logits_BLE[b][t])
-      for e in pick(scores_E, [0.0] * num_experts, k):
+      for e in pick(SCORES[score](logits_BLE[b][t]), [0.0] * num_experts, k):
         count_E[e] += 1
-      for e in range(num_experts):
-        prob_E[e] += scores_E[e] / sum(scores_E)
-    if tokens == 0:
-      continue
     if scope in ("buffer", "global_batch"):
       count_E = step_counts_E
     f_E = [c / sum(count_E) for c in count_E]
-    p_E = [p / tokens for p in prob_E]
-    total += tokens * num_experts * sum(f * p for f, p in zip(f_E, p_E))
-    num_tokens += tokens
-  return total / max(num_tokens, 1)
+    return num_experts * sum(f * mean_score(logits_BLE, unit, e, score) for e, f in enumerate(f_E))
+
+  size = {"sequence": length, "group": group}.get(scope, batch * length)
+  return mean_over_tokens(units(mask_BL, size), loss)
 
 
 def z_loss(logits_BLE, mask_BL):

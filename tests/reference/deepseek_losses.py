@@ -3,46 +3,13 @@ deviation, the buffer of 2501.11873 and the adaptive weight. Shares no code and 
 
 import math
 
-from tests.reference.balancing import SCORES
-from tests.reference.routing import pick
-
-
-def _best(scores_E, k):
-  return pick(scores_E, [0.0] * len(scores_E), k)
-
-
-def _units(mask_BL, size):
-  """Valid tokens (b, t) in runs of `size`; runs without any are left out."""
-  batch, length = len(mask_BL), len(mask_BL[0])
-  tokens = [(b, t) for b in range(batch) for t in range(length)]
-  runs = [[i for i in tokens[s : s + size] if mask_BL[i[0]][i[1]]] for s in range(0, len(tokens), size)]
-  return [run for run in runs if run]
-
-
-def _mean_over_tokens(units, loss_of_unit):
-  num_tokens = sum(len(unit) for unit in units)
-  return sum(len(unit) * loss_of_unit(unit) for unit in units) / max(num_tokens, 1)
-
-
-def _mean_score(logits_BLE, unit, e, score):
-  """p_e: the mean over tokens of expert e's score over the sum of all scores."""
-  shares = [SCORES[score](logits_BLE[b][t]) for b, t in unit]
-  return sum(scores_E[e] / sum(scores_E) for scores_E in shares) / len(unit)
+from tests.reference.balancing import load_balancing_loss, mean_over_tokens, mean_score, units
 
 
 def sequence_loss(logits_BLE, mask_BL, k, score):
-  """2412.19437, eq. 17-20, per sequence of T valid tokens; sequences weighted by their tokens."""
-  num_experts = len(logits_BLE[0][0])
-
-  def loss(sequence):
-    total = 0.0
-    for e in range(num_experts):
-      among_best = sum(e in _best(SCORES[score](logits_BLE[b][t]), k) for b, t in sequence)
-      f = num_experts / (k * len(sequence)) * among_best
-      total += f * _mean_score(logits_BLE, sequence, e, score)
-    return total
-
-  return _mean_over_tokens(_units(mask_BL, len(mask_BL[0])), loss)
+  """2412.19437, eq. 17-20, per sequence of T valid tokens; sequences weighted by their tokens. Its f, E / (K T) times
+  how many tokens have the expert among their best, is E times the expert's share of these K T choices."""
+  return load_balancing_loss(logits_BLE, mask_BL, k, score, "sequence", None)
 
 
 def device_of(e, num_experts, devices):
@@ -76,10 +43,10 @@ def device_loss(logits_BLE, mask_BL, selected_BLE, k, devices, size, score, step
     for d in range(devices):
       experts = [e for e in range(num_experts) if device_of(e, num_experts, devices) == d]
       f = sum(num_experts / (k * tokens) * counts_E[e] for e in experts) / len(experts)
-      total += f * sum(_mean_score(logits_BLE, unit, e, score) for e in experts)
+      total += f * sum(mean_score(logits_BLE, unit, e, score) for e in experts)
     return total
 
-  return _mean_over_tokens(_units(mask_BL, size), loss)
+  return mean_over_tokens(units(mask_BL, size), loss)
 
 
 def communication_loss(logits_BLE, mask_BL, selected_BLE, m, devices, size, score, step=None):
@@ -91,10 +58,10 @@ def communication_loss(logits_BLE, mask_BL, selected_BLE, m, devices, size, scor
     total = 0.0
     for e in range(num_experts):
       f = devices / (m * tokens) * sent_P[device_of(e, num_experts, devices)]
-      total += f * _mean_score(logits_BLE, unit, e, score)
+      total += f * mean_score(logits_BLE, unit, e, score)
     return total
 
-  return _mean_over_tokens(_units(mask_BL, size), loss)
+  return mean_over_tokens(units(mask_BL, size), loss)
 
 
 def deviation_of_counts(counts_E):
@@ -107,9 +74,9 @@ def deviation_of_importance(logits_BLE, mask_BL, size, score):
   """E * sum_e(p_e - 1/E)^2 per unit of `size` tokens."""
   num_experts = len(logits_BLE[0][0])
   loss = lambda unit: sum(
-    num_experts * (_mean_score(logits_BLE, unit, e, score) - 1 / num_experts) ** 2 for e in range(num_experts)
+    num_experts * (mean_score(logits_BLE, unit, e, score) - 1 / num_experts) ** 2 for e in range(num_experts)
   )
-  return _mean_over_tokens(_units(mask_BL, size), loss)
+  return mean_over_tokens(units(mask_BL, size), loss)
 
 
 def buffer_losses(counts_JE, probs_JE):

@@ -40,7 +40,7 @@ def pick(scores_E, bias_E, k):
   return chosen
 
 
-def _token_choice(logits_TE, k, bias_E, mask_T, score, weigh):
+def token_choice(logits_TE, k, bias_E, mask_T, score, weigh):
   """Token after token, each its k experts. `weigh`: (scores of the chosen) -> their weights."""
   entries = []
   for t, logits_E in enumerate(np.asarray(logits_TE, np.float64)):
@@ -56,15 +56,15 @@ def _over_sum(scores):
 
 
 def softmax_topk(logits_TE, k, bias_E, mask_T, draw_T=None):
-  return _token_choice(logits_TE, k, bias_E, mask_T, softmax, _over_sum)
+  return token_choice(logits_TE, k, bias_E, mask_T, softmax, _over_sum)
 
 
 def softmax_before_topk(logits_TE, k, bias_E, mask_T, draw_T=None):
-  return _token_choice(logits_TE, k, bias_E, mask_T, softmax, list)
+  return token_choice(logits_TE, k, bias_E, mask_T, softmax, list)
 
 
 def sigmoid_topk(logits_TE, k, bias_E, mask_T, draw_T=None):
-  return _token_choice(logits_TE, k, bias_E, mask_T, sigmoid, list)
+  return token_choice(logits_TE, k, bias_E, mask_T, sigmoid, list)
 
 
 def llama4_topk(logits_TE, k, bias_E, mask_T, draw_T=None):
@@ -73,7 +73,7 @@ def llama4_topk(logits_TE, k, bias_E, mask_T, draw_T=None):
 
 
 def deepseek_v3(logits_TE, k, bias_E, mask_T, draw_T=None):
-  return _token_choice(
+  return token_choice(
     logits_TE, k, bias_E, mask_T, sigmoid, lambda scores: [2.5 * w for w in _over_sum(scores)]
   )
 
@@ -90,10 +90,6 @@ def gshard_top2(logits_TE, k, bias_E, mask_T, draw_T=None, threshold=0.5):
     firsts.append(Entry(t, e1, g1, real, real))
     seconds.append(Entry(t, e2, g2, real and sent, real))
   return firsts + seconds
-
-
-def gshard_top2_mesh(logits_TE, k, bias_E, mask_T, draw_T=None):
-  return gshard_top2(logits_TE, k, bias_E, mask_T, draw_T, threshold=0.2)
 
 
 def gshard_algorithm_1(logits_SE, capacity, rnd_S):

@@ -6,12 +6,12 @@ import math
 import numpy as np
 
 from tests.reference.balancing import SCORES, selected
-from tests.reference.routing import Entry, gshard_top2_mesh, pick, sigmoid, softmax, softmax_topk
+from tests.reference.routing import Entry, gshard_top2, pick, sigmoid, softmax, softmax_topk, token_choice
 
 
 def mesh_top2(logits_TE, k, bias_E, mask_T, draw_T=None):
-  """As `gshard_top2_mesh`, but only what is sent takes a slot."""
-  entries = gshard_top2_mesh(logits_TE, k, bias_E, mask_T, draw_T)
+  """GShard's with Mesh-TensorFlow's threshold, and only what is sent takes a slot."""
+  entries = gshard_top2(logits_TE, k, bias_E, mask_T, draw_T, threshold=0.2)
   return [entry._replace(holds_slot=entry.valid) for entry in entries]
 
 
@@ -95,15 +95,8 @@ def moe_plus_plus(num_experts, zeros, normalize=False):
 def longcat(scale):
   """All columns are alike for the choice: feed-forward experts and, behind them, identity experts."""
 
-  def route(logits_TE, k, bias_E, mask_T, draw_T=None):
-    entries = []
-    for t, logits_E in enumerate(np.asarray(logits_TE, np.float64)):
-      probs_E = softmax(logits_E)
-      real = bool(mask_T[t])
-      entries += [Entry(t, e, scale * probs_E[e], real, real) for e in pick(probs_E, bias_E, k)]
-    return entries
-
-  return route
+  weigh = lambda scores: [scale * s for s in scores]
+  return lambda *args: token_choice(*args[:4], softmax, weigh)
 
 
 def entropy(logits_BLE, mask_BL, score="softmax"):
