@@ -56,6 +56,24 @@ def change(config: Config, **fields) -> Config:
   return dataclasses.replace(with_arm(config, fields), mesh=mesh)
 
 
+class StopsAt:
+  """Stands for the progress display of a run that the user stops. Step 0: never."""
+
+  def __init__(self, step):
+    self.step, self.notes = step, []
+
+  def start_run(self, label, num_steps): ...
+
+  def finish_run(self): ...
+
+  def note(self, text):
+    self.notes.append(text)
+
+  def update(self, step, *numbers):
+    if step == self.step:
+      raise KeyboardInterrupt
+
+
 def make_batch(rows: int = 8, length: int = 16, seed: int = 0) -> dict[str, np.ndarray]:
   """Random tokens; two of the sequences end in padding."""
   rng = np.random.default_rng(seed)

@@ -178,17 +178,10 @@ def test_two_processes_follow_the_curve_of_one(killed, expected):
 def test_one_process_continues_what_two_have_saved(killed, expected, dataset, tmp_path, mesh):
   folder = tmp_path / "run"
   shutil.copytree(_run_folder(killed[0]), folder)
-  resumed_at = []
-
-  class Notes:
-    def note(self, text):
-      resumed_at.append(int(text.rsplit(" ", 1)[1]))
-
-    def __getattr__(self, name):
-      return lambda *unused_arguments: None
-
-  Run(_config(mesh), dataset, folder, progress=Notes()).train()
-  assert resumed_at and resumed_at[0] >= 4 and resumed_at[0] % 4 == 0
+  progress = tiny.StopsAt(0)
+  Run(_config(mesh), dataset, folder, progress=progress).train()
+  resumed_at = int(progress.notes[0].rsplit(" ", 1)[1])
+  assert resumed_at >= 4 and resumed_at % 4 == 0
   losses = _losses(folder)
   assert len(losses) == FIELDS["num_steps"]
   _assert_same_curve(losses, expected)

@@ -55,24 +55,6 @@ def finished(finished_run):
   return run.folder, result
 
 
-class StopsAt:
-  """Stands for the progress display of a run that the user stops. Step 0: never."""
-
-  def __init__(self, step):
-    self.step, self.notes = step, []
-
-  def start_run(self, label, num_steps): ...
-
-  def finish_run(self): ...
-
-  def note(self, text):
-    self.notes.append(text)
-
-  def update(self, step, *numbers):
-    if step == self.step:
-      raise KeyboardInterrupt
-
-
 def _without_times(lines):
   return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
 
@@ -81,7 +63,7 @@ def test_a_stopped_run_continues_to_the_same_numbers(finished_run, dataset, tmp_
   run, expected = finished_run
   config = tiny.change(CONFIG, checkpoint_every=2)
   with pytest.raises(KeyboardInterrupt):
-    Run(config, dataset, tmp_path, progress=StopsAt(5), label="arm").train()
+    Run(config, dataset, tmp_path, progress=tiny.StopsAt(5), label="arm").train()
   assert not (tmp_path / "result.json").exists()
   continued = KeepsState(config, dataset, tmp_path, label="arm")
   result = continued.train()
@@ -203,7 +185,7 @@ def test_speed_leaves_out_compilation_evaluation_and_saving_and_survives_a_stop(
   clock = Clock(monkeypatch)
   config = tiny.change(CONFIG, eval_every=1, checkpoint_every=2, log_every=2)
   with pytest.raises(KeyboardInterrupt):
-    Run(config, dataset, tmp_path, progress=StopsAt(3)).train()
+    Run(config, dataset, tmp_path, progress=tiny.StopsAt(3)).train()
   result = Run(config, dataset, tmp_path).train()
   # timed: step 2 before the stop, whose checkpoint is continued from, and steps 4 to 6 behind it
   training = result["training"]
@@ -267,7 +249,7 @@ def test_a_run_stopped_within_a_save_continues_at_once(finished_run, dataset, tm
     with pytest.raises(KeyboardInterrupt):
       Run(tiny.change(CONFIG, checkpoint_every=2), dataset, tmp_path).train()
   assert closed == [tmp_path / "checkpoints"]
-  progress = StopsAt(0)
+  progress = tiny.StopsAt(0)
   continued = KeepsState(CONFIG, dataset, tmp_path, progress, show="mine")
   continued.train()
   assert progress.notes == ["mine: continues from step 4"]

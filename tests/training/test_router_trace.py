@@ -200,23 +200,6 @@ def test_recording_changes_no_number_of_the_run(finished, dataset, tmp_path):
     assert recorded["tokens_per_expert"] == plain["tokens_per_expert"]
 
 
-class StopsAt:
-  """Stands for the progress display of a run that the user stops."""
-
-  def __init__(self, step):
-    self.step = step
-
-  def start_run(self, label, num_steps): ...
-
-  def finish_run(self): ...
-
-  def note(self, text): ...
-
-  def update(self, step, *numbers):
-    if step == self.step:
-      raise KeyboardInterrupt
-
-
 def test_a_stopped_run_records_no_step_twice(finished, dataset, tmp_path, monkeypatch):
   folder, _ = finished
   config = tiny.change(CONFIG, checkpoint_every=2)
@@ -228,7 +211,7 @@ def test_a_stopped_run_records_no_step_twice(finished, dataset, tmp_path, monkey
 
   monkeypatch.setattr(Checkpoints, "save", noted)
   with pytest.raises(KeyboardInterrupt):
-    Run(config, dataset, tmp_path, progress=StopsAt(5)).train()
+    Run(config, dataset, tmp_path, progress=tiny.StopsAt(5)).train()
   assert len(Trace(tmp_path)) == 5  # more than the checkpoint
   Run(config, dataset, tmp_path).train()
   # Also after a kill no step before a checkpoint is missing.
