@@ -34,6 +34,7 @@ OMPI = {
   "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
 }
 HERE = f"{socket.gethostname()}, pid {os.getpid()}"
+by_hand = lambda address, i: {"coordinator_address": address, "num_processes": 2, "process_id": i}
 ORTE = OMPI | {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911"}
 
 
@@ -48,17 +49,10 @@ ORTE = OMPI | {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1
       {k: v for k, v in SLURM.items() if k != "SLURM_STEP_NODELIST"},
       None,
     ),  # sbatch's script, without srun
-    (
-      {"coordinator_address": "a:1", "num_processes": 2, "process_id": 1},
-      {},
-      Placement("a:1", 2, 1),
-    ),
+    (by_hand("a:1", 1), {}, Placement("a:1", 2, 1)),
     ({}, SLURM, Placement("gpu07:61441", 4, 3, (1,))),  # 61440 + 4097 % 4096
-    (
-      {},
-      SLURM | {"CUDA_VISIBLE_DEVICES": "1"},
-      Placement("gpu07:61441", 4, 3, None),
-    ),  # bound by SLURM already
+    # bound by SLURM already
+    ({}, SLURM | {"CUDA_VISIBLE_DEVICES": "1"}, Placement("gpu07:61441", 4, 3, None)),
     ({}, SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x4)"}, Placement("gpu07:61441", 4, 3, None)),
     ({"coordinator_address": "b:9"}, SLURM, Placement("b:9", 4, 3, (1,))),
     ({}, ORTE, Placement("10.96.0.1:62624", 4, 3, (1,))),  # 61440 + 1531576320 / 4096 % 4096
@@ -80,17 +74,9 @@ def test_who_this_process_is(options, environment, expected, monkeypatch):
     ({"coordinator_address": "a:1", "process_id": 0}, {}, "--num_processes: must be given too"),
     ({"coordinator_address": "a:1", "num_processes": 2}, {}, "--process_id: must be given too"),
     ({}, OMPI, "--coordinator_address: must be given too, for ompi started several processes"),
-    (
-      {"coordinator_address": "a:1", "num_processes": 2, "process_id": 2},
-      {},
-      "--process_id=2: must be between 0 and 1, for --num_processes=2",
-    ),
-    (
-      {"coordinator_address": "a", "num_processes": 2, "process_id": 0},
-      {},
-      "--coordinator_address=a: must be HOST:PORT",
-    ),
-    ({"coordinator_address": "a:b", "num_processes": 2, "process_id": 0}, {}, "must be HOST:PORT"),
+    (by_hand("a:1", 2), {}, "--process_id=2: must be between 0 and 1, for --num_processes=2"),
+    (by_hand("a", 0), {}, "--coordinator_address=a: must be HOST:PORT"),
+    (by_hand("a:b", 0), {}, "must be HOST:PORT"),
   ],
 )
 def test_what_is_missing_or_wrong_is_one_line(options, environment, message):

@@ -22,118 +22,74 @@ class Case(NamedTuple):
 
   model: str
   part: str
-  args: tuple  # of the block's constructor, besides the configuration
   fields: dict  # of the configuration there
   ours: dict  # of the layer here; `shared`: how many experts wide, `activation`: of that one
+  args: tuple = ()  # of the block's constructor, besides the configuration
   scale: float = 1.0  # of the input
 
 
+LOCAL = {"num_local_experts": E, "intermediate_size": F}
+ROUTED = {"n_routed_experts": E, "moe_intermediate_size": F}
+BIAS = {"balancer": "loss_free_bias:0.001"}
 CASES = {
-  "mixtral": Case(
-    "mixtral",
-    "SparseMoeBlock",
-    (),
-    {"num_local_experts": E, "intermediate_size": F},
-    {"router": "softmax_topk"},
-  ),
+  "mixtral": Case("mixtral", "SparseMoeBlock", LOCAL, {"router": "softmax_topk"}),
   "olmoe": Case(
     "olmoe",
     "SparseMoeBlock",
-    (),
     {"num_experts": E, "intermediate_size": F},
     {"router": "softmax_topk:softmax=before"},
   ),
   "qwen2_moe": Case(
     "qwen2_moe",
     "SparseMoeBlock",
-    (),
     {"num_experts": E, "moe_intermediate_size": F, "shared_expert_intermediate_size": 2 * F},
     {"router": "softmax_topk:softmax=before", "shared": 2},
   ),
   "deepseek_v2": Case(
     "deepseek_v2",
     "Moe",
-    (),
-    {
-      "n_routed_experts": E,
-      "moe_intermediate_size": F,
-      "n_shared_experts": 2,
-      "topk_method": "group_limited_greedy",
-      "n_group": 4,
-      "topk_group": 2,
-      "routed_scaling_factor": 16.0,
-      "num_attention_heads": 2,
-    },
+    ROUTED
+    | {"n_shared_experts": 2, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
+    | {"routed_scaling_factor": 16.0, "num_attention_heads": 2},
     {"router": "device_limited_topk:groups=4:groups_per_token=2", "shared": 2},
   ),
   "deepseek_v3": Case(
     "deepseek_v3",
     "MoE",
-    (),
-    {"n_routed_experts": E, "moe_intermediate_size": F, "n_shared_experts": 2, "n_group": 4, "topk_group": 2},
-    {
-      "router": "node_limited_topk:groups=4:groups_per_token=2",
-      "balancer": "loss_free_bias:0.001",
-      "shared": 2,
-    },
+    ROUTED | {"n_shared_experts": 2, "n_group": 4, "topk_group": 2},
+    BIAS | {"router": "node_limited_topk:groups=4:groups_per_token=2", "shared": 2},
   ),
   "deepseek_v4": Case(
     "deepseek_v4",
     "SparseMoeBlock",
-    (0,),
-    {
-      "n_routed_experts": E,
-      "moe_intermediate_size": F,
-      "num_hidden_layers": 1,
-      "num_hash_layers": 0,
-    },
-    {
-      "router": "sqrt_softplus_topk:scale=1.5",
-      "balancer": "loss_free_bias:0.001",
-      "experts": "bounded_swiglu",
-      "shared": 1,
-      "activation": "bounded_swiglu",
-    },
+    ROUTED | {"num_hidden_layers": 1, "num_hash_layers": 0},
+    BIAS
+    | {"router": "sqrt_softplus_topk:scale=1.5", "shared": 1}
+    | dict.fromkeys(("experts", "activation"), "bounded_swiglu"),
+    args=(0,),
     scale=20.0,  # so that many hidden units reach the limit of 10
   ),
   "longcat_flash": Case(
     "longcat_flash",
     "MoE",
-    (),
     {"n_routed_experts": E, "zero_expert_num": Z, "expert_ffn_hidden_size": F, "routed_scaling_factor": 6.0},
     {"router": f"longcat_topk:identities={Z}", "balancer": f"longcat_bias:zero_computation={Z}"},
   ),
-  "llama4": Case(
-    "llama4",
-    "Moe",
-    (),
-    {"num_local_experts": E, "intermediate_size": F},
-    {"router": "llama4_topk", "shared": 1},
-  ),
+  "llama4": Case("llama4", "Moe", LOCAL, {"router": "llama4_topk", "shared": 1}),
   "switch": Case(
     "switch_transformers",
     "SparseMLP",
-    (),
     {"num_experts": E, "d_ff": F, "d_model": D, "expert_capacity": 2},
-    {
-      "router": "switch_top1",
-      "num_experts_per_token": 1,
-      "experts": "relu",
-      "dispatcher": "sorted",
-      "eval_capacity_factor": 2 * E / L,  # 2 slots; without capacity the block is a layer without drops
-    },
+    {"router": "switch_top1", "num_experts_per_token": 1, "experts": "relu", "dispatcher": "sorted"}
+    | {"eval_capacity_factor": 2 * E / L},  # 2 slots; without capacity the block is a layer without drops
   ),
 }
 
 
 def our_layer(case):
   """A layer with random weights and, where it has one, a random bias."""
-  fields = {
-    "num_experts": E,
-    "num_experts_per_token": K,
-    "expert_dim": F,
-    "dispatcher": "dropless",
-  } | case.ours
+  sizes = {"num_experts": E, "num_experts_per_token": K, "expert_dim": F}
+  fields = sizes | {"dispatcher": "dropless"} | case.ours
   width, activation = F * fields.pop("shared", 0), fields.pop("activation", "swiglu")
 
   def build():
@@ -168,11 +124,8 @@ def their_arrays(model, params):
     arrays["experts.gate_up_proj"] = np.pad(arrays["experts.gate_up_proj"], [(0, Z), (0, 0), (0, 0)])
   if "shared/w_up_DF" in w:
     name = "shared_expert" if model in ("qwen2_moe", "llama4") else "shared_experts"
-    arrays |= {
-      f"{name}.gate_proj.weight": w["shared/w_gate_DF"].T,
-      f"{name}.up_proj.weight": w["shared/w_up_DF"].T,
-      f"{name}.down_proj.weight": w["shared/w_down_FD"].T,
-    }
+    for part, ours in (("gate", "gate_DF"), ("up", "up_DF"), ("down", "down_FD")):
+      arrays[f"{name}.{part}_proj.weight"] = w[f"shared/w_{ours}"].T
   if "shared/w_shared_gate_D" in w:
     arrays["shared_expert_gate.weight"] = w["shared/w_shared_gate_D"][None]
   return arrays

@@ -22,7 +22,6 @@ X_TD = oracles.normals(T, D, seed=1)
 W_ED = oracles.normals(E, D, seed=2, scale=D**-0.5)
 BIAS_E = np.random.default_rng(3).uniform(-0.3, 0.3, E).astype(np.float32)
 GROUPS = {"n_group": 4, "topk_group": 2}
-ONE_GROUP = {"n_group": 1, "topk_group": 1}
 
 
 class Case(NamedTuple):
@@ -33,6 +32,10 @@ class Case(NamedTuple):
   fields: dict  # of the configuration there
   spec: str  # the router here
   biased: bool = False
+
+
+def v3(fields, spec):
+  return Case("deepseek_v3", "TopkRouter", {"n_routed_experts": E} | fields, spec, biased=True)
 
 
 CASES = {
@@ -53,36 +56,17 @@ CASES = {
   "deepseek_v2_group_limited_greedy": Case(
     "deepseek_v2",
     "TopkRouter",
-    {
-      "n_routed_experts": E,
-      "topk_method": "group_limited_greedy",
-      "routed_scaling_factor": 16.0,
-      "num_attention_heads": 2,
-      **GROUPS,
-    },
+    GROUPS
+    | {"n_routed_experts": E, "topk_method": "group_limited_greedy"}
+    | {"routed_scaling_factor": 16.0, "num_attention_heads": 2},
     "device_limited_topk:groups=4:groups_per_token=2",
   ),
-  "deepseek_v3": Case(
-    "deepseek_v3",
-    "TopkRouter",
-    {"n_routed_experts": E, **GROUPS},
-    "node_limited_topk:groups=4:groups_per_token=2",
-    biased=True,
-  ),
-  "deepseek_v3_plain_weights": Case(
-    "deepseek_v3",
-    "TopkRouter",
-    {"n_routed_experts": E, "norm_topk_prob": False, **GROUPS},
+  "deepseek_v3": v3(GROUPS, "node_limited_topk:groups=4:groups_per_token=2"),
+  "deepseek_v3_plain_weights": v3(
+    {"norm_topk_prob": False, **GROUPS},
     "group_limited_topk:groups=4:groups_per_token=2:normalize=false:scale=2.5",
-    biased=True,
   ),
-  "deepseek_v3_without_groups": Case(
-    "deepseek_v3",
-    "TopkRouter",
-    {"n_routed_experts": E, **ONE_GROUP},
-    "sigmoid_topk:normalize=true:scale=2.5",
-    biased=True,
-  ),
+  "deepseek_v3_without_groups": v3({"n_group": 1, "topk_group": 1}, "sigmoid_topk:normalize=true:scale=2.5"),
   "deepseek_v4": Case(
     "deepseek_v4", "TopKRouter", {"n_routed_experts": E}, "sqrt_softplus_topk:scale=1.5", biased=True
   ),
