@@ -16,11 +16,7 @@ pytest.importorskip("ipykernel", reason="running notebooks needs ipykernel")
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-TINY = {
-  "MOE_JAX_NOTEBOOK_STEPS": "2",
-  "MOE_JAX_NOTEBOOK_SEEDS": "1",
-  "MOE_JAX_NOTEBOOK_DATASET": "markov",
-}
+TINY = {"MOE_JAX_NOTEBOOK_STEPS": "2", "MOE_JAX_NOTEBOOK_SEEDS": "1", "MOE_JAX_NOTEBOOK_DATASET": "markov"}
 KERNEL = "this_interpreter"
 
 

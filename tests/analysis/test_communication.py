@@ -17,11 +17,10 @@ from moe_jax.analysis.communication.machine import Machine, busiest_link, links
 from moe_jax.config import MeshConfig
 from moe_jax.errors import InputError
 from moe_jax.nn import Context, MoE
-from moe_jax.ops.balancing import make_balancer
 from moe_jax.ops.dispatch import expert_capacity
 from moe_jax.ops.routing import make_choice, to_batch
 from moe_jax.sharding.exchange import Shape, exchange, make_plan, ragged_arguments
-from moe_jax.types import StepStats
+from tests.ops.balancer_laws import loss_of
 from tests.ops.choosing import route as choose
 
 SMALL = Machine(nodes=2, devices_per_node=2)  # devices 0 and 1, 2 and 3
@@ -47,12 +46,21 @@ def draw(machine: Machine, rng, tokens=48, experts=24, k=4) -> com.Routed:
   return lay(machine, chosen, experts)
 
 
+def routed_by(machine: Machine, spec: str, logits_TE, k: int) -> com.Routed:
+  """What a router chooses."""
+  tokens, experts = logits_TE.shape
+  assignment = choose(make_choice(spec, experts, k), jnp.asarray(logits_TE)).assignment
+  valid_A = np.asarray(assignment.valid_A)
+  chosen = (np.asarray(x)[valid_A] for x in (assignment.token_A, assignment.expert_A))
+  return com.Routed(machine.place(tokens, "tokens"), machine.place(experts, "experts"), *chosen)
+
+
 def arrows(counts_PP) -> dict:
   return {(int(p), int(q)): int(counts_PP[p, q]) for p, q in np.argwhere(counts_PP)}
 
 
 # Counted by hand. One token per device; expert e lies on device e.
-BY_HAND = [[2, 3], [1, 0], [0, 2], [0, 1]]
+ROUTED = lay(SMALL, [[2, 3], [1, 0], [0, 2], [0, 1]], 4)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +73,7 @@ BY_HAND = [[2, 3], [1, 0], [0, 2], [0, 1]]
   ],
 )
 def test_a_case_counted_by_hand(once_per, network, local):
-  traffic = com.dispatch_rows(lay(SMALL, BY_HAND, 4), SMALL, once_per)
+  traffic = com.dispatch_rows(ROUTED, SMALL, once_per)
   assert arrows(traffic.network_PP) == network
   assert arrows(traffic.local_PP) == local
 
@@ -87,11 +95,11 @@ def test_a_relay_that_needs_no_row_still_passes_it_on():
 
 
 def test_times_and_the_busiest_link_by_hand():
-  """The rows of BY_HAND, straight: device 3 sends two rows over the network, devices 0 and 3 send most."""
+  """The rows of ROUTED, straight: device 3 sends two rows over the network, devices 0 and 3 send most."""
   machine = Machine(nodes=2, devices_per_node=2, local_bandwidth=100.0, network_bandwidth=10.0, flops=1e3)
   layer = com.Layer(model_dim=5, expert_dim=3, bytes_per_number=4)
   assert (layer.row_bytes, layer.expert_bytes, layer.flops_per_row) == (20, 180, 90)
-  cost = com.step_cost(lay(machine, BY_HAND, 4), machine, layer)
+  cost = com.step_cost(ROUTED, machine, layer)
   found = {link.name: link for link in links(cost.dispatch, machine)}
   assert found["network port out of device 3"].bytes == 40
   assert found["local port out of device 1"].seconds == pytest.approx(0.2)
@@ -104,7 +112,7 @@ def test_times_and_the_busiest_link_by_hand():
   assert cost.total.total == 4 * 6 * 20
 
   # Expert 0's 180 bytes go 0 -> 1 inside, 1 -> 2 over the network, 2 -> 3 inside, and its gradients come back.
-  shadowed = com.step_cost(lay(machine, BY_HAND, 4), machine, layer, shadowed=(0,))
+  shadowed = com.step_cost(ROUTED, machine, layer, shadowed=(0,))
   assert shadowed.shadow_seconds == pytest.approx(2 * 180 / 10)
 
   shared = Machine(2, 2, local_bandwidth=100.0, network_bandwidth=10.0, network_ports="node")
@@ -190,12 +198,6 @@ def test_the_fewer_copies_the_fewer_rows(rng):
   assert (node.received_P >= device.received_P - device.network_PP.sum(axis=0)).all()
 
 
-def route(spec, logits_TE, k):
-  assignment = choose(make_choice(spec, logits_TE.shape[1], k), jnp.asarray(logits_TE)).assignment
-  valid_A = np.asarray(assignment.valid_A)
-  return np.asarray(assignment.token_A)[valid_A], np.asarray(assignment.expert_A)[valid_A]
-
-
 @pytest.mark.parametrize("limit", [1, 2, 3, 4])
 @pytest.mark.parametrize("what", ["device", "node"])
 def test_a_limit_bounds_what_is_sent(rng, what, limit):
@@ -204,10 +206,9 @@ def test_a_limit_bounds_what_is_sent(rng, what, limit):
   parts = machine.devices if what == "device" else machine.nodes
   logits_TE = rng.normal(size=(64, 32)).astype(np.float32)
   name = f"{what}_limited_topk:groups={parts}:groups_per_token={limit}"
-  places = machine.place(64, "tokens"), machine.place(32, "experts")
   most = {}
   for spec in (name, "softmax_topk"):
-    traffic = com.dispatch_rows(com.Routed(*places, *route(spec, logits_TE, 4)), machine, what)
+    traffic = com.dispatch_rows(routed_by(machine, spec, logits_TE, 4), machine, what)
     sent_P = traffic.sent_P if what == "device" else traffic.network_PP.sum(axis=1)
     most[spec] = sent_P.max()
   tokens_per_device = 64 // machine.devices
@@ -219,9 +220,8 @@ def test_a_limit_bounds_what_is_sent(rng, what, limit):
 def test_the_topology_aware_router_keeps_its_allowance(rng):
   logits_TE = rng.normal(size=(64, 16)).astype(np.float32)
   machine = Machine(nodes=2, devices_per_node=4)
-  places = machine.place(64, "tokens"), machine.place(16, "experts")
-  routed = com.Routed(*places, *route("topology_aware_topk:nodes=2:max_remote_fraction=0.25", logits_TE, 2))
-  traffic = com.dispatch_rows(routed, machine, "node")
+  spec = "topology_aware_topk:nodes=2:max_remote_fraction=0.25"
+  traffic = com.dispatch_rows(routed_by(machine, spec, logits_TE, 2), machine, "node")
   sent_by_node = traffic.network_PP.sum(axis=1).reshape(2, 4).sum(axis=1)
   assert sent_by_node.tolist() == [8, 8]  # a quarter of each node's 32 tokens
 
@@ -230,27 +230,17 @@ def test_the_communication_loss_balances_what_is_received(rng):
   """Descent on a bias of the logits: the send side is bounded by the router, the receive side by the loss."""
   devices, experts, k, limit, tokens = 4, 16, 4, 2, 512
   machine = Machine(nodes=2, devices_per_node=2)
-  choice = make_choice(f"device_limited_topk:groups={devices}:groups_per_token={limit}", experts, k)
-  balancer = make_balancer(
-    f"communication_loss:1.0:devices={devices}:devices_per_token={limit}:scope=global_batch"
-  )
+  router = f"device_limited_topk:groups={devices}:groups_per_token={limit}"
+  balancer = f"communication_loss:1.0:devices={devices}:devices_per_token={limit}:scope=global_batch"
   skew_E = np.where(np.arange(experts) < experts // devices, 1.5, 0.0)  # the first device is the favourite
   logits_TE = jnp.asarray(rng.normal(size=(tokens, experts)) + skew_E, jnp.float32)
 
   def loss(shift_E):
-    routing = jax.tree.map(lambda x: x[None], choose(choice, logits_TE + shift_E[None]))
-    batch = to_batch(routing, 1, tokens, k)
-    state = balancer.init(experts)
-    observed = jax.lax.stop_gradient(balancer.observe(state, batch))
-    (value,) = balancer.losses(state, batch, StepStats(observed, observed)).values()
-    return value
+    routing = choose(make_choice(router, experts, k), logits_TE + shift_E[None])
+    return loss_of(balancer, to_batch(jax.tree.map(lambda x: x[None], routing), 1, tokens, k))
 
   def received_over_mean(shift_E):
-    assignment = choose(choice, logits_TE + shift_E[None]).assignment
-    routed = com.Routed(
-      machine.place(tokens, "tokens"), machine.place(experts, "experts"),
-      np.asarray(assignment.token_A), np.asarray(assignment.expert_A),
-    )  # fmt: skip
+    routed = routed_by(machine, router, logits_TE + shift_E[None], k)
     reached = {(int(t), int(routed.device_E[e])) for t, e in zip(routed.token_A, routed.expert_A)}
     traffic = com.dispatch_rows(routed, machine, "device")
     assert traffic.sent_P.max() <= limit * tokens // devices
@@ -296,9 +286,9 @@ def test_a_hot_expert_is_copied_exactly_where_its_weights_are_fewer_bytes(rng, o
 def test_shadowed_tokens_stay_and_weights_travel(rng):
   routed, layer = hot(UNEVEN, rng), com.Layer(model_dim=8, expert_dim=2)
   cost = com.step_cost(routed, UNEVEN, layer, shadowed=(7,))
-  without = com.step_cost(routed._replace(
-    token_A=routed.token_A[routed.expert_A != 7], expert_A=routed.expert_A[routed.expert_A != 7]
-  ), UNEVEN, layer)  # fmt: skip
+  others_A = routed.expert_A != 7
+  others = routed._replace(token_A=routed.token_A[others_A], expert_A=routed.expert_A[others_A])
+  without = com.step_cost(others, UNEVEN, layer)
   assert cost.dispatch.total == without.dispatch.total
   assert cost.rows_P.sum() == len(routed.token_A)
   assert cost.shadow.total == 11 * layer.expert_bytes
@@ -421,16 +411,16 @@ def test_dropless_rows_move_as_counted(rng):
     (lambda: Machine(network_ports="rack"), "--network_ports=rack: must be device or node"),
     (lambda: SMALL.place(6, "experts"), "6 experts: the 4 devices cannot hold equal parts"),
     (
-      lambda: com.dispatch_rows(lay(SMALL, BY_HAND, 4), SMALL, "rack"),
+      lambda: com.dispatch_rows(ROUTED, SMALL, "rack"),
       "--once_per=rack: must be one of expert, device, node",
     ),
     (
-      lambda: com.choose_shadows(lay(SMALL, BY_HAND, 4), SMALL, com.Layer(1, 1), rule="luck"),
-      "shadowing by luck: must be bytes or time",
+      lambda: com.choose_shadows(ROUTED, SMALL, com.Layer(1, 1), rule="luck"),
+      "by luck: must be bytes or time",
     ),
     (
       lambda: com.capacity_rows(SMALL, groups=6, num_experts=4, capacity=1),
-      "groups: 6 cannot be cut into 4 equal parts",
+      "6 cannot be cut into 4 equal parts",
     ),
   ],
 )

@@ -93,11 +93,16 @@ def test_yardsticks_in_view_are_lines_and_others_are_named(trigram):
   assert "byte unigram 4.50" in ax.get_title("right") and ax.get_ylim()[1] < 2.3
 
 
-def test_dense_models_are_lines(tmp_path, monkeypatch):
-  saved = {}
-  monkeypatch.setattr(
-    canvas, "save", lambda figure, path, *_, **__: saved.update({path.stem: figure.axes[0]})
-  )
+@pytest.fixture
+def saved(monkeypatch):
+  """The axes of each picture that would be saved, by its name."""
+  found = {}
+  save = lambda figure, path, *_, **__: found.update({path.stem: figure.axes[0]})
+  monkeypatch.setattr(canvas, "save", save)
+  return found
+
+
+def test_dense_models_are_lines(tmp_path, saved):
   results = [make_result(arm, 0, perplexity=y, max_vio=[0.0]) for arm, y in (("a", 5.0), ("b", 7.0))]
   results += [make_result("dense", 0, perplexity=6.0, max_vio=[0.0]) | {"model": {"num_experts": [1]}}]
   results += [make_result("mlp", 0, perplexity=6.5)]
@@ -109,11 +114,7 @@ def test_dense_models_are_lines(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("in_bytes", [True, False])
-def test_axes_are_in_bits_per_byte_where_bytes_are_known(tmp_path, in_bytes, monkeypatch):
-  saved = {}
-  monkeypatch.setattr(
-    canvas, "save", lambda figure, path, *_, **__: saved.update({path.stem: figure.axes[0]})
-  )
+def test_axes_are_in_bits_per_byte_where_bytes_are_known(tmp_path, in_bytes, saved):
   results = [make_result(arm, 0, nll=2.0) for arm in "ab"]
   if in_bytes:
     results = [make_result(arm, 0, bits_per_byte=2.0) | {"bytes_per_token": 2.0} for arm in "ab"]

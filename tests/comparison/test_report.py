@@ -17,11 +17,8 @@ def test_a_diverged_run_is_reported(tmp_path):
   nan = math.nan
   lost = make_result("lost", 0, nll=nan, perplexity=nan, max_vio=[nan, nan], load=[[nan] * 4] * 2)
   write_run(tmp_path, [make_result(), lost])
-  lines = [{"step": 10, "loss": 3.0, "max_vio": [1.0, 1.0]}]
-  lines += [
-    {"step": 20, "loss": "NaN", "max_vio": ["NaN", 1.0]},
-    {"step": 30, "loss": "Infinity", "max_vio": [0.0, 0.0]},
-  ]
+  steps = (10, 3.0, [1.0, 1.0]), (20, "NaN", ["NaN", 1.0]), (30, "Infinity", [0.0, 0.0])
+  lines = [{"step": step, "loss": loss, "max_vio": max_vio} for step, loss, max_vio in steps]
   (tmp_path / "arms/arm_1/seed_0/metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
   paths = write(tmp_path, report.load_results(tmp_path))
   assert "<td>nan</td>" in paths["html"].read_text() and len(paths) == 10
@@ -38,10 +35,8 @@ def test_the_markdown_table_says_what_is_resolved(tmp_path):
   assert page[4].startswith("| `a` | 8.000 ± 0.000 |") and page[4].endswith("| baseline |")
   assert "+1.010 [+0.985, +1.035]: higher (worse)" in page[5]
   assert len({line.count("|") for line in page[2:6]}) == 1
-  quantities = ("MaxVio global", "mutual information")
-  assert page[7] == " ".join(
-    f"No difference in {q} is resolved (1 arm against a, 3 seeds)." for q in quantities
-  )
+  unresolved = "No difference in {} is resolved (1 arm against a, 3 seeds)."
+  assert page[7] == " ".join(map(unresolved.format, ("MaxVio global", "mutual information")))
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
@@ -55,11 +50,8 @@ def test_table_fits_the_width_and_shows_every_number(width):
   text = out.getvalue()
   assert max(map(len, text.splitlines())) <= width
   assert "\x1b" not in text and "…" not in text
-  assert (
-    "1.2346±0.0000" in text
-    and "[red]" in text
-    and "Mean ± sample standard deviation over 3 seeds" in " ".join(text.split())
-  )
+  assert "1.2346±0.0000" in text and "[red]" in text
+  assert "Mean ± sample standard deviation over 3 seeds" in " ".join(text.split())
 
 
 def test_table_prints_where_only_ascii_can_be(monkeypatch):

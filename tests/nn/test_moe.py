@@ -212,10 +212,7 @@ def test_balancer_state_has_no_gradient():
     ({"balancer": "none,swich_loss:0.1"}, "unknown balancer 'swich_loss': did you mean switch_loss"),
     ({"dispatcher": "sort"}, "unknown dispatcher 'sort': did you mean sorted"),
     ({"num_experts_per_token": E + 1}, f"num_experts_per_token={E + 1}"),
-    (
-      {"router": "expert_choice", "balancer": "loss_free_bias"},
-      "by a bias, and the router takes none",
-    ),
+    ({"router": "expert_choice", "balancer": "loss_free_bias"}, "by a bias, and the router takes none"),
     ({"router": "group_limited_topk:groups=3"}, "groups=3"),
     ({"balancer": "expert_threshold"}, "compares with no threshold; use router expert_threshold"),
     ({"balancer": "load_loss"}, "reads the smooth load"),
@@ -278,19 +275,10 @@ def test_flat_tokens_are_refused_where_sequences_matter(fields, message):
     make(**fields)(jnp.zeros((L, D)))
 
 
-@pytest.mark.parametrize(
-  "router",
-  [
-    "softmax_topk",
-    "noisy_topk",
-    "hierarchical_topk",
-    "moe_plus_plus",
-    "task_level",
-    "cosine_topk",
-    "mlp_topk",
-    "gemma4_topk",
-  ],
-)
+WITH_PARAMETERS = "noisy_topk", "hierarchical_topk", "task_level", "cosine_topk", "mlp_topk", "gemma4_topk"
+
+
+@pytest.mark.parametrize("router", ["softmax_topk", "moe_plus_plus", *WITH_PARAMETERS])
 def test_float32_products_are_full_precision_in_the_compiled_program(router):
   """With bfloat16 tokens those are the router's own, forward and backward. CPUs compute them so in any case."""
   moe = make(router=router, num_experts=8, balancer="none")

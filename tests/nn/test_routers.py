@@ -138,21 +138,31 @@ def test_output_and_gradients_equal_the_loop(spec):
   w = {name: value.astype(float) for name, value in by_path(params).items()} | {"x": X_BLD.astype(float)}
   np.testing.assert_allclose(y_BLD, loop(spec, w), rtol=1e-4, atol=1e-5)
 
-  rng = np.random.default_rng(5)
-  for name, gradient in (by_path(d_params) | {"x": d_x_BLD}).items():
-    direction = rng.normal(size=gradient.shape)
-    sides = [loop(spec, w | {name: w[name] + s * 1e-6 * direction}) for s in (1, -1)]
-    want = np.sum((sides[0] - sides[1]) * COTANGENT_BLD) / 2e-6
-    np.testing.assert_allclose(np.sum(gradient * direction), want, rtol=1e-3, atol=1e-4, err_msg=name)
-    assert abs(want) > 1e-3, name
+  loss = lambda w: np.sum(loop(spec, w) * COTANGENT_BLD)
+  reference.assert_gradients(loss, w, by_path(d_params) | {"x": d_x_BLD}, at_least=1e-3)
 
 
-def router_of(spec, **fields):
-  return MoE(D, num_experts=E, expert_dim=F, router=spec, rngs=nnx.Rngs(0), **fields).router
+def layer(spec, **fields):
+  return MoE(D, num_experts=E, expert_dim=F, router=spec, dispatcher="dropless", rngs=nnx.Rngs(0), **fields)
+
+
+def test_a_router_by_task_needs_the_domains():
+  with pytest.raises(InputError, match="reads the domain of each sequence"):
+    layer("task_level:3")(X_BLD)
+
+
+def test_sequences_of_a_group_are_routed_each_on_its_own():
+  mask_BL = np.arange(L)[None] < np.array([[3], [1], [0]])
+  layers = [layer("sequence_level", group_size=size) for size in (0, B * L)]
+  alone, together = jax.jit(lambda: [moe(X_BLD, Context(mask_BL=mask_BL))[0] for moe in layers])()
+  assert np.abs(alone).max() > 0.01
+  np.testing.assert_allclose(together, alone, atol=1e-6)
+  with pytest.raises(InputError, match=f"multiple of sequence_length={L}"):
+    layer("sequence_level", group_size=3)(X_BLD)
 
 
 def test_the_temperature_of_a_cosine_router_is_at_least_a_hundredth():
-  router = router_of("cosine_topk:temperature=0.25")
+  router = layer("cosine_topk:temperature=0.25").router
   widest = lambda: float(np.abs(router.logits(X_BLD)).max())
   before, expected = widest(), [1.0, 0.04, 25.0, 25.0]  # temperatures 0.25, 6.25, 0.01 and far below
   found = []
@@ -165,15 +175,15 @@ def test_the_temperature_of_a_cosine_router_is_at_least_a_hundredth():
 
 
 def test_a_token_of_zeros_has_finite_gradients_in_a_cosine_router():
-  router = router_of("cosine_topk")
+  router = layer("cosine_topk").router
   assert np.isfinite(jax.grad(lambda x: router.logits(x).sum())(np.zeros_like(X_BLD))).all()
 
 
 def test_what_weights_multiply_is_one_of_two():
-  router = router_of("sigmoid_topk")
+  router = layer("sigmoid_topk").router
   router.weighs = "hidden"
   with pytest.raises(InputError, match="weighs must be one of output, input, got 'hidden'"):
-    router_of(router)
+    layer(router)
 
 
 @pytest.mark.parametrize(
@@ -188,5 +198,5 @@ def test_what_weights_multiply_is_one_of_two():
 )
 def test_wrong_options_are_one_line_errors(spec, message):
   with pytest.raises(InputError) as error:
-    router_of(spec)
+    layer(spec)
   assert message in str(error.value) and "\n" not in str(error.value)

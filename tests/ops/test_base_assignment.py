@@ -5,9 +5,7 @@ import numpy as np
 import pytest
 
 from moe_jax.ops.routing.base_assignment import balanced_assignment
-from tests.ops.router_laws import entries_of, logits_of, route_row
 from tests.ops.router_row import T
-from tests.ops.router_rows import ROWS
 from tests.reference import batch_routing as reference
 
 assign = jax.jit(balanced_assignment)
@@ -55,27 +53,8 @@ def test_room_is_found_over_a_chain_of_moves():
   np.testing.assert_array_equal(assign(scores_TE, np.ones(6, bool)), [1, 0, 2, 1, 2, 0])
 
 
-def test_padding_takes_no_place():
-  """Six valid tokens of twelve, and three experts: two each, whatever the padding would like."""
-  scores_TE = some_scores("collapsed", T, 3, 0)
-  mask_T = np.arange(T) % 2 == 0
-  expert_T = np.asarray(assign(scores_TE, mask_T))
-  assert np.bincount(expert_T[mask_T]).tolist() == [2, 2, 2]
-  np.testing.assert_array_equal(
-    assign(np.where(mask_T[:, None], scores_TE, np.float32(1e30)), mask_T), expert_T
-  )
-
-
 def test_no_scores_of_any_size_hang_it():
   for bad in (1e30, np.nan, np.inf):
     scores_TE = some_scores("collapsed", T, 3, 0)
     scores_TE[0, 0] = bad
     assert np.asarray(assign(scores_TE, np.ones(T, bool))).shape == (T,)
-
-
-def test_evaluation_takes_the_best_expert():
-  row = ROWS["base_assignment_evaluation"]
-  logits_TE = logits_of(row)
-  chosen_T = [e.expert for e in entries_of(route_row(row, logits_TE).assignment)]
-  np.testing.assert_array_equal(chosen_T, logits_TE.argmax(axis=1))
-  assert np.bincount(chosen_T).max() > T / row.num_experts

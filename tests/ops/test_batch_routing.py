@@ -27,19 +27,15 @@ from tests.ops.router_row import T
 from tests.ops.router_rows import ROWS
 from tests.reference import batch_routing as reference
 
-WHOLE_GROUP = [
-  name
-  for name, row in ROWS.items()
-  if row.spec.split(":")[0]
-  in (
-    "batch_prioritized",
-    "expert_choice",
-    "base_assignment",
-    "sinkhorn",
-    "quantile_topk",
-    "token_rounding",
-  )
-]
+FAMILY = (
+  "batch_prioritized",
+  "expert_choice",
+  "base_assignment",
+  "sinkhorn",
+  "quantile_topk",
+  "token_rounding",
+)
+WHOLE_GROUP = [name for name, row in ROWS.items() if row.spec.split(":")[0] in FAMILY]
 
 
 def crowded_logits(row, seed=0):

@@ -60,11 +60,6 @@ def test_each_micro_batch_sees_the_load_so_far(name):
   np.testing.assert_allclose(gradient, want, atol=1e-6)
 
 
-def test_it_takes_one_pass():
-  assert not make_balancer("switch_loss:1:buffer").needs_whole_step
-  assert make_balancer("switch_loss:1:global_batch").needs_whole_step
-
-
 # --- in training ---
 
 

@@ -26,14 +26,7 @@ def groups_of(assignment, per_group):
 
 
 V2 = {"groups": 8, "groups_per_token": 3, "group_top": 1, "score": "softmax", "scale": 16.0}
-V3 = {
-  "groups": 8,
-  "groups_per_token": 4,
-  "group_top": 2,
-  "score": "sigmoid",
-  "normalize": True,
-  "scale": 2.5,
-}
+V3 = {"groups": 8, "groups_per_token": 4, "group_top": 2, "score": "sigmoid", "normalize": True, "scale": 2.5}
 
 
 @pytest.mark.parametrize(

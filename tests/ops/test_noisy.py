@@ -197,19 +197,6 @@ def test_extreme_noise_has_finite_gradients(noise):
 # --- the choice ---
 
 
-@pytest.mark.parametrize("row", [NOISY], ids=["noisy_topk"])
-def test_weights_sum_to_one(row):
-  weights = choices(route_row(row, logits_of(row), key=key_of(row)).assignment)
-  sums_T = [sum(w for (t, _), w in weights.items() if t == token) for token in range(T)]
-  np.testing.assert_allclose(sums_T, 1, rtol=1e-6)
-
-
-def test_vmoe_weights_are_probabilities_among_all_experts():
-  weights = choices(route_row(VMOE, logits_of(VMOE), key=key_of(VMOE)).assignment)
-  sums_T = np.array([sum(w for (t, _), w in weights.items() if t == token) for token in range(T)])
-  assert (sums_T < 1).all() and (sums_T < 0.9).any()
-
-
 def frequencies(spec, num_experts, k, num_projections, keys=2000):
   """How often each expert is chosen, and its mean smooth load, where all logits are 0."""
   choice = make_choice(spec, num_experts, k)

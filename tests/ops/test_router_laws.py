@@ -160,6 +160,17 @@ def test_bias_moves_the_choice_and_never_a_weight(row):
       np.testing.assert_allclose(weight, np.exp(plain.log_scores_TE[pair]), rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+  "name", ["gshard_top2", "noisy_topk", "hierarchical_topk", "hierarchical_without_noise"]
+)
+def test_weights_sum_to_one(name):
+  row = ROWS[name]
+  key = key_of(row) if row.draws_per_expert else None  # otherwise the key says what is not sent
+  weights = choices(route_row(row, logits_of(row), key=key).assignment)
+  sums_T = [sum(w for (t, _), w in weights.items() if t == token) for token in range(T)]
+  np.testing.assert_allclose(sums_T, 1, rtol=1e-6)
+
+
 @every_router
 def test_jit_equals_no_jit_and_traces_once(row):
   step, traces = step_of(row), set()

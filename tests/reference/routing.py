@@ -132,6 +132,21 @@ def mesh_tensorflow_kept(logits_SE, capacity, rnd_S, threshold=0.5):
   return kept
 
 
+def assert_gradients(loss, values, gradients, at_least, directions=1):
+  """Each gradient along random directions of its own equals the central difference of the float64 `loss(values)`.
+
+  A variable is moved on its own, so that no error hides behind another. `at_least`: how large a slope must be found."""
+  rng = np.random.default_rng(3)
+  for name, gradient in gradients.items():
+    found = []
+    for _ in range(directions):
+      direction = rng.normal(size=np.shape(gradient))
+      above, below = (loss(values | {name: values[name] + s * 1e-6 * direction}) for s in (1, -1))
+      found.append((above - below) / 2e-6)
+      np.testing.assert_allclose(np.sum(gradient * direction), found[-1], rtol=1e-3, atol=1e-4, err_msg=name)
+    assert np.abs(found).max() > at_least, name
+
+
 def finite_differences(function, x, eps=1e-5):
   """The gradient of a scalar function of a float64 array, by central differences."""
   x = np.array(x, np.float64)

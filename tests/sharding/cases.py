@@ -1,6 +1,8 @@
 """Assignments, meshes and the slow loop that every dispatcher is compared with."""
 
 import functools
+import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +64,12 @@ def inputs(dtype=jnp.float32):
   draw = lambda i, *shape: 0.5 * jax.random.normal(jax.random.key(i), shape).astype(dtype)
   experts = gated_experts(draw(2, E, D, F), draw(3, E, D, F), draw(4, E, F, D))
   return 2 * draw(0, G, T, D), 2 * draw(1, G, T, D), experts
+
+
+def collectives(program: str) -> Counter:
+  """How many of each kind a compiled program's text has."""
+  names = "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute"
+  return Counter(re.findall(rf"= .*? ({names})(?:-start)?\(", program))
 
 
 def mesh_of(name: str) -> jax.sharding.Mesh:

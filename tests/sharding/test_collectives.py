@@ -4,10 +4,8 @@ import dataclasses
 import importlib.util
 import os
 import pathlib
-import re
 import subprocess
 import sys
-from collections import Counter
 
 import jax
 import pytest
@@ -16,7 +14,7 @@ from moe_jax import sharding
 from moe_jax.analysis.hlo import parse
 from moe_jax.analysis.overlap import exchanges
 from moe_jax.sharding.dispatchers import make_dispatcher
-from tests.sharding.cases import CAPACITY, E, assignment, inputs, mesh_of
+from tests.sharding.cases import CAPACITY, E, assignment, collectives, inputs, mesh_of
 
 
 def _lowered(spec: str, mesh: str, differentiate: bool = False, platform: str = "cpu"):
@@ -43,11 +41,6 @@ def _lowered(spec: str, mesh: str, differentiate: bool = False, platform: str = 
       out_shardings=layouts if differentiate else by_group,
     )
     return function.trace(x, given.weight_A, experts).lower(lowering_platforms=(platform,))
-
-
-def collectives(program: str) -> Counter:
-  names = "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute"
-  return Counter(re.findall(rf"= .*? ({names})(?:-start)?\(", program))
 
 
 @pytest.mark.parametrize(

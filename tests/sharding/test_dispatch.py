@@ -10,18 +10,7 @@ import pytest
 from moe_jax.errors import InputError
 from moe_jax.sharding.dispatchers import DISPATCHERS, make_dispatcher
 from tests.reference.moe_layer import kept_entries, moe_layer
-from tests.sharding.cases import (
-  CAPACITY,
-  KINDS,
-  MESHES,
-  SPECS,
-  E,
-  G,
-  assignment,
-  check,
-  inputs,
-  mesh_of,
-)
+from tests.sharding.cases import CAPACITY, KINDS, MESHES, SPECS, E, G, assignment, check, inputs, mesh_of
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -42,10 +31,7 @@ def test_weights_on_the_inputs_equal_the_loop(spec):
   [
     ("dropless:chunks=2", "expert=2"),
     ("dropless:chunks=3", "data=2,expert=4"),  # 16 entries on a device: the last chunk is filled up
-    (
-      "all_to_all:chunks=2",
-      "data=2,expert=4",
-    ),  # cut between the two groups of a device: bounded by their slots
+    ("all_to_all:chunks=2", "data=2,expert=4"),  # cut between a device's two groups: bounded by their slots
     ("all_gather:capacity=group", "data=2,expert=4"),
   ],
 )

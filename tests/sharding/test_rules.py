@@ -1,8 +1,5 @@
 """How arrays are laid out on a mesh, and which collectives the compiled MoE layer has."""
 
-import re
-from collections import Counter
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -15,6 +12,7 @@ from moe_jax.errors import InputError
 from moe_jax.nn import Context, MoE
 from moe_jax.training.compiled import make_init, resolve_config
 from tests import tiny
+from tests.sharding.cases import collectives
 
 # B*L = 8*32 tokens in 8 groups; no other tensor of the layer has a dimension of these sizes by accident.
 BATCH, LENGTH, DIM, EXPERTS, HIDDEN = 8, 32, 24, 4, 40
@@ -54,11 +52,6 @@ def test_constrain_without_a_mesh_does_nothing():
   assert sharding.constrain(x, ("batch", None)) is x
 
 
-def _collectives(program: str) -> Counter:
-  names = "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute"
-  return Counter(re.findall(rf"= .*? ({names})(?:-start)?\(", program))
-
-
 def _compiled_layer(dispatcher: str, differentiate: bool) -> str:
   """The compiled layer on data=2 x expert=4, its arguments laid out as in training."""
   fields = {"num_experts": EXPERTS, "expert_dim": HIDDEN, "balancer": "switch_loss:0.01"}
@@ -71,43 +64,33 @@ def _compiled_layer(dispatcher: str, differentiate: bool) -> str:
     params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
     x_layout = sharding.batch_sharding(mesh)
 
-    def forward(params, x_BLD):
-      y_BLD, _ = nnx.merge(graphdef, params, rest)(x_BLD, Context(train=True))
-      return y_BLD
-
-    def gradients(params, x_BLD, dy_BLD):
-      return jax.vjp(forward, params, x_BLD)[1](dy_BLD)
-
-    x = jax.ShapeDtypeStruct((BATCH, LENGTH, DIM), jnp.float32)
+    forward = lambda params, x_BLD: nnx.merge(graphdef, params, rest)(x_BLD, Context(train=True))[0]
+    gradients = lambda params, x_BLD, dy_BLD: jax.vjp(forward, params, x_BLD)[1](dy_BLD)
+    x, given = jax.ShapeDtypeStruct((BATCH, LENGTH, DIM), jnp.float32), (layouts, x_layout)
     if differentiate:
-      jitted = jax.jit(
-        gradients, in_shardings=(layouts, x_layout, x_layout), out_shardings=(layouts, x_layout)
-      )
+      jitted = jax.jit(gradients, in_shardings=(*given, x_layout), out_shardings=given)
       return jitted.lower(params, x, x).compile().as_text()
-    jitted = jax.jit(forward, in_shardings=(layouts, x_layout), out_shardings=x_layout)
+    jitted = jax.jit(forward, in_shardings=given, out_shardings=x_layout)
     return jitted.lower(params, x).compile().as_text()
 
 
-def test_einsum_layer_has_two_all_to_alls_forward_and_nothing_else():
-  assert _collectives(_compiled_layer("einsum", differentiate=False)) == {"all-to-all": 2}
+@pytest.mark.parametrize("dispatcher", ["einsum", "sorted"])
+def test_a_layer_has_two_all_to_alls_forward_and_nothing_else(dispatcher):
+  assert collectives(_compiled_layer(dispatcher, differentiate=False)) == {"all-to-all": 2}
 
 
 def test_einsum_layer_has_four_all_to_alls_with_backward():
   """Two more for the way back; all-reduces sum weight gradients over the replicas."""
-  found = _collectives(_compiled_layer("einsum", differentiate=True))
+  found = collectives(_compiled_layer("einsum", differentiate=True))
   assert found["all-to-all"] == 4
   assert found["all-gather"] == found["collective-permute"] == found["reduce-scatter"] == 0
-
-
-def test_sorted_layer_has_two_all_to_alls_forward_too():
-  assert _collectives(_compiled_layer("sorted", differentiate=False)) == {"all-to-all": 2}
 
 
 def test_the_count_can_fail():
   program = (
     "%a = f32[8] all-to-all(%x), y\n%b = (f32[8], f32[8]) all-gather-start(%x)\n%c = f32[8] all-to-all(%x)"
   )
-  assert _collectives(program) == {"all-to-all": 2, "all-gather": 1}
+  assert collectives(program) == {"all-to-all": 2, "all-gather": 1}
 
 
 def _abstract_state():
@@ -127,12 +110,8 @@ def test_optimizer_state_is_laid_out_like_its_parameters():
   assert len(jax.tree.leaves(layouts)) == len(jax.tree.leaves(state))
   # Of two layers with 8 experts of 16 x 16, one device holds an eighth of each moment.
   for moments in (adam.mu, adam.nu):
-    held = (
-      moments["segments"][0]["pattern"]["blocks"][0]["ffn"]["experts"]["w_up_EDF"]
-      .get_value()
-      .shard_shape((2, 8, 16, 16))
-    )
-    assert held == (2, 4, 8, 8)
+    w_up = moments["segments"][0]["pattern"]["blocks"][0]["ffn"]["experts"]["w_up_EDF"]
+    assert w_up.get_value().shard_shape((2, 8, 16, 16)) == (2, 4, 8, 8)
 
 
 def test_every_parameter_names_its_axes():
