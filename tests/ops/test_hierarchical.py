@@ -10,11 +10,10 @@ import pytest
 from moe_jax.ops.routing import make_choice
 from moe_jax.types import ExpertScale
 from tests.ops.choosing import route
-from tests.ops.router_laws import MASK_T, choice_of, entries_of, key_of, logits_of, loop, route_row
+from tests.ops.router_laws import entries_of, key_of, logits_of, loop, route_row
 from tests.ops.router_row import T
 from tests.ops.router_rows import ROWS
-from tests.reference import noisy_routing as reference
-from tests.reference.routing import finite_differences, softmax
+from tests.reference.routing import softmax
 
 ROW, QUIET = ROWS["hierarchical_topk"], ROWS["hierarchical_without_noise"]
 GROUPS, GROUPS_PER_TOKEN = 3, 2  # of ROW
@@ -109,77 +108,7 @@ def test_a_bias_that_multiplies():
   assert plain == by(jnp.full(9, 0.5))
 
 
-# --- smooth load and gradients ---
-
-
-@pytest.mark.parametrize("with_key", [False, True], ids=["no_key", "key"])
-def test_smooth_load_is_the_product_of_both_levels(with_key):
-  for seed in range(2):
-    logits_TE, key = logits_of(ROW, seed), key_of(ROW, seed) if with_key else None
-    got_TE = route_row(ROW, logits_TE, key=key, seed=seed).smooth_load_TE
-    want_TE = reference.hierarchical_topk_load(
-      logits_TE, ROW.k, ROW.draw(key) if with_key else None, *ROW.more_logits(seed), GROUPS_PER_TOKEN
-    )
-    np.testing.assert_allclose(got_TE, want_TE, rtol=1e-4, atol=1e-6)
-
-
-@functools.cache
-def gradients():
-  def total(all_logits, key, mask, c_TE, c_A):
-    routing = route(choice_of(ROW), *all_logits, key=key, mask=mask)
-    a = routing.assignment
-    return jnp.sum(c_TE * jnp.where(mask[:, None], routing.smooth_load_TE, 0)) + jnp.sum(
-      c_A * jnp.where(a.valid_A, a.weight_A, 0)
-    )
-
-  return jax.jit(jax.grad(total))
-
-
-@pytest.mark.parametrize("which", range(3), ids=["parts", "noise_of_experts", "noise_of_parts"])
-def test_gradients_in_the_further_logits_equal_finite_differences(which):
-  """Of weights and smooth load."""
-  logits_TE, key, everyone = logits_of(ROW), key_of(ROW), np.ones(T, bool)
-  rng = np.random.default_rng(1)
-  c_TE, c_A = (rng.normal(size=shape).astype(np.float32) for shape in ((T, 9), T * ROW.k))
-
-  def loss(logits_TX):
-    more = [*MORE[:which], logits_TX, *MORE[which + 1 :]]
-    load_TE = reference.hierarchical_topk_load(logits_TE, ROW.k, ROW.draw(key), *more, GROUPS_PER_TOKEN)
-    entries = ROW.reference(logits_TE, ROW.k, np.zeros(9), everyone, ROW.draw(key), *more)
-    return np.sum(c_TE * load_TE) + sum(float(c) * e.weight for c, e in zip(c_A, entries, strict=True))
-
-  got_TX = gradients()((logits_TE, *MORE), key, everyone, c_TE, c_A)[1 + which]
-  np.testing.assert_allclose(got_TX, finite_differences(loss, MORE[which]), atol=2e-5)
-  assert np.abs(got_TX).max() > 0.05
-
-
-@pytest.mark.parametrize("huge", [1e30, -1e30, np.nan])
-def test_padding_gives_no_gradient_that_is_no_number(huge):
-  hide = lambda x: np.where(MASK_T[:, None], x, np.float32(huge))
-  ones = np.ones((T, 9), np.float32), np.ones(T * ROW.k, np.float32)
-  hidden = [hide(x) for x in (logits_of(ROW), *MORE)]
-  for gradient_TX in gradients()(hidden, key_of(ROW), MASK_T, *ones):
-    assert np.isfinite(gradient_TX).all()
-    np.testing.assert_array_equal(gradient_TX[~MASK_T], 0)
-
-
-def test_zero_logits_load_all_experts_alike():
-  choice, n, zeros = choice_of(ROW), 2000, [jnp.zeros((1, width)) for width in (9, 3, 9, 3)]
-
-  def one(key):
-    routing = route(choice, *zeros, key=key)
-    return jnp.zeros(9).at[routing.assignment.expert_A].add(1), routing.smooth_load_TE[0]
-
-  chosen, smooth = jax.jit(lambda keys: jax.vmap(one)(keys))(jax.random.split(jax.random.key(3), n))
-  np.testing.assert_allclose(np.mean(chosen, axis=0), 4 / 9, atol=4.5 * 0.5 / np.sqrt(n))
-  np.testing.assert_allclose(np.mean(smooth, axis=0), 4 / 9, atol=4.5 * 0.5 / np.sqrt(n))
-
-
 # --- settings ---
-
-
-def test_projections_start_at_zero_only_with_noise():
-  assert choice_of(ROW).zero_init and not choice_of(QUIET).zero_init
 
 
 def test_eight_experts_of_the_defaults():

@@ -1,4 +1,4 @@
-"""Properties of noisy top-k (1701.06538) and V-MoE's variant of it (2106.05974)."""
+"""Properties of noisy top-k (1701.06538), flat and in two levels, and of V-MoE's variant of it (2106.05974)."""
 
 import functools
 
@@ -9,20 +9,24 @@ import pytest
 
 from moe_jax.ops.routing import make_choice
 from tests.ops.choosing import route
-from tests.ops.router_laws import MASK_T, choices, key_of, logits_of, route_row
+from tests.ops.router_laws import MASK_T, choice_of, choices, key_of, logits_of, route_row
 from tests.ops.router_row import T
 from tests.ops.router_rows import ROWS
 from tests.reference import noisy_routing as reference
 from tests.reference.routing import finite_differences
 
-NOISY, VMOE = ROWS["noisy_topk"], ROWS["vmoe_topk"]
+NOISY, VMOE, LEVELS = ROWS["noisy_topk"], ROWS["vmoe_topk"], ROWS["hierarchical_topk"]
 both = pytest.mark.parametrize("row", [NOISY, VMOE], ids=["noisy_topk", "vmoe_topk"])
+all_three = pytest.mark.parametrize("row", [NOISY, VMOE, LEVELS], ids=["noisy_topk", "vmoe_topk", "levels"])
+EVERYONE = np.ones(T, bool)
 
 
-def smooth_load_by_loop(row, logits_TE, draw_TE, seed=0):
-  if row is VMOE:
-    return reference.vmoe_topk_load(logits_TE, row.k, draw_TE)
-  return reference.noisy_topk_load(logits_TE, row.k, draw_TE, *row.more_logits(seed))
+def smooth_load_by_loop(row, logits_TE, draw, *more_logits):
+  if row is LEVELS:
+    return reference.hierarchical_topk_load(logits_TE, row.k, draw, *more_logits, groups_per_token=2)
+  return (reference.vmoe_topk_load if row is VMOE else reference.noisy_topk_load)(
+    logits_TE, row.k, draw, *more_logits
+  )
 
 
 def selected(assignment):
@@ -36,13 +40,13 @@ def selected(assignment):
 # --- the smooth load ---
 
 
-@both
+@all_three
 @pytest.mark.parametrize("with_key", [False, True], ids=["no_key", "key"])
 def test_smooth_load_equals_the_loop(row, with_key):
   for seed in range(3):
     logits_TE, key = logits_of(row, seed), key_of(row, seed) if with_key else None
     got_TE = route_row(row, logits_TE, key=key, seed=seed).smooth_load_TE
-    want_TE = smooth_load_by_loop(row, logits_TE, row.draw(key) if with_key else None, seed)
+    want_TE = smooth_load_by_loop(row, logits_TE, row.draw(key) if with_key else None, *row.more_logits(seed))
     np.testing.assert_allclose(got_TE, want_TE, rtol=1e-4, atol=1e-6)
     assert got_TE.dtype == np.float32 and 0.05 < np.mean(got_TE) < 0.95
 
@@ -117,70 +121,57 @@ def test_if_every_expert_is_chosen(spec):
 
 @functools.cache
 def gradients(row):
-  """Jitted gradients of sum(c * what) in logits and noise logits, `what` being smooth load or weights."""
+  """Jitted gradients of sum(c * smooth load) + sum(c * weight) in the logits of each projection."""
 
-  def total(logits_TE, noise_TE, key, mask_T, c_TE, c_A):
-    more = [noise_TE] if row is NOISY else []
-    routing = route(make_choice(row.spec, row.num_experts, row.k), logits_TE, *more, key=key, mask=mask_T)
-    return jnp.sum(c_TE * jnp.where(mask_T[:, None], routing.smooth_load_TE, 0)) + jnp.sum(
-      c_A * jnp.where(routing.assignment.valid_A, routing.assignment.weight_A, 0)
-    )
+  def total(all_logits, key, mask_T, c_TE, c_A):
+    routing = route(make_choice(row.spec, row.num_experts, row.k), *all_logits, key=key, mask=mask_T)
+    a = routing.assignment
+    of_load = jnp.sum(c_TE * jnp.where(mask_T[:, None], routing.smooth_load_TE, 0))
+    return of_load + jnp.sum(c_A * jnp.where(a.valid_A, a.weight_A, 0))
 
-  return jax.jit(jax.grad(total, argnums=(0, 1)))
-
-
-def coefficients(row, seed=1):
-  rng = np.random.default_rng(seed)
-  return rng.normal(size=(T, row.num_experts)).astype(np.float32), rng.normal(size=T * row.k).astype(
-    np.float32
-  )
+  return jax.jit(jax.grad(total))
 
 
-@both
-def test_gradients_of_the_smooth_load_equal_finite_differences(row):
-  """Also through the threshold, which is another expert's noisy logit."""
-  logits_TE, noise_TE = logits_of(row), NOISY.more_logits(0)[0]
+def projections(row):
+  return [logits_of(row), *row.more_logits(0)]
+
+
+def coefficients(row):
+  rng = np.random.default_rng(1)
+  return [rng.normal(size=shape).astype(np.float32) for shape in ((T, row.num_experts), T * row.k)]
+
+
+@pytest.mark.parametrize(
+  ("row", "which"), [(NOISY, 0), (NOISY, 1), (VMOE, 0), (LEVELS, 0), (LEVELS, 1), (LEVELS, 2), (LEVELS, 3)]
+)
+def test_gradients_of_smooth_load_and_weights_equal_finite_differences(row, which):
+  """Also through the threshold, which is another expert's noisy logit, and each alone."""
+  all_logits, key = projections(row), key_of(row)
   c_TE, c_A = coefficients(row)
-  key = key_of(row)
 
-  def loss(logits_TE, noise_TE):
-    if row is VMOE:
-      return np.sum(c_TE * reference.vmoe_topk_load(logits_TE, row.k, row.draw(key)))
-    return np.sum(c_TE * reference.noisy_topk_load(logits_TE, row.k, row.draw(key), noise_TE))
+  def losses(logits_TX):
+    given = [*all_logits[:which], logits_TX, *all_logits[which + 1 :]]
+    load_TE = smooth_load_by_loop(row, given[0], row.draw(key), *given[1:])
+    entries = row.reference(given[0], row.k, np.zeros(row.num_experts), EVERYONE, row.draw(key), *given[1:])
+    return np.sum(c_TE * load_TE), sum(float(c) * e.weight for c, e in zip(c_A, entries, strict=True))
 
-  got = gradients(row)(logits_TE, noise_TE, key, np.ones(T, bool), c_TE, 0 * c_A)
-  want_TE = finite_differences(lambda x: loss(x, noise_TE), logits_TE)
-  np.testing.assert_allclose(got[0], want_TE, atol=1e-5)
-  np.testing.assert_allclose(got[1], finite_differences(lambda x: loss(logits_TE, x), noise_TE), atol=1e-5)
-  assert np.abs(got[0]).max() > 0.1 and (row is VMOE or np.abs(got[1]).max() > 0.1)
+  for i, c in enumerate(((c_TE, 0 * c_A), (0 * c_TE, c_A))):
+    got_TX = gradients(row)(all_logits, key, EVERYONE, *c)[which]
+    want_TX = finite_differences(lambda x, i=i: losses(x)[i], all_logits[which])
+    np.testing.assert_allclose(got_TX, want_TX, atol=1e-5)
+    assert np.abs(got_TX).max() > 0.1
 
 
-def test_weights_reach_the_noise_logits():
-  logits_TE, noise_TE = logits_of(NOISY), NOISY.more_logits(0)[0]
+def test_without_a_key_the_noise_logits_have_no_gradient_of_the_weights():
   c_TE, c_A = coefficients(NOISY)
-  everyone = np.ones(T, bool)
-
-  def loss(noise_TE, draw_TE):
-    zero_E = np.zeros(NOISY.num_experts)
-    entries = reference.noisy_topk(logits_TE, NOISY.k, zero_E, everyone, draw_TE, noise_TE)
-    return sum(float(c) * e.weight for c, e in zip(c_A, entries, strict=True))
-
-  key = key_of(NOISY)
-  got = gradients(NOISY)(logits_TE, noise_TE, key, everyone, 0 * c_TE, c_A)[1]
-  want = finite_differences(lambda x: loss(x, NOISY.draw(key)), noise_TE)
-  np.testing.assert_allclose(got, want, atol=1e-5)
-  assert np.abs(got).max() > 0.1
-  np.testing.assert_array_equal(gradients(NOISY)(logits_TE, noise_TE, None, everyone, 0 * c_TE, c_A)[1], 0)
+  np.testing.assert_array_equal(gradients(NOISY)(projections(NOISY), None, EVERYONE, 0 * c_TE, c_A)[1], 0)
 
 
-@both
+@all_three
 @pytest.mark.parametrize("huge", [1e30, -1e30, np.inf, np.nan])
 def test_padding_gives_no_gradient_that_is_no_number(row, huge):
-  hide = lambda x: np.where(MASK_T[:, None], x, np.float32(huge))
-  got = gradients(row)(
-    hide(logits_of(row)), hide(NOISY.more_logits(0)[0]), key_of(row), MASK_T, *coefficients(row)
-  )
-  for gradient_TX in got:
+  hidden = [np.where(MASK_T[:, None], x, np.float32(huge)) for x in projections(row)]
+  for gradient_TX in gradients(row)(hidden, key_of(row), MASK_T, *coefficients(row)):
     assert np.isfinite(gradient_TX).all()
     np.testing.assert_array_equal(gradient_TX[~MASK_T], 0)
 
@@ -189,35 +180,32 @@ def test_padding_gives_no_gradient_that_is_no_number(row, huge):
 def test_extreme_noise_has_finite_gradients(noise):
   """softplus(-200) is 0 in float32: the smooth load is a step, and has no slope but at the step itself."""
   noise_TE = np.full((T, NOISY.num_experts), noise, np.float32)
-  args = (key_of(NOISY), np.ones(T, bool), *coefficients(NOISY))
+  args = (key_of(NOISY), EVERYONE, *coefficients(NOISY))
   for logits_TE in (logits_of(NOISY), np.zeros((T, NOISY.num_experts), np.float32)):
-    assert all(np.isfinite(g).all() for g in gradients(NOISY)(logits_TE, noise_TE, *args))
+    assert all(np.isfinite(g).all() for g in gradients(NOISY)([logits_TE, noise_TE], *args))
 
 
 # --- the choice ---
 
 
-def frequencies(spec, num_experts, k, num_projections, keys=2000):
-  """How often each expert is chosen, and its mean smooth load, where all logits are 0."""
-  choice = make_choice(spec, num_experts, k)
+@all_three
+def test_zero_logits_load_all_experts_alike(row):
+  """Why the projections of noisy top-k start at 0 (1701.06538, appendix A)."""
+  choice, n, share = choice_of(row), 2000, row.k / row.num_experts
+  zeros, atol = [jnp.zeros((1, x.shape[1])) for x in projections(row)], 4.5 * 0.5 / np.sqrt(n)
 
   def one(key):
-    routing = route(choice, *[jnp.zeros((1, num_experts))] * num_projections, key=key)
-    return jnp.zeros(num_experts).at[routing.assignment.expert_A].add(1), routing.smooth_load_TE[0]
+    routing = route(choice, *zeros, key=key)
+    return jnp.zeros(row.num_experts).at[routing.assignment.expert_A].add(1), routing.smooth_load_TE[0]
 
-  found = jax.jit(lambda keys: jax.vmap(one)(keys))(jax.random.split(jax.random.key(3), keys))
-  return [np.asarray(x).mean(axis=0) for x in found], 4.5 * 0.5 / np.sqrt(keys)
-
-
-@pytest.mark.parametrize("spec", ["noisy_topk", "vmoe_topk"])
-def test_zero_logits_load_all_experts_alike(spec):
-  """Why the projections of noisy top-k start at 0 (1701.06538, appendix A)."""
-  (chosen_E, smooth_E), tolerance = frequencies(spec, 6, 2, 2 if spec == "noisy_topk" else 1)
-  np.testing.assert_allclose(chosen_E, 2 / 6, atol=tolerance)
-  if spec == "noisy_topk":  # a smooth load is an estimate of the load; V-MoE's is a biased one
-    np.testing.assert_allclose(smooth_E, 2 / 6, atol=tolerance)
-  np.testing.assert_allclose(smooth_E, smooth_E.mean(), atol=tolerance)
+  found = jax.jit(lambda keys: jax.vmap(one)(keys))(jax.random.split(jax.random.key(3), n))
+  chosen_E, smooth_E = (np.mean(x, axis=0) for x in found)
+  np.testing.assert_allclose(chosen_E, share, atol=atol)
+  if row is not VMOE:  # a smooth load is an estimate of the load; V-MoE's is a biased one
+    np.testing.assert_allclose(smooth_E, share, atol=atol)
+  np.testing.assert_allclose(smooth_E, smooth_E.mean(), atol=atol)
 
 
 def test_projections_start_at_zero_only_where_noise_is_learned():
-  assert make_choice("noisy_topk", 6, 2).zero_init and not make_choice("vmoe_topk", 6, 2).zero_init
+  others = VMOE, ROWS["hierarchical_without_noise"]
+  assert all(choice_of(row).zero_init == (row not in others) for row in (NOISY, LEVELS, *others))
