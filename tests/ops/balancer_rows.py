@@ -64,6 +64,11 @@ def counts_of_all_choices(logits_BLE, mask_BL):
   return reference.selected(logits_BLE, mask_BL, K, "sigmoid").sum(axis=(0, 1))
 
 
+def bias(spec):
+  """A row of a balancer that counts choices and has no loss."""
+  return Row(spec, observed=counts_of_all_choices, score="sigmoid", has_gradient=False)
+
+
 def top_weights(logits_BLE):
   """The combine weights of the K best."""
   kept_BLE = jnp.where(logits_BLE >= jnp.sort(logits_BLE)[..., -K][..., None], logits_BLE, -jnp.inf)
@@ -239,9 +244,7 @@ ROWS = {
   ),
   "adaptive_loss": adaptive(0.5, "global_batch"),
   "adaptive_sequence": adaptive(2, "sequence"),
-  "loss_free_bias": Row(
-    "loss_free_bias:0.25", observed=counts_of_all_choices, score="sigmoid", has_gradient=False
-  ),
+  "loss_free_bias": bias("loss_free_bias:0.25"),
   **{f"importance_{s}": cv("importance_loss", 0.5, s, importance.gates, fields=top_weights) for s in SCOPES},
   "importance_of_scores": cv("importance_loss", 0.5, "group", importance.all_scores, of="scores"),
   "load_group": cv("load_loss", 0.5, "group", importance.made_up_smooth_load, fields=smooth_load),
@@ -253,12 +256,10 @@ ROWS = {
     score="sigmoid",
     has_gradient=False,
   ),
-  "multiplicative_bias": Row(
-    "multiplicative_bias:0.25", observed=counts_of_all_choices, score="sigmoid", has_gradient=False
-  ),
+  "multiplicative_bias": bias("multiplicative_bias:0.25"),
   "remoe_micro_batch": remoe(0.5, "micro_batch"),
   "remoe_global_batch": remoe(2, "global_batch"),
-  "smebu": Row("smebu:0.25", observed=counts_of_all_choices, score="sigmoid", has_gradient=False),
+  "smebu": bias("smebu:0.25"),
   "longcat_bias": Row(
     "longcat_bias:zero_computation=1",
     observed=lambda logits, mask: (

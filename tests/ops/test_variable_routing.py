@@ -17,7 +17,7 @@ from tests.ops.router_row import T, four_sequences
 from tests.ops.router_rows import ROWS
 from tests.reference import variable_routing as reference
 
-# --- ST-MoE ---
+# --- ST-MoE and GShard ---
 
 
 def test_st_moe_with_two_experts_is_mesh_tensorflow():
@@ -32,17 +32,20 @@ def test_st_moe_with_two_experts_is_mesh_tensorflow():
   assert skipped > 0
 
 
-def test_st_moe_sends_further_experts_with_probability_weight_over_threshold():
-  n, logits_TE = 3000, jnp.asarray(logits_of(ROWS["st_moe_topn"])) * 2
-  choice = make_choice("st_moe_topn:0.3", 6, 3)
+@pytest.mark.parametrize(
+  ("name", "k", "threshold"), [("st_moe_topn", 3, 0.3), *(("gshard_top2", 2, p) for p in (0.5, 0.2))]
+)
+def test_further_experts_are_sent_with_probability_weight_over_threshold(name, k, threshold):
+  choice, logits_TE, n = make_choice(f"{name}:{threshold}", 6, k), 2 * logits_of(ROWS[name]), 4000
   sent = jax.vmap(lambda key: route(choice, logits_TE, key=key).assignment.valid_A)
-  sent_KT = np.asarray(jax.jit(lambda keys: sent(keys).mean(axis=0))(jax.random.split(jax.random.key(1), n)))
-  sent_KT = sent_KT.reshape(3, T)
-  entries = reference.st_moe_topn(logits_TE, 3, np.zeros(6), np.ones(T, bool))
-  want_KT = np.array([min(1, e.weight / 0.3) for e in entries]).reshape(3, T)
-  np.testing.assert_array_equal(sent_KT[0], 1)
-  np.testing.assert_allclose(sent_KT[1:], want_KT[1:], atol=4.5 * 0.5 / np.sqrt(n))
-  assert want_KT[2].min() < 0.1 and want_KT[2].max() > 0.3  # else the test would see little
+  sent_A = np.asarray(jax.jit(lambda keys: sent(keys).mean(axis=0))(jax.random.split(jax.random.key(1), n)))
+  entries = ROWS[name].reference(logits_TE, k, np.zeros(6), np.ones(T, bool))
+  want_A = np.array([min(1, e.weight / threshold) for e in entries])
+  want_A[:T] = 1  # the first choices, of all tokens
+  np.testing.assert_allclose(sent_A, want_A, atol=4.5 * 0.5 / np.sqrt(n))
+  np.testing.assert_array_equal(sent_A[want_A == 1], 1)
+  last_T = np.array([e.weight for e in entries[-T:]])
+  assert last_T.min() < 0.1 and last_T.max() > 0.3 * threshold  # else the test would see little
 
 
 # --- top-p ---

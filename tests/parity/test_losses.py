@@ -39,6 +39,14 @@ def their_value_and_gradients(function, logits, *args):
   return loss.item(), [x.grad.numpy() for x in logits]
 
 
+def assert_same(ours, theirs):
+  """Values, and gradients by the logits."""
+  (loss, gradient_BLE), (expected, (expected_BLE,)) = ours, theirs
+  np.testing.assert_allclose(loss, expected, rtol=1e-5)
+  np.testing.assert_allclose(gradient_BLE, expected_BLE, rtol=1e-5, atol=1e-7)
+  assert np.abs(expected_BLE).max() > 1e-3
+
+
 def pooled(model, k=K, mask_BL=None):
   """transformers' load-balancing loss of a list of layers' logits [B, L, E]."""
   mask = None if mask_BL is None else oracles.torch.tensor(mask_BL)
@@ -57,11 +65,8 @@ def test_one_layer_is_k_times_ours(model, mask_BL):
   """The converter's factor for one layer, for values and gradients."""
   factor = convert(1.0, "hugging_face", "moe_jax", num_experts=E, num_experts_per_token=K, num_layers=1)
   assert factor == K
-  loss, gradient_BLE = value_and_gradient(f"switch_loss:{factor}", LOGITS_BLE, mask_BL=mask_BL)
-  expected, (expected_BLE,) = their_value_and_gradients(pooled(model, mask_BL=mask_BL), [LOGITS_BLE])
-  np.testing.assert_allclose(loss, expected, rtol=1e-5)
-  np.testing.assert_allclose(gradient_BLE, expected_BLE, rtol=1e-5, atol=1e-7)
-  assert np.abs(expected_BLE).max() > 1e-3
+  ours = value_and_gradient(f"switch_loss:{factor}", LOGITS_BLE, mask_BL=mask_BL)
+  assert_same(ours, their_value_and_gradients(pooled(model, mask_BL=mask_BL), [LOGITS_BLE]))
 
 
 def test_layers_that_route_alike_are_k_times_ours():
@@ -95,17 +100,12 @@ def test_the_load_balancing_loss_of_switch():
     probs_BLE = logits[0].softmax(-1)
     return oracles.modeling("switch_transformers").load_balancing_loss_func(probs_BLE, probs_BLE.argmax(-1))
 
-  expected, (expected_BLE,) = their_value_and_gradients(loss, [LOGITS_BLE])
-  value, gradient_BLE = value_and_gradient("switch_loss:1:sequence", LOGITS_BLE, router="switch_top1", k=1)
-  np.testing.assert_allclose(value, expected, rtol=1e-5)
-  np.testing.assert_allclose(gradient_BLE, expected_BLE, rtol=1e-5, atol=1e-7)
+  ours = value_and_gradient("switch_loss:1:sequence", LOGITS_BLE, router="switch_top1", k=1)
+  assert_same(ours, their_value_and_gradients(loss, [LOGITS_BLE]))
   whole, _ = value_and_gradient("switch_loss:1", LOGITS_BLE, router="switch_top1", k=1)
-  assert abs(whole - value) > 0.01  # and not with the default
+  assert abs(whole - ours[0]) > 0.01  # and not with the default
 
 
 def test_the_router_z_loss_of_switch():
   loss = lambda logits: oracles.modeling("switch_transformers").router_z_loss_func(logits[0])
-  expected, (expected_BLE,) = their_value_and_gradients(loss, [LOGITS_BLE])
-  value, gradient_BLE = value_and_gradient("z_loss:1", LOGITS_BLE)
-  np.testing.assert_allclose(value, expected, rtol=1e-5)
-  np.testing.assert_allclose(gradient_BLE, expected_BLE, rtol=1e-5, atol=1e-7)
+  assert_same(value_and_gradient("z_loss:1", LOGITS_BLE), their_value_and_gradients(loss, [LOGITS_BLE]))
