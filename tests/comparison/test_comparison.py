@@ -77,6 +77,16 @@ def test_another_configuration_is_refused(finished):
     Comparison(ARMS, [0], tiny.change(CONFIG, num_steps=4), folder)
 
 
+def test_a_field_that_is_younger_than_the_folder_has_its_default_there(finished, tmp_path):
+  folder, _ = finished
+  claim = json.loads((folder / "config.json").read_text())
+  del claim["config"]["model"]["moe"]["jitter"], claim["config"]["train"]["tail_fraction"]
+  (tmp_path / "config.json").write_text(json.dumps(claim))
+  with pytest.raises(InputError, match=r"configuration \(jitter was 0.0, now 0.1\)"):
+    Comparison(ARMS, [0], tiny.change(CONFIG, jitter=0.1), tmp_path)
+  Comparison(ARMS, [0], tiny.change(CONFIG, jitter=0.0), tmp_path)
+
+
 def test_other_text_is_refused(finished):
   folder, _ = finished
   with pytest.raises(InputError, match="holds results on other text"):
