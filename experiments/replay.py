@@ -24,8 +24,8 @@ from absl import flags
 
 from moe_jax import cli
 from moe_jax.cluster import start as distributed
-from moe_jax.config import Config
 from moe_jax.errors import InputError
+from moe_jax.models import preset
 
 _TRACE = flags.DEFINE_string(
   "trace", "", "a run with recorded router logits; empty: make one in OUTPUT_DIR/run"
@@ -61,7 +61,7 @@ def main(unused_argv: list[str]) -> None:
   console = Console(quiet=not processes.is_first())
   folder = pathlib.Path(_OUTPUT_DIR.value)
   if _TRACE.value:
-    if cli.config_from_flags() != Config():
+    if cli.config_from_flags() != preset("default"):
       raise InputError(
         f"--trace={_TRACE.value}: that run is recorded already; leave out --preset and the run's flags"
       )

@@ -80,6 +80,7 @@ REFERENCE: dict[str, Any] = {
         "group_size": 0,
         "accept_leaks": "",
         "jitter": 0.0,
+        "shared_expert_gate": False,
       },
     },
   },

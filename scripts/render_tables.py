@@ -10,6 +10,8 @@ from the first arm with its verdict.
   <!-- table balancing columns=bits_per_byte,bits_per_byte:verdict,max_vio -->
   <!-- end -->
 
+Between `<!-- findings -->` and the end, a page has the claims of docs/findings.toml, tested on stored tables.
+
 docs/results/NAME/ holds summary.csv, differences.csv and about.json, at full precision.
 """
 
@@ -28,7 +30,9 @@ _RUN_DIR = flags.DEFINE_string("run_dir", None, "with --add: the folder of a fin
 _CHECK = flags.DEFINE_bool("check", False, "write nothing; exit with status 1 if a page would change")
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-_BEGIN = re.compile(r"^<!-- table (?P<name>[\w.-]+)(?: columns=(?P<columns>\S+))? -->\n", re.MULTILINE)
+_BEGIN = re.compile(
+  r"^<!-- (?:findings|table (?P<name>[\w.-]+)(?: columns=(?P<columns>\S+))?) -->\n", re.MULTILINE
+)
 _END = "<!-- end -->"
 
 
@@ -56,22 +60,34 @@ def rendered(page: pathlib.Path, results: pathlib.Path) -> str:
   Raises:
     InputError: if a table has no end, no files, or no such column.
   """
-  from moe_jax.comparison import report
-
   text = page.read_text(encoding="utf-8")
   done, at = [], 0
   for begin in _BEGIN.finditer(text):
     end, following = text.find(_END, begin.end()), _BEGIN.search(text, begin.end())
     if end < 0 or (following and following.start() < end):
-      raise InputError(f"{page}: table {begin['name']} has no line {_END}")
-    columns = begin["columns"].split(",") if begin["columns"] else ()
+      raise InputError(f"{page}: {_what(begin)} has no line {_END}")
     try:
-      table = report.markdown_table(report.read_stored(results / begin["name"]), columns)
+      table = _table(begin, results)
     except InputError as error:
-      raise InputError(f"{page}: table {begin['name']}: {error}") from None
+      raise InputError(f"{page}: {_what(begin)}: {error}") from None
     done += [text[at : begin.end()], "\n", table, "\n"]
     at = end
   return "".join([*done, text[at:]])
+
+
+def _what(begin: re.Match) -> str:
+  return f"table {begin['name']}" if begin["name"] else "findings"
+
+
+def _table(begin: re.Match, results: pathlib.Path) -> str:
+  from moe_jax.comparison import findings, report
+
+  if begin["name"]:
+    columns = begin["columns"].split(",") if begin["columns"] else ()
+    return report.markdown_table(report.read_stored(results / begin["name"]), columns)
+  claims = findings.read_findings(results.parent / "findings.toml")
+  tables = {name: report.read_stored(results / name) for name in {claim.table for claim in claims}}
+  return findings.markdown(claims, tables)
 
 
 def stale_pages(root: pathlib.Path) -> dict[pathlib.Path, str]:

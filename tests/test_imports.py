@@ -74,6 +74,7 @@ GRAPH = {
   "comparison.report": Part("comparison training.metric_writer config errors", never=JAX),
   "comparison.results": Part("training.metric_writer errors", never=JAX),
   "comparison.facts": Part("comparison.results errors", never=JAX),
+  "comparison.findings": Part("comparison.differences comparison.report errors", never=JAX),
   "comparison.statistics": Part("comparison.facts comparison.results errors", never=JAX),
   "comparison.differences": Part("comparison.statistics comparison.results errors", never=JAX),
   "analysis": Part(RUN),

@@ -96,11 +96,14 @@ def paired_differences(
       values = {r["seed"]: (column.value(r), column.value(other)) for r, other in pairs}
       per_seed = {seed: a - b for seed, (a, b) in values.items() if a is not None and b is not None}
       if per_seed:
-        differences.append(_untested(arm, baseline, column, per_seed, broken))
-  return _judged(differences)
+        differences.append(difference_of(arm, baseline, column, per_seed, broken))
+  return judged(differences)
 
 
-def _untested(arm: str, baseline: str, column: Column, per_seed: dict[int, float], broken: str) -> Difference:
+def difference_of(
+  arm: str, baseline: str, column: Column, per_seed: dict[int, float], broken: str
+) -> Difference:
+  """Returns a difference that is not yet tested together with those of its table: see `judged`."""
   of_seeds = stat(list(per_seed.values()))
   error = None if of_seeds.spread is None else of_seeds.spread / math.sqrt(of_seeds.num)
   if broken:
@@ -116,14 +119,14 @@ def _untested(arm: str, baseline: str, column: Column, per_seed: dict[int, float
   return Difference(arm, baseline, column, per_seed, of_seeds.mean, error, interval, p_value, None, verdict)
 
 
-def _judged(differences: Sequence[Difference]) -> list[Difference]:
-  """Corrects the p-values of the family and gives the verdicts."""
+def judged(differences: Sequence[Difference]) -> list[Difference]:
+  """Returns the differences of one table with corrected p-values and verdicts."""
   family = [
     i
     for i, d in enumerate(differences)
     if d.verdict == UNRESOLVED and len(d.per_seed) >= MIN_SEEDS_FOR_VERDICT
   ]
-  judged = list(differences)
+  found = list(differences)
   for i, p in zip(family, holm([differences[i].p_value for i in family]), strict=True):
     d = differences[i]
     verdict = UNRESOLVED
@@ -131,8 +134,8 @@ def _judged(differences: Sequence[Difference]) -> list[Difference]:
       verdict = "lower" if d.mean < 0 else "higher"
       if d.column.lower_is_better is not None:
         verdict += " (better)" if (d.mean < 0) == d.column.lower_is_better else " (worse)"
-    judged[i] = dataclasses.replace(d, p_holm=p, verdict=verdict)
-  return judged
+    found[i] = dataclasses.replace(d, p_holm=p, verdict=verdict)
+  return found
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -123,14 +123,29 @@ def merged_claim(known: Mapping[str, Any], claim: Mapping[str, Any]) -> dict[str
 
 
 def claim_differences(known: Mapping[str, Any], claim: Mapping[str, Any]) -> list[str]:
-  """Returns a text for everything that two claims say differently: of arms and evaluations, what both have."""
-  fixed = lambda parts: {name: value for name, value in parts.items() if name not in GROWING}
+  """Returns a text for everything that two claims say differently: of arms and evaluations, what both have.
+
+  A field of the configuration that is younger than a claim has its default there.
+  """
+  fixed = lambda parts: {
+    name: _with_defaults(value) if name == "config" else value
+    for name, value in parts.items()
+    if name not in GROWING
+  }
   found = _differences(fixed(known), fixed(claim))
   for part, word in (("arms", "arm"), ("evaluations", "evaluation")):
     for name in claim.get(part, {}):
       if name in known.get(part, {}):
         found += [f"{word} {name}: {line}" for line in _differences(known[part][name], claim[part][name])]
   return found
+
+
+def _with_defaults(config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
+  filled = dict(to_plain(Config(), fingerprint) if defaults is None else defaults)
+  for name, value in config.items():
+    nested = isinstance(value, Mapping) and isinstance(filled.get(name), Mapping)
+    filled[name] = _with_defaults(value, filled[name]) if nested else value
+  return filled
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[str]:

@@ -87,6 +87,12 @@ def _at(*path: str) -> Callable[[Result], float | None]:
   return lambda result: _mean_over_layers(lookup(result, *path))
 
 
+def _of_experts(*path: str) -> Callable[[Result], float | None]:
+  """Like `_at`, but nothing for a dense model, which has no load to be even or uneven."""
+  at = _at(*path)
+  return lambda result: None if lookup(result, "model", "num_experts") in ([], [1]) else at(result)
+
+
 def _excess(result: Result) -> float | None:
   """Validation nll above what a perfect model would reach on the same tokens, nats/token.
 
@@ -133,7 +139,7 @@ def columns_of(results: Sequence[Result]) -> tuple[Column, ...]:
       e["format"],
       e["lower_is_better"],
       e["key"] in judged,
-      _at(e["part"], e["name"]),
+      _of_experts(e["part"], e["name"]),
     )
     for e in declared.values()
   )

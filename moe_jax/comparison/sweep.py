@@ -257,7 +257,7 @@ def _mean(column: Column, results: Sequence[Result]) -> float:
 
 
 def _can_decide(column: Column) -> bool:
-  return column.judged and column.lower_is_better is not None
+  return column.lower_is_better is not None and column.key != "tokens_per_second"  # the machine decides that
 
 
 def _names(part: Any) -> list[str]:

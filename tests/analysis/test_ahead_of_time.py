@@ -222,7 +222,7 @@ def test_wrong_cpu_topologies(name):
 
 def test_a_missing_tpu_compiler(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-  with pytest.raises(InputError, match=r"pip install 'moe_jax\[tpu\]'; cpu:8 needs none"):
+  with pytest.raises(InputError, match=r"pip install -e '.\[tpu\]'; cpu:8 needs none"):
     topology.devices_of("v5p:4x4x4")
 
 

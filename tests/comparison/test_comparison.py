@@ -74,6 +74,16 @@ def test_another_configuration_text_or_meaning_of_an_arm_is_refused(finished):
     Comparison({"none": {"balancers": "z_loss"}}, [0], CONFIG, folder)
 
 
+def test_a_field_that_is_younger_than_the_folder_has_its_default_there(finished, tmp_path):
+  folder, _ = finished
+  claim = json.loads((folder / "config.json").read_text())
+  del claim["config"]["model"]["moe"]["jitter"], claim["config"]["train"]["tail_fraction"]
+  (tmp_path / "config.json").write_text(json.dumps(claim))
+  with pytest.raises(InputError, match=r"configuration \(jitter was 0.0, now 0.1\)"):
+    Comparison(ARMS, [0], tiny.change(CONFIG, jitter=0.1), tmp_path)
+  Comparison(ARMS, [0], tiny.change(CONFIG, jitter=0.0), tmp_path)
+
+
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
   (tmp_path / "thesis.tex").write_text("precious")
   with pytest.raises(InputError, match="is not empty and holds no run"):

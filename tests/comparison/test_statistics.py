@@ -78,3 +78,10 @@ def test_yardsticks_are_those_of_the_results():
     report.summarise([make_result(), make_result("b") | {"yardsticks": yardsticks}]).yardsticks == yardsticks
   )
   assert report.summarise([make_result()]).yardsticks == {}
+
+
+def test_a_dense_model_has_no_balance():
+  dense = [make_result("dense", seed) | {"model": {"num_experts": [1]}} for seed in range(2)]
+  rows = report.summarise([make_result(seed=0), make_result(seed=1), *dense]).rows
+  assert [row.cells["max_vio"] is None for row in rows] == [False, True]
+  assert rows[1].cells["perplexity"].num == 2

@@ -79,7 +79,7 @@ def test_a_model_uniform_over_bytes_has_8_bits_whatever_the_tokenizer(load, toke
     assert validation["bits_per_byte"] == pytest.approx(validation["nll"] / math.log(2), rel=1e-12)
   else:
     assert validation["nll"] > 1.3 * math.log(256)
-  result = run._result(validation)
+  result = run._result(validation, num_steps=1)
   assert result["yardsticks"] == load("ascii", "bytes").info.yardsticks  # they do not depend on the tokenizer
   assert sorted(result["yardsticks"]) == ["bigram", "trigram", "unigram"]
   assert result["bytes_per_token"] == dataset.info.bytes_per_token
@@ -135,4 +135,4 @@ def test_where_bits_per_byte_have_no_meaning(load, tmp_path):
   for run in (masked, markov):
     validation = run.evaluate(None)
     assert "bits_per_byte" not in validation and validation["nll"] > 0
-    assert "yardsticks" not in run._result(validation)
+    assert "yardsticks" not in run._result(validation, num_steps=1)
