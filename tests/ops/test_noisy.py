@@ -24,9 +24,8 @@ EVERYONE = np.ones(T, bool)
 def smooth_load_by_loop(row, logits_TE, draw, *more_logits):
   if row is LEVELS:
     return reference.hierarchical_topk_load(logits_TE, row.k, draw, *more_logits, groups_per_token=2)
-  return (reference.vmoe_topk_load if row is VMOE else reference.noisy_topk_load)(
-    logits_TE, row.k, draw, *more_logits
-  )
+  load = reference.vmoe_topk_load if row is VMOE else reference.noisy_topk_load
+  return load(logits_TE, row.k, draw, *more_logits)
 
 
 def selected(assignment):

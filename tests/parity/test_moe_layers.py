@@ -30,6 +30,7 @@ class Case(NamedTuple):
 
 LOCAL = {"num_local_experts": E, "intermediate_size": F}
 ROUTED = {"n_routed_experts": E, "moe_intermediate_size": F}
+DEEPSEEK = ROUTED | {"n_shared_experts": 2, "n_group": 4, "topk_group": 2}
 BIAS = {"balancer": "loss_free_bias:0.001"}
 CASES = {
   "mixtral": Case("mixtral", "SparseMoeBlock", LOCAL, {"router": "softmax_topk"}),
@@ -48,15 +49,14 @@ CASES = {
   "deepseek_v2": Case(
     "deepseek_v2",
     "Moe",
-    ROUTED
-    | {"n_shared_experts": 2, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
-    | {"routed_scaling_factor": 16.0, "num_attention_heads": 2},
+    DEEPSEEK
+    | {"topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0, "num_attention_heads": 2},
     {"router": "device_limited_topk:groups=4:groups_per_token=2", "shared": 2},
   ),
   "deepseek_v3": Case(
     "deepseek_v3",
     "MoE",
-    ROUTED | {"n_shared_experts": 2, "n_group": 4, "topk_group": 2},
+    DEEPSEEK,
     BIAS | {"router": "node_limited_topk:groups=4:groups_per_token=2", "shared": 2},
   ),
   "deepseek_v4": Case(
@@ -64,8 +64,12 @@ CASES = {
     "SparseMoeBlock",
     ROUTED | {"num_hidden_layers": 1, "num_hash_layers": 0},
     BIAS
-    | {"router": "sqrt_softplus_topk:scale=1.5", "shared": 1}
-    | dict.fromkeys(("experts", "activation"), "bounded_swiglu"),
+    | {
+      "router": "sqrt_softplus_topk:scale=1.5",
+      "experts": "bounded_swiglu",
+      "shared": 1,
+      "activation": "bounded_swiglu",
+    },
     args=(0,),
     scale=20.0,  # so that many hidden units reach the limit of 10
   ),
@@ -80,8 +84,13 @@ CASES = {
     "switch_transformers",
     "SparseMLP",
     {"num_experts": E, "d_ff": F, "d_model": D, "expert_capacity": 2},
-    {"router": "switch_top1", "num_experts_per_token": 1, "experts": "relu", "dispatcher": "sorted"}
-    | {"eval_capacity_factor": 2 * E / L},  # 2 slots; without capacity the block is a layer without drops
+    {
+      "router": "switch_top1",
+      "num_experts_per_token": 1,
+      "experts": "relu",
+      "dispatcher": "sorted",
+      "eval_capacity_factor": 2 * E / L,  # 2 slots; without capacity the block is a layer without drops
+    },
   ),
 }
 

@@ -56,9 +56,13 @@ CASES = {
   "deepseek_v2_group_limited_greedy": Case(
     "deepseek_v2",
     "TopkRouter",
-    GROUPS
-    | {"n_routed_experts": E, "topk_method": "group_limited_greedy"}
-    | {"routed_scaling_factor": 16.0, "num_attention_heads": 2},
+    {
+      "n_routed_experts": E,
+      "topk_method": "group_limited_greedy",
+      "routed_scaling_factor": 16.0,
+      "num_attention_heads": 2,
+      **GROUPS,
+    },
     "device_limited_topk:groups=4:groups_per_token=2",
   ),
   "deepseek_v3": v3(GROUPS, "node_limited_topk:groups=4:groups_per_token=2"),
