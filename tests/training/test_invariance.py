@@ -1,5 +1,7 @@
 """A training step does not depend on how its batch is split, recomputed, looped over, distributed or padded."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -15,7 +17,14 @@ NO_DROPS = {
 
 def step(batch=None, **fields):
   """Without `fields`: on one device, in one piece, scanned, without recomputation."""
-  return tiny.one_step(tiny.change(tiny.CONFIG, **fields), tiny.make_batch() if batch is None else batch)
+  if batch is None:
+    return _step_of_fields(tuple(fields.items()))
+  return tiny.one_step(tiny.change(tiny.CONFIG, **fields), batch)
+
+
+@functools.cache
+def _step_of_fields(fields):
+  return tiny.one_step(tiny.change(tiny.CONFIG, **dict(fields)), tiny.make_batch())
 
 
 def test_some_assignments_drop_and_balancers_act():
