@@ -70,11 +70,21 @@ class Layout:
     """
     totals, ranges = self._totals(shape), self._ranges(dict(zip(self.right, index, strict=True)))
     slices, sizes, inner = [], [], []
-    for outer, *rest in self.groups:
-      size, own = math.prod(totals[axis] for axis in rest), ranges[outer]
-      slices.append(slice(own.start * size, own.stop * size))
-      sizes += [own.stop - own.start, *(totals[axis] for axis in rest)]
-      inner += [slice(None), *(ranges[axis] for axis in rest)]
+    for group in self.groups:
+      start, length = (
+        0,
+        1,
+      )  # what is read of the joined axis: a range of one axis, at fixed indices of those outside
+      for axis in group:
+        if length == 1:
+          start, length = start * totals[axis] + ranges[axis].start, ranges[axis].stop - ranges[axis].start
+          sizes.append(length)
+          inner.append(slice(None))
+        else:
+          start, length = start * totals[axis], length * totals[axis]
+          sizes.append(totals[axis])
+          inner.append(ranges[axis])
+      slices.append(slice(start, start + length))
     return self._to_right(tensor[tuple(slices)].reshape(sizes)[tuple(inner)])
 
   def write(self, array: np.ndarray, tensor: np.ndarray) -> None:

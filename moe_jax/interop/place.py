@@ -1,5 +1,6 @@
 """From tensors of a checkpoint to arrays on devices, of which every process reads only its own parts."""
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping
@@ -39,7 +40,7 @@ def _on_device(
   stored: Stored, index: Index, tensors: Mapping[str, Tensor], dtype: np.dtype, device: jax.Device
 ) -> jax.Array:
   shape = tuple(part.stop - part.start for part in index)
-  if device.platform == "cpu":
+  if in_place(device):
     out = _aligned(shape, dtype)
     fill(out, stored, index, tensors)
     return jax.device_put(out, device, may_alias=True)
@@ -54,7 +55,12 @@ def _on_device(
   return array
 
 
-@jax.jit(donate_argnums=0)
+def in_place(device: jax.Device) -> bool:
+  """Returns whether arrays of this device can lie in memory of NumPy."""
+  return device.platform == "cpu"
+
+
+@functools.partial(jax.jit, donate_argnums=0)
 def _put(array: jax.Array, layer: jax.Array, start: int) -> jax.Array:
   return jax.lax.dynamic_update_slice_in_dim(array, layer, start, axis=0)
 

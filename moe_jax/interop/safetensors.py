@@ -101,7 +101,7 @@ def write_file(path: pathlib.Path, tensors: Mapping[str, Pending]) -> None:
   with temporary.open("wb") as file:
     file.write(len(text).to_bytes(8, "little") + text)
     for tensor in tensors.values():
-      values = np.ascontiguousarray(tensor.make(), tensor.dtype)
+      values = np.asarray(tensor.make(), tensor.dtype, order="C")
       assert values.shape == tensor.shape
       file.write(values.reshape(-1).view(np.uint8).data)
   temporary.replace(path)
