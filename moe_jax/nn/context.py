@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.nn.cache import Past
 from moe_jax.types import Array, StepStats
 
 # Folded into the key of a sequence. Jitter folds in 0, and routing groups fold in 1, 2, ...
@@ -30,6 +31,8 @@ class Context(NamedTuple):
   # Statistics of the balancer: `whole` of the whole optimizer step, `so_far` of the micro-batches before this
   # one. If it is None, or a field is, this batch is the whole step. A model takes those of all its layers.
   step_stats: StepStats | None = None
+  layer: Array | int = 0  # the number of the block in the model, from 0
+  past: Past | None = None  # where the tokens stand behind those of a cache; None: there is no cache
   train: bool = False  # static: draws, and uses `capacity_factor` instead of `eval_capacity_factor`
   record_logits: bool = False  # static: fill in `MoEAux.logits_BLE` and `MoEAux.selected_BLE`
 
@@ -60,6 +63,7 @@ class Context(NamedTuple):
       key_B=None if self.key_B is None else jax.vmap(fold)(self.key_B),
       step_key=None if self.step_key is None else fold(self.step_key),
       step_stats=step_stats,
+      layer=layer,
     )
 
 
