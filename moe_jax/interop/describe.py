@@ -86,9 +86,9 @@ def _block_differences(
   if ffn != other_ffn:
     return
   mine, its = _built(ours, block), _built(theirs, other)
-  for part in ("mixer", "mixer_residual", "ffn_residual"):
+  for part, what in (("mixer", "mixer"), ("mixer_residual", "residual"), ("ffn_residual", "residual")):
     if _structure(getattr(mine, part)) != _structure(getattr(its, part)):
-      yield f"the {part.replace('_', ' of the ')} differs ({block.mixer}, {other.mixer})"
+      yield f"{what} is {getattr(other, what)}, and here {getattr(block, what)}"
   if ffn != "moe":
     if _structure(mine.ffn) != _structure(its.ffn):
       yield f"the dense part differs ({ours.dense_dim}, {theirs.dense_dim})"

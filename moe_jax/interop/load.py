@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -65,9 +66,9 @@ def family_of(folder: pathlib.Path, values: dict[str, Any]) -> Family:
   """Returns the family by `model_type`, or by `architectures` where that is missing."""
   architectures = values.get("architectures") or []
   name = values.get("model_type")
-  if name in FAMILIES:
-    return FAMILIES[name]
   for family in FAMILIES.values():
+    if name in (family.model_type, *family.other_types):
+      return family
     if name is None and family.architecture in architectures:
       return family
   raise InputError(f"{folder / CONFIG}: {unknown_name('model_type', str(name or architectures), FAMILIES)}")
@@ -93,7 +94,7 @@ def load_model(
     InputError: see `load`.
   """
   abstract = abstract_model(config, vocab_size)
-  found = list(stored_parameters(abstract, family.names(config.model), folder.tensors))
+  found = list(stored_parameters(abstract, family, folder.tensors))
   skipped = check_tensors(folder, found, family.skipped(Values(str(folder.path / CONFIG), folder.config)))
   graphdef, state = nnx.split(abstract)
   mesh = mesh_in_use()
@@ -121,7 +122,7 @@ def mesh_in_use() -> jax.sharding.Mesh:
   return jax.sharding.Mesh([[[[[jax.devices()[0]]]]]], sharding.MESH_AXES) if mesh.empty else mesh
 
 
-def check_tensors(folder: Folder, found: list[Stored], beginnings: tuple[str, ...]) -> tuple[str, ...]:
+def check_tensors(folder: Folder, found: list[Stored], patterns: tuple[str, ...]) -> tuple[str, ...]:
   """Returns the tensors that are skipped.
 
   Raises:
@@ -142,7 +143,7 @@ def check_tensors(folder: Folder, found: list[Stored], beginnings: tuple[str, ..
           "checkpoint"
         )
   left_over = folder.tensors.keys() - used
-  skipped = {name for name in left_over if name.startswith(beginnings)} if beginnings else set()
+  skipped = {name for name in left_over if any(re.fullmatch(pattern, name) for pattern in patterns)}
   texts = []
   for what, names in (("lacks", set(missing)), ("has no use here for", left_over - skipped)):
     if names:

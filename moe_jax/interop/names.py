@@ -1,5 +1,6 @@
 """Which tensor of a checkpoint holds which parameter."""
 
+import functools
 from collections.abc import Container, Iterator
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from moe_jax.errors import InputError
+from moe_jax.interop.families import Family
 from moe_jax.interop.layout import Layout
 from moe_jax.interop.source import Names, Source
 from moe_jax.nn.moe import MoE
@@ -35,18 +37,22 @@ class Stored(NamedTuple):
 
 
 def stored_parameters(
-  model: Transformer, names: Names, present: Container[str] | None = None
+  model: Transformer, family: Family, present: Container[str] | None = None
 ) -> Iterator[Stored]:
   """Yields every parameter of `model`, and every bias of a balancer, with the tensors that hold them.
 
   Args:
     model: may be abstract.
-    names: of the family.
+    family: has the names of the tensors.
     present: the tensors of a checkpoint, by which one of several entries is chosen. None: the first.
 
   Raises:
-    InputError: if a parameter has no entry in `names`.
+    InputError: if a parameter has no tensor.
   """
+  blocks = model.config.blocks
+  names_of = functools.cache(
+    lambda segment, block: family.names(model.config, blocks[segment].pattern[block])
+  )
   for path, variable in nnx.to_flat_state(nnx.state(model)):
     if isinstance(variable, BalancerState):
       bias = bias_of(model, path, variable)
@@ -55,7 +61,12 @@ def stored_parameters(
       shape = bias.shape
     else:
       shape = variable.get_value().shape
-    yield _stored(model, path, tuple(shape), names, present)
+    yield _stored(model, path, tuple(shape), names_of(*_block(path)), present)
+
+
+def _block(path: Path) -> tuple[int, int]:
+  """The segment and the block of its pattern that a variable belongs to; the first for those outside of blocks."""
+  return (path[1], path[4]) if path[0] == "segments" else (0, 0)
 
 
 def _stored(

@@ -34,7 +34,6 @@ _TOKENIZER_FILES = (
   "chat_template.jinja",
   "generation_config.json",
 )
-_FLOAT32 = ("e_score_correction_bias",)  # tensors that a checkpoint has in float32, whatever the others have
 _REPLACED = ("dtype", "torch_dtype", "quantization_config", "rope_parameters", "rope_scaling")
 
 
@@ -75,7 +74,7 @@ def save(
   dtype = dtype if dtype in DTYPES else "float32"
   for name in _REPLACED:
     before.pop(name, None)
-  values = dict(family.constants) | before | values | {"torch_dtype": dtype}
+  values = before | values | {"torch_dtype": dtype}
   tensors = pending_tensors(model, family, np.dtype(jnp.dtype(dtype)))
   if jax.process_index() == 0:
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,17 +96,17 @@ def pending_tensors(model: Transformer, family: Family, dtype: np.dtype) -> dict
   """Returns the tensors of the checkpoint, whose values are computed when they are written."""
   variables = dict(nnx.to_flat_state(nnx.state(model)))
   parts: dict[str, list[tuple[Any, Stored, Piece]]] = {}
-  for stored in stored_parameters(model, family.names(model.config)):
+  for stored in stored_parameters(model, family):
     value = bias_of(model, stored.path, variables[stored.path])
     for piece in stored.pieces:
       parts.setdefault(piece.name, []).append((value, stored, piece))
-  return {name: _pending(name, own, dtype) for name, own in parts.items()}
+  of_name = lambda name: np.dtype(np.float32) if name.endswith(family.float32) else dtype
+  return {name: _pending(own, of_name(name)) for name, own in parts.items()}
 
 
-def _pending(name: str, parts: list[tuple[Any, Stored, Piece]], dtype: np.dtype) -> Pending:
+def _pending(parts: list[tuple[Any, Stored, Piece]], dtype: np.dtype) -> Pending:
   _, stored, piece = parts[0]
   shape = piece.layout.file_shape(stored.shape[len(piece.lead) :])
-  dtype = np.dtype(np.float32) if name.endswith(_FLOAT32) else dtype
 
   def make() -> np.ndarray:
     tensor = np.empty(shape, dtype)

@@ -183,8 +183,12 @@ def test_options_that_do_not_exist(model, folder, tmp_path):
       "mixtral, where router is softmax_topk, and here sigmoid_topk in layer 0$",
     ),
     ({"activation": "relu"}, {"experts": "relu"}, "where experts is swiglu, and here relu in layer 0"),
-    ({"residual": "normed_input"}, {}, "where the mixer of the residual differs .* in layer 0"),
-    ({}, {"num_shared_experts": 1}, "mixtral, where the shared experts differ in layer 0$"),
+    (
+      {"residual": "normed_input", "qk_norm": True},
+      {},
+      "qwen3_moe, where residual is pre_norm, and here normed_input in layer 0 .1 other",
+    ),
+    ({"qk_norm": True}, {"num_shared_experts": 1}, "qwen3_moe, where the shared experts differ in layer 0$"),
     ({"ffn": "latent_moe"}, {}, "the feed-forward part is moe, and here latent_moe in layer 0"),
   ],
 )

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from moe_jax.config import ModelConfig
+from moe_jax.config import BlockConfig, ModelConfig
 from moe_jax.errors import InputError
 from moe_jax.interop.source import Names, source
 
@@ -20,18 +20,20 @@ class Family:
     architecture: the class of transformers that loads it.
     read: from the values of a config.json to a configuration. Raises InputError for what this package lacks.
     write: from a configuration to these values. What it cannot express, `read` does not return.
-    names: from a configuration to the tensors of its parameters.
-    skipped: from the values of a config.json to beginnings of names of tensors that are not loaded.
-    constants: values of config.json that the package does not read and transformers needs.
+    names: from a configuration and one of its blocks to the tensors of the parameters, also those outside of blocks.
+    skipped: from the values of a config.json to regular expressions for names of tensors that are not loaded.
+    float32: ends of names of tensors that are written in float32, whatever the type of the others.
+    other_types: further values of `model_type` for the same architecture.
   """
 
   model_type: str
   architecture: str
   read: Callable[["Values"], ModelConfig]
   write: Callable[[ModelConfig], dict[str, Any]]
-  names: Callable[[ModelConfig], Names]
+  names: Callable[[ModelConfig, BlockConfig], Names]
   skipped: Callable[["Values"], tuple[str, ...]] = lambda values: ()
-  constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  float32: tuple[str, ...] = ()
+  other_types: tuple[str, ...] = ()
 
 
 class Values:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moe_jax.config import BlockConfig, ModelConfig, Segment
+from moe_jax.errors import InputError
 from moe_jax.interop.families.base import Values
 from moe_jax.ops.balancing.conventions import convert
 from moe_jax.registry import Method
@@ -65,6 +66,8 @@ def sparse_layers(
   config: dict[str, Any], is_sparse: Sequence[bool], mixer: str = "attention"
 ) -> dict[str, Any]:
   """Returns `config` with the fields that say which layers have experts."""
+  if not any(is_sparse):
+    raise InputError("config.json: no layer has experts")
   num_layers, dense_first = len(is_sparse), list(is_sparse).index(True)
   for every in range(1, num_layers - dense_first + 1):
     expected = [

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from moe_jax.config import ModelConfig, MoEConfig
+from moe_jax.config import BlockConfig, ModelConfig, MoEConfig
 from moe_jax.interop.families.base import ATTENTION, MODEL, Family, Values, experts, option
 from moe_jax.interop.families.fields import (
   coefficient_of,
@@ -47,10 +47,14 @@ def write(config: ModelConfig) -> dict[str, Any]:
   }
 
 
-def names(config: ModelConfig) -> Names:
-  router = source("block_sparse_moe.gate.weight", "E D -> D E") + source("mlp.gate.weight", "E D -> D E")
-  own = experts("block_sparse_moe.experts", "w1", "w3", "w2")
-  return {**MODEL, **ATTENTION, **own, "ffn.router.w_router_DE": router}
+def names(config: ModelConfig, block: BlockConfig) -> Names:
+  del config, block
+  return {**MODEL, **ATTENTION, **MIXTRAL_EXPERTS}
 
 
+MIXTRAL_EXPERTS: Names = {
+  **experts("block_sparse_moe.experts", "w1", "w3", "w2"),
+  "ffn.router.w_router_DE": source("block_sparse_moe.gate.weight", "E D -> D E")
+  + source("mlp.gate.weight", "E D -> D E"),
+}
 MIXTRAL = Family("mixtral", "MixtralForCausalLM", read, write, names)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from moe_jax.config import ModelConfig, MoEConfig
+from moe_jax.config import BlockConfig, ModelConfig, MoEConfig
 from moe_jax.interop.families.base import ATTENTION, MODEL, QWEN_EXPERTS, ROUTER, Family, Values, swiglu
 from moe_jax.interop.families.fields import (
   coefficient_of,
@@ -68,7 +68,8 @@ def write_moe(config: ModelConfig) -> dict[str, Any]:
   }
 
 
-def names(config: ModelConfig) -> Names:
+def names(config: ModelConfig, block: BlockConfig) -> Names:
+  del config, block
   return {**MODEL, **ATTENTION, **ROUTER, **QWEN_EXPERTS, **swiglu("ffn", "mlp")}
 
 
