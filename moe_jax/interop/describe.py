@@ -36,7 +36,7 @@ def describe(config: ModelConfig, vocab_size: int, model_type: str = "") -> tupl
     InputError: if there is none. The message says how the nearest family differs.
   """
   families = [FAMILIES[model_type]] if model_type in FAMILIES else list(FAMILIES.values())
-  nearest: list[str] | None = None
+  found: list[tuple[bool, int, Family, list[str]]] = []
   for family in families:
     common = {
       "model_type": family.model_type,
@@ -46,16 +46,16 @@ def describe(config: ModelConfig, vocab_size: int, model_type: str = "") -> tupl
     try:
       values = common | family.write(shared_moe(config))
       differences = list(_differences(config, resolve(family.read(Values("config.json", values)))))
-    except InputError as error:
-      values, differences = {}, [str(error)]
-    if not differences:
-      return family, values
-    differences[0] = f"{family.model_type}, where {differences[0]}"
-    if nearest is None or len(differences) < len(nearest):
-      nearest = differences
-  others = f" ({len(nearest) - 1} other differences)" if len(nearest) > 1 else ""
+      if not differences:
+        return family, values
+      found.append((False, len(differences), family, differences))
+    except InputError as error:  # its config.json cannot say anything like it
+      found.append((True, 1, family, [str(error)]))
+  _, _, family, differences = min(found, key=lambda entry: entry[:2])
+  others = f" ({len(differences) - 1} other differences)" if len(differences) > 1 else ""
   raise InputError(
-    f"save: no published family computes what this model does; the nearest is {nearest[0]}{others}"
+    "save: no published family computes what this model does; "
+    f"the nearest is {family.model_type}, where {differences[0]}{others}"
   )
 
 
