@@ -67,7 +67,7 @@ def test_arms_of_granularity_have_equal_active_width():
   protocols = [protocol_of(check_run(with_arm(CONFIG, arm), mesh)) for arm in arms.values()]
   assert {protocol["active_width"] for protocol in protocols} == {128}
   assert {arm["num_experts"] for arm in arms.values()} >= {8, 16, 32, 64, 128}
-  assert list(arms)[0] == "16x64_top2"  # the baseline is the configuration itself
+  assert next(iter(arms)) == "16x64_top2"  # the baseline is the configuration itself
   # sizes that cannot be halved or quartered have fewer arms
   odd = granularity(dataclasses.replace(CONFIG.model.moe, num_experts_per_token=1, expert_dim=6))
   assert all(arm["num_experts_per_token"] >= 1 and arm["expert_dim"] >= 1 for arm in odd.values())
