@@ -89,7 +89,7 @@ def test_several_tokens_at_once_equal_the_whole(read):
 def test_bytes_are_those_that_the_cache_has(read):
   model = read[0]
   for length in (2, TOTAL):
-    cache = jax.eval_shape(lambda: model.init_cache(jnp.zeros(3, jnp.int32), length))
+    cache = jax.eval_shape(lambda length=length: model.init_cache(jnp.zeros(3, jnp.int32), length))
     found = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.layers))
     assert 3 * cache_bytes(model.config, length, "float32").total == found
 
