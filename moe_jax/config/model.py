@@ -100,7 +100,10 @@ class ModelConfig:
   )
   num_dense_first: int = flag(0, "the first blocks that have no experts")
   moe_every: int = flag(1, "of the blocks after those, every n-th has experts")
-  mixer: Spec = flag("attention", "token mixer of every block, e.g. attention:window=128")
+  mixer: Spec = flag(
+    "attention",
+    "token mixer of every block: attention, mla, lightning, with options, e.g. attention:window=128",
+  )
   ffn: Spec = flag(
     "moe",
     "feed-forward part of the blocks with experts: moe, latent_moe:WIDTH, default_moe, erc_moe, soft_moe:SLOTS, parallel_moe",
@@ -180,6 +183,11 @@ class ModelConfig:
     segments = self.segments or self._segments_of_pattern()
     own = lambda block: block if block.moe is not None else dataclasses.replace(block, moe=self.moe)
     return tuple(Segment(tuple(own(b) for b in s.pattern), s.repeats) for s in segments)
+
+  @property
+  def total_layers(self) -> int:
+    """The number of blocks, also of a model whose segments say them."""
+    return sum(segment.repeats * len(segment.pattern) for segment in self.blocks)
 
   def _segments_of_pattern(self) -> tuple[Segment, ...]:
     sparse = BlockConfig(self.mixer, self.ffn, self.residual)
