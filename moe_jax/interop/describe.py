@@ -88,7 +88,13 @@ def _block_differences(
   mine, its = _built(ours, block), _built(theirs, other)
   for part, what in (("mixer", "mixer"), ("mixer_residual", "residual"), ("ffn_residual", "residual")):
     if _structure(getattr(mine, part)) != _structure(getattr(its, part)):
-      yield f"{what} is {getattr(other, what)}, and here {getattr(block, what)}"
+      texts = str(getattr(other, what)), str(getattr(block, what))
+      unlike = _first_unlike(getattr(mine, part), getattr(its, part))
+      yield (
+        f"{what} is {texts[0]}, and here {texts[1]}"
+        if texts[0] != texts[1]
+        else f"{what} {texts[0]} {unlike}"
+      )
   if ffn != "moe":
     if _structure(mine.ffn) != _structure(its.ffn):
       yield f"the dense part differs ({ours.dense_dim}, {theirs.dense_dim})"
@@ -114,3 +120,13 @@ def _structure(module: nnx.Module | None) -> Any:
   graphdef, state = nnx.split(module)
   shapes = [(path, tuple(v.get_value().shape)) for path, v in nnx.to_flat_state(state)]
   return graphdef, shapes
+
+
+def _first_unlike(ours: nnx.Module, theirs: nnx.Module) -> str:
+  """What a module of a family has otherwise, where its name and options are the same."""
+  mine, its = (dict(_structure(module)[1]) for module in (ours, theirs))
+  for path, shape in mine.items():
+    if its.get(path) != shape:
+      name = ".".join(map(str, path))
+      return f"has {list(its[path])} for {name} {list(shape)}" if path in its else f"has no {name}"
+  return "has other settings"
