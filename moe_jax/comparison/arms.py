@@ -280,6 +280,7 @@ _CAUSAL = (
   "cosine_topk",
   "mlp_topk",
   "gemma4_topk",
+  "gpt_oss_topk",
   "moe_plus_plus@heterogeneous_loss:0.01",
   "longcat_topk:scale=1@longcat_bias",
   "hash_topk@none",
