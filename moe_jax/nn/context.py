@@ -6,11 +6,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.nn.cache import Past
 from moe_jax.types import Array, StepStats
 
 # Folded into the key of a sequence. Jitter folds in 0, and routing groups fold in 1, 2, ...
 _BITS = np.uint32(2**32 - 1)
+
+
+class Past(NamedTuple):
+  """Where new tokens stand behind those of a cache. A mixer reads it from `Context.past`.
+
+  A column is a position in the batch. Sequences of different lengths end together: sequence b starts in column
+  `pad_B[b]`, and its positions count from there.
+  """
+
+  start: Array  # int32 [], the columns that the cache already holds
+  pad_B: Array  # int32, columns of padding before each sequence
+  fresh: bool = False  # static: the cache is empty, so the new tokens need nothing of it
+
+  def columns(self, length: int) -> Array:
+    """Returns the columns of `length` new tokens, int32 [L]."""
+    return self.start + jnp.arange(length, dtype=jnp.int32)
+
+  def positions(self, length: int) -> Array:
+    """Returns their positions in the sequences, int32 [B, L]. Padding has those below 0."""
+    return self.columns(length)[None, :] - self.pad_B[:, None]
+
+  def mask(self, length: int) -> Array:
+    """Returns which of them are no padding, bool [B, L]."""
+    return self.positions(length) >= 0
 
 
 class Context(NamedTuple):

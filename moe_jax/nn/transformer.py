@@ -9,8 +9,8 @@ from flax import nnx
 from moe_jax.config import ModelConfig
 from moe_jax.nn.block import BlockAux
 from moe_jax.nn.build import make_blocks, resolve
-from moe_jax.nn.cache import Cache, Past
-from moe_jax.nn.context import DEFAULT, Context
+from moe_jax.nn.cache import Cache
+from moe_jax.nn.context import DEFAULT, Context, Past
 from moe_jax.nn.leaks import check_causal
 from moe_jax.nn.norm import RMSNorm
 from moe_jax.nn.stack import SegmentStack

@@ -4,8 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.errors import InputError
-from moe_jax.nn.cache import Past
-from moe_jax.nn.context import Context
+from moe_jax.nn.context import Context, Past
 from moe_jax.nn.mixers.positions import make_yarn, sequence_positions
 from moe_jax.nn.norm import RMSNorm
 from moe_jax.nn.variables import matrix, weight
