@@ -43,15 +43,12 @@ def value_of(config: Config, field: str) -> Any:
 
 
 def _part_of(config: Config, field: str) -> str:
-  if hasattr(config.model.moe, field):
-    return "moe"
-  part = next((p for p in _PARTS if hasattr(getattr(config, p), field)), None)
-  if part is None:
-    names = [
-      f.name for p in (config.model.moe, *(getattr(config, p) for p in _PARTS)) for f in dataclasses.fields(p)
-    ]
-    raise unknown_name("field of an arm", field, names)
-  return part
+  parts = {"moe": config.model.moe} | {part: getattr(config, part) for part in _PARTS}
+  names = {part: [f.name for f in dataclasses.fields(value)] for part, value in parts.items()}
+  found = next((part for part in parts if field in names[part]), None)
+  if found is None:
+    raise unknown_name("field of an arm", field, [name for part in names.values() for name in part])
+  return found
 
 
 def balancing_arm(text: str) -> Arm:
@@ -206,6 +203,33 @@ def dense_models(moe: MoEConfig) -> dict[str, Arm]:
   return {
     "dense": one | {"expert_dim": moe.num_experts_per_token * moe.expert_dim},
     "dense_total": one | {"expert_dim": moe.num_experts * moe.expert_dim},
+  }
+
+
+def granularity(moe: MoEConfig) -> dict[str, Arm]:
+  """Returns the arms of `experiments/granularity.py`. The first is `moe` itself, the baseline.
+
+  A name is ExF_topK, with `_plus` the number of shared experts. K x F is equal in all, shared experts included.
+  """
+  e, f, k = moe.num_experts, moe.expert_dim, moe.num_experts_per_token
+  shapes = [(e, f, k, 0)]
+  # coarser and finer: E x F is equal, too
+  shapes += [(e * n // d, f * d // n, k * n // d, 0) for n, d in ((1, 2), (2, 1), (4, 1), (8, 1))]
+  # fewer and more
+  shapes += [(e * n // d, f, k, 0) for n, d in ((1, 2), (2, 1), (4, 1), (8, 1))]
+  # shared: one of K, and a quarter of the finer ones
+  shapes += [(e - 1, f, k - 1, 1), (4 * e - k, f // 4, 4 * k - k, k)]
+  possible = [
+    shape for shape in dict.fromkeys(shapes) if all(shape[:3]) and shape[1] * (shape[2] + shape[3]) == k * f
+  ]
+  return {
+    f"{e}x{f}_top{k}" + (f"_plus{shared}" if shared else ""): {
+      "num_experts": e,
+      "expert_dim": f,
+      "num_experts_per_token": k,
+      "num_shared_experts": shared,
+    }
+    for e, f, k, shared in possible
   }
 
 
