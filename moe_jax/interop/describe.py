@@ -1,5 +1,6 @@
 """From a configuration to the config.json of the published family that it belongs to."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,7 +46,7 @@ def describe(config: ModelConfig, vocab_size: int, model_type: str = "") -> tupl
     }
     try:
       values = common | family.write(shared_moe(config))
-      differences = list(_differences(config, resolve(family.read(Values("config.json", values)))))
+      differences = list(_differences(config, _read_back(family, values)))
       if not differences:
         return family, values
       found.append((False, len(differences), family, differences))
@@ -59,9 +60,14 @@ def describe(config: ModelConfig, vocab_size: int, model_type: str = "") -> tupl
   )
 
 
+def _read_back(family: Family, values: dict[str, Any]) -> ModelConfig:
+  read = Values("config.json", values)
+  return resolve(dataclasses.replace(family.read(read), mtp_depth=family.mtp_depth(read)))
+
+
 def _differences(ours: ModelConfig, theirs: ModelConfig) -> Iterator[str]:
   """Yields what differs between two resolved configurations in what they compute."""
-  for name in ("model_dim", "norm_eps", "tie_embeddings", "causal"):
+  for name in ("model_dim", "norm_eps", "tie_embeddings", "causal", "mtp_depth"):
     yield from _compare(name, getattr(ours, name), getattr(theirs, name))
   layers, others = layers_of(ours), layers_of(theirs)
   yield from _compare("the number of layers", len(layers), len(others))

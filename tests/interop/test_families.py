@@ -1,5 +1,6 @@
 """Every family without PyTorch: tensors by their published names, both ways, and one whole model as a loop."""
 
+import dataclasses
 import json
 
 import jax
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 import moe_jax
+from moe_jax.errors import InputError
 from moe_jax.interop.families import FAMILIES, Values
 from moe_jax.interop.safetensors import Pending, open_file, write_file
 from moe_jax.nn.build import resolve
@@ -157,6 +159,36 @@ def test_tensors_have_their_published_names_and_come_back(name, tmp_path):
   loaded = moe_jax.load(tmp_path)
   assert_same_model(loaded.model, model)
   assert loaded.config.model == resolve(config)
+
+
+def test_the_module_of_multi_token_prediction(tmp_path):
+  """Layer 2 of a V3 with two layers. Its names, and which half of `eh_proj` multiplies what, are those of the release."""
+  values, layer = CASES["deepseek_v3"]
+  config = FAMILIES["deepseek_v3"].read(Values("config.json", values))
+  model = random_model(dataclasses.replace(config, mtp_depth=1), V)
+  moe_jax.save(model, tmp_path)
+  tensors = open_file(tmp_path / "model.safetensors")
+  prefix = "model.layers.2."
+  found = {key.removeprefix(prefix): list(x.shape) for key, x in tensors.items() if key.startswith(prefix)}
+  norms = ("input_layernorm", "post_attention_layernorm", "enorm", "hnorm", "shared_head.norm")
+  own = {"embed_tokens.weight": [V, D], "shared_head.head.weight": [V, D], "eh_proj.weight": [D, 2 * D]}
+  assert found == layer | own | {f"{norm}.weight": [D] for norm in norms}
+  np.testing.assert_array_equal(tensors[f"{prefix}embed_tokens.weight"], tensors["model.embed_tokens.weight"])
+  hidden_DX, embedded_DX = model.successors[0].w_join_2DX.get_value()
+  np.testing.assert_array_equal(
+    tensors[f"{prefix}eh_proj.weight"], np.concatenate([embedded_DX, hidden_DX]).T
+  )
+  loaded = moe_jax.load(tmp_path, mtp=True)
+  assert_same_model(loaded.model, model)
+  assert len(loaded.skipped) == 2 and str(loaded.config.train.objective) == "next_tokens"
+  without = moe_jax.load(tmp_path)
+  assert set(without.skipped) == {f"{prefix}{name}" for name in found}
+  moe_jax.save(without, tmp_path / "without")
+  assert not moe_jax.load(tmp_path / "without").skipped
+  with pytest.raises(
+    InputError, match=r"config.json: has no module of multi-token prediction; use mtp=False"
+  ):
+    moe_jax.load(tmp_path / "without", mtp=True)
 
 
 def test_deepseek_moe_16b_as_a_loop(tmp_path):
