@@ -3,12 +3,16 @@
 import json
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
 import moe_jax
 from moe_jax.interop.folder import open_folder
+from moe_jax.interop.quantised import Blockwise
+from moe_jax.interop.safetensors import Pending, write_file
 from moe_jax.nn.context import Context
+from tests.interop.helpers import assert_same_model
 from tests.parity import models, oracles
 from tests.parity.models import GQA
 from tests.parity.test_checkpoints import CASES, change_config
@@ -87,8 +91,6 @@ def minimax(tensors, tokens_L, layers, rotary_dim):
 
 def test_the_prediction_module_of_deepseek_v3_is_named_and_skipped(tmp_path):
   """The published checkpoint has it as layer 61. The bias of the router becomes state of the balancer."""
-  from moe_jax.interop.safetensors import Pending, write_file
-
   prefix, fields = CASES["deepseek_v3"]
   model = saved(tmp_path, prefix, fields)
   tensors = {name: np.array(x) for name, x in open_folder(tmp_path, {}).tensors.items()}
@@ -106,3 +108,42 @@ def test_the_prediction_module_of_deepseek_v3_is_named_and_skipped(tmp_path):
   state = loaded.model.segments[1].pattern.blocks[0].ffn.balancer_state.get_value()
   found = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == (2, len(bias_E))]
   np.testing.assert_array_equal(found[0][0], bias_E)
+
+
+def test_mxfp4_is_what_transformers_makes_of_it(tmp_path):
+  """gpt-oss as it is published, and the same with what transformers makes of its blocks."""
+  from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+  prefix, fields = CASES["gpt_oss"]
+  saved(tmp_path, prefix, fields | {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2})
+  tensors = {name: np.array(x) for name, x in open_folder(tmp_path, {}).tensors.items()}
+  loaded = {}
+  rng = np.random.default_rng(0)
+  for packed in (True, False):
+    own, rng = dict(tensors), np.random.default_rng(0)
+    for name in [name for name in tensors if name.endswith("_proj") and "experts" in name]:
+      experts, rows, columns = own.pop(name).shape
+      blocks = rng.integers(0, 256, (experts, columns, rows // 32, 16)).astype(np.uint8)
+      scales = rng.integers(120, 126, blocks.shape[:-1]).astype(np.uint8)
+      if packed:
+        own |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+      else:
+        arrays = (oracles.torch.tensor(blocks), oracles.torch.tensor(scales))
+        own[name] = convert_moe_packed_tensors(*arrays, dtype=oracles.torch.float32).numpy()
+    pending = {name: Pending(x.shape, x.dtype, lambda x=x: x) for name, x in own.items()}
+    write_file(tmp_path / "model.safetensors", pending)
+    loaded[packed] = moe_jax.load(tmp_path).model
+  assert_same_model(loaded[True], loaded[False])
+
+
+@pytest.mark.parametrize("shape", [(128, 256), (256, 128)])
+def test_fp8_is_what_transformers_makes_of_it(shape):
+  """For whole blocks. With ragged ones, as in the released DeepSeek-V3, this function of transformers refuses."""
+  from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+  values = oracles.normals(*shape).astype(ml_dtypes.float8_e4m3fn)
+  scales = np.abs(oracles.normals(shape[0] // 128, shape[1] // 128, seed=1))
+  torch_values = oracles.torch.tensor(values.view(np.uint8)).view(oracles.torch.float8_e4m3fn)
+  expected = Fp8Dequantize(None)._dequantize_one(torch_values, oracles.torch.tensor(scales)).numpy()
+  found = Blockwise(values, scales, (128, 128))[slice(0, shape[0]), slice(0, shape[1])]
+  np.testing.assert_array_equal(found, expected)
