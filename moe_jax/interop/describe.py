@@ -1,6 +1,7 @@
 """From a configuration to the config.json of the published family that it belongs to."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -111,6 +112,7 @@ def _block_differences(
     yield "the shared experts differ"
 
 
+@functools.lru_cache(maxsize=256)
 def _built(config: ModelConfig, block: BlockConfig) -> Block:
   """A block without values."""
   found: list[Block] = []

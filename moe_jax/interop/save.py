@@ -18,6 +18,7 @@ from moe_jax.interop.families import Family
 from moe_jax.interop.folder import CONFIG, INDEX, SINGLE, read_config
 from moe_jax.interop.load import DTYPES
 from moe_jax.interop.names import Piece, Stored, bias_of, stored_parameters
+from moe_jax.interop.place import copy
 from moe_jax.interop.safetensors import Pending, write_file
 from moe_jax.nn.transformer import Transformer
 from moe_jax.training.load import Loaded
@@ -113,7 +114,7 @@ def _pending(parts: list[tuple[Any, Stored, Piece]], dtype: np.dtype) -> Pending
   def make() -> np.ndarray:
     tensor = np.empty(shape, dtype)
     for value, _, piece in parts:
-      piece.layout.write(_fetch(value, piece.lead), tensor)
+      copy(*piece.layout.place(_fetch(value, piece.lead), tensor))
     return tensor
 
   return Pending(shape, dtype, make)
