@@ -69,6 +69,7 @@ GRAPH = {
   "training.metric_writer": Part("config errors", never=JAX),
   "training.progress": Part("errors", never=JAX),
   "training.router_trace": Part("errors", never=JAX),
+  "inference": Part(RUN),
   "comparison": Part(RUN),
   "comparison.arms": Part("config errors registry nn ops"),
   "comparison.report": Part("comparison training.metric_writer config errors", never=JAX),
@@ -84,9 +85,9 @@ GRAPH = {
     "comparison.report training.router_trace nn config ops types errors", never={"flax", "optax"}
   ),
   # the top
-  "moe_jax": Part(f"comparison analysis {RUN}"),  # __init__.py: the public names
-  "experiments": Part(f"comparison analysis cli moe_jax {RUN}"),
-  "scripts": Part(f"comparison analysis cli moe_jax experiments {RUN}"),
+  "moe_jax": Part(f"comparison analysis inference {RUN}"),  # __init__.py: the public names
+  "experiments": Part(f"comparison analysis inference cli moe_jax {RUN}"),
+  "scripts": Part(f"comparison analysis inference cli moe_jax experiments {RUN}"),
 }
 TOP = {"experiments", "scripts", "tests", "notebooks"}
 
