@@ -1,7 +1,9 @@
 """absl flags from the config dataclasses, and how entry points end on a wrong one."""
 
+import contextlib
 import dataclasses
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -124,3 +126,12 @@ def _fail(error: Exception, short: bool = False) -> None:
     line = line.split(" known: ")[0] + " --help lists all"
   print(f"error: {line}", file=sys.stderr)
   sys.exit(2)
+
+
+@contextlib.contextmanager
+def said(what: str) -> Iterator[None]:
+  """Says on stderr what runs now, and then how long it took."""
+  print(f"{what} ...", end=" ", file=sys.stderr, flush=True)
+  start = time.perf_counter()
+  yield
+  print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)

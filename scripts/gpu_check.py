@@ -264,15 +264,14 @@ def tokens(config: Config) -> int:
   return config.data.batch_size * config.data.sequence_length
 
 
-# Everything together
-
-
 def measure(config: Config, dispatchers: list[str]) -> dict[str, Any]:
   """Returns the report as plain values. Runs on JAX's default device."""
   init = compiled(change(config, "sorted")).init  # one for all dispatchers, whose states are the same
-  layer, step = check_layer(config, dispatchers), check_step(config, dispatchers, init)
+  with cli.said("checking the layer and the training step"):
+    layer, step = check_layer(config, dispatchers), check_step(config, dispatchers, init)
   errors, limits = {d: layer[d] | step[d] for d in dispatchers}, TOLERANCE[config.model.compute_dtype]
-  peak = ceiling(config.model.compute_dtype)
+  with cli.said("timing plain products"):
+    peak = ceiling(config.model.compute_dtype)
 
   def speed(timed: tuple[float, float], tokens: int) -> dict[str, float]:
     seconds, needed = timed
@@ -282,7 +281,8 @@ def measure(config: Config, dispatchers: list[str]) -> dict[str, Any]:
   rows = {}
   for name in dispatchers:
     changed = change(config, name)
-    timed = {"layer": time_layer(changed), "step": time_step(changed, init)}
+    with cli.said(f"timing {name}"):
+      timed = {"layer": time_layer(changed), "step": time_step(changed, init)}
     rows[name] = {part: speed(one, tokens(changed)) for part, one in timed.items()}
   return {
     "device": jax.config.jax_default_device.device_kind,

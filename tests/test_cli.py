@@ -44,6 +44,7 @@ WRONG = [
 WRONG_OF_OTHERS = [
   ("experiments/capacity.py", ["--capacity_factors=1,x"], "--capacity_factors=x: must be a number above 0, or none"),
   ("experiments/capacity.py", ["--group=batch,tree"], "--group=batch,tree: must be different ones of sequence,"),
+  ("experiments/granularity.py", ["--arms=16x64"], "unknown arm '16x64': did you mean"),
   ("experiments/capacity.py", ["--methods=none@st_moe_topn"], "--router=st_moe_topn: in a causal model its output"),
   ("scripts/join.py", [], "no folders: give the folders of all shards"),
   ("scripts/join.py", ["tests"], "tests: holds no comparison"),

@@ -209,6 +209,33 @@ def dense_models(moe: MoEConfig) -> dict[str, Arm]:
   }
 
 
+def granularity(moe: MoEConfig) -> dict[str, Arm]:
+  """Returns the arms of `experiments/granularity.py`. The first is `moe` itself, the baseline.
+
+  A name is ExF_topK, with `_plus` the number of shared experts. K x F is equal in all, shared experts included.
+  """
+  e, f, k = moe.num_experts, moe.expert_dim, moe.num_experts_per_token
+  shapes = [(e, f, k, 0)]
+  # coarser and finer: E x F is equal, too
+  shapes += [(e * n // d, f * d // n, k * n // d, 0) for n, d in ((1, 2), (2, 1), (4, 1), (8, 1))]
+  # fewer and more
+  shapes += [(e * n // d, f, k, 0) for n, d in ((1, 2), (2, 1), (4, 1), (8, 1))]
+  # shared: one of K, and a quarter of the finer ones
+  shapes += [(e - 1, f, k - 1, 1), (4 * e - k, f // 4, 4 * k - k, k)]
+  possible = [
+    shape for shape in dict.fromkeys(shapes) if all(shape[:3]) and shape[1] * (shape[2] + shape[3]) == k * f
+  ]
+  return {
+    f"{e}x{f}_top{k}" + (f"_plus{shared}" if shared else ""): {
+      "num_experts": e,
+      "expert_dim": f,
+      "num_experts_per_token": k,
+      "num_shared_experts": shared,
+    }
+    for e, f, k, shared in possible
+  }
+
+
 def routers(moe: MoEConfig) -> dict[str, Arm]:
   """Returns the arms of `experiments/routers.py --routers=all`.
 

@@ -10,6 +10,7 @@ from moe_jax.comparison.arms import (
   arms_from_flag,
   balancing,
   balancing_arm,
+  granularity,
   published_notes,
   routers,
   routing_arm,
@@ -21,6 +22,7 @@ from moe_jax.nn.routers import ROUTERS
 from moe_jax.ops.balancing import BALANCERS
 from moe_jax.registry import split_methods
 from moe_jax.training.compiled import check_run
+from moe_jax.training.protocol import protocol_of
 
 CONFIG = Config(mesh=MeshConfig(data=1, expert=1))
 BALANCING = balancing(CONFIG)
@@ -58,6 +60,17 @@ def test_routers_have_equal_active_width():
   for name, arm in ROUTING.items():
     k, f = arm.get("num_experts_per_token", moe.num_experts_per_token), arm.get("expert_dim", moe.expert_dim)
     assert k * f == 2 * moe.expert_dim or name == "top_p"  # which sends a token to at most K experts
+
+
+def test_arms_of_granularity_have_equal_active_width():
+  arms, mesh = granularity(CONFIG.model.moe), sharding.make_mesh(CONFIG.mesh)
+  protocols = [protocol_of(check_run(with_arm(CONFIG, arm), mesh)) for arm in arms.values()]
+  assert {protocol["active_width"] for protocol in protocols} == {128}
+  assert {arm["num_experts"] for arm in arms.values()} >= {8, 16, 32, 64, 128}
+  assert next(iter(arms)) == "16x64_top2"  # the baseline is the configuration itself
+  # sizes that cannot be halved or quartered have fewer arms
+  odd = granularity(dataclasses.replace(CONFIG.model.moe, num_experts_per_token=1, expert_dim=6))
+  assert all(arm["num_experts_per_token"] >= 1 and arm["expert_dim"] >= 1 for arm in odd.values())
 
 
 def test_arms_by_name_by_spec_and_all():
