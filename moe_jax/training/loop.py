@@ -87,8 +87,10 @@ class Run:
   def _train(self) -> dict[str, Any]:
     info = self.dataset.info
     check_same_run(self.folder, self.config, info.fingerprint)
-    self.steps = compile_steps(self.config, info.vocab_size, len(info.domains), self.mesh)
     with contextlib.ExitStack() as stack:
+      train = self.config.train
+      self.stops = stack.enter_context(Stops(train.max_minutes, train.checkpoint_minutes))
+      self.steps = compile_steps(self.config, info.vocab_size, len(info.domains), self.mesh)
       self.checkpoints = Checkpoints(self.folder / "checkpoints")
       # On every way out: a save under way must not meet the next manager.
       stack.callback(self.checkpoints.close)
@@ -104,10 +106,9 @@ class Run:
         self.progress.start_run(self.show, self.config.train.num_steps)
       writer = stack.enter_context(self._writer(int(state.step)))
       recorder = stack.enter_context(self._recorder(int(state.step)))
-      train = self.config.train
-      with Stops(train.max_minutes, train.checkpoint_minutes) as self.stops:
-        state = self._loop(state, writer, recorder)
-        self.checkpoints.wait()
+      state = self._loop(state, writer, recorder)
+      self.checkpoints.wait()
+      self.stops.close()
       validation = self.evaluate(state)
       self._check_finite(int(state.step), {"validation loss": validation["nll"]})
     result = result_of(self, validation, int(state.step))

@@ -13,9 +13,11 @@ import threading
 import time
 from typing import Any, Self
 
+import jax
+
 from moe_jax.cluster import processes
 from moe_jax.cluster.agree import Agreement
-from moe_jax.errors import InputError, NonFiniteLoss
+from moe_jax.errors import InputError, NonFiniteLoss, Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 FIRST_SAVE = 30.0  # seconds until the first checkpoint that is due by time
@@ -36,10 +38,12 @@ class Stops:
     self._saved = time.monotonic()
     self._wait = min(FIRST_SAVE, self._interval)  # until the next checkpoint
     self._received = 0
+    self._has_step = False  # whether there is something to save
 
   def __enter__(self) -> Self:
     self._agreement = Agreement()
     self._handlers: dict[int, Any] = {}
+    self._outbox = None
     if threading.current_thread() is threading.main_thread():
       # A handler in Python runs when the main thread is back from C, which may wait for a step, or for a process that
       # is gone. The number of the signal comes through the socket at once.
@@ -53,17 +57,28 @@ class Stops:
     return self
 
   def __exit__(self, *unused_exception: Any) -> None:
+    self.close()
+
+  def close(self) -> None:
+    """Ends the listening: signals do again what they did before. A second call does nothing."""
     for number, handler in self._handlers.items():
       signal.signal(number, handler)
-    if self._handlers or hasattr(self, "_outbox"):
+    self._handlers = {}
+    if self._outbox:
       signal.set_wakeup_fd(self._wakeup)
       self._outbox.close()  # ends the thread
+      self._outbox = None
     self._agreement.close()
 
   def _handle(self, number: int, frame: Any) -> None:
     self._received += 1
-    if number == signal.SIGINT and self._received > 1:
+    at_once = not self._has_step and jax.process_count() == 1
+    if number == signal.SIGINT and (at_once or self._received > 1):
       raise KeyboardInterrupt
+    if at_once:
+      raise Stopped(
+        f"stopped by {signal.Signals(number).name} before the first step; the same command continues"
+      )
 
   def _listen(self) -> None:
     numbers = 0
@@ -80,6 +95,7 @@ class Stops:
 
   def reached(self, step: int) -> str:
     """Returns why the run stops after `step`, the same in all processes; empty: it goes on. Once for each step."""
+    self._has_step = True
     return self._agreement.reached(step)
 
   def due(self) -> bool:
