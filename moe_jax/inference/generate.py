@@ -16,7 +16,7 @@ from moe_jax.inference.text import TextSoFar
 from moe_jax.nn.cache import Cache
 from moe_jax.nn.transformer import Transformer
 from moe_jax.ops.sampling import next_token
-from moe_jax.training.load import LoadedRun
+from moe_jax.training.load import Loaded
 from moe_jax.types import Array, PyTree
 
 
@@ -57,7 +57,7 @@ class Piece(NamedTuple):
 
 
 def generate(
-  loaded: LoadedRun,
+  loaded: Loaded,
   prompts: str | Sequence[str],
   max_new_tokens: int = 100,
   *,
@@ -89,7 +89,7 @@ def generate(
 
 
 def stream(
-  loaded: LoadedRun,
+  loaded: Loaded,
   prompts: str | Sequence[str],
   *,
   stop_ids: Sequence[int] | None = None,
