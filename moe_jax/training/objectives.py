@@ -103,9 +103,9 @@ class NextTokens(NextToken):
   """Next-token prediction with modules that predict further tokens (DeepSeek-V3, 2412.19437, eq. 24-25).
 
   The loss of the modules is weight / depth times the sum over modules of their cross entropies. Each is divided by all
-  targets of the step, although the last tokens of a sequence have none so far ahead. Balancing losses in a module
-  have the same factor, so a weight of 0 leaves the gradients of the model as they are without modules (our choice).
-  Evaluation remains the likelihood of the next token.
+  targets of the step, although the last tokens of a sequence have none so far ahead. The balancing losses in a
+  module have the same factor and are divided in the same way (our choice), so a weight of 0 leaves the gradients of
+  the model as they are without modules. Evaluation remains the likelihood of the next token.
 
   Raises:
     InputError: if `weight` is negative.
@@ -125,15 +125,18 @@ class NextTokens(NextToken):
     mask_BL, targets_BL = batch["mask_BL"], batch["targets_BL"]
     (logits_BLV, *further), aux = model.predict_ahead(batch["tokens_BL"], targets_BL, context)
     loss = jnp.sum(self.token_losses(logits_BLV, targets_BL) * mask_BL)
-    share = self.weight / max(len(further), 1)
+    share, of_model = self.weight / max(len(further), 1), len(aux) - len(further)
+    auxes = list(aux[:of_model])
     for k, logits_BLV in enumerate(further, start=1):
-      loss += share * jnp.sum(self.token_losses(logits_BLV, ahead(targets_BL, k)) * ahead(mask_BL, k))
-    own = len(aux) - len(further)
-    return Terms(loss, (*aux[:own], *(_of_module(one, share) for one in aux[own:])))
+      own_BL = ahead(mask_BL, k)
+      loss += share * jnp.sum(self.token_losses(logits_BLV, ahead(targets_BL, k)) * own_BL)
+      fraction = own_BL.sum() / jnp.maximum(mask_BL.sum(), 1)
+      auxes.append(_of_module(aux[of_model + k - 1], share * fraction))
+    return Terms(loss, tuple(auxes))
 
 
-def _of_module(aux: PyTree, share: float) -> PyTree:
-  """Returns the aux of a module with the factor of its losses. Recorded logits are those of the model alone."""
+def _of_module(aux: PyTree, share: Array) -> PyTree:
+  """Returns the aux of a module with its losses times `share`. Recorded logits are those of the model alone."""
 
   def scaled(layer: Any) -> Any:
     if not isinstance(layer, MoEAux):
