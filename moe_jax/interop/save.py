@@ -122,7 +122,7 @@ def _pending(parts: list[tuple[Any, Stored, Piece]], dtype: np.dtype) -> Pending
 def _fetch(value: jax.Array, lead: tuple[int, ...]) -> np.ndarray:
   """value[lead] on this host. With several processes, all must call it at the same time."""
   if value.is_fully_addressable and len(value.sharding.device_set) == 1:
-    return np.asarray(value)[lead] if value.devices().pop().platform == "cpu" else np.asarray(value[lead])
+    return np.asarray(value)[lead] if next(iter(value.devices())).platform == "cpu" else np.asarray(value[lead])
   mesh = value.sharding.mesh
   everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   take = jax.jit(lambda value, lead: value[tuple(lead)], out_shardings=everywhere)
