@@ -1,4 +1,4 @@
-"""Measures bits per byte and perplexity of a trained model on a data set, by domain.
+"""Measures bits per byte and perplexity of a run, or of a Hugging Face checkpoint, on a data set, by domain.
 
   python scripts/evaluate.py --model=runs/one/arms/softmax_topk/seed_0
   python scripts/evaluate.py --model=RUN --dataset=text_folder --text_folder=my_texts --sequence_length=512
@@ -31,6 +31,7 @@ def main(argv: list[str]) -> None:
   del argv
   from moe_jax.config.fields import positive
   from moe_jax.data import load_dataset
+  from moe_jax.errors import InputError
   from moe_jax.inference.evaluate import evaluate
 
   with model_flags.open_model() as loaded:
@@ -44,8 +45,11 @@ def main(argv: list[str]) -> None:
     changed = {name: flag.value for name, flag in given.items() if flag.value}
     data = dataclasses.replace(data, **changed, batch_size=_BATCH.value)
     positive(data, "batch_size", "sequence_length")
-    # Its own data set gives the same tokenizer, and has its tokens cached.
-    is_own = data.dataset == loaded.config.data.dataset and data.text_folder == loaded.config.data.text_folder
+    if loaded.tokenizer is None:
+      raise InputError(f"--model={loaded.folder}: has no tokenizer, with which the text could be cut")
+    # A tokenizer that was trained on this very data set comes with it, and has the tokens cached.
+    own = loaded.config.data
+    is_own = own.bpe_size and (data.dataset, data.text_folder) == (own.dataset, own.text_folder)
     dataset = load_dataset(data, None if is_own else loaded.tokenizer)
     scores = evaluate(loaded.model, dataset, _BATCH.value, _LIMIT.value)
   width = max(map(len, scores))

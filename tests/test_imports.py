@@ -69,7 +69,12 @@ GRAPH = {
   "training.metric_writer": Part("config errors", never=JAX),
   "training.progress": Part("errors", never=JAX),
   "training.router_trace": Part("errors", never=JAX),
-  "inference": Part(RUN),
+  "interop": Part(RUN),
+  "interop.families": Part("interop.source config errors registry ops"),
+  "interop.safetensors": Part("errors", never=JAX),
+  "interop.layout": Part(outside={"numpy"}),
+  "interop.source": Part("interop.layout", outside=set()),
+  "inference": Part(f"interop {RUN}"),
   "comparison": Part(RUN),
   "comparison.arms": Part("config errors registry nn ops"),
   "comparison.report": Part("comparison training.metric_writer config errors", never=JAX),
@@ -85,9 +90,9 @@ GRAPH = {
     "comparison.report training.router_trace nn config ops types errors", never={"flax", "optax"}
   ),
   # the top
-  "moe_jax": Part(f"comparison analysis inference {RUN}"),  # __init__.py: the public names
-  "experiments": Part(f"comparison analysis inference cli moe_jax {RUN}"),
-  "scripts": Part(f"comparison analysis inference cli moe_jax experiments {RUN}"),
+  "moe_jax": Part(f"comparison analysis inference interop {RUN}"),  # __init__.py: the public names
+  "experiments": Part(f"comparison analysis inference interop cli moe_jax {RUN}"),
+  "scripts": Part(f"comparison analysis inference interop cli moe_jax experiments {RUN}"),
 }
 TOP = {"experiments", "scripts", "tests", "notebooks"}
 
