@@ -148,6 +148,8 @@ _NOT_COMPILED = {
   "eval_every": 0,
   "eval_batches": 0,
   "checkpoint_every": 0,
+  "checkpoint_minutes": 0.0,
+  "max_minutes": 0.0,
   "tail_fraction": 1.0,
   "tensorboard": True,
 }
