@@ -100,6 +100,7 @@ class TrainConfig:
     0.0,
     "minutes after which the run is saved and ends with exit status 75; the same command continues; 0: no limit",
   )
+  ignore_memory_check: bool = flag(False, "start also if parameters and activations cannot fit into memory")
   tail_fraction: float = flag(0.2, "the last part of training that MaxVio per batch is averaged over")
   tensorboard: bool = flag(True, "write TensorBoard event files, too")
   record_router_logits: int = flag(

@@ -20,6 +20,7 @@ FREE = {
     "checkpoint_every",
     "checkpoint_minutes",
     "max_minutes",
+    "ignore_memory_check",
     "tensorboard",
   ),
   "data": ("data_dir", "text_folder"),  # the fingerprint of the text must stay
