@@ -88,8 +88,12 @@ def check_folder(path: str | os.PathLike[str], flag: str = "output_dir") -> None
     raise InputError(f"--{flag}={text[:60]}...: cannot be a folder ({error.strerror})") from None
   if not above.is_dir():
     raise InputError(f"--{flag}={text}: {above} is a file; choose a folder")
-  if not os.access(above, os.W_OK | os.X_OK):
-    raise InputError(f"--{flag}={text}: {above} cannot be written; choose another folder")
+  try:
+    tempfile.TemporaryFile(dir=above).close()
+  except OSError as error:
+    raise InputError(
+      f"--{flag}={text}: {above} cannot be written ({error.strerror}); choose another folder"
+    ) from None
 
 
 def _machine() -> str:
