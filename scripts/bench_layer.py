@@ -147,6 +147,8 @@ def compare(spec, inputs):
   """Returns one row of the table: a dispatcher compared with the dense FFN."""
   x_TD, cotangent_TD, dense_params, moe_params = inputs
   name, _, size = spec.partition(":")
+  if size and not size.isdecimal():
+    raise InputError(f"--dispatchers={spec}: must be NAME or NAME:GROUP_SIZE, with a whole number")
   group_size = (
     int(size)
     if size
@@ -245,6 +247,12 @@ def print_table(rows, width):
 def main(argv):
   del argv
   logging.set_verbosity(logging.WARNING)  # otherwise JAX logs which backends it does not find
+  MoEConfig(  # which checks them
+    num_experts=_EXPERTS.value,
+    num_experts_per_token=_K.value,
+    expert_dim=_EXPERT_DIM.value,
+    capacity_factor=_CAPACITY.value,
+  ).check()
   inputs = make_inputs()
   methods = bool(_BALANCING.value or _ROUTERS.value)
   rows = method_rows(inputs) if methods else (compare(spec, inputs) for spec in _DISPATCHERS.value)
