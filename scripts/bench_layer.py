@@ -147,8 +147,6 @@ def compare(spec, inputs):
   """Returns one row of the table: a dispatcher compared with the dense FFN."""
   x_TD, cotangent_TD, dense_params, moe_params = inputs
   name, _, size = spec.partition(":")
-  if size and not size.isdecimal():
-    raise InputError(f"--dispatchers={spec}: must be NAME or NAME:GROUP_SIZE, with a whole number")
   group_size = (
     int(size)
     if size
@@ -253,6 +251,11 @@ def main(argv):
     expert_dim=_EXPERT_DIM.value,
     capacity_factor=_CAPACITY.value,
   ).check()
+  for spec in _DISPATCHERS.value:
+    name, colon, size = spec.partition(":")
+    dispatcher_of(name)
+    if colon and not size.isdecimal():
+      raise InputError(f"--dispatchers={spec}: must be NAME or NAME:GROUP_SIZE, with a whole number")
   inputs = make_inputs()
   methods = bool(_BALANCING.value or _ROUTERS.value)
   rows = method_rows(inputs) if methods else (compare(spec, inputs) for spec in _DISPATCHERS.value)

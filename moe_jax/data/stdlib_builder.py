@@ -118,9 +118,9 @@ def _cache_key(root: Path) -> str:
 def _build(root: Path, folder: Path) -> None:
   """Builds in a temporary folder and renames it, so that `folder` is complete or absent even if others build it."""
   start = time.monotonic()
-  print(f"building the stdlib corpus from {root} in {folder} (once)", file=sys.stderr)
   folder.parent.mkdir(parents=True, exist_ok=True)
   scratch = tempfile.mkdtemp(prefix=".building-", dir=folder.parent)
+  print(f"building the stdlib corpus from {root} in {folder} (once)", file=sys.stderr)
   try:
     builder = MoeStdlib(root=root, data_dir=scratch, file_format="array_record")
     with _quiet_tfds():

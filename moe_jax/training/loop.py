@@ -104,6 +104,9 @@ class Run:
       state = self._start()
       if processes.is_first():  # not before: a folder that is refused stays as it is
         write_identity(self.folder, self.config, self.dataset)
+        disk.set_aside_damaged(
+          self.folder / "result.json", self.folder, "it is made again from the last checkpoint"
+        )
       if self.progress:
         self.progress.start_run(self.show, self.config.train.num_steps)
       writer = stack.enter_context(self._writer(int(state.step)))
