@@ -70,6 +70,12 @@ GRAPH = {
   "training.metric_writer": Part("config disk errors", never=JAX),
   "training.progress": Part("errors", never=JAX),
   "training.router_trace": Part("disk errors", never=JAX),
+  "interop": Part(RUN),
+  "interop.families": Part("interop.source config errors registry ops"),
+  "interop.safetensors": Part("errors", never=JAX),
+  "interop.layout": Part(outside={"numpy"}),
+  "interop.source": Part("interop.layout", outside=set()),
+  "inference": Part(f"interop {RUN}"),
   "comparison": Part(RUN),
   "comparison.arms": Part("config errors registry nn ops"),
   "comparison.report": Part("comparison training.metric_writer config errors", never=JAX),
@@ -80,14 +86,15 @@ GRAPH = {
   "comparison.differences": Part("comparison.statistics comparison.results errors", never=JAX),
   "analysis": Part(RUN),
   "analysis.capacity": Part(f"analysis comparison {RUN}"),
+  "analysis.examine": Part(f"analysis comparison.report {RUN}"),
   "analysis.replay": Part(f"analysis comparison.report {RUN}"),
   "analysis.communication": Part(
     "comparison.report training.router_trace nn config ops types errors", never={"flax", "optax"}
   ),
   # the top
-  "moe_jax": Part(f"comparison analysis {RUN}"),  # __init__.py: the public names
-  "experiments": Part(f"comparison analysis cli moe_jax {RUN}"),
-  "scripts": Part(f"comparison analysis cli moe_jax experiments {RUN}"),
+  "moe_jax": Part(f"comparison analysis inference interop {RUN}"),  # __init__.py: the public names
+  "experiments": Part(f"comparison analysis inference interop cli moe_jax {RUN}"),
+  "scripts": Part(f"comparison analysis inference interop cli moe_jax experiments {RUN}"),
 }
 TOP = {"experiments", "scripts", "tests", "notebooks"}
 

@@ -18,7 +18,8 @@ class MoEConfig:
   num_experts: int = flag(16, "E, experts of a layer")
   num_experts_per_token: int = flag(2, "K, experts that a token is sent to")
   expert_dim: int = flag(64, "F, hidden width of an expert")
-  num_shared_experts: int = flag(0, "always-on experts of width expert_dim beside the routed ones")
+  num_shared_experts: int = flag(0, "always-on experts beside the routed ones")
+  shared_expert_dim: int = flag(0, "hidden width of a shared expert; 0: expert_dim")
   shared_expert_gate: bool = flag(
     False, "a token scales what its shared experts add by the sigmoid of a learned projection, as in Qwen"
   )
@@ -52,11 +53,15 @@ class MoEConfig:
     positive(self, "expert_dim")
     require(self.num_shared_experts >= 0, "num_shared_experts", self.num_shared_experts, "0 or more")
     require(
-      self.num_shared_experts > 0 or not self.shared_expert_gate,
-      "shared_expert_gate",
-      self.shared_expert_gate,
-      "needs shared experts, e.g. --num_shared_experts=1",
+      self.shared_expert_dim >= 0, "shared_expert_dim", self.shared_expert_dim, "0 (expert_dim) or more"
     )
+    for name in ("shared_expert_dim", "shared_expert_gate"):
+      require(
+        self.num_shared_experts > 0 or not getattr(self, name),
+        name,
+        getattr(self, name),
+        "needs shared experts, e.g. --num_shared_experts=1",
+      )
     for name, example in (("capacity_factor", 1.25), ("eval_capacity_factor", 2.0)):
       require(getattr(self, name) > 0, name, getattr(self, name), f"must be above 0, e.g. {example}")
     require(
@@ -101,7 +106,10 @@ class ModelConfig:
   )
   num_dense_first: int = flag(0, "the first blocks that have no experts")
   moe_every: int = flag(1, "of the blocks after those, every n-th has experts")
-  mixer: Spec = flag("attention", "token mixer of every block, e.g. attention:window=128")
+  mixer: Spec = flag(
+    "attention",
+    "token mixer of every block: attention, mla, lightning, with options, e.g. attention:window=128",
+  )
   ffn: Spec = flag(
     "moe",
     "feed-forward part of the blocks with experts: moe, latent_moe:WIDTH, default_moe, erc_moe, soft_moe:SLOTS, parallel_moe",
@@ -110,6 +118,10 @@ class ModelConfig:
   rope_theta: float = flag(10_000.0, "base of the rotary positions (2104.09864)")
   norm_eps: float = flag(1e-6, "added to the mean square in RMSNorm")
   qk_norm: bool = flag(False, "RMSNorm over the head dimension of queries and keys, as in Qwen3 (2505.09388)")
+  mtp_depth: int = flag(
+    0,
+    "modules of multi-token prediction behind the stack, as in DeepSeek-V3; --objective=next_tokens trains them",
+  )
   tie_embeddings: bool = flag(False, "use the embedding as the output matrix, too")
   init_scale: float = flag(1.0, "s in std = sqrt(s / fan_in) of every matrix (Switch, 2101.03961: 0.1)")
   compute_dtype: str = flag("float32", "float32 or bfloat16; parameters and the router stay float32")
@@ -138,6 +150,7 @@ class ModelConfig:
       f"must divide num_heads={self.num_heads}",
     )
     require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "must be even for rotary positions")
+    require(self.mtp_depth >= 0, "mtp_depth", self.mtp_depth, "modules behind the stack, or 0")
     one_of(self, "compute_dtype", "float32", "bfloat16")
     one_of(self, "activation", "swiglu", "bounded_swiglu", "relu", "gelu")
     one_of(self, "remat", "none", "full", "dots", "exchange")
@@ -185,12 +198,22 @@ class ModelConfig:
     own = lambda block: block if block.moe is not None else dataclasses.replace(block, moe=self.moe)
     return tuple(Segment(tuple(own(b) for b in s.pattern), s.repeats) for s in segments)
 
+  @property
+  def total_layers(self) -> int:
+    """The number of blocks, also of a model whose segments say them."""
+    return sum(segment.repeats * len(segment.pattern) for segment in self.blocks)
+
   def _segments_of_pattern(self) -> tuple[Segment, ...]:
     sparse = BlockConfig(self.mixer, self.ffn, self.residual)
     dense = dataclasses.replace(sparse, ffn=self.dense_ffn)
     period = (dense,) * (self.moe_every - 1) + (sparse,)
     first = (Segment((dense,), self.num_dense_first),) if self.num_dense_first else ()
     return (*first, Segment(period, (self.num_layers - self.num_dense_first) // self.moe_every))
+
+  @property
+  def last_block(self) -> BlockConfig:
+    """The block of the last layer, which those of multi-token prediction are like."""
+    return self.blocks[-1].pattern[-1]
 
   @property
   def moe_configs(self) -> tuple[MoEConfig, ...]:

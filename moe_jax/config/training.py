@@ -93,7 +93,10 @@ class DataConfig:
 class TrainConfig:
   """The objective, the hooks, and the loop around the steps."""
 
-  objective: Spec = flag("next_token", "what is trained: next_token, or masked_lm on a bidirectional model")
+  objective: Spec = flag(
+    "next_token",
+    "what is trained: next_token, next_tokens with --mtp_depth, or masked_lm on a bidirectional model",
+  )
   hooks: Spec | Sequence[Spec] = flag("", "what else runs after every optimizer step, joined by commas")
   num_steps: int = flag(180, "optimizer steps")
   accumulation: int = flag(1, "micro-batches per optimizer step")

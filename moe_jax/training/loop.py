@@ -19,7 +19,7 @@ from moe_jax.nn.leaks import sees_later_tokens
 from moe_jax.training.checkpoint import Checkpoints, all_finite
 from moe_jax.training.compiled import check_run, compile_steps
 from moe_jax.training.identity import check_same_run, hold, write_identity
-from moe_jax.training.load import LoadedRun, load_run
+from moe_jax.training.load import Loaded, load_run
 from moe_jax.training.memory import check_memory
 from moe_jax.training.metric_writer import JsonlWriter, MetricWriter, MultiWriter, TensorBoardWriter
 from moe_jax.training.progress import TrainingProgress
@@ -124,7 +124,7 @@ class Run:
     return result
 
   @staticmethod
-  def load(folder: str | os.PathLike[str]) -> LoadedRun:
+  def load(folder: str | os.PathLike[str]) -> Loaded:
     """A run of an earlier process: see `moe_jax.training.load.load_run`."""
     return load_run(folder)
 
