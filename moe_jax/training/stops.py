@@ -139,8 +139,10 @@ def not_finite(show: str, step: int, what: str, good: str, learning_rate: float)
 def in_words(error: BaseException, show: str) -> InputError | None:
   """Returns the line for an error that the user can correct: lack of memory or of disk space; None for others."""
   text = " ".join(str(error).split())
-  full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-  if full or "No space left on device" in text or "Disk quota exceeded" in text:
+  full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+  if full or any(
+    words in text for words in ("No space left on device", "Disk quota exceeded", "File too large")
+  ):
     return InputError(
       f"{show or 'the run'}: no space left to write ({text[:200]}); make room, and the same command continues from the "
       "last checkpoint"
