@@ -69,6 +69,8 @@ GRAPH = {
   "training.metric_writer": Part("config errors", never=JAX),
   "training.progress": Part("errors", never=JAX),
   "training.router_trace": Part("errors", never=JAX),
+  # model in, model out
+  "adapt": Part(MODEL, outside={"jax", "flax", "numpy", "scipy"}),
   "comparison": Part(RUN),
   "comparison.arms": Part("config errors registry nn ops"),
   "comparison.report": Part("comparison training.metric_writer config errors", never=JAX),
@@ -84,9 +86,9 @@ GRAPH = {
     "comparison.report training.router_trace nn config ops types errors", never={"flax", "optax"}
   ),
   # the top
-  "moe_jax": Part(f"comparison analysis {RUN}"),  # __init__.py: the public names
-  "experiments": Part(f"comparison analysis cli moe_jax {RUN}"),
-  "scripts": Part(f"comparison analysis cli moe_jax experiments {RUN}"),
+  "moe_jax": Part(f"comparison analysis adapt {RUN}"),  # __init__.py: the public names
+  "experiments": Part(f"comparison analysis adapt cli moe_jax {RUN}"),
+  "scripts": Part(f"comparison analysis adapt cli moe_jax experiments {RUN}"),
 }
 TOP = {"experiments", "scripts", "tests", "notebooks"}
 

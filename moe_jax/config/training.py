@@ -24,6 +24,11 @@ class OptimizerConfig:
   beta1: float = flag(0.9, "decay of Adam's mean of gradients")
   beta2: float = flag(0.95, "decay of Adam's mean of squared gradients")
   clip_norm: float = flag(1.0, "largest norm of the gradient over all parameters; 0 turns clipping off")
+  trained: str = flag(
+    "all",
+    "parameters that are trained, by name or pattern, joined by commas: all, experts, router, ffn, attention, "
+    "embedding, *w_up*, or all_but_ before one of these; the others have no optimizer state",
+  )
 
   def check(self) -> None:
     require(self.learning_rate > 0, "learning_rate", self.learning_rate, "must be above 0")
@@ -88,6 +93,10 @@ class TrainConfig:
   num_steps: int = flag(180, "optimizer steps")
   accumulation: int = flag(1, "micro-batches per optimizer step")
   seed: int = flag(0, "of the parameters and of everything that is drawn in training")
+  init_from: str = flag(
+    "",
+    "the folder of a run whose parameters training starts from, with {seed} for the seed; empty: from random ones",
+  )
   log_every: int = flag(10, "steps between lines of metrics.jsonl")
   eval_every: int = flag(0, "steps between evaluations; 0: only at the end")
   eval_batches: int = flag(0, "batches of an evaluation; 0: the whole validation set")

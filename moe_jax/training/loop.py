@@ -29,6 +29,7 @@ from moe_jax.training.progress import TrainingProgress
 from moe_jax.training.protocol import protocol_of
 from moe_jax.training.results import TailMeans, count_params, table_columns, validation_summary, versions
 from moe_jax.training.router_trace import FOLDER, TraceWriter
+from moe_jax.training.start import start_from
 from moe_jax.training.step import EvalSums, TrainState
 
 
@@ -117,6 +118,8 @@ class Run:
 
   def _start(self) -> TrainState:
     if self.checkpoints.latest_step is None:
+      if self.config.train.init_from:
+        return start_from(self.steps, self.config, self.mesh)
       return self.steps.init(self.config.train.seed)
     state, extra = self.checkpoints.restore(self.steps.abstract_state, self.steps.state_shardings)
     self.batches.set_state(self.share.state_to_load(extra["data"]))

@@ -1,0 +1,9 @@
+"""Model in, model out: what is done to a trained model. Every function takes a `Transformer` and returns another.
+
+A `Transformer` has its configuration (`model.config`) and its parameters, so adaptations compose, and their results
+save (`moe_jax.training.start.save_model`), load and train (`--init_from`) as any other model. See docs/adapt.md.
+"""
+
+from moe_jax.adapt.upcycle import upcycle
+
+__all__ = ["upcycle"]
