@@ -13,6 +13,8 @@ The public names below are imported when they are first used, so `import moe_jax
   Config, ModelConfig, MoEConfig, ...                         frozen dataclasses, see `moe_jax.config`
   Run, Comparison, load_dataset      one training run; several arms over several seeds
   preset                             a named configuration
+  load, save                         a published checkpoint or a run; a checkpoint that transformers loads
+  account                            parameters, operations and bytes of a model, without making it
   register                           names a part of your own
   InputError                         an error that the user can correct
 """
@@ -58,6 +60,9 @@ _PUBLIC = {
   "Comparison": "moe_jax.comparison.comparison",
   "load_dataset": "moe_jax.data",
   "preset": "moe_jax.models",
+  "load": "moe_jax.interop.load",
+  "save": "moe_jax.interop.save",
+  "account": "moe_jax.analysis.accounting.account",
 }
 
 # kind of part -> (the module that has the registry, its name there)

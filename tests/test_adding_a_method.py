@@ -71,7 +71,7 @@ class part(nnx.Module):
     return jnp.cumsum(x_BLD, axis=1) / jnp.arange(1, x_BLD.shape[1] + 1)[None, :, None], None
 ''',
     "nn/mixers/__init__.py",
-    ('{"attention": Attention}', "part"),
+    ('{"attention": Attention,', "part"),
   ),
   "objective": Kind(
     "training/brand_new_objective.py",

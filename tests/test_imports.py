@@ -69,6 +69,11 @@ GRAPH = {
   "training.metric_writer": Part("config errors", never=JAX),
   "training.progress": Part("errors", never=JAX),
   "training.router_trace": Part("errors", never=JAX),
+  "interop": Part(RUN),
+  "interop.families": Part("interop.source config errors registry ops"),
+  "interop.safetensors": Part("errors", never=JAX),
+  "interop.layout": Part(outside={"numpy"}),
+  "interop.source": Part("interop.layout", outside=set()),
   # model in, model out
   "adapt": Part(MODEL, outside={"jax", "flax", "numpy", "scipy"}),
   "comparison": Part(RUN),
@@ -86,9 +91,9 @@ GRAPH = {
     "comparison.report training.router_trace nn config ops types errors", never={"flax", "optax"}
   ),
   # the top
-  "moe_jax": Part(f"comparison analysis adapt {RUN}"),  # __init__.py: the public names
-  "experiments": Part(f"comparison analysis adapt cli moe_jax {RUN}"),
-  "scripts": Part(f"comparison analysis adapt cli moe_jax experiments {RUN}"),
+  "moe_jax": Part(f"comparison analysis interop adapt {RUN}"),  # __init__.py: the public names
+  "experiments": Part(f"comparison analysis interop adapt cli moe_jax {RUN}"),
+  "scripts": Part(f"comparison analysis interop adapt cli moe_jax experiments {RUN}"),
 }
 TOP = {"experiments", "scripts", "tests", "notebooks"}
 

@@ -43,15 +43,12 @@ def value_of(config: Config, field: str) -> Any:
 
 
 def _part_of(config: Config, field: str) -> str:
-  if hasattr(config.model.moe, field):
-    return "moe"
-  part = next((p for p in _PARTS if hasattr(getattr(config, p), field)), None)
-  if part is None:
-    names = [
-      f.name for p in (config.model.moe, *(getattr(config, p) for p in _PARTS)) for f in dataclasses.fields(p)
-    ]
-    raise unknown_name("field of an arm", field, names)
-  return part
+  parts = {"moe": config.model.moe} | {part: getattr(config, part) for part in _PARTS}
+  names = {part: [f.name for f in dataclasses.fields(value)] for part, value in parts.items()}
+  found = next((part for part in parts if field in names[part]), None)
+  if found is None:
+    raise unknown_name("field of an arm", field, [name for part in names.values() for name in part])
+  return found
 
 
 def balancing_arm(text: str) -> Arm:
@@ -283,6 +280,7 @@ _CAUSAL = (
   "cosine_topk",
   "mlp_topk",
   "gemma4_topk",
+  "gpt_oss_topk",
   "moe_plus_plus@heterogeneous_loss:0.01",
   "longcat_topk:scale=1@longcat_bias",
   "hash_topk@none",

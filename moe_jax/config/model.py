@@ -18,7 +18,8 @@ class MoEConfig:
   num_experts: int = flag(16, "E, experts of a layer")
   num_experts_per_token: int = flag(2, "K, experts that a token is sent to")
   expert_dim: int = flag(64, "F, hidden width of an expert")
-  num_shared_experts: int = flag(0, "always-on experts of width expert_dim beside the routed ones")
+  num_shared_experts: int = flag(0, "always-on experts beside the routed ones")
+  shared_expert_dim: int = flag(0, "hidden width of a shared expert; 0: expert_dim")
   shared_expert_gate: bool = flag(
     False, "a token scales what its shared experts add by the sigmoid of a learned projection, as in Qwen"
   )
@@ -51,11 +52,15 @@ class MoEConfig:
     positive(self, "expert_dim")
     require(self.num_shared_experts >= 0, "num_shared_experts", self.num_shared_experts, "0 or more")
     require(
-      self.num_shared_experts > 0 or not self.shared_expert_gate,
-      "shared_expert_gate",
-      self.shared_expert_gate,
-      "needs shared experts, e.g. --num_shared_experts=1",
+      self.shared_expert_dim >= 0, "shared_expert_dim", self.shared_expert_dim, "0 (expert_dim) or more"
     )
+    for name in ("shared_expert_dim", "shared_expert_gate"):
+      require(
+        self.num_shared_experts > 0 or not getattr(self, name),
+        name,
+        getattr(self, name),
+        "needs shared experts, e.g. --num_shared_experts=1",
+      )
     for name, example in (("capacity_factor", 1.25), ("eval_capacity_factor", 2.0)):
       require(getattr(self, name) > 0, name, getattr(self, name), f"must be above 0, e.g. {example}")
     require(
@@ -100,7 +105,10 @@ class ModelConfig:
   )
   num_dense_first: int = flag(0, "the first blocks that have no experts")
   moe_every: int = flag(1, "of the blocks after those, every n-th has experts")
-  mixer: Spec = flag("attention", "token mixer of every block, e.g. attention:window=128")
+  mixer: Spec = flag(
+    "attention",
+    "token mixer of every block: attention, mla, lightning, with options, e.g. attention:window=128",
+  )
   ffn: Spec = flag(
     "moe",
     "feed-forward part of the blocks with experts: moe, latent_moe:WIDTH, default_moe, erc_moe, soft_moe:SLOTS, parallel_moe",
@@ -180,6 +188,11 @@ class ModelConfig:
     segments = self.segments or self._segments_of_pattern()
     own = lambda block: block if block.moe is not None else dataclasses.replace(block, moe=self.moe)
     return tuple(Segment(tuple(own(b) for b in s.pattern), s.repeats) for s in segments)
+
+  @property
+  def total_layers(self) -> int:
+    """The number of blocks, also of a model whose segments say them."""
+    return sum(segment.repeats * len(segment.pattern) for segment in self.blocks)
 
   def _segments_of_pattern(self) -> tuple[Segment, ...]:
     sparse = BlockConfig(self.mixer, self.ffn, self.residual)

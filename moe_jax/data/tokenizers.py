@@ -27,8 +27,24 @@ class Tokenizer(NamedTuple):
   content: bytes | None = None  # the tokenizer.json, if it was trained on the data set itself
 
 
-def load_tokenizer(name: str) -> Tokenizer:
-  """Loads `bytes`, a SentencePiece `.model` file, or a Hugging Face `.json` file. Raises `InputError` otherwise."""
+class ModelIds(NamedTuple):
+  """The ids of a published model, whose tokenizer gets no new ones."""
+
+  vocab_size: int
+  bos_id: int | None = None  # None: as the tokenizer says
+  pad_id: int | None = None  # None: 0, which stands for no text because padding is masked
+
+
+def load_tokenizer(name: str, ids: ModelIds | None = None) -> Tokenizer:
+  """Loads `bytes`, a SentencePiece `.model` file, or a Hugging Face `.json` file.
+
+  Args:
+    name: what to load.
+    ids: of the model that the tokenizer belongs to. None: special tokens that it lacks get new ids.
+
+  Raises:
+    InputError: if there is no such tokenizer, or it has more ids than the model.
+  """
   if name == "bytes":
     return _bytes_tokenizer()
   if name.startswith("bpe:"):
@@ -40,7 +56,8 @@ def load_tokenizer(name: str) -> Tokenizer:
     raise InputError(f"--tokenizer={name}: {right}")
   if not path.is_file():
     raise InputError(f"--tokenizer={name}: no such file")
-  return _sentencepiece_tokenizer(path) if path.suffix == ".model" else _hugging_face_tokenizer(path)
+  load = _sentencepiece_tokenizer if path.suffix == ".model" else _hugging_face_tokenizer
+  return load(path, ids)
 
 
 def _bytes_tokenizer() -> Tokenizer:
@@ -57,7 +74,7 @@ def _bytes_tokenizer() -> Tokenizer:
   return tokenizer._replace(token_bytes=(np.arange(tokenizer.vocab_size) < 256).astype(np.int64))
 
 
-def _sentencepiece_tokenizer(path: Path) -> Tokenizer:
+def _sentencepiece_tokenizer(path: Path, ids: ModelIds | None) -> Tokenizer:
   try:
     import sentencepiece
   except ImportError:
@@ -75,10 +92,10 @@ def _sentencepiece_tokenizer(path: Path) -> Tokenizer:
 
   bos = next((i for i in (model.bos_id(), model.eos_id()) if i >= 0), None)
   pad = model.pad_id() if model.pad_id() >= 0 else None
-  return with_specials(encode, decode, model.vocab_size(), bos, pad, _file_hash(path))
+  return _of_file(encode, decode, model.vocab_size(), bos, pad, path, ids)
 
 
-def _hugging_face_tokenizer(path: Path) -> Tokenizer:
+def _hugging_face_tokenizer(path: Path, ids: ModelIds | None) -> Tokenizer:
   import tokenizers
 
   try:
@@ -98,11 +115,31 @@ def _hugging_face_tokenizer(path: Path) -> Tokenizer:
   bos = _first_id(model, ("<s>", "<bos>", "<|begin_of_text|>", "[BOS]", "<|endoftext|>", "</s>", "[CLS]"))
   pad = _first_id(model, ("<pad>", "[PAD]", "<|pad|>"))
   size = 1 + max(model.get_vocab(with_added_tokens=True).values())  # ids can have gaps
-  return with_specials(encode, decode, size, bos, pad, _file_hash(path))
+  return _of_file(encode, decode, size, bos, pad, path, ids)
 
 
 def _first_id(model: Any, names: Sequence[str]) -> int | None:
   return next((i for i in map(model.token_to_id, names) if i is not None), None)
+
+
+def _of_file(
+  encode: Callable,
+  decode: Callable,
+  size: int,
+  bos: int | None,
+  pad: int | None,
+  path: Path,
+  ids: ModelIds | None,
+) -> Tokenizer:
+  if ids is None:
+    return with_specials(encode, decode, size, bos, pad, _file_hash(path))
+  if size > ids.vocab_size:
+    raise InputError(
+      f"{path}: has ids up to {size - 1}, and the model a vocabulary of {ids.vocab_size}; use the tokenizer of the model"
+    )
+  first = lambda *choices: next((choice for choice in choices if choice is not None), 0)
+  bos_id, pad_id = first(ids.bos_id, bos), first(ids.pad_id, pad)
+  return Tokenizer(encode, decode, ids.vocab_size, bos_id, pad_id, _file_hash(path))
 
 
 def with_specials(

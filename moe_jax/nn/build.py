@@ -94,6 +94,7 @@ def make_blocks(config: ModelConfig, segment: Segment, rngs: nnx.Rngs) -> list[B
   common = ("num_heads", "num_kv_heads", "head_dim", "rope_theta", "qk_norm", "norm_eps", "causal")
   common += ("dense_dim", "activation", "init_scale")
   offered = {name: getattr(config, name) for name in common} | {"dim": config.model_dim, "rngs": rngs}
+  offered["num_layers"] = config.total_layers
 
   def make(block: BlockConfig) -> Block:
     mixer = block.mixer(**offered)

@@ -12,6 +12,30 @@ from moe_jax.types import Array, StepStats
 _BITS = np.uint32(2**32 - 1)
 
 
+class Past(NamedTuple):
+  """Where new tokens stand behind those of a cache. A mixer reads it from `Context.past`.
+
+  A column is a position in the batch. Sequences of different lengths end together: sequence b starts in column
+  `pad_B[b]`, and its positions count from there.
+  """
+
+  start: Array  # int32 [], the columns that the cache already holds
+  pad_B: Array  # int32, columns of padding before each sequence
+  fresh: bool = False  # static: the cache is empty, so the new tokens need nothing of it
+
+  def columns(self, length: int) -> Array:
+    """Returns the columns of `length` new tokens, int32 [L]."""
+    return self.start + jnp.arange(length, dtype=jnp.int32)
+
+  def positions(self, length: int) -> Array:
+    """Returns their positions in the sequences, int32 [B, L]. Padding has those below 0."""
+    return self.columns(length)[None, :] - self.pad_B[:, None]
+
+  def mask(self, length: int) -> Array:
+    """Returns which of them are no padding, bool [B, L]."""
+    return self.positions(length) >= 0
+
+
 class Context(NamedTuple):
   """One micro-batch, as every part of a model sees it.
 
@@ -30,6 +54,8 @@ class Context(NamedTuple):
   # Statistics of the balancer: `whole` of the whole optimizer step, `so_far` of the micro-batches before this
   # one. If it is None, or a field is, this batch is the whole step. A model takes those of all its layers.
   step_stats: StepStats | None = None
+  layer: Array | int = 0  # the number of the block in the model, from 0
+  past: Past | None = None  # where the tokens stand behind those of a cache; None: there is no cache
   train: bool = False  # static: draws, and uses `capacity_factor` instead of `eval_capacity_factor`
   record_logits: bool = False  # static: fill in `MoEAux.logits_BLE` and `MoEAux.selected_BLE`
 
@@ -60,6 +86,7 @@ class Context(NamedTuple):
       key_B=None if self.key_B is None else jax.vmap(fold)(self.key_B),
       step_key=None if self.step_key is None else fold(self.step_key),
       step_stats=step_stats,
+      layer=layer,
     )
 
 

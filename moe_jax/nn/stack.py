@@ -12,7 +12,7 @@ from flax import nnx
 from moe_jax.nn.block import Block, BlockAux
 from moe_jax.nn.context import Context
 from moe_jax.ops.dispatch.common import EXCHANGED
-from moe_jax.types import Array, StepStats
+from moe_jax.types import Array, PyTree, StepStats
 
 _POLICIES = {
   "full": None,
@@ -101,3 +101,27 @@ class SegmentStack(nnx.Module):
       x_BLD, aux = body(x_BLD, jax.tree.map(lambda leaf, i=i: leaf[i], xs))
       auxes.append(aux)
     return x_BLD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *auxes)
+
+  def init_cache(self, batch_size: int, length: int, dtype: jnp.dtype) -> tuple[PyTree, ...]:
+    """Returns an empty cache for each block of the pattern, with a leading axis of repetitions."""
+    stacked = lambda leaf: jnp.broadcast_to(leaf[None], (self.repeats, *leaf.shape))
+    caches = tuple(block.init_cache(batch_size, length, dtype) for block in self.pattern.blocks)
+    return jax.tree.map(stacked, caches)
+
+  def extend(
+    self, x_BLD: Array, context: Context, caches: tuple[PyTree, ...]
+  ) -> tuple[Array, tuple[PyTree, ...]]:
+    """Returns x_BLD and the caches for tokens that follow those of the caches."""
+    graphdef, stacked = nnx.split(self.pattern)
+    size = len(self.pattern.blocks)
+
+    def body(x_BLD, xs):
+      state, repetition, caches = xs
+      extended = []
+      for i, block in enumerate(nnx.merge(graphdef, state).blocks):
+        layer = self.first_layer + repetition * size + i
+        x_BLD, cache = block.extend(x_BLD, context.of_layer(layer, None), caches[i])
+        extended.append(cache)
+      return x_BLD, tuple(extended)
+
+    return jax.lax.scan(body, x_BLD, (stacked, jnp.arange(self.repeats), caches))

@@ -9,7 +9,8 @@ from flax import nnx
 from moe_jax.config import ModelConfig
 from moe_jax.nn.block import BlockAux
 from moe_jax.nn.build import make_blocks, resolve
-from moe_jax.nn.context import DEFAULT, Context
+from moe_jax.nn.cache import Cache
+from moe_jax.nn.context import DEFAULT, Context, Past
 from moe_jax.nn.leaks import check_causal
 from moe_jax.nn.norm import RMSNorm
 from moe_jax.nn.stack import SegmentStack
@@ -66,19 +67,72 @@ class Transformer(nnx.Module):
       context: mask, keys and other inputs of the batch. The trees in its `step_stats`, if given, have the
         structure that `balancer_stats` returns for the aux of this method.
     """
-    dtype = jnp.dtype(self.config.compute_dtype)
     context = context._replace(token_id_BL=tokens_BL, mask_BL=context.mask_of(tokens_BL[..., None]))
-    x_BLD = constrain(weight(self.embedding_VD, dtype)[tokens_BL], ("batch", None, None))
+    x_BLD = self._embedded(tokens_BL)
     auxes = []
     for i, segment in enumerate(self.segments):
       stats = tuple(_stats_of(context.step_stats, i, j) for j in range(len(segment.pattern.blocks)))
       x_BLD, aux = segment(x_BLD, context, stats)
       auxes.append(aux)
+    return self._logits(x_BLD), tuple(auxes)
+
+  def init_cache(self, pad_B: Array, length: int) -> Cache:
+    """Returns an empty cache for sequences of up to `length` columns, in the compute dtype.
+
+    Args:
+      pad_B: int32, columns of padding before each sequence.
+      length: columns, padding included.
+
+    Raises:
+      InputError: if a mixer keeps no cache.
+    """
+    dtype = jnp.dtype(self.config.compute_dtype)
+    layers = tuple(segment.init_cache(len(pad_B), length, dtype) for segment in self.segments)
+    return Cache(jnp.zeros((), jnp.int32), pad_B, layers)
+
+  def prefill(self, tokens_BL: Array, pad_B: Array, length: int) -> tuple[Array, Cache]:
+    """Reads the beginning of a batch of sequences.
+
+    Args:
+      tokens_BL: int32 token ids. Sequences end together: sequence b begins in column `pad_B[b]`.
+      pad_B: int32, columns of padding before each sequence.
+      length: the columns that the cache can hold, L and those that follow.
+
+    Returns:
+      (logits of the last column, float32 [B, 1, V], the cache).
+    """
+    cache = self.init_cache(pad_B, length)
+    x_BLD, cache = self._extended(tokens_BL, cache, fresh=True)
+    return self._logits(x_BLD[:, -1:]), cache
+
+  def extend(self, tokens_BL: Array, cache: Cache) -> tuple[Array, Cache]:
+    """Reads tokens behind those of a cache. Nobody checks here whether the cache has room for them.
+
+    Returns:
+      (logits [B, L, V] in float32, the cache).
+    """
+    x_BLD, cache = self._extended(tokens_BL, cache, fresh=False)
+    return self._logits(x_BLD), cache
+
+  def _extended(self, tokens_BL: Array, cache: Cache, fresh: bool) -> tuple[Array, Cache]:
+    past, length = Past(cache.start, cache.pad_B, fresh), tokens_BL.shape[1]
+    context = Context(past.mask(length), token_id_BL=tokens_BL, past=past)
+    x_BLD, layers = self._embedded(tokens_BL), []
+    for segment, caches in zip(self.segments, cache.layers, strict=True):
+      x_BLD, caches = segment.extend(x_BLD, context, caches)
+      layers.append(caches)
+    return x_BLD, Cache(cache.start + length, cache.pad_B, tuple(layers))
+
+  def _embedded(self, tokens_BL: Array) -> Array:
+    embedding_VD = weight(self.embedding_VD, jnp.dtype(self.config.compute_dtype))
+    return constrain(embedding_VD[tokens_BL], ("batch", None, None))
+
+  def _logits(self, x_BLD: Array) -> Array:
+    dtype = x_BLD.dtype
     x_BLD = self.final_norm(x_BLD)
     tied = self.w_head_DV is None
     head_DV = weight(self.embedding_VD, dtype).T if tied else weight(self.w_head_DV, dtype)
-    logits_BLV = jnp.einsum("BLD,DV->BLV", x_BLD, head_DV, preferred_element_type=jnp.float32)
-    return logits_BLV, tuple(auxes)
+    return jnp.einsum("BLD,DV->BLV", x_BLD, head_DV, preferred_element_type=jnp.float32)
 
 
 def balancer_stats(aux: ModelAux) -> PyTree:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from moe_jax.types import Array
 
 BLOCK = 1024  # queries whose scores are held at once
+_MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite, so that a row without any key is no NaN
 
 
 def attend(
@@ -18,6 +19,8 @@ def attend(
   causal: bool = True,
   window: int = 0,
   mask_BL: Array | None = None,
+  scale: float | None = None,
+  sink_N: Array | None = None,
   block: int = BLOCK,
 ) -> Array:
   """Returns, for each position, the softmax-weighted mean of the values that it attends to, [B, L, N, H].
@@ -30,27 +33,33 @@ def attend(
   Args:
     query_BLNH: queries of any float type.
     key_BLNH: keys. Their number of heads divides that of the queries.
-    value_BLNH: values, with as many heads as keys.
+    value_BLNH: values, with as many heads as keys. Their width may differ.
     causal: whether a position attends only to itself and earlier positions.
     window: attend only to the last `window` positions, including the position itself; 0: no limit. Without
       `causal`, to as many on either side.
     mask_BL: bool, False: no position attends to it. None: all True.
+    scale: what scores are multiplied by; None: H^-0.5.
+    sink_N: a score of each query head that takes part in its softmax and brings no value (gpt-oss,
+      2508.10925), or None.
     block: the number of queries whose scores are stored at a time.
   """
   length = query_BLNH.shape[1]
   if length <= block and causal and not window and mask_BL is None:
-    return jax.nn.dot_product_attention(query_BLNH, key_BLNH, value_BLNH, is_causal=True)
+    return _mix(query_BLNH, key_BLNH, value_BLNH, is_causal=True, scale=scale, sink_N=sink_N)
   # A barrier (prevent_cse) keeps XLA from merging this recomputation with that of the layer around it.
   rows = []
   for start in range(0, length, block):
     end = min(start + block, length)
     first = max(0, start - window + 1) if window else 0
     last = end if causal else min(length, end + window - 1) if window else length
-    one_block = functools.partial(_attend, start=start, first=first, causal=causal, window=window)
+    one_block = functools.partial(
+      _attend, start=start, first=first, causal=causal, window=window, scale=scale
+    )
     if length > block:
       one_block = jax.checkpoint(one_block)
     seen = None if mask_BL is None else mask_BL[:, first:last]
-    rows.append(one_block(query_BLNH[:, start:end], key_BLNH[:, first:last], value_BLNH[:, first:last], seen))
+    key, value = key_BLNH[:, first:last], value_BLNH[:, first:last]
+    rows.append(one_block(query_BLNH[:, start:end], key, value, seen, sink_N))
   return rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=1)
 
 
@@ -59,11 +68,13 @@ def _attend(
   key_BYNH: Array,
   value_BYNH: Array,
   seen_BY: Array | None,
+  sink_N: Array | None,
   *,
   start: int,
   first: int,
   causal: bool,
   window: int,
+  scale: float | None,
 ) -> Array:
   """`attend` for queries that start at position `start` and keys that start at position `first`."""
   behind_XY = (start + jnp.arange(query_BXNH.shape[1]))[:, None] - (first + jnp.arange(key_BYNH.shape[1]))[
@@ -74,4 +85,66 @@ def _attend(
     mask_XY &= jnp.abs(behind_XY) < window
   mask_11XY = mask_XY[None, None]
   mask = mask_11XY if seen_BY is None else mask_11XY & seen_BY[:, None, None, :]
-  return jax.nn.dot_product_attention(query_BXNH, key_BYNH, value_BYNH, mask=mask)
+  return _mix(query_BXNH, key_BYNH, value_BYNH, mask=mask, scale=scale, sink_N=sink_N)
+
+
+def attend_cached(
+  query_BLNH: Array,
+  key_BXNH: Array,
+  value_BXNH: Array,
+  *,
+  column_L: Array,
+  column_X: Array,
+  pad_B: Array,
+  window: int = 0,
+  scale: float | None = None,
+  sink_N: Array | None = None,
+) -> Array:
+  """Returns what `attend` does for queries and keys that say where they stand, [B, L, N, H].
+
+  Args:
+    query_BLNH, key_BXNH, value_BXNH, window, scale, sink_N: as in `attend`.
+    column_L: int32, the columns of the queries in the batch.
+    column_X: int32, the columns of the keys. Queries attend to no later one.
+    pad_B: int32, the first column of each sequence; earlier ones are padding.
+  """
+  behind_LX = column_L[:, None] - column_X[None, :]
+  seen_LX = (behind_LX >= 0) & (behind_LX < window) if window else behind_LX >= 0
+  mask_BLX = seen_LX[None] & (column_X[None, None, :] >= pad_B[:, None, None])
+  return _mix(query_BLNH, key_BXNH, value_BXNH, mask=mask_BLX[:, None], scale=scale, sink_N=sink_N)
+
+
+def _mix(
+  query_BXNH: Array,
+  key_BYNH: Array,
+  value_BYNH: Array,
+  *,
+  mask: Array | None = None,
+  is_causal: bool = False,
+  scale: float | None = None,
+  sink_N: Array | None = None,
+) -> Array:
+  """Softmax attention with all scores at once. `mask` has the axes of the scores: B or 1, 1, X, Y."""
+  if sink_N is None and value_BYNH.shape[-1] == key_BYNH.shape[-1]:
+    return jax.nn.dot_product_attention(
+      query_BXNH, key_BYNH, value_BYNH, mask=mask, is_causal=is_causal, scale=scale
+    )
+  # What jax.nn does, for values of another width and with sinks. r: the query heads of a key head.
+  batch, length, num_heads, head_dim = query_BXNH.shape
+  shared = num_heads // key_BYNH.shape[2]
+  grouped = query_BXNH.reshape(batch, length, -1, shared, head_dim)
+  scores = jnp.einsum("BXNrH,BYNH->BNrXY", grouped, key_BYNH, preferred_element_type=jnp.float32)
+  scores *= head_dim**-0.5 if scale is None else scale
+  if is_causal:
+    mask = jnp.tri(*scores.shape[-2:], dtype=bool)[None, None]
+  if mask is not None:
+    scores = jnp.where(mask[:, :, None], scores, _MASKED)
+  if sink_N is None:
+    probs = jax.nn.softmax(scores, axis=-1)
+  else:
+    sink = sink_N.astype(jnp.float32).reshape(1, -1, shared, 1, 1)
+    highest = jax.lax.stop_gradient(jnp.maximum(scores.max(axis=-1, keepdims=True), sink))
+    probs = jnp.exp(scores - highest)
+    probs /= probs.sum(axis=-1, keepdims=True) + jnp.exp(sink - highest)
+  mixed = jnp.einsum("BNrXY,BYNH->BXNrH", probs.astype(value_BYNH.dtype), value_BYNH)
+  return mixed.reshape(batch, length, num_heads, value_BYNH.shape[-1])

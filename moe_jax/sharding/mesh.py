@@ -99,6 +99,7 @@ def check_divides(
   split = [("model_dim", model.model_dim, "fsdp"), ("num_heads", model.num_heads, "tensor")]
   for moe in model.moe_configs:
     split += [("num_experts", moe.num_experts, "expert"), ("expert_dim", moe.expert_dim, "tensor")]
+    split += [("shared_expert_dim", moe.shared_expert_dim, "tensor")]
   kinds = {spec_text(block.ffn).partition(":")[0] for segment in model.blocks for block in segment.pattern}
   if kinds & {"mlp", "parallel_moe"}:
     split.append(("dense_dim", model.dense_dim, "tensor"))

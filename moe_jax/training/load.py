@@ -23,16 +23,19 @@ CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer.json"
 NOT_CONFIG = ("vocab_size", "domains")  # what it holds of the text, beside the configuration
 
 
-class LoadedRun(NamedTuple):
-  """The result of `Run.load`."""
+class Loaded(NamedTuple):
+  """A model that was loaded from a run or a published checkpoint, and what belongs to it."""
 
-  model: Transformer  # with the parameters and balancer states of the newest checkpoint
+  model: Transformer  # with its parameters and balancer states
   config: Config
-  tokenizer: Tokenizer
-  step: int  # of the checkpoint
+  tokenizer: Tokenizer | None  # None: the folder of a published checkpoint has none
+  step: int  # of the checkpoint of a run, otherwise 0
+  folder: pathlib.Path  # what was loaded
+  stop_ids: tuple[int, ...] = ()  # the tokens that end a text
+  skipped: tuple[str, ...] = ()  # tensors of the checkpoint that the model has no part for
 
 
-def load_run(folder: str | os.PathLike[str]) -> LoadedRun:
+def load_run(folder: str | os.PathLike[str]) -> Loaded:
   """Loads the newest checkpoint of the run in `folder`, on one device.
 
   Args:
@@ -55,7 +58,7 @@ def load_run(folder: str | os.PathLike[str]) -> LoadedRun:
     for own, saved in ((params, state.params), (variables, state.variables))
   )
   model = nnx.merge(nnx.graphdef(model), *filled)
-  return LoadedRun(model, config, _tokenizer(folder, config.data), int(state.step))
+  return Loaded(model, config, _tokenizer(folder, config.data), int(state.step), folder)
 
 
 def restore_run(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[Config, int, TrainState]:

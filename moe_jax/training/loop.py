@@ -23,7 +23,7 @@ from moe_jax.nn.leaks import sees_later_tokens
 from moe_jax.ops.dispatch import expert_capacity
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import check_run, compile_steps
-from moe_jax.training.load import CONFIG_FILE, TOKENIZER_FILE, LoadedRun, load_run, write_json
+from moe_jax.training.load import CONFIG_FILE, TOKENIZER_FILE, Loaded, load_run, write_json
 from moe_jax.training.metric_writer import JsonlWriter, MetricWriter, MultiWriter, TensorBoardWriter
 from moe_jax.training.progress import TrainingProgress
 from moe_jax.training.protocol import protocol_of
@@ -112,7 +112,7 @@ class Run:
       write_json(self.folder / CONFIG_FILE, values)
 
   @staticmethod
-  def load(folder: str | os.PathLike[str]) -> LoadedRun:
+  def load(folder: str | os.PathLike[str]) -> Loaded:
     """A run of an earlier process: see `moe_jax.training.load.load_run`."""
     return load_run(folder)
 

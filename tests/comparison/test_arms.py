@@ -73,6 +73,13 @@ def test_arms_of_granularity_have_equal_active_width():
   assert all(arm["num_experts_per_token"] >= 1 and arm["expert_dim"] >= 1 for arm in odd.values())
 
 
+def test_an_arm_has_fields_of_the_configuration_only():
+  assert with_arm(CONFIG, {"learning_rate": 1.0}).optimizer.learning_rate == 1.0
+  for name in ("learning_rat", "blocks"):  # `ModelConfig.blocks` is a property
+    with pytest.raises(InputError, match=f"unknown field of an arm '{name}'"):
+      with_arm(CONFIG, {name: 1})
+
+
 def test_arms_by_name_by_spec_and_all():
   every = {"none": {"balancers": "none"}, "noisy": {"balancers": "load_loss:0.1", "router": "noisy_topk"}}
   read = lambda text: arms_from_flag("methods", text, every, balancing_arm)

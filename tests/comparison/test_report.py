@@ -40,9 +40,11 @@ def test_the_markdown_table_says_what_is_resolved(tmp_path):
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
-def test_table_fits_the_width_and_shows_every_number(width):
+def test_table_fits_the_width_and_shows_the_judged_numbers(width):
   arms = ["none", "[red]markup[/red]", LONG]
-  all_results = [make_result(arm, s, nll=1.23456 + i) for i, arm in enumerate(arms) for s in range(3)]
+  all_results = [
+    make_result(arm, s, perplexity=1.23456 + i // 2) for i, arm in enumerate(arms) for s in range(3)
+  ]
   out = io.StringIO()
   console = Console(file=out, width=width)
   report.print_table(report.summarise(all_results), console)
@@ -50,8 +52,10 @@ def test_table_fits_the_width_and_shows_every_number(width):
   text = out.getvalue()
   assert max(map(len, text.splitlines())) <= width
   assert "\x1b" not in text and "…" not in text
-  assert "1.2346±0.0000" in text and "[red]" in text
-  assert "Mean ± sample standard deviation over 3 seeds" in " ".join(text.split())
+  assert "1.235±0.000" in text and "[red]" in text and "NLL" not in text
+  words = " ".join(text.split())
+  assert "No difference resolved: [red]markup[/red]." in words and words.count("higher (worse)") == 1
+  assert "Mean ± sample standard deviation over 3 seeds" in words
 
 
 def test_table_prints_where_only_ascii_can_be(monkeypatch):

@@ -275,7 +275,15 @@ def test_flat_tokens_are_refused_where_sequences_matter(fields, message):
     make(**fields)(jnp.zeros((L, D)))
 
 
-WITH_PARAMETERS = "noisy_topk", "hierarchical_topk", "task_level", "cosine_topk", "mlp_topk", "gemma4_topk"
+WITH_PARAMETERS = (
+  "noisy_topk",
+  "hierarchical_topk",
+  "task_level",
+  "cosine_topk",
+  "mlp_topk",
+  "gemma4_topk",
+  "gpt_oss_topk",
+)
 
 
 @pytest.mark.parametrize("router", ["softmax_topk", "moe_plus_plus", *WITH_PARAMETERS])

@@ -98,6 +98,12 @@ def gemma4_topk(w, x_TD, b):
   return tokens(lambda logits_E: scaled(over_sum(best(2, reference.softmax(logits_E)))), logits_TE, b)
 
 
+def gpt_oss_topk(w, x_TD, b):
+  logits_TE = x_TD @ w["router/w_router_DE"] + w["router/b_router_E"]
+  over_chosen = lambda chosen: over_sum({e: np.exp(x) for e, x in chosen.items()})
+  return tokens(lambda logits_E: over_chosen(best(2, logits_E)), logits_TE, b)
+
+
 CASES = {
   "noisy_topk": (noisy_topk, 2),
   "hierarchical_topk:groups=2": (hierarchical_topk, 4),
@@ -107,6 +113,7 @@ CASES = {
   "cosine_topk": (cosine_topk, 2),
   "mlp_topk:hidden=7:activation=tanh:score=sigmoid": (mlp_topk, 3),
   "gemma4_topk": (gemma4_topk, 2),
+  "gpt_oss_topk": (gpt_oss_topk, 2),
 }
 
 

@@ -47,6 +47,17 @@ def test_a_parallel_part_is_added_to_the_experts():
   jax.tree.map(np.testing.assert_array_equal, aux, expected)
 
 
+def test_shared_experts_have_a_width_of_their_own():
+  moe = MoEConfig(num_experts=4, expert_dim=8, num_shared_experts=2, shared_expert_dim=3)
+  width = lambda moe: nnx.eval_shape(lambda: FFNS["moe"](resolve_moe(moe), 8, "swiglu", 1.0, nnx.Rngs(0)))
+  assert width(moe).shared.w_up_DF.shape == (8, 2 * 3)
+  assert width(dataclasses.replace(moe, shared_expert_dim=0)).shared.w_up_DF.shape == (8, 2 * 8)
+  with pytest.raises(InputError, match="--shared_expert_dim=3: needs shared experts"):
+    dataclasses.replace(moe, num_shared_experts=0).check()
+  with pytest.raises(InputError, match="--shared_expert_dim=-1: 0"):
+    dataclasses.replace(moe, shared_expert_dim=-1).check()
+
+
 def test_a_gate_scales_what_shared_experts_add_to_a_token():
   moe = MoEConfig(num_experts=4, expert_dim=8, num_shared_experts=2, shared_expert_gate=True)
   layer = randomized(lambda: FFNS["moe"](resolve_moe(moe), 8, "swiglu", 1.0, nnx.Rngs(0)))

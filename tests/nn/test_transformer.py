@@ -13,8 +13,9 @@ from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.errors import InputError
 from moe_jax.nn import Context, Transformer
 from moe_jax.nn.aux import losses_by_name, moe_auxes, num_moe_layers
-from moe_jax.nn.mixers.attention import Attention, rotate
+from moe_jax.nn.mixers.attention import Attention
 from moe_jax.nn.norm import RMSNorm
+from moe_jax.ops.rotary import Rotary
 
 V, L = 32, 12
 CONFIG = ModelConfig(
@@ -126,8 +127,9 @@ def reference_rotate(x_BLNH, theta):
 
 def test_rotary_scores_depend_on_distance_only(rng):
   theta, heads = 100.0, (1, L, 1, 8)
-  query = np.asarray(rotate(jnp.asarray(np.broadcast_to(rng.normal(size=8), heads), jnp.float32), theta))
-  key = np.asarray(rotate(jnp.asarray(np.broadcast_to(rng.normal(size=8), heads), jnp.float32), theta))
+  same = lambda: jnp.asarray(np.broadcast_to(rng.normal(size=8), heads), jnp.float32)
+  rotate = functools.partial(Rotary(8, theta), position_XL=jnp.arange(L)[None])
+  query, key = np.asarray(rotate(same())), np.asarray(rotate(same()))
   scores = np.einsum("BLNH,BMNH->LM", query, key)
   for distance in range(-L + 1, L):
     np.testing.assert_allclose(np.diagonal(scores, distance), np.diagonal(scores, distance)[0], atol=1e-5)

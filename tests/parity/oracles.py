@@ -19,7 +19,10 @@ torch.set_num_threads(1)  # tiny sizes; the other cores belong to the other test
 PREFIX = {
   "mixtral": "Mixtral",
   "qwen2_moe": "Qwen2Moe",
+  "qwen3_moe": "Qwen3Moe",
   "olmoe": "Olmoe",
+  "gpt_oss": "GptOss",
+  "minimax": "MiniMax",
   "deepseek_v2": "DeepseekV2",
   "deepseek_v3": "DeepseekV3",
   "deepseek_v4": "DeepseekV4",

@@ -41,6 +41,17 @@ def shown_columns(summary: Summary) -> list[Column]:
   return [column for column in summary.columns if column.key != "excess_nll" or known(column)]
 
 
+def main_columns(summary: Summary) -> list[Column]:
+  """Returns what a terminal shows: the judged columns, and speed. All columns are in summary.csv and the report."""
+  columns = shown_columns(summary)
+  return [c for c in columns if c.judged or c.key == "tokens_per_second" or _drops(summary, c)] or columns
+
+
+def _drops(summary: Summary, column: Column) -> bool:
+  cells = [row.cells[column.key] for row in summary.rows]
+  return column.key == "dropped_fraction" and any(cell is not None and cell.mean > 0 for cell in cells)
+
+
 def cells_of(summary: Summary, columns: Sequence[Column]) -> tuple[list[str], list[list[str]]]:
   """Returns (titles, rows) as text: arms, then yardsticks, each with its name first.
 
@@ -76,13 +87,13 @@ def format_p(p: float | None) -> str:
 
 
 def print_table(summary: Summary, console: Any = None) -> None:
-  """Prints the table and its caption. Columns that do not fit the width go to further blocks with the arms again.
+  """Prints the main columns and their caption. What does not fit the width goes to further blocks with the arms again.
 
   Args:
     summary: as from `summarise`.
     console: a rich Console; None: standard output, 80 columns wide when it is not a terminal.
   """
-  columns = shown_columns(summary)
+  columns = main_columns(summary)
   console = console or _standard_output()
   _print_blocks(*cells_of(summary, columns), console)
   console.print(_text(caption(summary, columns), console), style="dim")
@@ -92,6 +103,8 @@ def print_differences(
   differences: Sequence[Difference], console: Any = None, varies: Sequence[str] = ()
 ) -> None:
   """Prints what is resolved: a block per judged quantity, or one sentence, and how to read them.
+
+  A block has the arms with a verdict. differences.csv and the report have all.
 
   Args:
     differences: as from `paired_differences`.
@@ -108,10 +121,14 @@ def print_differences(
     title = f"{judgement.column.title}: difference from {differences[0].baseline}"
     console.print(_text(title, console), style="bold")
     cells = [
-      [d.arm, format_difference(d), format_p(d.p_holm), "not comparable" if d.broken else d.verdict]
+      [d.arm, format_difference(d), format_p(d.p_holm), d.verdict]
       for d in judgement.differences
+      if d.resolved
     ]
     _print_blocks(["Arm", "Difference", "p", "Verdict"], cells, console)
+    unresolved = [d.arm for d in judgement.differences if not d.resolved and not d.broken]
+    if unresolved:
+      console.print(_text(f"No difference resolved: {', '.join(unresolved)}.\n", console))
   if not_comparable(differences):
     console.print(_text(not_comparable(differences), console))
   console.print(_text(differences_caption(differences, varies), console), style="dim")

@@ -25,7 +25,7 @@ def shared_experts(
   moe: MoEConfig, dim: int, activation: str, init_scale: float, rngs: nnx.Rngs
 ) -> MLP | None:
   """Returns the shared experts as one network of their summed width, or None if there are none."""
-  width = moe.num_shared_experts * moe.expert_dim
+  width = moe.num_shared_experts * (moe.shared_expert_dim or moe.expert_dim)
   kind = GatedMLP if moe.shared_expert_gate else MLP
   return kind(dim, width, activation, init_scale=init_scale, rngs=rngs) if width else None
 

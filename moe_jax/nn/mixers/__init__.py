@@ -1,14 +1,20 @@
 """Token mixers. `MIXERS` has all of them by name.
 
-A mixer is a module that maps (x_BLD, context) to (y_BLD, aux), where aux is a tree of sums or None.
+A mixer is a module that maps (x_BLD, context) to (y_BLD, aux), where aux is a tree of sums or None. One that
+can generate also has a cache, a tree of arrays with a leading B:
+
+  init_cache(batch_size, length, dtype) -> cache       for sequences of up to `length` columns
+  extend(x_BLD, context, cache) -> (y_BLD, cache)      for tokens behind those of the cache (`context.past`)
 """
 
 from moe_jax.nn.mixers.attention import Attention
+from moe_jax.nn.mixers.lightning import Lightning
+from moe_jax.nn.mixers.mla import MLA
 from moe_jax.registry import Registry
 
 MIXERS = Registry(
   "mixer",
-  {"attention": Attention},
+  {"attention": Attention, "mla": MLA, "lightning": Lightning},
   offered=(
     "dim",
     "num_heads",
@@ -19,6 +25,7 @@ MIXERS = Registry(
     "norm_eps",
     "causal",
     "init_scale",
+    "num_layers",
     "rngs",
   ),
 )

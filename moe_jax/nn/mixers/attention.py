@@ -1,25 +1,20 @@
-"""Grouped-query attention (2305.13245) with rotary positions (2104.09864)."""
+"""Grouped-query attention (2305.13245) with rotary positions (2104.09864), and what models add to it."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.errors import InputError
+from moe_jax.errors import InputError, require_option
 from moe_jax.nn.context import Context
+from moe_jax.nn.mixers.positions import make_yarn, sequence_positions
 from moe_jax.nn.norm import RMSNorm
-from moe_jax.nn.variables import matrix, weight
-from moe_jax.ops.attention import attend
+from moe_jax.nn.variables import matrix, vector, weight
+from moe_jax.ops.attention import attend, attend_cached
+from moe_jax.ops.cache import append, ring_append, ring_columns
+from moe_jax.ops.rotary import Rotary
+from moe_jax.sharding import constrain
+from moe_jax.types import Array
 
-
-def rotate(x_BLNH: jax.Array, theta: float) -> jax.Array:
-  """Rotary positions (2104.09864): turns the pair (i, i + H/2) at position l by l * theta^(-2i/H) radians."""
-  half = x_BLNH.shape[-1] // 2
-  frequency_X = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angle_LX = jnp.arange(x_BLNH.shape[1], dtype=jnp.float32)[:, None] * frequency_X[None, :]
-  cos = jnp.cos(angle_LX)[None, :, None, :]
-  sin = jnp.sin(angle_LX)[None, :, None, :]
-  a, b = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BLNH.dtype)
+_CACHED = ("batch", None, "kv_heads", None)
 
 
 class Attention(nnx.Module):
@@ -34,16 +29,24 @@ class Attention(nnx.Module):
     num_kv_heads: the heads of keys and values. It divides `num_heads`.
     head_dim: H.
     rope_theta: the base of the rotary positions.
-    qk_norm: whether to normalise queries and keys over H, each with a scale of its own (Qwen3, 2505.09388).
+    qk_norm: whether to normalise queries and keys, each with a scale of its own.
+    qk_norm_over: what that norm is over: "head", each over H (Qwen3, 2505.09388), or "projection", over all
+      heads together (OLMoE, 2409.02060).
     norm_eps: added to the mean square in that norm.
     causal: whether a position attends only to itself and earlier positions, or to all.
     window: attend only to the last `window` positions, including the position itself; 0: no limit. Without
       `causal`, to as many on either side.
+    qkv_bias: whether queries, keys and values have biases (Qwen1.5, gpt-oss).
+    out_bias: whether the output has one (gpt-oss).
+    clip_qkv: queries, keys and values are clipped to [-clip_qkv, clip_qkv], behind the norm (OLMoE); 0: not.
+    sinks: whether each head has a learned score that takes part in its softmax (gpt-oss, 2508.10925).
+    rotary_fraction: the first part of a head that is rotated (MiniMax-01, 2501.08313: 0.5); 0: no positions.
+    yarn_factor: stretches positions, see `moe_jax.ops.rotary.Yarn`, also for the other yarn options; 1: not.
     init_scale: s in std = sqrt(s / fan_in) of every matrix.
     rngs: draws the parameters.
 
   Raises:
-    InputError: if `window` is negative.
+    InputError: if an option is out of range.
   """
 
   def __init__(
@@ -58,34 +61,119 @@ class Attention(nnx.Module):
     norm_eps: float = 1e-6,
     causal: bool = True,
     window: int = 0,
+    qk_norm_over: str = "head",
+    qkv_bias: bool = False,
+    out_bias: bool = False,
+    clip_qkv: float = 0.0,
+    sinks: bool = False,
+    rotary_fraction: float = 1.0,
+    yarn_factor: float = 1.0,
+    yarn_length: int = 4096,
+    yarn_beta_fast: float = 32.0,
+    yarn_beta_slow: float = 1.0,
+    yarn_truncate: bool = True,
+    yarn_mscale: float = 1.0,
+    yarn_mscale_all_dim: float = 0.0,
     init_scale: float = 1.0,
     rngs: nnx.Rngs,
   ):
-    if window < 0:
-      raise InputError(f"mixer attention: window must be 0 (no limit) or more positions, got {window}")
-    d, h, s = dim, head_dim, init_scale
-    self.theta, self.causal, self.window = rope_theta, causal, window
-    self.w_query_DNH = matrix(rngs, (d, num_heads, h), ("embed", "heads", "head_dim"), s)
-    self.w_key_DNH = matrix(rngs, (d, num_kv_heads, h), ("embed", "kv_heads", "head_dim"), s)
-    self.w_value_DNH = matrix(rngs, (d, num_kv_heads, h), ("embed", "kv_heads", "head_dim"), s)
-    self.w_out_NHD = matrix(rngs, (num_heads, h, d), ("heads", "head_dim", "embed"), s, num_in=2)
-    self.query_norm = RMSNorm(h, norm_eps) if qk_norm else None
-    self.key_norm = RMSNorm(h, norm_eps) if qk_norm else None
+    _check(window, clip_qkv, rotary_fraction, head_dim)
+    require_option("mixer attention", "qk_norm_over", qk_norm_over, ("head", "projection"))
+    d, n, n_kv, h, s = dim, num_heads, num_kv_heads, head_dim, init_scale
+    yarn = make_yarn(
+      "attention", yarn_factor, yarn_length, yarn_beta_fast, yarn_beta_slow, yarn_truncate, yarn_mscale,
+      yarn_mscale_all_dim,
+    )  # fmt: skip
+    self.rotary = Rotary(round(head_dim * rotary_fraction), rope_theta, yarn=yarn)
+    self.scale = h**-0.5 * self.rotary.score_scale
+    self.causal, self.window, self.clip_qkv = causal, window, clip_qkv
+    self.num_kv_heads, self.head_dim, self.norm_projection = n_kv, h, qk_norm_over == "projection"
+    self.w_query_DNH = matrix(rngs, (d, n, h), ("embed", "heads", "head_dim"), s)
+    self.w_key_DNH = matrix(rngs, (d, n_kv, h), ("embed", "kv_heads", "head_dim"), s)
+    self.w_value_DNH = matrix(rngs, (d, n_kv, h), ("embed", "kv_heads", "head_dim"), s)
+    self.w_out_NHD = matrix(rngs, (n, h, d), ("heads", "head_dim", "embed"), s, num_in=2)
+    bias = lambda heads, axis: vector(jnp.zeros((heads, h)), (axis, "head_dim")) if qkv_bias else None
+    self.b_query_NH = bias(n, "heads")
+    self.b_key_NH, self.b_value_NH = bias(n_kv, "kv_heads"), bias(n_kv, "kv_heads")
+    self.b_out_D = vector(jnp.zeros(d), ("embed",)) if out_bias else None
+    self.sink_N = vector(jnp.zeros(n), ("heads",)) if sinks else None
+    norm = lambda heads: RMSNorm(heads * h if self.norm_projection else h, norm_eps) if qk_norm else None
+    self.query_norm, self.key_norm = norm(n), norm(n_kv)
 
-  def __call__(self, x_BLD: jax.Array, context: Context) -> tuple[jax.Array, None]:
-    dtype = x_BLD.dtype
-    project = lambda w: jnp.einsum("BLD,DNH->BLNH", x_BLD, weight(w, dtype))
-    query, key = project(self.w_query_DNH), project(self.w_key_DNH)
-    if self.query_norm is not None:
-      query, key = self.query_norm(query), self.key_norm(key)
-    query, key = rotate(query, self.theta), rotate(key, self.theta)
+  def __call__(self, x_BLD: Array, context: Context) -> tuple[Array, None]:
+    query, key, value = self._projected(x_BLD, sequence_positions(x_BLD))
     mask_BL = None if self.causal else context.mask_of(x_BLD)
-    mixed_BLNH = attend(
-      query,
-      key,
-      project(self.w_value_DNH),
-      causal=self.causal,
-      window=self.window,
-      mask_BL=mask_BL,
+    mixed = attend(query, key, value, causal=self.causal, mask_BL=mask_BL, **self._scores())
+    return self._out(mixed), None
+
+  def init_cache(self, batch_size: int, length: int, dtype: jnp.dtype) -> tuple[Array, Array]:
+    """Returns empty keys and values. With a window there are only as many columns.
+
+    Raises:
+      InputError: if the attention is not causal.
+    """
+    if not self.causal:
+      raise InputError("mixer attention: sees later positions, so there is nothing to keep in a cache")
+    columns = min(length, self.window) if self.window else length
+    empty = jnp.zeros((batch_size, columns, self.num_kv_heads, self.head_dim), dtype)
+    return (constrain(empty, _CACHED),) * 2
+
+  def extend(
+    self, x_BLD: Array, context: Context, cache: tuple[Array, Array]
+  ) -> tuple[Array, tuple[Array, Array]]:
+    """Returns (y_BLD, cache) for tokens behind those of the cache, see `moe_jax.nn.mixers`."""
+    past, length = context.past, x_BLD.shape[1]
+    query, *new = self._projected(x_BLD, past.positions(length))
+    size, columns = cache[0].shape[1], past.columns(length)
+    add = ring_append if self.window else append
+    extended = tuple(constrain(add(kept, x, past.start), _CACHED) for kept, x in zip(cache, new, strict=True))
+    if past.fresh:
+      mixed = attend(query, *new, mask_BL=past.mask(length), **self._scores())
+    else:
+      if self.window:  # the new tokens may overwrite what the first of them still sees
+        seen = [jnp.concatenate([kept, x.astype(kept.dtype)], axis=1) for kept, x in zip(cache, new)]
+        column_X = jnp.concatenate([ring_columns(size, past.start), columns])
+      else:
+        seen, column_X = extended, jnp.arange(size, dtype=jnp.int32)
+      where = {"column_L": columns, "column_X": column_X, "pad_B": past.pad_B}
+      mixed = attend_cached(query, *seen, **where, **self._scores())
+    return self._out(mixed), extended
+
+  def _scores(self) -> dict:
+    sink_N = None if self.sink_N is None else self.sink_N[...]
+    return {"window": self.window, "scale": self.scale, "sink_N": sink_N}
+
+  def _projected(self, x_BLD: Array, position_XL: Array) -> tuple[Array, Array, Array]:
+    """Returns queries, keys and values, rotated."""
+    dtype = x_BLD.dtype
+
+    def project(w, b, norm=None):
+      y_BLNH = jnp.einsum("BLD,DNH->BLNH", x_BLD, weight(w, dtype))
+      if b is not None:
+        y_BLNH += weight(b, dtype)[None, None]
+      if norm is not None:
+        flat = y_BLNH.reshape(*y_BLNH.shape[:2], -1) if self.norm_projection else y_BLNH
+        y_BLNH = norm(flat).reshape(y_BLNH.shape)
+      return jnp.clip(y_BLNH, -self.clip_qkv, self.clip_qkv) if self.clip_qkv else y_BLNH
+
+    query = project(self.w_query_DNH, self.b_query_NH, self.query_norm)
+    key = project(self.w_key_DNH, self.b_key_NH, self.key_norm)
+    value = project(self.w_value_DNH, self.b_value_NH)
+    return self.rotary(query, position_XL), self.rotary(key, position_XL), value
+
+  def _out(self, mixed_BLNH: Array) -> Array:
+    dtype = mixed_BLNH.dtype
+    y_BLD = jnp.einsum("BLNH,NHD->BLD", mixed_BLNH, weight(self.w_out_NHD, dtype))
+    return y_BLD if self.b_out_D is None else y_BLD + weight(self.b_out_D, dtype)[None, None]
+
+
+def _check(window: int, clip_qkv: float, rotary_fraction: float, head_dim: int) -> None:
+  if window < 0:
+    raise InputError(f"mixer attention: window must be 0 (no limit) or more positions, got {window}")
+  if clip_qkv < 0:
+    raise InputError(f"mixer attention: clip_qkv must be 0 (no clipping) or above, got {clip_qkv}")
+  if not 0 <= rotary_fraction <= 1 or (head_dim * rotary_fraction) % 2:
+    raise InputError(
+      f"mixer attention: rotary_fraction must be in [0, 1] and leave an even part of head_dim={head_dim}, got "
+      f"{rotary_fraction}"
     )
-    return jnp.einsum("BLNH,NHD->BLD", mixed_BLNH, weight(self.w_out_NHD, dtype)), None

@@ -1,0 +1,114 @@
+"""Counts the parameters of a model by kind, and those that one token uses."""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+
+from moe_jax.nn.ffn import SoftMoE
+from moe_jax.nn.moe import MoE
+from moe_jax.nn.transformer import Transformer
+
+
+class Parameters(NamedTuple):
+  """Numbers of parameters by kind."""
+
+  embedding: int = 0
+  head: int = 0  # the output matrix; 0: it is the embedding
+  attention: int = 0  # token mixers of any kind, without their norms
+  dense: int = 0  # feed-forward parts without experts, and those beside experts
+  experts: int = 0  # routed experts
+  shared_experts: int = 0
+  router: int = 0
+  expert_bias: int = 0  # of balancers: moves choices, has no gradient, and is part of a checkpoint
+  norms: int = 0
+
+  @property
+  def total(self) -> int:
+    return sum(self)
+
+  def __add__(self, other: tuple) -> "Parameters":
+    return Parameters(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+class Active(NamedTuple):
+  """Parameters that one token uses, in the three conventions of the literature.
+
+  A token looks up one row of the embedding, so some do not count it. A matrix that is both embedding and output
+  matrix counts as the latter.
+  """
+
+  all: int  # with embedding and output matrix: Mixtral, OLMoE, Qwen3
+  head: int  # without the embedding: gpt-oss, DeepSeek-V2-Lite
+  none: int  # without both: MiniMax-01
+
+
+class Counted(NamedTuple):
+  """Parameters of a model or a part of it, and of these the ones that a token uses."""
+
+  parameters: Parameters = Parameters()
+  used: Parameters = Parameters()
+
+  def __add__(self, other: tuple) -> "Counted":
+    return Counted(*(a + b for a, b in zip(self, other, strict=True)))
+
+  @property
+  def active(self) -> Active:
+    used = self.used
+    looked_up = used.embedding if used.head else 0
+    return Active(used.total, used.total - looked_up, used.total - used.embedding - used.head)
+
+
+def count(model: Transformer) -> Counted:
+  """Counts `model`, whose parameters may be abstract."""
+  kinds = {"embedding_VD": "embedding", "w_head_DV": "head"}
+  found = Counted()
+  for path, size, axes in parameters_of(model):
+    if path[0] != "segments":
+      own = Parameters(**{kinds.get(path[0]) or _kind(path, axes): size})
+      found += Counted(own, own)
+  for segment in model.segments:
+    for block in segment.pattern.blocks:
+      found += count_block(block, segment.repeats)
+  return found
+
+
+def count_block(block: nnx.Module, repeats: int) -> Counted:
+  """Counts a block whose variables are stacked over `repeats` layers."""
+  sizes = dict.fromkeys(Parameters._fields, 0)
+  for path, size, axes in parameters_of(block):
+    sizes[_kind(path, axes)] += size
+  layers = [module for _, module in nnx.iter_modules(block) if isinstance(module, MoE)]
+  sizes["expert_bias"] = repeats * sum(map(_bias_size, layers))
+  every = Parameters(**sizes)
+  used = every
+  # Every slot of Soft MoE mixes all tokens, and every token all slots.
+  if layers and not any(isinstance(module, SoftMoE) for _, module in nnx.iter_modules(block)):
+    (layer,) = layers
+    used = every._replace(experts=every.experts * layer.num_experts_per_token // layer.num_experts)
+  return Counted(every, used)
+
+
+def parameters_of(module: nnx.Module) -> Iterator[tuple[tuple, int, tuple[str, ...]]]:
+  """(path, number of elements, logical axes) of each parameter."""
+  for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+    yield path, math.prod(variable.get_value().shape), variable.get_metadata()["logical_axes"]
+
+
+def _kind(path: tuple, axes: tuple[str, ...]) -> str:
+  if "router" in path or "router" in axes:
+    return "router"
+  if "norm" in axes:
+    return "norms"
+  if "mixer" in path:
+    return "attention"
+  if axes[:1] == ("expert",):
+    return "experts"
+  return "shared_experts" if "shared" in path else "dense"
+
+
+def _bias_size(layer: MoE) -> int:
+  bias = jax.eval_shape(lambda: layer.balancer.bias(layer.balancer.init(layer.num_scored_experts)))
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(bias))

@@ -1,0 +1,116 @@
+"""From a configuration to the config.json of the published family that it belongs to."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from flax import nnx
+
+from moe_jax.config import BlockConfig, ModelConfig, Segment, spec_text
+from moe_jax.errors import InputError
+from moe_jax.interop.families import FAMILIES, Family, Values
+from moe_jax.interop.families.fields import layers_of, shared_moe
+from moe_jax.nn.block import Block
+from moe_jax.nn.build import make_blocks, resolve
+
+# The fields of a layer with experts that change what it computes in evaluation.
+_MOE_FIELDS = (
+  "num_experts",
+  "num_experts_per_token",
+  "expert_dim",
+  "router",
+  "experts",
+  "shared_expert_gate",
+)
+
+
+def describe(config: ModelConfig, vocab_size: int, model_type: str = "") -> tuple[Family, dict[str, Any]]:
+  """Returns the family of a model, and its values of config.json.
+
+  Args:
+    config: resolved.
+    vocab_size: V.
+    model_type: the family. Empty: the first whose config.json, read back, gives a model that computes the same.
+
+  Raises:
+    InputError: if there is none. The message says how the nearest family differs.
+  """
+  families = [FAMILIES[model_type]] if model_type in FAMILIES else list(FAMILIES.values())
+  found: list[tuple[bool, int, Family, list[str]]] = []
+  for family in families:
+    common = {
+      "model_type": family.model_type,
+      "architectures": [family.architecture],
+      "vocab_size": vocab_size,
+    }
+    try:
+      values = common | family.write(shared_moe(config))
+      differences = list(_differences(config, resolve(family.read(Values("config.json", values)))))
+      if not differences:
+        return family, values
+      found.append((False, len(differences), family, differences))
+    except InputError as error:  # its config.json cannot say anything like it
+      found.append((True, 1, family, [str(error)]))
+  _, _, family, differences = min(found, key=lambda entry: entry[:2])
+  others = f" ({len(differences) - 1} other differences)" if len(differences) > 1 else ""
+  raise InputError(
+    "save: no published family computes what this model does; "
+    f"the nearest is {family.model_type}, where {differences[0]}{others}"
+  )
+
+
+def _differences(ours: ModelConfig, theirs: ModelConfig) -> Iterator[str]:
+  """Yields what differs between two resolved configurations in what they compute."""
+  for name in ("model_dim", "norm_eps", "tie_embeddings", "causal"):
+    yield from _compare(name, getattr(ours, name), getattr(theirs, name))
+  layers, others = layers_of(ours), layers_of(theirs)
+  yield from _compare("the number of layers", len(layers), len(others))
+  seen = set()
+  for layer, pair in enumerate(zip(layers, others, strict=False)):
+    if pair not in seen:
+      seen.add(pair)
+      for text in _block_differences(ours, theirs, *pair):
+        yield f"{text} in layer {layer}"
+
+
+def _compare(what: str, ours: Any, theirs: Any) -> Iterator[str]:
+  if ours != theirs:
+    yield f"{what} is {spec_text(theirs) if not isinstance(theirs, int | float) else theirs}, and here {ours}"
+
+
+def _block_differences(
+  ours: ModelConfig, theirs: ModelConfig, block: BlockConfig, other: BlockConfig
+) -> Iterator[str]:
+  ffn, other_ffn = str(block.ffn), str(other.ffn)
+  yield from _compare("the feed-forward part", ffn, other_ffn)
+  if ffn != other_ffn:
+    return
+  mine, its = _built(ours, block), _built(theirs, other)
+  for part, what in (("mixer", "mixer"), ("mixer_residual", "residual"), ("ffn_residual", "residual")):
+    if _structure(getattr(mine, part)) != _structure(getattr(its, part)):
+      yield f"{what} is {getattr(other, what)}, and here {getattr(block, what)}"
+  if ffn != "moe":
+    if _structure(mine.ffn) != _structure(its.ffn):
+      yield f"the dense part differs ({ours.dense_dim}, {theirs.dense_dim})"
+    return
+  for name in _MOE_FIELDS:
+    yield from _compare(name, getattr(block.moe, name), getattr(other.moe, name))
+  if _structure(mine.ffn.shared) != _structure(its.ffn.shared):
+    yield "the shared experts differ"
+
+
+def _built(config: ModelConfig, block: BlockConfig) -> Block:
+  """A block without values."""
+  found: list[Block] = []
+  build = lambda: found.extend(make_blocks(config, Segment((block,)), nnx.Rngs(0)))
+  jax.eval_shape(build)
+  return found[0]
+
+
+def _structure(module: nnx.Module | None) -> Any:
+  """The static attributes of a module and the shapes of its variables, to be compared."""
+  if module is None:
+    return None
+  graphdef, state = nnx.split(module)
+  shapes = [(path, tuple(v.get_value().shape)) for path, v in nnx.to_flat_state(state)]
+  return graphdef, shapes

@@ -1,0 +1,210 @@
+"""Loads a model: a published checkpoint in Hugging Face's form, or a run of this package."""
+
+import dataclasses
+import os
+import pathlib
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from moe_jax import sharding
+from moe_jax.config import Config, DataConfig
+from moe_jax.data.tokenizers import ModelIds, load_tokenizer
+from moe_jax.errors import InputError, unknown_name
+from moe_jax.interop.families import FAMILIES, Family, Values
+from moe_jax.interop.folder import CONFIG, Folder, open_folder, read_config
+from moe_jax.interop.memory import check_memory
+from moe_jax.interop.names import Stored, bias_index, module_at, stored_parameters
+from moe_jax.interop.place import load_parameter
+from moe_jax.nn.moe import MoE
+from moe_jax.nn.transformer import Transformer
+from moe_jax.nn.variables import BalancerState
+from moe_jax.training.compiled import abstract_model, resolve_config
+from moe_jax.training.load import Loaded, load_run
+
+DTYPES = ("float32", "bfloat16")
+
+
+def load(folder: str | os.PathLike[str], dtype: str = "float32") -> Loaded:
+  """Loads the model in `folder`: a checkpoint in Hugging Face's form, or the newest checkpoint of a run.
+
+  The parameters of a published checkpoint go straight to the mesh in use (`jax.set_mesh`), or to the first device if
+  there is none. Every process reads only the parts of its devices.
+
+  Args:
+    folder: has config.json and safetensors files, or is the folder of a run.
+    dtype: of the parameters of a published checkpoint, float32 or bfloat16. The router, norms and biases are always
+      float32. The model computes in bfloat16 if the checkpoint or the parameters are in it.
+
+  Returns:
+    A `Loaded`: model, config, tokenizer, and more.
+
+  Raises:
+    InputError: if the folder holds no model, the architecture is unknown, a file is missing or torn, a tensor is
+      missing, left over or of another shape than config.json says, the tokenizer has more ids than the model, or
+      memory is too small.
+  """
+  folder = pathlib.Path(folder).expanduser()
+  if dtype not in DTYPES:
+    raise InputError(f"load: dtype must be {' or '.join(DTYPES)}, got {dtype!r}")
+  values = read_config(folder / CONFIG)
+  if "model_type" not in values and "architectures" not in values:
+    return load_run(folder)
+  family, values = family_of(folder, values), Values(str(folder / CONFIG), values)
+  tokenizer_file, ids = _tokenizer_file(folder), _ids(values)
+  tokenizer = None if tokenizer_file is None else load_tokenizer(str(tokenizer_file), ids)
+  config = _config(family, values, str(tokenizer_file or "bytes"), dtype)
+  model, skipped = load_model(family, open_folder(folder, values.values), config, ids.vocab_size, dtype)
+  return Loaded(model, config, tokenizer, 0, folder, _stop_ids(folder, values), skipped)
+
+
+def family_of(folder: pathlib.Path, values: dict[str, Any]) -> Family:
+  """Returns the family by `model_type`, or by `architectures` where that is missing."""
+  architectures = values.get("architectures") or []
+  name = values.get("model_type")
+  for family in FAMILIES.values():
+    if name in (family.model_type, *family.other_types):
+      return family
+    if name is None and family.architecture in architectures:
+      return family
+  raise InputError(f"{folder / CONFIG}: {unknown_name('model_type', str(name or architectures), FAMILIES)}")
+
+
+def _config(family: Family, values: Values, tokenizer: str, dtype: str) -> Config:
+  """The configuration of the checkpoint. Everything around the model has its defaults."""
+  model = family.read(values)
+  if dtype == "bfloat16":
+    model = dataclasses.replace(model, compute_dtype=dtype)
+  try:
+    return resolve_config(Config(model=model, data=DataConfig(tokenizer=tokenizer)))
+  except InputError as error:
+    raise InputError(f"{values.where}: {error}") from None
+
+
+def load_model(
+  family: Family, folder: Folder, config: Config, vocab_size: int, dtype: str
+) -> tuple[Transformer, tuple[str, ...]]:
+  """Returns the model of a resolved configuration with the values of a checkpoint, and the tensors that were skipped.
+
+  Raises:
+    InputError: see `load`.
+  """
+  abstract = abstract_model(config, vocab_size)
+  found = list(stored_parameters(abstract, family, folder.tensors))
+  skipped = check_tensors(folder, found, family.skipped(Values(str(folder.path / CONFIG), folder.config)))
+  graphdef, state = nnx.split(abstract)
+  mesh = mesh_in_use()
+  layouts = {
+    path: leaf.get_value() for path, leaf in nnx.to_flat_state(sharding.state_shardings(mesh, state))
+  }
+  variables = dict(nnx.to_flat_state(state))
+  types = {path: _dtype_of(path, variable, dtype) for path, variable in variables.items()}
+  _check_memory(folder, found, layouts, types, mesh, dtype)
+  values = initial_balancers(abstract, mesh)
+  for stored in found:
+    if isinstance(variables[stored.path], BalancerState):
+      array = load_parameter(stored, folder.tensors, np.dtype(np.float32), sharding.replicated(mesh))
+      values[stored.path] = with_bias(abstract, stored, values[stored.path], array)
+    else:
+      layout = layouts[stored.path]
+      values[stored.path] = load_parameter(stored, folder.tensors, types[stored.path], layout)
+  filled = [(path, variable.replace(values[path])) for path, variable in variables.items()]
+  return nnx.merge(graphdef, nnx.from_flat_state(filled)), skipped
+
+
+def mesh_in_use() -> jax.sharding.Mesh:
+  """Returns the mesh of `jax.set_mesh`, or a mesh of one device."""
+  mesh = jax.sharding.get_mesh()
+  return jax.sharding.Mesh([[[[[jax.devices()[0]]]]]], sharding.MESH_AXES) if mesh.empty else mesh
+
+
+def check_tensors(folder: Folder, found: list[Stored], patterns: tuple[str, ...]) -> tuple[str, ...]:
+  """Returns the tensors that are skipped.
+
+  Raises:
+    InputError: unless every other tensor of the checkpoint is used, and every parameter is there with its shape.
+  """
+  used, missing = set(), []
+  for stored in found:
+    for piece in stored.pieces:
+      used.add(piece.name)
+      if piece.name not in folder.tensors:
+        missing.append(piece.name)
+        continue
+      right = piece.layout.file_shape(stored.shape[len(piece.lead) :])
+      shape = tuple(folder.tensors[piece.name].shape)
+      if shape != right:
+        raise InputError(
+          f"{folder.path}: {piece.name} has shape {list(shape)}, and {CONFIG} gives it {list(right)}; use files of one "
+          "checkpoint"
+        )
+  left_over = folder.tensors.keys() - used
+  skipped = {name for name in left_over if any(re.fullmatch(pattern, name) for pattern in patterns)}
+  texts = []
+  for what, names in (("lacks", set(missing)), ("has no use here for", left_over - skipped)):
+    if names:
+      texts.append(f"{what} {len(names)} tensors, such as {', '.join(sorted(names)[:3])}")
+  if texts:
+    raise InputError(f"{folder.path}: the checkpoint {', and '.join(texts)}")
+  return tuple(sorted(skipped))
+
+
+def _dtype_of(path: tuple, variable: nnx.Variable, dtype: str) -> np.dtype:
+  """The type of a variable: `dtype` for the embedding and for matrices, except the router's, and otherwise float32."""
+  is_matrix = "num_in" in variable.get_metadata() or path == ("embedding_VD",)
+  return np.dtype(jnp.dtype(dtype if is_matrix and "router" not in path else "float32"))
+
+
+def _check_memory(
+  folder: Folder, found: list[Stored], layouts: dict, types: dict, mesh: jax.sharding.Mesh, dtype: str
+) -> None:
+  needed = dict.fromkeys(mesh.local_devices, 0)
+  for stored in found:
+    layout = layouts[stored.path]
+    if isinstance(layout, jax.sharding.Sharding):
+      size = int(np.prod(layout.shard_shape(stored.shape))) * types[stored.path].itemsize
+      needed = {device: before + size for device, before in needed.items()}
+  check_memory(str(folder.path), needed, dtype)
+
+
+def initial_balancers(model: Transformer, mesh: jax.sharding.Mesh) -> dict[tuple, Any]:
+  """Returns the states of all balancers before the first step, stacked as the model has them."""
+  states = {}
+  for path, layer in nnx.iter_modules(model):
+    if isinstance(layer, MoE):
+      like = layer.balancer_state.get_value()
+      fill = lambda leaf, like: jnp.broadcast_to(leaf, like.shape).astype(like.dtype)
+      state = jax.tree.map(fill, layer.balancer.init(layer.num_scored_experts), like)
+      states[(*path, "balancer_state")] = jax.device_put(state, sharding.replicated(mesh))
+  return states
+
+
+def with_bias(model: Transformer, stored: Stored, state: Any, bias: jax.Array) -> Any:
+  """Returns a balancer's state with `bias` in its place."""
+  leaves, tree = jax.tree.flatten(state)
+  leaves[bias_index(module_at(model, stored.path[:-1]))] = bias
+  return jax.tree.unflatten(tree, leaves)
+
+
+def _ids(values: Values) -> ModelIds:
+  first = lambda x: x[0] if isinstance(x, list) and x else x if isinstance(x, int) else None
+  eos = first(values("eos_token_id", None))
+  pad = first(values("pad_token_id", None))
+  return ModelIds(values("vocab_size"), first(values("bos_token_id", None)), eos if pad is None else pad)
+
+
+def _stop_ids(folder: pathlib.Path, values: Values) -> tuple[int, ...]:
+  """`eos_token_id` of generation_config.json, or else of config.json."""
+  path = folder / "generation_config.json"
+  ids = read_config(path).get("eos_token_id") if path.exists() else None
+  ids = values("eos_token_id", []) if ids is None else ids
+  return (ids,) if isinstance(ids, int) else tuple(ids)
+
+
+def _tokenizer_file(folder: pathlib.Path) -> pathlib.Path | None:
+  files = (folder / name for name in ("tokenizer.json", "tokenizer.model"))
+  return next((file for file in files if file.exists()), None)

@@ -1,0 +1,101 @@
+"""From tensors of a checkpoint to arrays on devices, of which every process reads only its own parts."""
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.interop.names import Stored
+from moe_jax.interop.quantised import Tensor
+
+_STEP = 1 << 26  # bytes that are read at a time, so that what dequantising and casting needs stays small
+_ALIGNMENT = 64  # bytes; at such an address, a CPU device uses the memory of NumPy as it is
+Index = tuple[slice, ...]
+
+
+def load_parameter(
+  stored: Stored, tensors: Mapping[str, Tensor], dtype: np.dtype, sharding: jax.sharding.Sharding
+) -> jax.Array:
+  """Returns the parameter as an array of `dtype` with this sharding.
+
+  A process reads only what its devices hold, and each part once, however many devices hold it. On CPU, values are
+  read into their final place. Other devices get them layer by layer.
+  """
+  parts: dict[tuple, list[jax.Device]] = {}
+  for device, index in sharding.addressable_devices_indices_map(stored.shape).items():
+    bounds = tuple(part.indices(size)[:2] for part, size in zip(index, stored.shape, strict=True))
+    parts.setdefault(bounds, []).append(device)
+  arrays = []
+  for bounds, (first, *others) in parts.items():
+    part = _on_device(stored, tuple(slice(*bound) for bound in bounds), tensors, dtype, first)
+    arrays += [part, *(jax.device_put(part, device) for device in others)]
+  return jax.make_array_from_single_device_arrays(stored.shape, sharding, arrays)
+
+
+def _on_device(
+  stored: Stored, index: Index, tensors: Mapping[str, Tensor], dtype: np.dtype, device: jax.Device
+) -> jax.Array:
+  shape = tuple(part.stop - part.start for part in index)
+  if in_place(device):
+    out = _aligned(shape, dtype)
+    fill(out, stored, index, tensors)
+    return jax.device_put(out, device, may_alias=True)
+  array = jax.device_put(jnp.zeros(shape, dtype), device)
+  if not shape:
+    return array
+  for start in range(shape[0]):
+    first = index[0].start + start
+    out = np.empty((1, *shape[1:]), dtype)
+    fill(out, stored, (slice(first, first + 1), *index[1:]), tensors)
+    array = _put(array, jax.device_put(out, device), start)
+  return array
+
+
+def in_place(device: jax.Device) -> bool:
+  """Returns whether arrays of this device can lie in memory of NumPy."""
+  return device.platform == "cpu"
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(array: jax.Array, layer: jax.Array, start: int) -> jax.Array:
+  return jax.lax.dynamic_update_slice_in_dim(array, layer, start, axis=0)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+  size = math.prod(shape) * dtype.itemsize
+  memory = np.empty(size + _ALIGNMENT, np.uint8)
+  first = -memory.ctypes.data % _ALIGNMENT
+  return memory[first : first + size].view(dtype).reshape(shape)
+
+
+def fill(out: np.ndarray, stored: Stored, index: Index, tensors: Mapping[str, Tensor]) -> None:
+  """Reads the part `index` of a parameter into `out`, piece by piece."""
+  for piece in stored.pieces:
+    n = len(piece.lead)
+    if not all(part.start <= i < part.stop for part, i in zip(index, piece.lead, strict=False)):
+      continue
+    place = out[tuple(i - part.start for part, i in zip(index, piece.lead, strict=False))]
+    starts = [part.start for part in index[n:]]
+    for step in _steps(index[n:], out.itemsize):
+      here = tuple(
+        slice(part.start - start, part.stop - start) for part, start in zip(step, starts, strict=True)
+      )
+      place[here] = piece.layout.read(tensors[piece.name], stored.shape[n:], step)
+
+
+def _steps(index: Index, itemsize: int) -> Iterator[Index]:
+  """Cuts an index along its first axis into steps of bounded size."""
+  if not index:
+    yield index
+    return
+  first, *rest = index
+  row = itemsize * math.prod(part.stop - part.start for part in rest)
+  size = max(1, _STEP // max(row, 1))
+  for start in itertools.count(first.start, size):
+    if start >= first.stop:
+      return
+    yield (slice(start, min(start + size, first.stop)), *rest)

@@ -1,0 +1,158 @@
+"""Saves a model as a checkpoint in Hugging Face's form, which transformers loads."""
+
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from moe_jax.errors import InputError, require_option
+from moe_jax.interop.describe import describe
+from moe_jax.interop.families import Family
+from moe_jax.interop.folder import CONFIG, INDEX, SINGLE, read_config
+from moe_jax.interop.load import DTYPES
+from moe_jax.interop.names import Piece, Stored, bias_of, stored_parameters
+from moe_jax.interop.safetensors import Pending, write_file
+from moe_jax.nn.transformer import Transformer
+from moe_jax.training.load import Loaded
+
+SHARD_BYTES = 5_000_000_000
+_TOKENIZER_FILES = (
+  "tokenizer.json",
+  "tokenizer.model",
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "vocab.json",
+  "merges.txt",
+  "chat_template.jinja",
+  "generation_config.json",
+)
+_REPLACED = ("dtype", "torch_dtype", "quantization_config", "rope_parameters", "rope_scaling")
+
+
+def save(
+  model: Loaded | Transformer,
+  folder: str | os.PathLike[str],
+  format: str = "hf",
+  dtype: str = "",
+  shard_bytes: int = SHARD_BYTES,
+) -> None:
+  """Saves a model so that transformers, and `moe_jax.load`, can load it: config.json, weights and tokenizer files.
+
+  Experts are written one by one, as the published checkpoints have them. Weights are written tensor by tensor, into
+  one file, or into several with an index.
+
+  Args:
+    model: what `moe_jax.load` returned, or a `Transformer`. With the first, tokenizer files are copied, and what only
+      transformers reads of config.json stays.
+    folder: is created. It must not hold weights already.
+    format: "hf".
+    dtype: of the weights, float32 or bfloat16. Default: the type that config.json of a loaded checkpoint names,
+      otherwise that of the parameters.
+    shard_bytes: the size that a file has at most, unless one tensor is larger.
+
+  Raises:
+    InputError: if no published family is this model, or the folder holds weights.
+  """
+  require_option("save", "format", format, ("hf",))
+  require_option("save", "dtype", dtype, ("", *DTYPES))
+  loaded = model if isinstance(model, Loaded) else None
+  folder, model = pathlib.Path(folder).expanduser(), model.model if loaded else model
+  if any((folder / name).exists() for name in (SINGLE, INDEX)):
+    raise InputError(f"save: {folder} already holds weights; choose another folder")
+  before = _values_before(loaded)
+  weights = model.embedding_VD.get_value()
+  family, values = describe(model.config, weights.shape[0], before.get("model_type", ""))
+  dtype = dtype or before.get("dtype", before.get("torch_dtype", "")) or str(weights.dtype)
+  dtype = dtype if dtype in DTYPES else "float32"
+  for name in _REPLACED:
+    before.pop(name, None)
+  values = before | values | {"torch_dtype": dtype}
+  tensors = pending_tensors(model, family, np.dtype(jnp.dtype(dtype)))
+  if jax.process_index() == 0:
+    folder.mkdir(parents=True, exist_ok=True)
+    _copy_tokenizer(loaded, folder)
+  _write(folder, tensors, shard_bytes)
+  if jax.process_index() == 0:
+    (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _values_before(loaded: Loaded | None) -> dict[str, Any]:
+  """The config.json of the checkpoint that the model came from."""
+  if loaded is None or not (loaded.folder / CONFIG).exists():
+    return {}
+  values = read_config(loaded.folder / CONFIG)
+  return values if "model_type" in values else {}
+
+
+def pending_tensors(model: Transformer, family: Family, dtype: np.dtype) -> dict[str, Pending]:
+  """Returns the tensors of the checkpoint, whose values are computed when they are written."""
+  variables = dict(nnx.to_flat_state(nnx.state(model)))
+  parts: dict[str, list[tuple[Any, Stored, Piece]]] = {}
+  for stored in stored_parameters(model, family):
+    value = bias_of(model, stored.path, variables[stored.path])
+    for piece in stored.pieces:
+      parts.setdefault(piece.name, []).append((value, stored, piece))
+  of_name = lambda name: np.dtype(np.float32) if name.endswith(family.float32) else dtype
+  return {name: _pending(own, of_name(name)) for name, own in parts.items()}
+
+
+def _pending(parts: list[tuple[Any, Stored, Piece]], dtype: np.dtype) -> Pending:
+  _, stored, piece = parts[0]
+  shape = piece.layout.file_shape(stored.shape[len(piece.lead) :])
+
+  def make() -> np.ndarray:
+    tensor = np.empty(shape, dtype)
+    for value, _, piece in parts:
+      piece.layout.write(_fetch(value, piece.lead), tensor)
+    return tensor
+
+  return Pending(shape, dtype, make)
+
+
+def _fetch(value: jax.Array, lead: tuple[int, ...]) -> np.ndarray:
+  """value[lead] on this host. With several processes, all must call it at the same time."""
+  if value.is_fully_addressable and len(value.sharding.device_set) == 1:
+    return np.asarray(value)[lead] if value.devices().pop().platform == "cpu" else np.asarray(value[lead])
+  mesh = value.sharding.mesh
+  everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  take = jax.jit(lambda value, lead: value[tuple(lead)], out_shardings=everywhere)
+  return np.asarray(take(value, lead))
+
+
+def _write(folder: pathlib.Path, tensors: Mapping[str, Pending], shard_bytes: int) -> None:
+  shards: list[dict[str, Pending]] = [{}]
+  size = 0
+  for name, tensor in tensors.items():
+    if shards[-1] and size + tensor.nbytes > shard_bytes:
+      shards.append({})
+      size = 0
+    shards[-1][name] = tensor
+    size += tensor.nbytes
+  number = lambda i: SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+  for i, shard in enumerate(shards):
+    if jax.process_index() == 0:
+      write_file(folder / number(i), shard)
+    else:  # takes part in fetching the values
+      for tensor in shard.values():
+        tensor.make()
+  if len(shards) > 1 and jax.process_index() == 0:
+    weight_map = {name: number(i) for i, shard in enumerate(shards) for name in shard}
+    total = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
+    (folder / INDEX).write_text(json.dumps({"metadata": total, "weight_map": weight_map}, indent=2) + "\n")
+
+
+def _copy_tokenizer(loaded: Loaded | None, folder: pathlib.Path) -> None:
+  """Copies the files of the tokenizer of a checkpoint, or writes the one that was trained for a run."""
+  if loaded is None:
+    return
+  for name in _TOKENIZER_FILES:
+    if (loaded.folder / name).exists() and not (folder / name).exists():
+      shutil.copy(loaded.folder / name, folder / name)

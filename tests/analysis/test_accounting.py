@@ -1,0 +1,181 @@
+"""What `account` counts equals the arrays of small models, formulas by hand, and published figures."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import moe_jax
+from moe_jax.analysis.accounting.storage import WeightType
+from moe_jax.config import BlockConfig, ModelConfig, MoEConfig, OptimizerConfig, Segment
+from moe_jax.errors import InputError
+from moe_jax.training.optim import make_optimizer
+from tests.scripts import assert_one_line, run_scripts
+
+V = 40
+MODEL = ModelConfig(
+  num_layers=5,
+  num_dense_first=1,
+  moe_every=2,
+  model_dim=16,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=6,
+  dense_dim=24,
+  qk_norm=True,
+  moe=MoEConfig(
+    num_experts=8,
+    num_experts_per_token=3,
+    expert_dim=10,
+    num_shared_experts=2,
+    router="sigmoid_topk",
+    balancers="loss_free_bias:0.01,z_loss:0.01",
+  ),
+)
+
+
+def built(config: ModelConfig) -> moe_jax.Transformer:
+  return moe_jax.Transformer(config, V, rngs=nnx.Rngs(0))
+
+
+def arrays(model: nnx.Module) -> list[np.ndarray]:
+  return jax.tree.leaves(nnx.state(model, nnx.Param))
+
+
+def test_kinds_by_hand():
+  """Five layers, of which the third and the fifth have experts."""
+  found = moe_jax.account(MODEL, V)
+  expected = {
+    "embedding": V * 16,
+    "head": 16 * V,
+    "attention": 5 * 16 * 6 * (4 + 2 + 2 + 4),
+    "dense": 3 * 3 * 16 * 24,
+    "experts": 2 * 8 * 3 * 16 * 10,
+    "shared_experts": 2 * 2 * 3 * 16 * 10,
+    "router": 2 * 16 * 8,
+    "expert_bias": 2 * 8,
+    "norms": 5 * (2 * 16 + 2 * 6) + 16,
+  }
+  assert found.parameters._asdict() == expected
+  assert found.parameters.total == sum(a.size for a in arrays(built(MODEL))) + 2 * 8
+  used = found.parameters.total - expected["experts"] * 5 // 8
+  assert found.active == (used, used - V * 16, used - 2 * V * 16)
+  assert found.training_flops == 3 * found.forward.forward
+
+
+def test_a_tied_matrix_counts_once_and_as_the_head():
+  tied = moe_jax.account(dataclasses.replace(MODEL, tie_embeddings=True), V)
+  other = moe_jax.account(MODEL, V)
+  assert tied.parameters.total == other.parameters.total - V * 16
+  assert tied.active == (other.active.head, other.active.head, other.active.none)
+
+
+def test_layers_with_other_experts_count_each_on_its_own():
+  wide = dataclasses.replace(MODEL.moe, num_experts=16, num_experts_per_token=1)
+  blocks = BlockConfig(ffn="mlp"), BlockConfig(), BlockConfig(moe=wide)
+  plain = {"num_layers": 3, "num_dense_first": 0, "moe_every": 1}
+  found = moe_jax.account(dataclasses.replace(MODEL, segments=(Segment(blocks, 2),), **plain), V)
+  assert found.routed == ((2, 8, 3), (2, 16, 1))
+  assert found.parameters.experts == 2 * (8 + 16) * 3 * 16 * 10
+  assert found.parameters.total - found.active.all == 2 * (5 + 15) * 3 * 16 * 10
+
+
+def test_all_experts_of_soft_moe_are_active():
+  moe = dataclasses.replace(MODEL.moe, router="softmax_topk", balancers="none")
+  soft = dataclasses.replace(MODEL, ffn="soft_moe", moe=dataclasses.replace(moe, accept_leaks="soft_moe"))
+  found = moe_jax.account(soft, V)
+  assert found.active.all == found.parameters.total and found.routed == ()
+
+
+def test_a_model_and_its_configuration_have_one_account():
+  of_model, of_config = moe_jax.account(built(MODEL)), moe_jax.account(MODEL, V)
+  assert of_model == of_config
+  assert moe_jax.account("tiny") == dataclasses.replace(
+    moe_jax.account(moe_jax.preset("tiny"), 264), name="tiny"
+  )
+
+
+def test_combinations_and_sparsity():
+  """120 and 4,426,165,368 are the example of DeepSeekMoE (2401.06066, section 3.1)."""
+  sized = lambda e, k: dataclasses.replace(
+    MODEL, moe=dataclasses.replace(MODEL.moe, num_experts=e, num_experts_per_token=k)
+  )
+  rows = [moe_jax.account(sized(e, k), V).routed[0] for e, k in ((16, 2), (64, 8))]
+  assert [row.combinations for row in rows] == [120, 4_426_165_368]
+  assert [row.sparsity for row in rows] == [8, 8]
+
+
+def test_bytes_of_plain_types_are_those_of_arrays():
+  found, model = moe_jax.account(MODEL, V).weight_bytes, built(MODEL)
+  assert found["float32"] == sum(a.nbytes for a in arrays(model)) + 2 * 8 * 4
+  assert found["bfloat16"] == found["float32"] / 2
+
+
+@pytest.mark.parametrize(
+  ("kind", "rows", "columns", "expected"),
+  [
+    (WeightType(8, 32, 128, 128), 130, 256, 130 * 256 + 4 * 2 * 2),
+    (WeightType(8, 32, 0, 1), 130, 256, 130 * 256 + 4 * 256),
+    (WeightType(4, 16, 32, 1), 130, 256, 130 * 256 / 2 + 2 * 5 * 256),
+  ],
+)
+def test_scales_of_blocks_count(kind, rows, columns, expected):
+  assert kind.bytes(rows, columns) == expected
+
+
+def test_quantised_bytes_by_hand():
+  """int8: a scale for each output of each matrix in the layers; the rest is bfloat16."""
+  columns = {  # outputs of the matrices of all layers
+    "attention": 5 * (6 * (4 + 2 + 2) + 16),
+    "dense": 3 * (2 * 24 + 16),
+    "experts": 2 * 8 * (2 * 10 + 16),
+    "shared_experts": 2 * (2 * 2 * 10 + 16),
+  }
+  found = moe_jax.account(MODEL, V)
+  whole = sum(getattr(found.parameters, kind) for kind in columns)
+  assert found.weight_bytes["int8"] == whole + 4 * sum(columns.values()) + 2 * (
+    found.parameters.total - whole
+  )
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_optimizer_state_has_the_bytes_of_its_arrays(name):
+  optimizer = make_optimizer(OptimizerConfig(optimizer=name), num_steps=1)
+  state = jax.tree.leaves(optimizer.init(nnx.state(built(MODEL), nnx.Param)))
+  assert moe_jax.account(MODEL, V).optimizer_bytes[name] == sum(a.nbytes for a in state)
+
+
+def test_wrong_input_is_one_line():
+  with pytest.raises(InputError, match=r"vocab_size=0, .* a configuration does not say its vocabulary"):
+    moe_jax.account(MODEL)
+  with pytest.raises(InputError, match="unknown preset 'mixtral': did you mean mixtral_8x7b"):
+    moe_jax.account("mixtral")
+
+
+def test_the_script():
+  path = "scripts/account.py"
+  table, both, values, wrong = run_scripts(
+    [path, "--model=mixtral_8x7b"],
+    [path, "--model=qwen3_30b_a3b", "--against=mixtral_8x7b"],
+    [path, "--model=mixtral_8x7b", "--sequence_length=16", "--json"],
+    [path, "--model=mixtral"],
+  )
+  assert "46,702,792,704" in table.stdout and "12,879,925,248" in table.stdout
+  (line,) = [line.split() for line in both.stdout.splitlines() if line.startswith("parameters")]
+  assert line == ["parameters", "30,532,122,624", "46,702,792,704", "0.654"]
+  found = json.loads(values.stdout)
+  assert found["parameters"]["total"] == 46_702_792_704 and found["sequence_length"] == 16
+  assert found["routed"] == [
+    {
+      "layers": 32,
+      "num_experts": 8,
+      "num_experts_per_token": 2,
+      "sparsity": 4.0,
+      "combinations": math.comb(8, 2),
+    }
+  ]
+  assert_one_line(wrong, "unknown preset 'mixtral': did you mean mixtral_8x7b")
