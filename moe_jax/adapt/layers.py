@@ -142,21 +142,33 @@ def _layers_of(config: ModelConfig, segment: int, block: int) -> list[int]:
 def with_blocks(config: ModelConfig, blocks: Iterable[BlockConfig]) -> ModelConfig:
   """Returns `config` with these blocks, resolved.
 
-  It says them by the short fields (`num_layers`, `moe`, ...) if those it has, with another `moe` and `ffn`, can say
-  them, and otherwise by segments.
+  It says them by the short fields (`num_layers`, `moe`, ...) where those can say them, and otherwise by segments.
   """
   blocks = tuple(blocks)
-  moes = {block.moe for block in blocks}
-  if not config.segments and len(moes) == 1:
-    moe = moes.pop()
-    for ffn in {config.ffn, *(block.ffn for block in blocks)}:
-      short = dataclasses.replace(config, moe=moe, ffn=ffn)
-      if _blocks_of(short) == blocks:
-        return resolve(short)
+  if _blocks_of(config) == blocks:
+    return config
+  short = _in_short(config, blocks)
+  if short is not None:
+    return resolve(short)
   default = ModelConfig()
   names = ("num_layers", "num_dense_first", "moe_every", "mixer", "ffn", "residual")
   short_fields = {name: getattr(default, name) for name in names}
   return resolve(dataclasses.replace(config, segments=as_segments(blocks), **short_fields))
+
+
+def _in_short(config: ModelConfig, blocks: tuple[BlockConfig, ...]) -> ModelConfig | None:
+  common = {name: {getattr(block, name) for block in blocks} for name in ("moe", "mixer", "residual")}
+  sparse = [i for i, block in enumerate(blocks) if block.ffn != config.dense_ffn]
+  ffns = {blocks[i].ffn for i in sparse} or {config.dense_ffn}
+  if any(len(found) > 1 for found in (*common.values(), ffns)):
+    return None
+  every = sparse[1] - sparse[0] if len(sparse) > 1 else 1
+  fields = {name: found.pop() for name, found in common.items()} | {"ffn": ffns.pop(), "segments": ()}
+  fields |= {"num_layers": len(blocks), "moe_every": every}
+  first = max(sparse[0] - every + 1, 0) if sparse else 0
+  short = dataclasses.replace(config, num_dense_first=first, **fields)
+  rest = len(blocks) - first
+  return short if rest % every == 0 and _blocks_of(short) == blocks else None
 
 
 def _blocks_of(config: ModelConfig) -> tuple[BlockConfig, ...]:

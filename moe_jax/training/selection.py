@@ -26,6 +26,7 @@ SUBSETS: dict[str, Callable[[Path, nnx.Variable], bool]] = {
   "none": lambda path, variable: False,
   "experts": _is_routed,
   "router": lambda path, variable: "router" in path,
+  "adapters": lambda path, variable: "adapters" in path,  # low-rank ones
   "ffn": lambda path, variable: "ffn" in path,
   "attention": lambda path, variable: "mixer" in path,
   "embedding": lambda path, variable: dotted(path) in ("embedding_VD", "w_head_DV"),
@@ -38,8 +39,8 @@ def select_trained(model: nnx.Module, selection: str) -> nnx.Module:
 
   Args:
     model: may be abstract.
-    selection: names and patterns joined by commas. A name is all, none, experts (routed ones), router, ffn (router
-      and experts included), attention or embedding. A pattern with `*` is matched with the whole path of a
+    selection: names and patterns joined by commas. A name is all, none, experts (routed ones), router, adapters
+      (low-rank ones), ffn (router and experts included), attention or embedding. A pattern with `*` is matched with the whole path of a
       parameter, or with its end after a dot. `all_but_` before either means all others.
 
   Raises:
