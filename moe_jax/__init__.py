@@ -12,6 +12,7 @@ The public names below are imported when they are first used, so `import moe_jax
   make_step, init_state, make_optimizer, Options              an optimizer step made of parts
   Config, ModelConfig, MoEConfig, ...                         frozen dataclasses, see `moe_jax.config`
   Run, Comparison, load_dataset      one training run; several arms over several seeds
+  generate, stream, Sampling         text that follows a prompt
   preset                             a named configuration
   load, save                         a published checkpoint or a run; a checkpoint that transformers loads
   account                            parameters, operations and bytes of a model, without making it
@@ -59,6 +60,7 @@ _PUBLIC = {
   "Run": "moe_jax.training.loop",
   "Comparison": "moe_jax.comparison.comparison",
   "load_dataset": "moe_jax.data",
+  **dict.fromkeys(("generate", "stream", "Sampling"), "moe_jax.inference.generate"),
   "preset": "moe_jax.models",
   "load": "moe_jax.interop.load",
   "save": "moe_jax.interop.save",

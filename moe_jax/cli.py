@@ -18,7 +18,7 @@ from moe_jax.config import (
   OptimizerConfig,
   TrainConfig,
 )
-from moe_jax.errors import InputError, unknown_name
+from moe_jax.errors import STOPPED_STATUS, InputError, Stopped, unknown_name
 from moe_jax.models import PRESETS, preset
 from moe_jax.plugins import import_plugins
 
@@ -100,8 +100,11 @@ def run(main: Callable[[list[str]], None], takes_arguments: bool = False) -> Non
       main(argv)
     except InputError as error:
       _fail(error)
+    except Stopped as stopped:
+      print(stopped, file=sys.stderr)
+      sys.exit(STOPPED_STATUS)
     except KeyboardInterrupt:
-      print("\nstopped; the same command continues where it was", file=sys.stderr)
+      print("\nstopped; the same command continues from the last checkpoint", file=sys.stderr)
       sys.exit(130)
 
   app.run(guarded, flags_parser=parse)

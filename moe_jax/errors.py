@@ -13,6 +13,17 @@ class InputError(ValueError):
   """
 
 
+STOPPED_STATUS = 75  # exit status of `Stopped`: EX_TEMPFAIL of sysexits.h, try again later
+
+
+class Stopped(Exception):
+  """A run that was asked to stop, and has saved its step.
+
+  The message is one line. Entry points print it without a traceback and exit with `STOPPED_STATUS`. The same command
+  continues.
+  """
+
+
 class NonFiniteLoss(InputError):
   """A training run whose loss or gradient is no longer finite."""
 

@@ -4,6 +4,7 @@ Only matrix products count, because the hardware's peak refers to them. A multip
 operations.
 """
 
+import dataclasses
 import functools
 import math
 import re
@@ -13,7 +14,7 @@ import numpy as np
 
 from moe_jax.analysis import matrices
 from moe_jax.analysis.hlo import Instruction, Program, arrays, called
-from moe_jax.config import Config, ModelConfig
+from moe_jax.config import Config, ModelConfig, Segment
 from moe_jax.nn.build import resolve
 
 
@@ -24,7 +25,7 @@ class ModelFlops(NamedTuple):
   """
 
   attention_projections: float  # or what another token mixer multiplies by
-  attention_scores: float  # a token attends to itself and earlier tokens: (L + 1) / 2 positions on average
+  attention_scores: float  # with other positions, and the mixture of their values; or with a recurrent state
   router: float
   experts: float  # of the K that a token is sent to
   shared_experts: float
@@ -40,10 +41,13 @@ class ModelFlops(NamedTuple):
     return self.forward - self.head
 
 
-def forward_flops(model: ModelConfig, vocab_size: int, sequence_length: int) -> ModelFlops:
+def forward_flops(
+  model: ModelConfig, vocab_size: int, sequence_length: int, decoding: bool = False
+) -> ModelFlops:
   """Returns the operations for one token of a sequence of `sequence_length`, on average.
 
-  Counts the matrices of the model's blocks, so it holds for any blocks, and any networks of experts.
+  With `decoding`, those of its last token, behind a cache of all others. Counts the matrices of the model's blocks,
+  so it holds for any blocks, and any networks of experts. `moe_jax.analysis.positions` counts the rest.
 
   Raises:
     InputError: `model` has a wrong field, or parts that do not fit together.
@@ -52,7 +56,7 @@ def forward_flops(model: ModelConfig, vocab_size: int, sequence_length: int) -> 
   for block, repeats in matrices.of_model(resolve(model), sequence_length):
     of_block = {
       "attention_projections": block.mixer,
-      "attention_scores": 2 * block.attention_width * block.attended,  # scores, and the mixture of the values
+      "attention_scores": block.positions_decoding if decoding else block.positions,
       "router": block.router,
       "experts": block.expert_rows * block.experts / max(block.num_experts, 1),
       "shared_experts": block.shared_experts,
@@ -61,6 +65,27 @@ def forward_flops(model: ModelConfig, vocab_size: int, sequence_length: int) -> 
     for part, size in of_block.items():
       total[part] += repeats * 2 * size
   return ModelFlops(**total | {"head": 2 * model.model_dim * vocab_size})
+
+
+class ModuleFlops(NamedTuple):
+  """Operations of one forward pass over one token in all modules of multi-token prediction, which only training runs."""
+
+  parts: ModelFlops  # of their blocks, and of the output matrix
+  join: float  # the matrix in front of each block
+
+  @property
+  def forward(self) -> float:
+    return self.parts.forward + self.join
+
+
+def module_flops(model: ModelConfig, vocab_size: int, sequence_length: int) -> ModuleFlops:
+  """Returns the operations of the modules of multi-token prediction."""
+  short = ("num_layers", "num_dense_first", "moe_every", "mixer", "ffn", "residual")
+  alone = {name: getattr(ModelConfig, name) for name in short} | {"segments": (Segment((model.last_block,)),)}
+  one = forward_flops(dataclasses.replace(model, **alone), vocab_size, sequence_length)
+  return ModuleFlops(
+    ModelFlops(*(model.mtp_depth * part for part in one)), model.mtp_depth * 4 * model.model_dim**2
+  )
 
 
 class StepFlops(NamedTuple):
@@ -73,16 +98,18 @@ class StepFlops(NamedTuple):
 def step_flops(config: Config, vocab_size: int) -> StepFlops:
   """Returns the operations of one optimizer step, counting padding as text."""
   flops = forward_flops(config.model, vocab_size, config.data.sequence_length)
+  modules = module_flops(config.model, vocab_size, config.data.sequence_length)
   tokens = config.data.batch_size * config.data.sequence_length
-  recomputed = flops.layers * tokens if config.model.remat == "full" else 0.0
-  return StepFlops(3 * flops.forward * tokens, recomputed)
+  recomputed = (flops.layers + modules.parts.layers) * tokens if config.model.remat == "full" else 0.0
+  return StepFlops(3 * (flops.forward + modules.forward) * tokens, recomputed)
 
 
 def expert_flops(config: Config, vocab_size: int) -> float:
   """Returns the routed experts' share of `step_flops`, including recomputation."""
-  flops = forward_flops(config.model, vocab_size, config.data.sequence_length)
+  arguments = config.model, vocab_size, config.data.sequence_length
+  experts = forward_flops(*arguments).experts + module_flops(*arguments).parts.experts
   tokens = config.data.batch_size * config.data.sequence_length
-  return flops.experts * tokens * (4 if config.model.remat == "full" else 3)
+  return experts * tokens * (4 if config.model.remat == "full" else 3)
 
 
 def compiled_flops(program: Program) -> tuple[float, dict[str, float]]:

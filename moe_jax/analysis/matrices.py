@@ -8,11 +8,11 @@ from typing import NamedTuple
 import jax
 from flax import nnx
 
+from moe_jax.analysis.positions import token_products
 from moe_jax.config import ModelConfig, Segment
 from moe_jax.nn.block import Block
 from moe_jax.nn.build import make_blocks
 from moe_jax.nn.ffn import SoftMoE
-from moe_jax.nn.mixers.attention import Attention
 from moe_jax.nn.moe import MoE
 
 
@@ -26,10 +26,8 @@ class Matrices(NamedTuple):
   dense: int  # feed-forward parts without experts, and those beside experts
   num_experts: int  # E; 0: there are none
   expert_rows: float  # rows that experts work on per token of a sequence: K
-  attended: float  # positions that a token attends to, on average
-  attention_width: (
-    int  # N * H, over which the scores and the mixture of the values are summed; 0: no attention
-  )
+  positions: float  # multiplications of a token with other positions, on average over a sequence
+  positions_decoding: float  # those of the last token of a sequence, behind a cache
 
 
 def of_model(config: ModelConfig, sequence_length: int) -> list[tuple[Matrices, int]]:
@@ -50,7 +48,7 @@ def of_block(block: Block, sequence_length: int) -> Matrices:
   """Counts one block, whose parameters may be abstract."""
   sizes = dict.fromkeys(("router", "experts", "shared_experts", "dense"), 0)
   num_experts = 0
-  for path, shape, axes in _parameters(block.ffn):
+  for path, shape, axes, _ in _parameters(block.ffn):
     if axes[:1] == ("expert",) and len(axes) == 3:
       sizes["experts"] += math.prod(shape)
       num_experts = shape[0]
@@ -58,14 +56,13 @@ def of_block(block: Block, sequence_length: int) -> Matrices:
       sizes["router"] += math.prod(shape) if axes[:1] == ("embed",) else 0  # others are tables, not products
     elif len(axes) == 2 and "expert" not in axes:
       sizes["shared_experts" if "shared" in path else "dense"] += math.prod(shape)
-  attention = block.mixer if isinstance(block.mixer, Attention) else None
   return Matrices(
-    mixer=sum(math.prod(shape) for _, shape, axes in _parameters(block.mixer) if len(axes) >= 2),
+    mixer=sum(math.prod(shape) for _, shape, _, is_matrix in _parameters(block.mixer) if is_matrix),
     **sizes,
     num_experts=num_experts,
     expert_rows=_expert_rows(block.ffn, sequence_length),
-    attended=_attended(attention, sequence_length) if attention else 0.0,
-    attention_width=math.prod(attention.w_out_NHD.get_value().shape[:2]) if attention else 0,
+    positions=token_products(block.mixer, sequence_length),
+    positions_decoding=token_products(block.mixer, sequence_length, decoding=True),
   )
 
 
@@ -76,10 +73,11 @@ def _abstract_blocks(config: ModelConfig, segment: Segment) -> list[Block]:
   return found
 
 
-def _parameters(module: nnx.Module) -> Iterator[tuple[tuple, tuple[int, ...], tuple]]:
-  """(path, shape, logical axes) of each parameter."""
+def _parameters(module: nnx.Module) -> Iterator[tuple[tuple, tuple[int, ...], tuple, bool]]:
+  """(path, shape, logical axes, whether `matrix` made it) of each parameter."""
   for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
-    yield path, variable.get_value().shape, variable.get_metadata()["logical_axes"]
+    metadata = variable.get_metadata()
+    yield path, variable.get_value().shape, metadata["logical_axes"], "num_in" in metadata
 
 
 def _expert_rows(ffn: nnx.Module, sequence_length: int) -> float:
@@ -89,10 +87,3 @@ def _expert_rows(ffn: nnx.Module, sequence_length: int) -> float:
     math.prod(part.w_slots_DEC.get_value().shape[1:]) for part in parts if isinstance(part, SoftMoE)
   )
   return rows + slots / sequence_length
-
-
-def _attended(attention: Attention, length: int) -> float:
-  """With a window w the first w positions see 1, 2, .., w others; without `causal` a window reaches to either side."""
-  window = min(attention.window or length, length)
-  behind = (window * (window + 1) / 2 + (length - window) * window) / length
-  return behind if attention.causal else 2 * behind - 1

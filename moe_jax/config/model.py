@@ -117,6 +117,10 @@ class ModelConfig:
   rope_theta: float = flag(10_000.0, "base of the rotary positions (2104.09864)")
   norm_eps: float = flag(1e-6, "added to the mean square in RMSNorm")
   qk_norm: bool = flag(False, "RMSNorm over the head dimension of queries and keys, as in Qwen3 (2505.09388)")
+  mtp_depth: int = flag(
+    0,
+    "modules of multi-token prediction behind the stack, as in DeepSeek-V3; --objective=next_tokens trains them",
+  )
   tie_embeddings: bool = flag(False, "use the embedding as the output matrix, too")
   init_scale: float = flag(1.0, "s in std = sqrt(s / fan_in) of every matrix (Switch, 2101.03961: 0.1)")
   compute_dtype: str = flag("float32", "float32 or bfloat16; parameters and the router stay float32")
@@ -144,6 +148,7 @@ class ModelConfig:
       f"must divide num_heads={self.num_heads}",
     )
     require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "must be even for rotary positions")
+    require(self.mtp_depth >= 0, "mtp_depth", self.mtp_depth, "modules behind the stack, or 0")
     one_of(self, "compute_dtype", "float32", "bfloat16")
     one_of(self, "activation", "swiglu", "bounded_swiglu", "relu", "gelu")
     one_of(self, "remat", "none", "full", "dots", "exchange")
@@ -200,6 +205,11 @@ class ModelConfig:
     period = (dense,) * (self.moe_every - 1) + (sparse,)
     first = (Segment((dense,), self.num_dense_first),) if self.num_dense_first else ()
     return (*first, Segment(period, (self.num_layers - self.num_dense_first) // self.moe_every))
+
+  @property
+  def last_block(self) -> BlockConfig:
+    """The block of the last layer, which those of multi-token prediction are like."""
+    return self.blocks[-1].pattern[-1]
 
   @property
   def moe_configs(self) -> tuple[MoEConfig, ...]:

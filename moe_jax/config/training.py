@@ -1,6 +1,7 @@
 """Configuration of everything around a model: optimizer, data, training loop and mesh."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from moe_jax.config.fields import flag, one_of, positive, require
@@ -88,7 +89,10 @@ class DataConfig:
 class TrainConfig:
   """The objective, the hooks, and the loop around the steps."""
 
-  objective: Spec = flag("next_token", "what is trained: next_token, or masked_lm on a bidirectional model")
+  objective: Spec = flag(
+    "next_token",
+    "what is trained: next_token, next_tokens with --mtp_depth, or masked_lm on a bidirectional model",
+  )
   hooks: Spec | Sequence[Spec] = flag("", "what else runs after every optimizer step, joined by commas")
   num_steps: int = flag(180, "optimizer steps")
   accumulation: int = flag(1, "micro-batches per optimizer step")
@@ -100,7 +104,14 @@ class TrainConfig:
   log_every: int = flag(10, "steps between lines of metrics.jsonl")
   eval_every: int = flag(0, "steps between evaluations; 0: only at the end")
   eval_batches: int = flag(0, "batches of an evaluation; 0: the whole validation set")
-  checkpoint_every: int = flag(0, "steps between checkpoints; 0: only at the end")
+  checkpoint_every: int = flag(0, "steps between checkpoints, beside those of checkpoint_minutes; 0: none")
+  checkpoint_minutes: float = flag(
+    5.0, "minutes between checkpoints, the first after half a minute; 0: none by time"
+  )
+  max_minutes: float = flag(
+    0.0,
+    "minutes after which the run is saved and ends with exit status 75; the same command continues; 0: no limit",
+  )
   tail_fraction: float = flag(0.2, "the last part of training that MaxVio per batch is averaged over")
   tensorboard: bool = flag(True, "write TensorBoard event files, too")
   record_router_logits: int = flag(
@@ -113,6 +124,8 @@ class TrainConfig:
     for name in ("eval_every", "eval_batches", "checkpoint_every", "record_router_logits"):
       require(getattr(self, name) >= 0, name, getattr(self, name), "must be 0 or more")
     one_of(self, "router_logits_dtype", "float16", "float32")
+    for name in ("checkpoint_minutes", "max_minutes"):
+      require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "must be 0 or more")
     require(0 < self.tail_fraction <= 1, "tail_fraction", self.tail_fraction, "must be in (0, 1]")
 
 

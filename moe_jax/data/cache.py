@@ -6,10 +6,10 @@ A missing file is made again, so a folder that cannot be written costs time and 
 import contextlib
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from moe_jax import disk
 from moe_jax.config import DataConfig
 
 
@@ -33,23 +33,10 @@ def texts_key(texts: Iterable[str]) -> str:
   return digest.hexdigest()[:16]
 
 
-def write_whole(path: Path, data: bytes) -> None:
-  """Writes a file in one rename, so that a file that exists is whole. Makes its folder."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  handle, temporary = tempfile.mkstemp(prefix=".", dir=path.parent)
-  try:
-    with os.fdopen(handle, "wb") as file:
-      file.write(data)
-    os.chmod(temporary, 0o644)  # mkstemp's files are only for their owner; the corpus is for everyone
-    os.replace(temporary, path)
-  finally:
-    Path(temporary).unlink(missing_ok=True)
-
-
 def keep(path: Path, data: bytes) -> None:
   """Writes a file if the folder can be written."""
   with contextlib.suppress(OSError):
-    write_whole(path, data)
+    disk.write_whole(path, data)
 
 
 def read(path: Path) -> bytes | None:

@@ -154,17 +154,20 @@ def dataset_of_texts(
   splits: dict[str, list[Text]],
   domains: tuple[str, ...],
   flag: tuple[str, str],
+  tokenizer: Tokenizer | None = None,
 ) -> Dataset:
   """Returns an in-memory data set of documents.
+
+  A `tokenizer` stands for the one that the configuration names.
 
   Raises:
     InputError: naming `flag` (name, value), if a split has less than one window of text.
   """
   strings = {split: [text for text, _ in texts] for split, texts in splits.items()}
   bpe = None
-  if config.bpe_size:
+  if config.bpe_size and tokenizer is None:
     bpe = BpeCache(strings["train"], config.bpe_size, cache_dir(config))
-  tokenizer = bpe.tokenizer if bpe else load_tokenizer(config.tokenizer)
+  tokenizer = bpe.tokenizer if bpe else tokenizer or load_tokenizer(config.tokenizer)
   windows = {}
   for split, texts in splits.items():
     tokens = bpe.encode(strings[split]) if bpe else map(tokenizer.encode, strings[split])

@@ -7,27 +7,32 @@ from moe_jax.data.cache import data_dir
 from moe_jax.data.dataset import Dataset, dataset_of_texts
 from moe_jax.data.markov import load_markov
 from moe_jax.data.text_folder import read_text_folder
+from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import InputError
 
 
-def load_dataset(config: DataConfig) -> Dataset:
+def load_dataset(config: DataConfig, tokenizer: Tokenizer | None = None) -> Dataset:
   """Builds or opens the data set that `config.dataset` names.
 
   stdlib, text_folder and small TFDS data sets are tokenised here and held in memory. Windows of markov and large
   TFDS data sets are produced while they are read. The first stdlib build takes seconds and is cached.
+
+  Args:
+    config: which data set, and how it is cut.
+    tokenizer: of a model that reads the text; None: the one that `config.tokenizer` names.
 
   Raises:
     InputError: if a flag is wrong.
   """
   config.check()
   if config.dataset in _BUILT_IN:
-    return _BUILT_IN[config.dataset](config)
+    return _BUILT_IN[config.dataset](config, tokenizer)
   from moe_jax.data.tfds_text import load_tfds
 
-  return load_tfds(config, config.data_dir or str(data_dir(config)), tuple(_BUILT_IN))
+  return load_tfds(config, config.data_dir or str(data_dir(config)), tuple(_BUILT_IN), tokenizer)
 
 
-def _load_stdlib(config: DataConfig) -> Dataset:
+def _load_stdlib(config: DataConfig, tokenizer: Tokenizer | None) -> Dataset:
   try:
     from moe_jax.data.stdlib_builder import read_stdlib
   except ImportError as error:
@@ -39,16 +44,24 @@ def _load_stdlib(config: DataConfig) -> Dataset:
     raise InputError(
       f"--data_dir={data_dir(config)}: must be a folder that can be written ({error.strerror})"
     ) from None
-  return dataset_of_texts(config, "stdlib", splits, domains, ("sequence_length", str(config.sequence_length)))
+  flag = ("sequence_length", str(config.sequence_length))
+  return dataset_of_texts(config, "stdlib", splits, domains, flag, tokenizer)
 
 
-def _load_text_folder(config: DataConfig) -> Dataset:
+def _load_text_folder(config: DataConfig, tokenizer: Tokenizer | None) -> Dataset:
   splits, domains = read_text_folder(config.text_folder)
-  return dataset_of_texts(config, "text_folder", splits, domains, ("text_folder", config.text_folder))
+  return dataset_of_texts(
+    config, "text_folder", splits, domains, ("text_folder", config.text_folder), tokenizer
+  )
 
 
-_BUILT_IN: dict[str, Callable[[DataConfig], Dataset]] = {
+def _load_markov(config: DataConfig, tokenizer: Tokenizer | None) -> Dataset:
+  del tokenizer  # its token ids stand for no text
+  return load_markov(config)
+
+
+_BUILT_IN: dict[str, Callable[[DataConfig, Tokenizer | None], Dataset]] = {
   "stdlib": _load_stdlib,
-  "markov": load_markov,
+  "markov": _load_markov,
   "text_folder": _load_text_folder,
 }

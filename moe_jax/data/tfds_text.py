@@ -12,7 +12,7 @@ from typing import Any
 from moe_jax.config import DataConfig
 from moe_jax.data.dataset import Dataset, DatasetInfo, dataset_of_texts
 from moe_jax.data.document_stream import StreamedDataset
-from moe_jax.data.tokenizers import load_tokenizer
+from moe_jax.data.tokenizers import Tokenizer, load_tokenizer
 from moe_jax.data.windows import Text, fingerprint_texts
 from moe_jax.errors import InputError, unknown_name
 
@@ -22,12 +22,16 @@ FINGERPRINT_DOCUMENTS = 1000  # of each split of a larger data set
 _WELL_KNOWN = ("c4", "lm1b", "pg19", "tiny_shakespeare", "wiki40b", "wikipedia")
 
 
-def load_tfds(config: DataConfig, data_dir: str, built_in: Sequence[str]) -> Dataset:
+def load_tfds(
+  config: DataConfig, data_dir: str, built_in: Sequence[str], tokenizer: Tokenizer | None = None
+) -> Dataset:
   """Opens `config.dataset` in `data_dir`, or else in TFDS's default folder.
 
   The text is the feature `text`, or the only text feature. A class label named `domain` or `label` gives the
   domains. Without one, there is a single domain named after the data set. The validation split is `validation` or
   `test`, or the last 1% of train.
+
+  A `tokenizer` stands for the one that the configuration names.
 
   This function never downloads anything: c4/en has 800 GB, and a typing error should not fetch it.
 
@@ -43,8 +47,8 @@ def load_tfds(config: DataConfig, data_dir: str, built_in: Sequence[str]) -> Dat
   }
   if builder.info.dataset_size <= IN_MEMORY_BYTES:
     texts = {split: [source[i] for i in range(len(source))] for split, source in sources.items()}
-    return dataset_of_texts(config, config.dataset, texts, domains, ("dataset", config.dataset))
-  tokenizer = load_tokenizer(config.tokenizer)
+    return dataset_of_texts(config, config.dataset, texts, domains, ("dataset", config.dataset), tokenizer)
+  tokenizer = tokenizer or load_tokenizer(config.tokenizer)
   first = {
     s: [source[i] for i in range(len(source))[:FINGERPRINT_DOCUMENTS]] for s, source in sources.items()
   }

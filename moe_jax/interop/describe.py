@@ -1,5 +1,6 @@
 """From a configuration to the config.json of the published family that it belongs to."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,7 +46,7 @@ def describe(config: ModelConfig, vocab_size: int, model_type: str = "") -> tupl
     }
     try:
       values = common | family.write(shared_moe(config))
-      differences = list(_differences(config, resolve(family.read(Values("config.json", values)))))
+      differences = list(_differences(config, _read_back(family, values)))
       if not differences:
         return family, values
       found.append((False, len(differences), family, differences))
@@ -59,9 +60,14 @@ def describe(config: ModelConfig, vocab_size: int, model_type: str = "") -> tupl
   )
 
 
+def _read_back(family: Family, values: dict[str, Any]) -> ModelConfig:
+  read = Values("config.json", values)
+  return resolve(dataclasses.replace(family.read(read), mtp_depth=family.mtp_depth(read)))
+
+
 def _differences(ours: ModelConfig, theirs: ModelConfig) -> Iterator[str]:
   """Yields what differs between two resolved configurations in what they compute."""
-  for name in ("model_dim", "norm_eps", "tie_embeddings", "causal"):
+  for name in ("model_dim", "norm_eps", "tie_embeddings", "causal", "mtp_depth"):
     yield from _compare(name, getattr(ours, name), getattr(theirs, name))
   layers, others = layers_of(ours), layers_of(theirs)
   yield from _compare("the number of layers", len(layers), len(others))
@@ -88,7 +94,13 @@ def _block_differences(
   mine, its = _built(ours, block), _built(theirs, other)
   for part, what in (("mixer", "mixer"), ("mixer_residual", "residual"), ("ffn_residual", "residual")):
     if _structure(getattr(mine, part)) != _structure(getattr(its, part)):
-      yield f"{what} is {getattr(other, what)}, and here {getattr(block, what)}"
+      texts = str(getattr(other, what)), str(getattr(block, what))
+      unlike = _first_unlike(getattr(mine, part), getattr(its, part))
+      yield (
+        f"{what} is {texts[0]}, and here {texts[1]}"
+        if texts[0] != texts[1]
+        else f"{what} {texts[0]} {unlike}"
+      )
   if ffn != "moe":
     if _structure(mine.ffn) != _structure(its.ffn):
       yield f"the dense part differs ({ours.dense_dim}, {theirs.dense_dim})"
@@ -114,3 +126,13 @@ def _structure(module: nnx.Module | None) -> Any:
   graphdef, state = nnx.split(module)
   shapes = [(path, tuple(v.get_value().shape)) for path, v in nnx.to_flat_state(state)]
   return graphdef, shapes
+
+
+def _first_unlike(ours: nnx.Module, theirs: nnx.Module) -> str:
+  """What a module of a family has otherwise, where its name and options are the same."""
+  mine, its = (dict(_structure(module)[1]) for module in (ours, theirs))
+  for path, shape in mine.items():
+    if its.get(path) != shape:
+      name = ".".join(map(str, path))
+      return f"has {list(its[path])} for {name} {list(shape)}" if path in its else f"has no {name}"
+  return "has other settings"

@@ -12,10 +12,11 @@ import numpy as np
 from flax import nnx
 
 from moe_jax import sharding
-from moe_jax.config import Config, DataConfig
+from moe_jax.config import Config, DataConfig, TrainConfig
 from moe_jax.data.tokenizers import ModelIds, load_tokenizer
 from moe_jax.errors import InputError, unknown_name
 from moe_jax.interop.families import FAMILIES, Family, Values
+from moe_jax.interop.families.fields import layers_of
 from moe_jax.interop.folder import CONFIG, Folder, open_folder, read_config
 from moe_jax.interop.memory import check_memory
 from moe_jax.interop.names import Stored, bias_index, module_at, stored_parameters
@@ -29,7 +30,7 @@ from moe_jax.training.load import Loaded, load_run
 DTYPES = ("float32", "bfloat16")
 
 
-def load(folder: str | os.PathLike[str], dtype: str = "float32") -> Loaded:
+def load(folder: str | os.PathLike[str], dtype: str = "float32", mtp: bool = False) -> Loaded:
   """Loads the model in `folder`: a checkpoint in Hugging Face's form, or the newest checkpoint of a run.
 
   The parameters of a published checkpoint go straight to the mesh in use (`jax.set_mesh`), or to the first device if
@@ -39,6 +40,7 @@ def load(folder: str | os.PathLike[str], dtype: str = "float32") -> Loaded:
     folder: has config.json and safetensors files, or is the folder of a run.
     dtype: of the parameters of a published checkpoint, float32 or bfloat16. The router, norms and biases are always
       float32. The model computes in bfloat16 if the checkpoint or the parameters are in it.
+    mtp: whether to load the modules of multi-token prediction, too. The objective then trains them.
 
   Returns:
     A `Loaded`: model, config, tokenizer, and more.
@@ -57,7 +59,7 @@ def load(folder: str | os.PathLike[str], dtype: str = "float32") -> Loaded:
   family, values = family_of(folder, values), Values(str(folder / CONFIG), values)
   tokenizer_file, ids = _tokenizer_file(folder), _ids(values)
   tokenizer = None if tokenizer_file is None else load_tokenizer(str(tokenizer_file), ids)
-  config = _config(family, values, str(tokenizer_file or "bytes"), dtype)
+  config = _config(family, values, DataConfig(tokenizer=str(tokenizer_file or "bytes")), dtype, mtp)
   model, skipped = load_model(family, open_folder(folder, values.values), config, ids.vocab_size, dtype)
   return Loaded(model, config, tokenizer, 0, folder, _stop_ids(folder, values), skipped)
 
@@ -74,13 +76,19 @@ def family_of(folder: pathlib.Path, values: dict[str, Any]) -> Family:
   raise InputError(f"{folder / CONFIG}: {unknown_name('model_type', str(name or architectures), FAMILIES)}")
 
 
-def _config(family: Family, values: Values, tokenizer: str, dtype: str) -> Config:
+def _config(family: Family, values: Values, data: DataConfig, dtype: str, mtp: bool) -> Config:
   """The configuration of the checkpoint. Everything around the model has its defaults."""
   model = family.read(values)
   if dtype == "bfloat16":
     model = dataclasses.replace(model, compute_dtype=dtype)
+  train = TrainConfig()
+  if mtp:
+    train = dataclasses.replace(train, objective="next_tokens")
+    model = dataclasses.replace(model, mtp_depth=family.mtp_depth(values))
+    if not model.mtp_depth:
+      raise InputError(f"{values.where}: has no module of multi-token prediction; use mtp=False")
   try:
-    return resolve_config(Config(model=model, data=DataConfig(tokenizer=tokenizer)))
+    return resolve_config(Config(model=model, data=data, train=train))
   except InputError as error:
     raise InputError(f"{values.where}: {error}") from None
 
@@ -95,7 +103,7 @@ def load_model(
   """
   abstract = abstract_model(config, vocab_size)
   found = list(stored_parameters(abstract, family, folder.tensors))
-  skipped = check_tensors(folder, found, family.skipped(Values(str(folder.path / CONFIG), folder.config)))
+  skipped = check_tensors(folder, found, _not_loaded(family, folder, config))
   graphdef, state = nnx.split(abstract)
   mesh = mesh_in_use()
   layouts = {
@@ -116,13 +124,24 @@ def load_model(
   return nnx.merge(graphdef, nnx.from_flat_state(filled)), skipped
 
 
+def _not_loaded(family: Family, folder: Folder, config: Config) -> re.Pattern[str]:
+  """Matches the names of tensors that the model has no part for, and of copies."""
+  first, depth = (
+    len(layers_of(config.model)),
+    family.mtp_depth(Values(str(folder.path / CONFIG), folder.config)),
+  )
+  modules = [rf"model\.layers\.{first + i}\..*" for i in range(config.model.mtp_depth, depth)]
+  copies = [re.escape(name) for name in family.copies(config.model)]
+  return re.compile("|".join([*modules, *copies, *filter(None, [family.skipped])]) or r"(?!)")
+
+
 def mesh_in_use() -> jax.sharding.Mesh:
   """Returns the mesh of `jax.set_mesh`, or a mesh of one device."""
   mesh = jax.sharding.get_mesh()
   return jax.sharding.Mesh([[[[[jax.devices()[0]]]]]], sharding.MESH_AXES) if mesh.empty else mesh
 
 
-def check_tensors(folder: Folder, found: list[Stored], patterns: tuple[str, ...]) -> tuple[str, ...]:
+def check_tensors(folder: Folder, found: list[Stored], not_loaded: re.Pattern[str]) -> tuple[str, ...]:
   """Returns the tensors that are skipped.
 
   Raises:
@@ -143,7 +162,7 @@ def check_tensors(folder: Folder, found: list[Stored], patterns: tuple[str, ...]
           "checkpoint"
         )
   left_over = folder.tensors.keys() - used
-  skipped = {name for name in left_over if any(re.fullmatch(pattern, name) for pattern in patterns)}
+  skipped = {name for name in left_over if not_loaded.fullmatch(name)}
   texts = []
   for what, names in (("lacks", set(missing)), ("has no use here for", left_over - skipped)):
     if names:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from moe_jax.config import BlockConfig
 from moe_jax.errors import InputError
 from moe_jax.interop.families import Family
 from moe_jax.interop.layout import Layout
@@ -23,7 +24,7 @@ Path = tuple[str | int, ...]
 class Piece(NamedTuple):
   """A part of a parameter that lies in one tensor: parameter[lead]."""
 
-  lead: tuple[int, ...]  # the repetition of the segment, and the expert
+  lead: tuple[int, ...]  # the repetition of the segment, and the expert or part
   name: str  # of the tensor
   layout: Layout
 
@@ -49,58 +50,64 @@ def stored_parameters(
   Raises:
     InputError: if a parameter has no tensor.
   """
-  blocks = model.config.blocks
-  names_of = functools.cache(
-    lambda segment, block: family.names(model.config, blocks[segment].pattern[block])
-  )
+  names_of = functools.cache(lambda block: family.names(model.config, block))
   for path, variable in nnx.to_flat_state(nnx.state(model)):
-    if isinstance(variable, BalancerState):
-      bias = bias_of(model, path, variable)
-      if bias is None:
-        continue
-      shape = bias.shape
-    else:
-      shape = variable.get_value().shape
-    yield _stored(model, path, tuple(shape), names_of(*_block(path)), present)
+    value = bias_of(model, path, variable)
+    if value is not None:
+      place = _place(model, path)
+      yield _stored(path, tuple(value.shape), place, names_of(place.block), present)
 
 
-def _block(path: Path) -> tuple[int, int]:
-  """The segment and the block of its pattern that a variable belongs to; the first for those outside of blocks."""
-  return (path[1], path[4]) if path[0] == "segments" else (0, 0)
+class _Place(NamedTuple):
+  """Where a variable is in the model."""
+
+  key: str  # in `Names`
+  layers: tuple[int, ...]  # its layer in each repetition; empty outside of layers
+  stacked: bool  # whether the variable has an axis of repetitions
+  block: BlockConfig  # that it belongs to; the first one for what is outside of layers
+
+
+def _place(model: Transformer, path: Path) -> _Place:
+  config, key = model.config, lambda *names: ".".join(map(str, names))
+  if path[0] == "segments":
+    _, i, _, _, j, *rest = path
+    segment, size = model.segments[i], len(model.segments[i].pattern.blocks)
+    layers = tuple(segment.first_layer + r * size + j for r in range(segment.repeats))
+    return _Place(key(*rest), layers, True, config.blocks[i].pattern[j])
+  if path[0] == "successors":
+    _, i, *rest = path
+    in_block = rest[0] == "stack"
+    layers = (model.successors[i].stack.first_layer,)
+    return _Place(
+      key(*rest[4:]) if in_block else key("successor", *rest), layers, in_block, config.last_block
+    )
+  return _Place(key(*path), (), False, config.blocks[0].pattern[0])
 
 
 def _stored(
-  model: Transformer, path: Path, shape: tuple[int, ...], names: Names, present: Container[str] | None
+  path: Path, shape: tuple[int, ...], place: _Place, names: Names, present: Container[str] | None
 ) -> Stored:
-  if path[0] != "segments":
-    key, prefix, repeats = ".".join(map(str, path)), "", None
-  else:
-    key, prefix, repeats = ".".join(map(str, path[5:])), LAYER, shape[0]
-  sources = names.get(key, ())
+  sources = names.get(place.key, ())
   if not sources:
-    raise InputError(f"a checkpoint of this family has no tensor for {key} {list(shape)}")
-
-  def pieces(one: Source) -> Iterator[Piece]:
-    per_expert = "{e}" in one.name
-    for r in range(1 if repeats is None else repeats):
-      lead = () if repeats is None else (r,)
-      layer = None if repeats is None else _layer(model, path, r)
-      name = prefix + one.name
-      if not per_expert:
-        yield Piece(lead, name.format(l=layer), one.layout)
-        continue
-      for e in range(shape[len(lead)]):
-        yield Piece((*lead, e), name.format(l=layer, e=e), one.layout)
-
-  has = lambda one: present is None or next(pieces(one)).name in present
+    raise InputError(f"a checkpoint of this family has no tensor for {place.key} {list(shape)}")
+  if sources[0].index is not None:  # together they are the parameter
+    return Stored(path, shape, tuple(piece for one in sources for piece in _pieces(one, shape, place)))
+  has = lambda one: present is None or next(_pieces(one, shape, place)).name in present
   chosen = next((one for one in sources if has(one)), sources[0])
-  return Stored(path, shape, tuple(pieces(chosen)))
+  return Stored(path, shape, tuple(_pieces(chosen, shape, place)))
 
 
-def _layer(model: Transformer, path: Path, repetition: int) -> int:
-  """The number of the layer that a parameter of a segment belongs to."""
-  segment = model.segments[path[1]]
-  return segment.first_layer + repetition * len(segment.pattern.blocks) + path[4]
+def _pieces(source: Source, shape: tuple[int, ...], place: _Place) -> Iterator[Piece]:
+  name = (LAYER if place.layers else "") + source.name
+  for r, layer in enumerate(place.layers or (None,)):
+    lead = (r,) if place.stacked else ()
+    if source.index is not None:
+      yield Piece((*lead, source.index), name.format(l=layer), source.layout)
+    elif "{e}" in source.name:
+      for e in range(shape[len(lead)]):
+        yield Piece((*lead, e), name.format(l=layer, e=e), source.layout)
+    else:
+      yield Piece(lead, name.format(l=layer), source.layout)
 
 
 def module_at(model: nnx.Module, path: Path) -> Any:

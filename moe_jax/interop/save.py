@@ -100,6 +100,8 @@ def pending_tensors(model: Transformer, family: Family, dtype: np.dtype) -> dict
     value = bias_of(model, stored.path, variables[stored.path])
     for piece in stored.pieces:
       parts.setdefault(piece.name, []).append((value, stored, piece))
+  copies = family.copies(model.config)
+  parts |= {copy: parts[name] for copy, name in copies.items()}
   of_name = lambda name: np.dtype(np.float32) if name.endswith(family.float32) else dtype
   return {name: _pending(own, of_name(name)) for name, own in parts.items()}
 

@@ -9,11 +9,13 @@ from moe_jax.interop.layout import Layout
 class Source(NamedTuple):
   """A tensor, or one for each expert, and how a parameter lies in it.
 
-  `{l}` in the name is the number of the layer, and `{e}` that of the expert. The layout then is that of one expert.
+  `{e}` in the name is the number of the expert. The layout then is that of one expert. With `index`, it is that of
+  parameter[index], and the entry has a source for every index.
   """
 
   name: str
   layout: Layout
+  index: int | None = None
 
 
 # parameter -> the tensors that it may lie in. The first is written. Names of a block's parameters and tensors are
@@ -21,6 +23,6 @@ class Source(NamedTuple):
 Names = Mapping[str, tuple[Source, ...]]
 
 
-def source(name: str, layout: str, **spans: tuple[int, int]) -> tuple[Source]:
-  """Returns an entry of `Names`. Entries are added up where a parameter may lie in several tensors."""
-  return (Source(name, Layout(layout, **spans)),)
+def source(name: str, layout: str, index: int | None = None, **spans: tuple[int, int]) -> tuple[Source]:
+  """Returns an entry of `Names`. Entries are added up where a parameter may lie in one of several tensors."""
+  return (Source(name, Layout(layout, **spans), index),)

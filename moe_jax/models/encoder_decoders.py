@@ -8,6 +8,7 @@ one decoder with rotary positions stands for encoder and decoder, without cross-
 """
 
 from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
+from moe_jax.models.settings import Published
 
 # 2,048 experts have slots only in groups of thousands of tokens: at T = 2048 and K = 2, GShard's C = 2T/E is 2.
 _DATA = DataConfig(sequence_length=2048, batch_size=2048)
@@ -69,5 +70,9 @@ PRESETS = {
     data=_DATA,
     train=TrainConfig(num_steps=100_000, log_every=100, checkpoint_every=1000),
   ),
+}
+PUBLISHED = {
+  "gshard_600b_like": Published("600B", "", "2006.16668, table 1"),
+  "switch_c_like": Published("1571B", "", "2101.03961, table 9"),
 }
 VOCAB_SIZES = {"gshard_600b_like": 32_000, "switch_c_like": 32_128}

@@ -37,4 +37,5 @@ PRESETS = {
   "long": _length(num_steps=4400, batch_size=32, warmup_steps=100, checkpoint_every=500),
   "tiny": _TINY,
 }
+PUBLISHED: dict = {}
 VOCAB_SIZES = {"quick": 2048, "default": 2048, "long": 2048, "tiny": 264}  # of their tokenizers

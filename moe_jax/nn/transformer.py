@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.config import ModelConfig
+from moe_jax.config import ModelConfig, Segment
 from moe_jax.nn.block import BlockAux
 from moe_jax.nn.build import make_blocks, resolve
 from moe_jax.nn.cache import Cache
 from moe_jax.nn.context import DEFAULT, Context, Past
 from moe_jax.nn.leaks import check_causal
+from moe_jax.nn.mtp import Successor, ahead
 from moe_jax.nn.norm import RMSNorm
 from moe_jax.nn.stack import SegmentStack
 from moe_jax.nn.variables import matrix, weight
@@ -44,20 +45,33 @@ class Transformer(nnx.Module):
     self.final_norm = RMSNorm(d, config.norm_eps)
     tied = config.tie_embeddings
     self.w_head_DV = None if tied else matrix(rngs, (d, vocab_size), ("embed", "vocab"), config.init_scale)
+    # A name behind `segments`: `update_balancers` walks the layers in the order in which aux has them.
+    self.successors = nnx.List(self._successors(rngs))
 
   def _stacks(self, rngs: nnx.Rngs) -> Iterator[SegmentStack]:
-    config, first_layer = self.config, 0
-    for segment in config.blocks:
-      stack = SegmentStack(
-        lambda rngs, segment=segment: make_blocks(config, segment, rngs),
-        segment.repeats,
-        first_layer=first_layer,
-        scan=config.scan_layers,
-        remat=config.remat,
-        rngs=rngs,
-      )
+    first_layer = 0
+    for segment in self.config.blocks:
+      stack = self._stack(segment, first_layer, rngs)
       first_layer += stack.num_layers
       yield stack
+
+  def _stack(self, segment: Segment, first_layer: int, rngs: nnx.Rngs) -> SegmentStack:
+    return SegmentStack(
+      lambda rngs: make_blocks(self.config, segment, rngs),
+      segment.repeats,
+      first_layer=first_layer,
+      scan=self.config.scan_layers,
+      remat=self.config.remat,
+      rngs=rngs,
+    )
+
+  def _successors(self, rngs: nnx.Rngs) -> Iterator[Successor]:
+    config = self.config
+    layers = sum(stack.num_layers for stack in self.segments)
+    for i in range(config.mtp_depth):
+      stack = self._stack(Segment((config.last_block,)), layers + i, rngs)
+      sizes = {"norm_eps": config.norm_eps, "init_scale": config.init_scale}
+      yield Successor(config.model_dim, stack, **sizes, rngs=rngs)
 
   def __call__(self, tokens_BL: Array, context: Context = DEFAULT) -> tuple[Array, ModelAux]:
     """Returns logits [B, L, V] in float32, and the aux of each block.
@@ -67,6 +81,39 @@ class Transformer(nnx.Module):
       context: mask, keys and other inputs of the batch. The trees in its `step_stats`, if given, have the
         structure that `balancer_stats` returns for the aux of this method.
     """
+    x_BLD, aux = self._hidden(tokens_BL, context)
+    return self._logits(x_BLD), aux
+
+  def predict_ahead(
+    self, tokens_BL: Array, next_BL: Array, context: Context = DEFAULT
+  ) -> tuple[tuple[Array, ...], ModelAux]:
+    """Returns the logits of the next token, and those of each module of multi-token prediction.
+
+    The logits of module k, from 1 on, are for the token k behind the next one. It routes the tokens for which there
+    is one, so `ahead(mask_BL, k)` says which of them count.
+
+    Args:
+      tokens_BL: int32 token ids.
+      next_BL: the token behind each of them. Where the mask is False, it does not matter.
+      context: as in a call, with statistics for the modules, too.
+
+    Returns:
+      1 + mtp_depth arrays of logits, float32 [B, L, V], and the aux of the model with an entry for each module.
+    """
+    mask_BL = context.mask_of(tokens_BL[..., None])
+    x_BLD, aux = self._hidden(tokens_BL, context)
+    logits, auxes = [self._logits(x_BLD)], list(aux)
+    for k, successor in enumerate(self.successors, start=1):
+      ids_BL = ahead(next_BL, k - 1)
+      own = context._replace(token_id_BL=ids_BL, mask_BL=ahead(mask_BL, k))
+      stats = (_stats_of(context.step_stats, len(self.segments) + k - 1, 0),)
+      x_BLD, aux = successor(x_BLD, self._embedded(ids_BL), own, stats)
+      logits.append(self._logits(x_BLD))
+      auxes.append(aux)
+    return tuple(logits), tuple(auxes)
+
+  def _hidden(self, tokens_BL: Array, context: Context) -> tuple[Array, ModelAux]:
+    """Returns x_BLD behind the last norm, and the aux of each block."""
     context = context._replace(token_id_BL=tokens_BL, mask_BL=context.mask_of(tokens_BL[..., None]))
     x_BLD = self._embedded(tokens_BL)
     auxes = []
@@ -74,7 +121,7 @@ class Transformer(nnx.Module):
       stats = tuple(_stats_of(context.step_stats, i, j) for j in range(len(segment.pattern.blocks)))
       x_BLD, aux = segment(x_BLD, context, stats)
       auxes.append(aux)
-    return self._logits(x_BLD), tuple(auxes)
+    return self.final_norm(x_BLD), tuple(auxes)
 
   def init_cache(self, pad_B: Array, length: int) -> Cache:
     """Returns an empty cache for sequences of up to `length` columns, in the compute dtype.
@@ -103,7 +150,7 @@ class Transformer(nnx.Module):
     """
     cache = self.init_cache(pad_B, length)
     x_BLD, cache = self._extended(tokens_BL, cache, fresh=True)
-    return self._logits(x_BLD[:, -1:]), cache
+    return self._logits(self.final_norm(x_BLD[:, -1:])), cache
 
   def extend(self, tokens_BL: Array, cache: Cache) -> tuple[Array, Cache]:
     """Reads tokens behind those of a cache. Nobody checks here whether the cache has room for them.
@@ -112,7 +159,7 @@ class Transformer(nnx.Module):
       (logits [B, L, V] in float32, the cache).
     """
     x_BLD, cache = self._extended(tokens_BL, cache, fresh=False)
-    return self._logits(x_BLD), cache
+    return self._logits(self.final_norm(x_BLD)), cache
 
   def _extended(self, tokens_BL: Array, cache: Cache, fresh: bool) -> tuple[Array, Cache]:
     past, length = Past(cache.start, cache.pad_B, fresh), tokens_BL.shape[1]
@@ -129,7 +176,6 @@ class Transformer(nnx.Module):
 
   def _logits(self, x_BLD: Array) -> Array:
     dtype = x_BLD.dtype
-    x_BLD = self.final_norm(x_BLD)
     tied = self.w_head_DV is None
     head_DV = weight(self.embedding_VD, dtype).T if tied else weight(self.w_head_DV, dtype)
     return jnp.einsum("BLD,DV->BLV", x_BLD, head_DV, preferred_element_type=jnp.float32)

@@ -76,8 +76,10 @@ def matrix(
 def vector(values: jax.Array, axes: tuple[str, ...]) -> nnx.Param:
   """Returns a float32 parameter that starts at `values`, such as a bias or a temperature.
 
+  Its metadata keeps `decays=False`: the weight decay of an optimizer leaves it alone, whatever its shape.
+
   Args:
     values: of any shape.
     axes: a logical axis (`moe_jax.sharding.RULES`) for each dimension; () for a scalar.
   """
-  return nnx.Param(jnp.asarray(values, jnp.float32), logical_axes=axes)
+  return nnx.Param(jnp.asarray(values, jnp.float32), logical_axes=axes, decays=False)

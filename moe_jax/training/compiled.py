@@ -13,13 +13,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax import sharding
-from moe_jax.config import Config
+from moe_jax.config import Config, ModelConfig
 from moe_jax.errors import InputError
 from moe_jax.nn.build import different_blocks, naming, resolve, routed_part
 from moe_jax.nn.leaks import check_causal
 from moe_jax.nn.moe import MoE
 from moe_jax.nn.transformer import Transformer
 from moe_jax.ops.metrics import METRICS
+from moe_jax.registry import Method
 from moe_jax.training.hooks import HOOKS, Hook
 from moe_jax.training.objectives import OBJECTIVES, Objective
 from moe_jax.training.optim import OPTIMIZERS, learning_rate_schedule, make_optimizer
@@ -39,6 +40,7 @@ def resolve_config(config: Config) -> Config:
   with naming("objective", config.train.objective):
     objective = OBJECTIVES.resolve(config.train.objective)
     causal = objective().causal
+    check_looks_ahead(config.model, objective)
   with naming("hooks", config.train.hooks):
     hooks = HOOKS.resolve_all(config.train.hooks)
     for hook in hooks:
@@ -52,6 +54,18 @@ def resolve_config(config: Config) -> Config:
     optimizer=dataclasses.replace(config.optimizer, optimizer=optimizer),
     train=dataclasses.replace(config.train, objective=objective, hooks=hooks),
   )
+
+
+def check_looks_ahead(model: ModelConfig, objective: Method) -> None:
+  """Raises `InputError` if the model has modules of multi-token prediction that nothing trains, or the reverse."""
+  looks_ahead = objective().looks_ahead
+  if model.mtp_depth and not looks_ahead:
+    raise InputError(
+      f"--mtp_depth={model.mtp_depth}: --objective={objective} does not train these modules; use "
+      "--objective=next_tokens, or 0"
+    )
+  if looks_ahead and not model.mtp_depth:
+    raise InputError(f"--objective={objective}: the model predicts one token; use --mtp_depth=1 or more")
 
 
 def check_run(config: Config, mesh: jax.sharding.Mesh) -> Config:
@@ -139,6 +153,8 @@ _NOT_COMPILED = {
   "eval_every": 0,
   "eval_batches": 0,
   "checkpoint_every": 0,
+  "checkpoint_minutes": 0.0,
+  "max_minutes": 0.0,
   "tail_fraction": 1.0,
   "tensorboard": True,
 }

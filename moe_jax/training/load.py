@@ -1,6 +1,5 @@
 """Loads a finished run: its model with the trained parameters, its configuration, and its tokenizer."""
 
-import json
 import os
 import pathlib
 from typing import Any, NamedTuple
@@ -8,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from moe_jax import sharding
+from moe_jax import disk, sharding
 from moe_jax.config import Config, DataConfig
 from moe_jax.data.bpe import load_bpe
 from moe_jax.data.tokenizers import Tokenizer, load_tokenizer
@@ -20,7 +19,7 @@ from moe_jax.training.step import TrainState
 
 # In the folder of a run. The second is only there if the data set trained its own tokenizer.
 CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer.json"
-NOT_CONFIG = ("vocab_size", "domains")  # what it holds of the text, beside the configuration
+NOT_CONFIG = ("vocab_size", "domains", "fingerprint")  # what it holds of the text, beside the configuration
 
 
 class Loaded(NamedTuple):
@@ -93,11 +92,10 @@ def _tokenizer(folder: pathlib.Path, data: DataConfig) -> Tokenizer:
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    values = json.loads(path.read_text())
-  except (OSError, ValueError):
-    raise InputError(f"{path.parent}: holds no run ({path.name} is missing or not whole)") from None
-  if not isinstance(values, dict) or "vocab_size" not in values:
+  values = disk.read_object(path)
+  if values is None:
+    raise InputError(f"{path.parent}: holds no run ({path.name} is missing or not whole)")
+  if "vocab_size" not in values:
     raise InputError(
       f"{path.parent}: is no folder of a run; in a comparison's folder, a run is arms/ARM/seed_SEED"
     )
@@ -114,11 +112,3 @@ def _config(folder: pathlib.Path, values: dict[str, Any]) -> Config:
     ) from None
   except (KeyError, TypeError) as error:
     raise InputError(f"{folder}: {CONFIG_FILE} is no configuration of this version ({error!r})") from None
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes a JSON file atomically, so that a file that exists is complete."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_suffix(f".{os.getpid()}.tmp")  # processes of one comparison may write the same file
-  temporary.write_text(json.dumps(value, indent=1))
-  temporary.replace(path)

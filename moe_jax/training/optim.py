@@ -41,8 +41,13 @@ def is_frozen(variable: nnx.Variable) -> bool:
   return variable.get_metadata().get("group") == FROZEN
 
 
-# True for variables with two or more logical axes, not counting the axis of stacked layers. These decay.
-is_matrix = per_variable(lambda v: len(v.get_metadata()["logical_axes"]) >= 2)
+def _decays(variable: nnx.Variable) -> bool:
+  """Matrices have two or more logical axes, not counting that of stacked layers. A bias may too, as of experts."""
+  metadata = variable.get_metadata()
+  return len(metadata["logical_axes"]) >= 2 and metadata.get("decays", True)
+
+
+is_matrix = per_variable(_decays)
 
 
 def adamw(

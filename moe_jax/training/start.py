@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import jax
 from flax import nnx
 
+from moe_jax import disk
 from moe_jax.config import Config
-from moe_jax.data.cache import write_whole
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import InputError
 from moe_jax.nn.transformer import Transformer
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import CompiledSteps, make_init, make_init_from, objective_of, resolve_config
-from moe_jax.training.load import CONFIG_FILE, TOKENIZER_FILE, restore_run, write_json
+from moe_jax.training.load import CONFIG_FILE, TOKENIZER_FILE, restore_run
 from moe_jax.training.selection import Path, dotted
 from moe_jax.training.step import TrainState
 
@@ -68,8 +68,8 @@ def save_model(
   finally:
     checkpoints.close()
   if tokenizer is not None and tokenizer.content is not None:
-    write_whole(folder / TOKENIZER_FILE, tokenizer.content)
-  write_json(folder / CONFIG_FILE, config.to_dict() | {"vocab_size": vocab_size, "domains": list(domains)})
+    disk.write_whole(folder / TOKENIZER_FILE, tokenizer.content)
+  disk.write_json(folder / CONFIG_FILE, config.to_dict() | {"vocab_size": vocab_size, "domains": list(domains)})
   return folder
 
 

@@ -11,9 +11,11 @@ from flax import nnx
 
 import moe_jax
 from moe_jax.analysis.accounting.storage import WeightType
+from moe_jax.analysis.positions import token_products
 from moe_jax.config import BlockConfig, ModelConfig, MoEConfig, OptimizerConfig, Segment
 from moe_jax.errors import InputError
 from moe_jax.training.optim import make_optimizer
+from scripts import models_table
 from tests.scripts import assert_one_line, run_scripts
 
 V = 40
@@ -149,11 +151,77 @@ def test_optimizer_state_has_the_bytes_of_its_arrays(name):
   assert moe_jax.account(MODEL, V).optimizer_bytes[name] == sum(a.nbytes for a in state)
 
 
+@pytest.mark.parametrize(
+  ("mixer", "scores", "decoding", "cache"),
+  [
+    # 16 positions, 4 heads of 6. Attention: scores and values, of which a token sees 8.5 on average.
+    ("attention", 2 * 4 * 6 * 17 / 2, 2 * 4 * 6 * 16, (2 * 2 * 6 * 2, 0)),
+    # a window shows 1, 2, 3, 3, .. positions, and its cache never has more
+    ("attention:window=3", 2 * 4 * 6 * (1 + 2 + 14 * 3) / 16, 2 * 4 * 6 * 3, (0, 3 * 2 * 2 * 6 * 2)),
+    # keys of 5 + 4, values of 7; behind a cache both are the vector of 8, and keys have its rotated part of 4
+    (
+      "mla:kv_rank=8:nope_dim=5:rope_dim=4:value_dim=7",
+      4 * (5 + 4 + 7) * 17 / 2,
+      4 * (8 + 4 + 8) * 16,
+      ((8 + 4) * 2, 0),
+    ),
+    # a state of 6 x 6 in each head is updated and read
+    ("lightning", 2 * 4 * 6 * 6, 2 * 4 * 6 * 6, (0, 4 * 6 * 6 * 4)),
+  ],
+)
+def test_what_a_token_costs_beside_matrices(mixer, scores, decoding, cache):
+  found = moe_jax.account(dataclasses.replace(MODEL, mixer=mixer, qk_norm=False), V, sequence_length=16)
+  assert found.forward.attention_scores == pytest.approx(5 * 2 * scores)
+  assert found.decoding_flops - found.forward.forward == pytest.approx(5 * 2 * (decoding - scores))
+  per_token, fixed = cache
+  assert found.cache == (5 * per_token, 5 * fixed, 5 * (fixed + 16 * per_token))
+
+
+def test_caches_of_published_models():
+  """V3 keeps 512 + 64 numbers in each of 61 layers, and Mixtral 2 x 8 x 128 in each of 32."""
+  assert moe_jax.account("deepseek_v3").cache.per_token == 61 * (512 + 64) * 2
+  assert moe_jax.account("mixtral_8x7b").cache.per_token == 32 * 2 * 8 * 128 * 2
+
+
+def test_a_mixer_of_ones_own_has_no_costs_until_it_says_so():
+  class Mean(nnx.Module):
+    def __init__(self, dim):
+      pass
+
+  assert token_products(Mean(4), 16) == 0
+
+  @token_products.register
+  def _(mixer: Mean, length: int, decoding: bool = False) -> float:
+    return 3.0 * length
+
+  assert token_products(Mean(4), 16, decoding=True) == 48
+
+
+def test_the_module_of_multi_token_prediction_of_deepseek_v3():
+  """2412.19437, section 2.2, without copies of embedding and output matrix."""
+  assert moe_jax.account("deepseek_v3").mtp == 11_610_068_224
+
+
 def test_wrong_input_is_one_line():
   with pytest.raises(InputError, match=r"vocab_size=0, .* a configuration does not say its vocabulary"):
     moe_jax.account(MODEL)
   with pytest.raises(InputError, match="unknown preset 'mixtral': did you mean mixtral_8x7b"):
     moe_jax.account("mixtral")
+
+
+def test_the_tables_of_the_page_are_those_of_the_configurations():
+  ended = run_scripts(["scripts/models_table.py", "--check"])[0]
+  assert (ended.status, ended.stdout) == (0, ""), f"run python scripts/models_table.py: {ended}"
+
+
+def test_a_stale_table_is_written_anew():
+  row = moe_jax.account("mixtral_8x7b")
+  page = "a\n<!-- models: sizes -->\nold\n<!-- end -->\nb\n"
+  new = models_table.rendered(page, [row])
+  assert new.startswith("a\n<!-- models: sizes -->\n\n| model |") and new.endswith("\n<!-- end -->\nb\n")
+  assert "46,702,792,704" in new and "old" not in new and models_table.rendered(new, [row]) == new
+  with pytest.raises(InputError, match="no table 'x'; known: sizes, experts, costs"):
+    models_table.rendered(page.replace("sizes", "x"), [row])
 
 
 def test_the_script():

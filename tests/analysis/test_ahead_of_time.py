@@ -132,6 +132,19 @@ def test_operations_of_a_step_by_hand():
     assert flops.expert_flops(config, tiny.VOCAB) == 8 * 16 * (3 + again) * 3 * 2 * 2 * 3 * 16 * 16
 
 
+def test_operations_of_multi_token_prediction_by_hand():
+  """A module has a matrix from 2 D to D, a block like the last, and the model's output matrix."""
+  config = tiny.change(CONFIG, remat="full")
+  ahead = tiny.change(config, mtp_depth=2, objective="next_tokens")
+  attention = 16 * 8 * (2 + 1 + 1) + 16 * 16 + 2 * 16 * 17 / 2
+  block = 2 * (attention + 16 * 8 + 2 * 3 * 16 * 16)
+  (with_it, with_again), (without, again) = (flops.step_flops(c, tiny.VOCAB) for c in (ahead, config))
+  assert with_it - without == 8 * 16 * 3 * 2 * (block + 2 * 2 * 16 * 16 + 2 * 16 * tiny.VOCAB)
+  assert with_again - again == 8 * 16 * 2 * block
+  experts = flops.expert_flops(ahead, tiny.VOCAB) - flops.expert_flops(config, tiny.VOCAB)
+  assert experts == 8 * 16 * 4 * 2 * 2 * 2 * 3 * 16 * 16
+
+
 def of_segments(first: int, second: int) -> ModelConfig:
   """`first` dense layers, then pairs of other experts, and a window in one of them: 7 layers with (1, 3)."""
   moe = CONFIG.model.moe

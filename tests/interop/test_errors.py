@@ -186,7 +186,7 @@ def test_options_that_do_not_exist(model, folder, tmp_path):
     (
       {"residual": "normed_input", "qk_norm": True},
       {},
-      "qwen3_moe, where residual is pre_norm, and here normed_input in layer 0 .1 other",
+      "minimax, where mixer attention has no key_norm.scale_D in layer 0$",
     ),
     ({"qk_norm": True}, {"num_shared_experts": 1}, "qwen3_moe, where the shared experts differ in layer 0$"),
     ({"ffn": "latent_moe"}, {}, "the feed-forward part is moe, and here latent_moe in layer 0"),

@@ -1,13 +1,19 @@
 """Quantised tensors against loops over single values."""
 
+import json
 import pathlib
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+import moe_jax
 from moe_jax.errors import InputError
+from moe_jax.interop.families import FAMILIES, Values
 from moe_jax.interop.quantised import logical_tensors
+from moe_jax.interop.safetensors import Pending, open_file, write_file
+from tests.interop.helpers import assert_same_model, random_model
+from tests.interop.test_families import CASES
 
 RNG = np.random.default_rng(0)
 FOLDER = pathlib.Path("folder")
@@ -63,6 +69,41 @@ def test_mxfp4():
   assert set(tensors) == {"w_blocks"} and tensors["w_blocks"].shape == (2, 3, 64)
   for part in parts_of((2, 3, 64)):
     np.testing.assert_array_equal(tensors["w_blocks"][part], expected[part].astype(np.float32))
+
+
+def test_a_model_in_fp8(tmp_path):
+  """DeepSeek-V3 as it is published: matrices in FP8 with blocks, norms, router and embeddings in bf16."""
+  values, _ = CASES["deepseek_v3"]
+  moe_jax.save(
+    random_model(FAMILIES["deepseek_v3"].read(Values("config.json", values)), 24), tmp_path / "plain"
+  )
+  config = json.loads((tmp_path / "plain/config.json").read_text()) | BLOCK
+  quantised, expected = {}, {}
+  for name, x in open_file(tmp_path / "plain/model.safetensors").items():
+    if x.ndim < 2 or "gate.weight" in name or "layers" not in name:
+      quantised[name] = expected[name] = np.array(x)
+      continue
+    scales = RNG.uniform(0.5, 2, [-(-n // size) for n, size in zip(x.shape, (4, 3), strict=True)]).astype(
+      np.float32
+    )
+    quantised |= {name: x.astype(ml_dtypes.float8_e4m3fn), f"{name}_scale_inv": scales}
+    whole = np.repeat(np.repeat(scales, 4, axis=0), 3, axis=1)[: x.shape[0], : x.shape[1]]
+    expected[name] = quantised[name].astype(np.float32) * whole
+  assert len(quantised) > len(expected) + 20
+  write(tmp_path / "fp8", quantised, config)
+  write(tmp_path / "float", expected, config)
+  loaded = moe_jax.load(tmp_path / "fp8")
+  assert_same_model(loaded.model, moe_jax.load(tmp_path / "float").model)
+  moe_jax.save(loaded, tmp_path / "again")
+  assert "quantization_config" not in json.loads((tmp_path / "again/config.json").read_text())
+  assert_same_model(moe_jax.load(tmp_path / "again").model, loaded.model)
+
+
+def write(folder, tensors, config):
+  folder.mkdir()
+  (folder / "config.json").write_text(json.dumps(config))
+  pending = {name: Pending(x.shape, x.dtype, lambda x=x: x) for name, x in tensors.items()}
+  write_file(folder / "model.safetensors", pending)
 
 
 def test_scales_that_do_not_fit():

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from moe_jax.config import OptimizerConfig
+from moe_jax.nn.experts import EXPERTS
 from moe_jax.nn.variables import freeze
 from moe_jax.training.optim import learning_rate_schedule, make_optimizer, trained
 from tests import tiny
@@ -112,3 +113,14 @@ def test_frozen_parameters_stay_and_count_in_no_norm(name, held, state_max):
   jax.tree.map(np.testing.assert_array_equal, moved["held"], params["held"])
   assert np.all(moved["free"][...] != params["free"][...])
   assert max(float(x.max()) for x in jax.tree.leaves(state) if x.ndim > 1) == pytest.approx(state_max)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_biases_of_experts_and_heads_do_not_decay(name):
+  """Their shapes are those of matrices. Without gradients, only what decays moves."""
+  experts = EXPERTS["clipped_swiglu"](2, 4, 6, rngs=nnx.Rngs(0))
+  params = jax.tree.map(jnp.ones_like, nnx.state(experts, nnx.Param))
+  optimizer = make_optimizer(OptimizerConfig(name, weight_decay=0.5, warmup_steps=0), 10)
+  updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+  moved = {path for path, update in nnx.to_flat_state(updates) if np.any(update.get_value() != 0)}
+  assert moved == {("w_gate_EDF",), ("w_up_EDF",), ("w_down_EFD",)}

@@ -8,12 +8,13 @@ import jax
 from flax import nnx
 
 from moe_jax.analysis.accounting import storage
-from moe_jax.analysis.accounting.parameters import Active, Parameters, count
+from moe_jax.analysis.accounting.parameters import Active, Parameters, count, count_modules
 from moe_jax.analysis.flops import ModelFlops, forward_flops
 from moe_jax.config import Config, ModelConfig
 from moe_jax.errors import InputError
 from moe_jax.models import VOCAB_SIZES, preset
 from moe_jax.nn.build import resolve, routed_part
+from moe_jax.nn.cache import CacheBytes, cache_bytes
 from moe_jax.nn.transformer import Transformer
 
 SEQUENCE_LENGTH = 4096  # of the operations and the cache, if none is given
@@ -46,18 +47,21 @@ class Account:
   sequence_length: int  # L
   parameters: Parameters
   active: Active
+  mtp: int  # parameters of modules of multi-token prediction, which nothing else here counts
   routed: tuple[RoutedLayers, ...]
   forward: ModelFlops  # the mean over the tokens of a sequence
   training_flops: float  # forward and backward, nothing recomputed
   decoding_flops: float  # of a token behind L - 1 others
   weight_bytes: dict[str, int]  # by type
   optimizer_bytes: dict[str, int]  # by optimizer, beside the float32 parameters
+  cache: CacheBytes | None  # of one sequence, in bfloat16; None: a mixer keeps none
 
   def to_dict(self) -> dict[str, Any]:
     """Returns JSON values."""
     parts = {name: getattr(self, name) for name in ("name", "vocab_size", "sequence_length")}
     parts["parameters"] = {"total": self.parameters.total, **self.parameters._asdict()}
     parts["active"] = self.active._asdict()
+    parts["mtp"] = self.mtp
     parts["routed"] = [
       row._asdict() | {"sparsity": row.sparsity, "combinations": row.combinations} for row in self.routed
     ]
@@ -67,7 +71,11 @@ class Account:
       "decoding": self.decoding_flops,
     }
     parts["flops"] = flops | {"prefill_parts": self.forward._asdict()}
-    return parts | {"weight_bytes": self.weight_bytes, "optimizer_bytes": self.optimizer_bytes}
+    return parts | {
+      "weight_bytes": self.weight_bytes,
+      "optimizer_bytes": self.optimizer_bytes,
+      "cache_bytes": self.cache and self.cache._asdict(),
+    }
 
 
 def account(
@@ -104,10 +112,12 @@ def account(
     sequence_length=sequence_length,
     parameters=counted.parameters,
     active=counted.active,
+    mtp=count_modules(built),
     routed=_routed(config),
     forward=forward,
     training_flops=3 * forward.forward,
-    decoding_flops=forward.forward,
+    decoding_flops=forward_flops(config, vocab_size, sequence_length, decoding=True).forward,
+    cache=_cache(config, sequence_length),
     weight_bytes=storage.weight_bytes(built),
     optimizer_bytes=storage.optimizer_bytes(built),
   )
@@ -115,6 +125,13 @@ def account(
 
 def _abstract(config: ModelConfig, vocab_size: int) -> Transformer:
   return nnx.eval_shape(lambda: Transformer(config, vocab_size, rngs=nnx.Rngs(jax.random.key(0))))
+
+
+def _cache(config: ModelConfig, length: int) -> CacheBytes | None:
+  try:
+    return cache_bytes(config, length)
+  except InputError:
+    return None
 
 
 def _routed(config: ModelConfig) -> tuple[RoutedLayers, ...]:

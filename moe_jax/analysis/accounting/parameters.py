@@ -11,6 +11,8 @@ from moe_jax.nn.ffn import SoftMoE
 from moe_jax.nn.moe import MoE
 from moe_jax.nn.transformer import Transformer
 
+MODULES = "successors"  # the attribute of a model that has them
+
 
 class Parameters(NamedTuple):
   """Numbers of parameters by kind."""
@@ -62,17 +64,24 @@ class Counted(NamedTuple):
 
 
 def count(model: Transformer) -> Counted:
-  """Counts `model`, whose parameters may be abstract."""
+  """Counts `model`, whose parameters may be abstract, without its modules of multi-token prediction."""
   kinds = {"embedding_VD": "embedding", "w_head_DV": "head"}
   found = Counted()
   for path, size, axes in parameters_of(model):
-    if path[0] != "segments":
+    if path[0] not in ("segments", MODULES):
       own = Parameters(**{kinds.get(path[0]) or _kind(path, axes): size})
       found += Counted(own, own)
   for segment in model.segments:
     for block in segment.pattern.blocks:
       found += count_block(block, segment.repeats)
   return found
+
+
+def count_modules(model: Transformer) -> int:
+  """Returns the parameters of its modules of multi-token prediction, which share embedding and output matrix."""
+  sizes = sum(size for path, size, _ in parameters_of(model) if path[0] == MODULES)
+  layers = [module for _, module in nnx.iter_modules(model.successors) if isinstance(module, MoE)]
+  return sizes + sum(map(_bias_size, layers))
 
 
 def count_block(block: nnx.Module, repeats: int) -> Counted:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 from flax import nnx
 
-from moe_jax.analysis.accounting.parameters import count
+from moe_jax.analysis.accounting.parameters import MODULES, count
 from moe_jax.config import OptimizerConfig
 from moe_jax.nn.transformer import Transformer
 from moe_jax.training.muon import NOT_HIDDEN
@@ -41,10 +41,8 @@ WEIGHT_TYPES = {
 
 
 def weight_bytes(model: Transformer) -> dict[str, int]:
-  """Returns the bytes of all parameters and expert biases of `model`, which may be abstract, by type."""
-  shapes = [
-    shape for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)) for shape in [_matrices(variable)]
-  ]
+  """Returns the bytes of all that `count` counts of `model`, which may be abstract, by type."""
+  shapes = [_matrices(variable) for _, variable in _parameters(model)]
   others = count(model).parameters.total - sum(
     n * rows * columns for n, rows, columns in filter(None, shapes)
   )
@@ -53,6 +51,12 @@ def weight_bytes(model: Transformer) -> dict[str, int]:
     of_matrices = sum(n * kind.bytes(rows, columns) for n, rows, columns in filter(None, shapes))
     found[name] = round(of_matrices + others * (4 if kind.bits == 32 else 2))
   return found
+
+
+def _parameters(model: Transformer) -> list[tuple[tuple, nnx.Variable]]:
+  """The parameters of the model by path, without its modules of multi-token prediction."""
+  flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+  return [(path, variable) for path, variable in flat if path[0] != MODULES]
 
 
 def _matrices(variable: nnx.Variable) -> tuple[int, int, int] | None:
@@ -69,8 +73,8 @@ def _matrices(variable: nnx.Variable) -> tuple[int, int, int] | None:
 
 
 def optimizer_bytes(model: Transformer) -> dict[str, int]:
-  """Returns the bytes of the state of each optimizer of this package for `model`, which may be abstract."""
-  params = nnx.state(model, nnx.Param)
+  """Returns the bytes of the state of each optimizer of this package for what `count` counts of `model`."""
+  params = nnx.from_flat_state(_parameters(model))
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
   found = {}
   for name in sorted(OPTIMIZERS.builtin):

@@ -36,6 +36,8 @@ def _rows(accounts: tuple[Account, ...]) -> Iterator[tuple[str, list, object]]:
   for kind in accounts[0].parameters._fields:
     if any(getattr(a.parameters, kind) for a in accounts):
       yield f"  {_words(kind)}", of(lambda a, kind=kind: getattr(a.parameters, kind)), count
+  if any(a.mtp for a in accounts):
+    yield "beside it, multi-token prediction", of(lambda a: a.mtp), count
   yield "active, with embedding and head", of(lambda a: a.active.all), count
   yield "active, with head", of(lambda a: a.active.head), count
   yield "active, without both", of(lambda a: a.active.none), count
@@ -62,6 +64,12 @@ def _rows(accounts: tuple[Account, ...]) -> Iterator[tuple[str, list, object]]:
     yield f"weights, {kind}", of(lambda a, kind=kind: a.weight_bytes[kind]), gib
   for kind in accounts[0].optimizer_bytes:
     yield f"state of {kind}", of(lambda a, kind=kind: a.optimizer_bytes[kind]), gib
+  kib = lambda x: f"{x / 1024:,.4g} KiB"
+  if any(a.cache is None for a in accounts):
+    return
+  yield "cache in bfloat16, per token", of(lambda a: a.cache.per_token), kib
+  yield "  per sequence, whatever its length", of(lambda a: a.cache.fixed), kib
+  yield "  of a sequence of L tokens", of(lambda a: a.cache.total), kib
 
 
 def _words(field: str) -> str:

@@ -21,7 +21,9 @@ class Family:
     read: from the values of a config.json to a configuration. Raises InputError for what this package lacks.
     write: from a configuration to these values. What it cannot express, `read` does not return.
     names: from a configuration and one of its blocks to the tensors of the parameters, also those outside of blocks.
-    skipped: from the values of a config.json to regular expressions for names of tensors that are not loaded.
+    skipped: a regular expression for names of tensors that follow from others, and are not loaded.
+    mtp_depth: from the values of a config.json to the number of modules of multi-token prediction.
+    copies: from a configuration to tensors that a checkpoint has twice: the name of the copy, and that of the tensor.
     float32: ends of names of tensors that are written in float32, whatever the type of the others.
     other_types: further values of `model_type` for the same architecture.
   """
@@ -31,7 +33,9 @@ class Family:
   read: Callable[["Values"], ModelConfig]
   write: Callable[[ModelConfig], dict[str, Any]]
   names: Callable[[ModelConfig, BlockConfig], Names]
-  skipped: Callable[["Values"], tuple[str, ...]] = lambda values: ()
+  skipped: str = ""
+  mtp_depth: Callable[["Values"], int] = lambda values: 0
+  copies: Callable[[ModelConfig], dict[str, str]] = lambda config: {}
   float32: tuple[str, ...] = ()
   other_types: tuple[str, ...] = ()
 

@@ -165,6 +165,7 @@ def write_v3(config: ModelConfig) -> dict[str, Any]:
     "topk_group": options["groups_per_token"],
     "norm_topk_prob": options["normalize"],
     "routed_scaling_factor": options["scale"],
+    "num_nextn_predict_layers": config.mtp_depth,
   }
 
 
@@ -195,19 +196,36 @@ def names_mla(config: ModelConfig, block: BlockConfig) -> Names:
   return names_moe_16b(config, block) | mla
 
 
-def _prediction_module(values: Values) -> tuple[str, ...]:
-  """The layers of multi-token prediction come after the last one, and there is no part for them here."""
-  first = values("num_hidden_layers")
-  count = values("num_nextn_predict_layers", values("num_mtp_layers", 0))
-  return tuple(rf"model\.layers\.{first + i}\..*" for i in range(count))
+def _mtp_depth(values: Values) -> int:
+  return values("num_nextn_predict_layers", values("num_mtp_layers", 0))
+
+
+def _copies(config: ModelConfig) -> dict[str, str]:
+  """Every module of multi-token prediction has the embedding and the output matrix, too."""
+  first = len(layers_of(config))
+  modules = [f"model.layers.{first + i}" for i in range(config.mtp_depth)]
+  embeddings = {f"{module}.embed_tokens.weight": "model.embed_tokens.weight" for module in modules}
+  return embeddings | {f"{module}.shared_head.head.weight": "lm_head.weight" for module in modules}
+
+
+def names_v3(config: ModelConfig, block: BlockConfig) -> Names:
+  join = "eh_proj.weight"  # its first half multiplies the embedding, its second half the hidden state
+  return names_mla(config, block) | {
+    "successor.embedding_norm.scale_D": source("enorm.weight", "D -> D"),
+    "successor.hidden_norm.scale_D": source("hnorm.weight", "D -> D"),
+    "successor.final_norm.scale_D": source("shared_head.norm.weight", "D -> D"),
+    "successor.w_join_2DX": source(join, "X (i D) -> D X", index=0, i=(1, 2))
+    + source(join, "X (i D) -> D X", index=1, i=(0, 2)),
+  }
 
 
 _v3 = functools.partial(
   Family,
   read=read_v3,
   write=write_v3,
-  names=names_mla,
-  skipped=_prediction_module,
+  names=names_v3,
+  mtp_depth=_mtp_depth,
+  copies=_copies,
   float32=("mlp.gate.e_score_correction_bias", "mlp.gate.weight"),
 )
 DEEPSEEK_MOE_16B = Family("deepseek", "DeepseekForCausalLM", read_moe_16b, write_moe_16b, names_moe_16b)

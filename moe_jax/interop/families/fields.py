@@ -88,14 +88,17 @@ def loss_of(weight: float, num_experts: int, num_experts_per_token: int, num_lay
 
 
 def coefficient_of(config: ModelConfig) -> float:
-  """The inverse of `loss_of`, for a resolved configuration. 0 if no balancer is `switch_loss`."""
+  """The inverse of `loss_of`, for a resolved configuration. 0 if no balancer is `switch_loss`.
+
+  Five digits of it, so that six digits of the weight give back the number that they came from.
+  """
   moe = config.moe
   for method in moe.balancers:
     if isinstance(method, Method) and method.name == "switch_loss":
       sizes = {"num_experts": moe.num_experts, "num_experts_per_token": moe.num_experts_per_token}
       layers = sum(str(block.ffn) == "moe" for block in layers_of(config))
       weight = dict(method.options)["weight"]
-      return float(f"{convert(weight, 'moe_jax', 'hugging_face', **sizes, num_layers=layers):.6g}")
+      return float(f"{convert(weight, 'moe_jax', 'hugging_face', **sizes, num_layers=layers):.5g}")
   return 0.0
 
 

@@ -132,6 +132,6 @@ MINIMAX = Family(
   read,
   write,
   names,
-  skipped=lambda values: (_COMPUTED,),
+  skipped=_COMPUTED,
   other_types=("minimax_text_01", "MiniMaxText01"),
 )

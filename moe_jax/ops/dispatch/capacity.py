@@ -9,7 +9,7 @@ EINSUM_GROUP_SIZE = 128
 
 
 def expert_capacity(
-  num_tokens: int, num_experts_per_token: int, capacity_factor: float, num_experts: int
+  num_tokens: int, num_experts_per_token: int | Fraction, capacity_factor: float, num_experts: int
 ) -> int:
   """Returns the slots of one expert in one group: `ceil(T*K*factor/E)`, at least 1.
 

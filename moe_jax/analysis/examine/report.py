@@ -1,0 +1,126 @@
+"""Writes what an examination found: tables, pictures, numbers, and one page with all of it."""
+
+import base64
+import json
+import pathlib
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from moe_jax.analysis.examine import plots, tables
+from moe_jax.analysis.examine.examination import Examination
+from moe_jax.comparison.report.canvas import Plot
+
+REPLAY_COLUMNS = (
+  ("method", "Method", "s"),
+  ("max_vio", "MaxVio", ".3f"),
+  ("max_vio_std", "± over updates", ".3f"),
+  ("max_vio_summed", "summed", ".3f"),
+)
+
+
+def write(
+  folder: pathlib.Path,
+  found: Examination,
+  *,
+  title: str,
+  command: str,
+  facts: Mapping[str, str],
+  text_of: Callable[[int], str],
+  replays: Sequence[Mapping[str, Any]] = (),
+  notes: Sequence[str] = (),
+) -> pathlib.Path:
+  """Writes layers.csv, experts.csv, examination.npz, the pictures and report.html.
+
+  Args:
+    folder: where to write. Made if absent.
+    found: the examination.
+    title: of the page.
+    command: that reproduces it.
+    facts: what was read, by name.
+    text_of: the text of a token id.
+    replays: a line for each balancer that was replayed, with the keys of `REPLAY_COLUMNS`.
+    notes: sentences for the end of the page.
+
+  Returns:
+    The page.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  layers, experts = found.rows(), tables.expert_rows(found, text_of)
+  tables.write_csv(folder / "layers.csv", layers)
+  tables.write_csv(folder / "experts.csv", experts)
+  if replays:
+    tables.write_csv(folder / "replays.csv", replays)
+  write_arrays(folder / "examination.npz", found)
+  drawn = plots.write_plots(folder, found)
+  page = _page().render(
+    title=title,
+    command=command,
+    facts=facts,
+    columns=[name for _, name, _ in tables.COLUMNS],
+    layers=[tables.cells(row) for row in layers],
+    caption=tables.caption(found),
+    plots=[_picture(plot) for plot in drawn],
+    experts=experts,
+    least=tables.LEAST,
+    replay_columns=[name for _, name, _ in REPLAY_COLUMNS],
+    replays=[[format(row[key], spec) for key, _, spec in REPLAY_COLUMNS] for row in replays],
+    notes=notes,
+  )
+  (folder / "report.html").write_text(page, encoding="utf-8")
+  return folder / "report.html"
+
+
+def write_arrays(path: pathlib.Path, found: Examination) -> None:
+  """Writes all sums, for notebooks: `numpy.load(path)` gives them by name."""
+  arrays = {name: np.asarray(value, np.float32) for name, value in found.sums._asdict().items()}
+  np.savez_compressed(
+    path,
+    **arrays,
+    num_experts=np.array(found.sizes.num_experts),
+    num_tokens_B=found.num_tokens_B,
+    named_ids=found.named_ids,
+    domains=np.array(json.dumps(found.domains)),
+  )
+
+
+def print_layers(found: Examination, console: Any) -> None:
+  """Prints the table of layers."""
+  from rich.table import Table
+
+  names = [name for _, name, _ in tables.COLUMNS]
+  rows = [tables.cells(row) for row in found.rows()]
+  for columns in (range(8), [0, *range(8, len(names))]):
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for i in columns:
+      table.add_column(names[i].replace(" ", "\n", 1), justify="right", vertical="bottom")
+    for row in rows:
+      table.add_row(*(row[i] for i in columns))
+    console.print(table)
+    console.print()
+  console.print(tables.caption(found), style="dim", markup=False, highlight=False)
+
+
+def _page() -> jinja2.Template:
+  loaders = [
+    jinja2.PackageLoader("moe_jax.analysis.examine"),
+    jinja2.PackageLoader("moe_jax.comparison.report"),  # whose style sheet the page uses
+  ]
+  found = jinja2.Environment(
+    loader=jinja2.ChoiceLoader(loaders),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+  )
+  return found.get_template("examination.html")
+
+
+def _picture(plot: Plot) -> dict[str, Any]:
+  data = plot.path.read_bytes()
+  width, height = struct.unpack(">II", data[16:24])
+  encoded = base64.b64encode(data).decode("ascii")
+  return {"caption": plot.caption, "wide": plot.wide, "base64": encoded, "width": width, "height": height}

@@ -1,0 +1,99 @@
+"""The flags by which a script opens a model (`--model`, `--mesh`, `--plugins`) and the text that the model reads."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from moe_jax.config import MeshConfig
+from moe_jax.errors import InputError, unknown_name
+
+if TYPE_CHECKING:
+  from moe_jax.data import Dataset
+  from moe_jax.training.load import Loaded
+
+
+def define_flags() -> None:
+  flags.DEFINE_string(
+    "model",
+    "",
+    "folder of a published checkpoint or of a run; in the folder of a comparison, arms/ARM/seed_SEED",
+  )
+  flags.DEFINE_list("mesh", [], "devices along each mesh axis, e.g. data=2,expert=4; default: one device")
+  flags.DEFINE_list("plugins", [], "Python files or modules that register methods of your own")
+
+
+def define_data_flags(batch_size: int, eval_batches: int) -> None:
+  """Defines the flags of `open_dataset`, with these defaults."""
+  flags.DEFINE_string(
+    "dataset", "", "stdlib, markov, text_folder or a TFDS name; default: that of the run, or stdlib"
+  )
+  flags.DEFINE_string("text_folder", "", "for --dataset=text_folder: one folder per domain")
+  flags.DEFINE_string("data_dir", "", "where data sets are; default: as in the run")
+  flags.DEFINE_integer("sequence_length", 0, "tokens of a window; 0: as in the run, or 128")
+  flags.DEFINE_integer("batch_size", batch_size, "windows at a time", lower_bound=1)
+  flags.DEFINE_integer("eval_batches", eval_batches, "batches of the validation split; 0: all", lower_bound=0)
+
+
+def open_dataset(loaded: "Loaded") -> "Dataset":
+  """Returns the data set that the flags name, cut with the tokenizer of the model.
+
+  Raises:
+    InputError: if there is no such data set, or a flag is wrong.
+  """
+  from moe_jax.config.fields import positive
+  from moe_jax.data import load_dataset
+
+  values, own = flags.FLAGS, loaded.config.data
+  names = ("dataset", "text_folder", "data_dir", "sequence_length")
+  data = dataclasses.replace(
+    own, **{n: values[n].value for n in names if values[n].value}, batch_size=values["batch_size"].value
+  )
+  positive(data, "batch_size", "sequence_length")
+  # Its own data set gives the same tokenizer, and has its tokens cached.
+  is_own = (data.dataset, data.text_folder) == (own.dataset, own.text_folder)
+  return load_dataset(data, None if is_own else loaded.tokenizer)
+
+
+@contextlib.contextmanager
+def open_model() -> "Iterator[Loaded]":
+  """Loads the model that the flags name, with its mesh in use.
+
+  Raises:
+    InputError: if there is no such model, or the mesh does not fit the devices or the model.
+  """
+  if not flags.FLAGS.model:
+    raise InputError(
+      "--model: give the folder of a checkpoint or of a run, e.g. --model=runs/one/arms/softmax_topk/seed_0"
+    )
+  import jax  # here, so that invalid flags fail immediately
+
+  from moe_jax import sharding
+  from moe_jax.interop.load import load
+
+  with contextlib.ExitStack() as stack:
+    if flags.FLAGS.mesh:
+      mesh = sharding.make_mesh(mesh_config(flags.FLAGS.mesh))
+      stack.enter_context(jax.set_mesh(mesh))
+    loaded = load(flags.FLAGS.model)
+    if flags.FLAGS.mesh:
+      parts = mesh.size  # the batch is made to fit, so only the model is checked
+      sharding.check_divides(mesh, loaded.config.model, micro_batch=parts, num_groups=parts)
+    yield loaded
+
+
+def mesh_config(pairs: list[str]) -> MeshConfig:
+  """Returns the mesh of `["data=2", "expert=4"]`. Axes that are not named have one device."""
+  axes = [field.name for field in dataclasses.fields(MeshConfig)]
+  sizes = dict.fromkeys(axes, 1)
+  for pair in pairs:
+    name, _, size = pair.partition("=")
+    if name not in axes:
+      raise unknown_name("axis of --mesh", name, axes)
+    try:
+      sizes[name] = int(size)
+    except ValueError:
+      raise InputError(f"--mesh={','.join(pairs)}: {name} needs a number of devices, e.g. {name}=2") from None
+  return MeshConfig(**sizes)

@@ -1,0 +1,221 @@
+"""An examination counts what the routers chose: against loops over tokens, on a model with two kinds of layers."""
+
+import csv
+import dataclasses
+import html.parser
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from moe_jax import Context
+from moe_jax.analysis.examine import replays, report, tables
+from moe_jax.analysis.examine.examination import examine
+from moe_jax.analysis.examine.sums import NUM_BINS
+from moe_jax.config import BlockConfig, ModelConfig, Segment
+from moe_jax.errors import InputError
+from moe_jax.nn.aux import moe_auxes
+from moe_jax.nn.build import resolve
+from moe_jax.nn.transformer import Transformer
+from tests import tiny
+
+MOE = tiny.change(tiny.CONFIG, balancers="none", jitter=0.0).model.moe
+SMALL = dataclasses.replace(MOE, num_experts=4, num_experts_per_token=1)
+DEVICES = 2
+TEXTS = ["code", "prose"]
+
+
+def make_model(*patterns, **fields):
+  segments = tuple(
+    Segment(tuple(BlockConfig(moe=moe) for moe in moes), repeats) for moes, repeats in patterns
+  )
+  dense = Segment((BlockConfig(ffn="mlp", moe=MOE),))
+  config = ModelConfig(
+    model_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, dense_dim=16, segments=(dense, *segments), **fields
+  )
+  return Transformer(config, tiny.VOCAB, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def examined():
+  """(model, batches, what was seen, examination): layers with 8, 4, 8, 4 experts behind a dense one."""
+  model, seen = make_model(((MOE, SMALL), 2)), []
+  batches = [tiny.make_batch(seed=seed) for seed in (1, 2)]
+  found = examine(model, batches, TEXTS, DEVICES, lambda batch, logits: seen.append(np.asarray(logits)))
+  return model, batches, seen, found
+
+
+def choices_of(model, batch):
+  """[(token, expert) pairs by layer] that the model itself says, each token as (sequence, position)."""
+  _, aux = model(batch["tokens_BL"], Context(batch["mask_BL"], record_logits=True))
+  big, small = moe_auxes(aux)
+  found = []
+  for repetition in range(2):
+    for layer in (big, small):
+      chosen = np.argwhere(np.asarray(layer.selected_BLE[repetition]) > 0)
+      found.append([((b, t), e) for b, t, e in chosen.tolist() if batch["mask_BL"][b, t]])
+  return found
+
+
+def test_every_sum_is_that_of_a_loop(examined):
+  model, batches, _, found = examined
+  shape = found.sums
+  domain, position = np.zeros_like(shape.by_domain_RSE), np.zeros_like(shape.by_position_RXE)
+  token, together, following = map(np.zeros_like, (shape.by_token_RXE, shape.together_RXE, shape.next_RXE))
+  reached, sequences = np.zeros_like(shape.reached_RX), []
+  place = {int(v): i for i, v in enumerate(found.named_ids)}
+  for batch in batches:
+    layers = choices_of(model, batch)
+    per_sequence = np.zeros((4, 8, 8))
+    for r, pairs in enumerate(layers):
+      of_token: dict = {}
+      for (b, t), e in pairs:
+        of_token.setdefault((b, t), []).append(e)
+        domain[r, batch["domain_B"][b], e] += 1
+        position[r, t * NUM_BINS // 16, e] += 1
+        token[r, place[int(batch["tokens_BL"][b, t])], e] += 1
+        per_sequence[r, b, e] += 1
+      for where, experts in of_token.items():
+        assert len(experts) == (2, 1)[r % 2]
+        reached[r, len({e // ((8, 4)[r % 2] // DEVICES) for e in experts})] += 1
+        for one in experts:
+          for other in experts:
+            together[r, one, other] += 1
+          for other in [e for w, e in layers[r + 1] if w == where] if r < 3 else []:
+            following[r, one, other] += 1
+    sequences.append(per_sequence)
+  assert shape.tokens == sum(batch["mask_BL"].sum() for batch in batches)
+  for name, right in {
+    "by_domain_RSE": domain,
+    "by_position_RXE": position,
+    "by_token_RXE": token,
+    "together_RXE": together,
+    "next_RXE": following,
+    "reached_RX": reached,
+    "per_sequence_RBE": np.concatenate(sequences, axis=1),
+  }.items():
+    np.testing.assert_array_equal(getattr(shape, name), right, err_msg=name)
+  counts = np.bincount(np.concatenate([b["tokens_BL"][b["mask_BL"]] for b in batches]), minlength=tiny.VOCAB)
+  np.testing.assert_array_equal(found.named_counts, counts[found.named_ids])
+  assert (np.diff(found.named_counts) <= 0).all()
+
+
+def test_rows_say_what_the_sums_say(examined):
+  _, batches, seen, found = examined
+  rows = found.rows()
+  assert [row["num_experts"] for row in rows] == [8, 4, 8, 4]
+  assert [row["experts_per_token"] for row in rows] == [2, 1, 2, 1]
+  for r, row in enumerate(rows):
+    num_experts = row["num_experts"]
+    load = found.load_RE[r, :num_experts]
+    assert row["max_vio"] == pytest.approx(load.max() / load.mean() - 1, rel=1e-5)
+    assert row["dead_experts"] == (load < 0.01 * load.mean()).sum()
+    assert row["super_experts"] == (load > 2 * load.mean()).sum()
+    joint = found.sums.by_domain_RSE[r, :, :num_experts] / load.sum()
+    chance = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
+    right = sum(p * np.log(p / q) for p, q in zip(joint.ravel(), chance.ravel(), strict=True) if p > 0)
+    assert row["information_domain"] == pytest.approx(right, abs=1e-5)
+    for factor in (0.5, 1.0, 2.0):
+      capacity = int(np.ceil(16 * row["experts_per_token"] * factor / num_experts))
+      over = sum(max(0, n - capacity) for n in found.sums.per_sequence_RBE[r, :, :num_experts].ravel())
+      assert row[f"dropped_at_{factor:g}"] == pytest.approx(over / load.sum())
+    # the softmax of the logits, over tokens that are no padding
+    entropies = []
+    for batch, logits_RBLE in zip(batches, seen, strict=True):
+      e = np.exp(
+        logits_RBLE[r, ..., :num_experts] - logits_RBLE[r, ..., :num_experts].max(axis=-1, keepdims=True)
+      )
+      p = e / e.sum(axis=-1, keepdims=True)
+      entropies.append(-(p * np.log(p)).sum(axis=-1)[batch["mask_BL"]])
+    assert row["router_entropy"] == pytest.approx(np.concatenate(entropies).mean(), rel=1e-4)
+  assert found.expected_devices(0) == pytest.approx(2 * (1 - (4 * 3) / (8 * 7)))
+
+
+def test_padding_and_the_cut_into_batches_change_nothing(examined):
+  model, batches, _, found = examined
+  padded = {name: np.array(x) for name, x in batches[0].items()}
+  padded["tokens_BL"][~padded["mask_BL"]] = 7
+  halves = [{name: x[rows] for name, x in batches[1].items()} for rows in (slice(0, 4), slice(4, 8))]
+  first = examine(model, [padded], TEXTS, DEVICES)
+  second = examine(model, halves, TEXTS, DEVICES)
+  for name in ("by_domain_RSE", "together_RXE", "next_RXE", "reached_RX"):
+    both = getattr(first.sums, name) + getattr(second.sums, name)
+    np.testing.assert_array_equal(both, getattr(found.sums, name))
+
+
+class Page(html.parser.HTMLParser):
+  def __init__(self, text):
+    super().__init__()
+    self.names, self.text = set(), []
+    self.feed(text)
+
+  def handle_starttag(self, tag, attributes):
+    self.names.add(tag)
+
+  def handle_data(self, data):
+    self.text.append(data)
+
+
+def test_the_page_has_every_table_and_escapes_every_name(examined, tmp_path):
+  *_, found = examined
+  evil = "<script>alert(1)</script>"
+  found = dataclasses.replace(found, domains=(evil, "prose"))
+  replayed = [{"method": evil, "max_vio": 1.0, "max_vio_std": 0.5, "max_vio_summed": 0.25}]
+  given = {
+    "facts": {evil: evil},
+    "text_of": lambda token: f"<b>{token}\n",
+    "replays": replayed,
+    "notes": [evil],
+  }
+  path = report.write(tmp_path, found, title=evil, command=evil, **given)
+  page = Page(path.read_text())
+  assert not {"script", "b", "link", "iframe"} & page.names and "".join(page.text).count(evil) >= 6
+  text = path.read_text()
+  assert "http" not in text and "{{" not in text and text.count("<img") == 5
+  lines = list(csv.DictReader((tmp_path / "layers.csv").open()))
+  assert [float(line["max_vio"]) for line in lines] == [row["max_vio"] for row in found.rows()]
+  experts = list(csv.DictReader((tmp_path / "experts.csv").open()))
+  assert [line["layer"] for line in experts] == ["0"] * 8 + ["1"] * 4 + ["2"] * 8 + ["3"] * 4
+  assert sum(float(line["load"]) for line in experts[:8]) == pytest.approx(8, abs=1e-2)
+  saved = np.load(tmp_path / "examination.npz")
+  np.testing.assert_array_equal(saved["by_domain_RSE"], found.sums.by_domain_RSE)
+
+
+def test_tokens_of_an_expert_are_those_it_takes_most_of(examined):
+  *_, found = examined
+  rows = tables.expert_rows(found, str)
+  for row in rows:
+    for part in row["tokens"].split():
+      token, _, share = part.partition(":")
+      place = list(found.named_ids).index(int(token))
+      taken = found.sums.by_token_RXE[row["layer"], place, row["expert"]]
+      assert found.named_counts[place] >= tables.LEAST
+      assert share == f"{taken / found.named_counts[place]:.0%}"
+  assert any(row["tokens"] for row in rows)
+  assert tables.shown(" a\n") == "␣a⏎" and tables.shown("") == "(none)" and tables.shown("\x00") == "\\x00"
+
+
+def test_recorded_logits_replay_to_the_same_choices(examined, tmp_path):
+  """Without a bias, the replayed router sends as many tokens to each expert as the model did."""
+  config = dataclasses.replace(tiny.CONFIG.model, moe=dataclasses.replace(MOE, dispatcher="dropless"))
+  model = Transformer(config, tiny.VOCAB, rngs=nnx.Rngs(1))
+  whole = tiny.change(tiny.CONFIG, balancers="none", jitter=0.0, dispatcher="dropless")
+  whole = dataclasses.replace(whole, model=resolve(whole.model))
+  batches = [tiny.make_batch(seed=seed) for seed in range(4)]
+  assert replays.can_record(whole)
+  with replays.Recorder(tmp_path / "logits", whole) as recorder:
+    found = examine(model, batches, TEXTS, DEVICES, recorder.see)
+  none, bias = replays.replay_all(tmp_path / "logits", ["none", "loss_free_bias:0.05"], 8)
+  last = examine(model, batches[-1:], TEXTS, DEVICES)
+  assert none["updates"] == 1  # a quarter of four
+  assert none["max_vio"] == pytest.approx(np.mean([row["max_vio"] for row in last.rows()]), abs=2e-2)
+  assert bias["max_vio"] < none["max_vio"]
+  assert found.sums.tokens == 4 * last.sums.tokens
+
+
+def test_what_cannot_be_examined():
+  dense = make_model()
+  with pytest.raises(InputError, match="examine: the model has no layer with routed experts"):
+    examine(dense, [tiny.make_batch()], TEXTS, DEVICES)
+  with pytest.raises(InputError, match="examine: the data set has no text"):
+    examine(make_model(((SMALL,), 1)), [], TEXTS, DEVICES)

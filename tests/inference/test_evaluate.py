@@ -1,0 +1,144 @@
+"""Perplexity and bits per byte by domain, and the two scripts on the folder of a run."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from moe_jax.config import DataConfig
+from moe_jax.data import load_dataset
+from moe_jax.errors import InputError
+from moe_jax.inference.evaluate import bytes_of_rows, evaluate
+from moe_jax.inference.flags import mesh_config
+from moe_jax.nn import Context, Transformer
+from moe_jax.training.loop import Run
+from tests import tiny
+from tests.scripts import assert_one_line, run_scripts
+
+# Two domains, with characters of several bytes; documents of validation are every so many of a folder.
+TEXTS = {"ascii": "the cat sat on the mat. ", "other": "épée über naïve – "}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  root = tmp_path_factory.mktemp("texts")
+  for domain, text in TEXTS.items():
+    (root / domain).mkdir()
+    for i in range(12):
+      (root / domain / f"{i}.txt").write_text(text[i:] * (3 + i % 3))
+  return root
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+  """Trained for two steps, which is enough to be loaded."""
+  config = tiny.change(
+    tiny.CONFIG, dataset="text_folder", num_steps=2, eval_batches=0, num_layers=1, sequence_length=16
+  )
+  config = dataclasses.replace(config, data=dataclasses.replace(config.data, text_folder=str(folder)))
+  run = Run(config, load_dataset(config.data), tmp_path_factory.mktemp("run"))
+  return run, run.train()
+
+
+def test_scores_are_sums_over_the_tokens_of_a_domain(run):
+  loaded, dataset = Run.load(run[0].folder), run[0].dataset
+  scores = evaluate(loaded.model, dataset, batch_size=8)
+  sums = {name: [0.0, 0, 0] for name in ("all", *TEXTS)}
+  for batch in dataset.validation_batches(8):
+    context = Context(batch["mask_BL"], domain_B=batch["domain_B"], num_domains=2)
+    logits = np.asarray(loaded.model(batch["tokens_BL"], context)[0], np.float64)
+    for b, t in zip(*np.nonzero(batch["mask_BL"]), strict=True):
+      target = batch["targets_BL"][b, t]
+      nll = np.log(np.exp(logits[b, t]).sum()) - logits[b, t, target]
+      for name in ("all", dataset.info.domains[batch["domain_B"][b]]):
+        sums[name] = [x + y for x, y in zip(sums[name], (nll, 1, 1))]
+  assert scores.keys() == sums.keys() and all(total[1] > 100 for total in sums.values())
+  for name, (nll, targets, num_bytes) in sums.items():
+    assert (scores[name].num_targets, scores[name].num_bytes) == (targets, num_bytes)
+    np.testing.assert_allclose(scores[name].nll, nll / targets, rtol=1e-5)
+    np.testing.assert_allclose(scores[name].perplexity, math.exp(nll / targets), rtol=1e-5)
+    np.testing.assert_allclose(scores[name].bits_per_byte, nll / targets / math.log(2), rtol=1e-5)
+
+
+def test_bytes_of_tokens_that_are_no_fixed_bytes_are_those_of_their_text(run):
+  dataset = run[0].dataset
+  batch = next(iter(dataset.validation_batches(8)))
+  exact = bytes_of_rows(dataset, batch)
+  dataset.tokenizer, tokenizer = dataset.tokenizer._replace(token_bytes=None), dataset.tokenizer
+  decoded = bytes_of_rows(dataset, batch)
+  dataset.tokenizer = tokenizer
+  is_ascii = batch["domain_B"] == dataset.info.domains.index("ascii")
+  np.testing.assert_array_equal(decoded[is_ascii], exact[is_ascii])
+  assert (
+    np.all(np.abs(decoded - exact)[~is_ascii] <= 4) and exact.min() > 0
+  )  # a part of a character at an end
+
+
+def test_what_cannot_be_evaluated_gets_one_line(run):
+  loaded, dataset = Run.load(run[0].folder), run[0].dataset
+  with pytest.raises(InputError, match="the data set has 264 token ids and the model embeds 16"):
+    evaluate(Transformer(loaded.config.model, 16, rngs=nnx.Rngs(0)), dataset)
+  both_ways = dataclasses.replace(loaded.config.model, causal=False)
+  with pytest.raises(InputError, match="so text has no likelihood"):
+    evaluate(Transformer(both_ways, 264, rngs=nnx.Rngs(0)), dataset)
+  with pytest.raises(InputError, match="did you mean"):
+    mesh_config(["exprt=2"])
+  with pytest.raises(InputError, match="--mesh=expert=two: expert needs a number of devices"):
+    mesh_config(["expert=two"])
+
+
+def test_the_tokenizer_of_a_model_cuts_any_text(folder):
+  tokenizer = load_dataset(DataConfig(dataset="text_folder", text_folder=str(folder))).tokenizer
+  other = tokenizer._replace(encode=lambda text: np.zeros(len(text), np.int32), fingerprint="zeros")
+  config = DataConfig(dataset="text_folder", text_folder=str(folder), tokenizer="bpe:264", sequence_length=16)
+  dataset = load_dataset(config, other)
+  assert dataset.tokenizer.fingerprint == "zeros"
+  targets = next(iter(dataset.validation_batches(8)))["targets_BL"]
+  assert set(np.unique(targets)) <= {0, tokenizer.pad_id}
+
+
+def test_the_scripts(run, folder, tmp_path):
+  """Both on a run: their output, the mesh, and wrong input in one line."""
+  trained, result = run
+  model, scores = f"--model={trained.folder}", tmp_path / "scores.json"
+  prompts = tmp_path / "prompts.txt"
+  prompts.write_text("the cat\n\nthe mat\n")
+  say = ["scripts/generate.py", model, "--max_new_tokens=4"]
+  one, several, measured, *wrong = run_scripts(
+    [*say, "--prompt=the cat", "--mesh=data=2,expert=2"],
+    [*say, f"--prompts_file={prompts}", "--temperature=0.7", "--top_k=5"],
+    ["scripts/evaluate.py", model, "--batch_size=8", f"--json={scores}"],
+    ["scripts/generate.py", "--prompt=a"],
+    ["scripts/generate.py", f"--model={tmp_path}", "--prompt=a"],
+    say,
+    [*say, f"--prompts_file={tmp_path}"],
+    [*say, "--prompt=a", "--stop_ids=x"],
+    [*say, f"--prompt={'a' * 13}"],
+    ["scripts/evaluate.py", model, "--dataset=text_folder", "--text_folder=nowhere"],
+  )
+  assert (one.status, several.status, measured.status) == (0, 0, 0), (one, several, measured)
+  assert one.stdout.startswith("the cat") and one.stdout.endswith("\n")
+  assert "4 tokens; first step" in one.stderr and "8 tokens; first step" in several.stderr
+  assert "the cat" in several.stdout and "\nthe mat" in several.stdout
+  found = json.loads(scores.read_text())
+  np.testing.assert_allclose(found["all"]["nll"], result["validation"]["nll"], rtol=1e-5)
+  np.testing.assert_allclose(found["all"]["bits_per_byte"], result["validation"]["bits_per_byte"], rtol=1e-5)
+  assert [line.split()[0] for line in measured.stdout.splitlines()] == [
+    "domain",
+    "all",
+    *trained.dataset.info.domains,
+  ]
+  messages = (
+    "--model: give the folder of a run",
+    "holds no run",
+    "--prompt: give at least one, or --prompts_file",
+    f"--prompts_file={tmp_path}: cannot be read",
+    "--stop_ids=x: must be numbers",
+    "prompt 0 has 14 tokens, and with 4 new ones does not fit into max_length=16 positions; use --max_new_tokens=2",
+    "nowhere",
+  )
+  for ended, message in zip(wrong, messages, strict=True):
+    assert_one_line(ended, message)

@@ -1,0 +1,179 @@
+"""Text that follows a prompt: what it must equal, where it ends, what it does not depend on, and wrong input."""
+
+import dataclasses
+import functools
+import itertools
+import types
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from moe_jax import sharding
+from moe_jax.config import BlockConfig, MeshConfig, ModelConfig, MoEConfig, Segment
+from moe_jax.data.tokenizers import load_tokenizer
+from moe_jax.errors import InputError
+from moe_jax.inference.generate import Sampling, generate, generate_tokens, stream
+from moe_jax.inference.text import TextSoFar
+from moe_jax.nn import Transformer
+from tests.nn.layer import randomized
+
+BYTES = load_tokenizer("bytes")
+V, NEW = BYTES.vocab_size, 11
+# A dispatcher and groups that would drop most assignments, and cannot be cut into groups of one token.
+MOE = MoEConfig(
+  num_experts=4, num_experts_per_token=2, expert_dim=8, dispatcher="sorted", eval_capacity_factor=0.5, group_size=8
+)  # fmt: skip
+CONFIG = ModelConfig(
+  model_dim=16, num_heads=2, num_kv_heads=2, head_dim=8, dense_dim=16, remat="none", moe=MOE,
+  segments=(Segment(tuple(BlockConfig(mixer) for mixer in ("lightning:chunk=4", "attention:window=4", "mla"))),),
+)  # fmt: skip
+PROMPTS = [[5, 9, 200, 31, 7], [77], [3, 1, 4, 1, 5, 9, 2, 6, 5]]
+
+
+def make(**fields):
+  config = dataclasses.replace(CONFIG, **fields)
+  return randomized(lambda: Transformer(config, V, rngs=nnx.Rngs(0)))
+
+
+@pytest.fixture(scope="module")
+def model():
+  return make()
+
+
+@pytest.fixture(scope="module")
+def small():
+  """One layer, which compiles faster."""
+  return make(segments=(Segment((BlockConfig("attention"),)),))
+
+
+def collect(*args, **options):
+  return joined(list(generate_tokens(*args, **options)))
+
+
+def joined(pieces):
+  return [list(itertools.chain(*of_prompt)) for of_prompt in zip(*pieces, strict=True)]
+
+
+@functools.cache
+def most_likely():
+  """Each prompt by itself, token by token, with the whole forward pass of the model without drops."""
+  moe = dataclasses.replace(MOE, dispatcher="dropless", group_size=0)
+  model = make(moe=moe)
+  forward = jax.jit(lambda model, tokens_BL: model(tokens_BL)[0])
+  found = []
+  for prompt in PROMPTS:
+    tokens = list(prompt)
+    for _ in range(NEW):
+      row = np.zeros((1, 24), np.int32)
+      row[0, : len(tokens)] = tokens
+      tokens.append(int(np.argmax(forward(model, row)[0, len(tokens) - 1])))
+    found.append(tokens[len(prompt) :])
+  return found
+
+
+def test_a_batch_of_prompts_gets_what_the_whole_forward_pass_says_of_each(model):
+  before = jax.device_get(nnx.state(model))
+  assert collect(model, PROMPTS, NEW, tokens_per_call=4) == most_likely()
+  jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(nnx.state(model)))
+  assert model.segments[0].pattern.blocks[0].ffn.group_size == 8
+
+
+def test_eight_devices_say_the_same(model):
+  """Experts, heads, the stored parameters and the batch are split; three prompts do not divide over four devices."""
+  with jax.set_mesh(sharding.make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))):
+    assert collect(model, PROMPTS, NEW, tokens_per_call=4) == most_likely()
+
+
+def test_tokens_come_as_they_are_made_and_end_where_they_should(model):
+  """At a stop token, which is not part of the text, and at the last new one, whatever a call makes."""
+  expected = most_likely()
+  stop = expected[2][7]
+  assert all(stop not in tokens for tokens in (*expected[:2], expected[2][:7]))
+  pieces = list(generate_tokens(model, PROMPTS, NEW - 1, stop_ids=[stop], tokens_per_call=4))
+  assert [[len(tokens) for tokens in step] for step in pieces] == [[1, 1, 1], [4, 4, 4], [4, 4, 2], [1, 1, 0]]
+  assert joined(pieces) == [expected[0][: NEW - 1], expected[1][: NEW - 1], expected[2][:7]]
+  only = list(generate_tokens(model, PROMPTS[:1], NEW, stop_ids=[expected[0][0]], tokens_per_call=4))
+  assert only == [[[]]]  # nothing else is waited for
+
+
+def test_what_is_drawn_depends_on_the_seed_and_not_on_other_prompts(small):
+  sampling = Sampling(temperature=9.0, top_k=40, top_p=0.95, seed=3)
+  drawn = collect(small, PROMPTS, NEW, sampling=sampling)
+  assert all(len(set(tokens)) > NEW // 2 for tokens in drawn)  # another draw at every position
+  assert collect(small, PROMPTS[:1], NEW, sampling=sampling) == drawn[:1]
+  other = dataclasses.replace(sampling, seed=4)
+  assert collect(small, PROMPTS, NEW, sampling=other) != drawn
+
+
+def loaded_with(model, **fields):
+  """What the loading of a run returns."""
+  config = types.SimpleNamespace(data=types.SimpleNamespace(sequence_length=32))
+  return types.SimpleNamespace(
+    **{"model": model, "tokenizer": BYTES, "config": config, "folder": "runs/one"} | fields
+  )
+
+
+def test_text_is_that_of_the_tokens(small):
+  """Behind the token that begins a document; in pieces and as a whole, of one prompt and of several."""
+  loaded, texts = loaded_with(small), ["hé", "abc"]
+  ids = [[BYTES.bos_id, *text.encode()] for text in texts]
+  expected = [
+    bytes(t for t in tokens if t < 256).decode(errors="replace") for tokens in collect(small, ids, NEW)
+  ]
+  assert generate(loaded, texts, NEW) == expected
+  assert generate(loaded, texts[0], NEW) == expected[0]
+  pieces = list(stream(loaded, texts, max_new_tokens=NEW))
+  assert ["".join(piece.text for piece in of_prompt) for of_prompt in zip(*pieces, strict=True)] == expected
+  assert sum(len(piece.tokens) for piece in pieces[0]) == 2
+
+
+def test_half_a_character_is_held_back():
+  text = TextSoFar(BYTES.decode, "é".encode()[:1])
+  first, second, third = "é€".encode()[1:2], "é€".encode()[2:4], "é€".encode()[4:]
+  assert [text.add(list(part)) for part in (first, second, third, b"a", b"\xc3")] == ["", "", "€", "a", ""]
+  assert text.rest() == "\ufffd"
+
+
+@pytest.mark.parametrize(
+  "fields, prompts, options, message",
+  [
+    (
+      {},
+      [[1] * 20],
+      {"max_length": 30},
+      "prompt 0 has 20 tokens, and with 11 new ones .* max_length=30 .*=10 or",
+    ),
+    ({}, [[1], [1] * 40], {"max_length": 30}, "prompt 1 has 40 tokens.*; shorten it"),
+    ({}, [[1], []], {}, "prompt 1 has no token"),
+    ({}, [], {}, "there is no prompt"),
+    ({}, [[1]], {"max_new_tokens": 0}, "--max_new_tokens=0: must be positive"),
+    ({"causal": False, "segments": ()}, [[1]], {}, r"sees later tokens \(objective masked_lm\)"),
+    (
+      {"segments": (), "moe": dataclasses.replace(MOE, router="expert_choice", accept_leaks="expert_choice")},
+      [[1]],
+      {},
+      "with --router=expert_choice an output depends on later tokens",
+    ),
+  ],
+)
+def test_what_cannot_be_generated_gets_one_line(fields, prompts, options, message):
+  model = make(**fields)
+  with pytest.raises(InputError, match=message) as error:
+    collect(model, prompts, **{"max_new_tokens": NEW} | options)
+  assert "\n" not in str(error.value)
+
+
+def test_wrong_settings_and_missing_parts_get_one_line(model):
+  for field, value, message in (
+    ("temperature", -1.0, "--temperature=-1.0: must be 0"),
+    ("top_k", -1, "--top_k=-1: must be 0"),
+    ("top_p", 0.0, r"--top_p=0.0: must be in \(0, 1\]"),
+  ):
+    with pytest.raises(InputError, match=message):
+      Sampling(**{field: value})
+  with pytest.raises(InputError, match="runs/one: has no tokenizer"):
+    generate(loaded_with(model, tokenizer=None), "a")
+  with pytest.raises(InputError, match="prompt 0 has 31 tokens"):
+    generate(loaded_with(model), "a" * 30, 10)
