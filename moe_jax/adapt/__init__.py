@@ -5,6 +5,6 @@ save (`moe_jax.training.start.save_model`), load and train (`--init_from`) as an
 """
 
 from moe_jax.adapt.upcycle import upcycle
-from moe_jax.adapt.wrappers import add_adapters, merge_adapters, unwrap_experts, wrap_experts
+from moe_jax.adapt.wrappers import add_adapters, change_moe, merge_adapters, unwrap_experts, wrap_experts
 
-__all__ = ["add_adapters", "merge_adapters", "unwrap_experts", "upcycle", "wrap_experts"]
+__all__ = ["add_adapters", "change_moe", "merge_adapters", "unwrap_experts", "upcycle", "wrap_experts"]

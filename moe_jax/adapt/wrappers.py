@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from moe_jax.adapt.layers import Layer, moe_layers, put_together, take_apart
 from moe_jax.config import BlockConfig
 from moe_jax.errors import InputError
+from moe_jax.nn.build import resolve_moe
 from moe_jax.nn.experts import EXPERTS
 from moe_jax.nn.low_rank import addition
 from moe_jax.nn.mixers import MIXERS
@@ -163,3 +165,20 @@ def _without(layer: Layer, part: Part, name: str) -> Layer:
 def _check_found(before: tuple[Layer, ...], after: tuple[Layer, ...], what: str) -> None:
   if all(old is new for old, new in zip(before, after, strict=True)):
     raise InputError(f"the model has no {what}")
+
+
+def change_moe(model: Transformer, **fields: Any) -> Transformer:
+  """Returns `model` with other fields of `MoEConfig` in all layers with experts, e.g. `balancers` or `capacity_factor`.
+
+  A balancer whose state has another shape begins anew.
+
+  Raises:
+    InputError: if the model has no experts, or the new layers have other parameters.
+  """
+  parts = take_apart(model)
+  routed = set(moe_layers(parts))
+  change = lambda layer: layer._replace(
+    block=dataclasses.replace(layer.block, moe=resolve_moe(dataclasses.replace(layer.block.moe, **fields)))
+  )
+  layers = tuple(change(layer) if i in routed else layer for i, layer in enumerate(parts.layers))
+  return put_together(parts._replace(layers=layers))

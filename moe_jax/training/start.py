@@ -69,7 +69,9 @@ def save_model(
     checkpoints.close()
   if tokenizer is not None and tokenizer.content is not None:
     disk.write_whole(folder / TOKENIZER_FILE, tokenizer.content)
-  disk.write_json(folder / CONFIG_FILE, config.to_dict() | {"vocab_size": vocab_size, "domains": list(domains)})
+  disk.write_json(
+    folder / CONFIG_FILE, config.to_dict() | {"vocab_size": vocab_size, "domains": list(domains)}
+  )
   return folder
 
 
