@@ -4,7 +4,20 @@ A `Transformer` has its configuration (`model.config`) and its parameters, so ad
 save (`moe_jax.training.start.save_model`), load and train (`--init_from`) as any other model. See docs/adapt.md.
 """
 
+from moe_jax.adapt.calibrate import calibrate, losses
+from moe_jax.adapt.experts import merge, prune
 from moe_jax.adapt.upcycle import upcycle
 from moe_jax.adapt.wrappers import add_adapters, change_moe, merge_adapters, unwrap_experts, wrap_experts
 
-__all__ = ["add_adapters", "change_moe", "merge_adapters", "unwrap_experts", "upcycle", "wrap_experts"]
+__all__ = [
+  "add_adapters",
+  "calibrate",
+  "change_moe",
+  "losses",
+  "merge",
+  "merge_adapters",
+  "prune",
+  "unwrap_experts",
+  "upcycle",
+  "wrap_experts",
+]

@@ -25,6 +25,7 @@ class Layer(NamedTuple):
 
   block: BlockConfig  # resolved, with its own MoEConfig
   values: Values
+  axes: Mapping[str, tuple] = {}  # the logical axes of each value that the model names them of
 
   def under(self, prefix: str) -> dict[str, Any]:
     """Returns the values whose path begins with `prefix`, which ends with a dot, without it."""
@@ -46,11 +47,14 @@ class Parts(NamedTuple):
 def take_apart(model: Transformer) -> Parts:
   """Returns the parts of a model. Arrays keep their types."""
   outer: dict[str, Any] = {}
+  axes: dict[tuple[int, int], dict[str, tuple]] = {}
   stacked: dict[tuple[int, int], dict[str, Any]] = {}
   for path, variable in nnx.to_flat_state(nnx.state(model)):
     value = jax.tree.map(np.asarray, jax.device_get(variable.get_value()))
     if path[0] == "segments":
       stacked.setdefault((path[1], path[4]), {})[_dotted(path[5:])] = value
+      named = variable.get_metadata().get("logical_axes")
+      axes.setdefault((path[1], path[4]), {}).update({} if named is None else {_dotted(path[5:]): named})
     else:
       outer[_dotted(path)] = value
   layers = []
@@ -59,7 +63,7 @@ def take_apart(model: Transformer) -> Parts:
       for j, block in enumerate(segment.pattern):
         values = stacked.get((i, j), {})
         own = {path: jax.tree.map(lambda x, r=repetition: x[r], value) for path, value in values.items()}
-        layers.append(Layer(block, own))
+        layers.append(Layer(block, own, axes.get((i, j), {})))
   return Parts(model.config, outer, tuple(layers))
 
 

@@ -19,6 +19,7 @@ from moe_jax.nn.build import different_blocks, naming, resolve, routed_part
 from moe_jax.nn.leaks import check_causal
 from moe_jax.nn.moe import MoE
 from moe_jax.nn.transformer import Transformer
+from moe_jax.nn.variables import BalancerState
 from moe_jax.ops.metrics import METRICS
 from moe_jax.registry import Method
 from moe_jax.training.hooks import HOOKS, Hook
@@ -304,8 +305,9 @@ def _compile_init(config: Config, vocab_size: int, mesh: jax.sharding.Mesh) -> C
 
 def _with_balancers_of(model: Transformer, abstract: TrainState, state: TrainState) -> TrainState:
   """Returns `state` with the initial state of the balancers of `model`."""
-  variables = nnx.to_flat_state(abstract.variables)
-  initial = dict(variables)
+  # Other variables, such as the table of a router, are there already.
+  others = {path: v for path, v in nnx.to_flat_state(state.variables) if not isinstance(v, BalancerState)}
+  initial = dict(nnx.to_flat_state(abstract.variables)) | others
   for path, layer in nnx.iter_modules(model):
     if isinstance(layer, MoE):
       own = (*path, "balancer_state")

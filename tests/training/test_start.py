@@ -8,6 +8,8 @@ import pytest
 from flax import nnx
 
 from moe_jax.adapt import upcycle
+from moe_jax.adapt.experts import merged
+from moe_jax.adapt.layers import put_together, take_apart
 from moe_jax.config import MeshConfig
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError
@@ -146,3 +148,24 @@ def test_what_is_frozen_by_its_network_stays_frozen():
 def test_a_pattern_that_matches_nothing_names_the_nearest(selection, match):
   with pytest.raises(InputError, match=match):
     trained_by(selection)
+
+
+def test_a_merged_model_keeps_the_table_of_its_router(tmp_path):
+  model = models.model()
+  table = np.arange(8) % 4
+  parts = take_apart(model)
+  small = [
+    merged(layer, table, np.ones(8), np.ones(8), align=False, keep_router=True) for layer in parts.layers
+  ]
+  small = put_together(parts._replace(layers=tuple(small)))
+  folder = save_model(tmp_path / "merged", small, CONFIG)
+  assert models.hashes(load_run(folder).model) == models.hashes(small)
+  config = dataclasses.replace(CONFIG, model=small.config)
+  config = resolve_config(tiny.change(config, init_from=str(folder), balancers="switch_loss:0.01"))
+  mesh = make_mesh(config.mesh)
+  with jax.set_mesh(mesh):
+    steps = compile_steps(config, tiny.VOCAB, 2, mesh)
+    state = start_from(steps, config, mesh)
+  started = nnx.merge(nnx.graphdef(abstract_model(config, tiny.VOCAB)), state.params, state.variables)
+  changed = models.hashes(started).items() ^ models.hashes(small).items()
+  assert {path.partition(".")[2] for path, _ in changed} <= {"ffn.balancer_state"}
