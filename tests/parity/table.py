@@ -1,6 +1,6 @@
 """Prints the table of docs/checkpoints.md: how far whole models are from transformers.
 
-  python -m tests.parity.table
+python -m tests.parity.table
 """
 
 import pathlib

@@ -13,12 +13,13 @@ can.
 
 from moe_jax.nn.mixers.attention import Attention
 from moe_jax.nn.mixers.lightning import Lightning
+from moe_jax.nn.mixers.low_rank import LowRankMixer
 from moe_jax.nn.mixers.mla import MLA
 from moe_jax.registry import Registry
 
 MIXERS = Registry(
   "mixer",
-  {"attention": Attention, "mla": MLA, "lightning": Lightning},
+  {"attention": Attention, "mla": MLA, "lightning": Lightning, "low_rank": LowRankMixer},
   offered=(
     "dim",
     "num_heads",
