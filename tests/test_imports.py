@@ -54,7 +54,7 @@ GRAPH = {
   "plugins": Part("errors", outside=set()),
   "config": Part("errors registry fingerprint", outside=set()),
   "models": Part("config errors registry"),
-  "cli": Part("config models errors registry plugins", never=JAX),
+  "cli": Part("config disk models errors registry plugins", never=JAX),
   "cluster": Part("errors"),
   "cluster.watch": Part("errors", outside=set()),
   "cluster.processes": Part("errors", outside={"jax", "numpy"}),
@@ -76,6 +76,8 @@ GRAPH = {
   "interop.layout": Part(outside={"numpy"}),
   "interop.source": Part("interop.layout", outside=set()),
   "inference": Part(f"interop {RUN}"),
+  # model in, model out
+  "adapt": Part(f"data {MODEL}", outside={"jax", "flax", "numpy", "scipy"}),
   "comparison": Part(RUN),
   "comparison.arms": Part("config errors registry nn ops"),
   "comparison.report": Part("comparison training.metric_writer config errors", never=JAX),
@@ -92,9 +94,9 @@ GRAPH = {
     "comparison.report training.router_trace nn config ops types errors", never={"flax", "optax"}
   ),
   # the top
-  "moe_jax": Part(f"comparison analysis inference interop {RUN}"),  # __init__.py: the public names
-  "experiments": Part(f"comparison analysis inference interop cli moe_jax {RUN}"),
-  "scripts": Part(f"comparison analysis inference interop cli moe_jax experiments {RUN}"),
+  "moe_jax": Part(f"comparison analysis adapt inference interop {RUN}"),  # __init__.py: the public names
+  "experiments": Part(f"comparison analysis adapt inference interop cli moe_jax {RUN}"),
+  "scripts": Part(f"comparison analysis adapt inference interop cli moe_jax experiments {RUN}"),
 }
 TOP = {"experiments", "scripts", "tests", "notebooks"}
 
