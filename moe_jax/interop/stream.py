@@ -64,7 +64,7 @@ class LayerStream:
   def blocks(self) -> Iterator[tuple[int, Block]]:
     """Yields the number of every layer and its block, whose parameters are read when it is asked for."""
     for layer, place in enumerate(self._places()):
-      yield layer, self._block(*place)
+      yield layer, nnx.merge(*self._block(*place))
 
   def embed(self, tokens_BL: Array) -> Array:
     """Returns x_BLD in the compute dtype, of which only the rows that occur are read."""
@@ -101,7 +101,7 @@ class LayerStream:
     activations = [self.embed(tokens_BL) for tokens_BL, _ in batches]
     compiled: dict[tuple[int, int], Callable] = {}
     for layer, place in enumerate(self._places()):
-      graphdef, state = nnx.split(self._block(*place))
+      graphdef, state = self._block(*place)
       kind = (place[0], place[2])
       if kind not in compiled:
         compiled[kind] = _compiled(graphdef, contexts[0])
@@ -129,7 +129,8 @@ class LayerStream:
     layout = sharding.state_shardings(mesh_in_use(), variable.replace(abstract)).get_value()
     return load_parameter(stored, self._tensors, dtype_of(stored.path, variable, self._dtype), layout)
 
-  def _block(self, i: int, r: int, j: int) -> Block:
+  def _block(self, i: int, r: int, j: int) -> tuple[nnx.GraphDef, nnx.State]:
+    """A block in two parts. A module would stay in memory until the next garbage collection."""
     above = ("segments", i, "pattern", "blocks", j)
     block = self._model.segments[i].pattern.blocks[j]
     graphdef, state = nnx.split(block)
@@ -149,7 +150,7 @@ class LayerStream:
         abstract = jax.ShapeDtypeStruct(own.shape, variable.get_value().dtype)
         value = self._load(own, variable, abstract)
       filled.append((path, variable.replace(value)))
-    return nnx.merge(graphdef, nnx.from_flat_state(filled))
+    return graphdef, nnx.from_flat_state(filled)
 
 
 def _of_repetition(stored: Stored, r: int) -> Stored:
