@@ -123,9 +123,9 @@ def test_text_is_that_of_the_tokens(small):
   assert generate(loaded, texts[0], NEW) == expected[0]
   assert generate(loaded._replace(stop_ids=tuple(range(V))), texts, NEW) == ["", ""]
   first, _ = collect(small, [list(texts[0].encode()), ids[1]], NEW)
-  assert generate(loaded, texts[0], NEW, begin=False, stop_ids=()) == bytes(t for t in first if t < 256).decode(
-    errors="replace"
-  )
+  assert generate(loaded, texts[0], NEW, begin=False, stop_ids=()) == bytes(
+    t for t in first if t < 256
+  ).decode(errors="replace")
   pieces = list(stream(loaded, texts, max_new_tokens=NEW))
   assert ["".join(piece.text for piece in of_prompt) for of_prompt in zip(*pieces, strict=True)] == expected
   assert sum(len(piece.tokens) for piece in pieces[0]) == 2
