@@ -114,7 +114,12 @@ REFERENCE: dict[str, Any] = {
       "log_every": 10,
     },
     **{"eval_every": 0, "eval_batches": 0, "checkpoint_every": 0, "tail_fraction": 0.2, "tensorboard": False},
-    **{"record_router_logits": 0, "router_logits_dtype": "float16"},
+    **{
+      "checkpoint_minutes": 5.0,
+      "max_minutes": 0.0,
+      "record_router_logits": 0,
+      "router_logits_dtype": "float16",
+    },
   },
   "mesh": {"slice": 1, "data": 1, "fsdp": 1, "expert": 1, "tensor": 1},
 }

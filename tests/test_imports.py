@@ -40,7 +40,7 @@ class Part(NamedTuple):
 
 
 MODEL = "nn ops types sharding config models errors registry"
-RUN = f"training data cluster {MODEL}"
+RUN = f"training data cluster disk {MODEL}"
 
 # experiments, scripts, notebooks -> comparison, analysis -> training -> nn -> sharding -> ops -> types.
 # A new file or folder directly under moe_jax/ needs a row here; one below it may have a stricter row of its own.
@@ -50,10 +50,11 @@ GRAPH = {
   "types": Part(outside={"jax", "numpy"}, stdlib=PURE),
   "fingerprint": Part(outside=set()),
   "registry": Part("errors fingerprint", outside=set()),
+  "disk": Part("errors", outside=set()),
   "plugins": Part("errors", outside=set()),
   "config": Part("errors registry fingerprint", outside=set()),
   "models": Part("config errors registry"),
-  "cli": Part("config models errors registry plugins", never=JAX),
+  "cli": Part("config disk models errors registry plugins", never=JAX),
   "cluster": Part("errors"),
   "cluster.watch": Part("errors", outside=set()),
   "cluster.processes": Part("errors", outside={"jax", "numpy"}),
@@ -63,36 +64,39 @@ GRAPH = {
   "sharding": Part("ops types config errors registry", outside={"jax", "flax", "numpy"}),
   "nn": Part("ops types sharding config errors registry fingerprint", outside={"jax", "flax", "numpy"}),
   # around it
-  "data": Part("config errors registry"),
-  "training": Part(f"data cluster {MODEL}"),
+  "data": Part("config disk errors registry"),
+  "training": Part(f"data cluster disk {MODEL}"),
   "training.step": Part(f"training {MODEL}", never={"orbax", "grain"}),
-  "training.metric_writer": Part("config errors", never=JAX),
+  "training.metric_writer": Part("config disk errors", never=JAX),
   "training.progress": Part("errors", never=JAX),
-  "training.router_trace": Part("errors", never=JAX),
+  "training.router_trace": Part("disk errors", never=JAX),
   "interop": Part(RUN),
   "interop.families": Part("interop.source config errors registry ops"),
   "interop.safetensors": Part("errors", never=JAX),
   "interop.layout": Part(outside={"numpy"}),
   "interop.source": Part("interop.layout", outside=set()),
   "inference": Part(f"interop {RUN}"),
+  # model in, model out
+  "adapt": Part(f"data {MODEL}", outside={"jax", "flax", "numpy", "scipy"}),
   "comparison": Part(RUN),
   "comparison.arms": Part("config errors registry nn ops"),
   "comparison.report": Part("comparison training.metric_writer config errors", never=JAX),
-  "comparison.results": Part("training.metric_writer errors", never=JAX),
+  "comparison.results": Part("training.metric_writer disk errors", never=JAX),
   "comparison.facts": Part("comparison.results errors", never=JAX),
   "comparison.findings": Part("comparison.differences comparison.report errors", never=JAX),
   "comparison.statistics": Part("comparison.facts comparison.results errors", never=JAX),
   "comparison.differences": Part("comparison.statistics comparison.results errors", never=JAX),
   "analysis": Part(RUN),
   "analysis.capacity": Part(f"analysis comparison {RUN}"),
+  "analysis.examine": Part(f"analysis comparison.report {RUN}"),
   "analysis.replay": Part(f"analysis comparison.report {RUN}"),
   "analysis.communication": Part(
     "comparison.report training.router_trace nn config ops types errors", never={"flax", "optax"}
   ),
   # the top
-  "moe_jax": Part(f"comparison analysis inference interop {RUN}"),  # __init__.py: the public names
-  "experiments": Part(f"comparison analysis inference interop cli moe_jax {RUN}"),
-  "scripts": Part(f"comparison analysis inference interop cli moe_jax experiments {RUN}"),
+  "moe_jax": Part(f"comparison analysis adapt inference interop {RUN}"),  # __init__.py: the public names
+  "experiments": Part(f"comparison analysis adapt inference interop cli moe_jax {RUN}"),
+  "scripts": Part(f"comparison analysis adapt inference interop cli moe_jax experiments {RUN}"),
 }
 TOP = {"experiments", "scripts", "tests", "notebooks"}
 

@@ -17,7 +17,7 @@ from absl import flags
 
 from moe_jax.cluster.placement import Options, Placement, find_placement, split_address
 from moe_jax.cluster.watch import Watch, end
-from moe_jax.errors import InputError
+from moe_jax.errors import STOPPED_STATUS, InputError, Stopped, of_the_system
 
 
 def define_flags() -> None:
@@ -64,13 +64,21 @@ def on_every_process(main: Callable[[list[str]], None]) -> Callable[[list[str]],
       return
     import jax
 
+    stopped = False
     try:
       watch.check_same_flags(sys.argv[1:])
       main(argv)
+    except Stopped as error:  # in all processes, at one step
+      stopped = True
+      if jax.process_index() == 0:
+        print(error, file=sys.stderr)
     except InputError as error:
       watch.stop(" ".join(str(error).split()), 2)
+    except OSError as error:
+      line = of_the_system(error)
+      watch.stop(str(line or error), 2 if line else 1, trace="" if line else traceback.format_exc())
     except KeyboardInterrupt:
-      watch.stop("stopped from the keyboard; the same command continues where it was", 130)
+      watch.stop("stopped from the keyboard; the same command continues from the last checkpoint", 130)
     except SystemExit as error:
       watch.stop(f"exit status {error.code}", error.code if isinstance(error.code, int) else 1)
     except BaseException as error:
@@ -78,6 +86,8 @@ def on_every_process(main: Callable[[list[str]], None]) -> Callable[[list[str]],
       watch.stop(line, 1, trace=traceback.format_exc())
     watch.leave()
     jax.distributed.shutdown()
+    if stopped:
+      sys.exit(STOPPED_STATUS)
 
   return joined
 

@@ -8,26 +8,33 @@ from typing import Any
 
 from rich.console import Console
 
-from moe_jax import sharding
+from moe_jax import disk, sharding
 from moe_jax.cluster import processes
 from moe_jax.comparison import report, sweep
 from moe_jax.comparison.arms import Arm, with_arm
 from moe_jax.comparison.folder import SWEEP, ComparisonFolder, Result, described
+from moe_jax.comparison.results import load_results
 from moe_jax.comparison.shard import Shard
 from moe_jax.config import Config, DataConfig
 from moe_jax.config.plain import fingerprint, to_plain
 from moe_jax.data import Dataset, load_dataset
 from moe_jax.errors import InputError, NonFiniteLoss
-from moe_jax.training.compiled import check_run
-from moe_jax.training.load import write_json
+from moe_jax.training import identity
+from moe_jax.training.compiled import check_run, compile_steps
 from moe_jax.training.loop import Run
+from moe_jax.training.memory import check_memory, sizes_of
 from moe_jax.training.progress import TrainingProgress
+from moe_jax.training.results import diverged_result
 
+_LOCKED_AHEAD = 200  # runs that are locked from the start on: each takes an open file
 REPORT_FILE = "report.json"  # title, question, command and notes, from which joined folders have theirs
 
 
 class Comparison:
   """Trains every arm with every seed in `output_dir`, and keeps the runs that an earlier call finished.
+
+  A run whose loss is no longer finite gets a result that says so, and the others go on. Several commands may work in one
+  folder, each on other runs; a run that another command has is an error.
 
   A seed fixes the initial parameters, the order of the batches and all random draws. All arms share them, so
   differences between arms are paired by seed. With several processes, all processes make the same calls. Only
@@ -44,7 +51,6 @@ class Comparison:
     shard: the part of the runs to train. A sweep is split by arms.
     evaluations: for each arm, further evaluations of its trained models: a name, and the fields in which the
       evaluation differs from the arm. Results have them under `evaluations`. Not with a sweep, which renames arms.
-    keep_diverged: whether a run whose loss is no longer finite gets a result that says so, instead of an error.
 
   Raises:
     InputError: if a field is wrong, or if the folder has results of another configuration or of other code.
@@ -61,12 +67,11 @@ class Comparison:
     sweep: sweep.Sweep | None = None,
     shard: Shard | None = None,
     evaluations: Mapping[str, Mapping[str, Arm]] | None = None,
-    keep_diverged: bool = False,
   ):
+    disk.check_folder(output_dir)
     self.mesh = sharding.make_mesh(config.check().mesh)
     self.seeds, self.sweep, self.shard = list(seeds), sweep, shard or Shard()
     self.config = _with_seed(config, 0)  # the seed is of the run, not of the comparison
-    self.keep_diverged = keep_diverged
     self.console = Console(quiet=not processes.is_first())
     self.folder = ComparisonFolder(output_dir)
     # Resolved here, once: a method that is defined anew later is another arm.
@@ -99,7 +104,7 @@ class Comparison:
     self.configs = {n: check_run(with_arm(self.config, arm), self.mesh) for n, arm in candidates.items()}
     to_try = {c.name: candidates[c.name] for tried in self.tried.values() for c in tried if c.value}
     folder = os.path.join(output_dir, SWEEP)
-    self.selection = Comparison(to_try, self.sweep.seeds, self.config, folder, keep_diverged=True)
+    self.selection = Comparison(to_try, self.sweep.seeds, self.config, folder)
     return candidates
 
   @property
@@ -135,12 +140,17 @@ class Comparison:
       "the folder must be on a file system that all processes share",
     )
     runs = self._runs()
+    self._check_finished(runs, dataset.info.fingerprint)
     todo = processes.from_first([run for run in runs if not self._is_done(*run)])
     if len(todo) < len(runs):
       kept = f"{len(runs) - len(todo)} of {len(runs)} runs in {self.folder.path} are done and kept"
-      self.console.print(kept, soft_wrap=True)
-    steps = sum(self.configs[a].train.num_steps for a, s in todo if not self.folder.has_result(a, s))
-    with TrainingProgress(steps, self.console) as progress:
+      self.console.print(kept, soft_wrap=True, markup=False)
+    steps = sum(self.configs[a].train.num_steps for a, s in todo if not self._is_trained(a, s))
+    self._check_memory({arm for arm, _ in todo}, dataset)
+    locks = [
+      (self.folder.run(a, s), f"run {a} seed {s} in {self.folder.path}") for a, s in todo[:_LOCKED_AHEAD]
+    ]
+    with identity.hold(locks), TrainingProgress(steps, self.console) as progress:
       for arm, seed in todo:
         self._run_one(arm, seed, datasets[self.configs[arm].data], progress)
     processes.wait_for_all("results")
@@ -152,29 +162,56 @@ class Comparison:
     runs = [(arm, seed) for seed in self.seeds for arm in self.arms]
     return runs if self.sweep else self.shard.part(runs)
 
+  def _check_finished(self, runs: list[tuple[str, int]], text: str) -> None:
+    """Raises `InputError` if a finished run is of another configuration, whatever the folder's config.json says."""
+    refused = ""
+    if processes.is_first():
+      finished = [run for run in runs if self.folder.has_result(*run)]
+      lines = (
+        identity.refusal(self.folder.run(arm, seed), _with_seed(self.configs[arm], seed), text)
+        for arm, seed in finished
+      )
+      refused = next(filter(None, lines), "")
+    refused = processes.from_first(refused)
+    if refused:
+      raise InputError(refused)
+
+  def _check_memory(self, arms: set[str], dataset: Dataset) -> None:
+    """Raises `InputError` if an arm is too large, before the first one is trained."""
+    info, configs = dataset.info, {sizes_of(self.configs[arm]): self.configs[arm] for arm in sorted(arms)}
+    for config in configs.values():
+      steps = compile_steps(config, info.vocab_size, len(info.domains), self.mesh)
+      check_memory(config, steps, info.vocab_size, self.mesh)
+
+  def _is_trained(self, arm: str, seed: int) -> bool:
+    """Returns whether the run is finished, with as many steps as are asked for."""
+    result = self.folder.result(arm, seed)
+    if "diverged" in result:
+      return True
+    return bool(result) and not identity.is_shorter(self.folder.run(arm, seed), self.configs[arm])
+
   def _is_done(self, arm: str, seed: int) -> bool:
-    return self.folder.has_result(arm, seed) and not self._lacking(arm, seed)
+    return self._is_trained(arm, seed) and not self._lacking(arm, seed)
 
   def _lacking(self, arm: str, seed: int) -> list[str]:
     """Returns the names of the evaluations that a finished run lacks."""
-    has = self.folder.result(arm, seed).get("evaluations", {})
-    return [name for name in self.evaluations.get(arm, {}) if name not in has]
+    result = self.folder.result(arm, seed)
+    has = result.get("evaluations", {})
+    return [] if "diverged" in result else [name for name in self.evaluations.get(arm, {}) if name not in has]
 
   def _run_one(self, arm: str, seed: int, dataset: Dataset, progress: TrainingProgress) -> None:
     """Trains and evaluates one run, as far as it is not done."""
     folder = self.folder.run(arm, seed)
     config = _with_seed(self.configs[arm], seed)
     run = Run(config, dataset, folder, progress, label=arm, show=f"{arm} seed {seed}")
-    if not self.folder.has_result(arm, seed):
+    if not self._is_trained(arm, seed):
       try:
         run.train()
       except NonFiniteLoss as error:
-        if not self.keep_diverged:
-          raise
         progress.finish_run()
-        result = {"arm": arm, "seed": seed, "fingerprint": dataset.info.fingerprint, "diverged": str(error)}
+        progress.note(f"{error}; the arm is kept as diverged")
         if processes.is_first():
-          write_json(folder / "result.json", result | {"validation": {"nll": "Infinity"}})
+          disk.write_json(folder / "result.json", diverged_result(run, str(error)))
         return
     processes.wait_for_all("result")
     lacking = self._lacking(arm, seed)
@@ -227,15 +264,16 @@ class Comparison:
           "notes": notes,
           "varies": [*varies],
         }
-        write_json(self.folder.path / REPORT_FILE, texts)
+        disk.write_json(self.folder.path / REPORT_FILE, texts)
         if self.is_whole:
           self._report(results, **texts)
         else:
-          self.console.print(self._shard_in_words(results), soft_wrap=True, highlight=False)
+          self.console.print(self._shard_in_words(results), soft_wrap=True, highlight=False, markup=False)
 
   def _report(self, results: list[Result], **texts: Any) -> None:
-    self.folder.merge_metrics(self._runs())
-    write_report(self.folder, results, self.console, **texts)
+    finished = load_results(self.folder.path)  # also those of other commands in this folder
+    self.folder.merge_metrics((result["arm"], result["seed"]) for result in finished)
+    write_report(self.folder, finished if len(finished) > len(results) else results, self.console, **texts)
 
   def _shard_in_words(self, results: list[Result]) -> str:
     return (
@@ -289,7 +327,8 @@ class Comparison:
         f"{name} {n / sum(counts):.0%}" for name, n in zip(info.domains, counts, strict=True)
       )
       shares = f", {sum(counts) / 1e6:.1f}M training tokens: {shares}"
-    self.console.print(f"data: {info.name} (fingerprint {info.fingerprint[:12]}){shares}", soft_wrap=True)
+    line = f"data: {info.name} (fingerprint {info.fingerprint[:12]}){shares}"
+    self.console.print(line, soft_wrap=True, markup=False)
 
 
 def write_report(
@@ -299,7 +338,7 @@ def write_report(
   report.print_table(report.summarise(results), console)
   report.print_differences(report.paired_differences(results, varies=varies), console, varies)
   paths = report.write_report(folder.path, results, varies=varies, **texts)
-  console.print(f"report: {paths['html']}", soft_wrap=True)
+  console.print(f"report: {paths['html']}", soft_wrap=True, markup=False)
 
 
 def _with_seed(config: Config, seed: int) -> Config:

@@ -7,12 +7,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from moe_jax import disk
 from moe_jax.comparison.arms import Arm, value_of
 from moe_jax.config import Config
 from moe_jax.config.plain import fingerprint, to_plain
 from moe_jax.errors import InputError
 from moe_jax.registry import Method
-from moe_jax.training.load import write_json
+from moe_jax.training import identity
+from moe_jax.training.metric_writer import read_lines
 
 Result = dict[str, Any]
 # Parts of a claim that may grow with every call. Everything else of it must stay as it is.
@@ -35,23 +37,33 @@ class ComparisonFolder:
     return self.path / "arms" / re.sub(r"[^\w.=+-]", "_", arm) / f"seed_{seed}"
 
   def has_result(self, arm: str, seed: int) -> bool:
-    """Returns whether the run is finished."""
-    return (self.run(arm, seed) / "result.json").exists()
+    """Returns whether the run is finished: it has a whole result."""
+    return bool(self.result(arm, seed))
 
   def result(self, arm: str, seed: int) -> Result:
-    """Returns the result of a finished run."""
-    return json.loads((self.run(arm, seed) / "result.json").read_text())
+    """Returns the result of a finished run, or {}."""
+    return whole_result(self.run(arm, seed) / "result.json")
 
   def known(self) -> dict[str, Any]:
-    """Returns what earlier calls claimed, or {} if there were none."""
-    path = self.path / "config.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    """Returns what earlier calls claimed, or {} if there were none, or it cannot be read."""
+    return disk.read_object(self.path / "config.json") or {}
 
   def check(self, claim: Mapping[str, Any]) -> None:
     """Raises `InputError` unless the folder is new, empty, or of the same configuration.
 
-    Arms, seeds and evaluations may be added.
+    Arms, seeds and evaluations may be added. A config.json that cannot be read is moved aside; runs have their own.
     """
+    path = self.path / "config.json"
+    was_there = path.exists()
+    disk.set_aside_damaged(
+      path, self.path, "it is written again from the flags, and runs are checked by their own"
+    )
+    if was_there:
+      self._check_same(claim)
+    elif self.path.exists() and not self._is_free():
+      raise InputError(f"--output_dir={self.path}: is not empty and holds no run; choose another folder")
+
+  def _check_same(self, claim: Mapping[str, Any]) -> None:
     known = self.known()
     changed = claim_differences(known, claim) if known else []
     if changed:
@@ -59,21 +71,22 @@ class ComparisonFolder:
         f"--output_dir={self.path}: holds a run with another configuration ({'; '.join(changed[:3])}); "
         "choose another folder or remove this one"
       )
-    if not known and self.path.exists() and not self._is_free():
-      raise InputError(f"--output_dir={self.path}: is not empty and holds no run; choose another folder")
 
   def _is_free(self) -> bool:
     """Returns whether there is nothing in the folder, or only what a sweep tried before any run was claimed."""
-    return self.path.is_dir() and all(path.name == SWEEP for path in self.path.iterdir())
+    own = (SWEEP, disk.LOCK, disk.ASIDE)
+    return self.path.is_dir() and all(path.name in own for path in self.path.iterdir())
 
   def claim(self, claim: Mapping[str, Any]) -> None:
-    """Writes config.json, with what earlier calls claimed."""
-    write_json(self.path / "config.json", merged_claim(self.known(), claim))
+    """Writes config.json, with what earlier calls claimed. Several commands may do so at the same time."""
+    with disk.hold(self.path / disk.LOCK, f"--output_dir={self.path}", wait=60.0):
+      self._check_same(claim)  # another command may have been first
+      disk.write_json(self.path / "config.json", merged_claim(self.known(), claim))
 
   def check_text(self, fingerprint: str) -> None:
     """Raises `InputError` if the folder has a result on other text."""
     for path in self.path.glob("arms/*/seed_*/result.json"):
-      other = json.loads(path.read_text())["fingerprint"]
+      other = whole_result(path).get("fingerprint", fingerprint)
       if other != fingerprint:
         raise InputError(
           f"--output_dir={self.path}: holds results on other text (fingerprint {other[:12]}, now "
@@ -81,12 +94,30 @@ class ComparisonFolder:
         )
 
   def merge_metrics(self, runs: Iterable[tuple[str, int]]) -> None:
-    """Writes the metrics of the (arm, seed) runs to one file. Each line starts with its arm and seed."""
-    with (self.path / "metrics.jsonl").open("w") as out:
-      for arm, seed in runs:
-        label = json.dumps({"arm": arm, "seed": seed})[:-1]
-        for line in (self.run(arm, seed) / "metrics.jsonl").read_text().splitlines():
-          out.write(f"{label}, {line[1:]}\n")  # as text: JSON has no literal for a loss that is not finite
+    """Writes the metrics of the (arm, seed) runs to one file. Each line starts with its arm and seed.
+
+    Lines that cannot be read are left out, and one line says so.
+    """
+    merged: list[str] = []
+    for arm, seed in runs:
+      label = json.dumps({"arm": arm, "seed": seed})[:-1]
+      path = self.run(arm, seed) / "metrics.jsonl"
+      lines, lost = read_lines(path)
+      last, steps = (
+        max((line["step"] for _, line in lines), default=0),
+        self.result(arm, seed).get("num_steps", 0),
+      )
+      if lost or last < steps:
+        disk.note(f"{path}: is damaged; its lines end at step {last} of {steps}, and {lost} cannot be read")
+      # As text: JSON has no literal for a loss that is not finite.
+      merged += [f"{label}, {text.rstrip()[1:]}\n" for text, _ in lines]
+    disk.write_whole(self.path / "metrics.jsonl", "".join(merged).encode())
+
+
+def whole_result(path: pathlib.Path) -> Result:
+  """Returns the result in a file; {} if the file is absent, damaged or none."""
+  result = disk.read_object(path) or {}
+  return result if {"arm", "seed", "validation"} <= result.keys() else {}
 
 
 def described(arm: Arm, config: Config) -> dict[str, Any]:
@@ -125,36 +156,16 @@ def merged_claim(known: Mapping[str, Any], claim: Mapping[str, Any]) -> dict[str
 def claim_differences(known: Mapping[str, Any], claim: Mapping[str, Any]) -> list[str]:
   """Returns a text for everything that two claims say differently: of arms and evaluations, what both have.
 
-  A field of the configuration that is younger than a claim has its default there.
+  Fields that change no run may differ: `moe_jax.training.identity`.
   """
   fixed = lambda parts: {
-    name: _with_defaults(value) if name == "config" else value
-    for name, value in parts.items()
-    if name not in GROWING
+    name: value for name, value in parts.items() if name not in GROWING and name != "config"
   }
-  found = _differences(fixed(known), fixed(claim))
+  found = identity.differences(fixed(known), fixed(claim))
+  found += identity.changes(known.get("config", {}), claim.get("config", {}))
   for part, word in (("arms", "arm"), ("evaluations", "evaluation")):
     for name in claim.get(part, {}):
       if name in known.get(part, {}):
-        found += [f"{word} {name}: {line}" for line in _differences(known[part][name], claim[part][name])]
+        changed = identity.differences(known[part][name], claim[part][name])
+        found += [f"{word} {name}: {line}" for line in changed]
   return found
-
-
-def _with_defaults(config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
-  filled = dict(to_plain(Config(), fingerprint) if defaults is None else defaults)
-  for name, value in config.items():
-    nested = isinstance(value, Mapping) and isinstance(filled.get(name), Mapping)
-    filled[name] = _with_defaults(value, filled[name]) if nested else value
-  return filled
-
-
-def _differences(old: Any, new: Any, name: str = "") -> list[str]:
-  """Returns a text for every leaf that differs: its field, its old value and its new value."""
-  if isinstance(old, dict) and isinstance(new, dict):
-    keys = [*old, *(key for key in new if key not in old)]
-    return [line for key in keys for line in _differences(old.get(key), new.get(key), key)]
-  if old == new:
-    return []
-  if isinstance(old, str) and isinstance(new, str) and old.partition(" [")[0] == new.partition(" [")[0]:
-    return [f"the code of {name} {old.partition(' [')[0]!r} has changed"]
-  return [f"{name} was {old!r}, now {new!r}"]

@@ -1,6 +1,5 @@
 """Joins the folders of shards into the folder that one process would have written."""
 
-import json
 import os
 import pathlib
 import shutil
@@ -9,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from moe_jax import disk
 from moe_jax.comparison import sweep
 from moe_jax.comparison.comparison import REPORT_FILE, write_report
 from moe_jax.comparison.folder import (
@@ -17,10 +17,10 @@ from moe_jax.comparison.folder import (
   Result,
   claim_differences,
   merged_claim,
+  whole_result,
 )
 from moe_jax.comparison.results import load_results, lookup
 from moe_jax.errors import InputError
-from moe_jax.training.load import write_json
 
 
 def join(
@@ -56,7 +56,7 @@ def join(
   results = load_results(target.path)
   texts = _report_texts(sources)
   if results and texts:
-    write_json(target.path / REPORT_FILE, texts)
+    disk.write_json(target.path / REPORT_FILE, texts)
     target.merge_metrics((result["arm"], result["seed"]) for result in results)
     write_report(target, results, console, **texts)
   return _missing(claim, target)
@@ -87,7 +87,10 @@ def _runs(sources: Sequence[ComparisonFolder]) -> dict[tuple[str, int], pathlib.
   found: dict[tuple[str, int], tuple[pathlib.Path, Result]] = {}
   for source in sources:
     for path in sorted(source.path.glob("arms/*/seed_*/result.json")):
-      result = json.loads(path.read_text())
+      result = whole_result(path)
+      if not result:
+        disk.note(f"{path}: is damaged and left out")
+        continue
       key = result["arm"], result["seed"]
       if found:
         first, other = next(iter(found.values()))
@@ -117,7 +120,7 @@ def _copy(
   runs: Mapping[tuple[str, int], pathlib.Path], target: ComparisonFolder, claim: Mapping[str, Any]
 ) -> None:
   for (arm, seed), path in runs.items():
-    shutil.copytree(path, target.run(arm, seed))
+    shutil.copytree(path, target.run(arm, seed), ignore=shutil.ignore_patterns(disk.LOCK))
   target.claim(claim)
 
 
@@ -132,7 +135,7 @@ def _sweep_lines(sources: Sequence[ComparisonFolder], claim: Mapping[str, Any]) 
 def _report_texts(sources: Sequence[ComparisonFolder]) -> dict[str, Any]:
   """Returns title, question, commands and notes of the shards. {} if none has come to its report."""
   paths = [source.path / REPORT_FILE for source in sources]
-  each = [json.loads(path.read_text()) for path in paths if path.exists()]
+  each = [texts for texts in map(disk.read_object, paths) if texts]
   if not each:
     return {}
   commands = dict.fromkeys(texts["command"] for texts in each)

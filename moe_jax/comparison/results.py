@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from moe_jax import disk
 from moe_jax.errors import InputError
 from moe_jax.training import metric_writer
 
@@ -44,7 +45,7 @@ def load_results(run_dir: str | os.PathLike[str]) -> list[Result]:
   """
   results = []
   for path in sorted(pathlib.Path(run_dir).glob("arms/*/seed_*/result.json")):
-    result = _read_json(path)
+    result = disk.read_object(path)
     if result is None:
       continue
     if "arm" not in result or "seed" not in result:
@@ -63,7 +64,7 @@ def load_metrics(run_dir: str | os.PathLike[str]) -> dict[tuple[str, int], list[
   """(arm, seed) -> the lines of the metrics.jsonl beside its result.json, for finished arms."""
   metrics = {}
   for path in sorted(pathlib.Path(run_dir).glob("arms/*/seed_*/result.json")):
-    result, lines = _read_json(path), path.with_name("metrics.jsonl")
+    result, lines = disk.read_object(path), path.with_name("metrics.jsonl")
     if result is not None and lines.exists():
       metrics[str(result.get("arm")), result.get("seed")] = metric_writer.read_jsonl(lines)
   return metrics
@@ -71,7 +72,7 @@ def load_metrics(run_dir: str | os.PathLike[str]) -> dict[tuple[str, int], list[
 
 def load_config(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
   """config.json of the run folder, or {}."""
-  return _read_json(pathlib.Path(run_dir) / "config.json") or {}
+  return disk.read_object(pathlib.Path(run_dir) / "config.json") or {}
 
 
 def group_by_arm(results: Iterable[Result]) -> dict[str, list[Result]]:
@@ -139,7 +140,7 @@ def warnings(
   if absent:
     found.append(f"Arms of this folder that are not in this report: {', '.join(absent)}.")
   run_dir = pathlib.Path(run_dir)
-  torn = [p for p in sorted(run_dir.glob("arms/*/seed_*")) if _read_json(p / "result.json") is None]
+  torn = [p for p in sorted(run_dir.glob("arms/*/seed_*")) if disk.read_object(p / "result.json") is None]
   if torn:
     found.append(
       f"Unfinished, left out: {', '.join(p.relative_to(run_dir / 'arms').as_posix() for p in torn)}."
@@ -153,12 +154,3 @@ def _configured_arms(run_dir: str | os.PathLike[str]) -> list[Any]:
     # Flags keep their text. Commas also join the balancers of one arm, so only a real list tells the arms.
     return []
   return list(arms) if isinstance(arms, (list, tuple, dict)) else []
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
-  """The object in a file; None if the file is absent, torn or not an object."""
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError):
-    return None
-  return value if isinstance(value, dict) else None

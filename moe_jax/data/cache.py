@@ -6,10 +6,10 @@ A missing file is made again, so a folder that cannot be written costs time and 
 import contextlib
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from moe_jax import disk
 from moe_jax.config import DataConfig
 
 
@@ -33,28 +33,27 @@ def texts_key(texts: Iterable[str]) -> str:
   return digest.hexdigest()[:16]
 
 
-def write_whole(path: Path, data: bytes) -> None:
-  """Writes a file in one rename, so that a file that exists is whole. Makes its folder."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  handle, temporary = tempfile.mkstemp(prefix=".", dir=path.parent)
-  try:
-    with os.fdopen(handle, "wb") as file:
-      file.write(data)
-    os.chmod(temporary, 0o644)  # mkstemp's files are only for their owner; the corpus is for everyone
-    os.replace(temporary, path)
-  finally:
-    Path(temporary).unlink(missing_ok=True)
-
-
 def keep(path: Path, data: bytes) -> None:
-  """Writes a file if the folder can be written."""
+  """Writes a file and its digest if the folder can be written."""
   with contextlib.suppress(OSError):
-    write_whole(path, data)
+    disk.write_whole(path, data)
+    disk.write_whole(_digest_file(path), hashlib.sha256(data).hexdigest().encode())
 
 
 def read(path: Path) -> bytes | None:
-  """Returns the bytes of a file; None if it is not there or cannot be read."""
+  """Returns the bytes of a file that `keep` wrote; None if it is not there, cannot be read, or is damaged.
+
+  A damaged file is moved aside, and is made again by the caller.
+  """
   try:
-    return path.read_bytes()
+    data, digest = path.read_bytes(), _digest_file(path).read_bytes()
   except OSError:
     return None
+  if hashlib.sha256(data).hexdigest().encode() == digest:
+    return data
+  disk.note(f"{path}: is damaged, moved to {disk.move_aside(path, path.parent)}; it is made again")
+  return None
+
+
+def _digest_file(path: Path) -> Path:
+  return path.with_name(f"{path.name}.sha256")

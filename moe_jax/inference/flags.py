@@ -1,4 +1,4 @@
-"""The flags by which a script opens a model: `--model`, `--mesh`, `--plugins`."""
+"""The flags by which a script opens a model (`--model`, `--mesh`, `--plugins`) and the text that the model reads."""
 
 import contextlib
 import dataclasses
@@ -11,6 +11,7 @@ from moe_jax.config import MeshConfig
 from moe_jax.errors import InputError, unknown_name
 
 if TYPE_CHECKING:
+  from moe_jax.data import Dataset
   from moe_jax.training.load import Loaded
 
 
@@ -25,6 +26,40 @@ def define_flags() -> None:
   )
   flags.DEFINE_list("mesh", [], "devices along each mesh axis, e.g. data=2,expert=4; default: one device")
   flags.DEFINE_list("plugins", [], "Python files or modules that register methods of your own")
+
+
+def define_data_flags(batch_size: int, eval_batches: int) -> None:
+  """Defines the flags of `open_dataset`, with these defaults."""
+  flags.DEFINE_string(
+    "dataset", "", "stdlib, markov, text_folder or a TFDS name; default: that of the run, or stdlib"
+  )
+  flags.DEFINE_string("text_folder", "", "for --dataset=text_folder: one folder per domain")
+  flags.DEFINE_string("data_dir", "", "where data sets are; default: as in the run")
+  flags.DEFINE_integer("sequence_length", 0, "tokens of a window; 0: as in the run, or 128")
+  flags.DEFINE_integer("batch_size", batch_size, "windows at a time", lower_bound=1)
+  flags.DEFINE_integer("eval_batches", eval_batches, "batches of the validation split; 0: all", lower_bound=0)
+
+
+def open_dataset(loaded: "Loaded") -> "Dataset":
+  """Returns the data set that the flags name, cut with the tokenizer of the model.
+
+  Raises:
+    InputError: if there is no such data set, or a flag is wrong.
+  """
+  from moe_jax.config.fields import positive
+  from moe_jax.data import load_dataset
+
+  values, own = flags.FLAGS, loaded.config.data
+  names = ("dataset", "text_folder", "data_dir", "sequence_length")
+  data = dataclasses.replace(
+    own, **{n: values[n].value for n in names if values[n].value}, batch_size=values["batch_size"].value
+  )
+  positive(data, "batch_size", "sequence_length")
+  if loaded.tokenizer is None:
+    raise InputError(f"--model={loaded.folder}: has no tokenizer, with which the text could be cut")
+  # A tokenizer that was trained on this very data set comes with it, and has the tokens cached.
+  is_own = own.bpe_size and (data.dataset, data.text_folder) == (own.dataset, own.text_folder)
+  return load_dataset(data, None if is_own else loaded.tokenizer)
 
 
 @contextlib.contextmanager

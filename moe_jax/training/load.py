@@ -1,6 +1,5 @@
 """Loads a finished run: its model with the trained parameters, its configuration, and its tokenizer."""
 
-import json
 import os
 import pathlib
 from typing import Any, NamedTuple
@@ -8,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from moe_jax import sharding
+from moe_jax import disk, sharding
 from moe_jax.config import Config, DataConfig
 from moe_jax.data.bpe import load_bpe
 from moe_jax.data.tokenizers import Tokenizer, load_tokenizer
@@ -16,10 +15,11 @@ from moe_jax.errors import InputError
 from moe_jax.nn.transformer import Transformer
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import abstract_model, make_init, resolve_config
+from moe_jax.training.step import TrainState
 
 # In the folder of a run. The second is only there if the data set trained its own tokenizer.
 CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer.json"
-NOT_CONFIG = ("vocab_size", "domains")  # what it holds of the text, beside the configuration
+NOT_CONFIG = ("vocab_size", "domains", "fingerprint")  # what it holds of the text, beside the configuration
 
 
 class Loaded(NamedTuple):
@@ -46,10 +46,31 @@ def load_run(folder: str | os.PathLike[str]) -> Loaded:
       another version of moe_jax wrote it.
   """
   folder = pathlib.Path(folder)
+  mesh = jax.sharding.Mesh([[[[[jax.devices()[0]]]]]], sharding.MESH_AXES)
+  config, vocab_size, state = restore_run(folder, mesh)
+  model = abstract_model(config, vocab_size)
+  # Values only: what was frozen in training is not frozen in the model.
+  fill = lambda own, saved: own.replace(saved.get_value())
+  params, variables = nnx.state(model, nnx.Param, ...)
+  is_variable = lambda leaf: isinstance(leaf, nnx.Variable)
+  filled = (
+    jax.tree.map(fill, own, saved, is_leaf=is_variable)
+    for own, saved in ((params, state.params), (variables, state.variables))
+  )
+  model = nnx.merge(nnx.graphdef(model), *filled)
+  tokenizer, length = _tokenizer(folder, config.data), config.data.sequence_length
+  return Loaded(model, config, tokenizer, int(state.step), folder, max_positions=length)
+
+
+def restore_run(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[Config, int, TrainState]:
+  """Returns the resolved configuration of the run in `folder`, its V, and its newest checkpoint on `mesh`.
+
+  Raises:
+    InputError: see `load_run`.
+  """
   values = _read(folder / CONFIG_FILE)
   vocab_size = values["vocab_size"]
   config = _config(folder, {name: value for name, value in values.items() if name not in NOT_CONFIG})
-  mesh = jax.sharding.Mesh([[[[[jax.devices()[0]]]]]], sharding.MESH_AXES)
   abstract = jax.eval_shape(make_init(config, vocab_size), 0)
   checkpoints = Checkpoints(folder / "checkpoints")
   try:
@@ -58,10 +79,7 @@ def load_run(folder: str | os.PathLike[str]) -> Loaded:
     state, _ = checkpoints.restore(abstract, sharding.state_shardings(mesh, abstract))
   finally:
     checkpoints.close()
-  graphdef = nnx.graphdef(abstract_model(config, vocab_size))
-  model = nnx.merge(graphdef, state.params, state.variables)
-  tokenizer, length = _tokenizer(folder, config.data), config.data.sequence_length
-  return Loaded(model, config, tokenizer, int(state.step), folder, max_positions=length)
+  return config, vocab_size, state
 
 
 def _tokenizer(folder: pathlib.Path, data: DataConfig) -> Tokenizer:
@@ -76,11 +94,10 @@ def _tokenizer(folder: pathlib.Path, data: DataConfig) -> Tokenizer:
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    values = json.loads(path.read_text())
-  except (OSError, ValueError):
-    raise InputError(f"{path.parent}: holds no run ({path.name} is missing or not whole)") from None
-  if not isinstance(values, dict) or "vocab_size" not in values:
+  values = disk.read_object(path)
+  if values is None:
+    raise InputError(f"{path.parent}: holds no run ({path.name} is missing or not whole)")
+  if "vocab_size" not in values:
     raise InputError(
       f"{path.parent}: is no folder of a run; in a comparison's folder, a run is arms/ARM/seed_SEED"
     )
@@ -97,11 +114,3 @@ def _config(folder: pathlib.Path, values: dict[str, Any]) -> Config:
     ) from None
   except (KeyError, TypeError) as error:
     raise InputError(f"{folder}: {CONFIG_FILE} is no configuration of this version ({error!r})") from None
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes a JSON file atomically, so that a file that exists is complete."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_suffix(f".{os.getpid()}.tmp")  # processes of one comparison may write the same file
-  temporary.write_text(json.dumps(value, indent=1))
-  temporary.replace(path)

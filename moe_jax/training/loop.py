@@ -1,7 +1,6 @@
 """Training with all its side effects: data, checkpoints, metrics, progress. The steps stay pure."""
 
 import contextlib
-import json
 import os
 import pathlib
 import time
@@ -11,25 +10,25 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax import sharding
+from moe_jax import disk, sharding
 from moe_jax.cluster import processes
 from moe_jax.config import Config
-from moe_jax.config.plain import to_plain
 from moe_jax.data import Dataset
-from moe_jax.data.cache import write_whole
-from moe_jax.errors import NonFiniteLoss
-from moe_jax.nn.build import different_blocks, routed_part
+from moe_jax.errors import InputError, Stopped
 from moe_jax.nn.leaks import sees_later_tokens
-from moe_jax.ops.dispatch import expert_capacity
-from moe_jax.training.checkpoint import Checkpoints
+from moe_jax.training.checkpoint import Checkpoints, all_finite
 from moe_jax.training.compiled import check_run, compile_steps
-from moe_jax.training.load import CONFIG_FILE, TOKENIZER_FILE, Loaded, load_run, write_json
+from moe_jax.training.identity import check_same_run, hold, write_identity
+from moe_jax.training.load import Loaded, load_run
+from moe_jax.training.memory import check_memory
 from moe_jax.training.metric_writer import JsonlWriter, MetricWriter, MultiWriter, TensorBoardWriter
 from moe_jax.training.progress import TrainingProgress
-from moe_jax.training.protocol import protocol_of
-from moe_jax.training.results import TailMeans, count_params, table_columns, validation_summary, versions
+from moe_jax.training.protocol import trace_header
+from moe_jax.training.results import TailMeans, result_of, validation_summary
 from moe_jax.training.router_trace import FOLDER, TraceWriter
+from moe_jax.training.start import start_from
 from moe_jax.training.step import EvalSums, TrainState
+from moe_jax.training.stops import Stops, in_words, not_finite
 
 
 class Run:
@@ -71,10 +70,30 @@ class Run:
     self.seconds, self.timed_steps, self.compile_seconds = 0.0, 0, 0.0
 
   def train(self) -> dict[str, Any]:
-    """Trains to `num_steps` or to its stop, from the newest checkpoint if there is one, and writes result.json."""
-    with jax.set_mesh(self.mesh), contextlib.ExitStack() as stack:
-      info = self.dataset.info
+    """Trains to `num_steps` or to its stop, from the newest whole checkpoint if there is one, and writes result.json.
+
+    Raises:
+      InputError: another process has the folder, what it holds is of another configuration or text, a number is no
+        longer finite, or memory or disk space do not suffice.
+      Stopped: after a signal or `max_minutes`, when the step is saved.
+    """
+    try:
+      with jax.set_mesh(self.mesh), hold([(self.folder, str(self.folder))]):
+        return self._train()
+    except Exception as error:
+      line = in_words(error, self.show)
+      if line is None:
+        raise
+      raise line from error
+
+  def _train(self) -> dict[str, Any]:
+    info = self.dataset.info
+    check_same_run(self.folder, self.config, info.fingerprint)
+    with contextlib.ExitStack() as stack:
+      train = self.config.train
+      self.stops = stack.enter_context(Stops(train.max_minutes, train.checkpoint_minutes))
       self.steps = compile_steps(self.config, info.vocab_size, len(info.domains), self.mesh)
+      check_memory(self.config, self.steps, info.vocab_size, self.mesh)
       self.checkpoints = Checkpoints(self.folder / "checkpoints")
       # On every way out: a save under way must not meet the next manager.
       stack.callback(self.checkpoints.close)
@@ -84,31 +103,26 @@ class Run:
         data_seed=self.config.data.data_seed,
       )
       state = self._start()
-      self._write_config()  # not before: a folder that is refused stays as it is
+      if processes.is_first():  # not before: a folder that is refused stays as it is
+        write_identity(self.folder, self.config, self.dataset)
+        disk.set_aside_damaged(
+          self.folder / "result.json", self.folder, "it is made again from the last checkpoint"
+        )
       if self.progress:
         self.progress.start_run(self.show, self.config.train.num_steps)
       writer = stack.enter_context(self._writer(int(state.step)))
       recorder = stack.enter_context(self._recorder(int(state.step)))
       state = self._loop(state, writer, recorder)
+      self.checkpoints.wait()
+      self.stops.close()
       validation = self.evaluate(state)
-    result = self._result(validation, int(state.step))
+      self._check_finite(int(state.step), {"validation loss": validation["nll"]})
+    result = result_of(self, validation, int(state.step))
     if processes.is_first():
-      write_json(self.folder / "result.json", result)
+      disk.write_json(self.folder / "result.json", result)
     if self.progress:
       self.progress.finish_run()
     return result
-
-  def _write_config(self) -> None:
-    """What `load` needs to make the model again."""
-    if processes.is_first():
-      values = self.config.to_dict() | {
-        "vocab_size": self.dataset.info.vocab_size,
-        "domains": list(self.dataset.info.domains),
-      }
-      tokenizer = self.dataset.tokenizer
-      if tokenizer and tokenizer.content is not None:
-        write_whole(self.folder / TOKENIZER_FILE, tokenizer.content)
-      write_json(self.folder / CONFIG_FILE, values)
 
   @staticmethod
   def load(folder: str | os.PathLike[str]) -> Loaded:
@@ -117,13 +131,23 @@ class Run:
 
   def _start(self) -> TrainState:
     if self.checkpoints.latest_step is None:
+      if self.config.train.init_from:
+        return start_from(self.steps, self.config, self.mesh)
       return self.steps.init(self.config.train.seed)
-    state, extra = self.checkpoints.restore(self.steps.abstract_state, self.steps.state_shardings)
+    state, extra = self.checkpoints.restore(
+      self.steps.abstract_state, self.steps.state_shardings, move_damaged=True
+    )
+    step, fingerprint = int(state.step), self.dataset.info.fingerprint
+    if extra["text"] != fingerprint:
+      raise InputError(
+        f"{self.folder}: step {step} was reached on other text (fingerprint {extra['text'][:12]}, now "
+        f"{fingerprint[:12]}); bring back the files, or choose another folder"
+      )
     self.batches.set_state(self.share.state_to_load(extra["data"]))
     self.tail.from_json(extra["tail"])
     self.seconds, self.timed_steps = extra["seconds"], extra["timed_steps"]
     if self.progress:
-      self.progress.note(f"{self.show}: continues from step {int(state.step)}")
+      self.progress.note(f"{self.show}: continues from step {step}")
     return state
 
   def _writer(self, step: int) -> MetricWriter:
@@ -137,7 +161,7 @@ class Run:
   def _recorder(self, step: int) -> contextlib.AbstractContextManager[TraceWriter | None]:
     if not processes.is_first() or not self.config.train.record_router_logits:
       return contextlib.nullcontext()
-    return TraceWriter(self.folder / FOLDER, self._trace_header(), resume_step=step)
+    return TraceWriter(self.folder / FOLDER, trace_header(self.config, self.dataset.info), resume_step=step)
 
   def _loop(self, state: TrainState, writer: MetricWriter, recorder: TraceWriter | None) -> TrainState:
     train = self.config.train
@@ -152,33 +176,61 @@ class Run:
       if recorder and step % train.record_router_logits == 0:
         recorder.add(step, trace)
       pending.append(metrics)
-      last = step == train.num_steps
-      evaluate = self._evaluates(step)
-      save = last or (train.checkpoint_every and step % train.checkpoint_every == 0)
-      first = step == start_step + 1
-      if first or step % train.log_every == 0 or last or evaluate or save:
-        # Reading the metrics waits for the steps, so time is taken after it.
-        values = self._read(step, pending)
-        elapsed = time.monotonic() - started
-        if first:
-          self.compile_seconds = elapsed
-        else:
-          self.seconds, self.timed_steps = self.seconds + elapsed, self.timed_steps + len(pending)
-        pending = []
+      reason = self.stops.reached(step)
+      first, last, evaluate = step == start_step + 1, step == train.num_steps, self._evaluates(step)
+      # Lines are at the same steps, however often the run was stopped or saved.
+      log = step == 1 or step % train.log_every == 0 or last or evaluate
+      save = bool(reason) or last or (train.checkpoint_every > 0 and step % train.checkpoint_every == 0)
+      if not (first or log or save):
+        continue
+      # Reading the metrics waits for the steps, so time is taken after it.
+      values = self._read(step, pending)
+      elapsed = time.monotonic() - started
+      if first:
+        self.compile_seconds = elapsed
+      else:
+        self.seconds, self.timed_steps = self.seconds + elapsed, self.timed_steps + len(pending)
+      pending = []
+      if log:
         self._log(step, values, writer)
-        stopped = False
-        if evaluate:
-          validation = self.evaluate(state)
-          writer.write(step, {f"eval_{k}": v for k, v in _scalars(validation).items()})
-          stopped = self.stop is not None and self.stop(validation)
-        if save or stopped:
-          if recorder:
-            recorder.flush()  # a run that continues from here has all steps up to here
-          self.checkpoints.save(step, state, self._extra())
-        if stopped:
-          break
-        started = time.monotonic()
+      if evaluate:
+        validation = self.evaluate(state)
+        writer.write(step, {f"eval_{k}": v for k, v in _scalars(validation).items()})
+        reached = self.stop is not None and self.stop(validation)
+      else:
+        reached = False
+      if self.stops.due() or save or reached:
+        self._save(step, state, writer, recorder)
+      if reason:
+        self._end(step, reason)
+      if reached:
+        break
+      started = time.monotonic()
     return state
+
+  def _save(self, step: int, state: TrainState, writer: MetricWriter, recorder: TraceWriter | None) -> None:
+    """A run that continues from here has all metrics and recorded steps up to here."""
+    if not all_finite(state.params):  # the numbers of a step are of the parameters before its update
+      self._check_finite(step + 1, {"parameters": np.nan})
+    writer.flush()
+    if recorder:
+      recorder.flush()
+    extra = {
+      "data": self.share.state_to_save(self.batches.get_state()),
+      "text": self.dataset.info.fingerprint,
+      "tail": self.tail.to_json(),
+      "seconds": self.seconds,
+      "timed_steps": self.timed_steps,
+    }
+    self.checkpoints.save(step, state, extra)
+    self.stops.saved()
+
+  def _end(self, step: int, reason: str) -> None:
+    self.checkpoints.wait()
+    raise Stopped(
+      f"{self.show or self.folder}: stopped by {reason}; step {step} of {self.config.train.num_steps} is saved in "
+      f"{self.checkpoints.folder}, and the same command continues from it"
+    )
 
   def _evaluates(self, step: int) -> bool:
     """Returns whether `step` is followed by an evaluation in training. That of the last step is the result."""
@@ -190,56 +242,29 @@ class Run:
     values = jax.device_get(pending)
     for offset, metrics in enumerate(values):
       at = step - len(values) + 1 + offset
-      if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])):
-        self._stop_non_finite(at, metrics)
+      self._check_finite(at, {"loss": metrics["loss"], "gradient norm": metrics["grad_norm"]})
       self.tail.add(at, metrics)
     return values[-1]
 
-  def _stop_non_finite(self, step: int, metrics: dict[str, np.ndarray]) -> None:
-    latest = self.checkpoints.latest_step
-    kept = "there is no earlier checkpoint (see --checkpoint_every)"
-    if latest is not None:
-      kept = f"the checkpoint of step {latest} in {self.checkpoints.folder} is good"
-    raise NonFiniteLoss(
-      f"--learning_rate={self.config.optimizer.learning_rate:g}: {self.show or 'the run'} has loss "
-      f"{metrics['loss']:g} and gradient norm {metrics['grad_norm']:g} at step {step}; {kept}; try a lower "
-      "learning rate"
-    )
+  def _check_finite(self, step: int, numbers: dict[str, float]) -> None:
+    if all(np.isfinite(value) for value in numbers.values()):
+      return
+    self.checkpoints.wait()
+    kept = "there is no earlier checkpoint"
+    if self.checkpoints.latest_step is not None:
+      kept = f"the checkpoint of step {self.checkpoints.latest_step} in {self.checkpoints.folder} is good"
+    words = " and ".join(f"{name} {value:g}" for name, value in numbers.items())
+    raise not_finite(self.show, step, words, kept, self.config.optimizer.learning_rate)
 
   def _log(self, step: int, values: dict[str, np.ndarray], writer: MetricWriter) -> None:
-    speed = self.timed_steps * self._tokens_per_step / self.seconds if self.seconds else 0.0
+    speed = self.timed_steps * self.tokens_per_step / self.seconds if self.seconds else 0.0
     writer.write(step, values | ({"tokens_per_second": speed} if speed else {}))
     if self.progress:
       max_vio = float(np.mean(values["max_vio"])) if "max_vio" in values else 0.0
       self.progress.update(step, float(values["loss"]), max_vio, speed)
 
-  def _extra(self) -> dict[str, Any]:
-    return {
-      "data": self.share.state_to_save(self.batches.get_state()),
-      "tail": self.tail.to_json(),
-      "seconds": self.seconds,
-      "timed_steps": self.timed_steps,
-    }
-
-  def _trace_header(self) -> dict[str, Any]:
-    length, info = self.config.data.sequence_length, self.dataset.info
-    block = next(b for b in different_blocks(self.config.model) if routed_part(b) is not None)
-    layer, k = routed_part(block), block.moe.num_experts_per_token
-    group = layer.tokens_per_group(length)
-    return {
-      "router": str(block.moe.router),
-      "num_experts": layer.num_experts,
-      "num_scored_experts": layer.num_scored_experts,
-      "num_experts_per_token": k,
-      "group_size": group,
-      "capacity": expert_capacity(group, k, layer.capacity_factor, layer.num_experts),
-      "domains": list(info.domains),
-      "fingerprint": info.fingerprint,
-      "config": self.config.to_dict(),
-    }
-
   @property
-  def _tokens_per_step(self) -> int:
+  def tokens_per_step(self) -> int:
     return self.config.data.batch_size * self.config.data.sequence_length
 
   def evaluate_as(self, configs: Mapping[str, Config]) -> dict[str, Any]:
@@ -256,6 +281,8 @@ class Run:
     Raises:
       InputError: if a configuration has other parameters than the run.
     """
+    path = self.folder / "result.json"
+    result = disk.read_object(path) or {}
     with jax.set_mesh(self.mesh), contextlib.ExitStack() as stack:
       info = self.dataset.info
       steps = [compile_steps(c, info.vocab_size, len(info.domains), self.mesh) for c in configs.values()]
@@ -265,13 +292,15 @@ class Run:
       for (name, config), of_config in zip(configs.items(), steps, strict=True):
         # Restored for each: checked against its arrays, and laid out for its program.
         state, _ = checkpoints.restore(of_config.abstract_state, of_config.state_shardings)
+        if int(state.step) != result["num_steps"]:
+          raise InputError(
+            f"{self.folder}: the checkpoint of the last step is damaged; remove result.json to train it again"
+          )
         sees_later = sees_later_tokens(check_run(config, self.mesh).model)
         found[name] = {"sees_later_tokens": sees_later} | _scalars(self.evaluate(state, of_config.evaluate))
-    path = self.folder / "result.json"
-    result = json.loads(path.read_text())
     result["evaluations"] = result.get("evaluations", {}) | found
     if processes.is_first():
-      write_json(path, result)
+      disk.write_json(path, result)
     return result
 
   def _on_devices(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -301,40 +330,6 @@ class Run:
     if self.config.model.causal:
       num_bytes = self.dataset.validation_bytes(float(total.num_targets), limit)
     return validation_summary(total, num_bytes)
-
-  def _result(self, validation: dict[str, Any], num_steps: int) -> dict[str, Any]:
-    info = self.dataset.info
-    num_params, num_active = count_params(self.steps.model)
-    return {
-      "arm": self.label,
-      "seed": self.config.train.seed,
-      "num_steps": num_steps,
-      "tokens_per_step": self._tokens_per_step,
-      "objective": str(self.config.train.objective),
-      "sees_later_tokens": sees_later_tokens(self.config.model),
-      "schedule": to_plain(self.config.optimizer),
-      **protocol_of(self.config),
-      "num_params": num_params,
-      "num_active_params": num_active,
-      "dataset": info.name,
-      "fingerprint": info.fingerprint,
-      "domains": list(info.domains),
-      "entropy_rate": info.entropy_rate,
-      "validation_floor": info.validation_floor,
-      "bytes_per_token": info.bytes_per_token,
-      **({"yardsticks": info.yardsticks} if info.yardsticks and self.config.model.causal else {}),
-      "columns": table_columns(),
-      "validation": validation,
-      "training": {
-        **self.tail.means(),
-        "tail_steps": self.tail.count,
-        "tokens_per_second": self.timed_steps * self._tokens_per_step / max(self.seconds, 1e-9),
-        "seconds": self.seconds,
-        "compile_seconds": self.compile_seconds,
-      },
-      "versions": versions(),
-      "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
-    }
 
 
 def _scalars(validation: dict[str, Any]) -> dict[str, Any]:

@@ -10,11 +10,13 @@ import json
 import math
 import os
 import pathlib
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 import numpy as np
 
+from moe_jax import disk
 from moe_jax.errors import InputError
 
 # JSON has no literal for these. Strings preserve the value, and any JSON reader accepts them.
@@ -27,6 +29,9 @@ class MetricWriter(abc.ABC):
   @abc.abstractmethod
   def write(self, step: int, metrics: Mapping[str, Any]) -> None:
     """Records scalars and arrays under their names. A step may be written more than once."""
+
+  def flush(self) -> None:
+    """Returns when everything so far is on disk."""
 
   def close(self) -> None:
     """Closes the files. A second call does nothing."""
@@ -65,6 +70,9 @@ class JsonlWriter(MetricWriter):
     self._file.write(json.dumps(line, allow_nan=False) + "\n")
     self._file.flush()
 
+  def flush(self) -> None:
+    os.fsync(self._file.fileno())
+
   def close(self) -> None:
     self._file.close()
 
@@ -82,28 +90,47 @@ class TensorBoardWriter(MetricWriter):
   """
 
   def __init__(self, directory: str | os.PathLike[str], *, resume_step: int | None = None):
-    import tensorboardX  # here, so that reading JSON lines does not need it
+    # Here, so that reading JSON lines does not need it. Not its SummaryWriter, whose thread keeps events that a kill
+    # then loses, and whose `flush` does not wait for them.
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-    purge_step = None if resume_step is None else resume_step + 1
-    self._writer = tensorboardX.SummaryWriter(os.fspath(directory), purge_step=purge_step)
+    pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
+    own = f".{time.time_ns()}.{os.getpid()}"  # TensorBoard reads files in the order of their names
+    self._events = EventsWriter(os.path.join(os.fspath(directory), "events"), own)
+    if resume_step is not None:
+      purge = Event(
+        wall_time=time.time(), step=resume_step + 1, session_log=SessionLog(status=SessionLog.START)
+      )
+      self._events.write_event(purge)
 
   def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+    from tensorboardX import summary
+    from tensorboardX.proto.event_pb2 import Event
+
     for name, value in metrics.items():
       array = to_numpy(name, value).astype(np.float64)
-      if array.ndim == 0:
-        self._writer.add_scalar(name, float(array), step)
-      elif array.ndim == 1:
-        for layer, x in enumerate(array):
-          self._writer.add_scalar(f"{name}/layer_{layer}", float(x), step)
-      elif array.ndim == 2:
-        for layer, row in enumerate(array):
-          if row.size and np.isfinite(row).all():
-            self._writer.add_histogram(f"{name}/layer_{layer}", row, step)
-      else:
+      if array.ndim > 2:
         raise ValueError(f"metric {name!r} has shape {array.shape}: at most two axes, layers and experts")
+      rows = (
+        [(name, array)] if array.ndim == 0 else [(f"{name}/layer_{i}", row) for i, row in enumerate(array)]
+      )
+      for tag, x in rows:
+        if x.ndim == 0:
+          found = summary.scalar(tag, float(x))
+        elif x.size and np.isfinite(x).all():
+          found = summary.histogram(tag, x, "auto")
+        else:
+          continue
+        self._events.write_event(Event(wall_time=time.time(), step=int(step), summary=found))
+
+  def flush(self) -> None:
+    self._events.flush()
 
   def close(self) -> None:
-    self._writer.close()
+    if self._events:
+      self._events.close()
+      self._events = None
 
 
 class MultiWriter(MetricWriter):
@@ -118,6 +145,10 @@ class MultiWriter(MetricWriter):
     }  # one device transfer, not one each
     for writer in self._writers:
       writer.write(step, arrays)
+
+  def flush(self) -> None:
+    for writer in self._writers:
+      writer.flush()
 
   def close(self) -> None:
     with contextlib.ExitStack() as stack:
@@ -171,29 +202,48 @@ def _restore(x: Any) -> Any:
   return _NON_FINITE.get(x, x) if isinstance(x, str) else x
 
 
+def read_lines(path: str | os.PathLike[str]) -> tuple[list[tuple[str, dict[str, Any]]], int]:
+  """Returns (text with its newline, parsed object) for every whole line of a metrics file, and how many are not whole.
+
+  A last line without a newline, left by a killed run, counts as not written.
+  """
+  lines, lost = [], 0
+  try:
+    texts = pathlib.Path(path).read_bytes().splitlines(keepends=True)
+  except OSError:
+    return [], 0
+  for text in texts:
+    if not text.endswith(b"\n"):
+      break
+    try:
+      line = json.loads(text.decode())
+      if not isinstance(line["step"], int):
+        raise TypeError
+      lines.append((text.decode(), line))
+    except (ValueError, TypeError, KeyError, RecursionError):
+      lost += 1
+  return lines, lost
+
+
 def _lines(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
-  """Returns (text with its newline, parsed object) for every complete line."""
-  lines = []
-  with path.open(encoding="utf-8", newline="\n", errors="replace") as file:
-    for number, text in enumerate(file, start=1):
-      if not text.endswith("\n"):
-        break  # incomplete, left by a killed run
-      try:
-        line = json.loads(text)
-        if not isinstance(line["step"], int):
-          raise TypeError
-      except (ValueError, TypeError, KeyError):
-        raise InputError(f'{path}, line {number}: not a JSON object with an integer "step"') from None
-      lines.append((text, line))
+  """The whole lines of a file. Raises `InputError` if any other line is not whole; the message names the line."""
+  lines, lost = read_lines(path)
+  if lost:
+    texts = path.read_bytes().splitlines(keepends=True)
+    whole = {text.encode() for text, _ in lines}
+    number = next(i for i, text in enumerate(texts, start=1) if text not in whole)
+    raise InputError(f'{path}, line {number}: not a JSON object with an integer "step"')
   return lines
 
 
 def _truncate(path: pathlib.Path, resume_step: int | None) -> None:
-  """Removes an incomplete last line and the lines of steps after `resume_step`. The file is replaced atomically."""
-  kept = [text for text, line in _lines(path) if resume_step is None or line["step"] <= resume_step]
-  temporary = path.with_name(path.name + ".tmp")
-  with temporary.open("w", encoding="utf-8", newline="\n") as file:
-    file.writelines(kept)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
+  """Removes an incomplete last line and the lines of steps after `resume_step`.
+
+  A file with damaged lines is moved aside, and its whole lines are kept.
+  """
+  lines, lost = read_lines(path)
+  if lost:
+    place = disk.move_aside(path, path.parent)
+    disk.note(f"{path}: {lost} lines cannot be read, moved to {place}; its {len(lines)} whole lines are kept")
+  kept = [text for text, line in lines if resume_step is None or line["step"] <= resume_step]
+  disk.write_whole(path, "".join(kept).encode())

@@ -19,9 +19,9 @@ class TrainingProgress:
   def __init__(self, total_steps: int, console: Console | None = None):
     self.console = console or Console()
     self._bar = Progress(
-      TextColumn("{task.description}"),
+      TextColumn("{task.description}", markup=False),
       BarColumn(bar_width=None),
-      TextColumn("{task.fields[numbers]}"),
+      TextColumn("{task.fields[numbers]}", markup=False),
       TimeRemainingColumn(compact=True),
       console=self.console,
       disable=not self.console.is_terminal,
@@ -64,7 +64,7 @@ class TrainingProgress:
       left = ""
       if tokens_per_second:  # not at the first step, whose time is mostly compilation
         left = f"  about {(now - self._started) * (self._total - done) / max(done, 1):.0f} s left"
-      self.console.print(f"{self._label}  {numbers}{left}", soft_wrap=True, highlight=False)
+      self.console.print(f"{self._label}  {numbers}{left}", soft_wrap=True, highlight=False, markup=False)
 
   def note(self, text: str) -> None:
     """Prints a line above the bar."""

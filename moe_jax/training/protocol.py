@@ -7,7 +7,8 @@ import jax
 from flax import nnx
 
 from moe_jax.config import BlockConfig, Config, ModelConfig, Segment
-from moe_jax.nn.build import different_blocks, make_blocks
+from moe_jax.data import DatasetInfo
+from moe_jax.nn.build import different_blocks, make_blocks, routed_part
 from moe_jax.nn.ffn import MLP, SoftMoE
 from moe_jax.nn.moe import MoE
 from moe_jax.ops.dispatch import expert_capacity
@@ -43,6 +44,24 @@ def protocol_of(config: Config) -> dict[str, Any]:
       **{name: sorted({getattr(block.moe, name) for block in with_experts}) for name in sizes},
     },
     "cpu_cores": os.cpu_count(),
+  }
+
+
+def trace_header(config: Config, info: DatasetInfo) -> dict[str, Any]:
+  """Returns what a recorded trace says of the run of a resolved configuration on the text of `info`."""
+  block = next(b for b in different_blocks(config.model) if routed_part(b) is not None)
+  layer, k = routed_part(block), block.moe.num_experts_per_token
+  group = layer.tokens_per_group(config.data.sequence_length)
+  return {
+    "router": str(block.moe.router),
+    "num_experts": layer.num_experts,
+    "num_scored_experts": layer.num_scored_experts,
+    "num_experts_per_token": k,
+    "group_size": group,
+    "capacity": expert_capacity(group, k, layer.capacity_factor, layer.num_experts),
+    "domains": list(info.domains),
+    "fingerprint": info.fingerprint,
+    "config": config.to_dict(),
   }
 
 

@@ -2,7 +2,7 @@
 
 import math
 import platform
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax
 import jax
@@ -11,11 +11,17 @@ from flax import nnx
 
 from moe_jax import __version__
 from moe_jax.config import Config
+from moe_jax.config.plain import to_plain
 from moe_jax.nn.aux import by_layer
+from moe_jax.nn.leaks import sees_later_tokens
 from moe_jax.nn.moe import MoE
 from moe_jax.nn.transformer import Transformer
 from moe_jax.ops.metrics import METRICS
+from moe_jax.training.protocol import protocol_of
 from moe_jax.training.step import EvalSums
+
+if TYPE_CHECKING:
+  from moe_jax.training.loop import Run
 
 
 def validation_summary(sums: EvalSums, num_bytes: float | None = None) -> dict[str, Any]:
@@ -80,6 +86,53 @@ def versions() -> dict[str, str]:
   }
 
 
+def result_of(run: "Run", validation: dict[str, Any], num_steps: int) -> dict[str, Any]:
+  """Returns the result of a run that has `num_steps` steps and these validation numbers."""
+  info, config = run.dataset.info, run.config
+  num_params, num_active = count_params(run.steps.model)
+  return {
+    "arm": run.label,
+    "seed": config.train.seed,
+    "num_steps": num_steps,
+    "tokens_per_step": run.tokens_per_step,
+    "objective": str(config.train.objective),
+    "sees_later_tokens": sees_later_tokens(config.model),
+    "schedule": to_plain(config.optimizer),
+    **protocol_of(config),
+    "num_params": num_params,
+    "num_active_params": num_active,
+    "dataset": info.name,
+    "fingerprint": info.fingerprint,
+    "domains": list(info.domains),
+    "entropy_rate": info.entropy_rate,
+    "validation_floor": info.validation_floor,
+    "bytes_per_token": info.bytes_per_token,
+    **({"yardsticks": info.yardsticks} if info.yardsticks and config.model.causal else {}),
+    "columns": table_columns(),
+    "validation": validation,
+    "training": {
+      **run.tail.means(),
+      "tail_steps": run.tail.count,
+      "tokens_per_second": run.timed_steps * run.tokens_per_step / max(run.seconds, 1e-9),
+      "seconds": run.seconds,
+      "compile_seconds": run.compile_seconds,
+    },
+    "versions": versions(),
+    "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
+  }
+
+
+def diverged_result(run: "Run", reason: str) -> dict[str, Any]:
+  """Returns the result of a run whose numbers are no longer finite. Its table cells are infinite."""
+  return {
+    "arm": run.label,
+    "seed": run.config.train.seed,
+    "fingerprint": run.dataset.info.fingerprint,
+    "diverged": reason,
+    "validation": {"nll": "Infinity", "perplexity": "Infinity", "bits_per_byte": "Infinity"},
+  }
+
+
 class TailMeans:
   """Means over the last part of training of what single steps measure noisily."""
 
@@ -101,8 +154,11 @@ class TailMeans:
     return {name: (total / self.count).tolist() for name, total in self.sums.items()}
 
   def to_json(self) -> dict[str, Any]:
-    return {"count": self.count, "sums": {name: total.tolist() for name, total in self.sums.items()}}
+    sums = {name: total.tolist() for name, total in self.sums.items()}
+    return {"first": self.first, "count": self.count, "sums": sums}
 
   def from_json(self, saved: dict[str, Any]) -> None:
-    self.count = saved["count"]
-    self.sums = {name: np.asarray(total) for name, total in saved["sums"].items()}
+    """Goes on with saved sums. Those of a shorter run, whose tail began elsewhere, are left out."""
+    if saved["first"] == self.first:
+      self.count = saved["count"]
+      self.sums = {name: np.asarray(total) for name, total in saved["sums"].items()}

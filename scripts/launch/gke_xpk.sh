@@ -40,8 +40,9 @@ need type image
 if [ "$option_slices" -gt 1 ]; then experiment_flags "--slice_parallelism=$option_slices"; fi
 experiment="$(quoted python3 -u "$option_script" ${arguments[@]+"${arguments[@]}"})"
 restart=()
-# If one process dies, the others end with status 1, for which XPK does not restart by default.
-if [ "$option_restarts" -gt 0 ]; then restart=("--max-restarts=$option_restarts" --restart-on-exit-codes=1); fi
+# If one process dies, the others end with status 1, and with 75 if a preempted one has asked all to save and stop. XPK
+# does not restart for these by default.
+if [ "$option_restarts" -gt 0 ]; then restart=("--max-restarts=$option_restarts" --restart-on-exit-codes=1,75); fi
 run xpk workload create "${where[@]}" "--tpu-type=$option_type" "--num-slices=$option_slices" \
   "--base-docker-image=$option_image" "--script-dir=$root" ${option_storage:+"--storage=$option_storage"} \
   ${restart[@]+"${restart[@]}"} "--command=pip install --quiet -e '.[tpu]' && $experiment"

@@ -39,6 +39,8 @@ read_options() {
         name="${word%%=*}"
         name="${name#--}"
         case "$known" in *" $name= "*) ;; *" $name "*) wrong "--$name: takes no value" ;; *) unknown "$name" "$known" ;; esac
+        # A line break would add a line of its own to a job's script.
+        case "$word" in *[[:cntrl:]]*) wrong "--$name: must not contain line breaks or other control characters" ;; esac
         printf -v "option_$name" '%s' "${word#*=}"
         ;;
       --*)

@@ -11,7 +11,9 @@
 #   --partition=NAME --account=NAME --constraint=NAME     passed to sbatch
 #   --python=PATH     default: .venv/bin/python of this checkout, with the extra cuda13
 #   --script=experiments/load_balancing.py     the program to run
-#   --requeue         restart after a node failure; the run continues from the last checkpoint
+#   --warning=180     seconds before the time limit at which SLURM sends SIGTERM: the run saves its step and ends
+#                     with status 75
+#   --requeue         queue the job again after a node failure, a preemption or the time limit; it continues
 #   --dry_run         print the job's script without submitting it
 #   --help            print this text
 #
@@ -21,11 +23,14 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/options.sh"
 
-option_per=node option_cpus=4 option_time=01:00:00 option_script=experiments/load_balancing.py
+option_per=node option_cpus=4 option_time=01:00:00 option_warning=180 option_script=experiments/load_balancing.py
 option_python="$root/.venv/bin/python"
-read_options "nodes= gpus_per_node= per= cpus= time= partition= account= constraint= python= script= requeue" "$@"
+read_options "nodes= gpus_per_node= per= cpus= time= warning= partition= account= constraint= python= script= requeue" "$@"
 need nodes gpus_per_node
-need_number nodes gpus_per_node cpus
+need_number nodes gpus_per_node cpus warning
+if [[ ! "$option_time" =~ ^([0-9]+(:[0-5]?[0-9]){0,2}|[0-9]+-[0-9]+(:[0-5]?[0-9]){0,2}|UNLIMITED|INFINITE)$ ]]; then
+  wrong "--time=$option_time: must be MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS, e.g. 01:00:00"
+fi
 need_script
 case "$option_per" in
   node) tasks=1 cores=$((option_cpus * option_gpus_per_node)) ;;
@@ -48,6 +53,15 @@ optional() {
   fi
 }
 
+# Prints what queues the job again when the run was asked to stop, and has saved its step.
+again() {
+  if [ -n "$option_requeue" ]; then
+    echo 'status=$?'
+    echo 'if [ "$status" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi'
+    echo 'exit "$status"'
+  fi
+}
+
 job() {
   cat <<END
 #!/bin/bash
@@ -58,11 +72,13 @@ job() {
 #SBATCH --gpus-per-node=$option_gpus_per_node
 #SBATCH --exclusive
 #SBATCH --time=$option_time
+#SBATCH --signal=TERM@$option_warning
 #SBATCH --output=%x-%j.out
 $(optional)
 cd $(quoted "$root")
 # Processes find each other through SLURM's variables. If one fails, the others end too.
 srun --label --kill-on-bad-exit=1 --cpus-per-task=$cores $(quoted "$option_python" -u "$option_script" ${arguments[@]+"${arguments[@]}"})
+$(again)
 END
 }
 

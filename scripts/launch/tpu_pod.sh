@@ -9,7 +9,7 @@
 #   --action=create   request the slices, and wait until they are ready
 #            install  copy the last commit of this checkout to all hosts and install it there
 #            run      start the experiment on all hosts; it continues there after Ctrl-C
-#            stop     stop what `run` started
+#            stop     stop what `run` started; it saves its step first
 #            delete   delete the slices
 #   --name=NAME       name of the queued resource
 #   --zone=ZONE       e.g. us-west4-a

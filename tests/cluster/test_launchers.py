@@ -77,7 +77,7 @@ def test_gke_xpk():
   shown = _dry("gke_xpk", f"{workload} --type=v5p-128 --slices=2 --image=i --restarts=3 -- --seeds=1")
   assert shown == (
     "xpk workload create --cluster=c --workload=w --tpu-type=v5p-128 --num-slices=2 --base-docker-image=i "
-    "--script-dir=ROOT --max-restarts=3 --restart-on-exit-codes=1 '--command=pip install --quiet -e '\\''.[tpu]'\\'' && "
+    "--script-dir=ROOT --max-restarts=3 --restart-on-exit-codes=1,75 '--command=pip install --quiet -e '\\''.[tpu]'\\'' && "
     "python3 -u experiments/load_balancing.py --slice_parallelism=2 --seeds=1'\n"
   )
   assert _dry("gke_xpk", f"{workload} --delete") == f"xpk workload delete {workload}\n"
@@ -96,6 +96,19 @@ def test_slurm(per, tasks, cores):
     "--slice_parallelism=2 --a=1"
   )
   assert "partition" not in shown
+
+
+def test_slurm_asks_for_a_signal_and_queues_a_stopped_job_again():
+  """The job's script with stand-ins for srun and scontrol: again after status 75, which says that a step is saved."""
+  shown = _dry("slurm", "--nodes=1 --gpus_per_node=8 --requeue --warning=90 --time=2-00:00:00")
+  assert "#SBATCH --signal=TERM@90" in shown and "#SBATCH --time=2-00:00:00" in shown
+  script = shown.replace("cd ROOT", "").replace("srun ", "ends_with $1 # ")
+  script = 'ends_with() { return "$1"; }\nscontrol() { echo "$@"; }\nSLURM_JOB_ID=7\n' + script
+  for status, said in ((75, "requeue 7\n"), (1, ""), (0, "")):
+    ended = subprocess.run(
+      ["bash", "-c", script, "job", str(status)], capture_output=True, text=True, timeout=60
+    )
+    assert (ended.returncode, ended.stdout) == (status, said)
 
 
 def test_a_flag_that_is_given_is_not_given_twice():
@@ -151,6 +164,12 @@ def test_slurm_gives_sbatch_the_script_of_the_dry_run(tmp_path):
     ("slurm", "--gpus_per_node=8", "--nodes: must be given"),
     ("slurm", "--nodes=0 --gpus_per_node=8", "--nodes=0: must be a positive whole number"),
     ("slurm", "--nodes=2 --gpus_per_node=8 --per=rack", "--per=rack: node or gpu"),
+    ("slurm", "--nodes=2 --gpus_per_node=8 --time=bogus", "--time=bogus: must be MINUTES, HOURS"),
+    (
+      "slurm",
+      "--nodes=2 --gpus_per_node=8 --partition='a\n#SBATCH -w x'",
+      "--partition: must not contain line",
+    ),
     ("local", "--processes", "--processes: needs a value"),
     ("local", "--dry_run=yes", "--dry_run: takes no value"),
     ("local", "tiny", "unexpected argument 'tiny'"),

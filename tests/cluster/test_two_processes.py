@@ -221,6 +221,27 @@ def main(argv):
     if step == 3: print("talking", flush=True)
 cli.run(distributed.on_every_process(main))
 """
+ASKED = """
+import time
+from moe_jax import cli
+from moe_jax.cluster import start as distributed
+from moe_jax.errors import Stopped
+distributed.define_flags()
+def main(argv):
+  import jax
+  from moe_jax.cluster import processes
+  from moe_jax.training.stops import Stops
+  with Stops() as stops:
+    for step in range(100_000):
+      if step % 7 == 0:
+        processes.from_all(step)  # the processes are up to six steps apart
+      time.sleep(0.02 * jax.process_index())
+      if reason := stops.reached(step):
+        print(f"saved {step}", flush=True)
+        raise Stopped(f"stopped by {reason}")
+      if step == 3: print("talking", flush=True)
+cli.run(distributed.on_every_process(main))
+"""
 GONE = (
   r"error: process {} of 2.* died, was killed or hangs \(process {}: {}.*continues from the last checkpoint\n"
 )
@@ -258,6 +279,19 @@ def test_the_other_ends_in_bounded_time_and_says_why(talk, process, sent, status
     assert re.search(told, pair.output(1 - process))
     assert ended == status if status else ended != 0
     assert sent != signal.SIGINT or pair.ends(process, SLOW) == status
+
+
+def test_a_signal_to_one_stops_both_after_the_same_step(tmp_path):
+  script = tmp_path / "asked.py"
+  script.write_text(ASKED)
+  with Pair([str(script), "--heartbeat_timeout=20"], tmp_path) as pair:
+    pair.wait_until(lambda: all("talking" in pair.output(i) for i in (0, 1)), SLOW, "talk")
+    pair.processes[1].send_signal(signal.SIGTERM)
+    assert [pair.ends(i, SLOW) for i in (0, 1)] == [75, 75]
+    outputs = [pair.output(i) for i in (0, 1)]
+  steps = [re.findall(r"saved (\d+)", output) for output in outputs]
+  assert len(steps[0]) == 1 and steps[0] == steps[1]
+  assert [output.count("stopped by SIGTERM") for output in outputs] == [1, 0]
 
 
 def test_processes_that_do_not_fit_end_with_one_line(talk):

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import moe_jax
 from moe_jax.data import Dataset, load_dataset
 from moe_jax.data.bpe import load_bpe, train_bpe
 from moe_jax.errors import InputError
+from moe_jax.training.identity import write_identity
 from moe_jax.training.loop import Run
 from tests import tiny
 from tests.training.test_loop import KeepsState
@@ -33,7 +35,7 @@ def trained_run(dataset, tmp_path_factory):
 
 def test_a_loaded_run_is_the_trained_model(trained_run):
   run = trained_run
-  loaded = Run.load(run.folder)
+  loaded = moe_jax.load(run.folder)  # which is Run.load, for the folder of a run
   assert (loaded.config.to_dict(), loaded.step) == (run.config.to_dict(), 2)
   assert loaded.tokenizer.decode(loaded.tokenizer.encode("héllo")) == "héllo"
   tokens_BL = tiny.make_batch()["tokens_BL"]
@@ -55,8 +57,7 @@ def test_a_trained_tokenizer_is_loaded_from_the_folder_of_the_run(trained_run, t
     Run.load(folder)
   config = tiny.change(CONFIG, dataset="stdlib", tokenizer="bpe:264")
   dataset = Dataset(config.data, load_dataset(CONFIG.data).info, None, None, load_bpe(content))
-  run = Run(config, dataset, folder)
-  run._write_config()
+  write_identity(folder, Run(config, dataset, folder).config, dataset)
   assert (
     Run.load(folder).tokenizer.encode("abc").tolist() == load_bpe(content).encode("abc").tolist() == [257]
   )
@@ -95,10 +96,14 @@ def test_a_checkpoint_of_other_arrays_is_refused_in_one_line(fields, trained_run
     re.escape(f"{tmp_path}/checkpoints/2: a checkpoint of another configuration or version of moe_jax")
     + " .*"
   )
-  with pytest.raises(InputError, match=line):
+  with pytest.raises(InputError, match=r"holds a run with another configuration \((model_dim|hooks) was "):
     other.train()
   assert (tmp_path / "config.json").read_text() == (folder / "config.json").read_text()
-  other._write_config()
+  (tmp_path / "config.json").unlink()
+  with pytest.raises(InputError, match=line):
+    other.train()
+  assert not (tmp_path / "config.json").exists()
+  write_identity(tmp_path, other.config, dataset)
   with pytest.raises(InputError, match=line) as error:
     Run.load(tmp_path)
   assert "\n" not in str(error.value)

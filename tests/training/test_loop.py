@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax import disk
 from moe_jax.config import MeshConfig
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError
@@ -128,7 +129,8 @@ def test_evaluation_does_not_depend_on_the_batch_size(finished, dataset, tmp_pat
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(dataset, tmp_path):
   config = tiny.change(CONFIG, learning_rate=1e18, warmup_steps=4, checkpoint_every=1)
   with pytest.raises(
-    InputError, match=r"--learning_rate=1e\+18: .* at step \d; the checkpoint of step \d in "
+    InputError,
+    match=r"the run has .* at step \d; the checkpoint of step \d in .*--learning_rate \(now 1e\+18\)",
   ):
     Run(config, dataset, tmp_path).train()
   steps = compile_steps(config, tiny.VOCAB, tiny.DOMAINS, make_mesh(config.mesh))
@@ -148,7 +150,9 @@ class InfiniteSlope(NextToken):
 
 def test_a_gradient_that_is_not_finite_stops_a_run_whose_loss_is(dataset, tmp_path):
   config = tiny.change(CONFIG, objective=InfiniteSlope, hooks="", num_layers=1)
-  with pytest.raises(InputError, match=r"loss 3\.\d+ and gradient norm nan at step 1; there is no earlier"):
+  with pytest.raises(
+    InputError, match=r"norm nan at step 1; there is no earlier .* the learning rate is not the reason"
+  ):
     Run(config, dataset, tmp_path).train()
   assert not list(tmp_path.glob("checkpoints/*/")) and not (tmp_path / "result.json").exists()
 
@@ -208,7 +212,7 @@ def test_evaluations_and_checkpoints_happen_at_their_steps_and_the_newest_two_st
   Run(tiny.change(CONFIG, eval_every=3, checkpoint_every=2, log_every=4), dataset, tmp_path).train()
   lines = read_jsonl(tmp_path / "metrics.jsonl")
   assert [line["step"] for line in lines if "eval_nll" in line] == [3]  # that of the last step is the result
-  assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 6]
+  assert [line["step"] for line in lines if "loss" in line] == [1, 3, 4, 6]
   assert saved == [2, 4, 6]
   assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [4, 6]
 
@@ -221,9 +225,9 @@ def test_a_run_that_has_reached_its_target_ends_there(dataset, tmp_path, monkeyp
     asked.append(validation["nll"])
     return len(asked) > 1 and validation["nll"] == asked[1]
 
-  write = loop.write_json
+  write = disk.write_json
   with monkeypatch.context() as patch:
-    patch.setattr(loop, "write_json", lambda path, *args: path.name == "result.json" or write(path, *args))
+    patch.setattr(disk, "write_json", lambda path, *args: path.name == "result.json" or write(path, *args))
     expected = Run(tiny.change(CONFIG, eval_every=1), dataset, tmp_path, stop=stop).train()
   assert expected["num_steps"] == 2 and expected["validation"]["nll"] == asked[1] != asked[0]
   assert not (tmp_path / "result.json").exists()

@@ -1,0 +1,92 @@
+"""All processes stop at one step, whichever of them was asked to.
+
+The main threads may be in different steps, and each may wait on its devices for the others. So it is threads that talk,
+over the key-value store of `jax.distributed`: each says which step its main thread has checked last, while it keeps
+that thread from checking another. All stop at the step after the largest, which nobody has checked. This is the protocol
+of `jax.experimental.multihost_utils.reached_preemption_sync_point`, which hears SIGTERM only, and then keeps a process
+from ending. Where a program has started JAX's service, its notices count here, too.
+"""
+
+import contextlib
+import itertools
+import json
+import threading
+import time
+
+import jax
+from jax.experimental import multihost_utils
+
+_POLL = 0.5  # seconds between looks for a process that was asked to stop
+_PATIENCE = 30.0  # seconds in which all processes answer, or nothing is agreed on
+_rounds = itertools.count()
+
+
+class Agreement:
+  """The step at which all processes stop. All must make and close the same agreements, in the same order."""
+
+  def __init__(self):
+    self._round = f"moe_jax/agree/{next(_rounds)}"
+    self._reason = ""
+    self._checked, self._stop_at = -1, None  # the last step that the main thread has checked; where all stop
+    self._lock, self._closing = threading.Lock(), threading.Event()
+    self._client = None
+    if jax.process_count() > 1:
+      from jax._src import distributed
+
+      self._client = distributed.global_state.client
+      self._thread = threading.Thread(target=self._listen, daemon=True)
+      self._thread.start()
+
+  def ask(self, reason: str) -> None:
+    """Asks all processes to stop, from any thread. The first reason counts."""
+    self._reason = self._reason or reason
+    if self._client:
+      with contextlib.suppress(Exception):  # another process was first, or process 0 is gone
+        self._client.key_value_set(f"{self._round}/ask", reason)
+
+  def reached(self, step: int) -> str:
+    """Returns why all processes stop after `step`; empty: they go on. Call it once for each step, in every process."""
+    if _jax_was_told(step):
+      return "a preemption notice"
+    if not self._client:
+      return self._reason
+    with self._lock:
+      self._checked = step
+      return self._reason if self._stop_at is not None and step >= self._stop_at else ""
+
+  def close(self) -> None:
+    """Call it when the last step is checked."""
+    if self._client:
+      self._closing.set()
+      self._post()
+      self._thread.join()
+
+  def _listen(self) -> None:
+    while not self._closing.wait(_POLL):
+      with contextlib.suppress(Exception):
+        self._reason = self._client.key_value_try_get(f"{self._round}/ask") or self._reason
+        with self._lock:
+          self._stop_at = self._agree()
+        return
+
+  def _post(self) -> None:
+    with contextlib.suppress(Exception):  # it is posted already
+      self._client.key_value_set(f"{self._round}/at/{jax.process_index()}", json.dumps(self._checked))
+
+  def _agree(self) -> int | None:
+    self._post()
+    deadline = time.monotonic() + _PATIENCE
+    while time.monotonic() < deadline and not self._closing.is_set():
+      found = self._client.key_value_dir_get(f"{self._round}/at/")
+      if len(found) == jax.process_count():
+        return max(json.loads(value) for _, value in found) + 1
+      time.sleep(0.05)
+    return None
+
+
+def _jax_was_told(step: int) -> bool:
+  from jax._src import distributed
+
+  if getattr(distributed.global_state, "preemption_sync_manager", None) is None:
+    return False
+  return multihost_utils.reached_preemption_sync_point(step)

@@ -1,0 +1,232 @@
+"""What is kept on disk: files written whole, locks with their owners, damaged files that are moved aside.
+
+Used by data, runs, traces and comparisons alike. The digests of checkpoints are in `moe_jax.training.checkpoint`.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from moe_jax.errors import InputError
+
+LOCK = ".lock"  # of a run, in its folder; of the config.json of a comparison, beside it
+ASIDE = "damaged"  # where damaged files of a folder are moved to; nothing is ever deleted
+_BEAT = 5.0  # seconds between signs of life in the lock file
+_OBSERVE = 4 * _BEAT  # without one for so long, an owner on another machine counts as gone
+
+
+def note(text: str) -> None:
+  """Prints one line on stderr: something is not as it should be, and was dealt with."""
+  print(f"note: {' '.join(text.split())}", file=sys.stderr, flush=True)
+
+
+def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
+  """Writes a file in one rename, so that a file that exists is whole, also after a power cut. Makes its folder."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  handle, temporary = tempfile.mkstemp(prefix=".", dir=path.parent)
+  try:
+    with os.fdopen(handle, "wb") as file:
+      file.write(data)
+      file.flush()
+      os.fsync(file.fileno())
+    os.chmod(temporary, 0o644)  # mkstemp's files are only for their owner
+    os.replace(temporary, path)
+  finally:
+    pathlib.Path(temporary).unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+  """Writes a JSON value in one rename."""
+  write_whole(path, json.dumps(value, indent=1).encode())
+
+
+def read_object(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+  """Returns the JSON object in a file; None if the file is absent, torn, unreadable or holds something else."""
+  try:
+    value = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+  except (OSError, ValueError, RecursionError):
+    return None
+  return value if isinstance(value, dict) else None
+
+
+def move_aside(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> pathlib.Path | None:
+  """Moves a damaged file or folder to `root/damaged`, under a name of its own. None if it cannot be moved."""
+  path, folder = pathlib.Path(path), pathlib.Path(root) / ASIDE
+  with contextlib.suppress(OSError):
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(1, 1000):
+      target = folder / f"{path.name}-{number}"
+      if not target.exists():
+        path.rename(target)
+        return target
+  return None
+
+
+def set_aside_damaged(path: str | os.PathLike[str], root: str | os.PathLike[str], consequence: str) -> None:
+  """Moves a file aside that should hold a JSON object and does not, and says so. An absent file is fine."""
+  if pathlib.Path(path).exists() and read_object(path) is None:
+    note(f"{path}: is damaged, moved to {move_aside(path, root)}; {consequence}")
+
+
+def check_folder(path: str | os.PathLike[str], flag: str = "output_dir") -> None:
+  """Raises `InputError` for a folder that cannot be made, or whose name a library takes for a pattern."""
+  text = os.fspath(path)
+  found = [c for c in text if c in "[]*?" or not c.isprintable()]
+  if found:
+    raise InputError(
+      f"--{flag}={text!r}: {found[0]!r} in the path is read as a pattern or cannot be printed; choose another name"
+    )
+  try:
+    above = pathlib.Path(path).absolute()
+    while not above.exists():
+      above = above.parent
+  except OSError as error:
+    raise InputError(f"--{flag}={text[:60]}...: cannot be a folder ({error.strerror})") from None
+  if not above.is_dir():
+    raise InputError(f"--{flag}={text}: {above} is a file; choose a folder")
+  try:
+    tempfile.TemporaryFile(dir=above).close()
+  except OSError as error:
+    raise InputError(
+      f"--{flag}={text}: {above} cannot be written ({error.strerror}); choose another folder"
+    ) from None
+
+
+def _machine() -> str:
+  """Names the machine since it was started, and the container: where a process number means a process."""
+  parts = [socket.gethostname()]
+  with contextlib.suppress(OSError):
+    parts.append(pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    parts.append(str(os.stat("/proc/self/ns/pid").st_ino))
+  return " ".join(parts)
+
+
+_held: dict[pathlib.Path, int] = {}  # the open lock files of this process
+_beating = threading.Lock()
+
+
+@contextlib.contextmanager
+def hold(path: str | os.PathLike[str], what: str, wait: float = 0.0) -> Iterator[None]:
+  """Holds a lock file while inside. What this process holds already, it may hold again.
+
+  The file names the owner: process, host and time. A lock whose owner is gone is taken over: on this machine at once,
+  for the kernel drops it with its process; on another machine if the file shows no sign of life for 20 s.
+
+  Args:
+    path: the lock file; made if absent, and left empty.
+    what: what is locked, for the message.
+    wait: seconds to wait for another owner.
+
+  Raises:
+    InputError: if another process holds the lock.
+  """
+  path = pathlib.Path(path).absolute()
+  if path in _held:
+    yield
+    return
+  path.parent.mkdir(parents=True, exist_ok=True)
+  deadline = time.monotonic() + wait
+  handle = _open(path)
+  while handle is None and time.monotonic() < deadline:
+    time.sleep(0.05)
+    handle = _open(path)
+  if handle is None:
+    handle = _from_other_machine(path)
+  if handle is None:
+    raise InputError(
+      f"{what}: in use by {_owner_in_words(path)}; wait for it or stop it, or choose another folder"
+    )
+  try:
+    text = json.dumps(
+      {"pid": os.getpid(), "host": socket.gethostname(), "machine": _machine(), "since": time.time()}
+    )
+    os.pwrite(handle, text.encode(), 0)
+    os.ftruncate(handle, len(text))
+    with _beating:
+      _held[path] = handle
+      if len(_held) == 1:
+        threading.Thread(target=_beat, daemon=True).start()
+    yield
+  finally:
+    with _beating:
+      _held.pop(path, None)
+      with contextlib.suppress(OSError):
+        os.ftruncate(handle, 0)
+      os.close(handle)
+
+
+def _open(path: pathlib.Path) -> int | None:
+  """Returns the locked file; None if a process has the lock, or may have it on another machine."""
+  handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+  try:
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    os.close(handle)
+    return None
+  except OSError:
+    pass  # a file system without locks: only the signs of life tell
+  owner = _owner(path)
+  if owner and owner.get("machine") != _machine():
+    os.close(handle)
+    return None
+  return handle
+
+
+def _from_other_machine(path: pathlib.Path) -> int | None:
+  """Returns the locked file if its owner is on another machine, and shows no sign of life for a while."""
+  owner = _owner(path)
+  if not owner or owner.get("machine") == _machine():
+    return None
+  note(f"{path.parent}: was used by {_owner_in_words(path)}; looking for {_OBSERVE:g} s whether it still is")
+  seen, deadline = _last_sign(path), time.monotonic() + _OBSERVE
+  while time.monotonic() < deadline:
+    time.sleep(min(_BEAT / 2, _OBSERVE / 4))
+    if _last_sign(path) != seen:
+      return None
+  handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+  try:
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    os.close(handle)
+    return None
+  except OSError:
+    pass
+  return handle
+
+
+def _last_sign(path: pathlib.Path) -> int:
+  with path.open() as file:  # opened anew: a network file system then asks its server
+    return os.fstat(file.fileno()).st_mtime_ns
+
+
+def _beat() -> None:
+  while True:
+    time.sleep(_BEAT)
+    with _beating:
+      if not _held:
+        return
+      for handle in _held.values():
+        with contextlib.suppress(OSError):
+          os.utime(handle)
+
+
+def _owner(path: pathlib.Path) -> dict[str, Any]:
+  return read_object(path) or {}
+
+
+def _owner_in_words(path: pathlib.Path) -> str:
+  owner = _owner(path)
+  if not owner:
+    return "another process"
+  since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner.get("since", 0)))
+  return f"process {owner.get('pid')} on {owner.get('host')} since {since}"

@@ -1,0 +1,149 @@
+"""Which run a folder holds: config.json says its configuration and its text, and another one is refused."""
+
+import contextlib
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from moe_jax import disk
+from moe_jax.cluster import processes
+from moe_jax.config import Config
+from moe_jax.config.plain import fingerprint, to_plain
+from moe_jax.data import Dataset
+from moe_jax.errors import InputError
+from moe_jax.training.load import CONFIG_FILE, TOKENIZER_FILE
+
+# What may change when a run continues: none of it changes what is trained. Another mesh sums in another order.
+FREE = {
+  "train": (
+    "log_every",
+    "checkpoint_every",
+    "checkpoint_minutes",
+    "max_minutes",
+    "ignore_memory_check",
+    "tensorboard",
+  ),
+  "data": ("data_dir", "text_folder"),  # the fingerprint of the text must stay
+  "mesh": ("slice", "data", "fsdp", "expert", "tensor"),
+}
+
+
+def write_identity(folder: pathlib.Path, config: Config, dataset: Dataset) -> None:
+  """Writes what `load` needs to make the model again, and what `check_same_run` compares."""
+  tokenizer = dataset.tokenizer
+  if tokenizer and tokenizer.content is not None:
+    disk.write_whole(folder / TOKENIZER_FILE, tokenizer.content)
+  info = dataset.info
+  of_text = {"vocab_size": info.vocab_size, "domains": list(info.domains), "fingerprint": info.fingerprint}
+  disk.write_json(folder / CONFIG_FILE, config.to_dict() | of_text)
+
+
+def check_same_run(folder: pathlib.Path, config: Config, text: str) -> None:
+  """Raises `InputError`, in all processes, if the folder holds a run of another configuration or text.
+
+  A config.json that cannot be read is moved aside: what it says of arrays and text is in the checkpoints, too.
+
+  Args:
+    folder: of the run; may be new.
+    config: resolved.
+    text: the fingerprint.
+  """
+  refused = processes.from_first(refusal(folder, config, text) if processes.is_first() else "")
+  if refused:
+    raise InputError(refused)
+
+
+def refusal(folder: pathlib.Path, config: Config, text: str) -> str:
+  """Returns the line with which `check_same_run` refuses; empty if it does not."""
+  known = _known(folder)
+  was = str(known.get("fingerprint", text))
+  if was != text:
+    return (
+      f"{folder}: holds a run on other text (fingerprint {was[:12]}, now {text[:12]}: another Python version or "
+      "changed files); bring back the files, or choose another folder"
+    )
+  changed = changes(known, config.to_dict()) if known else []
+  if changed:
+    return (
+      f"{folder}: holds a run with another configuration ({'; '.join(changed[:3])}); choose another folder"
+    )
+  return ""
+
+
+def is_shorter(folder: pathlib.Path, config: Config) -> bool:
+  """Returns whether the folder holds the same run with fewer steps."""
+  return _num_steps(_known(folder), config.train.num_steps) < config.train.num_steps
+
+
+def _known(folder: pathlib.Path) -> dict[str, Any]:
+  path = folder / CONFIG_FILE
+  disk.set_aside_damaged(path, folder, "it is written again from the flags")
+  return disk.read_object(path) or {}
+
+
+@contextlib.contextmanager
+def hold(locks: Iterable[tuple[pathlib.Path, str]]) -> Iterator[None]:
+  """Holds folders, each a (folder, name), in the first process for all.
+
+  Raises:
+    InputError: in all processes, if another command has one of them.
+  """
+  with contextlib.ExitStack() as stack:
+    refused = ""
+    if processes.is_first():
+      try:
+        for folder, name in locks:
+          stack.enter_context(disk.hold(folder / disk.LOCK, name))
+      except InputError as error:
+        refused = str(error)
+    refused = processes.from_first(refused)
+    if refused:
+      raise InputError(refused)
+    yield
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+  """Returns a text for every field of two configurations of JSON values that makes them different runs.
+
+  A missing field has its default. More steps than before on a constant schedule are the same run, longer.
+  """
+  old, new = _without_free(old), _without_free(new)
+  before, now = old["train"]["num_steps"], new["train"]["num_steps"]
+  warmup, constant = new["optimizer"]["warmup_steps"], new["optimizer"]["schedule"] == "constant"
+  if constant and before <= now and min(warmup, before // 2) == min(warmup, now // 2):
+    old["train"]["num_steps"] = now
+  return differences(old, new)
+
+
+def _num_steps(config: Mapping[str, Any], default: int) -> int:
+  train = config.get("train")
+  return train.get("num_steps", default) if isinstance(train, Mapping) else default
+
+
+def _without_free(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a configuration of JSON values without the fields that may change. Missing fields have their defaults."""
+  defaults = to_plain(Config(), fingerprint)
+  filled = {part: _with_defaults(config.get(part, {}), defaults[part]) for part in defaults}
+  for part, names in FREE.items():
+    filled[part] = {name: value for name, value in filled[part].items() if name not in names}
+  return filled
+
+
+def _with_defaults(values: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
+  filled = dict(defaults)
+  for name, value in (values if isinstance(values, Mapping) else {}).items():
+    nested = isinstance(value, Mapping) and isinstance(filled.get(name), Mapping)
+    filled[name] = _with_defaults(value, filled[name]) if nested else value
+  return filled
+
+
+def differences(old: Any, new: Any, name: str = "") -> list[str]:
+  """Returns a text for every leaf of JSON values that differs: its field, its old value and its new value."""
+  if isinstance(old, dict) and isinstance(new, dict):
+    keys = [*old, *(key for key in new if key not in old)]
+    return [line for key in keys for line in differences(old.get(key), new.get(key), key)]
+  if old == new:
+    return []
+  if isinstance(old, str) and isinstance(new, str) and old.partition(" [")[0] == new.partition(" [")[0]:
+    return [f"the code of {name} {old.partition(' [')[0]!r} has changed"]
+  return [f"{name} was {old!r}, now {new!r}"]

@@ -1,0 +1,152 @@
+"""A run that is asked to stop finishes its step, saves it, says so, and continues to the same numbers."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from moe_jax import disk
+from moe_jax.data import load_dataset
+from moe_jax.errors import InputError, Stopped
+from moe_jax.training import stops
+from moe_jax.training.loop import Run
+from tests import tiny
+
+CONFIG = tiny.change(tiny.CONFIG, num_steps=6, eval_batches=2, num_layers=1)
+
+
+@pytest.fixture(scope="module")
+def dataset():
+  return load_dataset(CONFIG.data)
+
+
+@pytest.fixture(scope="module")
+def finished(dataset, tmp_path_factory):
+  return Run(CONFIG, dataset, tmp_path_factory.mktemp("finished"), label="arm").train()
+
+
+class Sends(tiny.StopsAt):
+  """Stands for the progress display of a run that gets a signal in a step."""
+
+  def __init__(self, step, number):
+    super().__init__(step)
+    self.number = number
+
+  def update(self, step, *numbers):
+    if step == self.step:
+      os.kill(os.getpid(), self.number)
+      time.sleep(0.2)  # a step takes longer than a signal
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda n: n.name)
+def test_a_signal_saves_the_step_and_the_run_continues(number, dataset, finished, tmp_path):
+  """By default, without --checkpoint_every."""
+  before = [signal.getsignal(n) for n in stops.SIGNALS]
+  with pytest.raises(
+    Stopped, match=rf"stopped by {number.name}; step 3 of 6 is saved in .*same command continues"
+  ):
+    Run(CONFIG, dataset, tmp_path, Sends(2, number), label="arm").train()
+  assert [signal.getsignal(n) for n in stops.SIGNALS] == before
+  progress = tiny.StopsAt(0)
+  result = Run(CONFIG, dataset, tmp_path, progress, label="arm").train()
+  assert progress.notes == [": continues from step 3"] or "continues from step 3" in progress.notes[0]
+  assert result["validation"] == finished["validation"]
+  assert result["training"]["loss"] == finished["training"]["loss"]
+
+
+def test_a_time_limit_and_checkpoints_by_time(dataset, tmp_path, monkeypatch):
+  saved, save = [], stops.Stops.saved
+  monkeypatch.setattr(stops.Stops, "saved", lambda self: (saved.append(1), save(self)))
+  monkeypatch.setattr(stops, "FIRST_SAVE", 0.0)
+  config = tiny.change(CONFIG, checkpoint_minutes=1e-9)
+  Run(config, dataset, tmp_path / "often").train()
+  assert len(saved) == CONFIG.train.num_steps  # at every line of metrics
+  saved.clear()
+  monkeypatch.setattr(stops, "FIRST_SAVE", 1e6)
+  Run(tiny.change(CONFIG, checkpoint_minutes=5.0), dataset, tmp_path / "rarely").train()
+  assert len(saved) == 1
+  with pytest.raises(Stopped, match=r"stopped by --max_minutes=1e-09; step [12] of 6 is saved"):
+    Run(tiny.change(CONFIG, max_minutes=1e-9), dataset, tmp_path / "limited").train()
+
+
+CHILD = """
+import pathlib, sys, time
+from moe_jax import cli
+from moe_jax.data import load_dataset
+from moe_jax.training.loop import Run
+from tests import tiny
+from tests.training.test_stops import CONFIG
+
+class Waits(tiny.StopsAt):
+  def update(self, step, *numbers):
+    if step == 2:
+      print("ready", flush=True)
+      while not pathlib.Path(sys.argv[1], "go").exists():
+        time.sleep(0.05)
+
+def main(argv):
+  Run(CONFIG, load_dataset(CONFIG.data), argv[1], Waits(0), label="arm").train()
+
+cli.run(main, takes_arguments=True)
+"""
+
+
+@contextlib.contextmanager
+def child(folder):
+  """A process that trains in the folder, in step 2, where it waits for a file named go."""
+  with subprocess.Popen(
+    [sys.executable, "-c", CHILD, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  ) as process:
+    try:
+      assert process.stdout.readline() == "ready\n", process.stderr.read()[-2000:]
+      yield process
+    finally:
+      process.kill()
+
+
+def test_one_process_has_a_folder_until_it_ends_or_is_gone(dataset, finished, tmp_path):
+  """The first is asked to stop once, the second twice, which ends it at once."""
+  asked, gone = tmp_path / "asked", tmp_path / "gone"
+  with child(asked) as process, child(gone) as other:
+    line = rf"{asked}: in use by process {process.pid} on \S+ since \d{{4}}-.*; wait for it or stop it"
+    with pytest.raises(InputError, match=line):
+      Run(CONFIG, dataset, asked).train()
+    process.send_signal(signal.SIGTERM)
+    other.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert process.poll() is other.poll() is None  # they are within their steps
+    (asked / "go").touch()
+    other.send_signal(signal.SIGTERM)
+    assert (process.wait(30), other.wait(5)) == (75, 128 + signal.SIGTERM)
+    said, said_at_once = process.stderr.read(), other.stderr.read()
+  assert said.startswith("arm: stopped by SIGTERM; step 3 of 6 is saved") and said.count("\n") == 1
+  assert said_at_once == "error: a second signal, SIGTERM: ended without saving\n"
+  for folder in (asked, gone):
+    assert Run(CONFIG, dataset, folder, label="arm").train()["validation"] == finished["validation"]
+    assert (folder / disk.LOCK).read_text() == ""
+
+
+def test_a_lock_of_another_machine_is_taken_over_when_it_shows_no_life(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(disk, "_OBSERVE", 0.4)
+  path = tmp_path / "lock"
+  disk.write_json(path, {"pid": 1, "host": "node7", "machine": "node7 boot", "since": 0})
+  alive = threading.Event()
+
+  def beat():
+    while not alive.wait(0.02):
+      os.utime(path)
+
+  thread = threading.Thread(target=beat)
+  thread.start()
+  with pytest.raises(InputError, match="in use by process 1 on node7 since"), disk.hold(path, "it"):
+    pass
+  alive.set()
+  thread.join()
+  with disk.hold(path, "it"), disk.hold(path, "what it holds it may hold again"):
+    assert disk.read_object(path)["pid"] == os.getpid()
+  assert path.read_text() == "" and "node7" in capsys.readouterr().err
