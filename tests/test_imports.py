@@ -77,7 +77,7 @@ GRAPH = {
   "interop.source": Part("interop.layout", outside=set()),
   "inference": Part(f"interop {RUN}"),
   # model in, model out
-  "adapt": Part(MODEL, outside={"jax", "flax", "numpy", "scipy"}),
+  "adapt": Part(f"data {MODEL}", outside={"jax", "flax", "numpy", "scipy"}),
   "comparison": Part(RUN),
   "comparison.arms": Part("config errors registry nn ops"),
   "comparison.report": Part("comparison training.metric_writer config errors", never=JAX),
