@@ -47,8 +47,8 @@ def load(folder: str | os.PathLike[str], dtype: str = "float32", mtp: bool = Fal
 
   Raises:
     InputError: if the folder holds no model, the architecture is unknown, a file is missing or torn, a tensor is
-      missing, left over or of another shape than config.json says, the tokenizer has more ids than the model, or
-      memory is too small.
+      missing, left over or of another shape than config.json says, the tokenizer has more ids than the model, the mesh
+      does not divide the model, or memory is too small.
   """
   folder = pathlib.Path(folder).expanduser()
   if is_run(folder):
@@ -132,6 +132,7 @@ def load_model(
   skipped = check_tensors(folder, found, not_loaded(family, folder, config))
   graphdef, state = nnx.split(abstract)
   mesh = mesh_in_use()
+  sharding.check_divides(mesh, config.model, micro_batch=mesh.size, num_groups=mesh.size)
   layouts = {
     path: leaf.get_value() for path, leaf in nnx.to_flat_state(sharding.state_shardings(mesh, state))
   }
