@@ -65,6 +65,19 @@ def load(folder: str | os.PathLike[str], dtype: str = "float32", mtp: bool = Fal
   return Loaded(model, config, tokenizer, 0, folder, _stop_ids(folder, values), skipped, positions)
 
 
+def read_model_config(folder: str | os.PathLike[str]) -> tuple[Config, int]:
+  """Returns the configuration of a published checkpoint and its V, from config.json alone, with all its modules.
+
+  Raises:
+    InputError: if there is no config.json of a known architecture.
+  """
+  path = pathlib.Path(folder).expanduser()
+  read = read_config(path / CONFIG)
+  family, values = family_of(path, read), Values(str(path / CONFIG), read)
+  mtp = family.mtp_depth(values) > 0
+  return _config(family, values, DataConfig(), "float32", mtp), _ids(values).vocab_size
+
+
 def family_of(folder: pathlib.Path, values: dict[str, Any]) -> Family:
   """Returns the family by `model_type`, or by `architectures` where that is missing."""
   architectures = values.get("architectures") or []
