@@ -90,6 +90,19 @@ def open_checkpoint(folder: pathlib.Path, dtype: str, mtp: bool) -> Opened:
   return Opened(family, open_folder(folder, plain), config, ids.vocab_size, tokenizer)
 
 
+def read_model_config(folder: str | os.PathLike[str]) -> tuple[Config, int]:
+  """Returns the configuration of a published checkpoint and its V, from config.json alone, with all its modules.
+
+  Raises:
+    InputError: if there is no config.json of a known architecture.
+  """
+  path = pathlib.Path(folder).expanduser()
+  read = read_config(path / CONFIG)
+  family, values = family_of(path, read), Values(str(path / CONFIG), read)
+  mtp = family.mtp_depth(values) > 0
+  return _config(family, values, DataConfig(), "float32", mtp), _ids(values).vocab_size
+
+
 def family_of(folder: pathlib.Path, values: dict[str, Any]) -> Family:
   """Returns the family by `model_type`, or by `architectures` where that is missing."""
   architectures = values.get("architectures") or []
