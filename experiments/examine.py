@@ -4,7 +4,7 @@ Question   For each layer: load, MaxVio, dead and overloaded experts, what an ex
            position, which experts go together, how many devices a token reaches, and what a capacity would drop.
 Command    python experiments/examine.py --model=runs/load_balancing/arms/none/seed_0
            python experiments/examine.py --model=path/to/hf_folder --dataset=text_folder --text_folder=my_texts
-Hardware   two CPU cores; memory for the model. Any JAX device
+Hardware   two CPU cores; memory for the model, or with --stream for one layer of it. Any JAX device
 Minutes    under 1 for the default model on two CPU cores, more with --replay
 Result     report.html in the folder, see docs/examine.md
 
@@ -33,6 +33,9 @@ _DEVICES = flags.DEFINE_integer(
 _REPLAY = flags.DEFINE_string(
   "replay", "none", "balancers to replay on the router logits, separated by commas; all; none"
 )
+_STREAM = flags.DEFINE_bool(
+  "stream", False, "keep one layer of a published checkpoint in memory at a time; not with --replay"
+)
 _OUTPUT_DIR = flags.DEFINE_string(
   "output_dir", "", "the folder to write; empty: runs/examine/NAME OF THE MODEL"
 )
@@ -50,9 +53,12 @@ def main(argv: list[str]) -> None:
 
   from moe_jax.analysis.examine import replays, report
   from moe_jax.analysis.examine.examination import examine
+  from moe_jax.analysis.examine.streamed import examine_stream
 
   console, methods = Console(), _methods()
-  with model_flags.open_model() as loaded, contextlib.ExitStack() as stack:
+  if _STREAM.value and _REPLAY.value != "none":
+    raise InputError("--stream: is not possible with --replay, which needs the logits of all layers at once")
+  with model_flags.open_model(_STREAM.value) as loaded, contextlib.ExitStack() as stack:
     folder = _output_dir(loaded.folder)
     dataset = model_flags.open_dataset(loaded)
     recorder = None
@@ -63,9 +69,11 @@ def main(argv: list[str]) -> None:
         )
       recorder = stack.enter_context(replays.Recorder(folder / "router_logits", loaded.config))
     batches = dataset.validation_batches(flags.FLAGS.batch_size, limit=flags.FLAGS.eval_batches)
-    found = examine(
-      loaded.model, batches, dataset.info.domains, _DEVICES.value, recorder.see if recorder else None
-    )
+    domains, devices = dataset.info.domains, _DEVICES.value
+    if _STREAM.value:
+      found = examine_stream(loaded, batches, domains, devices)
+    else:
+      found = examine(loaded.model, batches, domains, devices, recorder.see if recorder else None)
   report.print_layers(found, console)
   page = report.write(
     folder,

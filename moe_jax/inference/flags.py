@@ -12,6 +12,7 @@ from moe_jax.errors import InputError, unknown_name
 
 if TYPE_CHECKING:
   from moe_jax.data import Dataset
+  from moe_jax.interop.stream import LayerStream
   from moe_jax.training.load import Loaded
 
 
@@ -63,8 +64,11 @@ def open_dataset(loaded: "Loaded") -> "Dataset":
 
 
 @contextlib.contextmanager
-def open_model() -> "Iterator[Loaded]":
+def open_model(stream: bool = False) -> "Iterator[Loaded | LayerStream]":
   """Loads the model that the flags name, with its mesh in use.
+
+  Args:
+    stream: opens it as a `LayerStream` instead.
 
   Raises:
     InputError: if there is no such model, or the mesh does not fit the devices or the model.
@@ -77,12 +81,13 @@ def open_model() -> "Iterator[Loaded]":
 
   from moe_jax import sharding
   from moe_jax.interop.load import load
+  from moe_jax.interop.stream import LayerStream
 
   with contextlib.ExitStack() as stack:
     if flags.FLAGS.mesh:
       mesh = sharding.make_mesh(mesh_config(flags.FLAGS.mesh))
       stack.enter_context(jax.set_mesh(mesh))
-    loaded = load(flags.FLAGS.model, flags.FLAGS.dtype)
+    loaded = (LayerStream if stream else load)(flags.FLAGS.model, flags.FLAGS.dtype)
     if flags.FLAGS.mesh:
       parts = mesh.size  # the batch is made to fit, so only the model is checked
       sharding.check_divides(mesh, loaded.config.model, micro_batch=parts, num_groups=parts)

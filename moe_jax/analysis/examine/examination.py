@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -108,30 +108,51 @@ def examine(
   Raises:
     InputError: if the model has no routed experts, or there is no batch.
   """
-  num_experts = experts_of_layers(model)
-  if not num_experts:
-    raise InputError("examine: the model has no layer with routed experts")
   batches = list(batches)
-  if not batches:
-    raise InputError("examine: the data set has no text")
-  vocab_size = model.embedding_VD[...].shape[0]
-  named, counts = _most_frequent(batches, vocab_size)
-  place_V = np.full(vocab_size, len(named), np.int32)
-  place_V[named] = np.arange(len(named))
-  sizes = Sizes(len(domains), num_devices, len(named), num_experts)
+  what = prepare(model, batches, domains, num_devices)
   graphdef, state = nnx.split(model)
   total: Sums | None = None
   sequences: list[np.ndarray] = []
   for batch in batches:
-    sums, logits_RBLE = sums_of_batch(graphdef, state, batch, place_V, sizes)
+    sums, logits_RBLE = sums_of_batch(graphdef, state, batch, what.place_V, what.sizes)
     sums = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(sums))
     sequences.append(sums.per_sequence_RBE)
     total = sums if total is None else jax.tree.map(np.add, total, sums)
     if see is not None:
       see(batch, logits_RBLE)
+  return what.finish(total._replace(per_sequence_RBE=np.concatenate(sequences, axis=1)))
+
+
+class Prepared(NamedTuple):
+  """What is known of an examination before the model reads anything."""
+
+  sizes: Sizes
+  place_V: np.ndarray  # where each token id is counted, see `sums_of_batch`
+  num_tokens_B: np.ndarray
+  named_ids: np.ndarray
+  named_counts: np.ndarray
+  domains: tuple[str, ...]
+
+  def finish(self, sums: Sums) -> Examination:
+    return Examination(sums, self.sizes, self.num_tokens_B, self.named_ids, self.named_counts, self.domains)
+
+
+def prepare(
+  model: Transformer, batches: Sequence[Batch], domains: Sequence[str], num_devices: int
+) -> Prepared:
+  """Counts the tokens of a text. The model may be abstract. See `examine` for arguments and errors."""
+  num_experts = experts_of_layers(model)
+  if not num_experts:
+    raise InputError("examine: the model has no layer with routed experts")
+  if not batches:
+    raise InputError("examine: the data set has no text")
+  vocab_size = model.embedding_VD.get_value().shape[0]
+  named, counts = _most_frequent(batches, vocab_size)
+  place_V = np.full(vocab_size, len(named), np.int32)
+  place_V[named] = np.arange(len(named))
+  sizes = Sizes(len(domains), num_devices, len(named), num_experts)
   num_tokens_B = np.concatenate([batch["mask_BL"].sum(axis=1) for batch in batches])
-  total = total._replace(per_sequence_RBE=np.concatenate(sequences, axis=1))
-  return Examination(total, sizes, num_tokens_B, named, counts, tuple(domains))
+  return Prepared(sizes, place_V, num_tokens_B, named, counts, tuple(domains))
 
 
 def _most_frequent(batches: Sequence[Batch], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -66,26 +66,34 @@ def sums_of_batch(
     place_V: int32, where each token id is counted: a number below `num_named`, or `num_named`.
     sizes: the sizes.
   """
-  mask_BL, length = batch["mask_BL"], batch["mask_BL"].shape[1]
-  context = Context(mask_BL, domain_B=batch["domain_B"], num_domains=sizes.num_domains)
+  context = Context(batch["mask_BL"], domain_B=batch["domain_B"], num_domains=sizes.num_domains)
   aux = _forward(graphdef, state, batch["tokens_BL"], context)
   selected_RBLE = _of_layers(aux, lambda layer: layer.selected_BLE)
+  entropy_R = _of_layers(aux, lambda layer: layer.metrics["router_entropy"][0])
+  sums = sums_of_choices(selected_RBLE, entropy_R, batch, place_V, sizes)
+  return sums, _of_layers(aux, lambda layer: layer.logits_BLE)
+
+
+def sums_of_choices(
+  selected_RBLE: Array, entropy_R: Array, batch: Batch, place_V: Array, sizes: Sizes
+) -> Sums:
+  """Returns the sums of a batch for any layers, of which `sizes` has the numbers of experts."""
+  mask_BL, length = batch["mask_BL"], batch["mask_BL"].shape[1]
   domain_BS = jax.nn.one_hot(batch["domain_B"], sizes.num_domains)
   bin_LX = jax.nn.one_hot(jnp.arange(length) * NUM_BINS // length, NUM_BINS)
   place_A = place_V[batch["tokens_BL"]].reshape(-1)
   by_token = lambda rows_AE: jnp.zeros((sizes.num_named + 1, rows_AE.shape[-1])).at[place_A].add(rows_AE)
-  sums = Sums(
+  return Sums(
     tokens=mask_BL.sum().astype(jnp.float32),
     by_domain_RSE=jnp.einsum("RBLE,BS->RSE", selected_RBLE, domain_BS),
     by_position_RXE=jnp.einsum("RBLE,LX->RXE", selected_RBLE, bin_LX),
     by_token_RXE=jax.vmap(by_token)(selected_RBLE.reshape(len(selected_RBLE), -1, selected_RBLE.shape[-1])),
     together_RXE=jnp.einsum("RBLX,RBLE->RXE", selected_RBLE, selected_RBLE),
     next_RXE=jnp.einsum("RBLX,RBLE->RXE", selected_RBLE[:-1], selected_RBLE[1:]),
-    entropy_R=_of_layers(aux, lambda layer: layer.metrics["router_entropy"][0]),
+    entropy_R=entropy_R,
     reached_RX=jnp.stack([_reached(s, mask_BL, e, sizes) for s, e in zip(selected_RBLE, sizes.num_experts)]),
     per_sequence_RBE=selected_RBLE.sum(axis=2),
   )
-  return sums, _of_layers(aux, lambda layer: layer.logits_BLE)
 
 
 def _forward(graphdef: nnx.GraphDef, state: PyTree, tokens_BL: Array, context: Context) -> PyTree:
