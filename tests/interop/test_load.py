@@ -17,12 +17,14 @@ from moe_jax.config import MeshConfig
 from moe_jax.data.bpe import train_bpe
 from moe_jax.data.tokenizers import load_tokenizer
 from moe_jax.errors import InputError
+from moe_jax.interop import place
 from moe_jax.interop.families import FAMILIES
 from moe_jax.interop.folder import open_folder, read_config
 from moe_jax.interop.layout import Layout
 from moe_jax.interop.load import load_model
 from moe_jax.interop.names import Piece, Stored
 from moe_jax.interop.place import fill
+from moe_jax.interop.quantised import MXFP4
 from moe_jax.training.load import Loaded
 from tests.interop.helpers import MIXTRAL, V, assert_same_model, random_model
 
@@ -156,9 +158,23 @@ def test_host_memory_stays_small(tmp_path):
   assert peak - stays < largest
 
 
-def test_a_device_that_is_no_cpu_gets_layers_one_by_one(model, folder, monkeypatch):
-  from moe_jax.interop import place
+def test_packed_experts_are_dequantised_a_few_at_a_time(monkeypatch):
+  """In MXFP4 all experts of a layer are one tensor, which in float32 is eight times as large."""
+  e, d, f = 32, 64, 64
+  blocks = np.random.default_rng(0).integers(0, 256, (e, d, f // 32, 16)).astype(np.uint8)
+  tensor = MXFP4(blocks, np.full(blocks.shape[:-1], 127, np.uint8))
+  stored = Stored(("w",), (1, e, f, d), (Piece((0,), "w", Layout("E D F -> E F D")),))
+  out, index = np.zeros(stored.shape, np.float32), tuple(slice(0, n) for n in stored.shape)
+  monkeypatch.setattr(place, "_STEP", 2 * out.nbytes // e)
+  tracemalloc.start()
+  fill(out, stored, index, {"w": tensor})
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  np.testing.assert_array_equal(out[0], tensor[:, :, :].swapaxes(1, 2))
+  assert peak < out.nbytes / 2
 
+
+def test_a_device_that_is_no_cpu_gets_layers_one_by_one(model, folder, monkeypatch):
   monkeypatch.setattr(place, "in_place", lambda device: False)
   assert_same_model(moe_jax.load(folder).model, model)
 

@@ -145,6 +145,9 @@ def test_presets_are_the_released_configurations(name):
   family, written = describe(config, VOCAB_SIZES[name], model_type)
   assert family is FAMILIES[model_type]
   assert {key: written.get(key) for key in values} == values
+  if "router_aux_loss_coef" in values:
+    read = family.read(Values("config.json", written | values))
+    assert read.moe.balancers == PRESETS[name].model.moe.balancers
 
 
 def test_every_published_preset_is_of_a_family():
