@@ -44,7 +44,7 @@ class Checkpoints:
 
   def __init__(self, folder: str | os.PathLike[str], keep: int = 2):
     self.folder = pathlib.Path(folder).absolute()
-    disk.check_folder(self.folder)
+    disk.check_name(self.folder)
     self._keep = keep
     self._manager: ocp.CheckpointManager | None = None
     self._steps = self._list()
