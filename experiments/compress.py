@@ -20,7 +20,6 @@ what the experts do; the validation text is not read before the end. Without tra
 Writes compress.csv with a row for each method and number, and prints it.
 """
 
-import csv
 import pathlib
 
 from absl import flags
@@ -56,6 +55,7 @@ def main(argv: list[str]) -> None:
   del argv
   # Imported here, so that --help and wrong flags answer at once.
   from moe_jax.adapt.layers import moe_layers, take_apart
+  from moe_jax.adapt.table import calibration_batches, row, text_of, write_table
   from moe_jax.errors import unknown_name
   from moe_jax.inference.evaluate import evaluate
   from moe_jax.interop.load import load
@@ -111,46 +111,6 @@ class Compressor:
     if name not in self._kept:
       self._kept[name] = getattr(adapt, name)(self.model, self.batches)
     return self._kept[name]
-
-
-def text_of(loaded, text_folder: str = ""):
-  """Returns the text that the model was trained on, or that of a folder, with the tokenizer of the model."""
-  import dataclasses
-
-  from moe_jax.data import load_dataset
-
-  data = loaded.config.data
-  if text_folder:
-    data = dataclasses.replace(data, dataset="text_folder", text_folder=text_folder)
-  return load_dataset(data, loaded.tokenizer)
-
-
-def calibration_batches(dataset, number: int) -> list:
-  """Returns the first batches of the training text."""
-  import itertools
-
-  return list(itertools.islice(dataset.train_batches(), number))
-
-
-def row(method: str, experts: int, scores: dict) -> dict:
-  """Returns one line: bits per byte, or nats per token where text has no bytes, of all text and of each domain."""
-  value = lambda score: score.nll if score.bits_per_byte is None else score.bits_per_byte
-  return {"method": method, "experts": experts} | {name: value(score) for name, score in scores.items()}
-
-
-def write_table(path: pathlib.Path, rows: list[dict]) -> None:
-  """Writes rows as CSV, and prints them."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with open(path, "w", newline="") as file:
-    writer = csv.DictWriter(file, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-  text = lambda x: f"{x:.4f}" if isinstance(x, float) else str(x)
-  width = max(len(text(row[next(iter(row))])) for row in rows) + 2
-  print("".join(f"{name:>{width if i == 0 else 11}}" for i, name in enumerate(rows[0])))
-  for line in rows:
-    print("".join(f"{text(x):>{width if i == 0 else 11}}" for i, x in enumerate(line.values())))
-  print(f"written: {path}")
 
 
 if __name__ == "__main__":
