@@ -17,8 +17,10 @@ from moe_jax.config import (
   MoEConfig,
   OptimizerConfig,
   TrainConfig,
+  spec_text,
 )
-from moe_jax.errors import STOPPED_STATUS, InputError, Stopped, unknown_name
+from moe_jax.disk import note
+from moe_jax.errors import STOPPED_STATUS, InputError, Stopped, of_the_system, unknown_name
 from moe_jax.models import PRESETS, preset
 from moe_jax.plugins import import_plugins
 
@@ -71,7 +73,31 @@ def config_from_flags() -> Config:
       values[part][field.name] = flags.FLAGS[flag].value
   moe = dataclasses.replace(base.model.moe, **values.pop("moe"))
   parts = {part: dataclasses.replace(getattr(base, part), **given) for part, given in values.items()}
-  return Config(**parts | {"model": dataclasses.replace(parts["model"], moe=moe)})
+  config = Config(**parts | {"model": dataclasses.replace(parts["model"], moe=moe)})
+  _note_without_effect(config)
+  return config
+
+
+def _note_without_effect(config: Config) -> None:
+  """Prints a line for each flag that was given and changes nothing beside the others."""
+  data, train = config.data, config.train
+  dropless = spec_text(config.model.moe.dispatcher).startswith("dropless")
+  needs = {
+    "--dataset=markov": (data.dataset == "markov", "markov_domains markov_states markov_temperature"),
+    "--dataset=text_folder": (data.dataset == "text_folder", "text_folder"),
+    "a data set of text": (data.dataset != "markov", "tokenizer data_dir"),
+    "a dispatcher with a capacity": (not dropless, "capacity_factor eval_capacity_factor"),
+    "a schedule that decays": (config.optimizer.schedule != "constant", "final_learning_rate_fraction"),
+    "--record_router_logits": (train.record_router_logits > 0, "router_logits_dtype"),
+    "--ffn with experts": (
+      spec_text(config.model.ffn) != "mlp",
+      "router balancers experts dispatcher num_experts num_experts_per_token",
+    ),
+  }
+  for need, (is_met, names) in needs.items():
+    for name in () if is_met else names.split():
+      if name in flags.FLAGS and flags.FLAGS[name].present:
+        note(f"--{name} has no effect without {need}")
 
 
 def run(main: Callable[[list[str]], None], takes_arguments: bool = False) -> None:
@@ -100,6 +126,11 @@ def run(main: Callable[[list[str]], None], takes_arguments: bool = False) -> Non
       main(argv)
     except InputError as error:
       _fail(error)
+    except OSError as error:  # a disk that is full, a folder that is gone, a name that is too long
+      line = of_the_system(error)
+      if line is None:
+        raise
+      _fail(line)
     except Stopped as stopped:
       print(stopped, file=sys.stderr)
       sys.exit(STOPPED_STATUS)

@@ -72,6 +72,12 @@ def move_aside(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> pa
   return None
 
 
+def set_aside_damaged(path: str | os.PathLike[str], root: str | os.PathLike[str], consequence: str) -> None:
+  """Moves a file aside that should hold a JSON object and does not, and says so. An absent file is fine."""
+  if pathlib.Path(path).exists() and read_object(path) is None:
+    note(f"{path}: is damaged, moved to {move_aside(path, root)}; {consequence}")
+
+
 def check_folder(path: str | os.PathLike[str], flag: str = "output_dir") -> None:
   """Raises `InputError` for a folder that cannot be made, or whose name a library takes for a pattern."""
   text = os.fspath(path)
@@ -88,8 +94,12 @@ def check_folder(path: str | os.PathLike[str], flag: str = "output_dir") -> None
     raise InputError(f"--{flag}={text[:60]}...: cannot be a folder ({error.strerror})") from None
   if not above.is_dir():
     raise InputError(f"--{flag}={text}: {above} is a file; choose a folder")
-  if not os.access(above, os.W_OK | os.X_OK):
-    raise InputError(f"--{flag}={text}: {above} cannot be written; choose another folder")
+  try:
+    tempfile.TemporaryFile(dir=above).close()
+  except OSError as error:
+    raise InputError(
+      f"--{flag}={text}: {above} cannot be written ({error.strerror}); choose another folder"
+    ) from None
 
 
 def _machine() -> str:

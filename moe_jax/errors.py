@@ -1,6 +1,7 @@
 """`InputError`, the exception for errors that the user can fix, and helpers that raise it."""
 
 import difflib
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,6 +27,16 @@ class Stopped(Exception):
 
 class NonFiniteLoss(InputError):
   """A training run whose loss or gradient is no longer finite."""
+
+
+def of_the_system(error: OSError) -> InputError | None:
+  """Returns the line for a file or folder that cannot be used; None if the error names none."""
+  if not isinstance(error.filename, str | bytes) or error.strerror is None:
+    return None
+  name = os.fsdecode(error.filename)
+  name = name if len(name) < 200 else f"{name[:100]}..."
+  name = os.fsencode(name).decode(errors="backslashreplace")
+  return InputError(f"{name}: {error.strerror}")
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> InputError:

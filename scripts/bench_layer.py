@@ -245,6 +245,17 @@ def print_table(rows, width):
 def main(argv):
   del argv
   logging.set_verbosity(logging.WARNING)  # otherwise JAX logs which backends it does not find
+  MoEConfig(  # which checks them
+    num_experts=_EXPERTS.value,
+    num_experts_per_token=_K.value,
+    expert_dim=_EXPERT_DIM.value,
+    capacity_factor=_CAPACITY.value,
+  ).check()
+  for spec in _DISPATCHERS.value:
+    name, colon, size = spec.partition(":")
+    dispatcher_of(name)
+    if colon and not size.isdecimal():
+      raise InputError(f"--dispatchers={spec}: must be NAME or NAME:GROUP_SIZE, with a whole number")
   inputs = make_inputs()
   methods = bool(_BALANCING.value or _ROUTERS.value)
   rows = method_rows(inputs) if methods else (compare(spec, inputs) for spec in _DISPATCHERS.value)

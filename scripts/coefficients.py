@@ -8,20 +8,24 @@
 Without --source, the script prints the tables of docs/coefficients.md for the given sizes (Mixtral 8x7B by default).
 """
 
+import math
 import sys
 
 from absl import flags
 
 from moe_jax import cli
+from moe_jax.disk import note
 from moe_jax.errors import InputError
 
 _WEIGHT = flags.DEFINE_float("weight", None, "the coefficient; default 0.01, and 0.001 for the z-loss")
 _SOURCE = flags.DEFINE_string("source", None, "where the coefficient is from; omit to print tables of all")
 _TARGET = flags.DEFINE_string("target", "moe_jax", "the codebase to convert to")
-_LOSS = flags.DEFINE_string("loss", "load_balancing", "load_balancing or z (router z-loss)")
-_EXPERTS = flags.DEFINE_integer("num_experts", 8, "E")
-_K = flags.DEFINE_integer("num_experts_per_token", 2, "K")
-_LAYERS = flags.DEFINE_integer("num_layers", 32, "R, layers with experts")
+_LOSS = flags.DEFINE_enum(
+  "loss", "load_balancing", ["load_balancing", "z"], "load_balancing or z (router z-loss)"
+)
+_EXPERTS = flags.DEFINE_integer("num_experts", 8, "E", lower_bound=1)
+_K = flags.DEFINE_integer("num_experts_per_token", 2, "K, at most E", lower_bound=1)
+_LAYERS = flags.DEFINE_integer("num_layers", 32, "R, layers with experts", lower_bound=1)
 
 WEIGHTS = {"load_balancing": 0.01, "z": 0.001}
 TITLES = {"load_balancing": "Load-balancing loss", "z": "Router z-loss"}
@@ -103,6 +107,12 @@ def main(argv: list[str]) -> None:
   # Imported here so that --help and invalid flags respond immediately.
   from moe_jax.ops.balancing import conventions
 
+  if _K.value > _EXPERTS.value:
+    raise InputError(f"--num_experts_per_token={_K.value}: must be at most num_experts={_EXPERTS.value}")
+  if _WEIGHT.value is not None and not 0 <= _WEIGHT.value < math.inf:
+    raise InputError(f"--weight={_WEIGHT.value}: must be 0 or more, and finite")
+  if _SOURCE.value is None and flags.FLAGS["loss"].present:
+    note("--loss has no effect without --source: the tables show both")
   sizes = {
     "num_experts": _EXPERTS.value,
     "num_experts_per_token": _K.value,

@@ -17,7 +17,7 @@ from absl import app, flags
 found = []
 for path, *arguments in json.load(sys.stdin):
   for name in list(flags.FLAGS):
-    if not flags.FLAGS.find_module_defining_flag(name).startswith("absl."):
+    if not flags.FLAGS.find_module_defining_flag(name).startswith(("absl.", "array_record.", "grain.")):
       delattr(flags.FLAGS, name)
   jax.clear_caches()
   jax.extend.backend.clear_backends()

@@ -39,6 +39,30 @@ WRONG = [
   (["--dispatcher=all_to_all:chunks=0"], "dispatcher all_to_all: chunks must be 1 or more"),
   (["--sweep=learning_rat:1,2"], "--sweep=learning_rat:1,2: unknown field, and option of these arms"),
   (["--sweep=weight:0.1,0.2", "--sweep_seeds=0"], "--sweep_seeds=0: 0 is reported, too"),
+  (["--num_experts=1" + "0" * 30], "000: must be below 2^31"),
+  (["--dispatcher=sorted", "--capacity_factor=inf"], "--capacity_factor=inf: must be a finite number"),
+  (["--weight_decay=nan"], "--weight_decay=nan: must be a finite number"),
+  (["--weight_decay=-1"], "--weight_decay=-1.0: must be 0 or more"),
+  (["--norm_eps=nan"], "--norm_eps=nan: must be a finite number"),
+  (["--final_learning_rate_fraction=-5"], "--final_learning_rate_fraction=-5.0: must be in [0, 1]"),
+  (
+    ["--methods=switch_loss:-1"],
+    "--balancers=switch_loss:-1: balancer switch_loss: weight must be 0 or more",
+  ),
+  (["--methods=loss_free_bias:-1"], "balancer loss_free_bias: rate must be 0 or more"),
+  (["--methods=none, none"], "--methods=none, none: an arm is named twice"),
+  (["--methods=z_loss : 1,z_loss:1"], "an arm is named twice"),
+  (["--accept_leaks=nope"], "--accept_leaks=nope: unknown router 'nope'"),
+  (["--seeds=1000000000"], "flag --seeds=1000000000"),
+  (["--dataset=markov", "--markov_states=200000"], "--markov_states=200000: at most 67108864 transition"),
+  (["--dataset=huggingface:foo"], "--dataset=huggingface:foo: must be stdlib, markov"),
+  (["--data_dir=/proc/no/such"], "/proc/no: No such file or directory"),
+  (["--dataset=text_folder", "--text_folder=" + "a" * 5000], "aaa...: File name too long"),
+  (["--output_dir=/dev/null/x"], "--output_dir=/dev/null/x: /dev/null is a file"),
+  (["--output_dir=" + "a" * 300], "cannot be a folder (File name too long)"),
+  (["--output_dir=/proc/x"], "--output_dir=/proc/x: /proc cannot be written"),
+  (["--output_dir=a[b]"], "'[' in the path"),
+  (["--max_minutes=-1"], "--max_minutes=-1.0: must be 0 or more"),
   (["--shard=3/2"], "--shard=3/2: must be i/n with i from 1 to n"),
 ]
 WRONG_OF_OTHERS = [
@@ -46,6 +70,11 @@ WRONG_OF_OTHERS = [
   ("experiments/capacity.py", ["--group=batch,tree"], "--group=batch,tree: must be different ones of sequence,"),
   ("experiments/granularity.py", ["--arms=16x64"], "unknown arm '16x64': did you mean"),
   ("experiments/capacity.py", ["--methods=none@st_moe_topn"], "--router=st_moe_topn: in a causal model its output"),
+  ("scripts/coefficients.py", ["--loss=foo"], "flag --loss=foo"),
+  ("scripts/coefficients.py", ["--weight=-1"], "--weight=-1.0: must be 0 or more"),
+  ("scripts/coefficients.py", ["--num_experts_per_token=9"], "--num_experts_per_token=9: must be at most num_experts=8"),
+  ("scripts/bench_layer.py", ["--num_experts_per_token=17"], "--num_experts_per_token=17: must be between 1 and num_ex"),
+  ("scripts/bench_layer.py", ["--num_tokens=8", "--dispatchers=einsum:abc"], "--dispatchers=einsum:abc: must be NAME or"),
   ("scripts/join.py", [], "no folders: give the folders of all shards"),
   ("scripts/join.py", ["tests"], "tests: holds no comparison"),
 ]  # fmt: skip
@@ -55,10 +84,21 @@ def test_wrong_flags_end_with_one_line_and_write_nothing(tmp_path):
   folder = tmp_path / "run"
   script = ["experiments/load_balancing.py", f"--output_dir={folder}"]
   wrong = [([*script, *flags], message) for flags, message in WRONG]
-  wrong += [([path, f"--output_dir={folder}", *flags], message) for path, flags, message in WRONG_OF_OTHERS]
+  for path, flags, message in WRONG_OF_OTHERS:
+    writes = path.startswith("experiments/") or path == "scripts/join.py"
+    wrong.append(([path, *([f"--output_dir={folder}"] if writes else []), *flags], message))
   for ended, (_, message) in zip(run_scripts(*(command for command, _ in wrong)), wrong, strict=True):
     assert_one_line(ended, message)
   assert not folder.exists()
+
+
+def test_flags_without_effect_are_said(tmp_path):
+  flags = ["--dataset=markov", "--tokenizer=nope", "--capacity_factor=2", "--num_experts=0"]
+  (ended,) = run_scripts(["experiments/load_balancing.py", f"--output_dir={tmp_path}/run", *flags])
+  assert ended.stderr.splitlines()[:2] == [
+    "note: --tokenizer has no effect without a data set of text",
+    "note: --capacity_factor has no effect without a dispatcher with a capacity",
+  ]
 
 
 def test_every_flag_has_a_help_and_its_default():

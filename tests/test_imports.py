@@ -54,7 +54,7 @@ GRAPH = {
   "plugins": Part("errors", outside=set()),
   "config": Part("errors registry fingerprint", outside=set()),
   "models": Part("config errors registry"),
-  "cli": Part("config models errors registry plugins", never=JAX),
+  "cli": Part("config disk models errors registry plugins", never=JAX),
   "cluster": Part("errors"),
   "cluster.watch": Part("errors", outside=set()),
   "cluster.processes": Part("errors", outside={"jax", "numpy"}),

@@ -5,7 +5,7 @@ import json
 import pathlib
 from typing import Any
 
-from moe_jax import sharding
+from moe_jax import disk, sharding
 from moe_jax.cluster import processes
 from moe_jax.config import Config, MoEConfig, spec_text
 from moe_jax.config.plain import from_fields
@@ -80,7 +80,9 @@ def _check_same(folder: pathlib.Path, config: Config) -> None:
   header = folder / FOLDER / "header.json"  # there from the run's first step on
   if not header.exists():
     return
-  known = json.loads(header.read_text())["config"]
+  known = (disk.read_object(header) or {}).get("config")
+  if not isinstance(known, dict):
+    raise InputError(f"{header}: is damaged; remove the folder of the trace")
   for part, fields in json.loads(json.dumps(config.to_dict())).items():
     for name, value in fields.items():
       was = known.get(part, {}).get(name)

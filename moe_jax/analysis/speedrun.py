@@ -16,6 +16,7 @@ import numpy as np
 from rich.console import Console
 from scipy import special
 
+from moe_jax import disk
 from moe_jax.config import Config
 from moe_jax.config.plain import fingerprint, to_plain
 from moe_jax.data import Dataset, load_dataset
@@ -114,9 +115,10 @@ class Speedrun:
   def _finished(self, seed: int) -> dict[str, dict[str, Any]] | None:
     """Returns the numbers of both runs of a seed; None if one is missing."""
     paths = {arm: self._seed_folder(seed) / arm / "result.json" for arm in ARMS}
-    if not all(path.exists() for path in paths.values()):
+    results = {arm: disk.read_object(path) for arm, path in paths.items()}
+    if not all(results.values()):
       return None
-    return {arm: self._numbers(json.loads(path.read_text())) for arm, path in paths.items()}
+    return {arm: self._numbers(result) for arm, result in results.items()}
 
   def _train(self, arm: str, seed: int, progress: TrainingProgress) -> dict[str, Any]:
     config = self.configs[arm]
@@ -172,7 +174,9 @@ class Speedrun:
   def _check_folder(self) -> None:
     path = self.folder / "config.json"
     if path.exists():
-      known = json.loads(path.read_text())
+      known = disk.read_object(path)
+      if known is None:
+        raise InputError(f"{path}: is damaged; restore it, or choose another folder")
       other = [key for key in self.claim if known.get(key) != self.claim[key]]
       if other:
         raise InputError(

@@ -17,7 +17,7 @@ from absl import flags
 
 from moe_jax.cluster.placement import Options, Placement, find_placement, split_address
 from moe_jax.cluster.watch import Watch, end
-from moe_jax.errors import STOPPED_STATUS, InputError, Stopped
+from moe_jax.errors import STOPPED_STATUS, InputError, Stopped, of_the_system
 
 
 def define_flags() -> None:
@@ -74,6 +74,9 @@ def on_every_process(main: Callable[[list[str]], None]) -> Callable[[list[str]],
         print(error, file=sys.stderr)
     except InputError as error:
       watch.stop(" ".join(str(error).split()), 2)
+    except OSError as error:
+      line = of_the_system(error)
+      watch.stop(str(line or error), 2 if line else 1, trace="" if line else traceback.format_exc())
     except KeyboardInterrupt:
       watch.stop("stopped from the keyboard; the same command continues from the last checkpoint", 130)
     except SystemExit as error:

@@ -77,7 +77,7 @@ def arms_from_flag(
   Raises:
     InputError: if no arm is named, or one is named twice.
   """
-  names = [name.strip() for name in text.split(",") if name.strip()]
+  names = ["".join(name.split()) for name in text.split(",") if name.strip()]  # spaces make no other arm
   if names == ["all"]:
     return dict(every)
   if not names:

@@ -20,8 +20,9 @@ from moe_jax.config.plain import fingerprint, to_plain
 from moe_jax.data import Dataset, load_dataset
 from moe_jax.errors import InputError, NonFiniteLoss
 from moe_jax.training import identity
-from moe_jax.training.compiled import check_run
+from moe_jax.training.compiled import check_run, compile_steps
 from moe_jax.training.loop import Run
+from moe_jax.training.memory import check_memory, sizes_of
 from moe_jax.training.progress import TrainingProgress
 from moe_jax.training.results import diverged_result
 
@@ -145,6 +146,7 @@ class Comparison:
       kept = f"{len(runs) - len(todo)} of {len(runs)} runs in {self.folder.path} are done and kept"
       self.console.print(kept, soft_wrap=True, markup=False)
     steps = sum(self.configs[a].train.num_steps for a, s in todo if not self._is_trained(a, s))
+    self._check_memory({arm for arm, _ in todo}, dataset)
     locks = [
       (self.folder.run(a, s), f"run {a} seed {s} in {self.folder.path}") for a, s in todo[:_LOCKED_AHEAD]
     ]
@@ -173,6 +175,13 @@ class Comparison:
     refused = processes.from_first(refused)
     if refused:
       raise InputError(refused)
+
+  def _check_memory(self, arms: set[str], dataset: Dataset) -> None:
+    """Raises `InputError` if an arm is too large, before the first one is trained."""
+    info, configs = dataset.info, {sizes_of(self.configs[arm]): self.configs[arm] for arm in sorted(arms)}
+    for config in configs.values():
+      steps = compile_steps(config, info.vocab_size, len(info.domains), self.mesh)
+      check_memory(config, steps, info.vocab_size, self.mesh)
 
   def _is_trained(self, arm: str, seed: int) -> bool:
     """Returns whether the run is finished, with as many steps as are asked for."""

@@ -7,7 +7,7 @@ from absl import flags
 
 def define_flags(sweep: bool = True) -> None:
   """Defines `--seeds`, `--shard` and, with `sweep`, `--sweep`, `--sweep_seeds` and `--sweep_goal`."""
-  flags.DEFINE_integer("seeds", 3, "runs per arm, with seeds 0, 1, ...", lower_bound=1)
+  flags.DEFINE_integer("seeds", 3, "runs per arm, with seeds 0, 1, ...", lower_bound=1, upper_bound=10_000)
   flags.DEFINE_string(
     "shard",
     "",

@@ -54,12 +54,11 @@ class ComparisonFolder:
     Arms, seeds and evaluations may be added. A config.json that cannot be read is moved aside; runs have their own.
     """
     path = self.path / "config.json"
-    if path.exists() and disk.read_object(path) is None:
-      place = disk.move_aside(path, self.path)
-      disk.note(
-        f"{path}: is damaged, moved to {place}; it is written again, and runs are checked by their own"
-      )
-    elif path.exists():
+    was_there = path.exists()
+    disk.set_aside_damaged(
+      path, self.path, "it is written again from the flags, and runs are checked by their own"
+    )
+    if was_there:
       self._check_same(claim)
     elif self.path.exists() and not self._is_free():
       raise InputError(f"--output_dir={self.path}: is not empty and holds no run; choose another folder")

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from moe_jax.config.fields import flag, one_of, positive, require
+from moe_jax.config.fields import flag, one_of, positive, representable, require
 from moe_jax.registry import Spec
 
 
@@ -42,6 +42,7 @@ class MoEConfig:
   jitter: float = flag(0.0, "router input times U(1-jitter, 1+jitter) in training (Switch, 2101.03961: 0.01)")
 
   def check(self) -> None:
+    representable(self)
     k = self.num_experts_per_token
     require(self.num_experts >= 1, "num_experts", self.num_experts, "at least 1 expert")
     require(
@@ -139,6 +140,7 @@ class ModelConfig:
   segments: tuple[Segment, ...] = ()
 
   def check(self) -> None:
+    representable(self)
     positive(
       self, "num_layers", "model_dim", "num_heads", "num_kv_heads", "head_dim", "dense_dim", "moe_every"
     )
@@ -154,6 +156,8 @@ class ModelConfig:
     one_of(self, "activation", "swiglu", "bounded_swiglu", "relu", "gelu")
     one_of(self, "remat", "none", "full", "dots", "exchange")
     require(self.init_scale > 0, "init_scale", self.init_scale, "must be above 0, Switch uses 0.1")
+    require(self.norm_eps >= 0, "norm_eps", self.norm_eps, "must be 0 or more, e.g. 1e-6")
+    require(self.rope_theta > 0, "rope_theta", self.rope_theta, "must be above 0, e.g. 10000")
     self.moe.check()
     if self.segments:
       self._check_segments()

@@ -1,11 +1,12 @@
 """Configuration of everything around a model: optimizer, data, training loop and mesh."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
-from moe_jax.config.fields import flag, one_of, positive, require
+from moe_jax.config.fields import flag, one_of, positive, representable, require
 from moe_jax.registry import Spec
+
+_MARKOV_SIZE = 1 << 26  # 512 MiB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +33,13 @@ class OptimizerConfig:
   )
 
   def check(self) -> None:
+    representable(self)
     require(self.learning_rate > 0, "learning_rate", self.learning_rate, "must be above 0")
     one_of(self, "schedule", "cosine", "linear", "constant")
     require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "must be 0 or more")
+    final = self.final_learning_rate_fraction
+    require(0 <= final <= 1, "final_learning_rate_fraction", final, "must be in [0, 1]")
+    require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must be 0 or more")
     require(self.clip_norm >= 0, "clip_norm", self.clip_norm, "must be 0 (off) or more")
     for name in ("beta1", "beta2"):
       require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be in [0, 1)")
@@ -66,7 +71,11 @@ class DataConfig:
   )
 
   def check(self) -> None:
+    representable(dataclasses.replace(self, data_seed=0))  # any integer is a seed
     positive(self, "sequence_length", "batch_size", "markov_domains", "markov_states")
+    size = self.markov_domains * self.markov_states**2
+    right = f"at most {_MARKOV_SIZE} transition probabilities, markov_domains * markov_states^2, here {size}"
+    require(self.dataset != "markov" or size <= _MARKOV_SIZE, "markov_states", self.markov_states, right)
     require(
       self.markov_temperature > 0, "markov_temperature", self.markov_temperature, "must be above 0, e.g. 1.0"
     )
@@ -113,6 +122,7 @@ class TrainConfig:
     0.0,
     "minutes after which the run is saved and ends with exit status 75; the same command continues; 0: no limit",
   )
+  ignore_memory_check: bool = flag(False, "start also if parameters and activations cannot fit into memory")
   tail_fraction: float = flag(0.2, "the last part of training that MaxVio per batch is averaged over")
   tensorboard: bool = flag(True, "write TensorBoard event files, too")
   record_router_logits: int = flag(
@@ -121,12 +131,13 @@ class TrainConfig:
   router_logits_dtype: str = flag("float16", "of recorded router logits: float16 or float32")
 
   def check(self) -> None:
+    representable(self)
     positive(self, "num_steps", "accumulation", "log_every")
     for name in ("eval_every", "eval_batches", "checkpoint_every", "record_router_logits"):
       require(getattr(self, name) >= 0, name, getattr(self, name), "must be 0 or more")
     one_of(self, "router_logits_dtype", "float16", "float32")
     for name in ("checkpoint_minutes", "max_minutes"):
-      require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "must be 0 or more")
+      require(getattr(self, name) >= 0, name, getattr(self, name), "must be 0 or more")
     require(0 < self.tail_fraction <= 1, "tail_fraction", self.tail_fraction, "must be in (0, 1]")
 
 

@@ -34,14 +34,26 @@ def texts_key(texts: Iterable[str]) -> str:
 
 
 def keep(path: Path, data: bytes) -> None:
-  """Writes a file if the folder can be written."""
+  """Writes a file and its digest if the folder can be written."""
   with contextlib.suppress(OSError):
     disk.write_whole(path, data)
+    disk.write_whole(_digest_file(path), hashlib.sha256(data).hexdigest().encode())
 
 
 def read(path: Path) -> bytes | None:
-  """Returns the bytes of a file; None if it is not there or cannot be read."""
+  """Returns the bytes of a file that `keep` wrote; None if it is not there, cannot be read, or is damaged.
+
+  A damaged file is moved aside, and is made again by the caller.
+  """
   try:
-    return path.read_bytes()
+    data, digest = path.read_bytes(), _digest_file(path).read_bytes()
   except OSError:
     return None
+  if hashlib.sha256(data).hexdigest().encode() == digest:
+    return data
+  disk.note(f"{path}: is damaged, moved to {disk.move_aside(path, path.parent)}; it is made again")
+  return None
+
+
+def _digest_file(path: Path) -> Path:
+  return path.with_name(f"{path.name}.sha256")

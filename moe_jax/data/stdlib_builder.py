@@ -13,10 +13,12 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
+from moe_jax import disk
 from moe_jax.data import stdlib_text
 from moe_jax.data.windows import Text
 
 _SPLITS = ("train", "validation")
+_DIGEST = "digest.txt"  # in the folder of the corpus: of its text, as it was built
 
 
 class MoeStdlib(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -67,15 +69,40 @@ def read_stdlib(data_dir: Path, root: Path | None = None) -> tuple[dict[str, lis
   folder = data_dir / "stdlib" / _cache_key(root)
   if not folder.is_dir():
     _build(root, folder)
+  try:
+    return _read(folder)
+  except Exception as error:  # whatever damaged bytes lead to
+    place = disk.move_aside(folder, folder.parent)
+    disk.note(f"{folder}: is damaged ({_first_line(error)}), moved to {place}; it is built again")
+  _build(root, folder)
+  return _read(folder)
+
+
+def _read(folder: Path) -> tuple[dict[str, list[Text]], tuple[str, ...]]:
   builder = tfds.builder_from_directory(folder)
   names = builder.info.features["domain"].names
   raw = {
     split: [(example["text"].decode(), names[example["domain"]]) for example in builder.as_data_source(split)]
     for split in _SPLITS
   }
+  if (folder / _DIGEST).read_text() != _digest(raw):
+    raise ValueError("its text does not have the digest of the built one")
   present = {domain for examples in raw.values() for _, domain in examples}
   domains = tuple(d for d in names if d in present)
   return {s: [Text(text, domains.index(d)) for text, d in examples] for s, examples in raw.items()}, domains
+
+
+def _digest(raw: dict[str, list[tuple[str, str]]]) -> str:
+  digest = hashlib.sha256()
+  for split in _SPLITS:
+    for text, domain in raw[split]:
+      data = text.encode()
+      digest.update(f"{split}\0{domain}\0{len(data)}\0".encode() + data)
+  return digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+  return " ".join(f"{type(error).__name__}: {error}".split())[:120]
 
 
 def _cache_key(root: Path) -> str:
@@ -91,13 +118,18 @@ def _cache_key(root: Path) -> str:
 def _build(root: Path, folder: Path) -> None:
   """Builds in a temporary folder and renames it, so that `folder` is complete or absent even if others build it."""
   start = time.monotonic()
-  print(f"building the stdlib corpus from {root} in {folder} (once)", file=sys.stderr)
   folder.parent.mkdir(parents=True, exist_ok=True)
   scratch = tempfile.mkdtemp(prefix=".building-", dir=folder.parent)
+  print(f"building the stdlib corpus from {root} in {folder} (once)", file=sys.stderr)
   try:
     builder = MoeStdlib(root=root, data_dir=scratch, file_format="array_record")
     with _quiet_tfds():
       builder.download_and_prepare()
+    built = {
+      split: [(e["text"].decode(), stdlib_text.DOMAINS[e["domain"]]) for e in builder.as_data_source(split)]
+      for split in _SPLITS
+    }
+    (Path(builder.data_path) / _DIGEST).write_text(_digest(built))
     try:
       os.rename(builder.data_path, folder)
     except OSError:

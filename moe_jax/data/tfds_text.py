@@ -6,6 +6,7 @@ A small data set is tokenised when it is opened, like every in-memory data set. 
 
 import difflib
 import hashlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,10 +40,17 @@ def load_tfds(
     InputError: if the name is unknown, or the data set is not prepared on disk, is not in ArrayRecord format, or
       has no usable text feature.
   """
+  if re.match(
+    r"[^/]*:(?![\d.*]+$)", config.dataset
+  ):  # such as huggingface:NAME, which TFDS looks for on the network
+    raise InputError(
+      f"--dataset={config.dataset}: must be {', '.join(built_in)}, or NAME, NAME/CONFIG or NAME:VERSION of a TFDS data set "
+      "that is prepared on disk; nothing is downloaded"
+    )
   builder = _open(config.dataset, data_dir, built_in)
   text_feature, domain_feature, domains = _features(config.dataset, builder.info.features)
   sources = {
-    split: TextSource(builder.as_data_source(name), text_feature, domain_feature)
+    split: TextSource(builder.as_data_source(name), text_feature, domain_feature, str(builder.data_path))
     for split, name in _split_names(config.dataset, builder.info.splits).items()
   }
   if builder.info.dataset_size <= IN_MEMORY_BYTES:
@@ -70,9 +78,12 @@ def load_tfds(
 
 
 class TextSource:
-  """Random access to the documents of one split, as `Text`."""
+  """Random access to the documents of one split, as `Text`. `folder` has its files."""
 
-  def __init__(self, examples: Sequence[dict[str, Any]], text_feature: str, domain_feature: str | None):
+  def __init__(
+    self, examples: Sequence[dict[str, Any]], text_feature: str, domain_feature: str | None, folder: str = ""
+  ):
+    self._folder = folder
     self._examples = examples
     self._text_feature = text_feature
     self._domain_feature = domain_feature
@@ -81,7 +92,15 @@ class TextSource:
     return len(self._examples)
 
   def __getitem__(self, index: int) -> Text:
-    example = self._examples[index]
+    try:
+      example = self._examples[index]
+    except IndexError:
+      raise
+    except Exception as error:  # whatever damaged bytes lead to
+      reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+      raise InputError(
+        f"--data_dir: {self._folder} is damaged (document {index}: {reason}); prepare the data set again, with tfds build"
+      ) from None
     text = example[self._text_feature]
     text = text.decode(errors="replace") if isinstance(text, bytes) else str(text)
     # An unlabelled example (-1 by TFDS convention) counts towards the first domain.

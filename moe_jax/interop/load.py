@@ -61,7 +61,8 @@ def load(folder: str | os.PathLike[str], dtype: str = "float32", mtp: bool = Fal
   tokenizer = None if tokenizer_file is None else load_tokenizer(str(tokenizer_file), ids)
   config = _config(family, values, DataConfig(tokenizer=str(tokenizer_file or "bytes")), dtype, mtp)
   model, skipped = load_model(family, open_folder(folder, values.values), config, ids.vocab_size, dtype)
-  return Loaded(model, config, tokenizer, 0, folder, _stop_ids(folder, values), skipped)
+  positions = values.values.get("max_position_embeddings") or 0
+  return Loaded(model, config, tokenizer, 0, folder, _stop_ids(folder, values), skipped, positions)
 
 
 def family_of(folder: pathlib.Path, values: dict[str, Any]) -> Family:

@@ -44,6 +44,10 @@ def resolve_moe(config: MoEConfig) -> MoEConfig:
       methods[name] = registry.resolve(getattr(config, name))
   with naming("balancers", config.balancers):
     methods["balancers"] = BALANCERS.resolve_all(config.balancers)
+    for method in methods["balancers"]:
+      for option in ("weight", "rate"):
+        if dict(method.options).get(option, 0) < 0:
+          raise InputError(f"balancer {method.name}: {option} must be 0 or more: a negative one unbalances")
   return dataclasses.replace(config, **methods)
 
 

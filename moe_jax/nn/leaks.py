@@ -4,8 +4,10 @@ A causal model refuses them, unless accepted by name.
 """
 
 from moe_jax.config import BlockConfig, ModelConfig
-from moe_jax.errors import InputError
+from moe_jax.errors import InputError, unknown_name
 from moe_jax.nn.build import abstract_ffn, different_blocks, routed_part
+from moe_jax.nn.ffn import FFNS
+from moe_jax.nn.routers import ROUTERS
 from moe_jax.registry import split_methods
 
 
@@ -33,6 +35,10 @@ def deciding_method(block: BlockConfig) -> tuple[str, str]:
 
 def check_causal(config: ModelConfig) -> None:
   """Raises `InputError` if outputs depend on later tokens, unless `accept_leaks` names the method."""
+  for block in different_blocks(config):
+    for name in split_methods(block.moe.accept_leaks):
+      if name not in ROUTERS and name not in FFNS:
+        raise InputError(f"--accept_leaks={name}: {unknown_name('router', name, [*ROUTERS, *FFNS])}")
   for block in different_blocks(config) if config.causal else ():
     when = leak(block)
     flag, text = deciding_method(block)

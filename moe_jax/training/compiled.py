@@ -156,6 +156,7 @@ _NOT_COMPILED = {
   "checkpoint_every": 0,
   "checkpoint_minutes": 0.0,
   "max_minutes": 0.0,
+  "ignore_memory_check": False,
   "tail_fraction": 1.0,
   "tensorboard": True,
 }

@@ -20,6 +20,7 @@ FREE = {
     "checkpoint_every",
     "checkpoint_minutes",
     "max_minutes",
+    "ignore_memory_check",
     "tensorboard",
   ),
   "data": ("data_dir", "text_folder"),  # the fingerprint of the text must stay
@@ -76,11 +77,8 @@ def is_shorter(folder: pathlib.Path, config: Config) -> bool:
 
 def _known(folder: pathlib.Path) -> dict[str, Any]:
   path = folder / CONFIG_FILE
-  known = disk.read_object(path)
-  if known is None and path.exists():
-    place = disk.move_aside(path, folder)
-    disk.note(f"{path}: is damaged, moved to {place}; it is written again from the flags")
-  return known or {}
+  disk.set_aside_damaged(path, folder, "it is written again from the flags")
+  return disk.read_object(path) or {}
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ class Loaded(NamedTuple):
   folder: pathlib.Path  # what was loaded
   stop_ids: tuple[int, ...] = ()  # the tokens that end a text
   skipped: tuple[str, ...] = ()  # tensors of the checkpoint that the model has no part for
+  max_positions: int = 0  # of a text that the model was made for; 0: not known
 
 
 def load_run(folder: str | os.PathLike[str]) -> Loaded:
@@ -57,7 +58,8 @@ def load_run(folder: str | os.PathLike[str]) -> Loaded:
     for own, saved in ((params, state.params), (variables, state.variables))
   )
   model = nnx.merge(nnx.graphdef(model), *filled)
-  return Loaded(model, config, _tokenizer(folder, config.data), int(state.step), folder)
+  tokenizer, length = _tokenizer(folder, config.data), config.data.sequence_length
+  return Loaded(model, config, tokenizer, int(state.step), folder, max_positions=length)
 
 
 def restore_run(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[Config, int, TrainState]:

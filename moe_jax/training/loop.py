@@ -20,6 +20,7 @@ from moe_jax.training.checkpoint import Checkpoints, all_finite
 from moe_jax.training.compiled import check_run, compile_steps
 from moe_jax.training.identity import check_same_run, hold, write_identity
 from moe_jax.training.load import Loaded, load_run
+from moe_jax.training.memory import check_memory
 from moe_jax.training.metric_writer import JsonlWriter, MetricWriter, MultiWriter, TensorBoardWriter
 from moe_jax.training.progress import TrainingProgress
 from moe_jax.training.protocol import trace_header
@@ -92,6 +93,7 @@ class Run:
       train = self.config.train
       self.stops = stack.enter_context(Stops(train.max_minutes, train.checkpoint_minutes))
       self.steps = compile_steps(self.config, info.vocab_size, len(info.domains), self.mesh)
+      check_memory(self.config, self.steps, info.vocab_size, self.mesh)
       self.checkpoints = Checkpoints(self.folder / "checkpoints")
       # On every way out: a save under way must not meet the next manager.
       stack.callback(self.checkpoints.close)
@@ -103,6 +105,9 @@ class Run:
       state = self._start()
       if processes.is_first():  # not before: a folder that is refused stays as it is
         write_identity(self.folder, self.config, self.dataset)
+        disk.set_aside_damaged(
+          self.folder / "result.json", self.folder, "it is made again from the last checkpoint"
+        )
       if self.progress:
         self.progress.start_run(self.show, self.config.train.num_steps)
       writer = stack.enter_context(self._writer(int(state.step)))

@@ -96,7 +96,7 @@ class TensorBoardWriter(MetricWriter):
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
     pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
-    own = f".{os.getpid()}.{time.monotonic_ns()}"  # of two files within a second
+    own = f".{time.time_ns()}.{os.getpid()}"  # TensorBoard reads files in the order of their names
     self._events = EventsWriter(os.path.join(os.fspath(directory), "events"), own)
     if resume_step is not None:
       purge = Event(

@@ -11,7 +11,7 @@ Router logits stay far inside its range of 65504, to which larger ones are clipp
 Axes as in `moe_jax.types`, and I: recorded steps.
 """
 
-import json
+import io
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from moe_jax import disk
 from moe_jax.errors import InputError
 
 FOLDER = "router_logits"  # in the folder of a run
@@ -52,7 +53,7 @@ class TraceWriter:
     self.folder = pathlib.Path(folder)
     self.folder.mkdir(parents=True, exist_ok=True)
     _remove_after(self.folder, resume_step)
-    (self.folder / "header.json").write_text(json.dumps({"format": FORMAT, **header}, indent=1) + "\n")
+    disk.write_json(self.folder / "header.json", {"format": FORMAT, **header})
     kept = _files(self.folder)
     self._dtype = _open(kept[0]).dtype if kept else None  # of a record; None: not known yet
     self._arriving: tuple[Any, ...] | None = None
@@ -112,10 +113,9 @@ class Trace:
     self.folder = pathlib.Path(path)
     if (self.folder / FOLDER).is_dir():
       self.folder = self.folder / FOLDER
-    try:
-      self.header = json.loads((self.folder / "header.json").read_text())
-    except (OSError, ValueError):
-      raise InputError(f"{path}: holds no router logits; train with --record_router_logits=1") from None
+    self.header = disk.read_object(self.folder / "header.json")
+    if self.header is None:
+      raise InputError(f"{path}: holds no router logits; train with --record_router_logits=1")
     if self.header.get("format") != FORMAT:
       raise InputError(f"{path}: router logits of format {self.header.get('format')}, this reads {FORMAT}")
     self._files = [_open(file) for file in _files(self.folder)]
@@ -158,17 +158,15 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
 def _open(path: pathlib.Path) -> np.ndarray:
   """The records of a file, mapped into memory."""
   try:
-    return np.load(path, mmap_mode="r")
+    return np.load(path, mmap_mode="r", allow_pickle=False)
   except (OSError, ValueError, EOFError):
     raise InputError(f"{path}: is damaged; remove the folder of the trace, or of the run") from None
 
 
 def _save(folder: pathlib.Path, records: np.ndarray) -> None:
-  path = folder / f"steps_{records['step'][0]:012d}.npy"
-  unfinished = path.with_suffix(".unfinished")
-  with unfinished.open("wb") as file:
-    np.save(file, records)
-  unfinished.replace(path)
+  content = io.BytesIO()
+  np.save(content, records, allow_pickle=False)
+  disk.write_whole(folder / f"steps_{records['step'][0]:012d}.npy", content.getvalue())
 
 
 def _remove_after(folder: pathlib.Path, step: int) -> None:

@@ -17,7 +17,7 @@ import jax
 
 from moe_jax.cluster import processes
 from moe_jax.cluster.agree import Agreement
-from moe_jax.errors import InputError, NonFiniteLoss, Stopped
+from moe_jax.errors import STOPPED_STATUS, InputError, NonFiniteLoss
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 FIRST_SAVE = 30.0  # seconds until the first checkpoint that is due by time
@@ -72,26 +72,33 @@ class Stops:
 
   def _handle(self, number: int, frame: Any) -> None:
     self._received += 1
-    at_once = not self._has_step and jax.process_count() == 1
-    if number == signal.SIGINT and (at_once or self._received > 1):
+    if number == signal.SIGINT and (self._has_nothing or self._received > 1):
       raise KeyboardInterrupt
-    if at_once:
-      raise Stopped(
-        f"stopped by {signal.Signals(number).name} before the first step; the same command continues"
-      )
 
   def _listen(self) -> None:
     numbers = 0
     while data := self._inbox.recv(1):
       if data[0] in self._handlers or data[0] in SIGNALS:
         numbers += 1
-        name = signal.Signals(data[0]).name
-        if numbers == 1:
-          self._agreement.ask(name)
-        elif data[0] != signal.SIGINT:
-          os.write(2, f"error: a second signal, {name}: ended without saving\n".encode())
-          os._exit(128 + data[0])
+        self._heard(signal.Signals(data[0]), numbers)
     self._inbox.close()
+
+  def _heard(self, number: signal.Signals, numbers: int) -> None:
+    """In a thread of its own, while the main thread may wait in C for memory, a compiler, or a process that is gone."""
+    if number == signal.SIGINT and (self._has_nothing or numbers > 1):
+      return  # the handler raises KeyboardInterrupt
+    if self._has_nothing:
+      os.write(2, f"stopped by {number.name} before the first step; the same command continues\n".encode())
+      os._exit(STOPPED_STATUS)
+    if numbers > 1:
+      os.write(2, f"error: a second signal, {number.name}: ended without saving\n".encode())
+      os._exit(128 + number)
+    self._agreement.ask(number.name)
+
+  @property
+  def _has_nothing(self) -> bool:
+    """Whether there is nothing to save yet, and nobody to agree with."""
+    return not self._has_step and jax.process_count() == 1
 
   def reached(self, step: int) -> str:
     """Returns why the run stops after `step`, the same in all processes; empty: it goes on. Once for each step."""
@@ -132,8 +139,10 @@ def not_finite(show: str, step: int, what: str, good: str, learning_rate: float)
 def in_words(error: BaseException, show: str) -> InputError | None:
   """Returns the line for an error that the user can correct: lack of memory or of disk space; None for others."""
   text = " ".join(str(error).split())
-  full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-  if full or "No space left on device" in text or "Disk quota exceeded" in text:
+  full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+  if full or any(
+    words in text for words in ("No space left on device", "Disk quota exceeded", "File too large")
+  ):
     return InputError(
       f"{show or 'the run'}: no space left to write ({text[:200]}); make room, and the same command continues from the "
       "last checkpoint"

@@ -99,7 +99,24 @@ def test_the_cache_is_read_and_a_folder_that_cannot_be_written_is_no_error(tmp_p
   again.tokenizer = again.tokenizer._replace(encode=None)
   assert all(map(np.array_equal, again.encode(TEXTS), expected)) and len(again.encode(TEXTS)) == 200
   names = sorted(p.name.split("-")[0] for p in (tmp_path / "bpe").rglob("*") if p.is_file())
-  assert names == ["tokenizer.json", "tokens"]
+  assert names == ["tokenizer.json", "tokenizer.json.sha256", "tokens", "tokens"]
+
+
+def test_a_damaged_cache_is_made_again(tmp_path, capsys):
+  """One byte of each file is another: of the tokenizer, a letter that leaves it valid JSON."""
+  first = BpeCache(TEXTS, 300, tmp_path)
+  expected = first.encode(TEXTS)
+  for path in first.folder.glob("t*[!6]"):
+    data = path.read_bytes()
+    changed = data.replace(b"a", b"b", 1) if path.suffix == ".json" else data[:-9] + b"?" + data[-8:]
+    assert changed != data
+    path.write_bytes(changed)
+  again = BpeCache(TEXTS, 300, tmp_path)
+  assert again.tokenizer.content == first.tokenizer.content
+  assert all(map(np.array_equal, again.encode(TEXTS), expected))
+  said = capsys.readouterr().err.splitlines()
+  assert len([line for line in said if line.startswith("note: ") and "is damaged, moved to" in line]) == 2
+  assert len(list((first.folder / "damaged").iterdir())) == 2
 
 
 def test_a_data_set_trains_on_its_training_split(tmp_path):

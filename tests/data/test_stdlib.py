@@ -137,6 +137,26 @@ def test_concurrent_builds_and_the_cache(library, tmp_path, capfd):
     (library / "new.py").unlink()
 
 
+def test_a_damaged_corpus_is_built_again(library, tmp_path, monkeypatch, capsys):
+  monkeypatch.setitem(read_documents.__kwdefaults__, "min_bytes", 1)
+  expected = builder.read_stdlib(tmp_path, library)
+  (folder,) = (tmp_path / "stdlib").iterdir()
+  damages = {
+    "*train.array_record*": lambda path: path.write_bytes(path.read_bytes()[:-20]),
+    "dataset_info.json": lambda path: path.write_text("null"),
+    "features.json": lambda path: path.unlink(),
+    "digest.txt": lambda path: path.write_text("0" * 64),
+  }
+  for count, (name, damage) in enumerate(damages.items(), start=1):
+    (path,) = folder.glob(name)
+    damage(path)
+    capsys.readouterr()
+    assert builder.read_stdlib(tmp_path, library) == expected, name
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 1 and "is damaged" in notes[0] and "built again" in notes[0]
+    assert len(list((tmp_path / "stdlib/damaged").iterdir())) == count
+
+
 def test_a_build_appears_whole_in_one_rename(library, tmp_path, monkeypatch):
   published = []
 

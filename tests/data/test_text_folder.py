@@ -1,3 +1,4 @@
+import os
 import re
 from hashlib import sha256
 
@@ -41,6 +42,50 @@ def test_wrong_bytes_are_replaced(tmp_path):
     (tmp_path / name).write_bytes(b"ok \xff\xfe " * 30)
   splits, _ = read_text_folder(str(tmp_path))
   assert [text for texts in splits.values() for text, _ in texts] == ["ok \ufffd\ufffd " * 30] * 2
+
+
+def test_what_is_no_text_is_skipped_with_a_line(tmp_path, capsys):
+  """A pipe is not waited for. Names need not be utf-8, and links to folders are domains."""
+  folder = write_files(tmp_path / "texts", {f"a/{i}": f"a {i}" for i in range(5)})
+  (folder / "a/image.png").write_bytes(b"\x89PNG\0\0\1")
+  os.mkfifo(folder / "a/pipe")
+  (folder / os.fsdecode(b"caf\xe9")).mkdir()
+  (folder / os.fsdecode(b"caf\xe9/\xff")).write_text("one\ntwo\n" * 20)
+  (folder / "linked").symlink_to(write_files(tmp_path / "elsewhere", {"x": "x\n" * 20}))
+  splits, domains = read_text_folder(str(folder))
+  assert domains == ("a", "caf\\xe9", "linked")
+  assert sum(len(texts) for texts in splits.values()) == 5 + 2 + 2
+  said = capsys.readouterr().err
+  assert said.count("\n") == 1 and "2 files are no text and skipped, such as" in said and "image.png" in said
+
+
+def test_nothing_that_cannot_be_read_is_left_out_without_a_word(tmp_path, monkeypatch):
+  folder = write_files(tmp_path / "texts", {f"{d}/{i}": f"{d} {i}" for d in "ab" for i in range(5)})
+
+  def refused(message):
+    with pytest.raises(InputError, match=message) as error:
+      read_text_folder(str(folder))
+    assert "\n" not in str(error.value)
+
+  for link, target in (("circle", "circle"), ("b/up", ".."), ("nowhere", "not/there")):
+    (folder / link).symlink_to(target)
+    refused(rf"{re.escape(str(folder / link))}.* (link in a circle|cannot be read)")
+    (folder / link).unlink()
+
+  def denied(of, plain):  # the tests may run as root, who may read everything
+    def function(path, *arguments):
+      if "texts/b" in str(path):
+        raise PermissionError(13, "Permission denied")
+      return plain(path, *arguments)
+
+    monkeypatch.setattr(*of, function)
+
+  with monkeypatch.context():
+    denied((os, "listdir"), os.listdir)
+    refused(r"texts/b cannot be read \(Permission denied\)")
+  monkeypatch.undo()
+  denied((type(folder), "read_bytes"), type(folder).read_bytes)
+  refused(r"texts/b/0 cannot be read \(Permission denied\)")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """Prepared TFDS data sets, read by name without TensorFlow."""
 
+import shutil
+import socket
+
 import numpy as np
 import pytest
 
@@ -106,6 +109,32 @@ def test_a_tokenizer_is_trained_on_what_is_held_in_memory(folder, monkeypatch):
     open_tfds(folder, "tiny_plain", tokenizer="bpe:264")
 
 
+def test_names_are_not_looked_up_on_the_network(folder, monkeypatch):
+  def connect(*unused_arguments):
+    raise AssertionError("nothing is downloaded")
+
+  monkeypatch.setattr(socket, "create_connection", connect)
+  monkeypatch.setattr(socket.socket, "connect", connect)
+  for name in ("huggingface:foo", "kaggle:foo", "no_such_name", "lm1b:1.1.0", "lm1b/plain_text:9.9.9"):
+    with pytest.raises(InputError):
+      open_tfds(folder, name)
+
+
+@pytest.mark.parametrize("in_memory", [0, 64_000_000])
+def test_damaged_files_are_named(folder, tmp_path, monkeypatch, in_memory):
+  """Held in memory, or read while it trains."""
+  monkeypatch.setattr(tfds_text, "IN_MEMORY_BYTES", in_memory)
+  shutil.copytree(f"{folder}/tiny_body", tmp_path / "tiny_body")
+  (path,) = tmp_path.glob("tiny_body/*/*train.array_record*")
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+  with pytest.raises(InputError, match=rf"^--data_dir: {path.parent} is damaged .* with tfds build") as error:
+    dataset = open_tfds(str(tmp_path), "tiny_body")
+    [next(dataset.train_batches()) for _ in range(50)]
+  assert "\n" not in str(error.value)
+
+
 def test_input_errors(folder, tmp_path):
   cases = {
     "tiny_two": "needs a text feature named text, or only one; its features are .*question",
@@ -116,6 +145,8 @@ def test_input_errors(folder, tmp_path):
     "lm1c": "unknown dataset 'lm1c': did you mean lm1b",
     "no such/thing!": "unknown dataset 'no such/thing!'",
     "": "unknown dataset ''",
+    "huggingface:foo": "must be .* NAME:VERSION of a TFDS data set that is prepared on disk; nothing is downloaded",
+    "huggingface:foo/bar:1.0.0": "nothing is downloaded",
   }
   for name, message in cases.items():
     with pytest.raises(InputError, match=message) as error:

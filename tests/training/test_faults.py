@@ -1,11 +1,15 @@
 """A run on damaged files, on other text, or started twice: it continues to the same numbers, or ends with one line."""
 
+import json
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
+from tensorboardX.proto import event_pb2
 
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError
@@ -68,6 +72,17 @@ def continued(config, dataset, folder):
   return progress.notes, Run(config, dataset, folder, progress, label="arm", show="mine").train()
 
 
+def tensorboard_events(path: pathlib.Path):
+  """The events of a file, without one that a kill has cut."""
+  data, at = path.read_bytes(), 0
+  while at + 12 <= len(data):
+    size = int.from_bytes(data[at : at + 8], "little")  # length 8, its crc 4, payload, its crc 4
+    if at + 16 + size > len(data):
+      return
+    yield event_pb2.Event.FromString(data[at + 12 : at + 12 + size])
+    at += 16 + size
+
+
 def test_other_text_is_refused(config, left, tmp_path):
   other = tiny.change(config, text_folder=str(write_texts(tmp_path / "texts", seed=1)))
   data = load_dataset(other.data)
@@ -124,6 +139,39 @@ def test_a_damaged_checkpoint_is_passed_over(config, dataset, finished, left, da
   lines = [read_jsonl(folder / "metrics.jsonl") for folder in (left, finished[0])]
   times = lambda line: {k: v for k, v in line.items() if k != "tokens_per_second"}
   assert [*map(times, lines[0])] == [*map(times, lines[1])]
+
+
+def test_logs_do_not_show_how_often_a_run_was_killed(config, dataset, tmp_path):
+  """Killed without closing anything, behind checkpoints that are off the lines of the log, and continued twice."""
+  config = tiny.change(config, tensorboard=True, log_every=2)
+  code = (
+    "import os, sys; from moe_jax.config import Config; from moe_jax.training import checkpoint, loop;"
+    "from moe_jax.data import load_dataset; import json;"
+    "config = Config.from_dict(json.loads(sys.argv[1])); save = checkpoint.Checkpoints.save\n"
+    "def killed(self, step, *args):\n  save(self, step, *args); self.wait(); step == 3 and os._exit(9)\n"
+    "checkpoint.Checkpoints.save = killed; loop.Run(config, load_dataset(config.data), sys.argv[2]).train()"
+  )
+  often = tiny.change(config, checkpoint_every=1)
+  process = subprocess.run(
+    [sys.executable, "-c", code, json.dumps(often.to_dict()), str(tmp_path / "killed")]
+  )
+  assert process.returncode == 9
+  with pytest.raises(KeyboardInterrupt):
+    Run(often, dataset, tmp_path / "killed", tiny.StopsAt(6)).train()
+  Run(config, dataset, tmp_path / "killed").train()
+  Run(config, dataset, tmp_path / "whole").train()
+  lines = [read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("killed", "whole")]
+  assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]] == [1, 2, 4, 6]
+  for name in ("killed", "whole"):  # as TensorBoard reads it: a later file forgets what comes after its start
+    shown: dict[int, float] = {}
+    for path in sorted((tmp_path / name / "tensorboard").iterdir()):
+      for event in tensorboard_events(path):
+        if event.HasField("session_log"):
+          shown = {step: loss for step, loss in shown.items() if step < event.step}
+        for value in event.summary.value:
+          if value.tag == "loss":
+            shown[event.step] = value.simple_value
+    assert shown == pytest.approx({line["step"]: line["loss"] for line in lines[1]}, rel=1e-6)
 
 
 def test_without_a_whole_checkpoint_it_says_so_and_then_begins_anew(config, dataset, finished, left, capsys):

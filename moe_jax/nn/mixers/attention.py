@@ -10,15 +10,16 @@ from moe_jax.nn.norm import RMSNorm
 from moe_jax.nn.variables import matrix, vector, weight
 from moe_jax.ops.attention import attend, attend_cached
 from moe_jax.ops.cache import append, ring_append, ring_columns
+from moe_jax.ops.largest_scores import largest_scores
 from moe_jax.ops.rotary import Rotary
 from moe_jax.sharding import constrain
-from moe_jax.types import Array
+from moe_jax.types import Array, Maximum, MixerAux
 
 _CACHED = ("batch", None, "kv_heads", None)
 
 
 class Attention(nnx.Module):
-  """Grouped-query softmax attention: `y_BLD, None = attention(x_BLD, context)`.
+  """Grouped-query softmax attention: `y_BLD, aux = attention(x_BLD, context)`.
 
   Padding follows the text, so the causal mask already hides it from real tokens. Without a causal mask,
   padding is masked explicitly.
@@ -100,11 +101,40 @@ class Attention(nnx.Module):
     norm = lambda heads: RMSNorm(heads * h if self.norm_projection else h, norm_eps) if qk_norm else None
     self.query_norm, self.key_norm = norm(n), norm(n_kv)
 
-  def __call__(self, x_BLD: Array, context: Context) -> tuple[Array, None]:
+  def __call__(self, x_BLD: Array, context: Context) -> tuple[Array, MixerAux | None]:
     query, key, value = self._projected(x_BLD, sequence_positions(x_BLD))
     mask_BL = None if self.causal else context.mask_of(x_BLD)
     mixed = attend(query, key, value, causal=self.causal, mask_BL=mask_BL, **self._scores())
-    return self._out(mixed), None
+    if not context.record_scores:
+      return self._out(mixed), None
+    where = {"causal": self.causal, "window": self.window, "scale": self.scale}
+    largest_N = largest_scores(query, key, context.mask_of(x_BLD), **where)
+    return self._out(mixed), MixerAux(Maximum(largest_N))
+
+  @property
+  def scores_scale(self) -> bool:
+    """Whether scores scale with the matrices of queries and keys."""
+    return self.query_norm is None and not self.clip_qkv
+
+  def scale_scores(self, factor_N: Array) -> None:
+    """Changes the parameters so that all scores of each query head are multiplied by a factor, above 0.
+
+    Queries and keys each get its square root. A key head with several query heads gets that of the smallest of their
+    factors, and each of these query heads what is missing.
+
+    Args:
+      factor_N: of each head; for stacked parameters, with their leading axes.
+    """
+    per_key = factor_N.reshape(*factor_N.shape[:-1], self.num_kv_heads, -1)
+    of_key = jnp.sqrt(per_key.min(axis=-1))
+    of_query = (per_key / of_key[..., None]).reshape(factor_N.shape)
+    for w, b, factor in (
+      (self.w_query_DNH, self.b_query_NH, of_query),
+      (self.w_key_DNH, self.b_key_NH, of_key),
+    ):
+      w.set_value(w[...] * factor[..., None, :, None])
+      if b is not None:
+        b.set_value(b[...] * factor[..., None])
 
   def init_cache(self, batch_size: int, length: int, dtype: jnp.dtype) -> tuple[Array, Array]:
     """Returns empty keys and values. With a window there are only as many columns.

@@ -1,0 +1,115 @@
+"""Whether a run can fit into memory, before anything is allocated: a host that runs out of it hangs without a word."""
+
+import dataclasses
+import math
+import os
+import pathlib
+from typing import NamedTuple
+
+import jax
+
+from moe_jax.config import Config
+from moe_jax.errors import InputError
+from moe_jax.sharding import BATCH_AXES
+from moe_jax.training.compiled import CompiledSteps
+from moe_jax.types import PyTree
+
+GIB = 2**30
+
+
+class Need(NamedTuple):
+  """Bytes on one device that a step holds at the same time, at least."""
+
+  parameters: int
+  gradients: int
+  optimizer: int  # moments, and the state of balancers and hooks
+  activations: int  # inputs of the layers, which the backward pass starts from, and the logits
+
+
+def need_of(config: Config, steps: CompiledSteps, vocab_size: int, mesh: jax.sharding.Mesh) -> Need:
+  """Returns a lower bound of what the training step of a resolved configuration needs. Allocates nothing."""
+  state, layout = steps.abstract_state, steps.state_shardings
+  parameters = _bytes(state.params, layout.params)
+  whole = _bytes(state, layout)
+  parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+  tokens = config.data.batch_size * config.data.sequence_length / config.train.accumulation / parts
+  size = 2 if config.model.compute_dtype == "bfloat16" else 4
+  layers = sum(len(segment.pattern) * segment.repeats for segment in config.model.blocks)
+  activations = tokens * (config.model.model_dim * size * layers + 2 * size * vocab_size)
+  return Need(parameters, parameters, whole - parameters, int(activations))
+
+
+def check_memory(config: Config, steps: CompiledSteps, vocab_size: int, mesh: jax.sharding.Mesh) -> None:
+  """Raises `InputError` if a device, or the host of devices that share its memory, has less than a step needs.
+
+  Args:
+    config: resolved. Nothing is checked with `ignore_memory_check`.
+    steps: its steps, not run yet.
+    vocab_size: V of the text.
+    mesh: of the run.
+  """
+  if config.train.ignore_memory_check:
+    return
+  need = need_of(config, steps, vocab_size, mesh)
+  own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+  available, sharing, where = _available(own)
+  if available is None or sum(need) * sharing <= available:
+    return
+  num_params = sum(leaf.size for leaf in jax.tree.leaves(steps.abstract_state.params))
+  of_weights = sum(need) - need.activations
+  fits = num_params * (available / sharing - need.activations) / of_weights
+  advice = (
+    f"about {fits:.2g} parameters would fit with this batch"
+    if fits >= 1
+    else "the activations alone do not fit"
+  )
+  parts = ", ".join(f"{name} {bytes * sharing / GIB:.3g}" for name, bytes in need._asdict().items())
+  raise InputError(
+    f"{num_params:.3g} parameters need at least {sum(need) * sharing / GIB:.3g} GiB ({parts}) and {where} has "
+    f"{available / GIB:.3g} GiB; {advice}: use a smaller model or batch, or more devices (--fsdp_parallelism, "
+    "--expert_parallelism); --ignore_memory_check starts it anyway"
+  )
+
+
+def _bytes(tree: PyTree, layout: PyTree) -> int:
+  """The bytes of one device's parts of all arrays."""
+  leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(layout), strict=True)
+  return sum(math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize for x, sharding in leaves)
+
+
+def _available(devices: list[jax.Device]) -> tuple[int | None, int, str]:
+  """Returns (bytes, how many of the devices share them, what has them). None: nobody says."""
+  if devices[0].platform == "cpu":
+    return host_memory(), len(devices), "this host"
+  limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
+  return (None if None in limits else min(limits)), 1, f"a device ({devices[0].device_kind})"
+
+
+def host_memory() -> int | None:
+  """Returns the bytes that this process can still have, swap included; None if nobody says."""
+  found = []
+  try:
+    lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+    found.append(sizes["MemAvailable"] + sizes.get("SwapFree", 0))
+  except (OSError, ValueError, KeyError, IndexError):
+    try:
+      found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (OSError, ValueError):
+      return None
+  for limit, used in (
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+  ):
+    root = pathlib.Path("/sys/fs/cgroup")
+    try:
+      found.append(int((root / limit).read_text()) - int((root / used).read_text()))
+    except (OSError, ValueError):  # no container, or one without a limit
+      continue
+  return min(found)
+
+
+def sizes_of(config: Config) -> Config:
+  """Returns what decides about the memory of a configuration, up to routers and balancers, which have little."""
+  moe = dataclasses.replace(config.model.moe, router="", balancers="", dispatcher="", jitter=0.0)
+  return dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))

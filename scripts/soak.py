@@ -1,0 +1,281 @@
+"""Disturbs runs at random, starts them again, and compares their ends with that of a run that nothing disturbed.
+
+  python scripts/soak.py --seed=0 --minutes=10
+  python scripts/soak.py --seed=1 --faults=100 --folder=runs/soak
+
+One small comparison of one arm is trained to its end without faults. Then it is trained again and again, in new folders, with
+faults drawn from --seed: kill -9, SIGTERM, Ctrl-C, files that are cut, flipped or removed, files that cannot be written,
+a second start at the same time, times of files that are a day off, a damaged cache of the corpus. After each, the same
+command is started again. At the end, parameters, optimizer, result and metrics must be those of the undisturbed run, bit
+by bit. A start may also end with one line that says what to do; a traceback, a hang or another end is a failure, and the
+exit status is then 1. On one machine with several processes: tests/cluster.
+"""
+
+import collections
+import json
+import os
+import pathlib
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+from absl import flags
+
+from moe_jax import cli
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+STEPS = 240
+LIMIT = 300.0  # seconds that a start may take
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "the", "dog", "ran", "after", "it", "until", "dark"]
+
+_SEED = flags.DEFINE_integer("seed", 0, "of the faults")
+_MINUTES = flags.DEFINE_float("minutes", 0.0, "how long to go on; 0: until --faults", lower_bound=0)
+_FAULTS = flags.DEFINE_integer("faults", 0, "how many faults; 0: until --minutes", lower_bound=0)
+_FOLDER = flags.DEFINE_string("folder", "runs/soak", "for the runs; must be new, or that of an earlier soak")
+_KEEP = flags.DEFINE_bool("keep", False, "keep the folders of runs that ended well, too")
+
+
+class Failed(Exception):
+  """Something was lost, or silently wrong."""
+
+
+class Soak:
+  """The undisturbed run, and the counts."""
+
+  def __init__(self, folder: pathlib.Path, seed: int):
+    self.folder, self.random = folder, random.Random(seed)
+    self.counts: collections.Counter[str] = collections.Counter()
+    self.starts, self.ends, self.refusals = 0, 0, 0
+    self.texts = folder / "texts"
+    self._write_texts()
+    self.whole = self._run_folder(folder / "whole")
+    if not (self.whole / "result.json").exists():
+      self.expect(self.start(folder / "whole").wait(LIMIT), 0, folder / "whole")
+
+  def _write_texts(self) -> None:
+    words = random.Random(0)
+    for domain in ("one", "two"):
+      (self.texts / domain).mkdir(parents=True, exist_ok=True)
+      for i in range(6):
+        (self.texts / domain / f"{i}.txt").write_text(" ".join(words.choices(WORDS, k=400)) + "\n")
+
+  def start(self, output_dir: pathlib.Path, largest_file: int = 0) -> subprocess.Popen:
+    """Starts the command, whose output goes to a file beside its folder."""
+    self.starts += 1
+    sizes = "--num_layers=1 --model_dim=16 --num_heads=2 --num_kv_heads=1 --head_dim=8 --num_experts=4 --expert_dim=16"
+    data = f"--dataset=text_folder --text_folder={self.texts} --data_dir={self.folder / 'data'} --tokenizer=bpe:300"
+    run = f"--sequence_length=16 --batch_size=8 --num_steps={STEPS} --log_every=1 --checkpoint_every=20 --eval_batches=2"
+    command = [sys.executable, "experiments/load_balancing.py", "--methods=loss_free_bias:0.01", "--seeds=1"]
+    command += [*sizes.split(), *data.split(), *run.split(), "--preset=tiny", f"--output_dir={output_dir}"]
+
+    def limit() -> None:
+      resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
+
+    with open(f"{output_dir}.txt", "a") as out:
+      out.write(f"--- start {self.starts}\n")
+      out.flush()
+      return subprocess.Popen(
+        command, cwd=ROOT, stdout=out, stderr=out, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        preexec_fn=limit if largest_file else None,
+      )  # fmt: skip
+
+  def expect(self, status: int, allowed: int | tuple[int, ...], output_dir: pathlib.Path) -> None:
+    """Raises `Failed` for an end that is none of `allowed`, and for a traceback."""
+    last = pathlib.Path(f"{output_dir}.txt").read_text().rpartition("--- start ")[2]
+    allowed = (allowed,) if isinstance(allowed, int) else allowed
+    if status not in allowed or "Traceback" in last or last.count("error: ") > 1:
+      raise Failed(f"a start ended with status {status}, expected {allowed}:\n{last[-3000:]}")
+
+  def _run_folder(self, output_dir: pathlib.Path) -> pathlib.Path:
+    return output_dir / "arms" / "loss_free_bias_0.01" / "seed_0"
+
+  def step(self, output_dir: pathlib.Path) -> int:
+    """The last step in metrics.jsonl."""
+    try:
+      lines = (self._run_folder(output_dir) / "metrics.jsonl").read_text(errors="replace").splitlines()
+      return max((json.loads(line)["step"] for line in lines[-2:-1]), default=0)
+    except (OSError, ValueError, KeyError, TypeError):
+      return 0
+
+  def one_run(self, number: int, more: Callable[[], bool]) -> None:
+    """Disturbs a run until it has reached its end, and compares."""
+    output_dir = self.folder / f"seed_{_SEED.value}_run_{number}"
+    for path in (output_dir, pathlib.Path(f"{output_dir}.txt")):
+      shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    spoilt_metrics = False
+    while more():
+      fault = self.random.choice(list(FAULTS))
+      until = self.random.uniform(self.step(output_dir), STEPS)
+      process = self.start(output_dir, largest_file=6000 if fault == "full" else 0)
+      deadline = time.monotonic() + LIMIT
+      while process.poll() is None and self.step(output_dir) < until and time.monotonic() < deadline:
+        time.sleep(0.02)
+      if time.monotonic() >= deadline:
+        process.kill()
+        raise Failed(f"{output_dir}: hangs")
+      if process.poll() == 0:
+        break
+      self.counts[fault] += 1
+      spoilt_metrics |= FAULTS[fault](self, process, output_dir)
+    self._finish(output_dir)
+    self._compare(output_dir, spoilt_metrics)
+    self.ends += 1
+    if not _KEEP.value:
+      shutil.rmtree(output_dir)
+
+  def _finish(self, output_dir: pathlib.Path) -> None:
+    for _ in range(3):
+      status = self.start(output_dir).wait(LIMIT)
+      self.expect(status, (0, 2), output_dir)
+      if status == 0:
+        return
+      self.refused(output_dir)
+    raise Failed(f"{output_dir}: does not start again; see {output_dir}.txt")
+
+  def refused(self, output_dir: pathlib.Path) -> None:
+    """What a user does after one line that names a damaged configuration: remove it."""
+    self.refusals += 1
+    for path in (output_dir / "config.json", self._run_folder(output_dir) / "config.json"):
+      path.unlink(missing_ok=True)
+
+  def _compare(self, output_dir: pathlib.Path, spoilt_metrics: bool) -> None:
+    own = self._run_folder(output_dir)
+    results = [json.loads((folder / "result.json").read_text()) for folder in (self.whole, own)]
+    parts = {"validation": [r["validation"] for r in results]}
+    parts |= {f"training {k}": [r["training"][k] for r in results] for k in ("loss", "max_vio", "tail_steps")}
+    saved = [folder / f"checkpoints/{STEPS}/extra/metadata" for folder in (self.whole, own)]
+    parts["arrays of the last checkpoint"] = [json.loads(path.read_text())["arrays"] for path in saved]
+    if not spoilt_metrics:
+      parts["metrics"] = [self._metrics(folder) for folder in (self.whole, own)]
+    for name, (expected, found) in parts.items():
+      if found != expected:
+        raise Failed(f"{output_dir}: other {name} than the undisturbed run")
+
+  def _metrics(self, folder: pathlib.Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+
+  # Faults: (process, folder) -> whether lines of metrics.jsonl may be lost.
+
+  def kill(self, process: subprocess.Popen, output_dir: pathlib.Path) -> bool:
+    process.kill()
+    process.wait()
+    return False
+
+  def ask(self, process: subprocess.Popen, output_dir: pathlib.Path) -> bool:
+    process.send_signal(self.random.choice([signal.SIGTERM, signal.SIGINT, signal.SIGHUP]))
+    # Before the first step and after the last one, there is nothing to save.
+    unsaved = (130, -signal.SIGTERM, -signal.SIGHUP)
+    self.expect(process.wait(LIMIT), (0, 75, *unsaved), output_dir)
+    return False
+
+  def full(self, process: subprocess.Popen, output_dir: pathlib.Path) -> bool:
+    self.expect(process.wait(LIMIT), (0, 2), output_dir)
+    return False
+
+  def second(self, process: subprocess.Popen, output_dir: pathlib.Path) -> bool:
+    other = self.start(output_dir)
+    status = other.wait(LIMIT)
+    self.expect(status, (0, 2), output_dir)  # 0: the first had ended meanwhile
+    self.expect(process.wait(LIMIT), 0, output_dir)
+    return False
+
+  def later(self, process: subprocess.Popen, output_dir: pathlib.Path) -> bool:
+    self.kill(process, output_dir)
+    for path in output_dir.rglob("*"):
+      day = time.time() + self.random.choice([-1, 1]) * 86_400
+      os.utime(path, (day, day))
+    return False
+
+  def cache(self, process: subprocess.Popen, output_dir: pathlib.Path) -> bool:
+    self.kill(process, output_dir)
+    self._damage(path for path in (self.folder / "data").rglob("*") if "damaged" not in path.parts)
+    return False
+
+  def damage(self, process: subprocess.Popen, output_dir: pathlib.Path) -> bool:
+    self.kill(process, output_dir)
+    paths = [path for path in output_dir.rglob("*") if "damaged" not in path.parts]
+    if self.random.random() < 0.7:  # mostly what matters most
+      paths = [path for path in paths if "checkpoints" in path.parts] or paths
+    damaged = self._damage(paths)
+    process = self.start(output_dir)
+    deadline = time.monotonic() + LIMIT
+    before = self.step(output_dir)
+    while process.poll() is None and self.step(output_dir) <= before and time.monotonic() < deadline:
+      time.sleep(0.02)
+    if process.poll() == 2:
+      self.expect(2, 2, output_dir)
+      self.refused(output_dir)
+    elif process.poll() not in (None, 0):
+      self.expect(process.poll(), 0, output_dir)
+    self.kill(process, output_dir)
+    return damaged is not None and damaged.name == "metrics.jsonl"
+
+  def _damage(self, paths) -> pathlib.Path | None:
+    files = sorted(path for path in paths if path.is_file() and path.stat().st_size)
+    if not files:
+      return None
+    path = self.random.choice(files)
+    data = bytearray(path.read_bytes())
+    how = self.random.choice(["cut", "flip", "remove"])
+    if how == "remove":
+      path.unlink()
+    elif how == "cut":
+      path.write_bytes(data[: self.random.randrange(len(data))])
+    else:
+      data[self.random.randrange(len(data))] ^= 1 << self.random.randrange(8)
+      path.write_bytes(data)
+    with open(f"{self.folder}/faults.txt", "a") as log:
+      log.write(f"{how} {path.relative_to(self.folder)}\n")
+    return path
+
+
+FAULTS = {
+  "kill -9": Soak.kill,
+  "SIGTERM, SIGHUP or Ctrl-C": Soak.ask,
+  "damaged file": Soak.damage,
+  "full": Soak.full,
+  "second start": Soak.second,
+  "times of files a day off": Soak.later,
+  "damaged cache": Soak.cache,
+}
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  minutes, most = _MINUTES.value, _FAULTS.value
+  minutes = minutes or (0.0 if most else 10.0)
+  deadline = time.monotonic() + 60 * minutes
+  folder = pathlib.Path(_FOLDER.value).absolute()
+  folder.mkdir(parents=True, exist_ok=True)
+  soak = Soak(folder, _SEED.value)
+
+  def more() -> bool:
+    return (not most or soak.counts.total() < most) and (not minutes or time.monotonic() < deadline)
+
+  failure = None
+  try:
+    number = 0
+    while more():
+      soak.one_run(number, more)
+      number += 1
+  except Failed as error:
+    failure = error
+  for name in FAULTS:
+    print(f"{name}: {soak.counts[name]}")
+  print(
+    f"faults: {soak.counts.total()}, starts: {soak.starts}, starts refused with one line: {soak.refusals}"
+  )
+  print(f"runs whose end equals that of the undisturbed run: {soak.ends}")
+  if failure:
+    print(f"FAILED: {failure}")
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+  cli.run(main)

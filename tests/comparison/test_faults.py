@@ -1,0 +1,180 @@
+"""The folder of a comparison with damaged files, diverged arms, other flags, and several commands at a time."""
+
+import json
+import pathlib
+import shutil
+
+import pytest
+
+from moe_jax import disk
+from moe_jax.comparison.comparison import Comparison
+from moe_jax.comparison.results import load_results
+from moe_jax.config import MeshConfig
+from moe_jax.errors import InputError
+from moe_jax.training.loop import Run
+from moe_jax.training.metric_writer import read_jsonl
+from tests import tiny
+
+CONFIG = tiny.change(
+  tiny.CONFIG,
+  num_steps=4,
+  eval_batches=2,
+  num_layers=1,
+  schedule="constant",
+  warmup_steps=1,
+  balancers="none",
+)
+ARMS = {"a": {"jitter": 0.1}, "b": {"jitter": 0.2}}
+TEXTS = {"title": "t", "question": "q", "command": "c"}
+
+
+def compare(folder, arms=ARMS, config=CONFIG):
+  comparison = Comparison(arms, [0], config, folder)
+  results = comparison.run()
+  comparison.report(results, **TEXTS)
+  return results
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """(folder, results)."""
+  folder = tmp_path_factory.mktemp("comparison") / "run"
+  return folder, compare(folder)
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+  return pathlib.Path(shutil.copytree(finished[0], tmp_path / "run"))
+
+
+@pytest.fixture
+def trained(monkeypatch):
+  """The labels of the runs that are trained."""
+  labels, train = [], Run.train
+  monkeypatch.setattr(Run, "train", lambda self: (labels.append(self.label), train(self))[1])
+  return labels
+
+
+def test_damaged_json_files_are_made_again(finished, copy, trained, capsys):
+  """The result from the last checkpoint, config.json from the flags. What was damaged is kept."""
+  config = copy / "config.json"
+  before = json.loads(config.read_text())
+  damaged = {
+    config: b"null",
+    copy / "arms/a/seed_0/config.json": b"",
+    copy / "arms/a/seed_0/result.json": b'{"arm": "a", "se',
+    copy / "arms/b/seed_0/result.json": b"\xff\xfe\0\x01",
+  }
+  for path, content in damaged.items():
+    path.write_bytes(content)
+  again = compare(copy)
+  assert trained == ["a", "b"]  # which restore their last steps, and evaluate
+  assert [r["validation"] for r in again] == [r["validation"] for r in finished[1]]
+  assert json.loads(config.read_text()) == before
+  for path, content in damaged.items():
+    assert (path.parent / f"damaged/{path.name}-1").read_bytes() == content
+  assert capsys.readouterr().err.count("note: ") == len(damaged)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": ', b"null", b"[1]", b"\xff\0", b"[" * 100_000])
+def test_files_without_a_json_object_are_damaged(tmp_path, content):
+  (tmp_path / "x").write_bytes(content)
+  assert disk.read_object(tmp_path / "x") is None
+  disk.write_json(tmp_path / "x", {"a": 1})
+  assert disk.read_object(tmp_path / "x") == {"a": 1}
+
+
+def test_a_full_disk_leaves_the_file_that_was_there(tmp_path, monkeypatch):
+  disk.write_json(tmp_path / "x", {"a": 1})
+
+  def full(handle):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(disk.os, "fsync", full)
+  with pytest.raises(OSError, match="No space"):
+    disk.write_json(tmp_path / "x", {"a": 2})
+  assert disk.read_object(tmp_path / "x") == {"a": 1} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_runs_of_another_configuration_are_noticed_without_the_config_of_the_folder(copy):
+  (copy / "config.json").write_text("")
+  with pytest.raises(InputError, match=r"seed_0: holds a run with another configuration \(learning_rate was"):
+    compare(copy, config=tiny.change(CONFIG, learning_rate=1e-4))
+
+
+def test_damaged_metrics_leave_no_silent_hole(copy, capsys):
+  paths = [copy / f"arms/{arm}/seed_0/metrics.jsonl" for arm in "ab"]
+  paths[0].write_text(paths[0].read_text()[:-30])
+  paths[1].write_text("")
+  compare(copy)
+  assert [(x["arm"], x["step"]) for x in read_jsonl(copy / "metrics.jsonl")] == [("a", 1), ("a", 2), ("a", 3)]
+  said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+  assert [line.partition("; ")[2] for line in said] == [
+    "its lines end at step 3 of 4, and 0 cannot be read",
+    "its lines end at step 0 of 4, and 0 cannot be read",
+  ]
+
+
+def test_a_diverged_arm_is_kept_and_the_others_go_on(tmp_path, trained, capsys):
+  arms = {"a": {"jitter": 0.1}, "wild": {"learning_rate": 1e30, "clip_norm": 0.0}, "b": {"jitter": 0.2}}
+  for _ in range(2):  # also when it is started again
+    results = compare(tmp_path / "run", arms)
+    assert trained == ["a", "wild", "b"]
+  assert [r["arm"] for r in results] == ["a", "wild", "b"]
+  assert "wild seed 0 has " in results[1]["diverged"] and results[1]["validation"]["nll"] == "Infinity"
+  out = capsys.readouterr().out
+  assert "the arm is kept as diverged" in out and "inf" in out
+
+
+def test_flags_that_change_no_run_may_change(finished, copy, trained):
+  """How often it saves and logs, and over which devices it is spread."""
+  free = {
+    "checkpoint_every": 1,
+    "log_every": 3,
+    "tensorboard": True,
+    "checkpoint_minutes": 0.0,
+    "max_minutes": 60.0,
+  }
+  again = compare(copy, config=tiny.change(CONFIG, **free, mesh=MeshConfig(data=2)))
+  assert trained == [] and again == finished[1]
+
+
+def test_a_constant_schedule_may_be_extended(finished, copy, trained, tmp_path):
+  """It continues from the last step, and ends as a run that had so many from the start on."""
+  longer = tiny.change(CONFIG, num_steps=6)
+  extended, whole = compare(copy, config=longer), compare(tmp_path / "whole", config=longer)
+  assert trained == ["a", "b", "a", "b"]
+  assert [r["validation"] for r in extended] == [r["validation"] for r in whole]
+  assert extended[0]["num_steps"] == 6
+  with pytest.raises(InputError, match=r"\(num_steps was 6, now 4\)"):
+    compare(copy)
+  with pytest.raises(InputError, match=r"\(schedule was 'constant', now 'cosine'; num_steps was 6, now 8\)"):
+    compare(copy, config=tiny.change(longer, num_steps=8, schedule="cosine"))
+
+
+def test_commands_in_one_folder_have_their_runs_and_all_are_merged(finished, tmp_path, monkeypatch):
+  """While one has arm a, another may train b, but not a."""
+  folder, train, seen = tmp_path / "run", Run.train, []
+
+  def other_command(self):
+    held, disk._held = disk._held, {}  # what a process of its own does not hold
+    try:
+      with pytest.raises(InputError, match=r"run a seed 0 in .*run: in use by process \d+ on .* since"):
+        compare(folder)
+      seen.append(compare(folder, {"b": ARMS["b"]}))
+    finally:
+      disk._held = held
+
+  def started(self):
+    if self.label == "a":
+      monkeypatch.setattr(Run, "train", train)
+      other_command(self)
+    return train(self)
+
+  monkeypatch.setattr(Run, "train", started)
+  compare(folder, {"a": ARMS["a"]})
+  assert [r["arm"] for r in seen[0]] == ["b"]
+  by_arm = {r["arm"]: r["validation"] for r in load_results(folder)}
+  assert by_arm == {r["arm"]: r["validation"] for r in finished[1]}
+  assert {line["arm"] for line in read_jsonl(folder / "metrics.jsonl")} == {"a", "b"}
+  assert set(json.loads((folder / "config.json").read_text())["arms"]) == {"a", "b"}
