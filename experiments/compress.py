@@ -2,6 +2,7 @@
 
 Question   Bits per byte by domain against the number of experts left, for all methods from one model.
 Command    python experiments/compress.py --model=runs/load_balancing/arms/none/seed_0 --experts=8,4,2
+           python experiments/compress.py --model=MODEL --methods=usage --domain=code --output_dir=runs/compress_code
 Hardware   two CPU cores, 4 GB for a small model; any JAX device
 Minutes    about 2 for a model of the default preset
 Result     see docs/adapt.md
@@ -17,7 +18,8 @@ what the experts do; the validation text is not read before the end. Without tra
 - merge_unaligned: merge_usage without the Hungarian match;
 - merge_router: merge_usage with the router's columns merged, too.
 
-Writes compress.csv with a row for each method and number, and prints it.
+With `--domain`, the experts that stay are those that this domain uses: the part of the model for one task, whose loss inside
+and outside of the domain the table shows (task-level extraction, 2110.03742). Writes compress.csv with a row for each method and number, and prints it.
 """
 
 import pathlib
@@ -32,6 +34,9 @@ _EXPERTS = flags.DEFINE_list("experts", [], "numbers of experts left; empty: thr
 _METHODS = flags.DEFINE_list("methods", ["all"], "all, or names of methods")
 _CALIBRATION = flags.DEFINE_integer(
   "calibration", 16, "batches of training text for calibration", lower_bound=1
+)
+_DOMAIN = flags.DEFINE_string(
+  "domain", "", "calibrate on this domain only: what is left is the part that it uses"
 )
 _BATCHES = flags.DEFINE_integer("batches", 0, "batches of validation text; 0: all", lower_bound=0)
 _TEXT_FOLDER = flags.DEFINE_string(
@@ -69,7 +74,7 @@ def main(argv: list[str]) -> None:
   e = parts.layers[moe_layers(parts)[0]].block.moe.num_experts
   numbers = [int(n) for n in _EXPERTS.value] or [e * 3 // 4, e // 2, e // 4]
   dataset = text_of(loaded, _TEXT_FOLDER.value)
-  batches = calibration_batches(dataset, _CALIBRATION.value)
+  batches = calibration_batches(dataset, _CALIBRATION.value, _DOMAIN.value)
   measure = lambda model: evaluate(model, dataset, dataset.config.batch_size, _BATCHES.value)
   rows = [row("whole", e, measure(loaded.model))]
   compressed = Compressor(loaded.model, batches)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moe_jax.data import Batch, Dataset, load_dataset
+from moe_jax.errors import unknown_name
 
 
 def text_of(loaded: Any, text_folder: str = "") -> Dataset:
@@ -18,9 +19,21 @@ def text_of(loaded: Any, text_folder: str = "") -> Dataset:
   return load_dataset(data, loaded.tokenizer)
 
 
-def calibration_batches(dataset: Dataset, number: int) -> list[Batch]:
-  """Returns the first batches of the training text."""
-  return list(itertools.islice(dataset.train_batches(), number))
+def calibration_batches(dataset: Dataset, number: int, domain: str = "") -> list[Batch]:
+  """Returns the first batches of the training text; with a domain, those that have some of it, and only that.
+
+  Raises:
+    InputError: if there is no such domain.
+  """
+  batches = dataset.train_batches()
+  if not domain:
+    return list(itertools.islice(batches, number))
+  if domain not in dataset.info.domains:
+    raise unknown_name("domain", domain, dataset.info.domains)
+  index = dataset.info.domains.index(domain)
+  of_domain = lambda batch: batch | {"mask_BL": batch["mask_BL"] & (batch["domain_B"] == index)[:, None]}
+  some = (batch for batch in map(of_domain, batches) if batch["mask_BL"].any())
+  return list(itertools.islice(some, number))
 
 
 def row(method: str, experts: int, scores: Mapping[str, Any]) -> dict[str, Any]:
