@@ -4,7 +4,8 @@ Question   For each layer: load, MaxVio, dead and overloaded experts, what an ex
            position, which experts go together, how many devices a token reaches, and what a capacity would drop.
 Command    python experiments/examine.py --model=runs/load_balancing/arms/none/seed_0
            python experiments/examine.py --model=path/to/hf_folder --dataset=text_folder --text_folder=my_texts
-Hardware   two CPU cores; memory for the model, or with --stream for one layer of it. Any JAX device
+           python experiments/examine.py --model=path/to/hf_folder --stream --dtype=bfloat16 --eval_batches=4
+Hardware   two CPU cores; memory for the model, or for its largest layer with --stream. Any JAX device
 Minutes    under 1 for the default model on two CPU cores, more with --replay
 Result     report.html in the folder, see docs/examine.md
 
@@ -34,7 +35,9 @@ _REPLAY = flags.DEFINE_string(
   "replay", "none", "balancers to replay on the router logits, separated by commas; all; none"
 )
 _STREAM = flags.DEFINE_bool(
-  "stream", False, "keep one layer of a published checkpoint in memory at a time; not with --replay"
+  "stream",
+  False,
+  "keep one layer of a published checkpoint in memory at a time, and the activations of all batches",
 )
 _OUTPUT_DIR = flags.DEFINE_string(
   "output_dir", "", "the folder to write; empty: runs/examine/NAME OF THE MODEL"
@@ -53,12 +56,12 @@ def main(argv: list[str]) -> None:
 
   from moe_jax.analysis.examine import replays, report
   from moe_jax.analysis.examine.examination import examine
-  from moe_jax.analysis.examine.streamed import examine_stream
 
   console, methods = Console(), _methods()
   if _STREAM.value and _REPLAY.value != "none":
-    raise InputError("--stream: is not possible with --replay, which needs the logits of all layers at once")
-  with model_flags.open_model(_STREAM.value) as loaded, contextlib.ExitStack() as stack:
+    raise InputError(f"--replay={_REPLAY.value}: needs all layers of a batch together; leave out --stream")
+  opened = model_flags.open_stream() if _STREAM.value else model_flags.open_model()
+  with opened as loaded, contextlib.ExitStack() as stack:
     folder = _output_dir(loaded.folder)
     dataset = model_flags.open_dataset(loaded)
     recorder = None
@@ -69,11 +72,9 @@ def main(argv: list[str]) -> None:
         )
       recorder = stack.enter_context(replays.Recorder(folder / "router_logits", loaded.config))
     batches = dataset.validation_batches(flags.FLAGS.batch_size, limit=flags.FLAGS.eval_batches)
-    domains, devices = dataset.info.domains, _DEVICES.value
-    if _STREAM.value:
-      found = examine_stream(loaded, batches, domains, devices)
-    else:
-      found = examine(loaded.model, batches, domains, devices, recorder.see if recorder else None)
+    found = examine(
+      loaded.model, batches, dataset.info.domains, _DEVICES.value, recorder.see if recorder else None
+    )
   report.print_layers(found, console)
   page = report.write(
     folder,
@@ -82,9 +83,7 @@ def main(argv: list[str]) -> None:
     command=shlex.join(["python", *sys.argv]),
     facts=_facts(loaded, dataset),
     text_of=_text_of(loaded),
-    replays=replays.replay_all(folder / "router_logits", methods, max(found.sizes.num_experts))
-    if recorder
-    else (),
+    replays=replays.replay_all(folder / "router_logits", methods, len(found.load_E(0))) if recorder else (),
   )
   console.print(f"report: {page}", soft_wrap=True, markup=False, highlight=False)
 

@@ -12,7 +12,6 @@ from moe_jax.errors import InputError, unknown_name
 
 if TYPE_CHECKING:
   from moe_jax.data import Dataset
-  from moe_jax.interop.stream import LayerStream
   from moe_jax.training.load import Loaded
 
 
@@ -64,11 +63,28 @@ def open_dataset(loaded: "Loaded") -> "Dataset":
 
 
 @contextlib.contextmanager
-def open_model(stream: bool = False) -> "Iterator[Loaded | LayerStream]":
-  """Loads the model that the flags name, with its mesh in use.
+def open_stream() -> "Iterator[Loaded]":
+  """Opens the checkpoint that the flags name as a `LayerStream`, in place of the model of what `open_model` yields.
 
-  Args:
-    stream: opens it as a `LayerStream` instead.
+  Raises:
+    InputError: if there is no such checkpoint, or it is the folder of a run.
+  """
+  import pathlib
+
+  from moe_jax.interop.stream import LayerStream
+  from moe_jax.training.load import Loaded
+
+  if not flags.FLAGS.model:
+    raise InputError("--model: give the folder of a Hugging Face checkpoint")
+  if flags.FLAGS.mesh:
+    raise InputError(f"--mesh={','.join(flags.FLAGS.mesh)}: a stream uses one device; leave out --stream")
+  stream = LayerStream(flags.FLAGS.model, flags.FLAGS.dtype)
+  yield Loaded(stream, stream.config, stream.tokenizer, 0, pathlib.Path(flags.FLAGS.model).expanduser())
+
+
+@contextlib.contextmanager
+def open_model() -> "Iterator[Loaded]":
+  """Loads the model that the flags name, with its mesh in use.
 
   Raises:
     InputError: if there is no such model, or the mesh does not fit the devices or the model.
@@ -81,13 +97,12 @@ def open_model(stream: bool = False) -> "Iterator[Loaded | LayerStream]":
 
   from moe_jax import sharding
   from moe_jax.interop.load import load
-  from moe_jax.interop.stream import LayerStream
 
   with contextlib.ExitStack() as stack:
     if flags.FLAGS.mesh:
       mesh = sharding.make_mesh(mesh_config(flags.FLAGS.mesh))
       stack.enter_context(jax.set_mesh(mesh))
-    loaded = (LayerStream if stream else load)(flags.FLAGS.model, flags.FLAGS.dtype)
+    loaded = load(flags.FLAGS.model, flags.FLAGS.dtype)
     if flags.FLAGS.mesh:
       parts = mesh.size  # the batch is made to fit, so only the model is checked
       sharding.check_divides(mesh, loaded.config.model, micro_batch=parts, num_groups=parts)

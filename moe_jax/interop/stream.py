@@ -27,7 +27,6 @@ from moe_jax.nn.block import Block, BlockAux
 from moe_jax.nn.context import Context
 from moe_jax.nn.moe import MoE
 from moe_jax.nn.norm import RMSNorm
-from moe_jax.nn.transformer import Transformer
 from moe_jax.nn.variables import BalancerState
 from moe_jax.training.compiled import abstract_model
 from moe_jax.types import Array
@@ -42,8 +41,7 @@ class LayerStream:
     folder, dtype: as for `moe_jax.load`.
 
   Attributes:
-    config, tokenizer, folder: as in what `moe_jax.load` returns.
-    model: the model without values.
+    config, tokenizer: as in what `moe_jax.load` returns.
     num_layers: the number of layers.
 
   Raises:
@@ -57,11 +55,11 @@ class LayerStream:
     opened = open_checkpoint(path, dtype, mtp=False)
     self.config, self.tokenizer, self._dtype = opened.config, opened.tokenizer, dtype
     self._tensors = opened.folder.tensors
-    self.folder, self.model = path, _shapes_of(abstract_model(opened.config, opened.vocab_size))
-    found = list(stored_parameters(self.model, opened.family, self._tensors))
+    self._model = abstract_model(opened.config, opened.vocab_size)
+    found = list(stored_parameters(self._model, opened.family, self._tensors))
     check_tensors(opened.folder, found, not_loaded(opened.family, opened.folder, opened.config))
     self._stored = {stored.path: stored for stored in found}
-    self.num_layers = sum(segment.num_layers for segment in self.model.segments)
+    self.num_layers = sum(segment.num_layers for segment in self._model.segments)
 
   def blocks(self) -> Iterator[tuple[int, Block]]:
     """Yields the number of every layer and its block, whose parameters are read when it is asked for."""
@@ -117,14 +115,14 @@ class LayerStream:
 
   def _places(self) -> Iterator[tuple[int, int, int]]:
     """The segment, repetition and block of every layer."""
-    for i, segment in enumerate(self.model.segments):
+    for i, segment in enumerate(self._model.segments):
       for r in range(segment.repeats):
         for j in range(len(segment.pattern.blocks)):
           yield i, r, j
 
   def _outer(self, path: Path) -> Array:
     """A parameter outside of layers."""
-    variable = dict(nnx.to_flat_state(nnx.state(self.model, nnx.Param)))[path]
+    variable = dict(nnx.to_flat_state(nnx.state(self._model, nnx.Param)))[path]
     return self._load(self._stored[path], variable, variable.get_value())
 
   def _load(self, stored: Stored, variable: nnx.Variable, abstract: jax.ShapeDtypeStruct) -> Array:
@@ -134,7 +132,7 @@ class LayerStream:
   def _block(self, i: int, r: int, j: int) -> tuple[nnx.GraphDef, nnx.State]:
     """A block in two parts. A module would stay in memory until the next garbage collection."""
     above = ("segments", i, "pattern", "blocks", j)
-    block = self.model.segments[i].pattern.blocks[j]
+    block = self._model.segments[i].pattern.blocks[j]
     graphdef, state = nnx.split(block)
     layers = {(*path, "balancer_state"): m for path, m in nnx.iter_modules(block) if isinstance(m, MoE)}
     filled = []
@@ -147,17 +145,12 @@ class LayerStream:
         if own is not None:
           everywhere = sharding.replicated(mesh_in_use())
           bias = load_parameter(own, self._tensors, np.dtype(np.float32), everywhere)
-          value = with_bias(self.model, stored, value, bias)
+          value = with_bias(self._model, stored, value, bias)
       else:
         abstract = jax.ShapeDtypeStruct(own.shape, variable.get_value().dtype)
         value = self._load(own, variable, abstract)
       filled.append((path, variable.replace(value)))
     return graphdef, nnx.from_flat_state(filled)
-
-
-def _shapes_of(model: Transformer) -> Transformer:
-  graphdef, state = nnx.split(model)
-  return nnx.merge(graphdef, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state))
 
 
 def _of_repetition(stored: Stored, r: int) -> Stored:
