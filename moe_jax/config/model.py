@@ -25,7 +25,7 @@ class MoEConfig:
   )
   experts: Spec = flag(
     "swiglu",
-    "network of the experts: swiglu, relu, gelu, clipped_swiglu, bounded_swiglu, expert_dropout, low_rank",
+    "network of the experts: swiglu, relu, gelu, clipped_swiglu, bounded_swiglu, expert_dropout, low_rank, fp8",
   )
   router: Spec = flag("softmax_topk", "what chooses the experts of a token, e.g. sigmoid_topk:normalize=true")
   balancers: Spec | Sequence[Spec] = flag(

@@ -4,6 +4,7 @@ from moe_jax.nn.experts.base import ExpertNetwork, as_experts
 from moe_jax.nn.experts.bounded_swiglu import BoundedSwiGLU
 from moe_jax.nn.experts.clipped_swiglu import ClippedSwiGLU
 from moe_jax.nn.experts.dropout import ExpertDropout
+from moe_jax.nn.experts.fp8 import FP8Experts
 from moe_jax.nn.experts.low_rank import LowRankExperts
 from moe_jax.nn.experts.plain import GELU, ReLU
 from moe_jax.nn.experts.swiglu import SwiGLU
@@ -19,6 +20,7 @@ EXPERTS = Registry(
     "bounded_swiglu": BoundedSwiGLU,
     "expert_dropout": ExpertDropout,
     "low_rank": LowRankExperts,
+    "fp8": FP8Experts,
   },
   offered=("num_experts", "dim", "expert_dim", "init_scale", "rngs"),
 )
