@@ -2,6 +2,7 @@
 
 Question   Bits per byte by domain against the number of experts left, for all methods from one model.
 Command    python experiments/compress.py --model=runs/load_balancing/arms/none/seed_0 --experts=8,4,2
+           python experiments/compress.py --model=MODEL --methods=usage --domain=code --output_dir=runs/compress_code
 Hardware   two CPU cores, 4 GB for a small model; any JAX device
 Minutes    about 2 for a model of the default preset
 Result     see docs/adapt.md
@@ -17,10 +18,10 @@ what the experts do; the validation text is not read before the end. Without tra
 - merge_unaligned: merge_usage without the Hungarian match;
 - merge_router: merge_usage with the router's columns merged, too.
 
-Writes compress.csv with a row for each method and number, and prints it.
+With `--domain`, the experts that stay are those that this domain uses: the part of the model for one task, whose loss inside
+and outside of the domain the table shows (task-level extraction, 2110.03742). Writes compress.csv with a row for each method and number, and prints it.
 """
 
-import csv
 import pathlib
 
 from absl import flags
@@ -33,6 +34,9 @@ _EXPERTS = flags.DEFINE_list("experts", [], "numbers of experts left; empty: thr
 _METHODS = flags.DEFINE_list("methods", ["all"], "all, or names of methods")
 _CALIBRATION = flags.DEFINE_integer(
   "calibration", 16, "batches of training text for calibration", lower_bound=1
+)
+_DOMAIN = flags.DEFINE_string(
+  "domain", "", "calibrate on this domain only: what is left is the part that it uses"
 )
 _BATCHES = flags.DEFINE_integer("batches", 0, "batches of validation text; 0: all", lower_bound=0)
 _TEXT_FOLDER = flags.DEFINE_string(
@@ -56,6 +60,7 @@ def main(argv: list[str]) -> None:
   del argv
   # Imported here, so that --help and wrong flags answer at once.
   from moe_jax.adapt.layers import moe_layers, take_apart
+  from moe_jax.adapt.table import calibration_batches, row, text_of, write_table
   from moe_jax.errors import unknown_name
   from moe_jax.inference.evaluate import evaluate
   from moe_jax.interop.load import load
@@ -69,7 +74,7 @@ def main(argv: list[str]) -> None:
   e = parts.layers[moe_layers(parts)[0]].block.moe.num_experts
   numbers = [int(n) for n in _EXPERTS.value] or [e * 3 // 4, e // 2, e // 4]
   dataset = text_of(loaded, _TEXT_FOLDER.value)
-  batches = calibration_batches(dataset, _CALIBRATION.value)
+  batches = calibration_batches(dataset, _CALIBRATION.value, _DOMAIN.value)
   measure = lambda model: evaluate(model, dataset, dataset.config.batch_size, _BATCHES.value)
   rows = [row("whole", e, measure(loaded.model))]
   compressed = Compressor(loaded.model, batches)
@@ -111,46 +116,6 @@ class Compressor:
     if name not in self._kept:
       self._kept[name] = getattr(adapt, name)(self.model, self.batches)
     return self._kept[name]
-
-
-def text_of(loaded, text_folder: str = ""):
-  """Returns the text that the model was trained on, or that of a folder, with the tokenizer of the model."""
-  import dataclasses
-
-  from moe_jax.data import load_dataset
-
-  data = loaded.config.data
-  if text_folder:
-    data = dataclasses.replace(data, dataset="text_folder", text_folder=text_folder)
-  return load_dataset(data, loaded.tokenizer)
-
-
-def calibration_batches(dataset, number: int) -> list:
-  """Returns the first batches of the training text."""
-  import itertools
-
-  return list(itertools.islice(dataset.train_batches(), number))
-
-
-def row(method: str, experts: int, scores: dict) -> dict:
-  """Returns one line: bits per byte, or nats per token where text has no bytes, of all text and of each domain."""
-  value = lambda score: score.nll if score.bits_per_byte is None else score.bits_per_byte
-  return {"method": method, "experts": experts} | {name: value(score) for name, score in scores.items()}
-
-
-def write_table(path: pathlib.Path, rows: list[dict]) -> None:
-  """Writes rows as CSV, and prints them."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with open(path, "w", newline="") as file:
-    writer = csv.DictWriter(file, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-  text = lambda x: f"{x:.4f}" if isinstance(x, float) else str(x)
-  width = max(len(text(row[next(iter(row))])) for row in rows) + 2
-  print("".join(f"{name:>{width if i == 0 else 11}}" for i, name in enumerate(rows[0])))
-  for line in rows:
-    print("".join(f"{text(x):>{width if i == 0 else 11}}" for i, x in enumerate(line.values())))
-  print(f"written: {path}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ save (`moe_jax.training.start.save_model`), load and train (`--init_from`) as an
 
 from moe_jax.adapt.calibrate import calibrate, losses
 from moe_jax.adapt.experts import merge, prune
+from moe_jax.adapt.quantise import dequantise, expert_bytes, quantise
 from moe_jax.adapt.upcycle import upcycle
 from moe_jax.adapt.wrappers import add_adapters, change_moe, merge_adapters, unwrap_experts, wrap_experts
 
@@ -13,10 +14,13 @@ __all__ = [
   "add_adapters",
   "calibrate",
   "change_moe",
+  "dequantise",
+  "expert_bytes",
   "losses",
   "merge",
   "merge_adapters",
   "prune",
+  "quantise",
   "unwrap_experts",
   "upcycle",
   "wrap_experts",

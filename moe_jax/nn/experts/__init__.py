@@ -4,9 +4,10 @@ from moe_jax.nn.experts.base import ExpertNetwork, as_experts
 from moe_jax.nn.experts.bounded_swiglu import BoundedSwiGLU
 from moe_jax.nn.experts.clipped_swiglu import ClippedSwiGLU
 from moe_jax.nn.experts.dropout import ExpertDropout
-from moe_jax.nn.experts.fp8 import FP8Experts
+from moe_jax.nn.experts.fp8_products import FP8Products
 from moe_jax.nn.experts.low_rank import LowRankExperts
 from moe_jax.nn.experts.plain import GELU, ReLU
+from moe_jax.nn.experts.quantised import QuantisedExperts, QuantisedTraining
 from moe_jax.nn.experts.swiglu import SwiGLU
 from moe_jax.registry import Registry
 
@@ -20,7 +21,9 @@ EXPERTS = Registry(
     "bounded_swiglu": BoundedSwiGLU,
     "expert_dropout": ExpertDropout,
     "low_rank": LowRankExperts,
-    "fp8": FP8Experts,
+    "quantised": QuantisedExperts,
+    "quantised_training": QuantisedTraining,
+    "fp8_products": FP8Products,
   },
   offered=("num_experts", "dim", "expert_dim", "init_scale", "rngs"),
 )

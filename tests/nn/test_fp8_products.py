@@ -65,7 +65,7 @@ D, F, M = 140, 150, 6
 
 def test_values_and_gradients_are_those_of_the_emulation(rng):
   """Two experts with six rows each; blocks and tiles are ragged."""
-  experts = randomized(lambda: EXPERTS["fp8"](2, D, F, rngs=nnx.Rngs(0)))
+  experts = randomized(lambda: EXPERTS["fp8_products"](2, D, F, rngs=nnx.Rngs(0)))
   rows, cotangent = rng.normal(size=(2, 2, M, D)).astype(np.float32)
   graphdef, params = nnx.split(experts)
 
@@ -110,7 +110,7 @@ def test_dispatchers_agree_and_the_rest_of_the_layer_stays_as_it_was(rng, dtype)
     return np.asarray(y_BLD, np.float32), np.asarray(aux.logits_BLE)
 
   plain, logits = output("swiglu", "dropless")
-  in_fp8 = [output("fp8", dispatcher) for dispatcher in ("dropless", "sorted", "einsum")]
+  in_fp8 = [output("fp8_products", dispatcher) for dispatcher in ("dropless", "sorted", "einsum")]
   tolerance = 1e-4 if dtype == jnp.float32 else 3e-2
   for y_BLD, own_logits in in_fp8:
     np.testing.assert_array_equal(own_logits, logits)
@@ -120,7 +120,7 @@ def test_dispatchers_agree_and_the_rest_of_the_layer_stays_as_it_was(rng, dtype)
 
 
 def test_any_network_can_be_inside():
-  experts = randomized(lambda: EXPERTS["fp8"](2, 8, 6, experts="clipped_swiglu", rngs=nnx.Rngs(0)))
+  experts = randomized(lambda: EXPERTS["fp8_products"](2, 8, 6, experts="clipped_swiglu", rngs=nnx.Rngs(0)))
   plain = experts.experts
   rows = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 8)), jnp.float32)
   found, expected = experts(rows, Batched()), plain(rows, Batched())

@@ -11,7 +11,7 @@ from moe_jax.registry import Spec
 from moe_jax.types import Array
 
 
-class FP8Experts(ExpertNetwork):
+class FP8Products(ExpertNetwork):
   """The network `experts` with every matrix product in FP8, as DeepSeek-V3 trains (2412.19437, section 3.3).
 
   Rows, hidden units and the gradients of outputs are E4M3 in tiles of 1 x 128, matrices in blocks of 128 x 128, in
