@@ -166,7 +166,7 @@ def _open(path: pathlib.Path) -> np.ndarray:
 def _save(folder: pathlib.Path, records: np.ndarray) -> None:
   content = io.BytesIO()
   np.save(content, records, allow_pickle=False)
-  disk.write_whole(folder / f"steps_{records['step'][0]:012d}.npy", content.getvalue())
+  disk.write_whole(folder / f"steps_{records['step'][0]:012d}.npy", content.getbuffer())
 
 
 def _remove_after(folder: pathlib.Path, step: int) -> None:
