@@ -51,6 +51,7 @@ setup(
     "optax>=0.2.6",
     "orbax-checkpoint>=0.11.30",
     "numpy>=2.0",
+    "ml_dtypes>=0.5",
     "absl-py>=2.1",
     "grain>=0.2.12",
     "tensorflow-datasets>=4.9",

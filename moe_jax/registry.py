@@ -187,6 +187,16 @@ def split_methods(spec: str) -> list[str]:
   return [part for part in parts if part]
 
 
+def inner_spec(spec: Spec) -> Spec:
+  """Returns the spec of a part inside of another one, where `;` stands for `:`, as in `low_rank:mixer=attention;window=8`."""
+  return spec.replace(";", ":") if isinstance(spec, str) else spec
+
+
+def as_inner(method: Method) -> str:
+  """Returns the text of a method as an option of another one, see `inner_spec`."""
+  return str(method).replace(":", ";")
+
+
 @functools.cache
 def _parameters(factory: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
   """The parameters of a factory, by name."""

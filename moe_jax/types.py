@@ -125,6 +125,20 @@ class StepStats(NamedTuple):
   so_far: PyTree  # over the micro-batches of the step up to and including this one
 
 
+class Maximum(NamedTuple):
+  """A leaf of an aux tree of which micro-batches have the largest value together, where other leaves add up."""
+
+  value: Array
+
+
+class MixerAux(NamedTuple):
+  """What attention knows besides its output, where `Context.record_scores` asks for it."""
+
+  largest_score_N: (
+    Maximum  # float32: of each query head, over all positions that attend to each other; no sink
+  )
+
+
 class MoEAux(NamedTuple):
   """What a feed-forward part with experts knows besides its output. Every array but the logits is a sum over tokens,
   so it adds over micro-batches and devices; losses are means over the micro-batch's valid tokens, weights included."""

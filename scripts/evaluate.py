@@ -1,4 +1,4 @@
-"""Measures bits per byte and perplexity of a trained model on a data set, by domain.
+"""Measures bits per byte and perplexity of a run, or of a Hugging Face checkpoint, on a data set, by domain.
 
   python scripts/evaluate.py --model=runs/one/arms/softmax_topk/seed_0
   python scripts/evaluate.py --model=RUN --dataset=text_folder --text_folder=my_texts --sequence_length=512

@@ -1,4 +1,4 @@
-"""Continues prompts with a trained model.
+"""Continues prompts with the model of a run, or of a Hugging Face checkpoint.
 
   python scripts/generate.py --model=runs/one/arms/softmax_topk/seed_0 --prompt="def main():"
   python scripts/generate.py --model=RUN --prompts_file=prompts.txt --temperature=0.8 --top_p=0.95
@@ -18,12 +18,15 @@ from moe_jax.inference import flags as model_flags
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "text to continue; repeat the flag for several")
 _FILE = flags.DEFINE_string("prompts_file", "", "text file with a prompt on each line")
 _NEW = flags.DEFINE_integer("max_new_tokens", 100, "tokens after which a text ends")
-_LENGTH = flags.DEFINE_integer("max_length", 0, "positions of a prompt and what follows; 0: as in training")
+_LENGTH = flags.DEFINE_integer(
+  "max_length", 0, "positions of a prompt and what follows; 0: those of the model"
+)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "logits are divided by it; 0: the most likely token")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "draw from the k most likely tokens; 0: from all")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "draw from the fewest tokens whose probabilities add up to it")
 _SEED = flags.DEFINE_integer("seed", 0, "of what is drawn")
 _STOP = flags.DEFINE_list("stop_ids", None, "token ids that end a text; default: those of the model")
+_BEGIN = flags.DEFINE_bool("begin", True, "put the token that begins a document before a prompt")
 model_flags.define_flags()
 
 
@@ -56,7 +59,7 @@ def main(argv: list[str]) -> None:
   from moe_jax.inference.generate import Sampling, stream
 
   sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _SEED.value)
-  options = {"sampling": sampling, "stop_ids": stop_ids(), "max_length": _LENGTH.value}
+  options = {"sampling": sampling, "stop_ids": stop_ids(), "max_length": _LENGTH.value, "begin": _BEGIN.value}
   texts, start = prompts(), time.perf_counter()
   continued, ends, counts = list(texts), [], []
   with model_flags.open_model() as loaded:
@@ -67,8 +70,8 @@ def main(argv: list[str]) -> None:
         print(texts[0] * (len(ends) == 1) + pieces[0].text, end="", flush=True)
       continued = [text + piece.text for text, piece in zip(continued, pieces, strict=True)]
   print("\n".join(["", *continued][len(texts) == 1 :]) if len(texts) > 1 else "")
-  # The second step compiles the decoding.
-  seconds, tokens = ends[-1] - ends[min(1, len(ends) - 1)], sum(counts[2:])
+  # Decoding is compiled, and starts, before the first token is here.
+  seconds, tokens = ends[-1] - ends[0], sum(counts[1:])
   speed = f", then {tokens / seconds:.0f} tokens/s" if tokens and seconds else ""
   print(f"{sum(counts)} tokens; first step {ends[0] - start:.1f} s{speed}", file=sys.stderr)
 

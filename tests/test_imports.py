@@ -76,6 +76,8 @@ GRAPH = {
   "interop.layout": Part(outside={"numpy"}),
   "interop.source": Part("interop.layout", outside=set()),
   "inference": Part(f"interop {RUN}"),
+  # model in, model out
+  "adapt": Part(f"data {MODEL}", outside={"jax", "flax", "numpy", "scipy"}),
   "comparison": Part(RUN),
   "comparison.arms": Part("config errors registry nn ops"),
   "comparison.report": Part("comparison training.metric_writer config errors", never=JAX),
@@ -85,6 +87,7 @@ GRAPH = {
   "comparison.statistics": Part("comparison.facts comparison.results errors", never=JAX),
   "comparison.differences": Part("comparison.statistics comparison.results errors", never=JAX),
   "analysis": Part(RUN),
+  "analysis.accounting": Part(f"analysis interop {RUN}"),
   "analysis.capacity": Part(f"analysis comparison {RUN}"),
   "analysis.examine": Part(f"analysis comparison.report {RUN}"),
   "analysis.replay": Part(f"analysis comparison.report {RUN}"),
@@ -92,9 +95,9 @@ GRAPH = {
     "comparison.report training.router_trace nn config ops types errors", never={"flax", "optax"}
   ),
   # the top
-  "moe_jax": Part(f"comparison analysis inference interop {RUN}"),  # __init__.py: the public names
-  "experiments": Part(f"comparison analysis inference interop cli moe_jax {RUN}"),
-  "scripts": Part(f"comparison analysis inference interop cli moe_jax experiments {RUN}"),
+  "moe_jax": Part(f"comparison analysis adapt inference interop {RUN}"),  # __init__.py: the public names
+  "experiments": Part(f"comparison analysis adapt inference interop cli moe_jax {RUN}"),
+  "scripts": Part(f"comparison analysis adapt inference interop cli moe_jax experiments {RUN}"),
 }
 TOP = {"experiments", "scripts", "tests", "notebooks"}
 

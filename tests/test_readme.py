@@ -17,9 +17,20 @@ tiny = PRESETS["tiny"]
 train = dataclasses.replace(tiny.train, num_steps=2, eval_batches=1, tensorboard=False)
 data = dataclasses.replace(tiny.data, sequence_length=16)
 PRESETS["tiny"] = dataclasses.replace(tiny, train=train, data=data, mesh=dataclasses.replace(tiny.mesh, data=1))
+
+# a folder to load: random weights, and a tokenizer of single bytes
+import moe_jax, tokenizers
+from moe_jax.training.compiled import make_model, resolve_config
+moe_jax.save(make_model(resolve_config(moe_jax.preset("qwen3_30b_a3b_tiny")), 264), "FOLDER")
+alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+of_bytes = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+of_bytes.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+of_bytes.decoder = tokenizers.decoders.ByteLevel()
+of_bytes.save("FOLDER/tokenizer.json")
 """
 # What the text around the blocks says of them.
 AFTER = """
+assert moe_jax.load("COPY").model.embedding_VD.shape == loaded.model.embedding_VD.shape
 assert max_vio.shape == (1,) and max_vio[0] < 0.6 * step(Model(nnx.Rngs(0)), optimizer, x_BLD)[0], max_vio
 assert [(r["arm"], r["seed"]) for r in results] == [(arm, s) for arm in arms for s in range(3)]
 assert run.step == 2 and str(run.config.model.moe.router) == "cosine:0.1"
@@ -36,7 +47,7 @@ def python_blocks(markdown: str) -> list[str]:
 @pytest.mark.slow
 def test_every_python_block_of_the_readme_runs(tmp_path):
   blocks = python_blocks((ROOT / "README.md").read_text())
-  assert len(blocks) == 3
+  assert len(blocks) == 4
   program = tmp_path / "readme.py"
   program.write_text("\n".join([BEFORE, *blocks, AFTER]))
   done = subprocess.run(
@@ -52,6 +63,6 @@ def test_every_python_block_of_the_readme_runs(tmp_path):
 
 
 def test_the_router_of_the_readme_is_the_example():
-  _, router, _ = python_blocks((ROOT / "README.md").read_text())
+  _, _, router, _ = python_blocks((ROOT / "README.md").read_text())
   definition = router.partition("\n\n\n")[0]
   assert definition in (ROOT / "experiments/examples/cosine_router.py").read_text()

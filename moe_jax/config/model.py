@@ -25,7 +25,8 @@ class MoEConfig:
   )
   experts: Spec = flag(
     "swiglu",
-    "network of the experts: swiglu, relu, gelu, clipped_swiglu, bounded_swiglu, expert_dropout, low_rank",
+    "network of the experts: swiglu, relu, gelu, clipped_swiglu, bounded_swiglu, expert_dropout, low_rank, "
+    "quantised, quantised_training",
   )
   router: Spec = flag("softmax_topk", "what chooses the experts of a token, e.g. sigmoid_topk:normalize=true")
   balancers: Spec | Sequence[Spec] = flag(

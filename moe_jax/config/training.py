@@ -26,6 +26,11 @@ class OptimizerConfig:
   beta1: float = flag(0.9, "decay of Adam's mean of gradients")
   beta2: float = flag(0.95, "decay of Adam's mean of squared gradients")
   clip_norm: float = flag(1.0, "largest norm of the gradient over all parameters; 0 turns clipping off")
+  trained: str = flag(
+    "all",
+    "parameters that are trained, by name or pattern, joined by commas: all, experts, router, ffn, attention, "
+    "embedding, *w_up*, or all_but_ before one of these; the others have no optimizer state",
+  )
 
   def check(self) -> None:
     representable(self)
@@ -95,12 +100,17 @@ class TrainConfig:
 
   objective: Spec = flag(
     "next_token",
-    "what is trained: next_token, next_tokens with --mtp_depth, or masked_lm on a bidirectional model",
+    "what is trained: next_token, response on prompts with responses, next_tokens with --mtp_depth, or masked_lm on a "
+    "bidirectional model",
   )
   hooks: Spec | Sequence[Spec] = flag("", "what else runs after every optimizer step, joined by commas")
   num_steps: int = flag(180, "optimizer steps")
   accumulation: int = flag(1, "micro-batches per optimizer step")
   seed: int = flag(0, "of the parameters and of everything that is drawn in training")
+  init_from: str = flag(
+    "",
+    "the folder of a run whose parameters training starts from, with {seed} for the seed; empty: from random ones",
+  )
   log_every: int = flag(10, "steps between lines of metrics.jsonl")
   eval_every: int = flag(0, "steps between evaluations; 0: only at the end")
   eval_batches: int = flag(0, "batches of an evaluation; 0: the whole validation set")

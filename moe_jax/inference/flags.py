@@ -19,7 +19,10 @@ def define_flags() -> None:
   flags.DEFINE_string(
     "model",
     "",
-    "folder of a published checkpoint or of a run; in the folder of a comparison, arms/ARM/seed_SEED",
+    "folder of a run (in the folder of a comparison, arms/ARM/seed_SEED) or of a Hugging Face checkpoint",
+  )
+  flags.DEFINE_enum(
+    "dtype", "float32", ("float32", "bfloat16"), "of the parameters of a Hugging Face checkpoint"
   )
   flags.DEFINE_list("mesh", [], "devices along each mesh axis, e.g. data=2,expert=4; default: one device")
   flags.DEFINE_list("plugins", [], "Python files or modules that register methods of your own")
@@ -52,8 +55,10 @@ def open_dataset(loaded: "Loaded") -> "Dataset":
     own, **{n: values[n].value for n in names if values[n].value}, batch_size=values["batch_size"].value
   )
   positive(data, "batch_size", "sequence_length")
-  # Its own data set gives the same tokenizer, and has its tokens cached.
-  is_own = (data.dataset, data.text_folder) == (own.dataset, own.text_folder)
+  if loaded.tokenizer is None:
+    raise InputError(f"--model={loaded.folder}: has no tokenizer, with which the text could be cut")
+  # A tokenizer that was trained on this very data set comes with it, and has the tokens cached.
+  is_own = own.bpe_size and (data.dataset, data.text_folder) == (own.dataset, own.text_folder)
   return load_dataset(data, None if is_own else loaded.tokenizer)
 
 
@@ -66,7 +71,7 @@ def open_model() -> "Iterator[Loaded]":
   """
   if not flags.FLAGS.model:
     raise InputError(
-      "--model: give the folder of a checkpoint or of a run, e.g. --model=runs/one/arms/softmax_topk/seed_0"
+      "--model: give the folder of a run or of a Hugging Face checkpoint, e.g. --model=runs/one/arms/none/seed_0"
     )
   import jax  # here, so that invalid flags fail immediately
 
@@ -77,7 +82,7 @@ def open_model() -> "Iterator[Loaded]":
     if flags.FLAGS.mesh:
       mesh = sharding.make_mesh(mesh_config(flags.FLAGS.mesh))
       stack.enter_context(jax.set_mesh(mesh))
-    loaded = load(flags.FLAGS.model)
+    loaded = load(flags.FLAGS.model, flags.FLAGS.dtype)
     if flags.FLAGS.mesh:
       parts = mesh.size  # the batch is made to fit, so only the model is checked
       sharding.check_divides(mesh, loaded.config.model, micro_batch=parts, num_groups=parts)

@@ -64,8 +64,9 @@ def generate(
   sampling: Sampling | None = None,
   stop_ids: Sequence[int] | None = None,
   max_length: int = 0,
+  begin: bool = True,
 ) -> str | list[str]:
-  """Returns what follows a prompt, or each of several: `generate(Run.load(folder), "Once upon")`.
+  """Returns what follows a prompt, or each of several: `generate(moe_jax.load(folder), "Once upon")`.
 
   No token is dropped, whatever the dispatcher of the model. On a mesh (`jax.set_mesh`) the model, the batch and
   the cache are sharded.
@@ -75,15 +76,18 @@ def generate(
     prompts: text, or several texts of any lengths.
     max_new_tokens: after so many tokens a text ends.
     sampling: how tokens are chosen; None: the most likely ones.
-    stop_ids: a text ends before the first of these tokens. None: those of the model; of a run of this package
-      the token that begins a document.
-    max_length: positions that a prompt and what follows may take; 0: those that the model was trained on.
+    stop_ids: a text ends before the first of these tokens. None: those of the model; if it has none, the token
+      that begins a document.
+    max_length: positions that a prompt and what follows may take; 0: those that the model was made for.
+    begin: whether the token that begins a document comes before a prompt. Models that were trained here always
+      saw it; some published ones never did.
 
   Raises:
     InputError: if a prompt has no token or too many, the model cannot generate, or an option is out of range.
   """
   given = {"max_new_tokens": max_new_tokens, "sampling": sampling}
-  pieces = list(stream(loaded, prompts, stop_ids=stop_ids, max_length=max_length, **given))
+  given |= {"stop_ids": stop_ids, "max_length": max_length, "begin": begin}
+  pieces = list(stream(loaded, prompts, **given))
   texts = ["".join(piece.text for piece in of_prompt) for of_prompt in zip(*pieces, strict=True)]
   return texts[0] if isinstance(prompts, str) else texts
 
@@ -94,6 +98,7 @@ def stream(
   *,
   stop_ids: Sequence[int] | None = None,
   max_length: int = 0,
+  begin: bool = True,
   **options: Any,
 ) -> Iterator[list[Piece]]:
   """Yields pieces of text as they come, one for each prompt. The arguments are those of `generate`."""
@@ -101,10 +106,11 @@ def stream(
     raise InputError(f"{loaded.folder}: has no tokenizer; use moe_jax.inference.generate_tokens")
   texts = [prompts] if isinstance(prompts, str) else list(prompts)
   tokenizer = loaded.tokenizer
-  ids = [np.concatenate([[tokenizer.bos_id], tokenizer.encode(text)]) for text in texts]
-  stop_ids = (tokenizer.bos_id,) if stop_ids is None else tuple(stop_ids)
-  max_length = max_length or loaded.config.data.sequence_length
-  so_far = [TextSoFar(tokenizer.decode, prompt[1:]) for prompt in ids]
+  encoded = [tokenizer.encode(text) for text in texts]
+  ids = [np.concatenate([[tokenizer.bos_id], prompt]) if begin else prompt for prompt in encoded]
+  stop_ids = (loaded.stop_ids or (tokenizer.bos_id,)) if stop_ids is None else tuple(stop_ids)
+  max_length = max_length or loaded.max_positions
+  so_far = [TextSoFar(tokenizer.decode, prompt) for prompt in encoded]
   for new in generate_tokens(loaded.model, ids, stop_ids=stop_ids, max_length=max_length, **options):
     yield [Piece(text.add(tokens), tokens) for text, tokens in zip(so_far, new, strict=True)]
   yield [Piece(text.rest(), []) for text in so_far]

@@ -1,6 +1,7 @@
 """From a configuration to the config.json of the published family that it belongs to."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,17 +27,20 @@ _MOE_FIELDS = (
 
 
 def describe(config: ModelConfig, vocab_size: int, model_type: str = "") -> tuple[Family, dict[str, Any]]:
-  """Returns the family of a model, and its values of config.json.
+  """Finds the family of a model.
 
   Args:
     config: resolved.
     vocab_size: V.
-    model_type: the family. Empty: the first whose config.json, read back, gives a model that computes the same.
+    model_type: the family that is tried first.
+
+  Returns:
+    The first family whose config.json, read back, gives a model that computes the same, and its values.
 
   Raises:
     InputError: if there is none. The message says how the nearest family differs.
   """
-  families = [FAMILIES[model_type]] if model_type in FAMILIES else list(FAMILIES.values())
+  families = sorted(FAMILIES.values(), key=lambda family: family.model_type != model_type)
   found: list[tuple[bool, int, Family, list[str]]] = []
   for family in families:
     common = {
@@ -111,6 +115,7 @@ def _block_differences(
     yield "the shared experts differ"
 
 
+@functools.lru_cache(maxsize=256)
 def _built(config: ModelConfig, block: BlockConfig) -> Block:
   """A block without values."""
   found: list[Block] = []

@@ -87,12 +87,14 @@ class Layout:
       slices.append(slice(start, start + length))
     return self._to_right(tensor[tuple(slices)].reshape(sizes)[tuple(inner)])
 
-  def write(self, array: np.ndarray, tensor: np.ndarray) -> None:
-    """Writes a whole array into its place in `tensor`."""
+  def place(self, array: np.ndarray, tensor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns a whole array in the order of the file, and its place in `tensor`. Both are views of the same shape."""
     totals = self._totals(array.shape)
     ranges = self._ranges({axis: slice(0, n) for axis, n in zip(self.right, array.shape, strict=True)})
     place = tensor.reshape([totals[axis] for axis in self.left])[tuple(ranges[axis] for axis in self.left)]
-    self._to_right(place)[...] = array
+    kept = [axis for axis in self.left if axis in self.right]
+    in_order = array.transpose([self.right.index(axis) for axis in kept])
+    return in_order, place[tuple(0 if axis not in self.right else slice(None) for axis in self.left)]
 
   def _to_right(self, values: np.ndarray) -> np.ndarray:
     """From the axes on the left, each by itself, to those on the right. A view."""

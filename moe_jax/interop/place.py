@@ -13,6 +13,7 @@ from moe_jax.interop.names import Stored
 from moe_jax.interop.quantised import Tensor
 
 _STEP = 1 << 26  # bytes that are read at a time, so that what dequantising and casting needs stays small
+_FEW = 10_000  # elements for which the way of copying does not matter
 _ALIGNMENT = 64  # bytes; at such an address, a CPU device uses the memory of NumPy as it is
 Index = tuple[slice, ...]
 
@@ -84,7 +85,30 @@ def fill(out: np.ndarray, stored: Stored, index: Index, tensors: Mapping[str, Te
       here = tuple(
         slice(part.start - start, part.stop - start) for part, start in zip(step, starts, strict=True)
       )
-      place[here] = piece.layout.read(tensors[piece.name], stored.shape[n:], step)
+      copy(piece.layout.read(tensors[piece.name], stored.shape[n:], step), place[here])
+
+
+def copy(values: np.ndarray, out: np.ndarray) -> None:
+  """Sets out[...] = values."""
+  values = contiguous(values)
+  if values.dtype == out.dtype:  # as integers: for bfloat16 NumPy has only a slow loop
+    bits = np.dtype(f"u{out.itemsize}")
+    values, out = values.view(bits), out.view(bits)
+  out[...] = values
+
+
+def contiguous(values: np.ndarray) -> np.ndarray:
+  """Returns the values with their last axis contiguous in memory.
+
+  NumPy copies a transposed array element by element. JAX's transfer does it in blocks, ten times as fast.
+  """
+  if values.flags.c_contiguous or not values.flags.aligned or values.size < _FEW:
+    return values
+  try:
+    cpu = jax.local_devices(backend="cpu")[0]
+  except RuntimeError:  # JAX_PLATFORMS leaves it out
+    return np.ascontiguousarray(values)
+  return np.asarray(jax.device_put(values, cpu))
 
 
 def _steps(index: Index, itemsize: int) -> Iterator[Index]:

@@ -18,6 +18,7 @@ from moe_jax.interop.families import Family
 from moe_jax.interop.folder import CONFIG, INDEX, SINGLE, read_config
 from moe_jax.interop.load import DTYPES
 from moe_jax.interop.names import Piece, Stored, bias_of, stored_parameters
+from moe_jax.interop.place import copy
 from moe_jax.interop.safetensors import Pending, write_file
 from moe_jax.nn.transformer import Transformer
 from moe_jax.training.load import Loaded
@@ -63,6 +64,8 @@ def save(
   """
   require_option("save", "format", format, ("hf",))
   require_option("save", "dtype", dtype, ("", *DTYPES))
+  if jax.process_count() > 1:
+    raise InputError("save: takes one process; load the checkpoint of the run in one, and save it there")
   loaded = model if isinstance(model, Loaded) else None
   folder, model = pathlib.Path(folder).expanduser(), model.model if loaded else model
   if any((folder / name).exists() for name in (SINGLE, INDEX)):
@@ -76,20 +79,20 @@ def save(
     before.pop(name, None)
   values = before | values | {"torch_dtype": dtype}
   tensors = pending_tensors(model, family, np.dtype(jnp.dtype(dtype)))
-  if jax.process_index() == 0:
-    folder.mkdir(parents=True, exist_ok=True)
-    _copy_tokenizer(loaded, folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  _copy_tokenizer(loaded, folder)
   _write(folder, tensors, shard_bytes)
-  if jax.process_index() == 0:
-    (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+  (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _values_before(loaded: Loaded | None) -> dict[str, Any]:
-  """The config.json of the checkpoint that the model came from."""
-  if loaded is None or not (loaded.folder / CONFIG).exists():
+  """The config.json of the checkpoint that the model came from. Of a run, only what its tokenizer says."""
+  if loaded is None:
     return {}
   values = read_config(loaded.folder / CONFIG)
-  return values if "model_type" in values else {}
+  if "model_type" in values:
+    return values
+  return {"bos_token_id": loaded.tokenizer.bos_id, "pad_token_id": loaded.tokenizer.pad_id}
 
 
 def pending_tensors(model: Transformer, family: Family, dtype: np.dtype) -> dict[str, Pending]:
@@ -113,20 +116,26 @@ def _pending(parts: list[tuple[Any, Stored, Piece]], dtype: np.dtype) -> Pending
   def make() -> np.ndarray:
     tensor = np.empty(shape, dtype)
     for value, _, piece in parts:
-      piece.layout.write(_fetch(value, piece.lead), tensor)
+      copy(*piece.layout.place(_fetch(value, piece.lead), tensor))
     return tensor
 
   return Pending(shape, dtype, make)
 
 
 def _fetch(value: jax.Array, lead: tuple[int, ...]) -> np.ndarray:
-  """value[lead] on this host. With several processes, all must call it at the same time."""
-  if value.is_fully_addressable and len(value.sharding.device_set) == 1:
-    return np.asarray(value)[lead] if value.devices().pop().platform == "cpu" else np.asarray(value[lead])
-  mesh = value.sharding.mesh
-  everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  take = jax.jit(lambda value, lead: value[tuple(lead)], out_shardings=everywhere)
-  return np.asarray(take(value, lead))
+  """Returns value[lead] from the devices that hold its parts."""
+  out = np.empty(value.shape[len(lead) :], value.dtype)
+  for shard in value.addressable_shards:
+    first, rest = shard.index[: len(lead)], shard.index[len(lead) :]
+    starts = [part.indices(size)[0] for part, size in zip(first, value.shape, strict=False)]
+    own = tuple(i - start for i, start in zip(lead, starts, strict=True))
+    if shard.replica_id == 0 and all(0 <= i < n for i, n in zip(own, shard.data.shape, strict=False)):
+      on_host = shard.device.platform == "cpu"
+      part = np.asarray(shard.data)[own] if on_host else np.asarray(shard.data[own])
+      if part.shape == out.shape:
+        return part
+      out[rest] = part
+  return out
 
 
 def _write(folder: pathlib.Path, tensors: Mapping[str, Pending], shard_bytes: int) -> None:
@@ -140,15 +149,12 @@ def _write(folder: pathlib.Path, tensors: Mapping[str, Pending], shard_bytes: in
     size += tensor.nbytes
   number = lambda i: SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
   for i, shard in enumerate(shards):
-    if jax.process_index() == 0:
-      write_file(folder / number(i), shard)
-    else:  # takes part in fetching the values
-      for tensor in shard.values():
-        tensor.make()
-  if len(shards) > 1 and jax.process_index() == 0:
+    write_file(folder / number(i), shard)
+  if len(shards) > 1:
     weight_map = {name: number(i) for i, shard in enumerate(shards) for name in shard}
     total = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
-    (folder / INDEX).write_text(json.dumps({"metadata": total, "weight_map": weight_map}, indent=2) + "\n")
+    index = {"metadata": total, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _copy_tokenizer(loaded: Loaded | None, folder: pathlib.Path) -> None:

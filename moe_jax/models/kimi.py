@@ -1,6 +1,6 @@
 """Kimi K2 (2507.20534): the architecture of DeepSeek-V3 with more experts, half the heads, and no groups of experts.
 
-It was trained with MuonClip: Muon, and a limit on attention logits (`moe_jax.training.qk_clip`).
+It was trained with MuonClip: Muon, and a limit on attention scores (`moe_jax.training.hooks.QKClip`).
 """
 
 from moe_jax.config import ModelConfig, MoEConfig
@@ -36,10 +36,10 @@ _K2 = ModelConfig(
   ),
 )
 
-PRESETS = {"kimi_k2": published(_K2, optimizer="muon")}
+PRESETS = {"kimi_k2": published(_K2, optimizer="muon", hooks="qk_clip:100")}
 PRESETS["kimi_k2_tiny"] = tiny(
   PRESETS["kimi_k2"],
-  {"num_experts": 8, "num_experts_per_token": 3},
+  {"num_experts": 16, "num_experts_per_token": 3},
   num_layers=3,
   mixer=_mixer(query_rank=12, kv_rank=16, yarn_length=16),
 )

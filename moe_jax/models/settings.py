@@ -17,13 +17,17 @@ class Published:
   source: str
 
 
-def published(model: ModelConfig, optimizer: str = "adamw", objective: str = "next_token") -> Config:
+def published(
+  model: ModelConfig, optimizer: str = "adamw", objective: str = "next_token", hooks: str = ""
+) -> Config:
   """Returns the configuration that trains a model of published size."""
   return Config(
     model=model,
     optimizer=OptimizerConfig(optimizer=optimizer, learning_rate=3e-4, warmup_steps=2000),
     data=DataConfig(sequence_length=4096, batch_size=256),
-    train=TrainConfig(objective=objective, num_steps=100_000, log_every=100, checkpoint_every=1000),
+    train=TrainConfig(
+      objective=objective, hooks=hooks, num_steps=100_000, log_every=100, checkpoint_every=1000
+    ),
   )
 
 
@@ -38,9 +42,12 @@ def tiny(config: Config, moe: dict[str, Any], **fields: Any) -> Config:
   sizes = {"model_dim": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "dense_dim": 48}
   moe_config = dataclasses.replace(config.model.moe, **{"expert_dim": 16} | moe)
   model = dataclasses.replace(config.model, **sizes | {"compute_dtype": "float32"} | fields, moe=moe_config)
+  train = TrainConfig(
+    objective=config.train.objective, hooks=config.train.hooks, num_steps=60, eval_batches=20
+  )
   return Config(
     model=model,
     optimizer=OptimizerConfig(optimizer=config.optimizer.optimizer, warmup_steps=10),
     data=DataConfig(sequence_length=64, batch_size=8),
-    train=TrainConfig(objective=config.train.objective, num_steps=60, eval_batches=20),
+    train=train,
   )

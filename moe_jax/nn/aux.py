@@ -7,7 +7,7 @@ from flax import nnx
 from moe_jax.errors import InputError
 from moe_jax.nn.moe import MoE
 from moe_jax.ops.metrics import METRICS
-from moe_jax.types import Array, MoEAux, PyTree
+from moe_jax.types import Array, Maximum, MixerAux, MoEAux, PyTree
 
 
 def moe_auxes(aux: PyTree) -> list[MoEAux]:
@@ -17,6 +17,33 @@ def moe_auxes(aux: PyTree) -> list[MoEAux]:
   """
   leaves = jax.tree.leaves(aux, is_leaf=lambda leaf: isinstance(leaf, MoEAux))
   return [leaf for leaf in leaves if isinstance(leaf, MoEAux)]
+
+
+def mixer_auxes(aux: PyTree) -> list[MixerAux]:
+  """Returns every `MixerAux` of a tree, in order."""
+  leaves = jax.tree.leaves(aux, is_leaf=lambda leaf: isinstance(leaf, MixerAux))
+  return [leaf for leaf in leaves if isinstance(leaf, MixerAux)]
+
+
+def _is_maximum(leaf: PyTree) -> bool:
+  return isinstance(leaf, Maximum)
+
+
+def added(a: PyTree, b: PyTree) -> PyTree:
+  """Returns the aux of two micro-batches together: sums, and the larger of each `Maximum`."""
+  both = lambda x, y: Maximum(jnp.maximum(x.value, y.value)) if _is_maximum(x) else x + y
+  return jax.tree.map(both, a, b, is_leaf=_is_maximum)
+
+
+def nothing(shapes: PyTree) -> PyTree:
+  """Returns the aux of no micro-batch, of these shapes: zeros, and -inf for each `Maximum`."""
+
+  def of(leaf: PyTree) -> PyTree:
+    if _is_maximum(leaf):
+      return Maximum(jnp.full(leaf.value.shape, -jnp.inf, leaf.value.dtype))
+    return jnp.zeros(leaf.shape, leaf.dtype)
+
+  return jax.tree.map(of, shapes, is_leaf=_is_maximum)
 
 
 def by_layer(segments: list[list[Array]]) -> Array:

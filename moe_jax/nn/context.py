@@ -57,6 +57,7 @@ class Context(NamedTuple):
   layer: Array | int = 0  # the number of the block in the model, from 0
   past: Past | None = None  # where the tokens stand behind those of a cache; None: there is no cache
   train: bool = False  # static: draws, and uses `capacity_factor` instead of `eval_capacity_factor`
+  record_scores: bool = False  # static: attention returns a `MixerAux`
   record_logits: bool = False  # static: fill in `MoEAux.logits_BLE` and `MoEAux.selected_BLE`
 
   def mask_of(self, x_BLX: Array) -> Array:

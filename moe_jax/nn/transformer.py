@@ -82,7 +82,7 @@ class Transformer(nnx.Module):
         structure that `balancer_stats` returns for the aux of this method.
     """
     x_BLD, aux = self._hidden(tokens_BL, context)
-    return self._logits(x_BLD), aux
+    return self._head(x_BLD), aux
 
   def predict_ahead(
     self, tokens_BL: Array, next_BL: Array, context: Context = DEFAULT
@@ -102,13 +102,13 @@ class Transformer(nnx.Module):
     """
     mask_BL = context.mask_of(tokens_BL[..., None])
     x_BLD, aux = self._hidden(tokens_BL, context)
-    logits, auxes = [self._logits(x_BLD)], list(aux)
+    logits, auxes = [self._head(x_BLD)], list(aux)
     for k, successor in enumerate(self.successors, start=1):
       ids_BL = ahead(next_BL, k - 1)
       own = context._replace(token_id_BL=ids_BL, mask_BL=ahead(mask_BL, k))
       stats = (_stats_of(context.step_stats, len(self.segments) + k - 1, 0),)
       x_BLD, aux = successor(x_BLD, self._embedded(ids_BL), own, stats)
-      logits.append(self._logits(x_BLD))
+      logits.append(self._head(x_BLD))
       auxes.append(aux)
     return tuple(logits), tuple(auxes)
 
@@ -150,7 +150,7 @@ class Transformer(nnx.Module):
     """
     cache = self.init_cache(pad_B, length)
     x_BLD, cache = self._extended(tokens_BL, cache, fresh=True)
-    return self._logits(self.final_norm(x_BLD[:, -1:])), cache
+    return self._logits(x_BLD[:, -1:]), cache
 
   def extend(self, tokens_BL: Array, cache: Cache) -> tuple[Array, Cache]:
     """Reads tokens behind those of a cache. Nobody checks here whether the cache has room for them.
@@ -159,7 +159,7 @@ class Transformer(nnx.Module):
       (logits [B, L, V] in float32, the cache).
     """
     x_BLD, cache = self._extended(tokens_BL, cache, fresh=False)
-    return self._logits(self.final_norm(x_BLD)), cache
+    return self._logits(x_BLD), cache
 
   def _extended(self, tokens_BL: Array, cache: Cache, fresh: bool) -> tuple[Array, Cache]:
     past, length = Past(cache.start, cache.pad_B, fresh), tokens_BL.shape[1]
@@ -175,6 +175,10 @@ class Transformer(nnx.Module):
     return constrain(embedding_VD[tokens_BL], ("batch", None, None))
 
   def _logits(self, x_BLD: Array) -> Array:
+    return self._head(self.final_norm(x_BLD))
+
+  def _head(self, x_BLD: Array) -> Array:
+    """Returns the logits of what is behind the last norm."""
     dtype = x_BLD.dtype
     tied = self.w_head_DV is None
     head_DV = weight(self.embedding_VD, dtype).T if tied else weight(self.w_head_DV, dtype)

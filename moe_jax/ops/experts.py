@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from moe_jax.ops.grouped_matmul import grouped_ffn, grouped_matmul
+from moe_jax.ops.grouped_matmul import BLOCK, grouped_ffn, grouped_matmul
 from moe_jax.types import Array
 
 Activation = Callable[..., Array]  # one or two arrays of hidden units -> hidden units; zeros give zeros
@@ -73,16 +73,17 @@ class Batched(NamedTuple):
 class Sorted(NamedTuple):
   """The product for rows [M, D] sorted by expert, with `group_sizes_E` rows for each.
 
-  At least `grouped_matmul.BLOCK` rows that belong to no expert must follow.
+  At least `block` rows that belong to no expert must follow.
   """
 
   group_sizes_E: Array
   num_rows: int  # M, static
   parts: int = 1
   row_bits: Array | None = None
+  block: int = BLOCK  # see `moe_jax.ops.grouped_matmul`
 
   def __call__(self, rows_MX: Array, w_EXY: Array) -> Array:
-    return grouped_matmul(rows_MX, w_EXY, self.group_sizes_E)
+    return grouped_matmul(rows_MX, w_EXY, self.group_sizes_E, self.block)
 
   def per_row(self, values_EX: Array) -> Array:
     ends_E = jnp.cumsum(self.group_sizes_E)
@@ -93,7 +94,7 @@ class Sorted(NamedTuple):
     return rows
 
   def ffn(self, activation: Activation, rows: Array, w_in: Sequence[Array], w_out_EFD: Array) -> Array:
-    return grouped_ffn(activation, rows, tuple(w_in), w_out_EFD, self.group_sizes_E)
+    return grouped_ffn(activation, rows, tuple(w_in), w_out_EFD, self.group_sizes_E, self.block)
 
 
 class Wrapper:

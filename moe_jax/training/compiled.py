@@ -19,11 +19,13 @@ from moe_jax.nn.build import different_blocks, naming, resolve, routed_part
 from moe_jax.nn.leaks import check_causal
 from moe_jax.nn.moe import MoE
 from moe_jax.nn.transformer import Transformer
+from moe_jax.nn.variables import BalancerState
 from moe_jax.ops.metrics import METRICS
 from moe_jax.registry import Method
 from moe_jax.training.hooks import HOOKS, Hook
 from moe_jax.training.objectives import OBJECTIVES, Objective
 from moe_jax.training.optim import OPTIMIZERS, learning_rate_schedule, make_optimizer
+from moe_jax.training.selection import select_trained
 from moe_jax.training.step import EvalSums, Options, Step, TrainState, init_state, make_eval_step, make_step
 
 
@@ -71,10 +73,12 @@ def check_run(config: Config, mesh: jax.sharding.Mesh) -> Config:
   """Returns the resolved configuration of a run on `mesh`.
 
   Raises:
-    InputError: if `resolve_config` raises one, if a causal model would look at later tokens, or if groups or
-      the mesh do not divide the batch or the model.
+    InputError: if `resolve_config` raises one, if a causal model would look at later tokens, if `trained` matches no
+      parameter, or if groups or the mesh do not divide the batch or the model.
   """
   config = resolve_config(config)
+  if config.optimizer.trained != "all":
+    select_trained(abstract_model(config, vocab_size=8), config.optimizer.trained)
   length = config.data.sequence_length
   micro = config.data.batch_size // config.train.accumulation
   check_causal(config.model)
@@ -101,6 +105,7 @@ class CompiledSteps(NamedTuple):
   """The jitted functions of a run on a mesh, and the layout of its state."""
 
   init: Callable[[int], TrainState]
+  init_from: Callable[[nnx.State, nnx.State, int], TrainState]  # (parameters, other variables, seed) -> state
   train: Step
   evaluate: Callable[[TrainState, dict], EvalSums]
   abstract_state: TrainState
@@ -144,6 +149,7 @@ def compile_steps(
 # What the loop does around the steps, and how often; the seed is an argument of `init`.
 _NOT_COMPILED = {
   "seed": 0,
+  "init_from": "",
   "log_every": 1,
   "eval_every": 0,
   "eval_batches": 0,
@@ -191,9 +197,8 @@ def make_train_step(config: Config, vocab_size: int, num_domains: int, gradients
     record_logits=config.train.router_logits_dtype if config.train.record_router_logits else "",
   )
   optimizer = make_optimizer(config.optimizer, config.train.num_steps)
-  return make_step(
-    abstract_model(config, vocab_size), objective_of(config), optimizer, hooks_of(config), options
-  )
+  model = select_trained(abstract_model(config, vocab_size), config.optimizer.trained)
+  return make_step(model, objective_of(config), optimizer, hooks_of(config), options)
 
 
 def make_init(config: Config, vocab_size: int) -> Callable[[jax.Array | int], TrainState]:
@@ -203,7 +208,24 @@ def make_init(config: Config, vocab_size: int) -> Callable[[jax.Array | int], Tr
   """
   optimizer = make_optimizer(config.optimizer, config.train.num_steps)
   hooks = hooks_of(config)
-  return lambda seed: init_state(make_model(config, vocab_size, seed), optimizer, hooks, seed)
+
+  def init(seed: jax.Array | int) -> TrainState:
+    model = select_trained(make_model(config, vocab_size, seed), config.optimizer.trained)
+    return init_state(model, optimizer, hooks, seed)
+
+  return init
+
+
+def make_init_from(config: Config, vocab_size: int) -> Callable[..., TrainState]:
+  """Returns the function (parameters, other variables, seed) -> state before the first step. It is not jitted."""
+  graphdef = nnx.graphdef(abstract_model(config, vocab_size))
+  optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+  hooks = hooks_of(config)
+
+  def init_from(params: nnx.State, variables: nnx.State, seed: jax.Array | int) -> TrainState:
+    return init_state(nnx.merge(graphdef, params, variables), optimizer, hooks, seed)
+
+  return init_from
 
 
 @functools.lru_cache(maxsize=64)
@@ -223,6 +245,7 @@ def _compile_steps(
   plain_init = _compile_init(_plain(config), vocab_size, mesh)
   return CompiledSteps(
     init=lambda seed: jax.device_put(_with_balancers_of(model, abstract, plain_init(seed)), shardings),
+    init_from=jax.jit(make_init_from(config, vocab_size), out_shardings=shardings),
     train=jax.jit(
       make_train_step(config, vocab_size, num_domains, gradients),
       in_shardings=(shardings, batch),
@@ -283,8 +306,9 @@ def _compile_init(config: Config, vocab_size: int, mesh: jax.sharding.Mesh) -> C
 
 def _with_balancers_of(model: Transformer, abstract: TrainState, state: TrainState) -> TrainState:
   """Returns `state` with the initial state of the balancers of `model`."""
-  variables = nnx.to_flat_state(abstract.variables)
-  initial = dict(variables)
+  # Other variables, such as the table of a router, are there already.
+  others = {path: v for path, v in nnx.to_flat_state(state.variables) if not isinstance(v, BalancerState)}
+  initial = dict(nnx.to_flat_state(abstract.variables)) | others
   for path, layer in nnx.iter_modules(model):
     if isinstance(layer, MoE):
       own = (*path, "balancer_state")

@@ -3,16 +3,22 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.errors import InputError
-from moe_jax.nn.aux import update_balancers
+from moe_jax.nn.aux import mixer_auxes, update_balancers
 from moe_jax.registry import Registry
 from moe_jax.types import PyTree
 
 
 class Hook:
-  """The base class of hooks. A hook may change the model, and may have a state, which checkpoints include."""
+  """The base class of hooks. A hook may change the model, and may have a state, which checkpoints include.
+
+  reads_scores: whether aux must have the largest attention scores of the step, see `moe_jax.types.MixerAux`.
+  """
+
+  reads_scores: bool = False
 
   def init(self, model: nnx.Module) -> PyTree:
     """Returns the state before the first step, a tree of arrays."""
@@ -64,4 +70,45 @@ class AverageParameters(Hook):
     return jax.tree.map(blend, state, nnx.state(model, nnx.Param))
 
 
-HOOKS = Registry("hook", {"average_parameters": AverageParameters})
+class QKClip(Hook):
+  """QK-clip of MuonClip (Kimi K2, 2507.20534, section 2.1): limits the attention scores of each head to about `tau`.
+
+  If the largest score S of a head in the step's forward pass exceeds tau, its queries and keys are scaled so that
+  all its scores are multiplied by tau / S: for plain attention the matrices of both by the square root, for latent
+  attention as in `moe_jax.nn.mixers.mla.MLA.scale_scores`. Mixers without scores, such as lightning attention, stay
+  as they are. Only the parameters change, and not the state of the optimizer.
+
+  Raises:
+    InputError: if `tau` is not above 0, or the queries or keys of an attention are normalised or clipped.
+  """
+
+  reads_scores = True
+
+  def __init__(self, tau: float = 100.0):
+    if not tau > 0:
+      raise InputError(f"hook qk_clip: tau must be above 0, got {tau}")
+    self.tau = tau
+
+  def init(self, model: nnx.Module) -> PyTree:
+    mixers = self._mixers(model)
+    if not mixers:
+      raise InputError("hook qk_clip: no mixer of the model has attention scores")
+    if not all(mixer.scores_scale for mixer in mixers):
+      raise InputError(
+        "hook qk_clip: a mixer normalises or clips queries and keys (qk_norm, clip_qkv), which limits its scores by "
+        "other means; leave out one of the two"
+      )
+    return ()
+
+  def __call__(self, model: nnx.Module, state: PyTree, aux: PyTree) -> PyTree:
+    for mixer, own in zip(self._mixers(model), mixer_auxes(aux), strict=True):
+      largest_N = own.largest_score_N.value
+      mixer.scale_scores(jnp.where(largest_N > self.tau, self.tau / largest_N, 1.0))
+    return state
+
+  def _mixers(self, model: nnx.Module) -> list[Any]:
+    """Those with scores, in the order in which flax walks the model, which is that of its aux."""
+    return [module for _, module in nnx.iter_modules(model) if hasattr(module, "scale_scores")]
+
+
+HOOKS = Registry("hook", {"average_parameters": AverageParameters, "qk_clip": QKClip})

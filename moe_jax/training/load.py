@@ -15,6 +15,7 @@ from moe_jax.errors import InputError
 from moe_jax.nn.transformer import Transformer
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import abstract_model, make_init, resolve_config
+from moe_jax.training.step import TrainState
 
 # In the folder of a run. The second is only there if the data set trained its own tokenizer.
 CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer.json"
@@ -31,6 +32,7 @@ class Loaded(NamedTuple):
   folder: pathlib.Path  # what was loaded
   stop_ids: tuple[int, ...] = ()  # the tokens that end a text
   skipped: tuple[str, ...] = ()  # tensors of the checkpoint that the model has no part for
+  max_positions: int = 0  # of a text that the model was made for; 0: not known
 
 
 def load_run(folder: str | os.PathLike[str]) -> Loaded:
@@ -44,10 +46,31 @@ def load_run(folder: str | os.PathLike[str]) -> Loaded:
       another version of moe_jax wrote it.
   """
   folder = pathlib.Path(folder)
+  mesh = jax.sharding.Mesh([[[[[jax.devices()[0]]]]]], sharding.MESH_AXES)
+  config, vocab_size, state = restore_run(folder, mesh)
+  model = abstract_model(config, vocab_size)
+  # Values only: what was frozen in training is not frozen in the model.
+  fill = lambda own, saved: own.replace(saved.get_value())
+  params, variables = nnx.state(model, nnx.Param, ...)
+  is_variable = lambda leaf: isinstance(leaf, nnx.Variable)
+  filled = (
+    jax.tree.map(fill, own, saved, is_leaf=is_variable)
+    for own, saved in ((params, state.params), (variables, state.variables))
+  )
+  model = nnx.merge(nnx.graphdef(model), *filled)
+  tokenizer, length = _tokenizer(folder, config.data), config.data.sequence_length
+  return Loaded(model, config, tokenizer, int(state.step), folder, max_positions=length)
+
+
+def restore_run(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[Config, int, TrainState]:
+  """Returns the resolved configuration of the run in `folder`, its V, and its newest checkpoint on `mesh`.
+
+  Raises:
+    InputError: see `load_run`.
+  """
   values = _read(folder / CONFIG_FILE)
   vocab_size = values["vocab_size"]
   config = _config(folder, {name: value for name, value in values.items() if name not in NOT_CONFIG})
-  mesh = jax.sharding.Mesh([[[[[jax.devices()[0]]]]]], sharding.MESH_AXES)
   abstract = jax.eval_shape(make_init(config, vocab_size), 0)
   checkpoints = Checkpoints(folder / "checkpoints")
   try:
@@ -56,9 +79,7 @@ def load_run(folder: str | os.PathLike[str]) -> Loaded:
     state, _ = checkpoints.restore(abstract, sharding.state_shardings(mesh, abstract))
   finally:
     checkpoints.close()
-  graphdef = nnx.graphdef(abstract_model(config, vocab_size))
-  model = nnx.merge(graphdef, state.params, state.variables)
-  return Loaded(model, config, _tokenizer(folder, config.data), int(state.step), folder)
+  return config, vocab_size, state
 
 
 def _tokenizer(folder: pathlib.Path, data: DataConfig) -> Tokenizer:

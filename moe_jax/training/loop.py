@@ -26,6 +26,7 @@ from moe_jax.training.progress import TrainingProgress
 from moe_jax.training.protocol import trace_header
 from moe_jax.training.results import TailMeans, result_of, validation_summary
 from moe_jax.training.router_trace import FOLDER, TraceWriter
+from moe_jax.training.start import start_from
 from moe_jax.training.step import EvalSums, TrainState
 from moe_jax.training.stops import Stops, in_words, not_finite
 
@@ -130,6 +131,8 @@ class Run:
 
   def _start(self) -> TrainState:
     if self.checkpoints.latest_step is None:
+      if self.config.train.init_from:
+        return start_from(self.steps, self.config, self.mesh)
       return self.steps.init(self.config.train.seed)
     state, extra = self.checkpoints.restore(
       self.steps.abstract_state, self.steps.state_shardings, move_damaged=True

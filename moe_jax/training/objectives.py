@@ -148,6 +148,22 @@ def _of_module(aux: PyTree, share: Array) -> PyTree:
 
 
 @dataclasses.dataclass(frozen=True)
+class Response(NextToken):
+  """Next-token prediction of the responses only, for data with `is_target_BL`: `moe_jax.data.prompts`."""
+
+  def num_targets(self, batch: Batch) -> Array:
+    return batch["is_target_BL"].sum()
+
+  def _terms(self, model: nnx.Module, batch: Batch, context: Context, token_losses: Any) -> Terms:
+    if "is_target_BL" not in batch:
+      raise InputError(
+        "objective response: the data has no responses; train on prompts, or choose next_token"
+      )
+    logits_BLV, aux = model(batch["tokens_BL"], context)
+    return Terms(jnp.sum(token_losses(logits_BLV, batch["targets_BL"]) * batch["is_target_BL"]), aux)
+
+
+@dataclasses.dataclass(frozen=True)
 class MaskedTokens(Objective):
   """Prediction of masked tokens by a bidirectional model (BERT, 1810.04805, section 3.1).
 
@@ -199,5 +215,6 @@ class MaskedTokens(Objective):
 
 
 OBJECTIVES = Registry(
-  "objective", {"next_token": NextToken, "next_tokens": NextTokens, "masked_lm": MaskedTokens}
+  "objective",
+  {"next_token": NextToken, "response": Response, "next_tokens": NextTokens, "masked_lm": MaskedTokens},
 )

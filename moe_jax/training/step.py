@@ -13,7 +13,16 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from moe_jax.nn.aux import balancing_loss, losses_by_name, moe_auxes, num_moe_layers, read_metrics
+from moe_jax.nn.aux import (
+  added,
+  balancing_loss,
+  losses_by_name,
+  mixer_auxes,
+  moe_auxes,
+  nothing,
+  num_moe_layers,
+  read_metrics,
+)
 from moe_jax.nn.context import Context
 from moe_jax.nn.moe import MoE
 from moe_jax.nn.transformer import balancer_stats
@@ -90,15 +99,17 @@ def make_step(
 
   Metrics are those of the whole step: `loss` (of the objective, per target), `total_loss`, an entry [R] for
   each balancing loss, `grad_norm`, `learning_rate`, and the metrics that `moe_jax.ops.metrics` declares for
-  training [R, ...].
+  training [R, ...]. If a hook reads attention scores, also `attention_score`, the largest of all layers and heads.
   """
   options = options or Options()
   graphdef = nnx.graphdef(model)
   needs_whole_step = options.accumulation > 1 and _needs_whole_step(model)
+  record_scores = any(hook.reads_scores for hook in hooks)
 
   def terms(params: nnx.State, variables: nnx.State, micro: Batch, step_stats: StepStats | None):
     merged = nnx.merge(graphdef, params, variables)
-    return objective(merged, micro, _context(micro, options, step_stats))
+    context = _context(micro, options, step_stats)._replace(record_scores=record_scores)
+    return objective(merged, micro, context)
 
   def loss_fn(params, variables, micro, step_stats, of_step):
     loss, aux = terms(params, variables, micro, step_stats)
@@ -210,7 +221,7 @@ def _cut(batch: Batch, pieces: int) -> Batch:
 def _scan_sum(
   function: Callable[[Batch, PyTree | None], tuple[PyTree, PyTree]], micros: Batch
 ) -> tuple[PyTree, PyTree]:
-  """Returns a sum and a stack over the leading axis of `micros`.
+  """Returns a sum (of a `Maximum` the maximum) and a stack over the leading axis of `micros`.
 
   Only one term of the sum is stored at a time.
 
@@ -223,13 +234,13 @@ def _scan_sum(
     total, apart = function(first, None)
     return total, jax.tree.map(lambda x: x[None], apart)
   shapes, _ = jax.eval_shape(function, first, None)
-  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+  start = nothing(shapes)
 
   def add(total, micro):
     found, apart = function(micro, total)
-    return jax.tree.map(jnp.add, total, found), apart
+    return added(total, found), apart
 
-  return jax.lax.scan(add, zeros, micros)
+  return jax.lax.scan(add, start, micros)
 
 
 def _run_hooks(
@@ -243,6 +254,9 @@ def _metrics(loss: Array, aux: PyTree) -> dict[str, Array]:
   losses = losses_by_name(aux)
   values = read_metrics(aux) if num_moe_layers(aux) else {}
   shown = {name: x for name, x in values.items() if METRICS[name].training is not None}
+  scores = [own.largest_score_N.value.max() for own in mixer_auxes(aux)]
+  if scores:
+    shown["attention_score"] = jnp.stack(scores).max()
   return {"loss": loss, "total_loss": loss + balancing_loss(aux), **losses, **shown}
 
 

@@ -133,7 +133,7 @@ def test_the_scripts(run, folder, tmp_path):
   ]
   messages = (
     "--model: give the folder of a run",
-    "holds no run",
+    "holds no model (config.json is missing)",
     "--prompt: give at least one, or --prompts_file",
     f"--prompts_file={tmp_path}: cannot be read",
     "--stop_ids=x: must be numbers",

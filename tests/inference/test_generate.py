@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import types
 
 import jax
 import numpy as np
@@ -17,6 +16,7 @@ from moe_jax.errors import InputError
 from moe_jax.inference.generate import Sampling, generate, generate_tokens, stream
 from moe_jax.inference.text import TextSoFar
 from moe_jax.nn import Transformer
+from moe_jax.training.load import Loaded
 from tests.nn.layer import randomized
 
 BYTES = load_tokenizer("bytes")
@@ -108,11 +108,8 @@ def test_what_is_drawn_depends_on_the_seed_and_not_on_other_prompts(small):
 
 
 def loaded_with(model, **fields):
-  """What the loading of a run returns."""
-  config = types.SimpleNamespace(data=types.SimpleNamespace(sequence_length=32))
-  return types.SimpleNamespace(
-    **{"model": model, "tokenizer": BYTES, "config": config, "folder": "runs/one"} | fields
-  )
+  given = {"tokenizer": BYTES, "step": 0, "folder": "runs/one", "max_positions": 32}
+  return Loaded(model, None, **given | fields)
 
 
 def test_text_is_that_of_the_tokens(small):
@@ -124,6 +121,11 @@ def test_text_is_that_of_the_tokens(small):
   ]
   assert generate(loaded, texts, NEW) == expected
   assert generate(loaded, texts[0], NEW) == expected[0]
+  assert generate(loaded._replace(stop_ids=tuple(range(V))), texts, NEW) == ["", ""]
+  first, _ = collect(small, [list(texts[0].encode()), ids[1]], NEW)
+  assert generate(loaded, texts[0], NEW, begin=False, stop_ids=()) == bytes(
+    t for t in first if t < 256
+  ).decode(errors="replace")
   pieces = list(stream(loaded, texts, max_new_tokens=NEW))
   assert ["".join(piece.text for piece in of_prompt) for of_prompt in zip(*pieces, strict=True)] == expected
   assert sum(len(piece.tokens) for piece in pieces[0]) == 2

@@ -1,5 +1,7 @@
 """Loading: what was saved comes back, on one device and on a mesh, and no byte is read that is not needed."""
 
+import dataclasses
+import json
 import pathlib
 import tracemalloc
 
@@ -13,13 +15,17 @@ import moe_jax
 from moe_jax import sharding
 from moe_jax.config import MeshConfig
 from moe_jax.data.bpe import train_bpe
+from moe_jax.data.tokenizers import load_tokenizer
 from moe_jax.errors import InputError
+from moe_jax.interop import place
 from moe_jax.interop.families import FAMILIES
 from moe_jax.interop.folder import open_folder, read_config
 from moe_jax.interop.layout import Layout
 from moe_jax.interop.load import load_model
 from moe_jax.interop.names import Piece, Stored
 from moe_jax.interop.place import fill
+from moe_jax.interop.quantised import MXFP4
+from moe_jax.training.load import Loaded
 from tests.interop.helpers import MIXTRAL, V, assert_same_model, random_model
 
 
@@ -69,6 +75,15 @@ def test_several_files_with_an_index(model, folder, tmp_path):
   assert_same_model(moe_jax.load(tmp_path).model, model)
 
 
+def test_tied_embeddings(tmp_path):
+  model = random_model(dataclasses.replace(MIXTRAL, tie_embeddings=True))
+  moe_jax.save(model, tmp_path)
+  assert "lm_head.weight" not in open_folder(tmp_path, {}).tensors
+  loaded = moe_jax.load(tmp_path)
+  assert loaded.model.w_head_DV is None and loaded.config.model.tie_embeddings
+  assert_same_model(loaded.model, model)
+
+
 def test_bfloat16(model, tmp_path):
   """Written in bfloat16 and loaded in it, or in float32 with the same values. The router stays float32."""
   moe_jax.save(model, tmp_path, dtype="bfloat16")
@@ -86,9 +101,9 @@ def test_bfloat16(model, tmp_path):
   assert one == other
 
 
-def test_straight_onto_a_mesh(model, folder):
+def test_straight_onto_a_mesh(model, folder, tmp_path):
   """Every array lies as the rules say. Each byte of the files is read once, though devices share parts."""
-  mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, expert=1, tensor=2))
+  mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
   with jax.set_mesh(mesh):
     loaded = moe_jax.load(folder)
     opened = counted(folder)
@@ -105,6 +120,15 @@ def test_straight_onto_a_mesh(model, folder):
   assert_same_model(loaded.model, model)
   for name, tensor in opened.tensors.items():
     assert tensor.read == np.prod(tensor.shape) * 4, name
+  moe_jax.save(loaded, tmp_path)  # from where its parts are
+  one, other = (path.joinpath("model.safetensors").read_bytes() for path in (folder, tmp_path))
+  assert one == other
+
+
+def test_a_mesh_that_does_not_divide_the_model(folder):
+  right = r"--num_experts=4: must be a multiple of --expert_parallelism=8"
+  with jax.set_mesh(sharding.make_mesh(MeshConfig(data=1, expert=8))), pytest.raises(InputError, match=right):
+    moe_jax.load(folder)
 
 
 @pytest.mark.parametrize("text", ["F D -> D F", "E (i F) D -> E D F"])
@@ -126,8 +150,6 @@ def test_a_process_reads_only_the_bytes_of_its_parts(text):
 
 def test_host_memory_stays_small(tmp_path):
   """Beyond what stays, loading needs no more than the largest tensor, also where types are changed."""
-  import dataclasses
-
   moe = dataclasses.replace(MIXTRAL.moe, expert_dim=2048, num_experts=8)
   config = dataclasses.replace(MIXTRAL, model_dim=64, moe=moe)
   moe_jax.save(random_model(config), tmp_path, dtype="bfloat16")
@@ -142,9 +164,23 @@ def test_host_memory_stays_small(tmp_path):
   assert peak - stays < largest
 
 
-def test_a_device_that_is_no_cpu_gets_layers_one_by_one(model, folder, monkeypatch):
-  from moe_jax.interop import place
+def test_packed_experts_are_dequantised_a_few_at_a_time(monkeypatch):
+  """In MXFP4 all experts of a layer are one tensor, which in float32 is eight times as large."""
+  e, d, f = 32, 64, 64
+  blocks = np.random.default_rng(0).integers(0, 256, (e, d, f // 32, 16)).astype(np.uint8)
+  tensor = MXFP4(blocks, np.full(blocks.shape[:-1], 127, np.uint8))
+  stored = Stored(("w",), (1, e, f, d), (Piece((0,), "w", Layout("E D F -> E F D")),))
+  out, index = np.zeros(stored.shape, np.float32), tuple(slice(0, n) for n in stored.shape)
+  monkeypatch.setattr(place, "_STEP", 2 * out.nbytes // e)
+  tracemalloc.start()
+  fill(out, stored, index, {"w": tensor})
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  np.testing.assert_array_equal(out[0], tensor[:, :, :].swapaxes(1, 2))
+  assert peak < out.nbytes / 2
 
+
+def test_a_device_that_is_no_cpu_gets_layers_one_by_one(model, folder, monkeypatch):
   monkeypatch.setattr(place, "in_place", lambda device: False)
   assert_same_model(moe_jax.load(folder).model, model)
 
@@ -170,3 +206,14 @@ def test_the_tokenizer_of_a_checkpoint(model, tmp_path):
     InputError, match=r"tokenizer.json: has ids up to 257, and the model a vocabulary of 256; use"
   ):
     moe_jax.load(tmp_path)
+
+
+def test_the_model_of_a_run_becomes_a_checkpoint(tmp_path):
+  """If a family computes the same. Its tokenizer says what transformers should know of it."""
+  config = dataclasses.replace(moe_jax.Config(), model=MIXTRAL)
+  (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | {"vocab_size": 264, "domains": []}))
+  model, tokenizer = random_model(MIXTRAL, vocab_size=264), load_tokenizer("bytes")
+  moe_jax.save(Loaded(model, config, tokenizer, 3, tmp_path), tmp_path / "hf")
+  values = read_config(tmp_path / "hf/config.json")
+  assert (values["model_type"], values["bos_token_id"], values["pad_token_id"]) == ("mixtral", 256, 257)
+  assert_same_model(moe_jax.load(tmp_path / "hf").model, model)

@@ -145,14 +145,17 @@ def test_presets_are_the_released_configurations(name):
   family, written = describe(config, VOCAB_SIZES[name], model_type)
   assert family is FAMILIES[model_type]
   assert {key: written.get(key) for key in values} == values
+  if "router_aux_loss_coef" in values:
+    read = family.read(Values("config.json", written | values))
+    assert read.moe.balancers == PRESETS[name].model.moe.balancers
 
 
 def test_every_published_preset_is_of_a_family():
-  """Also the tiny ones, and without saying which family it is."""
+  """The tiny ones are found without saying which family it is."""
   ours = ("quick", "default", "long", "tiny", "gshard", "switch")
   names = [name for name in PRESETS if not name.startswith(ours)]
   assert len(names) == 2 * len(PUBLISHED) == len(PUBLISHED.keys() & set(names)) * 2
-  for name in names:
+  for name in (name for name in names if name.endswith("_tiny")):
     describe(resolve(PRESETS[name].model), VOCAB_SIZES[name])
 
 

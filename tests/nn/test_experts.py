@@ -102,7 +102,9 @@ def expert(kind, w, e, x, kept_F):
   own = {name: w[inner + name][e] for name in names}
   if kind == "low_rank":
     for name in names[:3]:
-      own[name] = own[name] + 1.5 * w[f"experts/down/{name}"][e] @ w[f"experts/up/{name}"][e]
+      own[name] = (
+        own[name] + 1.5 * w[f"experts/adapters/down/{name}"][e] @ w[f"experts/adapters/up/{name}"][e]
+      )
   gate = np.minimum(x @ own["w_gate_EDF"] + own["b_gate_EF"], 0.5)
   up = np.clip(x @ own["w_up_EDF"] + own["b_up_EF"], -0.5, 0.5)
   hidden = (up + 1) * gate / (1 + np.exp(-1.702 * gate))
@@ -220,7 +222,7 @@ def test_adapters_start_as_the_experts_they_adapt():
   sizes = {"num_experts": E, "expert_dim": F, "rngs": nnx.Rngs(0)}
   adapted = MoE(D, experts=KINDS["low_rank"], **sizes)
   plain = MoE(D, experts=adapted.experts.experts, router=adapted.router, **sizes)
-  assert np.any(adapted.experts.down["w_up_EDF"].get_value())
+  assert np.any(adapted.experts.adapters.down["w_up_EDF"].get_value())
   np.testing.assert_array_equal(adapted(X_BLD)[0], plain(X_BLD)[0])
 
 

@@ -31,13 +31,20 @@ def blocks(activation, rows, w_in, w_out, sizes, d_out):
   return out, *pullback(d_out)
 
 
+def small_blocks(activation, rows, w_in, w_out, sizes, d_out):
+  """As for few tokens. Without a gradient nothing else is kept, and the values are the same."""
+  out, pullback = jax.vjp(lambda *args: grouped_ffn(activation, *args, sizes, 64), rows, w_in, w_out)
+  alone = grouped_ffn(activation, rows, w_in, w_out, sizes, 64)
+  return jnp.where(jnp.all(jnp.abs(alone - out) < 1e-5), out, jnp.nan), *pullback(d_out)
+
+
 def ragged(activation, rows, w_in, w_out, sizes, d_out):
   """What other backends run."""
   out, inner = module._ragged_forward(activation, rows, w_in, w_out, sizes)
   return out, *module._ragged_backward(activation, rows, w_in, w_out, sizes, inner, d_out)
 
 
-FORMS = {f.__name__: jax.jit(f, static_argnums=0) for f in (blocks, ragged)}
+FORMS = {f.__name__: jax.jit(f, static_argnums=0) for f in (blocks, small_blocks, ragged)}
 SIZES = {
   "even": [100, 100, 100],
   "empty_experts": [0, 300, 0],

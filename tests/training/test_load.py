@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import moe_jax
 from moe_jax.data import Dataset, load_dataset
 from moe_jax.data.bpe import load_bpe, train_bpe
 from moe_jax.errors import InputError
@@ -34,7 +35,7 @@ def trained_run(dataset, tmp_path_factory):
 
 def test_a_loaded_run_is_the_trained_model(trained_run):
   run = trained_run
-  loaded = Run.load(run.folder)
+  loaded = moe_jax.load(run.folder)  # which is Run.load, for the folder of a run
   assert (loaded.config.to_dict(), loaded.step) == (run.config.to_dict(), 2)
   assert loaded.tokenizer.decode(loaded.tokenizer.encode("héllo")) == "héllo"
   tokens_BL = tiny.make_batch()["tokens_BL"]

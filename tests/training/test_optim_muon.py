@@ -136,6 +136,47 @@ def test_a_mesh_gives_the_same_update_and_a_checkpoint_the_same_state(steps, tmp
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(state))
 
 
+def test_stacked_and_separate_matrices_have_the_same_update():
+  """Layers and experts as one array, or each as a parameter of its own; with latent attention."""
+  fields = {
+    "mixer": "mla:query_rank=6:kv_rank=10",
+    "num_experts": 2,
+    "num_shared_experts": 0,
+    "clip_norm": 0.0,
+  }
+  config = tiny.change(CONFIG, **fields)
+  abstract = nnx.state(abstract_model(resolve_config(config), tiny.VOCAB), nnx.Param)
+  optimizer, rng = make_optimizer(config.optimizer, 10), np.random.default_rng(0)
+  draw = lambda: jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), abstract)
+
+  def separate(state):
+    """Each matrix, by its path and number. Other parameters whole."""
+    found = {}
+    for path, variable in nnx.to_flat_state(state):
+      value, metadata = variable.get_value(), variable.get_metadata()
+      names = tuple(name for name in metadata["logical_axes"] if name != "expert")
+      if not is_hidden_matrix(variable):
+        found[*path, 0] = variable
+        continue
+      shape = value.shape[value.ndim - len(names) :]
+      for i, one in enumerate(value.reshape(-1, *shape)):
+        found[*path, i] = nnx.Param(one, logical_axes=names, num_in=metadata["num_in"])
+    return nnx.from_flat_state(found)
+
+  params, gradients = draw(), [draw(), draw()]
+  update = jax.jit(optimizer.update)
+  states = [optimizer.init(params), optimizer.init(separate(params))]
+  for g in gradients:
+    stacked, states[0] = update(g, states[0], params)
+    single, states[1] = update(separate(g), states[1], separate(params))
+    expected = separate(stacked)
+    assert len(jax.tree.leaves(single)) > len(jax.tree.leaves(stacked)) + 3 * 2 * 2
+    for (path, a), (_, b) in zip(
+      jax.tree.leaves_with_path(single), jax.tree.leaves_with_path(expected), strict=True
+    ):
+      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6, err_msg=jax.tree_util.keystr(path))
+
+
 @pytest.mark.parametrize(
   "fields", [{}, {"router": "noisy_topk"}, {"router": "moe_plus_plus", "scan_layers": False}]
 )

@@ -6,6 +6,7 @@ from moe_jax.nn.experts.clipped_swiglu import ClippedSwiGLU
 from moe_jax.nn.experts.dropout import ExpertDropout
 from moe_jax.nn.experts.low_rank import LowRankExperts
 from moe_jax.nn.experts.plain import GELU, ReLU
+from moe_jax.nn.experts.quantised import QuantisedExperts, QuantisedTraining
 from moe_jax.nn.experts.swiglu import SwiGLU
 from moe_jax.registry import Registry
 
@@ -19,6 +20,8 @@ EXPERTS = Registry(
     "bounded_swiglu": BoundedSwiGLU,
     "expert_dropout": ExpertDropout,
     "low_rank": LowRankExperts,
+    "quantised": QuantisedExperts,
+    "quantised_training": QuantisedTraining,
   },
   offered=("num_experts", "dim", "expert_dim", "init_scale", "rngs"),
 )

@@ -8,7 +8,7 @@ from flax import nnx
 
 from moe_jax.nn.variables import weight
 from moe_jax.ops.experts import Experts, Product
-from moe_jax.registry import Spec
+from moe_jax.registry import Spec, inner_spec
 from moe_jax.types import Array
 
 
@@ -63,11 +63,11 @@ def as_experts(module: ExpertNetwork, dtype: jnp.dtype, gather: bool) -> Experts
 
 
 def inner_experts(spec: Spec, num_experts: int, dim: int, expert_dim: int, **offered: Any) -> ExpertNetwork:
-  """Returns the network that another network wraps."""
+  """Returns the network that another network wraps. In a text, its options are behind `;`."""
   from moe_jax.nn.experts import EXPERTS  # which has this module's users
 
   sizes = {"num_experts": num_experts, "dim": dim, "expert_dim": expert_dim}
-  return EXPERTS.resolve(spec)(**sizes, **offered)
+  return EXPERTS.resolve(inner_spec(spec))(**sizes, **offered)
 
 
 INTO, OUT = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")  # logical axes of the usual matrices

@@ -10,15 +10,16 @@ from moe_jax.nn.norm import RMSNorm
 from moe_jax.nn.variables import matrix, vector, weight
 from moe_jax.ops.attention import attend, attend_cached
 from moe_jax.ops.cache import append, ring_append, ring_columns
+from moe_jax.ops.largest_scores import largest_scores
 from moe_jax.ops.rotary import Rotary
 from moe_jax.sharding import constrain
-from moe_jax.types import Array
+from moe_jax.types import Array, Maximum, MixerAux
 
 _CACHED = ("batch", None, "kv_heads", None)
 
 
 class Attention(nnx.Module):
-  """Grouped-query softmax attention: `y_BLD, None = attention(x_BLD, context)`.
+  """Grouped-query softmax attention: `y_BLD, aux = attention(x_BLD, context)`.
 
   Padding follows the text, so the causal mask already hides it from real tokens. Without a causal mask,
   padding is masked explicitly.
@@ -42,6 +43,8 @@ class Attention(nnx.Module):
     sinks: whether each head has a learned score that takes part in its softmax (gpt-oss, 2508.10925).
     rotary_fraction: the first part of a head that is rotated (MiniMax-01, 2501.08313: 0.5); 0: no positions.
     yarn_factor: stretches positions, see `moe_jax.ops.rotary.Yarn`, also for the other yarn options; 1: not.
+    kernel: "blocks": of queries, by XLA, everywhere. "auto": cuDNN's kernel on a GPU in a half type, where it has
+      the form (causal, without sinks, heads of up to 128), otherwise blocks. Not behind a cache.
     init_scale: s in std = sqrt(s / fan_in) of every matrix.
     rngs: draws the parameters.
 
@@ -74,11 +77,13 @@ class Attention(nnx.Module):
     yarn_truncate: bool = True,
     yarn_mscale: float = 1.0,
     yarn_mscale_all_dim: float = 0.0,
+    kernel: str = "blocks",
     init_scale: float = 1.0,
     rngs: nnx.Rngs,
   ):
     _check(window, clip_qkv, rotary_fraction, head_dim)
     require_option("mixer attention", "qk_norm_over", qk_norm_over, ("head", "projection"))
+    require_option("mixer attention", "kernel", kernel, ("blocks", "auto"))
     d, n, n_kv, h, s = dim, num_heads, num_kv_heads, head_dim, init_scale
     yarn = make_yarn(
       "attention", yarn_factor, yarn_length, yarn_beta_fast, yarn_beta_slow, yarn_truncate, yarn_mscale,
@@ -86,7 +91,7 @@ class Attention(nnx.Module):
     )  # fmt: skip
     self.rotary = Rotary(round(head_dim * rotary_fraction), rope_theta, yarn=yarn)
     self.scale = h**-0.5 * self.rotary.score_scale
-    self.causal, self.window, self.clip_qkv = causal, window, clip_qkv
+    self.causal, self.window, self.clip_qkv, self.fused = causal, window, clip_qkv, kernel == "auto"
     self.num_kv_heads, self.head_dim, self.norm_projection = n_kv, h, qk_norm_over == "projection"
     self.w_query_DNH = matrix(rngs, (d, n, h), ("embed", "heads", "head_dim"), s)
     self.w_key_DNH = matrix(rngs, (d, n_kv, h), ("embed", "kv_heads", "head_dim"), s)
@@ -100,11 +105,41 @@ class Attention(nnx.Module):
     norm = lambda heads: RMSNorm(heads * h if self.norm_projection else h, norm_eps) if qk_norm else None
     self.query_norm, self.key_norm = norm(n), norm(n_kv)
 
-  def __call__(self, x_BLD: Array, context: Context) -> tuple[Array, None]:
+  def __call__(self, x_BLD: Array, context: Context) -> tuple[Array, MixerAux | None]:
     query, key, value = self._projected(x_BLD, sequence_positions(x_BLD))
     mask_BL = None if self.causal else context.mask_of(x_BLD)
-    mixed = attend(query, key, value, causal=self.causal, mask_BL=mask_BL, **self._scores())
-    return self._out(mixed), None
+    form = {"causal": self.causal, "mask_BL": mask_BL, "fused": self.fused}
+    mixed = attend(query, key, value, **form, **self._scores())
+    if not context.record_scores:
+      return self._out(mixed), None
+    where = {"causal": self.causal, "window": self.window, "scale": self.scale}
+    largest_N = largest_scores(query, key, context.mask_of(x_BLD), **where)
+    return self._out(mixed), MixerAux(Maximum(largest_N))
+
+  @property
+  def scores_scale(self) -> bool:
+    """Whether scores scale with the matrices of queries and keys."""
+    return self.query_norm is None and not self.clip_qkv
+
+  def scale_scores(self, factor_N: Array) -> None:
+    """Changes the parameters so that all scores of each query head are multiplied by a factor, above 0.
+
+    Queries and keys each get its square root. A key head with several query heads gets that of the smallest of their
+    factors, and each of these query heads what is missing.
+
+    Args:
+      factor_N: of each head; for stacked parameters, with their leading axes.
+    """
+    per_key = factor_N.reshape(*factor_N.shape[:-1], self.num_kv_heads, -1)
+    of_key = jnp.sqrt(per_key.min(axis=-1))
+    of_query = (per_key / of_key[..., None]).reshape(factor_N.shape)
+    for w, b, factor in (
+      (self.w_query_DNH, self.b_query_NH, of_query),
+      (self.w_key_DNH, self.b_key_NH, of_key),
+    ):
+      w.set_value(w[...] * factor[..., None, :, None])
+      if b is not None:
+        b.set_value(b[...] * factor[..., None])
 
   def init_cache(self, batch_size: int, length: int, dtype: jnp.dtype) -> tuple[Array, Array]:
     """Returns empty keys and values. With a window there are only as many columns.

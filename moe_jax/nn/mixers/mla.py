@@ -10,15 +10,16 @@ from moe_jax.nn.norm import RMSNorm
 from moe_jax.nn.variables import matrix, weight
 from moe_jax.ops.attention import attend, attend_cached
 from moe_jax.ops.cache import append
+from moe_jax.ops.largest_scores import largest_scores
 from moe_jax.ops.rotary import Rotary
 from moe_jax.sharding import constrain
-from moe_jax.types import Array
+from moe_jax.types import Array, Maximum, MixerAux
 
 _CACHED = ("batch", None, None)
 
 
 class MLA(nnx.Module):
-  """Multi-head latent attention: `y_BLD, None = mla(x_BLD, context)`.
+  """Multi-head latent attention: `y_BLD, aux = mla(x_BLD, context)`.
 
   Keys and values of all heads are projected from one vector of `kv_rank` per position. A part of each query and
   key is rotated, and this part of the key is the same in all heads. The cache holds only the vector and the
@@ -90,7 +91,7 @@ class MLA(nnx.Module):
     self.scale = (nope + rope) ** -0.5 * self.rotary.score_scale
     self.causal, self.kv_rank, self.nope_dim, self.rope_dim = causal, kv_rank, nope, rope
     d, n, s = dim, num_heads, init_scale
-    into, up = ("embed", "rank"), ("rank", "heads", "head_dim")
+    into, up = ("embed", "attention_rank"), ("attention_rank", "heads", "head_dim")
     low = query_rank > 0
     self.w_query_DNH = None if low else matrix(rngs, (d, n, nope + rope), ("embed", "heads", "head_dim"), s)
     self.w_query_down_DX = matrix(rngs, (d, query_rank), into, s) if low else None
@@ -103,11 +104,32 @@ class MLA(nnx.Module):
     self.w_value_up_XNH = matrix(rngs, (kv_rank, n, value), up, s)
     self.w_out_NHD = matrix(rngs, (n, value, d), ("heads", "head_dim", "embed"), s, num_in=2)
 
-  def __call__(self, x_BLD: Array, context: Context) -> tuple[Array, None]:
+  def __call__(self, x_BLD: Array, context: Context) -> tuple[Array, MixerAux | None]:
     position_XL = sequence_positions(x_BLD)
     mask_BL = None if self.causal else context.mask_of(x_BLD)
     query, compressed = self._query(x_BLD, position_XL), self._compressed(x_BLD, position_XL)
-    return self._out(self._plain(query, compressed, mask_BL)), None
+    y_BLD = self._out(self._plain(query, compressed, mask_BL))
+    if not context.record_scores:
+      return y_BLD, None
+    key, where = self._keys(compressed), {"causal": self.causal, "scale": self.scale}
+    return y_BLD, MixerAux(Maximum(largest_scores(query, key, context.mask_of(x_BLD), **where)))
+
+  scores_scale = True  # with the matrices of queries and keys, whose norms come before them
+
+  def scale_scores(self, factor_N: Array) -> None:
+    """Changes the parameters so that all scores of each head are multiplied by a factor, above 0.
+
+    The parts that are not rotated each get its square root. The rotated key is that of all heads, so the rotated part of
+    a query gets the whole factor (2507.20534, section 2.1).
+
+    Args:
+      factor_N: of each head; for stacked parameters, with their leading axes.
+    """
+    w_query = self.w_query_DNH if self.w_query_DNH is not None else self.w_query_up_XNH
+    factor = factor_N[..., None, :, None]
+    plain, rotated = jnp.split(w_query[...], [self.nope_dim], axis=-1)
+    w_query.set_value(jnp.concatenate([plain * jnp.sqrt(factor), rotated * factor], axis=-1))
+    self.w_key_up_XNH.set_value(self.w_key_up_XNH[...] * jnp.sqrt(factor))
 
   def init_cache(self, batch_size: int, length: int, dtype: jnp.dtype) -> Array:
     """Returns an empty cache: for each column the vector of rank kv_rank, and the rotated part of the key.
@@ -149,13 +171,17 @@ class MLA(nnx.Module):
 
   def _plain(self, query_BLNH: Array, compressed_BLX: Array, mask_BL: Array | None) -> Array:
     """Projects the keys and values of all heads, and attends."""
-    dtype = query_BLNH.dtype
-    low_BLX, rotated_BLX = jnp.split(compressed_BLX, [self.kv_rank], axis=-1)
-    key = jnp.einsum("BLX,XNH->BLNH", low_BLX, weight(self.w_key_up_XNH, dtype))
-    value = jnp.einsum("BLX,XNH->BLNH", low_BLX, weight(self.w_value_up_XNH, dtype))
-    shared = jnp.broadcast_to(rotated_BLX[:, :, None], (*key.shape[:-1], self.rope_dim))
-    key = jnp.concatenate([key, shared], axis=-1)
+    low_BLX = compressed_BLX[..., : self.kv_rank]
+    value = jnp.einsum("BLX,XNH->BLNH", low_BLX, weight(self.w_value_up_XNH, query_BLNH.dtype))
+    key = self._keys(compressed_BLX)
     return attend(query_BLNH, key, value, causal=self.causal, mask_BL=mask_BL, scale=self.scale)
+
+  def _keys(self, compressed_BLX: Array) -> Array:
+    """Returns the keys of all heads, [B, L, N, nope + rope]."""
+    low_BLX, rotated_BLX = jnp.split(compressed_BLX, [self.kv_rank], axis=-1)
+    key = jnp.einsum("BLX,XNH->BLNH", low_BLX, weight(self.w_key_up_XNH, low_BLX.dtype))
+    shared = jnp.broadcast_to(rotated_BLX[:, :, None], (*key.shape[:-1], self.rope_dim))
+    return jnp.concatenate([key, shared], axis=-1)
 
   def _absorbed(self, query_BLNH: Array, cache_BXY: Array, past: Past) -> Array:
     """The same with one head of keys for all heads of queries, which is the cache as it stands."""

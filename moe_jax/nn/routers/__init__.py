@@ -7,6 +7,7 @@ parameters is a module in this package.
 from moe_jax.nn.routers.base import Router, project, top_k
 from moe_jax.nn.routers.gpt_oss import GptOssTopK
 from moe_jax.nn.routers.linear import Linear, LinearRouter
+from moe_jax.nn.routers.merged import MergedTopK
 from moe_jax.nn.routers.noisy import HierarchicalTopK, NoisyTopK
 from moe_jax.nn.routers.nonlinear import CosineTopK, Gemma4TopK, MLPTopK
 from moe_jax.nn.routers.task import TaskLevel
@@ -28,6 +29,7 @@ ROUTERS = Registry(
     "mlp_topk": MLPTopK,
     "gemma4_topk": Gemma4TopK,
     "gpt_oss_topk": GptOssTopK,
+    "merged_topk": MergedTopK,
   },
   offered=("dim", "num_experts", "num_experts_per_token", "init_scale", "rngs"),
 )

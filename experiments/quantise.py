@@ -1,0 +1,84 @@
+"""What do experts in few bits cost?
+
+Question   Bytes of experts against bits per byte; how many choices of the router change, by layer; and MaxVio.
+Command    python experiments/quantise.py --model=runs/load_balancing/arms/none/seed_0
+           python experiments/quantise.py --model=MODEL --formats=int8,int4,int4:32,fp8,mxfp4
+Hardware   two CPU cores, 4 GB for a small model; any JAX device
+Minutes    about 1 for a model of the default preset
+Result     see docs/adapt.md
+
+MODEL is the folder of a run, of an adapted model, or of a published checkpoint. Only matrices of routed experts are stored
+in few bits, rounded to nearest: router, attention, norms and embeddings stay. int8 and int4 have a scale per output
+channel, or with :GROUP per group of its rows; fp8 is E4M3 in blocks of 128 x 128; mxfp4 is E2M1 in blocks of 32. A layer
+reads the hidden states of its own model, so changed choices add up from layer to layer. Writes quantise.csv, and prints it.
+"""
+
+import pathlib
+
+from absl import flags
+
+from moe_jax import cli
+from moe_jax.cluster import start as distributed
+
+_MODEL = flags.DEFINE_string("model", None, "the folder of the model", required=True)
+_FORMATS = flags.DEFINE_list(
+  "formats", ["int8", "int4", "int4:32", "fp8", "mxfp4"], "formats, with :GROUP for integers"
+)
+_BATCHES = flags.DEFINE_integer("batches", 0, "batches of validation text; 0: all", lower_bound=0)
+_ROUTES = flags.DEFINE_integer(
+  "route_batches", 8, "of these, batches on which choices are compared", lower_bound=1
+)
+_TEXT_FOLDER = flags.DEFINE_string(
+  "text_folder", "", "other text than the model's own: its sub-folders are the domains"
+)
+_OUTPUT_DIR = flags.DEFINE_string("output_dir", "runs/quantise", "the folder to write")
+flags.DEFINE_list("plugins", [], "Python files or modules that register methods of your own")
+distributed.define_flags()
+flags.adopt_module_key_flags(distributed)
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  # Imported here, so that --help and wrong flags answer at once.
+  from moe_jax import adapt
+  from moe_jax.adapt.routes import changed_routes, max_vio
+  from moe_jax.adapt.table import row, text_of, write_table
+  from moe_jax.inference.evaluate import evaluate
+  from moe_jax.interop.load import load
+
+  formats = [parse(text) for text in _FORMATS.value]
+  loaded = load(_MODEL.value)
+  dataset = text_of(loaded, _TEXT_FOLDER.value)
+  batches = list(dataset.validation_batches(limit=_ROUTES.value))
+  whole, rows = loaded.model, []
+  for text, (name, group) in {"float32": ("", 0), **dict(zip(_FORMATS.value, formats, strict=True))}.items():
+    with cli.said(text):
+      model = adapt.quantise(whole, name, group) if name else whole
+      scores = evaluate(model, dataset, dataset.config.batch_size, _BATCHES.value)
+      changed = changed_routes(whole, model, batches)
+      rows.append(
+        {
+          "format": text,
+          "bytes": adapt.expert_bytes(model),
+          "all": row(text, 0, scores)["all"],
+          "MaxVio": float(max_vio(model, batches).mean()),
+          **{f"changed {i}": float(share) for i, share in enumerate(changed)},
+        }
+      )
+  write_table(pathlib.Path(_OUTPUT_DIR.value) / "quantise.csv", rows)
+
+
+def parse(text: str) -> tuple[str, int]:
+  """Returns (format, group) of `int4:32`."""
+  from moe_jax.errors import InputError
+  from moe_jax.ops.quantisation import format_of
+
+  name, colon, group = text.partition(":")
+  if colon and not group.isdecimal():
+    raise InputError(f"--formats={text}: a group is a number of rows, e.g. int4:32")
+  format_of(name, int(group or 0))
+  return name, int(group or 0)
+
+
+if __name__ == "__main__":
+  cli.run(distributed.on_every_process(main))

@@ -1,0 +1,162 @@
+"""Is it worth more to make a trained dense model sparse, to train it on, or to start a sparse one from scratch?
+
+Question   Bits per byte against further steps at equal compute, and where the curves cross.
+Command    python experiments/upcycle.py --seeds=5
+           python experiments/upcycle.py --preset=tiny --seeds=2 --dense_steps=60 --num_steps=60 --output_dir=runs/upcycle_tiny
+Hardware   two CPU cores, 4 GB; any JAX device
+Minutes    about 60 for the default with five seeds, on two CPU cores
+Result     see docs/adapt.md
+
+First trains a dense model for `--dense_steps` with each seed. Then every arm is trained for `--num_steps` on the same
+batches:
+
+- continued: the dense model, unchanged;
+- upcycled: its feed-forward parts cut in two and copied, `--num_experts` experts of half the width, 2 per token, so a
+  token meets the same width as before (2212.05055; 2410.07524 for the cut). Begins at the loss of the dense model;
+- upcycled_half_new: half of each expert's hidden units are drawn anew (2407.10671, Qwen2);
+- scratch: the same sparse model with random parameters.
+
+All arms compute the same per token, except for the router. The learning rate warms up again and then is constant,
+so that every point of a curve is the result of a training of that length. Writes a comparison's folder, and beside it
+dense/ and start/ with the models, and curves.csv. The same command continues where it was.
+"""
+
+import csv
+import dataclasses
+import pathlib
+import shlex
+import sys
+
+from absl import flags
+
+from moe_jax import cli
+from moe_jax.cluster import start as distributed
+from moe_jax.comparison import flags as comparison_flags
+
+_DENSE_STEPS = flags.DEFINE_integer("dense_steps", 600, "steps of the dense model before that", lower_bound=1)
+_OUTPUT_DIR = flags.DEFINE_string("output_dir", "runs/upcycle", "the folder to write")
+_SAID_HERE = (
+  "ffn",
+  "num_experts_per_token",
+  "expert_dim",
+  "num_shared_experts",
+  "experts",
+  "schedule",
+  "init_from",
+)
+_SAID_HERE += ("balancers", "eval_every")
+flags.DEFINE_string("balancers", "switch_loss:0.01", "of the sparse arms; several are joined by +")
+flags.DEFINE_integer("eval_every", 0, "steps between the points of a curve; 0: a tenth of num_steps")
+cli.define_flags(leave_out=(*_SAID_HERE, "seed", "data_seed"))
+comparison_flags.define_flags(sweep=False)
+distributed.define_flags()
+for module in (cli, comparison_flags, distributed):
+  flags.adopt_module_key_flags(module)  # shown by --help
+
+UPCYCLED = {"upcycled": {}, "upcycled_half_new": {"reinit": 0.5}}
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  # Imported here, so that --help and wrong flags answer at once.
+  from moe_jax.comparison.arms import with_arm
+  from moe_jax.comparison.comparison import Comparison
+
+  config = cli.config_from_flags()
+  folder = pathlib.Path(_OUTPUT_DIR.value)
+  steps = config.train.num_steps
+  every = flags.FLAGS.eval_every or max(steps // 10, 1)
+  config = with_arm(config, {"schedule": "constant", "eval_every": every, "balancers": "none"})
+  dense = {"ffn": "mlp"}
+  sparse = {
+    "ffn": "moe",
+    "num_experts_per_token": 2,
+    "expert_dim": config.model.dense_dim // 2,
+    "experts": config.model.activation,
+    "balancers": flags.FLAGS.balancers,
+  }
+  before = with_arm(config, {"num_steps": _DENSE_STEPS.value, "eval_every": 0})
+  arguments = comparison_flags.arguments()
+  Comparison({"dense": dense}, config=before, output_dir=folder / "dense", **arguments).run()
+  dense_folder = folder / "dense" / "arms" / "dense"
+  make_starts(folder, dense_folder, with_arm(config, sparse).model.moe, arguments["seeds"])
+  start = lambda arm: {"init_from": str(folder / "start" / arm / "seed_{seed}")}
+  arms = {
+    "continued": dense | {"init_from": str(dense_folder / "seed_{seed}")},
+    **{arm: sparse | start(arm) for arm in UPCYCLED},
+    "scratch": sparse,
+  }
+  comparison = Comparison(arms, config=config, output_dir=folder / "arms_after", **arguments)
+  results = comparison.run()
+  comparison.report(
+    results,
+    title="Upcycling",
+    question=__doc__.splitlines()[0],
+    command=shlex.join(["python", *sys.argv]),
+    notes=[f"All arms but scratch start from a dense model of {_DENSE_STEPS.value} steps."],
+  )
+  if comparison.is_whole:
+    report_curves(folder, list(arms), list(arguments["seeds"]))
+
+
+def make_starts(folder: pathlib.Path, dense: pathlib.Path, moe, seeds) -> None:
+  """Writes the upcycled models that are not there yet."""
+  from moe_jax.adapt import upcycle
+  from moe_jax.training.load import load_run
+  from moe_jax.training.start import save_model
+
+  for seed in seeds:
+    todo = [arm for arm in UPCYCLED if not (folder / "start" / arm / f"seed_{seed}" / "config.json").exists()]
+    loaded = load_run(dense / f"seed_{seed}") if todo else None
+    for arm in todo:
+      model = upcycle(loaded.model, moe, seed=seed, **UPCYCLED[arm])
+      config = dataclasses.replace(loaded.config, model=model.config)
+      save_model(folder / "start" / arm / f"seed_{seed}", model, config, loaded.tokenizer)
+
+
+def report_curves(folder: pathlib.Path, arms: list[str], seeds: list[int]) -> None:
+  """Writes curves.csv, and prints the means over seeds and where curves cross."""
+  import numpy as np
+
+  from moe_jax.training.metric_writer import read_jsonl
+
+  curves, steps = {}, []
+  for arm in arms:
+    of_seeds = []
+    for seed in seeds:
+      lines = read_jsonl(folder / "arms_after" / "arms" / arm / f"seed_{seed}" / "metrics.jsonl")
+      points = {
+        line["step"]: line.get("eval_bits_per_byte", line.get("eval_nll"))
+        for line in lines
+        if "eval_nll" in line
+      }
+      steps = list(points)
+      of_seeds.append(list(points.values()))
+    curves[arm] = np.array(of_seeds)  # [seeds, points]
+  with open(folder / "curves.csv", "w", newline="") as file:
+    writer = csv.writer(file)
+    writer.writerow(["arm", "seed", *steps])
+    writer.writerows(
+      [arm, seed, *row] for arm in arms for seed, row in zip(seeds, curves[arm].tolist(), strict=True)
+    )
+  print(f"\nmean over {len(seeds)} seeds, bits per byte (nats per token without text), after steps:")
+  print(f"{'':<20}" + "".join(f"{step:>9}" for step in steps))
+  for arm in arms:
+    print(f"{arm:<20}" + "".join(f"{x:9.4f}" for x in curves[arm].mean(axis=0)))
+  for arm in UPCYCLED:
+    for other in ("continued", "scratch"):
+      print(f"{other} against {arm}: {crossing(steps, curves[arm], curves[other])}")
+
+
+def crossing(steps: list[int], own, other) -> str:
+  """Says from which evaluation on `other` is below `own` in the mean over seeds, and in how many seeds at the end."""
+  below = other.mean(axis=0) < own.mean(axis=0)
+  seeds = f"{int((other[:, -1] < own[:, -1]).sum())} of {len(own)} seeds at the end"
+  if not below[-1]:
+    return f"higher at step {steps[-1]}; lower in {seeds}"
+  first = next(i for i in range(len(below)) if below[i:].all())
+  return f"lower from step {steps[first]} on; lower in {seeds}"
+
+
+if __name__ == "__main__":
+  cli.run(distributed.on_every_process(main))

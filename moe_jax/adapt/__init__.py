@@ -1,0 +1,27 @@
+"""Model in, model out: what is done to a trained model. Every function takes a `Transformer` and returns another.
+
+A `Transformer` has its configuration (`model.config`) and its parameters, so adaptations compose, and their results
+save (`moe_jax.training.start.save_model`), load and train (`--init_from`) as any other model. See docs/adapt.md.
+"""
+
+from moe_jax.adapt.calibrate import calibrate, losses
+from moe_jax.adapt.experts import merge, prune
+from moe_jax.adapt.quantise import dequantise, expert_bytes, quantise
+from moe_jax.adapt.upcycle import upcycle
+from moe_jax.adapt.wrappers import add_adapters, change_moe, merge_adapters, unwrap_experts, wrap_experts
+
+__all__ = [
+  "add_adapters",
+  "calibrate",
+  "change_moe",
+  "dequantise",
+  "expert_bytes",
+  "losses",
+  "merge",
+  "merge_adapters",
+  "prune",
+  "quantise",
+  "unwrap_experts",
+  "upcycle",
+  "wrap_experts",
+]

@@ -1,0 +1,54 @@
+"""How two models route the same text."""
+
+import functools
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from moe_jax.data import Batch
+from moe_jax.errors import InputError
+from moe_jax.nn.aux import by_layer, moe_auxes
+from moe_jax.nn.context import Context
+from moe_jax.nn.transformer import Transformer
+from moe_jax.types import Array
+
+
+def selected(model: Transformer, batch: Batch) -> np.ndarray:
+  """Returns where the tokens of a batch are sent, before any capacity: [R, B, L, E] with ones."""
+  return np.asarray(_selected(*nnx.split(model), batch["tokens_BL"], batch["mask_BL"]))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _selected(graphdef: nnx.GraphDef, state: nnx.State, tokens_BL: Array, mask_BL: Array) -> Array:
+  _, aux = nnx.merge(graphdef, state)(tokens_BL, Context(mask_BL=mask_BL, record_logits=True))
+  blocks = [[layer.selected_BLE for layer in moe_auxes(segment)] for segment in aux]
+  return jnp.stack(by_layer([found for found in blocks if found]))
+
+
+def changed_routes(one: Transformer, other: Transformer, batches: Iterable[Batch]) -> np.ndarray:
+  """Returns the share of choices of `one` that `other` does not make for the same token, for each layer with experts, [R].
+
+  Each model reads its own hidden states, so changes of a layer include those that earlier layers caused.
+
+  Raises:
+    InputError: if the models have other numbers of layers with experts, or of experts.
+  """
+  changed, total = 0.0, 0.0
+  for batch in batches:
+    own, others = selected(one, batch), selected(other, batch)
+    if own.shape != others.shape:
+      raise InputError(
+        f"changed_routes: [layers, B, L, experts] are {own.shape} and {others.shape}; they must be equal"
+      )
+    changed = changed + (own * (1 - others)).sum(axis=(1, 2, 3))
+    total = total + own.sum(axis=(1, 2, 3))
+  return changed / np.maximum(total, 1)
+
+
+def max_vio(model: Transformer, batches: Iterable[Batch]) -> np.ndarray:
+  """Returns max(load) / mean(load) - 1 over the experts of each layer, counted over all batches, [R]."""
+  tokens_RE = sum(selected(model, batch).sum(axis=(1, 2)) for batch in batches)
+  return tokens_RE.max(axis=1) / tokens_RE.mean(axis=1) - 1

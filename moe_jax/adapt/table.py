@@ -1,0 +1,62 @@
+"""The text that adapted models are measured on, and the table of what was measured."""
+
+import csv
+import dataclasses
+import itertools
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moe_jax.data import Batch, Dataset, load_dataset
+from moe_jax.errors import unknown_name
+
+
+def text_of(loaded: Any, text_folder: str = "") -> Dataset:
+  """Returns the text that a loaded model was trained on, or that of a folder, with the tokenizer of the model."""
+  data = loaded.config.data
+  if text_folder:
+    data = dataclasses.replace(data, dataset="text_folder", text_folder=text_folder)
+  return load_dataset(data, loaded.tokenizer)
+
+
+def calibration_batches(dataset: Dataset, number: int, domain: str = "") -> list[Batch]:
+  """Returns the first batches of the training text; with a domain, those that have some of it, and only that.
+
+  Raises:
+    InputError: if there is no such domain.
+  """
+  batches = dataset.train_batches()
+  if not domain:
+    return list(itertools.islice(batches, number))
+  if domain not in dataset.info.domains:
+    raise unknown_name("domain", domain, dataset.info.domains)
+  index = dataset.info.domains.index(domain)
+  of_domain = lambda batch: batch | {"mask_BL": batch["mask_BL"] & (batch["domain_B"] == index)[:, None]}
+  some = (batch for batch in map(of_domain, batches) if batch["mask_BL"].any())
+  return list(itertools.islice(some, number))
+
+
+def row(method: str, experts: int, scores: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns one line of a table: bits per byte, or nats per token where text has no bytes, of all text and each domain.
+
+  Args:
+    method, experts: what was done, and how many experts are left.
+    scores: of `moe_jax.inference.evaluate`.
+  """
+  value = lambda score: score.nll if score.bits_per_byte is None else score.bits_per_byte
+  return {"method": method, "experts": experts} | {name: value(score) for name, score in scores.items()}
+
+
+def write_table(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+  """Writes rows with equal keys as CSV, and prints them."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with open(path, "w", newline="") as file:
+    writer = csv.DictWriter(file, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+  text = lambda x: f"{x:.4f}" if isinstance(x, float) else str(x)
+  width = max(len(text(next(iter(line.values())))) for line in rows) + 2
+  print("".join(f"{name:>{width if i == 0 else 11}}" for i, name in enumerate(rows[0])))
+  for line in rows:
+    print("".join(f"{text(x):>{width if i == 0 else 11}}" for i, x in enumerate(line.values())))
+  print(f"written: {path}")

@@ -1,0 +1,95 @@
+"""Experts whose matrices are stored in few bits, and experts that are trained to be."""
+
+import jax
+from flax import nnx
+
+from moe_jax.nn.experts.base import ExpertNetwork, inner_experts
+from moe_jax.ops.experts import Product
+from moe_jax.ops.quantisation import dequantise, format_of, quantise
+from moe_jax.registry import Spec
+from moe_jax.types import Array
+
+
+class Quantised(nnx.Variable):
+  """Codes or scales. No gradient and no optimizer changes them."""
+
+
+def _matrices(network: ExpertNetwork) -> dict[str, nnx.Param]:
+  return {
+    name: w for name, w in vars(network).items() if isinstance(w, nnx.Param) and "num_in" in w.get_metadata()
+  }
+
+
+class QuantisedExperts(ExpertNetwork):
+  """The network `experts` with its matrices in `format`. They are not trained; biases are.
+
+  A product multiplies by the dequantised matrix, in the type of the activations, so it is exact up to that type. With a
+  compute type of bfloat16, float32 scales are rounded to it, too.
+
+  Raises:
+    InputError: if the format is unknown or has no groups of the given size.
+  """
+
+  def __init__(
+    self,
+    num_experts: int,
+    dim: int,
+    expert_dim: int,
+    *,
+    format: str = "int8",
+    group: int = 0,
+    experts: Spec = "swiglu",
+    init_scale: float = 1.0,
+    rngs: nnx.Rngs,
+  ):
+    self.format = format_of(format, group)
+    self.experts = inner_experts(experts, num_experts, dim, expert_dim, init_scale=init_scale, rngs=rngs)
+    codes, scales, sizes = {}, {}, []
+    for name, w in _matrices(self.experts).items():
+      axes = w.get_metadata()["logical_axes"]
+      own_codes, own_scales = quantise(w[...], self.format)
+      blocks = own_scales.shape[1:]
+      # One scale for a whole side is not split along it.
+      of_scales = ("expert", *(axis if n > 1 else None for axis, n in zip(axes[1:], blocks, strict=True)))
+      codes[name] = Quantised(own_codes, logical_axes=axes)
+      scales[name] = Quantised(own_scales, logical_axes=of_scales)
+      sizes.append((name, w.shape[1], axes))
+      setattr(self.experts, name, nnx.data(None))
+    self.codes, self.scales, self.sizes = nnx.Dict(codes), nnx.Dict(scales), tuple(sizes)
+
+  def __call__(self, rows: Array, product: Product) -> Array:
+    network = nnx.merge(*nnx.split(self.experts))
+    for name, num_rows, axes in self.sizes:
+      w = dequantise(self.codes[name][...], self.scales[name][...], self.format, num_rows)
+      setattr(network, name, nnx.data(nnx.Param(w.astype(rows.dtype), logical_axes=axes)))
+    return network(rows, product)
+
+
+class QuantisedTraining(ExpertNetwork):
+  """The network `experts`, computed as if its matrices were in `format`, and trained through the rounding.
+
+  The gradient passes the rounding unchanged (straight-through, 1308.3432). `moe_jax.adapt.quantise` then changes nothing.
+  """
+
+  def __init__(
+    self,
+    num_experts: int,
+    dim: int,
+    expert_dim: int,
+    *,
+    format: str = "int8",
+    group: int = 0,
+    experts: Spec = "swiglu",
+    init_scale: float = 1.0,
+    rngs: nnx.Rngs,
+  ):
+    self.format = format_of(format, group)
+    self.experts = inner_experts(experts, num_experts, dim, expert_dim, init_scale=init_scale, rngs=rngs)
+
+  def __call__(self, rows: Array, product: Product) -> Array:
+    network = nnx.merge(*nnx.split(self.experts))
+    for w in _matrices(network).values():
+      value = w[...]
+      rounded = dequantise(*quantise(value, self.format), self.format, value.shape[1]).astype(value.dtype)
+      w.set_value(value + jax.lax.stop_gradient(rounded - value))
+    return network(rows, product)

@@ -1,0 +1,145 @@
+"""Starts a run from the parameters of another one, and writes a model as the folder of a run to start from."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Sequence
+
+import jax
+from flax import nnx
+
+from moe_jax import disk
+from moe_jax.config import Config
+from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.errors import InputError
+from moe_jax.nn.transformer import Transformer
+from moe_jax.training.checkpoint import Checkpoints
+from moe_jax.training.compiled import CompiledSteps, make_init, make_init_from, objective_of, resolve_config
+from moe_jax.training.load import CONFIG_FILE, TOKENIZER_FILE, restore_run
+from moe_jax.training.selection import Path, dotted
+from moe_jax.training.step import TrainState
+
+
+def save_model(
+  folder: str | os.PathLike[str],
+  model: Transformer,
+  config: Config,
+  tokenizer: Tokenizer | None = None,
+  domains: Sequence[str] = ("all",),
+) -> pathlib.Path:
+  """Writes a model as the folder of a run without steps, which `load_run` and `--init_from` read.
+
+  There is no optimizer state in it: its config.json says `trained: none`.
+
+  Args:
+    folder: new, or without a checkpoint.
+    model: with its parameters and balancer states. Its own configuration is the one that is written.
+    config: what is around the model.
+    tokenizer: written if it was trained on the data set, as runs do.
+    domains: of the text.
+
+  Returns:
+    The folder.
+
+  Raises:
+    InputError: if the folder has a checkpoint.
+  """
+  folder = pathlib.Path(folder)
+  config = resolve_config(
+    dataclasses.replace(
+      config,
+      model=model.config,
+      optimizer=dataclasses.replace(config.optimizer, trained="none"),
+      train=dataclasses.replace(config.train, hooks="", init_from=""),
+    )
+  )
+  vocab_size = model.embedding_VD.get_value().shape[0] - objective_of(config).num_extra_ids
+  abstract = jax.eval_shape(make_init(config, vocab_size), 0)
+  checkpoints = Checkpoints(folder / "checkpoints")
+  try:
+    if checkpoints.latest_step is not None:
+      raise InputError(f"{folder}: has a run or a model already; choose another folder")
+    params, variables = nnx.state(model, nnx.Param, ...)
+    params = with_values(abstract.params, params, str(folder))
+    variables = with_values(abstract.variables, variables, str(folder))
+    checkpoints.save(
+      0, make_init_from(config, vocab_size)(params, variables, config.train.seed), {"model": True}
+    )
+  finally:
+    checkpoints.close()
+  if tokenizer is not None and tokenizer.content is not None:
+    disk.write_whole(folder / TOKENIZER_FILE, tokenizer.content)
+  disk.write_json(
+    folder / CONFIG_FILE, config.to_dict() | {"vocab_size": vocab_size, "domains": list(domains)}
+  )
+  return folder
+
+
+def start_from(steps: CompiledSteps, config: Config, mesh: jax.sharding.Mesh) -> TrainState:
+  """Returns the state before the first step of a run, with the parameters and balancer states of `init_from`.
+
+  The step is 0 and the optimizer is new. A balancer that the other run did not have begins anew.
+
+  Args:
+    steps: of the run.
+    config: of the run.
+    mesh: of the run.
+
+  Raises:
+    InputError: if `init_from` holds no run or another model, or its balancers have states that the run has no
+      place for.
+  """
+  seed = config.train.seed
+  source = config.train.init_from.replace("{seed}", str(seed))
+  where = f"--init_from={source}"
+  try:
+    other, _, saved = restore_run(pathlib.Path(source), mesh)
+  except InputError as error:
+    raise InputError(f"{where}: {error}") from None
+  state = steps.init(seed)
+  params = with_values(steps.abstract_state.params, saved.params, where)
+  variables = state.variables
+  if jax.tree.leaves(saved.variables):  # otherwise there was nothing to keep
+    if _shapes(saved.variables) != _shapes(variables):
+      raise InputError(
+        f"{where}: its balancers {_balancers(other)} have states that those of this run, {_balancers(config)}, have no "
+        "place for; choose the same balancers"
+      )
+    variables = with_values(steps.abstract_state.variables, saved.variables, where)
+  return steps.init_from(params, variables, seed)
+
+
+def with_values(target: nnx.State, source: nnx.State, where: str) -> nnx.State:
+  """Returns the variables of `target` with the values of `source`.
+
+  Raises:
+    InputError: if they do not have the same variables with the same shapes. It begins with `where`.
+  """
+  own, other = dict(nnx.to_flat_state(target)), dict(nnx.to_flat_state(source))
+  different = sorted(
+    (path for path in own | other if _shape(own.get(path)) != _shape(other.get(path))), key=dotted
+  )
+  if different:
+    path: Path = different[0]
+    raise InputError(
+      f"{where}: holds another model ({len(different)} variables differ, such as {dotted(path)}: there "
+      f"{_shape(other.get(path))}, here {_shape(own.get(path))}); its config.json has the flags of its model"
+    )
+  return nnx.from_flat_state(
+    [(path, variable.replace(other[path].get_value())) for path, variable in own.items()]
+  )
+
+
+def _shape(variable: nnx.Variable | None) -> str:
+  """Shapes and types of a variable, as text; a balancer's state is a tree."""
+  if variable is None:
+    return "none"
+  return ", ".join(f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(variable.get_value())) or "empty"
+
+
+def _shapes(state: nnx.State) -> dict[Path, str]:
+  return {path: _shape(variable) for path, variable in nnx.to_flat_state(state)}
+
+
+def _balancers(config: Config) -> str:
+  return " and ".join(sorted({"+".join(map(str, moe.balancers)) for moe in config.model.moe_configs}))

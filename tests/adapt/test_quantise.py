@@ -1,0 +1,170 @@
+"""Rounding to the nearest value of a format, stable, under every dispatcher, and of nothing but experts."""
+
+import dataclasses
+import itertools
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+
+from moe_jax import sharding
+from moe_jax.adapt import change_moe, dequantise, expert_bytes, quantise, wrap_experts
+from moe_jax.config import MeshConfig
+from moe_jax.errors import InputError
+from moe_jax.nn import MoE
+from moe_jax.ops import quantisation as q
+from moe_jax.sharding.dispatchers import DISPATCHERS
+from tests.adapt import models
+from tests.adapt.models import hashes, logits
+
+FP8 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+VALUES = {  # all values of a code, and the block that shares a scale
+  ("int8", 0): (np.arange(-127, 128.0), (None, 1)),
+  ("int8", 5): (np.arange(-127, 128.0), (5, 1)),
+  ("int4", 0): (np.arange(-7, 8.0), (None, 1)),
+  ("int4", 4): (np.arange(-7, 8.0), (4, 1)),
+  ("fp8", 0): (FP8[np.isfinite(FP8)], (128, 128)),
+  ("mxfp4", 0): (np.concatenate([FP4, -FP4]), (32, 1)),
+}
+RANDOM = np.random.default_rng(0).normal(size=(2, 37, 130)).astype(np.float32)
+RANDOM *= np.exp(np.random.default_rng(1).normal(size=(2, 1, 130)) * 3).astype(np.float32)  # of many sizes
+RANDOM[0, :, 3] = 0
+
+
+def rounded(w, name, group):
+  fmt = q.format_of(name, group)
+  return np.asarray(q.dequantise(*q.quantise(w, fmt), fmt, w.shape[1]))
+
+
+@pytest.mark.parametrize(("name", "group"), VALUES)
+def test_every_number_becomes_the_nearest_value_of_its_block(name, group):
+  values, (rows, columns) = VALUES[name, group]
+  found = rounded(RANDOM, name, group)
+  for e, x, y in itertools.product(range(2), range(0, 37, rows or 37), range(0, 130, columns)):
+    block = np.s_[e, x : x + (rows or 37), y : y + columns]
+    w, got = RANDOM[block].astype(np.float64), found[block].astype(np.float64)
+    amax = np.abs(w).max()
+    scale = amax / np.abs(values).max() if amax else 1.0
+    if name == "mxfp4":
+      scale = 2.0 ** np.ceil(np.log2(scale))
+    nearest = np.abs(w[..., None] - scale * values).min(axis=-1)
+    # half a step is the largest distance from the nearest value; scales are float32
+    np.testing.assert_allclose(np.abs(got - w), nearest, rtol=1e-3, atol=2e-6 * amax)
+
+
+@pytest.mark.parametrize(("name", "group"), VALUES)
+def test_what_is_rounded_stays(name, group):
+  once = rounded(RANDOM, name, group)
+  np.testing.assert_allclose(rounded(once, name, group), once, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("name", "group", "bits"), [("int8", 0, 8), ("int4", 0, 4), ("int4", 8, 4), ("fp8", 0, 8), ("mxfp4", 0, 4)]
+)
+def test_a_quantised_model_computes_with_rounded_matrices_and_changes_nothing_else(name, group, bits):
+  model = models.model()
+  small = quantise(model, name, group)
+  back = dequantise(small)
+  np.testing.assert_allclose(logits(small), logits(back), rtol=1e-5, atol=1e-5)
+  before, after = hashes(model), hashes(back)
+  assert {path for path in before if before[path] != after[path]} == {
+    path for path in before if ".experts." in path
+  }
+  assert back.config == model.config
+  codes = expert_bytes(model) * bits // 32
+  scales = 2 * sum(
+    np.prod(q.quantise(np.zeros((8, 16, 16)), q.format_of(name, group))[1].shape) for _ in range(3)
+  )
+  assert expert_bytes(small) == codes + scales * (1 if name == "mxfp4" else 4)
+  assert expert_bytes(quantise(back, name, group)) == expert_bytes(small)
+
+
+def test_int8_changes_less_than_int4():
+  model = models.model()
+  error = lambda *format: np.abs(logits(quantise(model, *format)) - logits(model)).max()
+  assert 0 < error("int8") < error("int4", 8)
+
+
+X_BLD = np.random.default_rng(0).normal(size=(8, 4, 8)).astype(np.float32)
+SIZES = {"num_experts": 4, "expert_dim": 16, "capacity_factor": 4.0, "eval_capacity_factor": 4.0}
+
+
+@jax.jit
+def layer_output(layer):
+  return layer(X_BLD)[0]
+
+
+def rounded_layer(layer):
+  """A layer of SwiGLU experts with the matrices that a quantised one stands for."""
+  plain = MoE(8, experts="swiglu", rngs=nnx.Rngs(0), **SIZES)
+  plain.router = layer.router
+  for weight, rows in (("w_gate_EDF", 8), ("w_up_EDF", 8), ("w_down_EFD", 16)):
+    own = layer.experts.codes[weight][...], layer.experts.scales[weight][...]
+    getattr(plain.experts, weight).set_value(q.dequantise(*own, layer.experts.format, rows))
+  return plain
+
+
+@pytest.mark.parametrize("mesh", [{"expert": 1}, {"expert": 4, "tensor": 2}], ids=["1", "8"])
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
+def test_every_dispatcher_multiplies_by_the_same_matrices(dispatcher, mesh):
+  mesh = sharding.make_mesh(MeshConfig(data=1, **mesh))
+  for name in ("int8", "mxfp4"):
+    layer = MoE(8, experts=f"quantised:format={name}", dispatcher=dispatcher, rngs=nnx.Rngs(0), **SIZES)
+    graphdef, state = nnx.split(layer)
+    with jax.set_mesh(mesh):
+      state = jax.device_put(state, sharding.state_shardings(mesh, state))
+      got = layer_output(nnx.merge(graphdef, state))
+    np.testing.assert_allclose(got, layer_output(rounded_layer(layer)), rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_trained_through_the_rounding():
+  """The forward pass is the rounded one; the gradient is that of the rounded matrices."""
+  trained = MoE(8, experts="quantised_training:format=int4", rngs=nnx.Rngs(0), **SIZES)
+  plain = rounded_layer(MoE(8, experts="quantised:format=int4", rngs=nnx.Rngs(0), **SIZES))
+  gradient = jax.jit(nnx.grad(lambda layer: (layer(X_BLD)[0] ** 2).sum()))
+  np.testing.assert_allclose(layer_output(trained), layer_output(plain), rtol=1e-4, atol=1e-5)
+  of_trained, of_plain = gradient(trained).experts.experts, gradient(plain).experts
+  for weight in ("w_gate_EDF", "w_up_EDF", "w_down_EFD"):
+    want = of_plain[weight].get_value()
+    np.testing.assert_allclose(
+      of_trained[weight].get_value(), want, rtol=1e-3, atol=1e-4 * np.abs(want).max()
+    )
+
+
+def test_a_model_that_was_trained_through_the_rounding_is_quantised_without_a_change():
+  trained = wrap_experts(models.model(), "quantised_training:format=int4")
+  np.testing.assert_allclose(logits(quantise(trained, "int4")), logits(trained), rtol=1e-4, atol=1e-5)
+
+
+def test_a_quantised_model_takes_other_balancers():
+  small = quantise(models.model(), "int8")
+  np.testing.assert_array_equal(logits(change_moe(small, balancers="switch_loss:0.1")), logits(small))
+
+
+@pytest.mark.parametrize(
+  ("call", "match"),
+  [
+    (lambda m: quantise(m, "int3"), "unknown format 'int3': did you mean int8 or int4"),
+    (lambda m: quantise(m, "fp8", 64), "format fp8: has blocks of 128 rows, got group=64"),
+    (lambda m: quantise(quantise(m)), "quantised already"),
+    (lambda m: dequantise(m), "are not quantised"),
+    (lambda m: quantise(wrap_experts(m, "expert_dropout")), "has no matrices of its own"),
+    (lambda m: quantise(models.model(models.DENSE)), "no layer with routed experts"),
+  ],
+)
+def test_what_is_wrong_is_said_in_one_line(call, match):
+  with pytest.raises(InputError, match=match):
+    call(models.model())
+
+
+def test_odd_widths():
+  config = dataclasses.replace(
+    models.CONFIG, moe=dataclasses.replace(models.SPARSE, expert_dim=5), num_layers=1
+  )
+  model = models.model(config)
+  np.testing.assert_allclose(
+    logits(quantise(model, "int4")), logits(dequantise(quantise(model, "int4"))), rtol=1e-5, atol=1e-5
+  )

@@ -1,0 +1,113 @@
+"""An upcycled model computes what the dense one computes, and changes nothing that it does not name."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from moe_jax.adapt import upcycle
+from moe_jax.adapt.layers import take_apart
+from moe_jax.errors import InputError
+from tests.adapt import models
+from tests.adapt.models import SPARSE, hashes, logits
+
+change = dataclasses.replace
+
+
+@pytest.fixture(scope="module")
+def dense():
+  return models.model(models.DENSE)
+
+
+def close(a, b, rtol=1e-5):
+  """Sums of K equal terms with weights that add up to 1 round differently from one term."""
+  np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * np.abs(b).max())
+
+
+@pytest.mark.parametrize(
+  ("fields", "options"),
+  [
+    ({}, {}),  # copies, renormalised weights, a random router
+    ({}, {"shuffle": True}),  # one expert is a whole copy in another order
+    ({"expert_dim": 8, "num_experts_per_token": 4}, {}),  # halves, and both halves of a copy are taken
+    ({"expert_dim": 4, "num_experts": 16, "num_experts_per_token": 4}, {"shuffle": True}),
+    ({"expert_dim": 32}, {}),  # an expert of two copies
+    ({"router": "softmax_topk:softmax=before"}, {"router_scale": 0.0}),
+    (
+      {"router": "softmax_topk:softmax=before", "expert_dim": 8, "num_experts_per_token": 4},
+      {"router_scale": 0.0},
+    ),
+    ({"router": "sigmoid_topk"}, {"router_scale": 0.0}),
+    ({"router": "sigmoid_topk:normalize=true:scale=2.5"}, {}),
+  ],
+)
+def test_it_equals_the_dense_model(dense, fields, options):
+  sparse = upcycle(dense, change(SPARSE, **fields), **options)
+  close(logits(sparse), logits(dense))
+
+
+def test_weights_that_do_not_sum_to_1_scale_the_dense_part_by_a_known_factor(dense):
+  """K / E = 0.25 of the dense output with a router of zeros: what the dense model computes with its output x 0.25."""
+  moe = change(SPARSE, router="softmax_topk:softmax=before")
+  sparse = upcycle(dense, moe, router_scale=0.0, scale=1.0)
+  quarter = upcycle(dense, SPARSE, scale=0.25)
+  close(logits(sparse), logits(quarter))
+  assert np.abs(logits(sparse) - logits(dense)).max() > 1e-3
+
+
+def test_it_changes_only_the_feed_forward_parts_it_names(dense):
+  before, after = hashes(dense), hashes(upcycle(dense, SPARSE, layers=[1]))
+  gone, new = before.keys() - after.keys(), after.keys() - before.keys()
+  assert gone == {f"1.ffn.{name}" for name in ("w_gate_DF", "w_up_DF", "w_down_FD")}
+  experts = {f"1.ffn.experts.{name}" for name in ("w_gate_EDF", "w_up_EDF", "w_down_EFD")}
+  assert new == {*experts, "1.ffn.router.w_router_DE", "1.ffn.balancer_state"}
+  assert all(after[path] == before[path] for path in before.keys() - gone)
+
+
+def test_the_configuration_says_what_the_blocks_are(dense):
+  assert upcycle(dense, SPARSE).config.segments == ()  # by the short fields, which flags have
+  mixed = upcycle(dense, SPARSE, layers=[1]).config
+  assert [str(block.ffn) for segment in mixed.blocks for block in segment.pattern] == ["mlp", "moe"]
+
+
+def test_a_share_of_hidden_units_is_new_and_the_same_in_all_matrices(dense):
+  copied, half = (take_apart(upcycle(dense, SPARSE, reinit=share)).layers[0] for share in (0.0, 0.5))
+  is_new = []
+  for name, units in (("w_gate_EDF", 1), ("w_up_EDF", 1), ("w_down_EFD", 2)):
+    path = f"ffn.experts.{name}"
+    is_new.append((half.values[path] != copied.values[path]).all(axis=units))
+    np.testing.assert_array_equal(is_new[-1], (half.values[path] != copied.values[path]).any(axis=units))
+    drawn = half.values[path].swapaxes(1, units)[is_new[-1]]
+    assert 0.7 < drawn.std() / copied.values[path].std() < 1.3
+  for other in is_new:
+    np.testing.assert_array_equal(other, is_new[0])
+  np.testing.assert_array_equal(is_new[0].sum(axis=1), 8)  # of 16 units of each expert
+  assert len({tuple(row) for row in is_new[0]}) > 1  # experts differ
+
+
+def test_noise_is_in_standard_deviations_of_the_matrix(dense):
+  plain, noisy = (
+    take_apart(upcycle(dense, SPARSE, noise=n)).layers[0].values["ffn.experts.w_up_EDF"] for n in (0, 0.1)
+  )
+  assert 0.08 < (noisy - plain).std() / plain.std() < 0.12
+
+
+@pytest.mark.parametrize(
+  ("fields", "options", "match"),
+  [
+    ({}, {"reinit": 1.5}, "reinit is a share of hidden units, between 0 and 1, got 1.5"),
+    ({}, {"layers": [5]}, r"layers=\[5\] are not dense; dense layers are \[0, 1\]"),
+    ({"experts": "relu"}, {}, "--experts=relu: the dense parts are swiglu"),
+    ({"num_shared_experts": 1}, {}, "--num_shared_experts=1"),
+    ({"router": "llama4_topk"}, {}, "--router=llama4_topk: weighs what experts read"),
+    ({"num_experts_per_token": 9}, {}, "num_experts_per_token"),
+  ],
+)
+def test_what_is_wrong_is_said_in_one_line(dense, fields, options, match):
+  with pytest.raises(InputError, match=match):
+    upcycle(dense, change(SPARSE, **fields), **options)
+
+
+def test_a_model_without_dense_layers_is_refused():
+  with pytest.raises(InputError, match="no layer with a dense"):
+    upcycle(models.model(), SPARSE)
