@@ -15,6 +15,7 @@ The public names below are imported when they are first used, so `import moe_jax
   generate, stream, Sampling         text that follows a prompt
   preset                             a named configuration
   load, save                         a published checkpoint or a run; a checkpoint that transformers loads
+  LayerStream                        a published checkpoint of which one layer is in memory at a time
   account                            parameters, operations and bytes of a model, without making it
   register                           names a part of your own
   InputError                         an error that the user can correct
@@ -64,6 +65,7 @@ _PUBLIC = {
   "preset": "moe_jax.models",
   "load": "moe_jax.interop.load",
   "save": "moe_jax.interop.save",
+  "LayerStream": "moe_jax.interop.stream",
   "account": "moe_jax.analysis.accounting.account",
 }
 

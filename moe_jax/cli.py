@@ -120,25 +120,36 @@ def run(main: Callable[[list[str]], None], takes_arguments: bool = False) -> Non
     return rest
 
   def guarded(argv: list[str]) -> None:
-    try:
+    with one_line():
       if "plugins" in flags.FLAGS:
         import_plugins(flags.FLAGS.plugins)
       main(argv)
-    except InputError as error:
-      _fail(error)
-    except OSError as error:  # a disk that is full, a folder that is gone, a name that is too long
-      line = of_the_system(error)
-      if line is None:
-        raise
-      _fail(line)
-    except Stopped as stopped:
-      print(stopped, file=sys.stderr)
-      sys.exit(STOPPED_STATUS)
-    except KeyboardInterrupt:
-      print("\nstopped; the same command continues from the last checkpoint", file=sys.stderr)
-      sys.exit(130)
 
   app.run(guarded, flags_parser=parse)
+
+
+@contextlib.contextmanager
+def one_line() -> Iterator[None]:
+  """Ends the process for what the user can correct or has asked for: one line on stderr, and an exit status.
+
+  2 for wrong input and for files that cannot be used, 75 (`STOPPED_STATUS`) when a run has stopped and saved, 130 for
+  Ctrl-C.
+  """
+  try:
+    yield
+  except InputError as error:
+    _fail(error)
+  except OSError as error:  # a disk that is full, a folder that is gone, a name that is too long
+    line = of_the_system(error)
+    if line is None:
+      raise
+    _fail(line)
+  except Stopped as stopped:
+    print(stopped, file=sys.stderr)
+    sys.exit(STOPPED_STATUS)
+  except KeyboardInterrupt:
+    print("\nstopped; the same command continues from the last checkpoint", file=sys.stderr)
+    sys.exit(130)
 
 
 def _own_flags() -> list[str]:

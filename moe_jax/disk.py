@@ -78,14 +78,20 @@ def set_aside_damaged(path: str | os.PathLike[str], root: str | os.PathLike[str]
     note(f"{path}: is damaged, moved to {move_aside(path, root)}; {consequence}")
 
 
-def check_folder(path: str | os.PathLike[str], flag: str = "output_dir") -> None:
-  """Raises `InputError` for a folder that cannot be made, or whose name a library takes for a pattern."""
+def check_name(path: str | os.PathLike[str], flag: str = "output_dir") -> None:
+  """Raises `InputError` for a name that a library takes for a pattern, or that cannot be printed."""
   text = os.fspath(path)
   found = [c for c in text if c in "[]*?" or not c.isprintable()]
   if found:
     raise InputError(
       f"--{flag}={text!r}: {found[0]!r} in the path is read as a pattern or cannot be printed; choose another name"
     )
+
+
+def check_folder(path: str | os.PathLike[str], flag: str = "output_dir") -> None:
+  """Raises `InputError` for a folder that cannot be made or written, or has a wrong name. Nothing is written."""
+  check_name(path, flag)
+  text = os.fspath(path)
   try:
     above = pathlib.Path(path).absolute()
     while not above.exists():

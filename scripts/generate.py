@@ -70,8 +70,8 @@ def main(argv: list[str]) -> None:
         print(texts[0] * (len(ends) == 1) + pieces[0].text, end="", flush=True)
       continued = [text + piece.text for text, piece in zip(continued, pieces, strict=True)]
   print("\n".join(["", *continued][len(texts) == 1 :]) if len(texts) > 1 else "")
-  # The second step compiles the decoding.
-  seconds, tokens = ends[-1] - ends[min(1, len(ends) - 1)], sum(counts[2:])
+  # Decoding is compiled, and starts, before the first token is here.
+  seconds, tokens = ends[-1] - ends[0], sum(counts[1:])
   speed = f", then {tokens / seconds:.0f} tokens/s" if tokens and seconds else ""
   print(f"{sum(counts)} tokens; first step {ends[0] - start:.1f} s{speed}", file=sys.stderr)
 

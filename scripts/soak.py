@@ -12,6 +12,8 @@ exit status is then 1. On one machine with several processes: tests/cluster.
 """
 
 import collections
+import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -19,16 +21,19 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
+import traceback
+import warnings
 from collections.abc import Callable
 
 from absl import flags
 
 from moe_jax import cli
+from moe_jax.comparison.comparison import Comparison
+from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, TrainConfig
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ARM = "arm"
 STEPS = 240
 LIMIT = 300.0  # seconds that a start may take
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "the", "dog", "ran", "after", "it", "until", "dark"]
@@ -44,6 +49,80 @@ class Failed(Exception):
   """Something was lost, or silently wrong."""
 
 
+def config(texts: pathlib.Path, data: pathlib.Path) -> Config:
+  model = ModelConfig(num_layers=1, model_dim=16, num_heads=2, num_kv_heads=1, head_dim=8)
+  moe = MoEConfig(num_experts=4, num_experts_per_token=2, expert_dim=16, balancers="loss_free_bias:0.01")
+  return Config(
+    model=dataclasses.replace(model, moe=moe),
+    data=DataConfig(
+      dataset="text_folder",
+      text_folder=str(texts),
+      data_dir=str(data),
+      tokenizer="bpe:300",
+      sequence_length=16,
+      batch_size=8,
+    ),
+    train=TrainConfig(num_steps=STEPS, log_every=1, checkpoint_every=20, eval_batches=2),
+  )
+
+
+class Start:
+  """A process that trains, as the scripts do. Forked from this one, in which JAX is imported and has not started."""
+
+  def __init__(self, config: Config, output_dir: pathlib.Path, title: str, largest_file: int):
+    self.status: int | None = None
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")  # JAX warns of forks
+      self.pid = os.fork()
+    if self.pid:
+      return
+    status = 1
+    try:
+      out = os.open(f"{output_dir}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+      os.dup2(out, 1)
+      os.dup2(out, 2)
+      os.write(2, title.encode())
+      if largest_file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
+      with cli.one_line():
+        Comparison({ARM: {}}, [0], config, output_dir).run()
+      status = 0
+    except SystemExit as error:
+      status = error.code
+    except BaseException:
+      traceback.print_exc()
+    finally:
+      with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+      os._exit(status)
+
+  def poll(self) -> int | None:
+    """The exit status, negative for a signal; None while it runs."""
+    if self.status is None:
+      pid, status = os.waitpid(self.pid, os.WNOHANG)
+      self.status = os.waitstatus_to_exitcode(status) if pid else None
+    return self.status
+
+  def wait(self) -> int:
+    deadline = time.monotonic() + LIMIT
+    while self.poll() is None:
+      if time.monotonic() > deadline:
+        self.kill()
+        raise Failed("a start hangs")
+      time.sleep(0.01)
+    return self.status
+
+  def send_signal(self, number: int) -> None:
+    if self.poll() is None:
+      os.kill(self.pid, number)
+
+  def kill(self) -> None:
+    self.send_signal(signal.SIGKILL)
+    while self.poll() is None:
+      time.sleep(0.01)
+
+
 class Soak:
   """The undisturbed run, and the counts."""
 
@@ -53,9 +132,10 @@ class Soak:
     self.starts, self.ends, self.refusals = 0, 0, 0
     self.texts = folder / "texts"
     self._write_texts()
+    self.config = config(self.texts, folder / "data")
     self.whole = self._run_folder(folder / "whole")
     if not (self.whole / "result.json").exists():
-      self.expect(self.start(folder / "whole").wait(LIMIT), 0, folder / "whole")
+      self.expect(self.start(folder / "whole").wait(), 0, folder / "whole")
 
   def _write_texts(self) -> None:
     words = random.Random(0)
@@ -64,25 +144,10 @@ class Soak:
       for i in range(6):
         (self.texts / domain / f"{i}.txt").write_text(" ".join(words.choices(WORDS, k=400)) + "\n")
 
-  def start(self, output_dir: pathlib.Path, largest_file: int = 0) -> subprocess.Popen:
-    """Starts the command, whose output goes to a file beside its folder."""
+  def start(self, output_dir: pathlib.Path, largest_file: int = 0) -> "Start":
+    """Starts the comparison in a process of its own, whose output goes to a file beside its folder."""
     self.starts += 1
-    sizes = "--num_layers=1 --model_dim=16 --num_heads=2 --num_kv_heads=1 --head_dim=8 --num_experts=4 --expert_dim=16"
-    data = f"--dataset=text_folder --text_folder={self.texts} --data_dir={self.folder / 'data'} --tokenizer=bpe:300"
-    run = f"--sequence_length=16 --batch_size=8 --num_steps={STEPS} --log_every=1 --checkpoint_every=20 --eval_batches=2"
-    command = [sys.executable, "experiments/load_balancing.py", "--methods=loss_free_bias:0.01", "--seeds=1"]
-    command += [*sizes.split(), *data.split(), *run.split(), "--preset=tiny", f"--output_dir={output_dir}"]
-
-    def limit() -> None:
-      resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
-
-    with open(f"{output_dir}.txt", "a") as out:
-      out.write(f"--- start {self.starts}\n")
-      out.flush()
-      return subprocess.Popen(
-        command, cwd=ROOT, stdout=out, stderr=out, env=os.environ | {"PYTHONPATH": str(ROOT)},
-        preexec_fn=limit if largest_file else None,
-      )  # fmt: skip
+    return Start(self.config, output_dir, f"--- start {self.starts}\n", largest_file)
 
   def expect(self, status: int, allowed: int | tuple[int, ...], output_dir: pathlib.Path) -> None:
     """Raises `Failed` for an end that is none of `allowed`, and for a traceback."""
@@ -92,7 +157,7 @@ class Soak:
       raise Failed(f"a start ended with status {status}, expected {allowed}:\n{last[-3000:]}")
 
   def _run_folder(self, output_dir: pathlib.Path) -> pathlib.Path:
-    return output_dir / "arms" / "loss_free_bias_0.01" / "seed_0"
+    return output_dir / "arms" / ARM / "seed_0"
 
   def step(self, output_dir: pathlib.Path) -> int:
     """The last step in metrics.jsonl."""
@@ -117,7 +182,7 @@ class Soak:
         time.sleep(0.02)
       if time.monotonic() >= deadline:
         process.kill()
-        raise Failed(f"{output_dir}: hangs")
+        raise Failed(f"{output_dir}: a start hangs")
       if process.poll() == 0:
         break
       self.counts[fault] += 1
@@ -130,7 +195,7 @@ class Soak:
 
   def _finish(self, output_dir: pathlib.Path) -> None:
     for _ in range(3):
-      status = self.start(output_dir).wait(LIMIT)
+      status = self.start(output_dir).wait()
       self.expect(status, (0, 2), output_dir)
       if status == 0:
         return
@@ -162,42 +227,41 @@ class Soak:
 
   # Faults: (process, folder) -> whether lines of metrics.jsonl may be lost.
 
-  def kill(self, process: subprocess.Popen, output_dir: pathlib.Path) -> bool:
+  def kill(self, process: Start, output_dir: pathlib.Path) -> bool:
     process.kill()
-    process.wait()
     return False
 
-  def ask(self, process: subprocess.Popen, output_dir: pathlib.Path) -> bool:
+  def ask(self, process: Start, output_dir: pathlib.Path) -> bool:
     process.send_signal(self.random.choice([signal.SIGTERM, signal.SIGINT, signal.SIGHUP]))
     # Before the first step and after the last one, there is nothing to save.
     unsaved = (130, -signal.SIGTERM, -signal.SIGHUP)
-    self.expect(process.wait(LIMIT), (0, 75, *unsaved), output_dir)
+    self.expect(process.wait(), (0, 75, *unsaved), output_dir)
     return False
 
-  def full(self, process: subprocess.Popen, output_dir: pathlib.Path) -> bool:
-    self.expect(process.wait(LIMIT), (0, 2), output_dir)
+  def full(self, process: Start, output_dir: pathlib.Path) -> bool:
+    self.expect(process.wait(), (0, 2), output_dir)
     return False
 
-  def second(self, process: subprocess.Popen, output_dir: pathlib.Path) -> bool:
+  def second(self, process: Start, output_dir: pathlib.Path) -> bool:
     other = self.start(output_dir)
-    status = other.wait(LIMIT)
+    status = other.wait()
     self.expect(status, (0, 2), output_dir)  # 0: the first had ended meanwhile
-    self.expect(process.wait(LIMIT), 0, output_dir)
+    self.expect(process.wait(), 0, output_dir)
     return False
 
-  def later(self, process: subprocess.Popen, output_dir: pathlib.Path) -> bool:
+  def later(self, process: Start, output_dir: pathlib.Path) -> bool:
     self.kill(process, output_dir)
     for path in output_dir.rglob("*"):
       day = time.time() + self.random.choice([-1, 1]) * 86_400
       os.utime(path, (day, day))
     return False
 
-  def cache(self, process: subprocess.Popen, output_dir: pathlib.Path) -> bool:
+  def cache(self, process: Start, output_dir: pathlib.Path) -> bool:
     self.kill(process, output_dir)
     self._damage(path for path in (self.folder / "data").rglob("*") if "damaged" not in path.parts)
     return False
 
-  def damage(self, process: subprocess.Popen, output_dir: pathlib.Path) -> bool:
+  def damage(self, process: Start, output_dir: pathlib.Path) -> bool:
     self.kill(process, output_dir)
     paths = [path for path in output_dir.rglob("*") if "damaged" not in path.parts]
     if self.random.random() < 0.7:  # mostly what matters most

@@ -87,6 +87,7 @@ GRAPH = {
   "comparison.statistics": Part("comparison.facts comparison.results errors", never=JAX),
   "comparison.differences": Part("comparison.statistics comparison.results errors", never=JAX),
   "analysis": Part(RUN),
+  "analysis.accounting": Part(f"analysis interop {RUN}"),
   "analysis.capacity": Part(f"analysis comparison {RUN}"),
   "analysis.examine": Part(f"analysis comparison.report {RUN}"),
   "analysis.replay": Part(f"analysis comparison.report {RUN}"),

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import pathlib
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from flax import nnx
 
 from moe_jax import sharding
 from moe_jax.config import Config, DataConfig, TrainConfig
-from moe_jax.data.tokenizers import ModelIds, load_tokenizer
+from moe_jax.data.tokenizers import ModelIds, Tokenizer, load_tokenizer
 from moe_jax.errors import InputError, unknown_name
 from moe_jax.interop.families import FAMILIES, Family, Values
 from moe_jax.interop.families.fields import layers_of
@@ -47,22 +47,60 @@ def load(folder: str | os.PathLike[str], dtype: str = "float32", mtp: bool = Fal
 
   Raises:
     InputError: if the folder holds no model, the architecture is unknown, a file is missing or torn, a tensor is
-      missing, left over or of another shape than config.json says, the tokenizer has more ids than the model, or
-      memory is too small.
+      missing, left over or of another shape than config.json says, the tokenizer has more ids than the model, the mesh
+      does not divide the model, or memory is too small.
   """
   folder = pathlib.Path(folder).expanduser()
+  if is_run(folder):
+    return load_run(folder)
+  opened = open_checkpoint(folder, dtype, mtp)
+  model, skipped = load_model(opened.family, opened.folder, opened.config, opened.vocab_size, dtype)
+  values = Values(str(folder / CONFIG), opened.folder.config)
+  positions = values("max_position_embeddings", 0)
+  return Loaded(
+    model, opened.config, opened.tokenizer, 0, folder, _stop_ids(folder, values), skipped, positions
+  )
+
+
+class Opened(NamedTuple):
+  """A published checkpoint of which only headers have been read."""
+
+  family: Family
+  folder: Folder
+  config: Config  # resolved
+  vocab_size: int
+  tokenizer: Tokenizer | None
+
+
+def is_run(folder: pathlib.Path) -> bool:
+  """Returns whether the folder is that of a run. Raises `InputError` if it has no config.json."""
+  values = read_config(folder / CONFIG)
+  return "model_type" not in values and "architectures" not in values
+
+
+def open_checkpoint(folder: pathlib.Path, dtype: str, mtp: bool) -> Opened:
+  """Opens a published checkpoint. See `load` for the arguments, and for the errors."""
   if dtype not in DTYPES:
     raise InputError(f"load: dtype must be {' or '.join(DTYPES)}, got {dtype!r}")
-  values = read_config(folder / CONFIG)
-  if "model_type" not in values and "architectures" not in values:
-    return load_run(folder)
-  family, values = family_of(folder, values), Values(str(folder / CONFIG), values)
+  plain = read_config(folder / CONFIG)
+  family, values = family_of(folder, plain), Values(str(folder / CONFIG), plain)
   tokenizer_file, ids = _tokenizer_file(folder), _ids(values)
   tokenizer = None if tokenizer_file is None else load_tokenizer(str(tokenizer_file), ids)
   config = _config(family, values, DataConfig(tokenizer=str(tokenizer_file or "bytes")), dtype, mtp)
-  model, skipped = load_model(family, open_folder(folder, values.values), config, ids.vocab_size, dtype)
-  positions = values.values.get("max_position_embeddings") or 0
-  return Loaded(model, config, tokenizer, 0, folder, _stop_ids(folder, values), skipped, positions)
+  return Opened(family, open_folder(folder, plain), config, ids.vocab_size, tokenizer)
+
+
+def read_model_config(folder: str | os.PathLike[str]) -> tuple[Config, int]:
+  """Returns the configuration of a published checkpoint and its V, from config.json alone, with all its modules.
+
+  Raises:
+    InputError: if there is no config.json of a known architecture.
+  """
+  path = pathlib.Path(folder).expanduser()
+  read = read_config(path / CONFIG)
+  family, values = family_of(path, read), Values(str(path / CONFIG), read)
+  mtp = family.mtp_depth(values) > 0
+  return _config(family, values, DataConfig(), "float32", mtp), _ids(values).vocab_size
 
 
 def family_of(folder: pathlib.Path, values: dict[str, Any]) -> Family:
@@ -104,14 +142,15 @@ def load_model(
   """
   abstract = abstract_model(config, vocab_size)
   found = list(stored_parameters(abstract, family, folder.tensors))
-  skipped = check_tensors(folder, found, _not_loaded(family, folder, config))
+  skipped = check_tensors(folder, found, not_loaded(family, folder, config))
   graphdef, state = nnx.split(abstract)
   mesh = mesh_in_use()
+  sharding.check_divides(mesh, config.model, micro_batch=mesh.size, num_groups=mesh.size)
   layouts = {
     path: leaf.get_value() for path, leaf in nnx.to_flat_state(sharding.state_shardings(mesh, state))
   }
   variables = dict(nnx.to_flat_state(state))
-  types = {path: _dtype_of(path, variable, dtype) for path, variable in variables.items()}
+  types = {path: dtype_of(path, variable, dtype) for path, variable in variables.items()}
   _check_memory(folder, found, layouts, types, mesh, dtype)
   values = initial_balancers(abstract, mesh)
   for stored in found:
@@ -125,12 +164,10 @@ def load_model(
   return nnx.merge(graphdef, nnx.from_flat_state(filled)), skipped
 
 
-def _not_loaded(family: Family, folder: Folder, config: Config) -> re.Pattern[str]:
+def not_loaded(family: Family, folder: Folder, config: Config) -> re.Pattern[str]:
   """Matches the names of tensors that the model has no part for, and of copies."""
-  first, depth = (
-    len(layers_of(config.model)),
-    family.mtp_depth(Values(str(folder.path / CONFIG), folder.config)),
-  )
+  first = len(layers_of(config.model))
+  depth = family.mtp_depth(Values(str(folder.path / CONFIG), folder.config))
   modules = [rf"model\.layers\.{first + i}\..*" for i in range(config.model.mtp_depth, depth)]
   copies = [re.escape(name) for name in family.copies(config.model)]
   return re.compile("|".join([*modules, *copies, *filter(None, [family.skipped])]) or r"(?!)")
@@ -142,7 +179,7 @@ def mesh_in_use() -> jax.sharding.Mesh:
   return jax.sharding.Mesh([[[[[jax.devices()[0]]]]]], sharding.MESH_AXES) if mesh.empty else mesh
 
 
-def check_tensors(folder: Folder, found: list[Stored], not_loaded: re.Pattern[str]) -> tuple[str, ...]:
+def check_tensors(folder: Folder, found: list[Stored], allowed: re.Pattern[str]) -> tuple[str, ...]:
   """Returns the tensors that are skipped.
 
   Raises:
@@ -163,7 +200,7 @@ def check_tensors(folder: Folder, found: list[Stored], not_loaded: re.Pattern[st
           "checkpoint"
         )
   left_over = folder.tensors.keys() - used
-  skipped = {name for name in left_over if not_loaded.fullmatch(name)}
+  skipped = {name for name in left_over if allowed.fullmatch(name)}
   texts = []
   for what, names in (("lacks", set(missing)), ("has no use here for", left_over - skipped)):
     if names:
@@ -173,7 +210,7 @@ def check_tensors(folder: Folder, found: list[Stored], not_loaded: re.Pattern[st
   return tuple(sorted(skipped))
 
 
-def _dtype_of(path: tuple, variable: nnx.Variable, dtype: str) -> np.dtype:
+def dtype_of(path: tuple, variable: nnx.Variable, dtype: str) -> np.dtype:
   """The type of a variable: `dtype` for the embedding and for matrices, except the router's, and otherwise float32."""
   is_matrix = "num_in" in variable.get_metadata() or path == ("embedding_VD",)
   return np.dtype(jnp.dtype(dtype if is_matrix and "router" not in path else "float32"))

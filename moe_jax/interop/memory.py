@@ -32,6 +32,7 @@ def _compare(what: str, size: int, free: int | None, dtype: str, num_devices: in
   spread = "" if where == "this host" else f"; or a mesh that splits it over {devices} such devices"
   raise InputError(
     f"{what}: needs {size / 1e9:.1f} GB in {dtype}, and {where} has {free / 1e9:.1f} GB free{smaller}{spread}"
+    "; moe_jax.LayerStream keeps one layer in memory at a time"
   )
 
 

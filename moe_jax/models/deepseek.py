@@ -74,7 +74,7 @@ _FULL = {
   "deepseek_v2": published(_V2),
   "deepseek_v3": published(_V3, objective="next_tokens:weight=0.3"),
 }
-_SMALL = {"num_experts": 8, "num_experts_per_token": 3}
+_SMALL = {"num_experts": 16, "num_experts_per_token": 3}
 _TOY_MLA = "mla:query_rank=12:kv_rank=16:" + _YARN.format(length=16, mscale=1.0)
 _DEVICE_LOSSES = "device_loss:0.05:devices=4,communication_loss:0.02:devices=4:devices_per_token=2"
 PRESETS = _FULL | {

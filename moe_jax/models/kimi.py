@@ -39,7 +39,7 @@ _K2 = ModelConfig(
 PRESETS = {"kimi_k2": published(_K2, optimizer="muon", hooks="qk_clip:100")}
 PRESETS["kimi_k2_tiny"] = tiny(
   PRESETS["kimi_k2"],
-  {"num_experts": 8, "num_experts_per_token": 3},
+  {"num_experts": 16, "num_experts_per_token": 3},
   num_layers=3,
   mixer=_mixer(query_rank=12, kv_rank=16, yarn_length=16),
 )

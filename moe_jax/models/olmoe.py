@@ -28,7 +28,7 @@ _OLMOE = ModelConfig(
 
 PRESETS = {"olmoe_1b_7b": published(_OLMOE)}
 PRESETS["olmoe_1b_7b_tiny"] = tiny(
-  PRESETS["olmoe_1b_7b"], {"num_experts": 8, "num_experts_per_token": 3}, num_layers=2
+  PRESETS["olmoe_1b_7b"], {"num_experts": 16, "num_experts_per_token": 3}, num_layers=2
 )
 VOCAB_SIZES = {"olmoe_1b_7b": 50_304, "olmoe_1b_7b_tiny": TOY_VOCAB_SIZE}
 PUBLISHED = {"olmoe_1b_7b": Published("6.9B", "1.3B", "2409.02060")}

@@ -86,9 +86,9 @@ _FULL = {
 }
 _TOY = {
   "qwen15_moe_a27b": {"num_experts": 6, "num_experts_per_token": 2, "shared_expert_dim": 40},
-  "qwen2_57b_a14b": {"num_experts": 8, "num_experts_per_token": 3, "shared_expert_dim": 40},
-  "qwen3_30b_a3b": {"num_experts": 8, "num_experts_per_token": 3},
-  "qwen3_235b_a22b": {"num_experts": 8, "num_experts_per_token": 3},
+  "qwen2_57b_a14b": {"num_experts": 16, "num_experts_per_token": 3, "shared_expert_dim": 40},
+  "qwen3_30b_a3b": {"num_experts": 16, "num_experts_per_token": 3},
+  "qwen3_235b_a22b": {"num_experts": 16, "num_experts_per_token": 3},
 }
 PRESETS = _FULL | {f"{name}_tiny": tiny(_FULL[name], moe, num_layers=2) for name, moe in _TOY.items()}
 VOCAB_SIZES = dict.fromkeys(PRESETS, TOY_VOCAB_SIZE) | dict.fromkeys(_FULL, 151_936)

@@ -29,15 +29,16 @@ RULES: dict[str, tuple[str, ...]] = {
   "group": BATCH_AXES,  # routing groups: parts of sequences, in the same order
   "expert": ("expert",),
   "embed": ("fsdp",),  # of parameters, as they are stored; see `gathered`
+  "attention_rank": ("fsdp",),  # the same, of what latent attention projects heads from
   "mlp": ("tensor",),
   "heads": ("tensor",),
   "kv_heads": ("tensor",),
   "vocab": ("tensor",),
 }
-# These are not split if the mesh does not divide them: the size of a vocabulary is given, and key-value heads are
-# few. `check_divides` rejects any other size that the mesh does not divide.
-WHERE_IT_FITS = ("kv_heads", "vocab")
-KEPT_IN_PARTS = ("embed",)  # split where a parameter is stored, whole where it is used
+# These are not split if the mesh does not divide them: the size of a vocabulary is given, and key-value heads and
+# ranks are small. `check_divides` rejects any other size that the mesh does not divide.
+WHERE_IT_FITS = ("kv_heads", "vocab", "attention_rank")
+KEPT_IN_PARTS = ("embed", "attention_rank")  # split where a parameter is stored, whole where it is used
 
 
 def partition_spec(

@@ -1,11 +1,12 @@
 """Orbax checkpoints of a train state and the position in the data, with a digest of every array.
 
 Orbax 0.12 has no digests of its own for this format (its b-tree nodes have checksums, array chunks have none), so a
-flipped bit comes back as another number. A digest is computed on the devices, from bits and places, so it is the same on every
-mesh and costs one pass over the state.
+flipped bit comes back as another number. A digest is computed where the array is, from bits and places, so it is the same on
+every mesh and costs one pass over the state.
 """
 
 import contextlib
+import functools
 import gc
 import hashlib
 import json
@@ -19,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from moe_jax import disk
@@ -42,7 +44,7 @@ class Checkpoints:
 
   def __init__(self, folder: str | os.PathLike[str], keep: int = 2):
     self.folder = pathlib.Path(folder).absolute()
-    disk.check_folder(self.folder)
+    disk.check_name(self.folder)
     self._keep = keep
     self._manager: ocp.CheckpointManager | None = None
     self._steps = self._list()
@@ -187,35 +189,47 @@ def array_digests(tree: PyTree) -> dict[str, list]:
   return {path: [kind, int(digests[path])] for path, kind in _arrays(tree).items()}
 
 
-_WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
-
-
-@jax.jit
-def digest(x: Array) -> Array:
-  """Returns 32 bits that depend on every bit of `x` and its place, and not on how `x` is laid out.
-
-  The sum over words of MurmurHash3's finalizer of word and place. It is one to one in the word, so another word always
-  gives another sum; changes of several words agree by chance once in 2^32.
-  """
-  x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
-  words = jax.lax.bitcast_convert_type(x, _WORDS[x.dtype.itemsize]).astype(jnp.uint32)
-  place = jnp.zeros(words.shape, jnp.uint32)
-  for axis, size in enumerate(words.shape):
-    place = place * jnp.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-  h = words ^ (place * jnp.uint32(0x9E3779B1))
-  h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
-  h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
-  return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
-
-
-@jax.jit
-def _all_finite(x: Array) -> Array:
-  return jnp.isfinite(x).all()
-
-
 def all_finite(tree: PyTree) -> bool:
   """Returns whether all numbers of all arrays are finite."""
-  return all(jax.device_get([_all_finite(x) for x in jax.tree.leaves(tree)]))
+  found = [np.isfinite(x).all() if _in_host_memory(x) else _all_finite(x) for x in jax.tree.leaves(tree)]
+  return all(jax.device_get(found))
+
+
+def digest(x: Array) -> Array:
+  """Returns 32 bits that depend on every bit of `x` and its place, and not on how `x` is laid out."""
+  return _digest(np, np.asarray(x)) if _in_host_memory(x) else _digest_on_devices(x)
+
+
+def _in_host_memory(x: Array) -> bool:
+  """Whether NumPy can read `x` where it is. A program would have to be compiled for every shape."""
+  return isinstance(x, np.ndarray | np.generic) or (
+    x.is_fully_addressable and next(iter(x.devices())).platform == "cpu"
+  )
+
+
+_WORDS = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint32"}
+
+
+def _digest(xp: Any, x: Array) -> Array:
+  """The sum over words of MurmurHash3's finalizer of word and place, with the arithmetic of `xp`: NumPy or JAX.
+
+  The finalizer is one to one in the word, so another word always gives another sum. Changes of several words agree by
+  chance once in 2^32.
+  """
+  x = xp.atleast_1d(x.astype("uint8") if x.dtype == bool else x)
+  words = x.view(_WORDS[x.dtype.itemsize]).astype("uint32")
+  place = xp.zeros((1,) * words.ndim, "uint32")
+  for axis, size in enumerate(words.shape):
+    own = xp.arange(size, dtype="uint32").reshape(-1, *(1,) * (words.ndim - axis - 1))
+    place = place * xp.uint32(size % 2**32) + own[(None,) * axis]
+  h = words ^ (place * xp.uint32(0x9E3779B1))
+  h = (h ^ (h >> 16)) * xp.uint32(0x85EBCA6B)
+  h = (h ^ (h >> 13)) * xp.uint32(0xC2B2AE35)
+  return xp.sum(h ^ (h >> 16), dtype="uint32")
+
+
+_digest_on_devices = jax.jit(functools.partial(_digest, jnp))
+_all_finite = jax.jit(lambda x: jnp.isfinite(x).all())
 
 
 @contextlib.contextmanager

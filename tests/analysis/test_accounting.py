@@ -202,6 +202,19 @@ def test_the_module_of_multi_token_prediction_of_deepseek_v3():
   assert moe_jax.account("deepseek_v3").mtp == 11_610_068_224
 
 
+def test_the_config_json_of_a_checkpoint_is_enough(tmp_path):
+  values = {
+    "model_type": "mixtral", "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8,
+    "num_experts_per_tok": 2, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "router_aux_loss_coef": 0.02,
+  }  # fmt: skip
+  (tmp_path / "config.json").write_text(json.dumps(values))
+  found = moe_jax.account(str(tmp_path))
+  assert found == dataclasses.replace(moe_jax.account("mixtral_8x7b"), name=str(tmp_path))
+  with pytest.raises(InputError, match=r"nowhere/here: no such folder"):
+    moe_jax.account("nowhere/here")
+
+
 def test_wrong_input_is_one_line():
   with pytest.raises(InputError, match=r"vocab_size=0, .* a configuration does not say its vocabulary"):
     moe_jax.account(MODEL)

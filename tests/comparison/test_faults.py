@@ -1,10 +1,12 @@
 """The folder of a comparison with damaged files, diverged arms, other flags, and several commands at a time."""
 
+import io
 import json
 import pathlib
 import shutil
 
 import pytest
+from rich.console import Console
 
 from moe_jax import disk
 from moe_jax.comparison.comparison import Comparison
@@ -13,6 +15,7 @@ from moe_jax.config import MeshConfig
 from moe_jax.errors import InputError
 from moe_jax.training.loop import Run
 from moe_jax.training.metric_writer import read_jsonl
+from moe_jax.training.progress import TrainingProgress
 from tests import tiny
 
 CONFIG = tiny.change(
@@ -82,6 +85,18 @@ def test_files_without_a_json_object_are_damaged(tmp_path, content):
   assert disk.read_object(tmp_path / "x") is None
   disk.write_json(tmp_path / "x", {"a": 1})
   assert disk.read_object(tmp_path / "x") == {"a": 1}
+
+
+def test_names_are_shown_as_they_are():
+  """Square brackets are markup for rich, which drops them or fails."""
+  for terminal in (False, True):
+    out = io.StringIO()
+    with TrainingProgress(2, Console(file=out, force_terminal=terminal, width=200)) as progress:
+      progress.start_run("[/red] [b]x", 2)
+      progress.update(2, 1.0, 0.5, 10.0)
+      progress.note("data in [/red] [b]y")
+      progress.finish_run()
+    assert "[/red] [b]x" in out.getvalue() and "[/red] [b]y" in out.getvalue()
 
 
 def test_a_full_disk_leaves_the_file_that_was_there(tmp_path, monkeypatch):

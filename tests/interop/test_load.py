@@ -125,6 +125,12 @@ def test_straight_onto_a_mesh(model, folder, tmp_path):
   assert one == other
 
 
+def test_a_mesh_that_does_not_divide_the_model(folder):
+  right = r"--num_experts=4: must be a multiple of --expert_parallelism=8"
+  with jax.set_mesh(sharding.make_mesh(MeshConfig(data=1, expert=8))), pytest.raises(InputError, match=right):
+    moe_jax.load(folder)
+
+
 @pytest.mark.parametrize("text", ["F D -> D F", "E (i F) D -> E D F"])
 def test_a_process_reads_only_the_bytes_of_its_parts(text):
   """For one device of a mesh that splits experts, rows or columns: the bytes of its part, and no others."""

@@ -1,5 +1,6 @@
 """Published models have their published number of parameters, and every preset the number that its sizes give."""
 
+import functools
 import math
 import re
 
@@ -11,6 +12,8 @@ from moe_jax.config import ModelConfig
 from moe_jax.errors import InputError
 from moe_jax.models import PRESETS, PUBLISHED, VOCAB_SIZES, preset
 from moe_jax.training.compiled import abstract_model, resolve_config
+
+account = functools.cache(moe_jax.account)
 
 # (name, V, all parameters without multi-token prediction, active ones in the three conventions in 10^9): computed
 # from the released configurations by hand, formula by formula.
@@ -36,7 +39,7 @@ TOTALS = [
 
 @pytest.mark.parametrize(("name", "vocab_size", "total", "active"), TOTALS)
 def test_published_models_have_their_parameters(name, vocab_size, total, active):
-  found = moe_jax.account(name, vocab_size)
+  found = account(name, vocab_size)
   assert found.parameters.total == total
   assert [round(x / 1e9, 3) for x in found.active] == list(active)
 
@@ -47,7 +50,7 @@ def test_computed_totals_are_near_the_published_ones():
   for name, says in PUBLISHED.items():
     number, unit = re.fullmatch(r"([\d.]+)([BT])", says.total).groups()
     total, step = float(number) * units[unit], 10 ** -len(number.partition(".")[2]) * units[unit]
-    found = moe_jax.account(name).parameters.total
+    found = account(name).parameters.total
     if not name.endswith("_like"):  # which are other models
       bound = 0.014 * total if name == "kimi_k2" else step
       assert abs(found - total) <= bound, name
@@ -95,7 +98,7 @@ PLAIN = [name for name in PRESETS if name.startswith(("mixtral", "qwen3")) or na
 @pytest.mark.parametrize("name", [*PLAIN, "quick", "default", "long", "tiny"])
 def test_presets_have_the_parameters_that_their_sizes_give(name):
   expected = parameters_by_hand(preset(name).check().model, VOCAB_SIZES[name])
-  assert moe_jax.account(name).parameters.total == expected
+  assert account(name).parameters.total == expected
 
 
 def test_unknown_preset():

@@ -153,8 +153,8 @@ def _first_repetition(model):
   return graphdef, jax.tree.map(lambda leaf: leaf[0], state)
 
 
-def test_heads_are_split_over_the_tensor_axis():
-  """Every matrix of a mixer either has heads or a rank, and only heads are split."""
+def test_heads_are_split_over_the_tensor_axis_and_matrices_over_fsdp():
+  """Every matrix of a mixer either has heads or a rank, and only heads are split over tensor."""
   sizes = {"tensor": 2, "fsdp": 2, "expert": 1, "data": 1, "slice": 1}
   for spec in ("attention:qkv_bias=true:out_bias=true:sinks=true", "mla:query_rank=8", "lightning"):
     for path, variable in nnx.to_flat_state(nnx.state(make(spec), nnx.Param)):
@@ -163,12 +163,14 @@ def test_heads_are_split_over_the_tensor_axis():
       split = partition_spec(axes, shape, sizes)
       has_heads = "N" in path[-1].rpartition("_")[2]
       assert ("tensor" in split) == has_heads, (path, split)
+      assert ("fsdp" in split) == ("num_in" in variable.get_metadata() or "b_out" in path[-1]), (path, split)
 
 
 @pytest.mark.parametrize(
   "spec, changed, message",
   [
     ("attention:qk_norm_over=all", {}, "qk_norm_over must be one of head, projection, got 'all'"),
+    ("attention:kernel=cudnn", {}, "kernel must be one of blocks, auto, got 'cudnn'"),
     ("attention:clip_qkv=-1", {}, "clip_qkv must be 0 .* or above, got -1"),
     ("attention:rotary_fraction=0.3", {}, "rotary_fraction must be .* an even part of head_dim=8, got 0.3"),
     ("attention:yarn_factor=0.5", {}, "mixer attention: yarn_factor must be at least 1, got 0.5"),

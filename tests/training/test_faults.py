@@ -7,13 +7,14 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError
-from moe_jax.training.checkpoint import digest
+from moe_jax.training.checkpoint import _digest_on_devices, digest
 from moe_jax.training.loop import Run
 from moe_jax.training.metric_writer import read_jsonl
 from tests import tiny
@@ -184,9 +185,11 @@ def test_without_a_whole_checkpoint_it_says_so_and_then_begins_anew(config, data
 
 def test_every_bit_and_every_place_counts_in_a_digest(rng):
   """Against sums of bytes, which swaps do not change; layouts over devices do not matter."""
-  for dtype in (np.float32, np.int32, np.float16, np.uint8, np.bool_):
+  for dtype in (np.float32, np.int32, np.float16, np.uint8, np.bool_, jnp.bfloat16):
     x = rng.integers(0, 2, (4, 6)).astype(dtype)
     of_x = int(digest(x))
+    assert of_x == int(digest(jnp.asarray(x))) == int(_digest_on_devices(jnp.asarray(x)))
+    assert int(digest(x[0, 0])) == int(_digest_on_devices(jnp.asarray(x[0, 0])))
     for place in np.ndindex(x.shape):
       other = x.copy()
       other.view(np.uint8).reshape(*x.shape, -1)[place][-1] ^= 1
@@ -198,4 +201,4 @@ def test_every_bit_and_every_place_counts_in_a_digest(rng):
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("x",))
   for spec in (("x",), (None, "x"), ()):
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
-    assert int(digest(jax.device_put(x, sharding))) == int(digest(x))
+    assert int(_digest_on_devices(jax.device_put(x, sharding))) == int(digest(x))

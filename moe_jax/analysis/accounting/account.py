@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import pathlib
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,8 @@ from moe_jax.analysis.accounting.parameters import Active, Parameters, count, co
 from moe_jax.analysis.flops import ModelFlops, forward_flops
 from moe_jax.config import Config, ModelConfig
 from moe_jax.errors import InputError
-from moe_jax.models import VOCAB_SIZES, preset
+from moe_jax.interop.load import read_model_config
+from moe_jax.models import PRESETS, VOCAB_SIZES, preset
 from moe_jax.nn.build import resolve, routed_part
 from moe_jax.nn.cache import CacheBytes, cache_bytes
 from moe_jax.nn.transformer import Transformer
@@ -84,8 +86,9 @@ def account(
   """Counts parameters, operations and bytes. Nothing is allocated, so any size takes a moment.
 
   Args:
-    model: the name of a preset, a configuration, or a model, which may be abstract.
-    vocab_size: V; 0: that of the preset or the model. A configuration has none.
+    model: the name of a preset, the folder of a published checkpoint, of which only config.json is read, a
+      configuration, or a model, which may be abstract.
+    vocab_size: V; 0: that of the preset, the folder or the model. A configuration has none.
     sequence_length: L, the length at which operations and caches are counted.
 
   Raises:
@@ -93,7 +96,9 @@ def account(
   """
   name, config = "model", model
   if isinstance(model, str):
-    name, config, vocab_size = model, preset(model), vocab_size or VOCAB_SIZES[model]
+    name = model
+    config, own_vocab_size = _named(model)
+    vocab_size = vocab_size or own_vocab_size
   if isinstance(model, Transformer):
     config, vocab_size = model.config, model.embedding_VD.get_value().shape[0]
   config = config.model if isinstance(config, Config) else config
@@ -121,6 +126,13 @@ def account(
     weight_bytes=storage.weight_bytes(built),
     optimizer_bytes=storage.optimizer_bytes(built),
   )
+
+
+def _named(name: str) -> tuple[Config, int]:
+  """Returns the configuration and V of a preset, or of a folder, which is what has a slash or exists."""
+  if name not in PRESETS and ("/" in name or pathlib.Path(name).is_dir()):
+    return read_model_config(name)
+  return preset(name), VOCAB_SIZES[name]
 
 
 def _abstract(config: ModelConfig, vocab_size: int) -> Transformer:

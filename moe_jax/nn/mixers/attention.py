@@ -43,6 +43,8 @@ class Attention(nnx.Module):
     sinks: whether each head has a learned score that takes part in its softmax (gpt-oss, 2508.10925).
     rotary_fraction: the first part of a head that is rotated (MiniMax-01, 2501.08313: 0.5); 0: no positions.
     yarn_factor: stretches positions, see `moe_jax.ops.rotary.Yarn`, also for the other yarn options; 1: not.
+    kernel: "blocks": of queries, by XLA, everywhere. "auto": cuDNN's kernel on a GPU in a half type, where it has
+      the form (causal, without sinks, heads of up to 128), otherwise blocks. Not behind a cache.
     init_scale: s in std = sqrt(s / fan_in) of every matrix.
     rngs: draws the parameters.
 
@@ -75,11 +77,13 @@ class Attention(nnx.Module):
     yarn_truncate: bool = True,
     yarn_mscale: float = 1.0,
     yarn_mscale_all_dim: float = 0.0,
+    kernel: str = "blocks",
     init_scale: float = 1.0,
     rngs: nnx.Rngs,
   ):
     _check(window, clip_qkv, rotary_fraction, head_dim)
     require_option("mixer attention", "qk_norm_over", qk_norm_over, ("head", "projection"))
+    require_option("mixer attention", "kernel", kernel, ("blocks", "auto"))
     d, n, n_kv, h, s = dim, num_heads, num_kv_heads, head_dim, init_scale
     yarn = make_yarn(
       "attention", yarn_factor, yarn_length, yarn_beta_fast, yarn_beta_slow, yarn_truncate, yarn_mscale,
@@ -87,7 +91,7 @@ class Attention(nnx.Module):
     )  # fmt: skip
     self.rotary = Rotary(round(head_dim * rotary_fraction), rope_theta, yarn=yarn)
     self.scale = h**-0.5 * self.rotary.score_scale
-    self.causal, self.window, self.clip_qkv = causal, window, clip_qkv
+    self.causal, self.window, self.clip_qkv, self.fused = causal, window, clip_qkv, kernel == "auto"
     self.num_kv_heads, self.head_dim, self.norm_projection = n_kv, h, qk_norm_over == "projection"
     self.w_query_DNH = matrix(rngs, (d, n, h), ("embed", "heads", "head_dim"), s)
     self.w_key_DNH = matrix(rngs, (d, n_kv, h), ("embed", "kv_heads", "head_dim"), s)
@@ -104,7 +108,8 @@ class Attention(nnx.Module):
   def __call__(self, x_BLD: Array, context: Context) -> tuple[Array, MixerAux | None]:
     query, key, value = self._projected(x_BLD, sequence_positions(x_BLD))
     mask_BL = None if self.causal else context.mask_of(x_BLD)
-    mixed = attend(query, key, value, causal=self.causal, mask_BL=mask_BL, **self._scores())
+    form = {"causal": self.causal, "mask_BL": mask_BL, "fused": self.fused}
+    mixed = attend(query, key, value, **form, **self._scores())
     if not context.record_scores:
       return self._out(mixed), None
     where = {"causal": self.causal, "window": self.window, "scale": self.scale}

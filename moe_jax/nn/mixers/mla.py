@@ -91,7 +91,7 @@ class MLA(nnx.Module):
     self.scale = (nope + rope) ** -0.5 * self.rotary.score_scale
     self.causal, self.kv_rank, self.nope_dim, self.rope_dim = causal, kv_rank, nope, rope
     d, n, s = dim, num_heads, init_scale
-    into, up = ("embed", "rank"), ("rank", "heads", "head_dim")
+    into, up = ("embed", "attention_rank"), ("attention_rank", "heads", "head_dim")
     low = query_rank > 0
     self.w_query_DNH = None if low else matrix(rngs, (d, n, nope + rope), ("embed", "heads", "head_dim"), s)
     self.w_query_down_DX = matrix(rngs, (d, query_rank), into, s) if low else None

@@ -1,0 +1,21 @@
+"""A short soak: two faults over a run, whose end equals that of a run that nothing disturbed."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.slow
+def test_two_faults(tmp_path):
+  command = [sys.executable, "scripts/soak.py", "--seed=3", "--faults=2", f"--folder={tmp_path}/soak"]
+  env = os.environ | {"PYTHONPATH": str(ROOT)}
+  ended = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+  assert ended.returncode == 0, ended.stdout + ended.stderr
+  assert "faults: 2, starts: " in ended.stdout
+  assert "runs whose end equals that of the undisturbed run: " in ended.stdout
+  assert ended.stdout.rstrip()[-1] != "0"
