@@ -128,6 +128,8 @@ class Checkpoints:
     folder = self.folder / str(step)
     try:
       kept = json.loads((folder / "extra" / "metadata").read_text())
+      if "digest" not in kept and "data" in kept:  # what came before digests
+        raise InputError(f"{folder}: a checkpoint of another version of moe_jax, without digests; train anew")
       digest = kept.pop("digest", "")
       if digest != _digest_of_json(kept):
         return None, {}, "its position in the data does not have the digest that was saved"
