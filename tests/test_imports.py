@@ -89,11 +89,7 @@ GRAPH = {
   "analysis": Part(RUN),
   "analysis.accounting": Part(f"analysis interop {RUN}"),
   "analysis.capacity": Part(f"analysis comparison {RUN}"),
-<<<<<<< HEAD
-  "analysis.examine": Part(f"analysis comparison.report interop {RUN}"),
-=======
   "analysis.examine": Part(f"analysis interop comparison.report {RUN}"),
->>>>>>> main
   "analysis.replay": Part(f"analysis comparison.report {RUN}"),
   "analysis.communication": Part(
     "comparison.report training.router_trace nn config ops types errors", never={"flax", "optax"}
