@@ -97,7 +97,8 @@ def copy(values: np.ndarray, out: np.ndarray) -> None:
 def contiguous(values: np.ndarray) -> np.ndarray:
   """Returns the values with their last axis contiguous in memory.
 
-  NumPy copies a transposed array element by element. The transfer of JAX does it in blocks, which is several times faster.
+  NumPy copies a transposed array element by element. The transfer of JAX does it in blocks, which is several times
+  faster.
   """
   if values.flags.c_contiguous or not values.flags.aligned or values.size < _FEW:
     return values
