@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import mmap
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -14,7 +15,6 @@ from moe_jax.interop.quantised import Tensor
 
 _STEP = 1 << 26  # bytes that are read at a time, so that what dequantising and casting needs stays small
 _FEW = 10_000  # elements for which the way of copying does not matter
-_ALIGNMENT = 64  # bytes; at such an address, a CPU device uses the memory of NumPy as it is
 Index = tuple[slice, ...]
 
 
@@ -64,10 +64,13 @@ def _put(array: jax.Array, part: jax.Array, start: int) -> jax.Array:
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-  size = math.prod(shape) * dtype.itemsize
-  memory = np.empty(size + _ALIGNMENT, np.uint8)
-  first = -memory.ctypes.data % _ALIGNMENT
-  return memory[first : first + size].view(dtype).reshape(shape)
+  """Returns an array at the beginning of a page, whose memory JAX can use as it is.
+
+  Not `np.empty`: it asks for huge pages, for which the kernel can take several times as long.
+  """
+  private = {"flags": mmap.MAP_PRIVATE} if hasattr(mmap, "MAP_PRIVATE") else {}
+  memory = mmap.mmap(-1, max(math.prod(shape) * dtype.itemsize, 1), **private)
+  return np.frombuffer(memory, dtype, count=math.prod(shape)).reshape(shape)
 
 
 def fill(out: np.ndarray, stored: Stored, index: Index, tensors: Mapping[str, Tensor]) -> None:

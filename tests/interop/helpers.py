@@ -1,5 +1,7 @@
 """Tiny random models, and how models and folders are compared."""
 
+import math
+
 import jax
 import numpy as np
 from flax import nnx
@@ -37,6 +39,14 @@ def random_model(config: ModelConfig, vocab_size: int = V, seed: int = 0) -> Tra
 
   is_variable = lambda leaf: isinstance(leaf, nnx.Variable)
   return nnx.merge(graphdef, jax.tree.map(fill, state, is_leaf=is_variable))
+
+
+def traced_memory(shape, dtype):
+  """Memory that JAX uses as it is, and that `tracemalloc` sees, in place of `moe_jax.interop.place._aligned`."""
+  size = math.prod(shape) * dtype.itemsize
+  memory = np.empty(size + 64, np.uint8)
+  first = -memory.ctypes.data % 64
+  return memory[first : first + size].view(dtype).reshape(shape)
 
 
 def assert_same_model(one, other, only=(nnx.Param, BalancerState)):
