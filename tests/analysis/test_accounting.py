@@ -127,6 +127,20 @@ def test_bytes_of_a_quantised_matrix_are_those_of_its_arrays(name):
     assert matrix_bytes(QUANTISED[name], *shape) == sum(x.size * x.dtype.itemsize for x in stored)
 
 
+@pytest.mark.parametrize("format", ["int8", "mxfp4"])
+def test_quantised_experts_count_as_what_they_stand_for(format):
+  """Their codes are no parameters. Optimizers keep nothing for them."""
+  moe = dataclasses.replace(MODEL.moe, experts=f"quantised:format={format}")
+  found, plain = moe_jax.account(dataclasses.replace(MODEL, moe=moe), V), moe_jax.account(MODEL, V)
+  assert (found.parameters, found.active, found.weight_bytes) == (
+    plain.parameters,
+    plain.active,
+    plain.weight_bytes,
+  )
+  assert (found.forward, found.decoding_flops) == (plain.forward, plain.decoding_flops)
+  assert plain.optimizer_bytes["adamw"] - found.optimizer_bytes["adamw"] == 8 * plain.parameters.experts
+
+
 def test_quantised_bytes_by_hand():
   """int8: a scale for each output of each matrix in the layers; the rest is bfloat16."""
   columns = {  # outputs of the matrices of all layers

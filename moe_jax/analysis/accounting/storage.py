@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 
 from moe_jax.analysis.accounting.parameters import MODULES, count
+from moe_jax.analysis.matrices import quantised_matrices
 from moe_jax.config import OptimizerConfig
 from moe_jax.nn.transformer import Transformer
 from moe_jax.ops.quantisation import FORMATS, Format, format_of
@@ -36,6 +37,7 @@ def weight_bytes(model: Transformer) -> dict[str, int]:
   """Returns the bytes of all that `count` counts of `model`, which may be abstract, by type."""
   total = count(model).parameters.total
   shapes = [shape for shape in (_matrices(variable) for _, variable in _parameters(model)) if shape]
+  shapes += quantised_matrices(model.segments)
   others = 2 * (total - sum(n * rows * columns for n, rows, columns in shapes))
   stored = {
     name: others + sum(n * matrix_bytes(format, rows, columns) for n, rows, columns in shapes)
