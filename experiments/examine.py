@@ -4,7 +4,8 @@ Question   For each layer: load, MaxVio, dead and overloaded experts, what an ex
            position, which experts go together, how many devices a token reaches, and what a capacity would drop.
 Command    python experiments/examine.py --model=runs/load_balancing/arms/none/seed_0
            python experiments/examine.py --model=path/to/hf_folder --dataset=text_folder --text_folder=my_texts
-Hardware   two CPU cores; memory for the model. Any JAX device
+           python experiments/examine.py --model=path/to/hf_folder --stream --dtype=bfloat16 --eval_batches=4
+Hardware   two CPU cores; memory for the model, or for its largest layer with --stream. Any JAX device
 Minutes    under 1 for the default model on two CPU cores, more with --replay
 Result     report.html in the folder, see docs/examine.md
 
@@ -33,6 +34,11 @@ _DEVICES = flags.DEFINE_integer(
 _REPLAY = flags.DEFINE_string(
   "replay", "none", "balancers to replay on the router logits, separated by commas; all; none"
 )
+_STREAM = flags.DEFINE_bool(
+  "stream",
+  False,
+  "keep one layer of a published checkpoint in memory at a time, and the activations of all batches",
+)
 _OUTPUT_DIR = flags.DEFINE_string(
   "output_dir", "", "the folder to write; empty: runs/examine/NAME OF THE MODEL"
 )
@@ -52,7 +58,10 @@ def main(argv: list[str]) -> None:
   from moe_jax.analysis.examine.examination import examine
 
   console, methods = Console(), _methods()
-  with model_flags.open_model() as loaded, contextlib.ExitStack() as stack:
+  if _STREAM.value and _REPLAY.value != "none":
+    raise InputError(f"--replay={_REPLAY.value}: needs all layers of a batch together; leave out --stream")
+  opened = model_flags.open_stream() if _STREAM.value else model_flags.open_model()
+  with opened as loaded, contextlib.ExitStack() as stack:
     folder = _output_dir(loaded.folder)
     dataset = model_flags.open_dataset(loaded)
     recorder = None
@@ -74,9 +83,7 @@ def main(argv: list[str]) -> None:
     command=shlex.join(["python", *sys.argv]),
     facts=_facts(loaded, dataset),
     text_of=_text_of(loaded),
-    replays=replays.replay_all(folder / "router_logits", methods, max(found.sizes.num_experts))
-    if recorder
-    else (),
+    replays=replays.replay_all(folder / "router_logits", methods, len(found.load_E(0))) if recorder else (),
   )
   console.print(f"report: {page}", soft_wrap=True, markup=False, highlight=False)
 

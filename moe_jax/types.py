@@ -64,6 +64,7 @@ class RouterContext(NamedTuple):
   domain: Array | None = None  # int32 [G, T], the domain of the token's sequence
   layer_input: Array | None = None  # [G, T, D], what the experts see: of any float type, and never jittered
   train: bool = False  # static, for methods that choose differently in evaluation
+  routes: Array | None = None  # [G, T, E], the choices to take instead of own ones: see `Replay`
 
 
 class Routing(NamedTuple):
@@ -110,6 +111,12 @@ class BatchRouting(NamedTuple):
   @property
   def scores_BLE(self) -> Array:
     return jnp.exp(self.log_scores_BLE)
+
+
+class Replay(NamedTuple):
+  """Stands for the bias of a balancer where choices are given: a router takes these experts, weighed by live scores."""
+
+  selected_TE: Array  # 1 where a token was sent to an expert; 0 everywhere for padding
 
 
 class ExpertScale(NamedTuple):

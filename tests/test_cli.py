@@ -9,7 +9,7 @@ from moe_jax import cli
 from moe_jax.config import Config
 from tests.scripts import assert_one_line, run_scripts
 
-EXPERIMENTS = ("load_balancing", "routers", "capacity", "replay", "communication", "speedrun")
+EXPERIMENTS = ("load_balancing", "routers", "capacity", "replay", "communication", "speedrun", "upcycle")
 WRONG = [
   (["--num_expert=3"], "unknown flag '--num_expert': did you mean --num_experts"),
   (["--seeds=many"], "flag --seeds=many"),
@@ -75,6 +75,12 @@ WRONG_OF_OTHERS = [
   ("scripts/coefficients.py", ["--num_experts_per_token=9"], "--num_experts_per_token=9: must be at most num_experts=8"),
   ("scripts/bench_layer.py", ["--num_experts_per_token=17"], "--num_experts_per_token=17: must be between 1 and num_ex"),
   ("scripts/bench_layer.py", ["--num_tokens=8", "--dispatchers=einsum:abc"], "--dispatchers=einsum:abc: must be NAME or"),
+  ("experiments/upcycle.py", ["--trained=expert"], "--trained=expert: matches no parameter; did you mean experts"),
+  ("experiments/compress.py", ["--model=x", "--methods=usag"], "unknown method 'usag': did you mean usage"),
+  ("experiments/quantise.py", ["--model=x", "--formats=int4:x"], "--formats=int4:x: a group is a number of rows"),
+  ("experiments/quantise.py", ["--model=nowhere"], "nowhere"),
+  ("experiments/finetune.py", ["--model=nowhere"], "nowhere"),
+  ("experiments/distil.py", ["--model=nowhere"], "nowhere: holds no run"),
   ("scripts/join.py", [], "no folders: give the folders of all shards"),
   ("scripts/join.py", ["tests"], "tests: holds no comparison"),
 ]  # fmt: skip

@@ -5,6 +5,7 @@ save (`moe_jax.training.start.save_model`), load and train (`--init_from`) as an
 """
 
 from moe_jax.adapt.calibrate import calibrate, losses
+from moe_jax.adapt.dense import to_dense
 from moe_jax.adapt.experts import merge, prune
 from moe_jax.adapt.quantise import dequantise, expert_bytes, quantise
 from moe_jax.adapt.upcycle import upcycle
@@ -21,6 +22,7 @@ __all__ = [
   "merge_adapters",
   "prune",
   "quantise",
+  "to_dense",
   "unwrap_experts",
   "upcycle",
   "wrap_experts",

@@ -100,8 +100,8 @@ class TrainConfig:
 
   objective: Spec = flag(
     "next_token",
-    "what is trained: next_token, response on prompts with responses, next_tokens with --mtp_depth, or masked_lm on a "
-    "bidirectional model",
+    "what is trained: next_token, response on prompts with responses, next_tokens with --mtp_depth, "
+    "distil:teacher=FOLDER, or masked_lm on a bidirectional model",
   )
   hooks: Spec | Sequence[Spec] = flag("", "what else runs after every optimizer step, joined by commas")
   num_steps: int = flag(180, "optimizer steps")

@@ -63,6 +63,26 @@ def open_dataset(loaded: "Loaded") -> "Dataset":
 
 
 @contextlib.contextmanager
+def open_stream() -> "Iterator[Loaded]":
+  """Opens the checkpoint that the flags name as a `LayerStream`, in place of the model of what `open_model` yields.
+
+  Raises:
+    InputError: if there is no such checkpoint, or it is the folder of a run.
+  """
+  import pathlib
+
+  from moe_jax.interop.stream import LayerStream
+  from moe_jax.training.load import Loaded
+
+  if not flags.FLAGS.model:
+    raise InputError("--model: give the folder of a Hugging Face checkpoint")
+  if flags.FLAGS.mesh:
+    raise InputError(f"--mesh={','.join(flags.FLAGS.mesh)}: a stream uses one device; leave out --stream")
+  stream = LayerStream(flags.FLAGS.model, flags.FLAGS.dtype)
+  yield Loaded(stream, stream.config, stream.tokenizer, 0, pathlib.Path(flags.FLAGS.model).expanduser())
+
+
+@contextlib.contextmanager
 def open_model() -> "Iterator[Loaded]":
   """Loads the model that the flags name, with its mesh in use.
 

@@ -54,6 +54,10 @@ class Context(NamedTuple):
   # Statistics of the balancer: `whole` of the whole optimizer step, `so_far` of the micro-batches before this
   # one. If it is None, or a field is, this batch is the whole step. A model takes those of all its layers.
   step_stats: StepStats | None = None
+  # The choices that routers take instead of their own, ones [X, B, L, E] for each of X blocks (dense ones have zeros), and
+  # those of one layer. `moe_jax.adapt.replay` records them.
+  routes_XBLE: Array | None = None
+  routes_BLE: Array | None = None
   layer: Array | int = 0  # the number of the block in the model, from 0
   past: Past | None = None  # where the tokens stand behind those of a cache; None: there is no cache
   train: bool = False  # static: draws, and uses `capacity_factor` instead of `eval_capacity_factor`
@@ -87,6 +91,8 @@ class Context(NamedTuple):
       key_B=None if self.key_B is None else jax.vmap(fold)(self.key_B),
       step_key=None if self.step_key is None else fold(self.step_key),
       step_stats=step_stats,
+      routes_XBLE=None,
+      routes_BLE=None if self.routes_XBLE is None else jnp.asarray(self.routes_XBLE)[layer],
       layer=layer,
     )
 

@@ -131,6 +131,10 @@ class MoE(nnx.Module):
     t = self.tokens_per_group(length)
     cut = lambda y_BLX: constrain(y_BLX.reshape(-1, t, y_BLX.shape[-1]), ("group", None, None))
     of_groups = group_context(context, x_BLD.shape, t, self.balancer.bias(state))
+    if context.routes_BLE is not None and not self.router.replays:
+      raise InputError(
+        f"router {type(self.router).__name__}: its choices cannot be given; use a top-k router"
+      )
     routing = self.router(cut(router_input_BLD), of_groups._replace(layer_input=cut(x_BLD)))
     served = self._experts(x_BLD, routing, context)
     y_BLD = served.y_BLD
@@ -234,6 +238,9 @@ def group_context(context: Context, shape: tuple[int, ...], t: int, bias_E: PyTr
     sequence=along(index_in_group_B),
     domain=along(context.domain_B),
     train=context.train,
+    routes=None
+    if context.routes_BLE is None
+    else context.routes_BLE.reshape(-1, t, context.routes_BLE.shape[-1]),
   )
 
 

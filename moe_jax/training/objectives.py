@@ -5,6 +5,7 @@ all micro-batches by the targets of the whole step, so a step means the same how
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -164,6 +165,60 @@ class Response(NextToken):
 
 
 @dataclasses.dataclass(frozen=True)
+class Distil(NextToken):
+  """Distillation (1503.02531, as in Switch, 2101.03961, section 4.2): the predictions of a teacher as soft targets.
+
+  The loss of a token is (1 - soft) times its likelihood and soft times T^2 KL(teacher || student), both with logits
+  divided by T. Evaluation remains the likelihood.
+
+  Raises:
+    InputError: if there is no teacher, `temperature` is not above 0, or `soft` is not in [0, 1].
+  """
+
+  teacher: str = ""  # the folder of a run
+  temperature: float = 1.0
+  soft: float = 0.25
+
+  def __post_init__(self) -> None:
+    if not self.teacher:
+      raise InputError("objective distil: needs a teacher, e.g. distil:teacher=runs/a/arms/b/seed_0")
+    if self.temperature <= 0:
+      raise InputError(f"objective distil: temperature must be above 0, got {self.temperature}")
+    if not 0 <= self.soft <= 1:
+      raise InputError(f"objective distil: soft must be in [0, 1], got {self.soft}")
+
+  def __call__(self, model: nnx.Module, batch: Batch, context: Context) -> Terms:
+    graphdef, state = _teacher(self.teacher)
+    teacher = nnx.merge(graphdef, jax.tree.map(jnp.asarray, state))
+    plain = Context(context.mask_BL, domain_B=context.domain_B, num_domains=context.num_domains)
+    target_BLV = jax.lax.stop_gradient(teacher(batch["tokens_BL"], plain)[0])
+    logits_BLV, aux = model(batch["tokens_BL"], context)
+    if logits_BLV.shape != target_BLV.shape:
+      raise InputError(
+        f"objective distil: the student has a vocabulary of {logits_BLV.shape[-1]} and the teacher {self.teacher} one of "
+        f"{target_BLV.shape[-1]}; use one tokenizer"
+      )
+    log_probs_BLV, log_targets_BLV = (
+      jax.nn.log_softmax(x / self.temperature) for x in (logits_BLV, target_BLV)
+    )
+    soft_BL = self.temperature**2 * jnp.sum(
+      jnp.exp(log_targets_BLV) * (log_targets_BLV - log_probs_BLV), axis=-1
+    )
+    loss_BL = (1 - self.soft) * nll(logits_BLV, batch["targets_BL"]) + self.soft * soft_BL
+    return Terms(jnp.sum(loss_BL * batch["mask_BL"]), aux)
+
+
+@functools.lru_cache(maxsize=2)
+def _teacher(folder: str) -> tuple[nnx.GraphDef, PyTree]:
+  """The model in the folder of a run, on the host: constants of the program, whatever mesh it runs on."""
+  from moe_jax.training.load import load_run  # which has the objectives
+
+  with jax.ensure_compile_time_eval():
+    graphdef, state = nnx.split(load_run(folder).model)
+    return graphdef, jax.device_get(state)
+
+
+@dataclasses.dataclass(frozen=True)
 class MaskedTokens(Objective):
   """Prediction of masked tokens by a bidirectional model (BERT, 1810.04805, section 3.1).
 
@@ -216,5 +271,11 @@ class MaskedTokens(Objective):
 
 OBJECTIVES = Registry(
   "objective",
-  {"next_token": NextToken, "response": Response, "next_tokens": NextTokens, "masked_lm": MaskedTokens},
+  {
+    "next_token": NextToken,
+    "next_tokens": NextTokens,
+    "response": Response,
+    "distil": Distil,
+    "masked_lm": MaskedTokens,
+  },
 )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import moe_jax
 from moe_jax import Context
 from moe_jax.analysis.examine import replays, report, tables
 from moe_jax.analysis.examine.examination import examine
@@ -17,6 +18,7 @@ from moe_jax.errors import InputError
 from moe_jax.nn.aux import moe_auxes
 from moe_jax.nn.build import resolve
 from moe_jax.nn.transformer import Transformer
+from moe_jax.training import compiled
 from tests import tiny
 
 MOE = tiny.change(tiny.CONFIG, balancers="none", jitter=0.0).model.moe
@@ -41,7 +43,9 @@ def examined():
   """(model, batches, what was seen, examination): layers with 8, 4, 8, 4 experts behind a dense one."""
   model, seen = make_model(((MOE, SMALL), 2)), []
   batches = [tiny.make_batch(seed=seed) for seed in (1, 2)]
-  found = examine(model, batches, TEXTS, DEVICES, lambda batch, logits: seen.append(np.asarray(logits)))
+  found = examine(
+    model, batches, TEXTS, DEVICES, lambda batch, logits: seen.append([np.asarray(x) for x in logits])
+  )
   return model, batches, seen, found
 
 
@@ -59,42 +63,36 @@ def choices_of(model, batch):
 
 def test_every_sum_is_that_of_a_loop(examined):
   model, batches, _, found = examined
-  shape = found.sums
-  domain, position = np.zeros_like(shape.by_domain_RSE), np.zeros_like(shape.by_position_RXE)
-  token, together, following = map(np.zeros_like, (shape.by_token_RXE, shape.together_RXE, shape.next_RXE))
-  reached, sequences = np.zeros_like(shape.reached_RX), []
+  right = [{name: np.zeros_like(x) for name, x in sums._asdict().items()} for sums in found.layers]
+  sequences: list[list] = [[], [], [], []]
   place = {int(v): i for i, v in enumerate(found.named_ids)}
   for batch in batches:
     layers = choices_of(model, batch)
-    per_sequence = np.zeros((4, 8, 8))
     for r, pairs in enumerate(layers):
       of_token: dict = {}
+      own, num_experts = right[r], (8, 4)[r % 2]
+      per_sequence = np.zeros((8, num_experts))
       for (b, t), e in pairs:
         of_token.setdefault((b, t), []).append(e)
-        domain[r, batch["domain_B"][b], e] += 1
-        position[r, t * NUM_BINS // 16, e] += 1
-        token[r, place[int(batch["tokens_BL"][b, t])], e] += 1
-        per_sequence[r, b, e] += 1
+        own["by_domain_SE"][batch["domain_B"][b], e] += 1
+        own["by_position_XE"][t * NUM_BINS // 16, e] += 1
+        own["by_token_XE"][place[int(batch["tokens_BL"][b, t])], e] += 1
+        per_sequence[b, e] += 1
       for where, experts in of_token.items():
         assert len(experts) == (2, 1)[r % 2]
-        reached[r, len({e // ((8, 4)[r % 2] // DEVICES) for e in experts})] += 1
-        for one in experts:
+        own["reached_X"][len({e // (num_experts // DEVICES) for e in experts})] += 1
+        earlier = [e for w, e in layers[r - 1] if w == where] if r else []
+        for e in experts:
           for other in experts:
-            together[r, one, other] += 1
-          for other in [e for w, e in layers[r + 1] if w == where] if r < 3 else []:
-            following[r, one, other] += 1
-    sequences.append(per_sequence)
-  assert shape.tokens == sum(batch["mask_BL"].sum() for batch in batches)
-  for name, right in {
-    "by_domain_RSE": domain,
-    "by_position_RXE": position,
-    "by_token_RXE": token,
-    "together_RXE": together,
-    "next_RXE": following,
-    "reached_RX": reached,
-    "per_sequence_RBE": np.concatenate(sequences, axis=1),
-  }.items():
-    np.testing.assert_array_equal(getattr(shape, name), right, err_msg=name)
+            own["together_XE"][e, other] += 1
+          for other in earlier:
+            own["before_XE"][other, e] += 1
+      sequences[r].append(per_sequence)
+  assert found.num_tokens == sum(batch["mask_BL"].sum() for batch in batches)
+  for r, sums in enumerate(found.layers):
+    right[r]["per_sequence_BE"] = np.concatenate(sequences[r])
+    for name in set(sums._fields) - {"entropy"}:
+      np.testing.assert_array_equal(getattr(sums, name), right[r][name], err_msg=f"{name} of layer {r}")
   counts = np.bincount(np.concatenate([b["tokens_BL"][b["mask_BL"]] for b in batches]), minlength=tiny.VOCAB)
   np.testing.assert_array_equal(found.named_counts, counts[found.named_ids])
   assert (np.diff(found.named_counts) <= 0).all()
@@ -107,24 +105,22 @@ def test_rows_say_what_the_sums_say(examined):
   assert [row["experts_per_token"] for row in rows] == [2, 1, 2, 1]
   for r, row in enumerate(rows):
     num_experts = row["num_experts"]
-    load = found.load_RE[r, :num_experts]
+    load = found.load_E(r)
     assert row["max_vio"] == pytest.approx(load.max() / load.mean() - 1, rel=1e-5)
     assert row["dead_experts"] == (load < 0.01 * load.mean()).sum()
     assert row["super_experts"] == (load > 2 * load.mean()).sum()
-    joint = found.sums.by_domain_RSE[r, :, :num_experts] / load.sum()
+    joint = found.layers[r].by_domain_SE / load.sum()
     chance = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
     right = sum(p * np.log(p / q) for p, q in zip(joint.ravel(), chance.ravel(), strict=True) if p > 0)
     assert row["information_domain"] == pytest.approx(right, abs=1e-5)
     for factor in (0.5, 1.0, 2.0):
       capacity = int(np.ceil(16 * row["experts_per_token"] * factor / num_experts))
-      over = sum(max(0, n - capacity) for n in found.sums.per_sequence_RBE[r, :, :num_experts].ravel())
+      over = sum(max(0, n - capacity) for n in found.layers[r].per_sequence_BE.ravel())
       assert row[f"dropped_at_{factor:g}"] == pytest.approx(over / load.sum())
     # the softmax of the logits, over tokens that are no padding
     entropies = []
-    for batch, logits_RBLE in zip(batches, seen, strict=True):
-      e = np.exp(
-        logits_RBLE[r, ..., :num_experts] - logits_RBLE[r, ..., :num_experts].max(axis=-1, keepdims=True)
-      )
+    for batch, logits in zip(batches, seen, strict=True):
+      e = np.exp(logits[r] - logits[r].max(axis=-1, keepdims=True))
       p = e / e.sum(axis=-1, keepdims=True)
       entropies.append(-(p * np.log(p)).sum(axis=-1)[batch["mask_BL"]])
     assert row["router_entropy"] == pytest.approx(np.concatenate(entropies).mean(), rel=1e-4)
@@ -138,9 +134,9 @@ def test_padding_and_the_cut_into_batches_change_nothing(examined):
   halves = [{name: x[rows] for name, x in batches[1].items()} for rows in (slice(0, 4), slice(4, 8))]
   first = examine(model, [padded], TEXTS, DEVICES)
   second = examine(model, halves, TEXTS, DEVICES)
-  for name in ("by_domain_RSE", "together_RXE", "next_RXE", "reached_RX"):
-    both = getattr(first.sums, name) + getattr(second.sums, name)
-    np.testing.assert_array_equal(both, getattr(found.sums, name))
+  for one, two, whole in zip(first.layers, second.layers, found.layers, strict=True):
+    for name in ("by_domain_SE", "together_XE", "before_XE", "reached_X"):
+      np.testing.assert_array_equal(getattr(one, name) + getattr(two, name), getattr(whole, name))
 
 
 class Page(html.parser.HTMLParser):
@@ -178,7 +174,7 @@ def test_the_page_has_every_table_and_escapes_every_name(examined, tmp_path):
   assert [line["layer"] for line in experts] == ["0"] * 8 + ["1"] * 4 + ["2"] * 8 + ["3"] * 4
   assert sum(float(line["load"]) for line in experts[:8]) == pytest.approx(8, abs=1e-2)
   saved = np.load(tmp_path / "examination.npz")
-  np.testing.assert_array_equal(saved["by_domain_RSE"], found.sums.by_domain_RSE)
+  np.testing.assert_array_equal(saved["layer_1.by_domain_SE"], found.layers[1].by_domain_SE)
 
 
 def test_tokens_of_an_expert_are_those_it_takes_most_of(examined):
@@ -188,7 +184,7 @@ def test_tokens_of_an_expert_are_those_it_takes_most_of(examined):
     for part in row["tokens"].split():
       token, _, share = part.partition(":")
       place = list(found.named_ids).index(int(token))
-      taken = found.sums.by_token_RXE[row["layer"], place, row["expert"]]
+      taken = found.layers[row["layer"]].by_token_XE[place, row["expert"]]
       assert found.named_counts[place] >= tables.LEAST
       assert share == f"{taken / found.named_counts[place]:.0%}"
   assert any(row["tokens"] for row in rows)
@@ -210,7 +206,22 @@ def test_recorded_logits_replay_to_the_same_choices(examined, tmp_path):
   assert none["updates"] == 1  # a quarter of four
   assert none["max_vio"] == pytest.approx(np.mean([row["max_vio"] for row in last.rows()]), abs=2e-2)
   assert bias["max_vio"] < none["max_vio"]
-  assert found.sums.tokens == 4 * last.sums.tokens
+  assert found.num_tokens == 4 * last.num_tokens
+
+
+def test_a_stream_of_layers_is_examined_as_the_whole_model(tmp_path):
+  config = compiled.resolve_config(moe_jax.preset("deepseek_v3_tiny"))
+  moe_jax.save(compiled.make_model(config, tiny.VOCAB, seed=0), tmp_path / "model")
+  batches = [tiny.make_batch(seed=seed) for seed in (1, 2)]
+  whole, stream = (
+    examine(model, batches, TEXTS, DEVICES)
+    for model in (moe_jax.load(tmp_path / "model").model, moe_jax.LayerStream(tmp_path / "model"))
+  )
+  assert len(whole.layers) == config.model.num_layers - config.model.num_dense_first > 1
+  for one, other in zip(whole.layers, stream.layers, strict=True):
+    for name in set(one._fields) - {"entropy"}:
+      np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
+    assert one.entropy == pytest.approx(other.entropy, rel=1e-5)
 
 
 def test_what_cannot_be_examined():

@@ -112,6 +112,18 @@ def test_bytes_of_one_sequence(spec, per_token, fixed):
     assert cache_bytes(config, 3).total == 3 * fixed * 3 // 4
 
 
+def test_a_step_holds_the_cache_once():
+  """In the compiled program, beside the cache that it is given and overwrites, there is no second one."""
+  config = ModelConfig(**SIZES, segments=(Segment((BlockConfig(ffn="mlp"),), 8),))
+  model = randomized(lambda: Transformer(config, V, rngs=nnx.Rngs(0)))
+  cache = jax.eval_shape(lambda: model.init_cache(jnp.zeros(2, jnp.int32), 4096))
+  step = jax.jit(lambda model, tokens_BL, cache: model.extend(tokens_BL, cache), donate_argnums=2)
+  memory = step.lower(model, jnp.zeros((2, 1), jnp.int32), cache).compile().memory_analysis()
+  total = 2 * cache_bytes(config, 4096, "float32").total
+  assert memory.alias_size_in_bytes >= total
+  assert memory.temp_size_in_bytes < total / 2
+
+
 def test_what_keeps_no_cache_says_so():
   class Mean(nnx.Module):
     def __init__(self, dim):

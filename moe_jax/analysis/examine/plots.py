@@ -33,11 +33,10 @@ def layers_shown(num_layers: int) -> list[int]:
 
 def plot_load(path: pathlib.Path, found: Examination) -> canvas.Plot:
   """Load of each expert relative to balance; layers from top to bottom."""
-  most = max(found.sizes.num_experts)
-  relative = np.full((len(found.sizes.num_experts), most), np.nan)
-  for layer, num_experts in enumerate(found.sizes.num_experts):
-    load_E = found.of_layer(layer, found.load_RE)
-    relative[layer, :num_experts] = load_E / max(load_E.mean(), 1e-9)
+  loads = [found.load_E(layer) for layer in range(len(found.layers))]
+  relative = np.full((len(loads), max(map(len, loads))), np.nan)
+  for layer, load_E in enumerate(loads):
+    relative[layer, : len(load_E)] = load_E / max(load_E.mean(), 1e-9)
   figure = canvas.figure(7.6, float(np.clip(0.22 * len(relative) + 1.2, 1.8, 7.0)))
   ax = figure.subplots()
   image = _image(ax, relative, 0.0, min(max(2.0, float(np.nanmax(relative))), 4.0), "RdBu_r", centre=1.0)
@@ -76,12 +75,12 @@ def plot_domains(path: pathlib.Path, found: Examination) -> canvas.Plot | None:
   """Where the tokens of each domain go, in three layers; None if there is one domain."""
   if len(found.domains) < 2:
     return None
-  shown = layers_shown(len(found.sizes.num_experts))
+  shown = layers_shown(len(found.layers))
   figure = canvas.figure(2.9 * len(shown) + 0.9, float(np.clip(0.25 * len(found.domains) + 1.0, 1.6, 5.0)))
   axes = figure.subplots(1, len(shown), squeeze=False)[0]
   shares = []
   for layer in shown:
-    counts_SE = found.of_layer(layer, found.sums.by_domain_RSE)
+    counts_SE = found.layers[layer].by_domain_SE
     shares.append(counts_SE / np.maximum(counts_SE.sum(axis=1, keepdims=True), 1) * counts_SE.shape[1])
   top = max(2.0, *(float(s.max()) for s in shares))
   for ax, layer, share in zip(axes, shown, shares, strict=True):
@@ -98,9 +97,11 @@ def plot_domains(path: pathlib.Path, found: Examination) -> canvas.Plot | None:
 
 def plot_pairs(path: pathlib.Path, found: Examination) -> canvas.Plot:
   """Which experts are chosen together, and one after the other, against independent choices."""
-  layers = layers_shown(len(found.sizes.num_experts))
-  pairs = [(f"together, layer {i}", _lift(found, i, i, found.sums.together_RXE[i])) for i in layers]
-  pairs += [(f"layer {i}, then {i + 1}", _lift(found, i, i + 1, found.sums.next_RXE[i])) for i in layers[:-1]]
+  layers = layers_shown(len(found.layers))
+  pairs = [(f"together, layer {i}", _lift(found, i, i, found.layers[i].together_XE)) for i in layers]
+  pairs += [
+    (f"layer {i}, then {i + 1}", _lift(found, i, i + 1, found.layers[i + 1].before_XE)) for i in layers[:-1]
+  ]
   columns = min(3, len(pairs))
   figure = canvas.figure(2.7 * columns + 0.9, 2.5 * -(-len(pairs) // columns))
   axes = figure.subplots(
@@ -121,8 +122,7 @@ def plot_pairs(path: pathlib.Path, found: Examination) -> canvas.Plot:
 
 def _lift(found: Examination, layer: int, following: int, pairs_XE: np.ndarray) -> np.ndarray:
   """Returns observed pairs / those of independent choices with the same loads; NaN for a pair of one expert."""
-  pairs_XE = pairs_XE[: found.sizes.num_experts[layer], : found.sizes.num_experts[following]].copy()
-  one, other = (found.of_layer(i, found.load_RE) for i in (layer, following))
+  pairs_XE, one, other = pairs_XE.copy(), found.load_E(layer), found.load_E(following)
   chance_XE = one[:, None] * other[None, :]
   if layer == following:
     np.fill_diagonal(chance_XE, 0)
@@ -135,7 +135,7 @@ def _lift(found: Examination, layer: int, following: int, pairs_XE: np.ndarray) 
 
 def plot_drops(path: pathlib.Path, found: Examination) -> canvas.Plot:
   """What a capacity factor would drop."""
-  dropped = np.array([[found.dropped(i, f) for f in FACTORS] for i in range(len(found.sizes.num_experts))])
+  dropped = np.array([[found.dropped(i, f) for f in FACTORS] for i in range(len(found.layers))])
   figure = canvas.figure(4.6, 2.8)
   ax = figure.subplots()
   for row in dropped:

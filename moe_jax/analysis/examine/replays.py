@@ -41,15 +41,15 @@ class Recorder:
   def __exit__(self, *exception: Any) -> None:
     self._writer.__exit__(*exception)
 
-  def see(self, batch: Batch, logits_RBLE: jax.Array) -> None:
-    """Keeps one batch."""
+  def see(self, batch: Batch, logits: Sequence[jax.Array]) -> None:
+    """Keeps the router logits [B, L, E] of the layers of one batch."""
     self._step += 1
     key_B = jax.random.split(jax.random.key(self._step), len(batch["domain_B"]))
     limit = float(np.finfo(np.float16).max)
     self._writer.add(
       self._step,
       {
-        "logits_RBLE": jnp.clip(logits_RBLE, -limit, limit).astype(jnp.float16),
+        "logits_RBLE": jnp.clip(jnp.stack(logits), -limit, limit).astype(jnp.float16),
         "mask_BL": batch["mask_BL"],
         "domain_B": np.asarray(batch["domain_B"], np.int32),
         "key_B": jax.random.key_data(key_B),

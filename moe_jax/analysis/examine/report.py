@@ -1,7 +1,6 @@
 """Writes what an examination found: tables, pictures, numbers, and one page with all of it."""
 
 import base64
-import json
 import pathlib
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -75,15 +74,19 @@ def write(
 
 
 def write_arrays(path: pathlib.Path, found: Examination) -> None:
-  """Writes all sums, for notebooks: `numpy.load(path)` gives them by name."""
-  arrays = {name: np.asarray(value, np.float32) for name, value in found.sums._asdict().items()}
+  """Writes all sums, for notebooks: `numpy.load(path)["layer_3.by_domain_SE"]`."""
+  arrays = {
+    f"layer_{i}.{name}": np.asarray(value, np.float32)
+    for i, sums in enumerate(found.layers)
+    for name, value in sums._asdict().items()
+  }
   np.savez_compressed(
     path,
     **arrays,
-    num_experts=np.array(found.sizes.num_experts),
     num_tokens_B=found.num_tokens_B,
     named_ids=found.named_ids,
-    domains=np.array(json.dumps(found.domains)),
+    named_counts=found.named_counts,
+    domains=np.array(found.domains),
   )
 
 

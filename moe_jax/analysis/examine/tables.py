@@ -22,33 +22,30 @@ def expert_rows(found: Examination, text_of: Callable[[int], str]) -> list[dict[
     found: the examination.
     text_of: the text of a token id.
   """
-  return [
-    row for layer in range(len(found.sizes.num_experts)) for row in _rows_of_layer(found, layer, text_of)
-  ]
+  return [row for layer in range(len(found.layers)) for row in _rows_of_layer(found, layer, text_of)]
 
 
 def _rows_of_layer(found: Examination, layer: int, text_of: Callable[[int], str]) -> list[dict[str, Any]]:
-  of = lambda array: found.of_layer(layer, array)
-  load_E, domain_SE = of(found.load_RE), of(found.sums.by_domain_RSE)
-  together_EE = found.of_layer(layer, found.sums.together_RXE)[: len(load_E)].copy()
-  np.fill_diagonal(together_EE, 0)
-  taken_VE = of(found.sums.by_token_RXE)[: len(found.named_ids)]
+  sums, load_E = found.layers[layer], found.load_E(layer)
+  together_XE = sums.together_XE.copy()
+  np.fill_diagonal(together_XE, 0)
+  taken_VE = sums.by_token_XE[: len(found.named_ids)]
   share_VE = taken_VE / found.named_counts[:, None] * (found.named_counts >= LEAST)[:, None]
   rows = []
   for expert, load in enumerate(load_E):
     best = [
       v for v in np.argsort(-share_VE[:, expert], kind="stable")[:NUM_LISTED] if share_VE[v, expert] > 0
     ]
-    partner = int(together_EE[expert].argmax()) if together_EE[expert].any() else None
+    partner = int(together_XE[expert].argmax()) if together_XE[expert].any() else None
     rows.append(
       {
         "layer": layer,
         "expert": expert,
         "load": round(float(load / max(load_E.sum(), 1) * len(load_E)), 4),
-        "domain": found.domains[int(domain_SE[:, expert].argmax())] if load else "",
-        "domain_share": round(float(domain_SE[:, expert].max() / load), 4) if load else 0.0,
+        "domain": found.domains[int(sums.by_domain_SE[:, expert].argmax())] if load else "",
+        "domain_share": round(float(sums.by_domain_SE[:, expert].max() / load), 4) if load else 0.0,
         "partner": "" if partner is None else partner,
-        "partner_share": round(float(together_EE[expert].max() / load), 4) if load else 0.0,
+        "partner_share": round(float(together_XE[expert].max() / load), 4) if load else 0.0,
         "tokens": " ".join(f"{shown(text_of(found.named_ids[v]))}:{share_VE[v, expert]:.0%}" for v in best),
       }
     )
@@ -96,9 +93,9 @@ def cells(row: Mapping[str, Any]) -> list[str]:
 
 def caption(found: Examination) -> str:
   """Says how to read the table of layers."""
-  devices = found.sizes.num_devices
+  devices = found.num_devices
   return (
-    f"{int(found.sums.tokens):,} tokens in {len(found.num_tokens_B):,} windows. MaxVio = max(load) / mean(load) - 1. Load "
+    f"{found.num_tokens:,} tokens in {len(found.num_tokens_B):,} windows. MaxVio = max(load) / mean(load) - 1. Load "
     "entropy: of log E. Dead: below 1% of the fair share; above 2x: more than twice of it. Router entropy: of a token's "
     "scores, nats. MI: mutual information between the expert of an assignment and the domain, the token "
     f"({len(found.named_ids)} most frequent ids) or the position, nats. Devices: that a token reaches if the experts lie "

@@ -23,6 +23,8 @@ class ChoiceRouter(Router):
     self.gives_smooth_load, self.whole_sequences = choice.gives_smooth_load, choice.whole_sequences
     self.weighs, self.has_threshold = choice.weighs, choice.has_threshold
     self.sparse_weights, self.most = choice.sparse_weights, choice.most
+    # A choice that a bias moves is a top-k of scores, and choices that are given stand for the bias.
+    self.replays = choice.takes_bias and not choice.has_threshold and not choice.sparse_weights
 
   def logits(self, x_GTD: Array) -> Array:
     """Returns logits_GTE in float32."""

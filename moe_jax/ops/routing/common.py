@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.errors import InputError
-from moe_jax.types import Array, Assignment, BatchRouting, ExpertScale, RouterContext, Routing
+from moe_jax.types import Array, Assignment, BatchRouting, ExpertScale, Replay, RouterContext, Routing
 
 
 class Choice(NamedTuple):
@@ -47,7 +47,8 @@ def in_groups(choose: Callable[..., Routing], *logits_GTE: Array, context: Route
   shared = {"bias_E": context.bias_E, "train": context.train}
 
   def of_group(own: RouterContext, *logits_TE: Array) -> Routing:
-    return choose(*logits_TE, own._replace(**shared))
+    replayed = {} if own.routes is None else {"bias_E": Replay(own.routes)}
+    return choose(*logits_TE, own._replace(**shared | replayed))
 
   return jax.vmap(of_group)(context._replace(bias_E=None, train=None), *logits_GTE)
 
@@ -63,10 +64,15 @@ def require(value: Array | None, who: str, name: str) -> Array:
   return value
 
 
-def apply_bias(scores_TX: Array, bias_X: Array | ExpertScale | None) -> Array:
+_FAR = 1e6  # above the difference of any two scores
+
+
+def apply_bias(scores_TX: Array, bias_X: Array | ExpertScale | Replay | None) -> Array:
   """What the choice is made by: scores with the balancer's bias."""
   if bias_X is None:
     return scores_TX
+  if isinstance(bias_X, Replay):
+    return scores_TX - _FAR * (1 - bias_X.selected_TE)
   if isinstance(bias_X, ExpertScale):
     return scores_TX * bias_X.factor_E[None]
   return scores_TX + bias_X[None]

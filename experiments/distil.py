@@ -1,0 +1,106 @@
+"""How much of what a sparse model gains over a dense one does a dense student keep?
+
+Question   The share of the gain that is kept, for the arms of Switch's table (2101.03961, table 6).
+Command    python experiments/distil.py --model=runs/load_balancing/arms/none/seed_0 --seeds=5
+           python experiments/distil.py --model=MODEL --seeds=1 --num_steps=60 --output_dir=runs/distil_tiny
+Hardware   two CPU cores, 4 GB for a small model; any JAX device
+Minutes    about 3 per run of 600 steps, on two CPU cores
+Result     see docs/adapt.md
+
+The teacher is the sparse model in the folder of a run. The student is dense, with the same attention, and feed-forward parts of
+the width that a token meets in the teacher, K x F. Arms, all trained for --num_steps:
+
+- alone: from random parameters, on the text;
+- soft: half of the loss are the teacher's predictions;
+- init: all parameters of the teacher but those of its experts, trained on the text;
+- init_soft: both;
+- init_mixed: with 0.75 of the loss on the text and 0.25 on the predictions.
+
+kept = (loss of alone - loss of the arm) / (loss of alone - loss of the teacher), in nats per token of the validation text.
+Switch has 3 % for soft, 20 % for init_soft and 29 % for init_mixed. Writes a comparison's folder and kept.csv, and resumes.
+"""
+
+import dataclasses
+import pathlib
+import shlex
+import sys
+
+from absl import flags
+
+from moe_jax import cli
+from moe_jax.cluster import start as distributed
+from moe_jax.comparison import flags as comparison_flags
+from moe_jax.config import ModelConfig, MoEConfig
+
+_MODEL = flags.DEFINE_string("model", None, "the folder of the run that is the teacher", required=True)
+_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "of the soft targets")
+_OUTPUT_DIR = flags.DEFINE_string("output_dir", "runs/distil", "the folder to write")
+_OF_MODEL = {field.name for cls in (ModelConfig, MoEConfig) for field in dataclasses.fields(cls)}
+_OF_TEXT = ("dataset", "text_folder", "tokenizer", "sequence_length")  # the teacher's
+cli.define_flags(leave_out=(*_OF_MODEL, *_OF_TEXT, "objective", "init_from", "seed", "data_seed"))
+comparison_flags.define_flags(sweep=False)
+distributed.define_flags()
+for module in (cli, comparison_flags, distributed):
+  flags.adopt_module_key_flags(module)  # shown by --help
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  # Imported here, so that --help and wrong flags answer at once.
+  from moe_jax.adapt import to_dense
+  from moe_jax.adapt.table import write_table
+  from moe_jax.comparison.comparison import Comparison
+  from moe_jax.data import load_dataset
+  from moe_jax.training.load import load_run
+  from moe_jax.training.start import save_model
+  from moe_jax.training.validate import validate
+
+  folder, config = pathlib.Path(_OUTPUT_DIR.value), cli.config_from_flags()
+  teacher = load_run(_MODEL.value)
+  moe = next(iter(teacher.config.model.moe_configs))
+  student = to_dense(teacher.model, moe.num_experts_per_token * moe.expert_dim)
+  data = dataclasses.replace(teacher.config.data, batch_size=config.data.batch_size)
+  config = dataclasses.replace(config, model=student.config, data=data)
+  start = folder / "start"
+  if not (start / "config.json").exists():
+    save_model(start, student, config, teacher.tokenizer)
+  soft = lambda share: {
+    "objective": f"distil:teacher={_MODEL.value}:temperature={_TEMPERATURE.value}:soft={share}"
+  }
+  init = {"init_from": str(start)}
+  arms = {
+    "alone": {},
+    "soft": soft(0.5),
+    "init": init,
+    "init_soft": init | soft(0.5),
+    "init_mixed": init | soft(0.25),
+  }
+  comparison = Comparison(arms, config=config, output_dir=folder / "students", **comparison_flags.arguments())
+  results = comparison.run()
+  comparison.report(
+    results,
+    title="Distillation",
+    question=__doc__.splitlines()[0],
+    command=shlex.join(["python", *sys.argv]),
+    notes=[f"The teacher is {_MODEL.value}. It is one model for all seeds, and saw other batches."],
+  )
+  train = dataclasses.replace(teacher.config.train, eval_batches=config.train.eval_batches)
+  whole = validate(teacher.model, dataclasses.replace(teacher.config, train=train), load_dataset(data))
+  if comparison.is_whole:
+    write_table(folder / "kept.csv", kept(results, whole["nll"]))
+
+
+def kept(results: list[dict], teacher: float) -> list[dict]:
+  """Returns a row for each arm and seed, with the share of the gain that it keeps."""
+  nll = {(result["arm"], result["seed"]): result["validation"]["nll"] for result in results}
+  rows = []
+  for (arm, seed), own in nll.items():
+    alone = nll["alone", seed]
+    rows.append(
+      {"arm": arm, "seed": seed, "nll": own, "teacher": teacher, "kept": (alone - own) / (alone - teacher)}
+    )
+  return rows
+
+
+if __name__ == "__main__":
+  cli.run(distributed.on_every_process(main))
