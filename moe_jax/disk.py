@@ -14,12 +14,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 from moe_jax.errors import InputError
 
 LOCK = ".lock"  # of a run, in its folder; of the config.json of a comparison, beside it
 ASIDE = "damaged"  # where damaged files of a folder are moved to; nothing is ever deleted
+WRITING = ".writing-"  # begins the name of a file that is not whole yet; a kill may leave it
 _BEAT = 5.0  # seconds between signs of life in the lock file
 _OBSERVE = 4 * _BEAT  # without one for so long, an owner on another machine counts as gone
 
@@ -29,20 +30,27 @@ def note(text: str) -> None:
   print(f"note: {' '.join(text.split())}", file=sys.stderr, flush=True)
 
 
-def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
-  """Writes a file in one rename, so that a file that exists is whole, also after a power cut. Makes its folder."""
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+  """A file to write, which gets its name when it is whole, also after a power cut. Makes its folder."""
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  handle, temporary = tempfile.mkstemp(prefix=".", dir=path.parent)
+  handle, temporary = tempfile.mkstemp(prefix=WRITING, dir=path.parent)
   try:
     with os.fdopen(handle, "wb") as file:
-      file.write(data)
+      yield file
       file.flush()
       os.fsync(file.fileno())
     os.chmod(temporary, 0o644)  # mkstemp's files are only for their owner
     os.replace(temporary, path)
   finally:
     pathlib.Path(temporary).unlink(missing_ok=True)
+
+
+def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
+  """Writes a file in one rename, so that a file that exists is whole. Makes its folder."""
+  with whole_file(path) as file:
+    file.write(data)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

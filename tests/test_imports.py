@@ -89,7 +89,7 @@ GRAPH = {
   "analysis": Part(RUN),
   "analysis.accounting": Part(f"analysis interop {RUN}"),
   "analysis.capacity": Part(f"analysis comparison {RUN}"),
-  "analysis.examine": Part(f"analysis comparison.report {RUN}"),
+  "analysis.examine": Part(f"analysis interop comparison.report {RUN}"),
   "analysis.replay": Part(f"analysis comparison.report {RUN}"),
   "analysis.communication": Part(
     "comparison.report training.router_trace nn config ops types errors", never={"flax", "optax"}

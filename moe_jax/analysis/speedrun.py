@@ -96,7 +96,7 @@ class Speedrun:
   def run(self, seeds: Sequence[int], console: Console | None = None) -> dict[str, Any]:
     """Trains what is missing and returns the entry of the leaderboard."""
     self.folder.mkdir(parents=True, exist_ok=True)
-    (self.folder / "config.json").write_text(json.dumps(self.claim, indent=1) + "\n")
+    disk.write_json(self.folder / "config.json", self.claim)
     done = {seed: self._finished(seed) for seed in seeds}
     steps = sum(config.train.num_steps for config in self.configs.values())
     with TrainingProgress(steps * sum(pair is None for pair in done.values()), console) as progress:

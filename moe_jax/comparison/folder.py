@@ -75,7 +75,9 @@ class ComparisonFolder:
   def _is_free(self) -> bool:
     """Returns whether there is nothing in the folder, or only what a sweep tried before any run was claimed."""
     own = (SWEEP, disk.LOCK, disk.ASIDE)
-    return self.path.is_dir() and all(path.name in own for path in self.path.iterdir())
+    return self.path.is_dir() and all(
+      path.name in own or path.name.startswith(disk.WRITING) for path in self.path.iterdir()
+    )
 
   def claim(self, claim: Mapping[str, Any]) -> None:
     """Writes config.json, with what earlier calls claimed. Several commands may do so at the same time."""

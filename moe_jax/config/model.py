@@ -26,7 +26,7 @@ class MoEConfig:
   experts: Spec = flag(
     "swiglu",
     "network of the experts: swiglu, relu, gelu, clipped_swiglu, bounded_swiglu, expert_dropout, low_rank, "
-    "quantised, quantised_training",
+    "quantised, quantised_training, fp8_products",
   )
   router: Spec = flag("softmax_topk", "what chooses the experts of a token, e.g. sigmoid_topk:normalize=true")
   balancers: Spec | Sequence[Spec] = flag(

@@ -115,13 +115,17 @@ class SegmentStack(nnx.Module):
     graphdef, stacked = nnx.split(self.pattern)
     size = len(self.pattern.blocks)
 
-    def body(x_BLD, xs):
-      state, repetition, caches = xs
+    def body(carry, xs):
+      (x_BLD, caches), (state, repetition) = carry, xs
+      own = jax.tree.map(lambda c: jax.lax.dynamic_index_in_dim(c, repetition, keepdims=False), caches)
       extended = []
       for i, block in enumerate(nnx.merge(graphdef, state).blocks):
         layer = self.first_layer + repetition * size + i
-        x_BLD, cache = block.extend(x_BLD, context.of_layer(layer, None), caches[i])
+        x_BLD, cache = block.extend(x_BLD, context.of_layer(layer, None), own[i])
         extended.append(cache)
-      return x_BLD, tuple(extended)
+      write = lambda c, new: jax.lax.dynamic_update_index_in_dim(c, new, repetition, 0)
+      return (x_BLD, jax.tree.map(write, caches, tuple(extended))), None
 
-    return jax.lax.scan(body, x_BLD, (stacked, jnp.arange(self.repeats), caches))
+    # The caches are carried, and so written in place. As outputs of the loop they would be there twice.
+    (x_BLD, caches), _ = jax.lax.scan(body, (x_BLD, caches), (stacked, jnp.arange(self.repeats)))
+    return x_BLD, caches

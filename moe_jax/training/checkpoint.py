@@ -128,11 +128,13 @@ class Checkpoints:
     folder = self.folder / str(step)
     try:
       kept = json.loads((folder / "extra" / "metadata").read_text())
-      digest = kept.pop("digest", "")
-      if digest != _digest_of_json(kept):
+      old = not {"digest", "arrays"} & kept.keys()
+      if not old and kept.pop("digest", "") != _digest_of_json(kept):
         return None, {}, "its position in the data does not have the digest that was saved"
     except (OSError, ValueError, AttributeError) as error:
       return None, {}, f"its position in the data cannot be read: {_short(error)}"
+    if old:
+      raise InputError(f"{folder}: a checkpoint of another version of moe_jax, without digests; train anew")
     self._check_same_arrays(step, kept["arrays"], target)
     with _without_echo():
       handler = ocp.StandardCheckpointHandler()

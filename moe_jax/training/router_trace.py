@@ -11,7 +11,6 @@ Router logits stay far inside its range of 65504, to which larger ones are clipp
 Axes as in `moe_jax.types`, and I: recorded steps.
 """
 
-import io
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -164,9 +163,8 @@ def _open(path: pathlib.Path) -> np.ndarray:
 
 
 def _save(folder: pathlib.Path, records: np.ndarray) -> None:
-  content = io.BytesIO()
-  np.save(content, records, allow_pickle=False)
-  disk.write_whole(folder / f"steps_{records['step'][0]:012d}.npy", content.getvalue())
+  with disk.whole_file(folder / f"steps_{records['step'][0]:012d}.npy") as file:
+    np.save(file, records, allow_pickle=False)
 
 
 def _remove_after(folder: pathlib.Path, step: int) -> None:

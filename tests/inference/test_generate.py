@@ -13,7 +13,9 @@ from moe_jax import sharding
 from moe_jax.config import BlockConfig, MeshConfig, ModelConfig, MoEConfig, Segment
 from moe_jax.data.tokenizers import load_tokenizer
 from moe_jax.errors import InputError
-from moe_jax.inference.generate import Sampling, generate, generate_tokens, stream
+from moe_jax.inference import generate as generation
+from moe_jax.inference.generate import Sampling, generate, generate_tokens, left_padded, stream
+from moe_jax.inference.model import dropless, on_mesh
 from moe_jax.inference.text import TextSoFar
 from moe_jax.nn import Transformer
 from moe_jax.training.load import Loaded
@@ -82,8 +84,17 @@ def test_a_batch_of_prompts_gets_what_the_whole_forward_pass_says_of_each(model)
 
 def test_eight_devices_say_the_same(model):
   """Experts, heads, the stored parameters and the batch are split; three prompts do not divide over four devices."""
+  expected = most_likely()
   with jax.set_mesh(sharding.make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))):
-    assert collect(model, PROMPTS, NEW, tokens_per_call=4) == most_likely()
+    assert collect(model, PROMPTS, NEW, tokens_per_call=4) == expected
+    graphdef, state = nnx.split(on_mesh(dropless(model)))
+    tokens_BL, pad_B = left_padded(PROMPTS, 4)
+    choice = generation._choice(Sampling(), 4)
+    _, cache = generation._prefill(graphdef, state, tokens_BL, pad_B, choice, 32, 0)
+  lightning, (keys, values), latent = cache.layers[0]
+  parts = lambda x: tuple(whole // part for whole, part in zip(x.shape, x.addressable_shards[0].data.shape))
+  assert parts(lightning) == (1, 4, 2, 1, 1)  # sequences, heads
+  assert parts(keys) == parts(values) == (1, 4, 1, 2, 1) and parts(latent) == (1, 4, 1, 1)
 
 
 def test_tokens_come_as_they_are_made_and_end_where_they_should(model):

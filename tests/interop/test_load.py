@@ -180,9 +180,16 @@ def test_packed_experts_are_dequantised_a_few_at_a_time(monkeypatch):
   assert peak < out.nbytes / 2
 
 
-def test_a_device_that_is_no_cpu_gets_layers_one_by_one(model, folder, monkeypatch):
+def test_a_device_that_is_no_cpu_gets_parameters_in_steps(model, folder, monkeypatch):
+  """Layer by layer, and of the embedding several rows at a time."""
+  put, sizes = place._put, set()
+  monkeypatch.setattr(
+    place, "_put", lambda array, part, start: sizes.add(part.shape) or put(array, part, start)
+  )
+  monkeypatch.setattr(place, "_STEP", 1000)
   monkeypatch.setattr(place, "in_place", lambda device: False)
   assert_same_model(moe_jax.load(folder).model, model)
+  assert {(15, 16), (3, 16), (1, 4, 16, 24)} <= sizes  # V = 48 in steps of 15 rows; experts of one layer
 
 
 def tokenizer(folder, size):

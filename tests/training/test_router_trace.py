@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax import sharding
+from moe_jax import disk, sharding
 from moe_jax.config import MeshConfig
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError
@@ -88,12 +88,11 @@ def test_a_kill_leaves_whole_steps(tmp_path, monkeypatch):
   writer.add(4, steps[3])
   assert_holds(Trace(tmp_path), steps[:3])
 
-  def killed(file, records):
-    file.write(b"half a file")
+  def killed(handle):
     raise SystemExit
 
   with monkeypatch.context() as patch, pytest.raises(SystemExit):
-    patch.setattr(np, "save", killed)
+    patch.setattr(disk.os, "fsync", killed)
     writer.flush()
   assert_holds(Trace(tmp_path), steps[:3])
   write(tmp_path, steps[3:], first=4, resume_step=3)

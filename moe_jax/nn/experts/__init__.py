@@ -4,6 +4,7 @@ from moe_jax.nn.experts.base import ExpertNetwork, as_experts
 from moe_jax.nn.experts.bounded_swiglu import BoundedSwiGLU
 from moe_jax.nn.experts.clipped_swiglu import ClippedSwiGLU
 from moe_jax.nn.experts.dropout import ExpertDropout
+from moe_jax.nn.experts.fp8_products import FP8Products
 from moe_jax.nn.experts.low_rank import LowRankExperts
 from moe_jax.nn.experts.plain import GELU, ReLU
 from moe_jax.nn.experts.quantised import QuantisedExperts, QuantisedTraining
@@ -22,6 +23,7 @@ EXPERTS = Registry(
     "low_rank": LowRankExperts,
     "quantised": QuantisedExperts,
     "quantised_training": QuantisedTraining,
+    "fp8_products": FP8Products,
   },
   offered=("num_experts", "dim", "expert_dim", "init_scale", "rngs"),
 )

@@ -1,0 +1,49 @@
+"""Experts whose products are in FP8."""
+
+from collections.abc import Sequence
+
+from flax import nnx
+
+from moe_jax.nn.experts.base import ExpertNetwork, inner_experts
+from moe_jax.ops.experts import Activation, Product, Wrapper
+from moe_jax.ops.fp8 import BLOCK, TILE, quantised_gradient, straight_through
+from moe_jax.registry import Spec
+from moe_jax.types import Array
+
+
+class FP8Products(ExpertNetwork):
+  """The network `experts` with every matrix product in FP8, as DeepSeek-V3 trains (2412.19437, section 3.3).
+
+  Rows, hidden units and the gradients of outputs are E4M3 in tiles of 1 x 128, matrices in blocks of 128 x 128, in
+  the forward pass and in both products of the backward pass. Parameters, activation functions, biases and
+  everything outside of the experts keep their type. Sums are float32.
+
+  Two things differ from the paper. The product that gives the gradient of a matrix reads the tiles of the other two
+  products, where V3 quantises 128 rows x 1 anew. A matrix that devices split by hidden units has blocks on each device.
+  """
+
+  def __init__(
+    self,
+    num_experts: int,
+    dim: int,
+    expert_dim: int,
+    *,
+    experts: Spec = "swiglu",
+    init_scale: float = 1.0,
+    rngs: nnx.Rngs,
+  ):
+    self.experts = inner_experts(experts, num_experts, dim, expert_dim, init_scale=init_scale, rngs=rngs)
+
+  def __call__(self, rows: Array, product: Product) -> Array:
+    return self.experts(rows, _InFP8(product))
+
+
+class _InFP8(Wrapper):
+  """A product of what FP8 stores of both factors."""
+
+  def __call__(self, rows: Array, w_EXY: Array) -> Array:
+    y = super().__call__(straight_through(rows, TILE), straight_through(w_EXY, BLOCK))
+    return quantised_gradient(y, TILE).astype(rows.dtype)
+
+  def ffn(self, activation: Activation, rows: Array, w_in: Sequence[Array], w_out_EFD: Array) -> Array:
+    return self(self.hidden(activation(*(self(rows, w) for w in w_in))), w_out_EFD)
