@@ -65,7 +65,7 @@ REFERENCE: dict[str, Any] = {
       "remat": "full",
       "dense_ffn": "mlp",
     },
-    **{"causal": True, "segments": []},
+    **{"causal": True, "segments": [], "mtp_depth": 0},
     "moe": {
       **{"num_experts": 16, "num_experts_per_token": 2, "expert_dim": 64, "num_shared_experts": 0},
       **{
@@ -81,11 +81,18 @@ REFERENCE: dict[str, Any] = {
         "accept_leaks": "",
         "jitter": 0.0,
         "shared_expert_gate": False,
+        "shared_expert_dim": 0,
       },
     },
   },
   "optimizer": {
-    **{"optimizer": "adamw", "learning_rate": 3e-3, "schedule": "cosine", "warmup_steps": 50},
+    **{
+      "optimizer": "adamw",
+      "trained": "all",
+      "learning_rate": 3e-3,
+      "schedule": "cosine",
+      "warmup_steps": 50,
+    },
     **{
       "final_learning_rate_fraction": 0.1,
       "weight_decay": 0.1,
@@ -117,6 +124,8 @@ REFERENCE: dict[str, Any] = {
     **{
       "checkpoint_minutes": 5.0,
       "max_minutes": 0.0,
+      "ignore_memory_check": False,
+      "init_from": "",
       "record_router_logits": 0,
       "router_logits_dtype": "float16",
     },

@@ -7,6 +7,7 @@ save (`moe_jax.training.start.save_model`), load and train (`--init_from`) as an
 from moe_jax.adapt.calibrate import calibrate, losses
 from moe_jax.adapt.dense import to_dense
 from moe_jax.adapt.experts import merge, prune
+from moe_jax.adapt.layers import drop_mtp
 from moe_jax.adapt.quantise import dequantise, expert_bytes, quantise
 from moe_jax.adapt.upcycle import upcycle
 from moe_jax.adapt.wrappers import add_adapters, change_moe, merge_adapters, unwrap_experts, wrap_experts
@@ -16,6 +17,7 @@ __all__ = [
   "calibrate",
   "change_moe",
   "dequantise",
+  "drop_mtp",
   "expert_bytes",
   "losses",
   "merge",

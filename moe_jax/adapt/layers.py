@@ -89,7 +89,7 @@ def put_together(parts: Parts, seed: int = 0) -> Transformer:
       of_layers = [parts.layers[layer].values.get(name) for layer in own]
       value = _stacked(_dotted(path), variable, of_layers, fresh)
     else:
-      value = parts.values[_dotted(path)]
+      value = _outer(parts, _dotted(path))
     _check_shape(_dotted(path), value, variable)
     filled.append((path, variable.replace(jax.tree.map(jnp.asarray, value))))
   for i, layer in enumerate(parts.layers):
@@ -100,6 +100,22 @@ def put_together(parts: Parts, seed: int = 0) -> Transformer:
           f"layer {i}: {name} has no place in a block of mixer {layer.block.mixer} and ffn {layer.block.ffn}"
         )
   return nnx.merge(nnx.graphdef(abstract), nnx.from_flat_state(filled))
+
+
+def _outer(parts: Parts, path: str) -> Any:
+  if path in parts.values:
+    return parts.values[path]
+  raise InputError(
+    f"mtp_depth={parts.config.mtp_depth}: the modules of multi-token prediction have the last block of the model, which "
+    "would be another one; take them off first (adapt.drop_mtp)"
+  )
+
+
+def drop_mtp(model: Transformer) -> Transformer:
+  """Returns `model` without its modules of multi-token prediction. It predicts the next token as before."""
+  parts = take_apart(model)
+  values = {path: value for path, value in parts.values.items() if not path.startswith("successors.")}
+  return put_together(parts._replace(config=dataclasses.replace(parts.config, mtp_depth=0), values=values))
 
 
 def _stacked(path: str, variable: nnx.Variable, of_layers: list[Any], fresh: "_Fresh") -> Any:

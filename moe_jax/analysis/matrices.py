@@ -12,6 +12,7 @@ from moe_jax.analysis.positions import token_products
 from moe_jax.config import ModelConfig, Segment
 from moe_jax.nn.block import Block
 from moe_jax.nn.build import make_blocks
+from moe_jax.nn.experts.quantised import QuantisedExperts
 from moe_jax.nn.ffn import SoftMoE
 from moe_jax.nn.moe import MoE
 
@@ -56,6 +57,9 @@ def of_block(block: Block, sequence_length: int) -> Matrices:
       sizes["router"] += math.prod(shape) if axes[:1] == ("embed",) else 0  # others are tables, not products
     elif len(axes) == 2 and "expert" not in axes:
       sizes["shared_experts" if "shared" in path else "dense"] += math.prod(shape)
+  for number, rows, columns in quantised_matrices(block.ffn):
+    sizes["experts"] += number * rows * columns
+    num_experts = number
   return Matrices(
     mixer=sum(math.prod(shape) for _, shape, _, is_matrix in _parameters(block.mixer) if is_matrix),
     **sizes,
@@ -64,6 +68,17 @@ def of_block(block: Block, sequence_length: int) -> Matrices:
     positions=token_products(block.mixer, sequence_length),
     positions_decoding=token_products(block.mixer, sequence_length, decoding=True),
   )
+
+
+def quantised_matrices(module: nnx.Module) -> list[tuple[int, int, int]]:
+  """(number, inputs, outputs) of the matrices that quantised experts keep as codes, which are no parameters."""
+  return [
+    (math.prod(codes.shape[:-2]), rows, codes.shape[-1])
+    for _, experts in nnx.iter_modules(module)
+    if isinstance(experts, QuantisedExperts)
+    for name, rows, _ in experts.sizes
+    for codes in [experts.codes[name].get_value()]
+  ]
 
 
 @functools.lru_cache(maxsize=256)

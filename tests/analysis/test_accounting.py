@@ -5,15 +5,17 @@ import json
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 import moe_jax
-from moe_jax.analysis.accounting.storage import WeightType
+from moe_jax.analysis.accounting.storage import QUANTISED, matrix_bytes
 from moe_jax.analysis.positions import token_products
 from moe_jax.config import BlockConfig, ModelConfig, MoEConfig, OptimizerConfig, Segment
 from moe_jax.errors import InputError
+from moe_jax.ops.quantisation import quantise
 from moe_jax.training.optim import make_optimizer
 from scripts import models_table
 from tests.scripts import assert_one_line, run_scripts
@@ -117,16 +119,26 @@ def test_bytes_of_plain_types_are_those_of_arrays():
   assert found["bfloat16"] == found["float32"] / 2
 
 
-@pytest.mark.parametrize(
-  ("kind", "rows", "columns", "expected"),
-  [
-    (WeightType(8, 32, 128, 128), 130, 256, 130 * 256 + 4 * 2 * 2),
-    (WeightType(8, 32, 0, 1), 130, 256, 130 * 256 + 4 * 256),
-    (WeightType(4, 16, 32, 1), 130, 256, 130 * 256 / 2 + 2 * 5 * 256),
-  ],
-)
-def test_scales_of_blocks_count(kind, rows, columns, expected):
-  assert kind.bytes(rows, columns) == expected
+@pytest.mark.parametrize("name", QUANTISED)
+def test_bytes_of_a_quantised_matrix_are_those_of_its_arrays(name):
+  """Blocks at the edges are cut off, and 4 bits of an odd row have a byte."""
+  for shape in ((130, 256), (7, 3), (256, 300)):
+    stored = jax.eval_shape(lambda shape=shape: quantise(jnp.zeros((1, *shape)), QUANTISED[name]))
+    assert matrix_bytes(QUANTISED[name], *shape) == sum(x.size * x.dtype.itemsize for x in stored)
+
+
+@pytest.mark.parametrize("format", ["int8", "mxfp4"])
+def test_quantised_experts_count_as_what_they_stand_for(format):
+  """Their codes are no parameters. Optimizers keep nothing for them."""
+  moe = dataclasses.replace(MODEL.moe, experts=f"quantised:format={format}")
+  found, plain = moe_jax.account(dataclasses.replace(MODEL, moe=moe), V), moe_jax.account(MODEL, V)
+  assert (found.parameters, found.active, found.weight_bytes) == (
+    plain.parameters,
+    plain.active,
+    plain.weight_bytes,
+  )
+  assert (found.forward, found.decoding_flops) == (plain.forward, plain.decoding_flops)
+  assert plain.optimizer_bytes["adamw"] - found.optimizer_bytes["adamw"] == 8 * plain.parameters.experts
 
 
 def test_quantised_bytes_by_hand():

@@ -21,6 +21,7 @@ import pytest
 
 from moe_jax.config import Config, MeshConfig
 from moe_jax.data import load_dataset
+from moe_jax.models import preset
 from moe_jax.training.loop import Run
 from moe_jax.training.metric_writer import read_jsonl
 from tests import tiny
@@ -124,7 +125,7 @@ def _assert_same_curve(actual: dict[int, float], expected: dict[int, float]) -> 
 
 
 def _config(mesh: MeshConfig) -> Config:
-  return tiny.change(Config(), **FIELDS, balancers=ARM.replace("+", ","), mesh=mesh)
+  return tiny.change(preset("default"), **FIELDS, balancers=ARM.replace("+", ","), mesh=mesh)
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ SPECS = {
   "mla": "mla:query_rank=8:yarn_factor=4:yarn_length=8:yarn_mscale_all_dim=1",
   "mla of other widths": "mla:kv_rank=5:nope_dim=6:rope_dim=2:value_dim=3",
   "lightning": "lightning:chunk=4",
+  "low rank": "low_rank:rank=2:mixer=attention;window=4",
 }
 MOE = MoEConfig(num_experts=4, expert_dim=8)
 
@@ -84,6 +85,23 @@ def test_several_tokens_at_once_equal_the_whole(read):
   close(logits, whole[:, :8])
   logits, cache = extend(model, tokens[:, 8:], cache)
   close(logits, whole[:, 8:])
+
+
+def test_in_bfloat16_too():
+  """Only the recurrent state is float32; what is added to the stream has the type of the stream."""
+  blocks = (BlockConfig(spec, "mlp") for spec in ("lightning:chunk=4", "attention:sinks=true", "mla"))
+  model = model_of(*blocks, compute_dtype="bfloat16")
+  tokens = np.random.default_rng(0).integers(0, V, (len(LENGTHS), TOTAL)).astype(np.int32)
+  whole = np.asarray(jax.jit(lambda model: model(tokens)[0])(model))
+  logits, cache = begin(model, tokens)
+  assert {str(leaf.dtype) for leaf in jax.tree.leaves(cache.layers)} == {"float32", "bfloat16"}
+  rows = np.arange(len(LENGTHS))
+  after, _ = extend(model, tokens[rows, LENGTHS][:, None], cache)
+  for found, position_B in ((logits, LENGTHS - 1), (after, LENGTHS)):
+    expected = whole[rows, position_B]
+    np.testing.assert_allclose(
+      found[:, 0], expected, atol=0.05 * np.abs(expected).max()
+    )  # 8 bits, six blocks
 
 
 def test_bytes_are_those_that_the_cache_has(read):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 from flax import nnx
 
+from moe_jax.analysis.matrices import quantised_matrices
 from moe_jax.nn.ffn import SoftMoE
 from moe_jax.nn.moe import MoE
 from moe_jax.nn.transformer import Transformer
@@ -89,6 +90,7 @@ def count_block(block: nnx.Module, repeats: int) -> Counted:
   sizes = dict.fromkeys(Parameters._fields, 0)
   for path, size, axes in parameters_of(block):
     sizes[_kind(path, axes)] += size
+  sizes["experts"] += sum(n * rows * columns for n, rows, columns in quantised_matrices(block))
   layers = [module for _, module in nnx.iter_modules(block) if isinstance(module, MoE)]
   sizes["expert_bias"] = repeats * sum(map(_bias_size, layers))
   every = Parameters(**sizes)

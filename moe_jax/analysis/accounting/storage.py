@@ -2,55 +2,48 @@
 
 import dataclasses
 import math
-from typing import NamedTuple
 
 import jax
 from flax import nnx
 
 from moe_jax.analysis.accounting.parameters import MODULES, count
+from moe_jax.analysis.matrices import quantised_matrices
 from moe_jax.config import OptimizerConfig
 from moe_jax.nn.transformer import Transformer
+from moe_jax.ops.quantisation import FORMATS, Format, format_of
 from moe_jax.training.muon import NOT_HIDDEN
 from moe_jax.training.optim import OPTIMIZERS, make_optimizer
 
-
-class WeightType(NamedTuple):
-  """How a type stores the matrices of a model's layers. Every block of numbers shares one scale."""
-
-  bits: int
-  scale_bits: int = 0
-  rows: int = 1  # of a block, along the inputs; 0: all of them
-  columns: int = 1
-
-  def bytes(self, num_in: int, num_out: int) -> float:
-    """Returns the bytes of one matrix, whose last blocks may be cut off."""
-    rows, columns = self.rows or num_in, self.columns
-    scales = math.ceil(num_in / rows) * math.ceil(num_out / columns) if self.scale_bits else 0
-    return (self.bits * num_in * num_out + self.scale_bits * scales) / 8
-
-
-# The types with scales store the matrices of mixers, experts and dense parts. Embedding, output matrix, router, norms and
-# biases, which DeepSeek-V3 (2412.19437, section 3.3.1) also keeps in a higher precision, are bfloat16 then.
-WEIGHT_TYPES = {
-  "float32": WeightType(32),
-  "bfloat16": WeightType(16),
-  "fp8": WeightType(8, scale_bits=32, rows=128, columns=128),  # the blocks of DeepSeek-V3
-  "int8": WeightType(8, scale_bits=32, rows=0),  # a scale per output
-  "int4": WeightType(4, scale_bits=16, rows=32),
+# The types that matrices of mixers, experts and dense parts are stored in, as `moe_jax.adapt.quantise` stores those of
+# experts. Embedding, output matrix, router, norms and biases, which DeepSeek-V3 (2412.19437, section 3.3.1) also keeps
+# in a higher precision, are bfloat16 then.
+QUANTISED = {
+  "fp8": FORMATS["fp8"],
+  "int8": FORMATS["int8"],
+  "int4": format_of("int4", group=128),
+  "mxfp4": FORMATS["mxfp4"],
 }
+
+
+def matrix_bytes(format: Format, rows: int, columns: int) -> int:
+  """Returns the bytes of the codes and scales of one matrix, whose last blocks may be cut off."""
+  block_rows, block_columns = format.block[0] or rows, format.block[1]
+  scales = math.ceil(rows / block_rows) * math.ceil(columns / block_columns)
+  codes = math.ceil(rows / 2) if format.packed else rows
+  return codes * columns + scales * (1 if format.power_of_two else 4)
 
 
 def weight_bytes(model: Transformer) -> dict[str, int]:
   """Returns the bytes of all that `count` counts of `model`, which may be abstract, by type."""
-  shapes = [_matrices(variable) for _, variable in _parameters(model)]
-  others = count(model).parameters.total - sum(
-    n * rows * columns for n, rows, columns in filter(None, shapes)
-  )
-  found = {}
-  for name, kind in WEIGHT_TYPES.items():
-    of_matrices = sum(n * kind.bytes(rows, columns) for n, rows, columns in filter(None, shapes))
-    found[name] = round(of_matrices + others * (4 if kind.bits == 32 else 2))
-  return found
+  total = count(model).parameters.total
+  shapes = [shape for shape in (_matrices(variable) for _, variable in _parameters(model)) if shape]
+  shapes += quantised_matrices(model.segments)
+  others = 2 * (total - sum(n * rows * columns for n, rows, columns in shapes))
+  stored = {
+    name: others + sum(n * matrix_bytes(format, rows, columns) for n, rows, columns in shapes)
+    for name, format in QUANTISED.items()
+  }
+  return {"float32": 4 * total, "bfloat16": 2 * total} | stored
 
 
 def _parameters(model: Transformer) -> list[tuple[tuple, nnx.Variable]]:
