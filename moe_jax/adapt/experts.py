@@ -24,7 +24,8 @@ def prune(model: Transformer, scores: Mapping[int, np.ndarray], num_experts: int
 
   The columns of the router and the biases of a balancer follow. Without experts that are never chosen, the model is the
   same, unless the router reads a softmax over all experts, which is then over those that are left: as weights
-  (`softmax=before`), or with a bias added to it.
+  (`softmax=before`), or with a bias added to it. A router that limits groups has groups of neighbours, which are others
+  among fewer experts.
 
   Args:
     model: has experts.
