@@ -187,14 +187,16 @@ def _arrays(tree: PyTree) -> dict[str, str]:
 def array_digests(tree: PyTree) -> dict[str, list]:
   """path -> [type and shape, digest] of every array. Arrays may be laid out over the devices of all processes."""
   leaves = ocp.tree.to_flat_dict(tree, sep=".")
-  digests = jax.device_get({path: digest(leaf) for path, leaf in leaves.items()})
-  return {path: [kind, int(digests[path])] for path, kind in _arrays(tree).items()}
+  # One after the other: the collectives of programs that run at the same time may wait for each other, across processes.
+  return {path: [kind, int(digest(leaves[path]))] for path, kind in _arrays(tree).items()}
 
 
 def all_finite(tree: PyTree) -> bool:
   """Returns whether all numbers of all arrays are finite."""
-  found = [np.isfinite(x).all() if _in_host_memory(x) else _all_finite(x) for x in jax.tree.leaves(tree)]
-  return all(jax.device_get(found))
+  found = [
+    bool(np.isfinite(x).all() if _in_host_memory(x) else _all_finite(x)) for x in jax.tree.leaves(tree)
+  ]
+  return all(found)  # of a list: all processes compute the same, one after the other
 
 
 def digest(x: Array) -> Array:
