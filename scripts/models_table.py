@@ -16,8 +16,6 @@ from moe_jax import cli
 from moe_jax.errors import InputError
 from moe_jax.models import PUBLISHED
 
-_CHECK = flags.DEFINE_bool("check", False, "write nothing; exit with status 1 if the page would change")
-
 PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "models.md"
 _TABLE = re.compile(r"(<!-- models: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 GIB = 2**30
@@ -96,11 +94,12 @@ def main(argv: list[str]) -> None:
   text = PAGE.read_text(encoding="utf-8")
   new = rendered(text, [moe_jax.account(name) for name in PUBLISHED])
   if new != text:
-    if not _CHECK.value:
+    if not flags.FLAGS.check:
       PAGE.write_text(new, encoding="utf-8")
-    print(f"{PAGE.name}: {'differs' if _CHECK.value else 'rewritten'}")
-  sys.exit(1 if new != text and _CHECK.value else 0)
+    print(f"{PAGE.name}: {'differs' if flags.FLAGS.check else 'rewritten'}")
+  sys.exit(1 if new != text and flags.FLAGS.check else 0)
 
 
 if __name__ == "__main__":
+  flags.DEFINE_bool("check", False, "write nothing; exit with status 1 if the page would change")
   cli.run(main)

@@ -14,6 +14,7 @@ from moe_jax.data.tokenizers import load_tokenizer
 from moe_jax.data.windows import Text
 from moe_jax.training.compiled import abstract_model
 from moe_jax.training.loop import Run
+from moe_jax.training.results import result_of
 from moe_jax.training.step import EvalSums
 from tests import tiny
 from tests.data.helpers import config, write_files
@@ -79,7 +80,7 @@ def test_a_model_uniform_over_bytes_has_8_bits_whatever_the_tokenizer(load, toke
     assert validation["bits_per_byte"] == pytest.approx(validation["nll"] / math.log(2), rel=1e-12)
   else:
     assert validation["nll"] > 1.3 * math.log(256)
-  result = run._result(validation, num_steps=1)
+  result = result_of(run, validation, num_steps=1)
   assert result["yardsticks"] == load("ascii", "bytes").info.yardsticks  # they do not depend on the tokenizer
   assert sorted(result["yardsticks"]) == ["bigram", "trigram", "unigram"]
   assert result["bytes_per_token"] == dataset.info.bytes_per_token
@@ -135,4 +136,4 @@ def test_where_bits_per_byte_have_no_meaning(load, tmp_path):
   for run in (masked, markov):
     validation = run.evaluate(None)
     assert "bits_per_byte" not in validation and validation["nll"] > 0
-    assert "yardsticks" not in run._result(validation, num_steps=1)
+    assert "yardsticks" not in result_of(run, validation, num_steps=1)

@@ -118,7 +118,7 @@ class NotedRun:
     self.configs[label, config.train.seed] = config
 
   def train(self):
-    self.folder.mkdir(parents=True)
+    self.folder.mkdir(parents=True, exist_ok=True)
     (self.folder / "result.json").write_text("{}")
 
 
