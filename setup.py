@@ -44,7 +44,7 @@ setup(
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=find_packages(include=["moe_jax", "moe_jax.*"]),
-  package_data={"moe_jax.comparison.report": ["templates/*"]},
+  package_data={"moe_jax.analysis.examine": ["templates/*"], "moe_jax.comparison.report": ["templates/*"]},
   install_requires=[
     "jax>=0.10",
     "flax>=0.12",

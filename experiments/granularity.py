@@ -5,7 +5,7 @@ Command    python experiments/granularity.py --seeds=5
            python experiments/granularity.py --preset=tiny --output_dir=runs/granularity_tiny
            python experiments/granularity.py --arms=16x64_top2,64x16_top8 --balancers=loss_free_bias:0.001:rule=proportional
 Hardware   two CPU cores, 4 GB; any JAX device
-Minutes    about 120 for the default with five seeds, on two CPU cores
+Minutes    not measured at the default length; 128 experts take several times as long as 16 on CPU
 Result     see docs/findings.md
 
 An arm is ExF_topK: E experts of width F, of which a token uses K. K x F, the width that a token sees, is that of the

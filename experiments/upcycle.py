@@ -4,7 +4,7 @@ Question   Bits per byte against further steps at equal compute, and where the c
 Command    python experiments/upcycle.py --seeds=5
            python experiments/upcycle.py --preset=tiny --seeds=2 --dense_steps=60 --num_steps=60 --output_dir=runs/upcycle_tiny
 Hardware   two CPU cores, 4 GB; any JAX device
-Minutes    about 60 for the default with five seeds, on two CPU cores
+Minutes    not measured at the default length; a few for the second command, on two CPU cores
 Result     see docs/adapt.md
 
 First trains a dense model for `--dense_steps` with each seed. Then every arm is trained for `--num_steps` on the same

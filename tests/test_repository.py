@@ -170,3 +170,14 @@ def test_ruff_is_the_same_version_everywhere():
   for path in ("setup.py", ".pre-commit-config.yaml"):
     pins |= set(re.findall(r"ruff==[\w.*]+", (ROOT / path).read_text()))
   assert len(pins) == 1, pins
+
+
+def test_every_file_beside_the_code_is_installed():
+  """An installation that is not editable has only what setup.py names."""
+  named = set(re.findall(r'"(moe_jax[\w.]*)": \["templates/\*"\]', (ROOT / "setup.py").read_text()))
+  others = {
+    path for path in (ROOT / "moe_jax").rglob("*") if path.is_file() and "__pycache__" not in path.parts
+  }
+  others = {path.relative_to(ROOT).parent for path in others if path.suffix != ".py"}
+  assert {path.name for path in others} == {"templates"}
+  assert {path.parent.as_posix().replace("/", ".") for path in others} == named

@@ -78,6 +78,7 @@ class Examination:
       "information_token": information(sums.by_token_XE),
       "information_position": information(sums.by_position_XE),
       "devices_per_token": float(sums.reached_X @ np.arange(len(sums.reached_X)) / tokens),
+      "devices_by_chance": self.expected_devices(layer),
     }
     return row | {f"dropped_at_{factor:g}": self.dropped(layer, factor) for factor in FACTORS}
 

@@ -1,8 +1,6 @@
 """Writes what an examination found: tables, pictures, numbers, and one page with all of it."""
 
-import base64
 import pathlib
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +9,7 @@ import numpy as np
 
 from moe_jax.analysis.examine import plots, tables
 from moe_jax.analysis.examine.examination import Examination
-from moe_jax.comparison.report.canvas import Plot
+from moe_jax.comparison.report.html import picture
 
 REPLAY_COLUMNS = (
   ("method", "Method", "s"),
@@ -62,7 +60,7 @@ def write(
     columns=[name for _, name, _ in tables.COLUMNS],
     layers=[tables.cells(row) for row in layers],
     caption=tables.caption(found),
-    plots=[_picture(plot) for plot in drawn],
+    plots=[picture(plot) for plot in drawn],
     experts=experts,
     least=tables.LEAST,
     replay_columns=[name for _, name, _ in REPLAY_COLUMNS],
@@ -120,10 +118,3 @@ def _page() -> jinja2.Template:
     lstrip_blocks=True,
   )
   return found.get_template("examination.html")
-
-
-def _picture(plot: Plot) -> dict[str, Any]:
-  data = plot.path.read_bytes()
-  width, height = struct.unpack(">II", data[16:24])
-  encoded = base64.b64encode(data).decode("ascii")
-  return {"caption": plot.caption, "wide": plot.wide, "base64": encoded, "width": width, "height": height}

@@ -91,7 +91,7 @@ def write_report(
       command=command,
       warnings=warnings(run_dir, results, varies),
       results=_results_table(summary),
-      plots=[_picture(plot) for plot in drawn],
+      plots=[picture(plot) for plot in drawn],
       baseline=summary.rows[0].arm,
       differences=_differences(differences, varies),
       layers=_layers_table(summary),
@@ -159,7 +159,8 @@ def _differences(differences: Sequence[Difference], varies: Sequence[str]) -> di
   }
 
 
-def _picture(plot: canvas.Plot) -> dict[str, Any]:
+def picture(plot: canvas.Plot) -> dict[str, Any]:
+  """Returns what plots.html shows of a plot."""
   data = plot.path.read_bytes()
   width, height = struct.unpack(">II", data[16:24])  # where PNG has them; the page then reserves the space
   encoded = base64.b64encode(data).decode("ascii")
