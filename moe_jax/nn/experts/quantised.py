@@ -20,15 +20,8 @@ def _matrices(network: ExpertNetwork) -> dict[str, nnx.Param]:
   }
 
 
-class QuantisedExperts(ExpertNetwork):
-  """The network `experts` with its matrices in `format`. They are not trained; biases are.
-
-  A product multiplies by the dequantised matrix, in the type of the activations, so it is exact up to that type. With a
-  compute type of bfloat16, float32 scales are rounded to it, too.
-
-  Raises:
-    InputError: if the format is unknown or has no groups of the given size.
-  """
+class _InFormat(ExpertNetwork):
+  """A network whose matrices are in a format, stored or computed."""
 
   def __init__(
     self,
@@ -44,6 +37,23 @@ class QuantisedExperts(ExpertNetwork):
   ):
     self.format = format_of(format, group)
     self.experts = inner_experts(experts, num_experts, dim, expert_dim, init_scale=init_scale, rngs=rngs)
+    self._store()
+
+  def _store(self) -> None:
+    """Replaces the matrices, where they are stored in the format."""
+
+
+class QuantisedExperts(_InFormat):
+  """The network `experts` with its matrices in `format`. They are not trained; biases are.
+
+  A product multiplies by the dequantised matrix, in the type of the activations, so it is exact up to that type. With a
+  compute type of bfloat16, float32 scales are rounded to it, too.
+
+  Raises:
+    InputError: if the format is unknown or has no groups of the given size.
+  """
+
+  def _store(self) -> None:
     codes, scales, sizes = {}, {}, []
     for name, w in _matrices(self.experts).items():
       axes = w.get_metadata()["logical_axes"]
@@ -65,26 +75,11 @@ class QuantisedExperts(ExpertNetwork):
     return network(rows, product)
 
 
-class QuantisedTraining(ExpertNetwork):
+class QuantisedTraining(_InFormat):
   """The network `experts`, computed as if its matrices were in `format`, and trained through the rounding.
 
   The gradient passes the rounding unchanged (straight-through, 1308.3432). `moe_jax.adapt.quantise` then changes nothing.
   """
-
-  def __init__(
-    self,
-    num_experts: int,
-    dim: int,
-    expert_dim: int,
-    *,
-    format: str = "int8",
-    group: int = 0,
-    experts: Spec = "swiglu",
-    init_scale: float = 1.0,
-    rngs: nnx.Rngs,
-  ):
-    self.format = format_of(format, group)
-    self.experts = inner_experts(experts, num_experts, dim, expert_dim, init_scale=init_scale, rngs=rngs)
 
   def __call__(self, rows: Array, product: Product) -> Array:
     network = nnx.merge(*nnx.split(self.experts))
