@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from moe_jax.errors import InputError
@@ -80,9 +80,15 @@ def move_aside(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> pa
   return None
 
 
-def set_aside_damaged(path: str | os.PathLike[str], root: str | os.PathLike[str], consequence: str) -> None:
-  """Moves a file aside that should hold a JSON object and does not, and says so. An absent file is fine."""
-  if pathlib.Path(path).exists() and read_object(path) is None:
+def set_aside_damaged(
+  path: str | os.PathLike[str],
+  root: str | os.PathLike[str],
+  consequence: str,
+  is_whole: Callable[[dict[str, Any]], bool] = lambda value: True,
+) -> None:
+  """Moves a file aside that should hold a JSON object that `is_whole`, and does not, and says so. None is fine."""
+  value = read_object(path)
+  if pathlib.Path(path).exists() and (value is None or not is_whole(value)):
     note(f"{path}: is damaged, moved to {move_aside(path, root)}; {consequence}")
 
 
