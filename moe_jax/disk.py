@@ -5,6 +5,7 @@ Used by data, runs, traces and comparisons alike. The digests of checkpoints are
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import pathlib
@@ -14,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import IO, Any
+from typing import IO, Any, TextIO
 
 from moe_jax.errors import InputError
 
@@ -45,6 +46,21 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     os.replace(temporary, path)
   finally:
     pathlib.Path(temporary).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_text(path: str | os.PathLike[str]) -> Iterator[TextIO]:
+  """`whole_file` for text in utf-8, with line ends as they are written."""
+  with whole_file(path) as file:
+    text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+    yield text
+    text.flush()
+    text.detach()
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+  """Writes text in one rename. Makes the folder."""
+  write_whole(path, text.encode())
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:

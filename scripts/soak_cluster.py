@@ -21,24 +21,21 @@ import json
 import os
 import pathlib
 import random
-import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from absl import flags
-from virtual_hosts import Hosts
+from soak_hosts import Cluster, Failed, Hosts, TooSlow
 
 from moe_jax import cli
 from moe_jax.errors import STOPPED_STATUS, InputError
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 HEARTBEAT = 10  # --heartbeat_timeout
 BOUND = 1.25 * HEARTBEAT + 5  # docs/reliability.md
 SLOW = 30.0  # seconds more on a machine with much else to do
@@ -62,88 +59,6 @@ _SEED = flags.DEFINE_integer("seed", 0, "of the steps at which faults strike")
 _NETWORK = flags.DEFINE_enum(
   "network", "namespaces", ["namespaces", "loopback"], "what the processes talk over"
 )
-
-
-class Failed(Exception):
-  """Something was lost, silently wrong, or took too long."""
-
-
-class TooSlow(Exception):
-  """A process was so late that JAX did not wait for it. That is of the machine, not of the run."""
-
-
-class Cluster:
-  """The processes of one start."""
-
-  def __init__(self, count: int, output_dir: pathlib.Path, hosts: Hosts | None, largest: dict[int, int]):
-    address = "127.0.0.1"
-    if hosts and count > 1:
-      address = hosts.address
-    port = 20_000 + random.randrange(10_000) if hosts else _free_port()
-    place = [f"--coordinator_address={address}:{port}", f"--num_processes={count}"]
-    arguments = [f"--{name}={value}" for name, value in FLAGS.items()] + [f"--output_dir={output_dir}"]
-    environment = os.environ | {
-      "PYTHONPATH": str(ROOT),
-      "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // count}",
-      "JAX_COMPILATION_CACHE_DIR": str(output_dir.parent.parent / "compiled"),
-      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    self.count, self.processes, self.logs = count, [], []
-    for i in range(count):
-      log = output_dir.parent / f"{output_dir.name}_{i}.txt"
-      own = hosts.command(i, output_dir.parent / f"hosts_{i}") if hosts else []
-      joins = [*place, f"--process_id={i}"] if count > 1 else ["--num_processes=1"]
-      with log.open("w") as out:
-        self.processes.append(
-          subprocess.Popen(
-            [*own, sys.executable, str(ROOT / "experiments/load_balancing.py"), *arguments, *joins],
-            stdout=out,
-            stderr=out,
-            env=environment,
-            preexec_fn=_limit(largest.get(i, 0)),
-          )
-        )
-      self.logs.append(log)
-
-  def send(self, i: int, number: int) -> None:
-    self.processes[i].send_signal(number)
-
-  def running(self) -> list[int]:
-    return [i for i, process in enumerate(self.processes) if process.poll() is None]
-
-  def wait(self, seconds: float, but: int = -1) -> list[int | None]:
-    """Returns the exit statuses when all processes have ended, except `but`."""
-    deadline = time.monotonic() + seconds
-    while any(i != but for i in self.running()):
-      if time.monotonic() > deadline:
-        raise Failed(f"processes {self.running()} have not ended after {seconds:g} s: {self.said()}")
-      time.sleep(0.05)
-    return [process.poll() for process in self.processes]
-
-  def said(self) -> list[str]:
-    return [log.read_text(errors="replace")[-1500:] for log in self.logs]
-
-  def fail(self, what: str) -> NoReturn:
-    if any("Gloo context initialization failed" in text for text in self.said()):  # after 30 s
-      raise TooSlow
-    raise Failed(f"{what}: {self.said()}")
-
-  def kill(self) -> None:
-    for i in self.running():
-      self.processes[i].kill()
-      self.processes[i].wait()
-
-
-def _free_port() -> int:
-  with socket.create_server(("127.0.0.1", 0)) as server:
-    return server.getsockname()[1]
-
-
-def _limit(largest: int) -> Callable[[], None] | None:
-  if not largest:
-    return None
-  return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,13 +141,17 @@ class Soak:
       raise Failed(f"{self.whole}: {len(self.expected)} lines of metrics")
 
   def finish(self, output_dir: pathlib.Path, count: int) -> None:
-    cluster = Cluster(count, output_dir, self.hosts if count > 1 else None, {})
+    cluster = self._start(count, output_dir, {})
     try:
       statuses = cluster.wait(LIMIT)
     finally:
       cluster.kill()
     if set(statuses) != {0}:
       cluster.fail(f"{output_dir}: ended with {statuses}")
+
+  def _start(self, count: int, output_dir: pathlib.Path, limited: dict[int, int]) -> Cluster:
+    arguments = [f"--{name}={value}" for name, value in FLAGS.items()]
+    return Cluster(count, output_dir, self.hosts if count > 1 else None, arguments, DEVICES, limited)
 
   def step(self) -> int:
     return len(_metrics(self.output_dir, whole=False))
@@ -248,7 +167,7 @@ class Soak:
     """One start with one fault. Returns the line of the table."""
     fault = FAULTS[name]
     limited = {fault.limited(self.count): 3000}
-    cluster = Cluster(self.count, self.output_dir, self.hosts, limited)
+    cluster = self._start(self.count, self.output_dir, limited)
     try:
       if fault.strike:
         self.until(cluster, self.step() + self.random.randrange(2, 9))

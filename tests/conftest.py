@@ -70,7 +70,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 # Cases of tests/test_fuzz.py: the same few every time, or many new ones with --hypothesis-profile=nightly.
 _FUZZ = {"deadline": None, "database": None, "suppress_health_check": list(hypothesis.HealthCheck)}
-_FUZZ["phases"] = [hypothesis.Phase.explicit, hypothesis.Phase.generate]  # smaller cases take long to find, and say no more
+_FUZZ["phases"] = [
+  hypothesis.Phase.explicit,
+  hypothesis.Phase.generate,
+]  # smaller cases take long to find, and say no more
 hypothesis.settings.register_profile("few", max_examples=50, derandomize=True, **_FUZZ)
 hypothesis.settings.register_profile("nightly", max_examples=500, print_blob=True, **_FUZZ)
 hypothesis.settings.load_profile("few")

@@ -1,7 +1,7 @@
 """Wrong input of every kind ends with one line: no traceback, no hang. Drawn by Hypothesis.
 
-  python -m pytest tests/test_fuzz.py -n 0
-  python -m pytest tests/test_fuzz.py -n 0 --hypothesis-profile=nightly    # five hundred cases of each kind
+python -m pytest tests/test_fuzz.py -n 0
+python -m pytest tests/test_fuzz.py -n 0 --hypothesis-profile=nightly    # five hundred cases of each kind
 """
 
 import json
@@ -129,7 +129,9 @@ def test_traces(trace, data):
     steps.write_bytes(before[1])
 
 
-@given(content=damaged_bytes("".join(json.dumps(line) + "\n" for line in METRICS).encode()) | files(METRICS[0]))
+@given(
+  content=damaged_bytes("".join(json.dumps(line) + "\n" for line in METRICS).encode()) | files(METRICS[0])
+)
 def test_metrics(folder, content):
   path = folder / "metrics.jsonl"
   path.write_bytes(content)

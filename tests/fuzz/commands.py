@@ -18,13 +18,19 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 SCRIPTS = {
   "experiments/load_balancing.py": ["--preset=tiny", "--dataset=markov"],
   "experiments/routers.py": ["--preset=tiny", "--dataset=markov"],
-  "experiments/capacity.py": ["--preset=tiny", "--dataset=markov"],
+  "experiments/capacity.py": [
+    "--preset=tiny",
+    "--dataset=markov",
+    "--methods=none",
+    "--capacity_factors=1",
+    "--group=batch",
+  ],
   "experiments/communication.py": [],
   "experiments/compress.py": [],
   "experiments/distil.py": [],
   "experiments/examine.py": [],
   "experiments/finetune.py": [],
-  "experiments/granularity.py": ["--dataset=markov"],
+  "experiments/granularity.py": ["--dataset=markov", "--arms=16x64_top2"],
   "experiments/quantise.py": [],
   "experiments/replay.py": [],
   "experiments/speedrun.py": [],
@@ -35,7 +41,7 @@ SCRIPTS = {
   "scripts/generate.py": [],
   "scripts/join.py": [],
 }
-LIMIT = 60.0  # seconds that an answer may take
+LIMIT = 120.0  # seconds that an answer may take
 
 
 class Child:
@@ -110,4 +116,6 @@ def problem(ended: dict) -> str:
     return f"status 2 without one line: {err[-3000:]}"
   if ended["status"] not in (0, 2) or "Traceback" in err:
     return f"status {ended['status']}: {err[-3000:]}"
-  return f"took {ended['seconds']:.0f} s" if ended["seconds"] > LIMIT / 2 else ""
+  return (
+    f"was refused after {ended['seconds']:.0f} s" if ended["status"] and ended["seconds"] > LIMIT / 4 else ""
+  )

@@ -6,9 +6,49 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-_INTEGERS = ["0", "-1", "1", "2", "3", "7", "64", "-7", "999999", "1e3", "1.5", "x", "", " 5", "0x10", "1_0", "٣", "+1", "1" * 5000]
-_INTEGERS += [str(sign * 2**bits + off) for sign in (1, -1) for bits in (31, 32, 63, 64, 100) for off in (-1, 0)]
-_FLOATS = ["nan", "inf", "-inf", "1e308", "-1e308", "1e-320", "-0.0", "0", "1", "-1", "0.5", "1e999", "x", "", "1,5", "1e", "9" * 400]
+_INTEGERS = [
+  "0",
+  "-1",
+  "1",
+  "2",
+  "3",
+  "7",
+  "64",
+  "-7",
+  "999999",
+  "1e3",
+  "1.5",
+  "x",
+  "",
+  " 5",
+  "0x10",
+  "1_0",
+  "٣",
+  "+1",
+  "1" * 5000,
+]
+_INTEGERS += [
+  str(sign * 2**bits + off) for sign in (1, -1) for bits in (31, 32, 63, 64, 100) for off in (-1, 0)
+]
+_FLOATS = [
+  "nan",
+  "inf",
+  "-inf",
+  "1e308",
+  "-1e308",
+  "1e-320",
+  "-0.0",
+  "0",
+  "1",
+  "-1",
+  "0.5",
+  "1e999",
+  "x",
+  "",
+  "1,5",
+  "1e",
+  "9" * 400,
+]
 _TEXTS = [
   "", " ", "[", "]", "[/red]", "[b]x", "*", "?", "..", "../..", "/dev/null", "/dev/full", "/dev/zero", "/dev/stdin", "/proc/self/mem",
   "/no/such", "\n", "\t", "a\nb", "é", "漢字", "𝕏", "\udcff", "\u202e", "a" * 300, "a" * 5000, "/".join(["a" * 200] * 30), ":", "::",
@@ -17,10 +57,57 @@ _TEXTS = [
   "x" + "(" * 2000, "bytes", "bpe:0", "bpe:-1", "bpe:1e9", "bpe:x", "x.json", "x.model", "markov", "stdlib", "text_folder", "tfds:",
   "tfds:x", "huggingface:x",
 ]  # fmt: skip
-_PARTS = ["softmax_topk", "sigmoid_topk", "top_p", "expert_choice", "hash_topk", "noisy_topk", "none", "switch_loss", "z_loss"]
-_PARTS += ["loss_free_bias", "swiglu", "relu", "attention", "mla", "lightning", "moe", "mlp", "soft_moe", "next_token", "distil"]
-_PARTS += ["masked_lm", "adamw", "muon", "average", "qk_clip", "dropless", "sorted", "einsum", "all_to_all", "tiny", "mixtral_8x7b"]
-_OPTIONS = ["weight", "rate", "scope", "p", "window", "chunks", "rule", "teacher", "normalize", "temperature", "x", ""]
+_PARTS = [
+  "softmax_topk",
+  "sigmoid_topk",
+  "top_p",
+  "expert_choice",
+  "hash_topk",
+  "noisy_topk",
+  "none",
+  "switch_loss",
+  "z_loss",
+]
+_PARTS += [
+  "loss_free_bias",
+  "swiglu",
+  "relu",
+  "attention",
+  "mla",
+  "lightning",
+  "moe",
+  "mlp",
+  "soft_moe",
+  "next_token",
+  "distil",
+]
+_PARTS += [
+  "masked_lm",
+  "adamw",
+  "muon",
+  "average",
+  "qk_clip",
+  "dropless",
+  "sorted",
+  "einsum",
+  "all_to_all",
+  "tiny",
+  "mixtral_8x7b",
+]
+_OPTIONS = [
+  "weight",
+  "rate",
+  "scope",
+  "p",
+  "window",
+  "chunks",
+  "rule",
+  "teacher",
+  "normalize",
+  "temperature",
+  "x",
+  "",
+]
 
 _letters = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 INTEGERS = st.sampled_from(_INTEGERS) | st.integers(-(10**20), 10**20).map(str)
@@ -94,4 +181,11 @@ def files(value: dict[str, Any]) -> st.SearchStrategy[bytes]:
   """The bytes of a file that should hold the JSON object `value`."""
   text = json.dumps(value).encode()
   whole = damaged_objects(value).map(lambda x: json.dumps(x).encode())
-  return st.one_of(whole, whole, whole, damaged_bytes(text), st.binary(max_size=30), JSON.map(lambda x: json.dumps(x).encode()))
+  return st.one_of(
+    whole,
+    whole,
+    whole,
+    damaged_bytes(text),
+    st.binary(max_size=30),
+    JSON.map(lambda x: json.dumps(x).encode()),
+  )
