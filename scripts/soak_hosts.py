@@ -110,12 +110,15 @@ class Cluster:
       "JAX_COMPILATION_CACHE_DIR": str(output_dir.parent.parent / "compiled"),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    self.count, self.processes, self.logs = count, [], []
+    self.count, self.processes, self.readers, self.logs = count, [], [], []
     for i in range(count):
       log = output_dir.parent / f"{output_dir.name}_{i}.txt"
       own = hosts.command(i, output_dir.parent / f"hosts_{i}") if hosts else []
       joins = [*place, f"--process_id={i}"] if count > 1 else ["--num_processes=1"]
+      # Through a pipe: what the process says is not limited.
       with log.open("w") as out:
+        reader = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=out)
+      with reader.stdin as pipe:
         self.processes.append(
           subprocess.Popen(
             [
@@ -126,12 +129,13 @@ class Cluster:
               f"--output_dir={output_dir}",
               *joins,
             ],
-            stdout=out,
-            stderr=out,
+            stdout=pipe,
+            stderr=pipe,
             env=environment,
             preexec_fn=_limit(largest.get(i, 0)),
           )
         )
+      self.readers.append(reader)
       self.logs.append(log)
 
   def send(self, i: int, number: int) -> None:
@@ -147,6 +151,9 @@ class Cluster:
       if time.monotonic() > deadline:
         raise Failed(f"processes {self.running()} have not ended after {seconds:g} s: {self.said()}")
       time.sleep(0.05)
+    for i, reader in enumerate(self.readers):
+      if i != but:
+        reader.wait()
     return [process.poll() for process in self.processes]
 
   def said(self) -> list[str]:
