@@ -17,7 +17,6 @@ finished seeds are kept, and a seed with one finished run starts over.
 """
 
 import datetime
-import json
 import os
 import pathlib
 import platform
@@ -29,7 +28,7 @@ from typing import Any
 
 from absl import flags
 
-from moe_jax import cli
+from moe_jax import cli, disk
 from moe_jax.config import Config
 from moe_jax.errors import InputError
 from moe_jax.models import PRESETS
@@ -169,7 +168,7 @@ def main(argv: list[str]) -> None:
   speedrun = Speedrun(attempt, PRESETS["reference"], rules, _OUTPUT_DIR.value, about)
   entry = speedrun.run(range(_SEEDS.value))
   entry |= {"date": datetime.date.today().isoformat(), "command": shlex.join(["python", *sys.argv])}
-  (pathlib.Path(_OUTPUT_DIR.value) / "attempt.json").write_text(json.dumps(entry, indent=1) + "\n")
+  disk.write_json(pathlib.Path(_OUTPUT_DIR.value) / "attempt.json", entry)
   for pair in entry["seeds"]:
     for arm in ("reference", "attempt"):
       if not pair[arm]["reached"]:

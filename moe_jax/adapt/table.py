@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moe_jax import disk
 from moe_jax.data import Batch, Dataset, load_dataset
 from moe_jax.errors import unknown_name
 
@@ -49,8 +50,7 @@ def row(method: str, experts: int, scores: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_table(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
   """Writes rows with equal keys as CSV, and prints them."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with open(path, "w", newline="") as file:
+  with disk.whole_text(path) as file:
     writer = csv.DictWriter(file, list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
