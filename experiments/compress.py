@@ -47,18 +47,11 @@ flags.DEFINE_list("plugins", [], "Python files or modules that register methods 
 distributed.define_flags()
 flags.adopt_module_key_flags(distributed)
 
-MERGES = {
-  "merge_average": {"weights": "equal"},
-  "merge_usage": {},
-  "merge_unaligned": {"align": False},
-  "merge_router": {"router": "averaged"},
-}
-METHODS = ("random", "usage", "output_norm", "loss", *MERGES)
-
 
 def main(argv: list[str]) -> None:
   del argv
   # Imported here, so that --help and wrong flags answer at once.
+  from moe_jax.adapt.compress import METHODS, Compressor
   from moe_jax.adapt.layers import moe_layers, take_apart
   from moe_jax.adapt.table import calibration_batches, row, text_of, write_table
   from moe_jax.errors import unknown_name
@@ -83,39 +76,6 @@ def main(argv: list[str]) -> None:
       with cli.said(f"{name}, {number} experts"):
         rows.append(row(name, number, measure(compressed(name, number))))
   write_table(pathlib.Path(_OUTPUT_DIR.value) / "compress.csv", rows)
-
-
-class Compressor:
-  """Makes smaller models of one model. Statistics are computed when they are first needed."""
-
-  def __init__(self, model, batches: list):
-    self.model, self.batches, self._kept = model, batches, {}
-
-  def __call__(self, method: str, number: int):
-    from moe_jax import adapt
-
-    if method in MERGES:
-      return adapt.merge(self.model, self._statistics("calibrate"), number, **MERGES[method])
-    return adapt.prune(self.model, self.scores(method), number)
-
-  def scores(self, method: str) -> dict:
-    """Returns what each expert is worth to the method, [E] by layer."""
-    import numpy as np
-
-    if method == "loss":
-      return self._statistics("losses")
-    found = self._statistics("calibrate")
-    if method == "random":
-      return {i: np.random.default_rng(i).permutation(len(x.tokens_E)) for i, x in found.items()}
-    field = {"usage": "tokens_E", "output_norm": "output_norm_E"}[method]
-    return {i: getattr(calibration, field) for i, calibration in found.items()}
-
-  def _statistics(self, name: str) -> dict:
-    from moe_jax import adapt
-
-    if name not in self._kept:
-      self._kept[name] = getattr(adapt, name)(self.model, self.batches)
-    return self._kept[name]
 
 
 if __name__ == "__main__":

@@ -41,12 +41,13 @@ def main(argv: list[str]) -> None:
   del argv
   # Imported here, so that --help and wrong flags answer at once.
   from moe_jax import adapt
+  from moe_jax.adapt.quantise import parse_format
   from moe_jax.adapt.routes import changed_routes, max_vio
   from moe_jax.adapt.table import row, text_of, write_table
   from moe_jax.inference.evaluate import evaluate
   from moe_jax.interop.load import load
 
-  formats = [parse(text) for text in _FORMATS.value]
+  formats = [parse_format(text) for text in _FORMATS.value]
   loaded = load(_MODEL.value)
   dataset = text_of(loaded, _TEXT_FOLDER.value)
   batches = list(dataset.validation_batches(limit=_ROUTES.value))
@@ -66,18 +67,6 @@ def main(argv: list[str]) -> None:
         }
       )
   write_table(pathlib.Path(_OUTPUT_DIR.value) / "quantise.csv", rows)
-
-
-def parse(text: str) -> tuple[str, int]:
-  """Returns (format, group) of `int4:32`."""
-  from moe_jax.errors import InputError
-  from moe_jax.ops.quantisation import format_of
-
-  name, colon, group = text.partition(":")
-  if colon and not group.isdecimal():
-    raise InputError(f"--formats={text}: a group is a number of rows, e.g. int4:32")
-  format_of(name, int(group or 0))
-  return name, int(group or 0)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,19 @@ def quantise(model: Transformer, format: str = "int8", group: int = 0) -> Transf
   return put_together(parts._replace(layers=tuple(layers)))
 
 
+def parse_format(text: str) -> tuple[str, int]:
+  """Returns (format, group) of a text such as `int8` or `int4:32`.
+
+  Raises:
+    InputError: if there is no such format.
+  """
+  name, colon, group = text.partition(":")
+  if colon and not group.isdecimal():
+    raise InputError(f"--formats={text}: a group is a number of rows, e.g. int4:32")
+  format_of(name, int(group or 0))
+  return name, int(group or 0)
+
+
 def dequantise(model: Transformer) -> Transformer:
   """Returns `model` with the matrices of its experts in float32: it computes the same, and can be trained.
 
