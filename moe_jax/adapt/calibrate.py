@@ -46,7 +46,7 @@ def calibrate(model: Transformer, batches: Iterable[Batch], min_tokens: int = 1)
   total: list[dict] | None = None
   graphdef, state = nnx.split(model)
   for batch in batches:
-    found = jax.device_get(_observe(graphdef, state, batch["tokens_BL"], batch["mask_BL"], batch["domain_B"]))
+    found = jax.device_get(_observe(graphdef, state, batch))
     found = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
     total = found if total is None else jax.tree.map(np.add, total, found)
   tokens = 0 if total is None else min(sums["tokens_E"].max() for sums in total)
@@ -71,12 +71,11 @@ def _read(sums: dict) -> Calibration:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _observe(
-  graphdef: nnx.GraphDef, state: PyTree, tokens_BL: Array, mask_BL: Array, domain_B: Array
-) -> list[dict[str, Array]]:
+def _observe(graphdef: nnx.GraphDef, state: PyTree, batch: Batch) -> list[dict[str, Array]]:
   """Sums over the tokens of a batch for each layer with experts, block by block."""
   model = nnx.merge(graphdef, state)
-  context = Context(mask_BL=mask_BL, token_id_BL=tokens_BL, domain_B=domain_B)
+  tokens_BL = batch["tokens_BL"]
+  context = Context.of_batch(batch, token_id_BL=tokens_BL)
   x_BLD = model.embedding_VD[...].astype(model.config.compute_dtype)[tokens_BL]
   found, number = [], 0
   for segment in model.segments:
@@ -164,7 +163,7 @@ def _without(state: nnx.State, segment: int, block: int, repetition: int, expert
 
 @functools.partial(jax.jit, static_argnums=0)
 def _nll(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch) -> Array:
-  logits_BLV, _ = nnx.merge(graphdef, state)(batch["tokens_BL"], Context(mask_BL=batch["mask_BL"]))
+  logits_BLV, _ = nnx.merge(graphdef, state)(batch["tokens_BL"], Context.of_batch(batch))
   log_probs_BLV = jax.nn.log_softmax(logits_BLV, axis=-1)
   nll_BL = -jnp.take_along_axis(log_probs_BLV, batch["targets_BL"][..., None], axis=-1)[..., 0]
   return jnp.sum(nll_BL * batch["mask_BL"])

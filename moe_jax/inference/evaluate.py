@@ -114,7 +114,7 @@ def _score(sums: np.ndarray) -> Score:
 @functools.partial(jax.jit, static_argnames=("graphdef", "num_domains"))
 def _nll(graphdef: nnx.GraphDef, state: PyTree, batch: Batch, num_domains: int) -> Array:
   """Returns the nats of each sequence, [B]."""
-  context = Context(batch["mask_BL"], domain_B=batch["domain_B"], num_domains=num_domains)
+  context = Context.of_batch(batch, num_domains=num_domains)
   logits_BLV, _ = nnx.merge(graphdef, state)(batch["tokens_BL"], context)
   log_probs_BLV = jax.nn.log_softmax(logits_BLV, axis=-1)
   nll_BL = -jnp.take_along_axis(log_probs_BLV, batch["targets_BL"][..., None], axis=-1)[..., 0]
