@@ -39,7 +39,10 @@ WRONG = [
   (["--dispatcher=all_to_all:chunks=0"], "dispatcher all_to_all: chunks must be 1 or more"),
   (["--sweep=learning_rat:1,2"], "--sweep=learning_rat:1,2: unknown field, and option of these arms"),
   (["--sweep=weight:0.1,0.2", "--sweep_seeds=0"], "--sweep_seeds=0: 0 is reported, too"),
-  (["--first_seed=100", "--seeds=2", "--sweep=weight:0.1,0.2"], "--sweep_seeds=100,101: 100 is reported, too"),
+  (
+    ["--first_seed=100", "--seeds=2", "--sweep=weight:0.1,0.2"],
+    "--sweep_seeds=100,101: 100 is reported, too",
+  ),
   (["--num_experts=1" + "0" * 30], "000: must be below 2^31"),
   (["--dispatcher=sorted", "--capacity_factor=inf"], "--capacity_factor=inf: must be a finite number"),
   (["--weight_decay=nan"], "--weight_decay=nan: must be a finite number"),

@@ -48,7 +48,10 @@ def arguments() -> dict[str, Any]:
   from moe_jax.comparison.sweep import Sweep
 
   values = flags.FLAGS
-  found = {"seeds": range(values.first_seed, values.first_seed + values.seeds), "shard": Shard.parse(values.shard)}
+  found = {
+    "seeds": range(values.first_seed, values.first_seed + values.seeds),
+    "shard": Shard.parse(values.shard),
+  }
   if "sweep" in values and values.sweep:
     found["sweep"] = Sweep.parse(values.sweep, values.sweep_seeds, values.sweep_goal)
   return found
