@@ -3,6 +3,7 @@
 Question   Bits per byte by domain against the number of experts left, for all methods from one model.
 Command    python experiments/compress.py --model=runs/load_balancing/arms/none/seed_0 --experts=8,4,2
            python experiments/compress.py --model=MODEL --methods=usage --domain=code --output_dir=runs/compress_code
+           python experiments/compress.py --model=runs/load_balancing/arms/none/seed_{seed} --seeds=5
 Hardware   two CPU cores, 4 GB for a small model; any JAX device
 Minutes    about 2 for a model of the default preset
 Result     see docs/adapt.md
@@ -19,17 +20,24 @@ what the experts do; the validation text is not read before the end. Without tra
 - merge_router: merge_usage with the router's columns merged, too.
 
 With `--domain`, the experts that stay are those that this domain uses: the part of the model for one task, whose loss inside
-and outside of the domain the table shows (task-level extraction, 2110.03742). Writes compress.csv with a row for each method and number, and prints it.
+and outside of the domain the table shows (task-level extraction, 2110.03742). Writes compress.csv with a row for each method and
+number, and prints it. With --seeds, {seed} in --model names a model for each, and the folder gets the report of a comparison, paired by
+seed. The same command continues where it was.
 """
 
 import pathlib
+import shlex
+import sys
 
 from absl import flags
 
 from moe_jax import cli
 from moe_jax.cluster import start as distributed
 
-_MODEL = flags.DEFINE_string("model", None, "the folder of the model", required=True)
+_MODEL = flags.DEFINE_string(
+  "model", None, "the folder of the model, with {seed} if there are several", required=True
+)
+_SEEDS = flags.DEFINE_integer("seeds", 1, "models, with seeds 0, 1, ...", lower_bound=1)
 _EXPERTS = flags.DEFINE_list("experts", [], "numbers of experts left; empty: three quarters, half, a quarter")
 _METHODS = flags.DEFINE_list("methods", ["all"], "all, or names of methods")
 _CALIBRATION = flags.DEFINE_integer(
@@ -51,31 +59,63 @@ flags.adopt_module_key_flags(distributed)
 def main(argv: list[str]) -> None:
   del argv
   # Imported here, so that --help and wrong flags answer at once.
-  from moe_jax.adapt.compress import METHODS, Compressor
-  from moe_jax.adapt.layers import moe_layers, take_apart
-  from moe_jax.adapt.table import calibration_batches, row, text_of, write_table
-  from moe_jax.errors import unknown_name
-  from moe_jax.inference.evaluate import evaluate
-  from moe_jax.interop.load import load
+  from moe_jax.adapt.compress import METHODS
+  from moe_jax.adapt.table import write_table
+  from moe_jax.analysis.measured import Measured, models_of
+  from moe_jax.errors import InputError, unknown_name
 
   methods = METHODS if _METHODS.value == ["all"] else tuple(_METHODS.value)
   for name in methods:
     if name not in METHODS:
       raise unknown_name("method", name, METHODS)
-  loaded = load(_MODEL.value)
+  for text in _EXPERTS.value:
+    if not text.isdecimal():
+      raise InputError(f"--experts={text}: must be numbers of experts, joined by commas")
+  folders, folder = models_of(_MODEL.value, _SEEDS.value), pathlib.Path(_OUTPUT_DIR.value)
+  names = ("model", "calibration", "domain", "batches", "text_folder")
+  measured = Measured(folder, {name: flags.FLAGS[name].value for name in names})
+  rows = [row for seed, path in enumerate(folders) for row in rows_of(measured, seed, path, methods)]
+  write_table(folder / "compress.csv", rows)
+  if len(folders) > 1:
+    measured.report(
+      title="Fewer experts",
+      question=__doc__.splitlines()[0],
+      command=shlex.join(["python", *sys.argv]),
+      notes=["In one shot, without training. An arm is a method and the number of experts left."],
+    )
+
+
+def rows_of(measured, seed: int, path: str, methods) -> list[dict]:
+  """Measures one model and all that is made of it."""
+  from moe_jax.adapt.compress import Compressor
+  from moe_jax.adapt.layers import moe_layers, take_apart
+  from moe_jax.adapt.table import calibration_batches, row, text_of
+  from moe_jax.inference.evaluate import evaluate
+  from moe_jax.interop.load import load
+
+  loaded = load(path)
   parts = take_apart(loaded.model)
   e = parts.layers[moe_layers(parts)[0]].block.moe.num_experts
   numbers = [int(n) for n in _EXPERTS.value] or [e * 3 // 4, e // 2, e // 4]
   dataset = text_of(loaded, _TEXT_FOLDER.value)
   batches = calibration_batches(dataset, _CALIBRATION.value, _DOMAIN.value)
-  measure = lambda model: evaluate(model, dataset, dataset.config.batch_size, _BATCHES.value)
-  rows = [row("whole", e, measure(loaded.model))]
   compressed = Compressor(loaded.model, batches)
+  rows = []
+
+  def add(arm: str, method: str, number: int, make) -> None:
+    def measure():
+      with cli.said(f"{arm}, seed {seed}"):
+        model = make()
+        return model, evaluate(model, dataset, dataset.config.batch_size, _BATCHES.value), {}
+
+    found = measured(arm, seed, loaded, dataset, measure)
+    rows.append({"seed": seed} | row(method, number, found.scores))
+
+  add("whole", "whole", e, lambda: loaded.model)
   for name in methods:
     for number in numbers:
-      with cli.said(f"{name}, {number} experts"):
-        rows.append(row(name, number, measure(compressed(name, number))))
-  write_table(pathlib.Path(_OUTPUT_DIR.value) / "compress.csv", rows)
+      add(f"{name}_{number}", name, number, lambda name=name, number=number: compressed(name, number))
+  return rows
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Question   Bytes of experts against bits per byte; how many choices of the router change, by layer; and MaxVio.
 Command    python experiments/quantise.py --model=runs/load_balancing/arms/none/seed_0
            python experiments/quantise.py --model=MODEL --formats=int8,int4,int4:32,fp8,mxfp4
+           python experiments/quantise.py --model=runs/load_balancing/arms/none/seed_{seed} --seeds=5
 Hardware   two CPU cores, 4 GB for a small model; any JAX device
 Minutes    about 1 for a model of the default preset
 Result     see docs/adapt.md
@@ -10,17 +11,24 @@ Result     see docs/adapt.md
 MODEL is the folder of a run, of an adapted model, or of a published checkpoint. Only matrices of routed experts are stored
 in few bits, rounded to nearest: router, attention, norms and embeddings stay. int8 and int4 have a scale per output
 channel, or with :GROUP per group of its rows; fp8 is E4M3 in blocks of 128 x 128; mxfp4 is E2M1 in blocks of 32. A layer
-reads the hidden states of its own model, so changed choices add up from layer to layer. Writes quantise.csv, and prints it.
+reads the hidden states of its own model, so changed choices add up from layer to layer. Writes quantise.csv, and prints it. With --seeds, {seed} in --model names a
+model for each, and the folder gets the report of a comparison, paired by seed. The same command continues where it was.
 """
 
 import pathlib
+import shlex
+import sys
 
+import numpy as np
 from absl import flags
 
 from moe_jax import cli
 from moe_jax.cluster import start as distributed
 
-_MODEL = flags.DEFINE_string("model", None, "the folder of the model", required=True)
+_MODEL = flags.DEFINE_string(
+  "model", None, "the folder of the model, with {seed} if there are several", required=True
+)
+_SEEDS = flags.DEFINE_integer("seeds", 1, "models, with seeds 0, 1, ...", lower_bound=1)
 _FORMATS = flags.DEFINE_list(
   "formats", ["int8", "int4", "int4:32", "fp8", "mxfp4"], "formats, with :GROUP for integers"
 )
@@ -40,33 +48,61 @@ flags.adopt_module_key_flags(distributed)
 def main(argv: list[str]) -> None:
   del argv
   # Imported here, so that --help and wrong flags answer at once.
-  from moe_jax import adapt
   from moe_jax.adapt.quantise import parse_format
+  from moe_jax.adapt.table import write_table
+  from moe_jax.analysis.measured import Measured, models_of
+
+  formats = {text: parse_format(text) for text in _FORMATS.value}
+  folders, folder = models_of(_MODEL.value, _SEEDS.value), pathlib.Path(_OUTPUT_DIR.value)
+  names = ("model", "batches", "route_batches", "text_folder")
+  measured = Measured(folder, {name: flags.FLAGS[name].value for name in names})
+  rows = [row for seed, path in enumerate(folders) for row in rows_of(measured, seed, path, formats)]
+  write_table(folder / "quantise.csv", rows)
+  if len(folders) > 1:
+    measured.report(
+      title="Experts in few bits",
+      question=__doc__.splitlines()[0],
+      command=shlex.join(["python", *sys.argv]),
+      notes=["Rounded to nearest after training. An arm is a format."],
+    )
+
+
+def rows_of(measured, seed: int, path: str, formats: dict) -> list[dict]:
+  """Measures one model in every format."""
+  from moe_jax import adapt
   from moe_jax.adapt.routes import changed_routes, max_vio
-  from moe_jax.adapt.table import row, text_of, write_table
+  from moe_jax.adapt.table import row, text_of
   from moe_jax.inference.evaluate import evaluate
   from moe_jax.interop.load import load
 
-  formats = [parse_format(text) for text in _FORMATS.value]
-  loaded = load(_MODEL.value)
+  loaded = load(path)
   dataset = text_of(loaded, _TEXT_FOLDER.value)
   batches = list(dataset.validation_batches(limit=_ROUTES.value))
   whole, rows = loaded.model, []
-  for text, (name, group) in {"float32": ("", 0), **dict(zip(_FORMATS.value, formats, strict=True))}.items():
-    with cli.said(text):
-      model = adapt.quantise(whole, name, group) if name else whole
-      scores = evaluate(model, dataset, dataset.config.batch_size, _BATCHES.value)
-      changed = changed_routes(whole, model, batches)
-      rows.append(
-        {
-          "format": text,
+  for text, (name, group) in {"float32": ("", 0), **formats}.items():
+
+    def measure(text=text, name=name, group=group):
+      with cli.said(f"{text}, seed {seed}"):
+        model = adapt.quantise(whole, name, group) if name else whole
+        others = {
           "bytes": adapt.expert_bytes(model),
-          "all": row(text, 0, scores)["all"],
-          "MaxVio": float(max_vio(model, batches).mean()),
-          **{f"changed {i}": float(share) for i, share in enumerate(changed)},
+          "max_vio": max_vio(model, batches).tolist(),
+          "changed": changed_routes(whole, model, batches).tolist(),
         }
-      )
-  write_table(pathlib.Path(_OUTPUT_DIR.value) / "quantise.csv", rows)
+        return model, evaluate(model, dataset, dataset.config.batch_size, _BATCHES.value), others
+
+    found = measured(text, seed, loaded, dataset, measure)
+    rows.append(
+      {
+        "seed": seed,
+        "format": text,
+        "bytes": found.others["bytes"],
+        "all": row(text, 0, found.scores)["all"],
+        "MaxVio": float(np.mean(found.others["max_vio"])),
+        **{f"changed {i}": share for i, share in enumerate(found.others["changed"])},
+      }
+    )
+  return rows
 
 
 if __name__ == "__main__":

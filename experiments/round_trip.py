@@ -64,7 +64,6 @@ def main(argv: list[str]) -> None:
   folder = pathlib.Path(_OUTPUT_DIR.value)
   formats = {text: parse_format(text) for text in _FORMATS.value}
   trip = make_trip(folder)
-  trip.check_settings()
   rows = [trip.row(*made) for made in products(trip, formats)]
   write_table(folder / "round_trip.csv", rows, shown=[name for name in rows[0] if not name.startswith("in ")])
   print(f"written: {plot_cost(folder / 'round_trip.png', rows).path}")
@@ -129,44 +128,27 @@ class Trip:
   """The folder of a round trip: runs/ of trainings, start/ of what they start from, models/, rows/ of the table."""
 
   def __init__(self, folder: pathlib.Path, config, dataset, loaded, domain: str):
+    from moe_jax.analysis.kept import Kept
+
     self.folder, self.config, self.dataset, self.domain = folder, config, dataset, domain
     self.loaded, self._made = loaded, {}
     self.dense_steps = 0 if loaded else _DENSE_STEPS.value
-
-  def check_settings(self) -> None:
-    """Raises `InputError` if the folder has rows of other settings; otherwise writes those of this command."""
-    from moe_jax import disk
-    from moe_jax.errors import InputError
-    from moe_jax.training.identity import changes, differences
-
-    path = self.folder / "settings.json"
     names = ("model", "dense_steps", "distil_steps", "calibration", "balancers")
-    own = {name: flags.FLAGS[name].value for name in names}
-    own |= {"domain": self.domain, "fingerprint": self.dataset.info.fingerprint}
-    known = disk.read_object(path)
-    if known:
-      changed = changes(known.pop("config"), self.config.to_dict()) + differences(known, own)
-      if changed:
-        raise InputError(
-          f"{self.folder}: holds a round trip of other settings ({'; '.join(changed[:3])}); choose another folder"
-        )
-    disk.write_json(path, own | {"config": self.config.to_dict()})
+    settings = {name: flags.FLAGS[name].value for name in names}
+    settings |= {"domain": domain, "fingerprint": dataset.info.fingerprint}
+    self.kept = Kept(folder, settings, config)
 
   def row(self, name: str, steps: int, make) -> dict:
     """Returns the line of the model `name`, from what an earlier command measured if it did."""
-    from moe_jax import disk
     from moe_jax.analysis.deployment import measure
 
-    path = self.folder / "rows" / f"{name.replace(':', '_')}.json"
-    found = disk.read_object(path)
-    if not found:
+    def numbers() -> dict:
       with cli.said(name):
         model = make()
         self.save(self.folder / "models" / name.replace(":", "_"), model)
-        numbers = measure(model, self.dataset, self.config.train.eval_batches)
-      found = {"model": name, "steps": steps} | numbers
-      disk.write_json(path, found)
-    return found
+        return {"model": name, "steps": steps} | measure(model, self.dataset, self.config.train.eval_batches)
+
+    return self.kept(f"rows/{name.replace(':', '_')}", numbers)
 
   def dense(self):
     return self.loaded.model if self.loaded else self.train(DENSE, self.dense_steps, None)

@@ -81,6 +81,8 @@ WRONG_OF_OTHERS = [
   ("scripts/bench_layer.py", ["--num_tokens=8", "--dispatchers=einsum:abc"], "--dispatchers=einsum:abc: must be NAME or"),
   ("experiments/upcycle.py", ["--trained=expert"], "--trained=expert: matches no parameter; did you mean experts"),
   ("experiments/compress.py", ["--model=x", "--methods=usag"], "unknown method 'usag': did you mean usage"),
+  ("experiments/compress.py", ["--model=x", "--experts=8,four"], "--experts=four: must be numbers of experts"),
+  ("experiments/compress.py", ["--model=x", "--seeds=2"], "--seeds=2: --model=x names one model; put {seed}"),
   ("experiments/quantise.py", ["--model=x", "--formats=int4:x"], "--formats=int4:x: a group is a number of rows"),
   ("experiments/quantise.py", ["--model=nowhere"], "nowhere"),
   ("experiments/finetune.py", ["--model=nowhere"], "nowhere"),

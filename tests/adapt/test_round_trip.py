@@ -41,7 +41,7 @@ def test_a_dense_model_goes_all_ways_and_the_command_resumes(tmp_path):
   assert first.status == 0, first.stderr
   # Nothing is made or measured again.
   assert again.stdout and first.stdout.endswith(again.stdout) and "..." not in again.stderr
-  assert_one_line(other, f"{out}: holds a round trip of other settings (num_steps was 2, now 3)")
+  assert_one_line(other, f"{out}: holds numbers of other settings (num_steps was 2, now 3)")
 
   with open(out / "round_trip.csv", newline="") as file:
     rows = {row["model"]: row for row in csv.DictReader(file)}
