@@ -13,11 +13,13 @@ what the experts do; the validation text is not read before the end. Without tra
 
 - random: the baseline of pruning, with a seed;
 - usage: the most used experts stay;
+- probability: those with the highest mean probability of the router;
 - output_norm: those whose output, weighted by the router, is largest (REAP, 2510.13999);
 - loss: those whose loss costs most on the calibration text;
 - merge_average, merge_usage: the others join the most similar leader (M-SMoE, 2310.01334), aligned, router kept;
 - merge_unaligned: merge_usage without the Hungarian match;
-- merge_router: merge_usage with the router's columns merged, too.
+- merge_router: merge_usage with the router's columns merged, too;
+- task_level: no expert is dropped, but a token takes the K experts with the highest mean probability on its domain (2110.03742).
 
 With `--domain`, the experts that stay are those that this domain uses: the part of the model for one task, whose loss inside
 and outside of the domain the table shows (task-level extraction, 2110.03742). Writes compress.csv with a row for each method and
@@ -56,6 +58,9 @@ distributed.define_flags()
 flags.adopt_module_key_flags(distributed)
 
 
+TASK_LEVEL = "task_level"
+
+
 def main(argv: list[str]) -> None:
   del argv
   # Imported here, so that --help and wrong flags answer at once.
@@ -64,10 +69,11 @@ def main(argv: list[str]) -> None:
   from moe_jax.analysis.measured import Measured, models_of
   from moe_jax.errors import InputError, unknown_name
 
-  methods = METHODS if _METHODS.value == ["all"] else tuple(_METHODS.value)
+  known = (*METHODS, TASK_LEVEL)
+  methods = known if _METHODS.value == ["all"] else tuple(_METHODS.value)
   for name in methods:
-    if name not in METHODS:
-      raise unknown_name("method", name, METHODS)
+    if name not in known:
+      raise unknown_name("method", name, known)
   for text in _EXPERTS.value:
     if not text.isdecimal():
       raise InputError(f"--experts={text}: must be numbers of experts, joined by commas")
@@ -112,10 +118,22 @@ def rows_of(measured, seed: int, path: str, methods) -> list[dict]:
     rows.append({"seed": seed} | row(method, number, found.scores))
 
   add("whole", "whole", e, lambda: loaded.model)
+  if TASK_LEVEL in methods:
+    k = parts.layers[moe_layers(parts)[0]].block.moe.num_experts_per_token
+    add(TASK_LEVEL, TASK_LEVEL, k, lambda: task_level(loaded.model, dataset))
   for name in methods:
-    for number in numbers:
+    for number in numbers if name != TASK_LEVEL else ():
       add(f"{name}_{number}", name, number, lambda name=name, number=number: compressed(name, number))
   return rows
+
+
+def task_level(model, dataset):
+  """Returns the model with routers that read the domain of the text."""
+  from moe_jax import adapt
+  from moe_jax.adapt.table import calibration_batches
+
+  of = lambda domain: adapt.calibrate(model, calibration_batches(dataset, _CALIBRATION.value, domain))
+  return adapt.to_task_level(model, [of(domain) for domain in dataset.info.domains])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ Result     see docs/adapt.md
 
 MODEL is the folder of a run, of an adapted model, or of a published checkpoint. Only matrices of routed experts are stored
 in few bits, rounded to nearest: router, attention, norms and embeddings stay. int8 and int4 have a scale per output
-channel, or with :GROUP per group of its rows; fp8 is E4M3 in blocks of 128 x 128; mxfp4 is E2M1 in blocks of 32. A layer
+channel, or with :GROUP per group of its rows; +aware behind a format lets scales follow a calibration text (AWQ, 2306.00978); fp8 is E4M3 in blocks of 128 x 128; mxfp4 is E2M1 in blocks of 32. A layer
 reads the hidden states of its own model, so changed choices add up from layer to layer. Writes quantise.csv, and prints it. With --seeds, {seed} in --model names a
 model for each, and the folder gets the report of a comparison, paired by seed. The same command continues where it was.
 """
@@ -30,7 +30,12 @@ _MODEL = flags.DEFINE_string(
 )
 _SEEDS = flags.DEFINE_integer("seeds", 1, "models, with seeds 0, 1, ...", lower_bound=1)
 _FORMATS = flags.DEFINE_list(
-  "formats", ["int8", "int4", "int4:32", "fp8", "mxfp4"], "formats, with :GROUP for integers"
+  "formats",
+  ["int8", "int4", "int4+aware", "int4:32", "fp8", "mxfp4"],
+  "formats, with :GROUP for integers and +aware",
+)
+_CALIBRATION = flags.DEFINE_integer(
+  "calibration", 4, "batches of training text for formats with +aware", lower_bound=1
 )
 _BATCHES = flags.DEFINE_integer("batches", 0, "batches of validation text; 0: all", lower_bound=0)
 _ROUTES = flags.DEFINE_integer(
@@ -54,7 +59,7 @@ def main(argv: list[str]) -> None:
 
   formats = {text: parse_format(text) for text in _FORMATS.value}
   folders, folder = models_of(_MODEL.value, _SEEDS.value), pathlib.Path(_OUTPUT_DIR.value)
-  names = ("model", "batches", "route_batches", "text_folder")
+  names = ("model", "calibration", "batches", "route_batches", "text_folder")
   measured = Measured(folder, {name: flags.FLAGS[name].value for name in names})
   rows = [row for seed, path in enumerate(folders) for row in rows_of(measured, seed, path, formats)]
   write_table(folder / "quantise.csv", rows)
@@ -71,7 +76,7 @@ def rows_of(measured, seed: int, path: str, formats: dict) -> list[dict]:
   """Measures one model in every format."""
   from moe_jax import adapt
   from moe_jax.adapt.routes import changed_routes, max_vio
-  from moe_jax.adapt.table import row, text_of
+  from moe_jax.adapt.table import calibration_batches, row, text_of
   from moe_jax.inference.evaluate import evaluate
   from moe_jax.interop.load import load
 
@@ -79,11 +84,15 @@ def rows_of(measured, seed: int, path: str, formats: dict) -> list[dict]:
   dataset = text_of(loaded, _TEXT_FOLDER.value)
   batches = list(dataset.validation_batches(limit=_ROUTES.value))
   whole, rows = loaded.model, []
-  for text, (name, group) in {"float32": ("", 0), **formats}.items():
+  calibration = (
+    calibration_batches(dataset, _CALIBRATION.value) if any(f.aware for f in formats.values()) else []
+  )
+  for text, named in {"float32": None, **formats}.items():
 
-    def measure(text=text, name=name, group=group):
+    def measure(text=text, named=named):
       with cli.said(f"{text}, seed {seed}"):
-        model = adapt.quantise(whole, name, group) if name else whole
+        inputs = adapt.expert_inputs(whole, calibration) if named and named.aware else None
+        model = adapt.quantise(whole, named.format, named.group, inputs) if named else whole
         others = {
           "bytes": adapt.expert_bytes(model),
           "max_vio": max_vio(model, batches).tolist(),

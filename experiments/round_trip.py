@@ -33,7 +33,9 @@ from moe_jax.cluster import start as distributed
 _MODEL = flags.DEFINE_string("model", "", "the folder of a dense model to start from; empty: train one")
 _DENSE_STEPS = flags.DEFINE_integer("dense_steps", 600, "steps of the dense model", lower_bound=1)
 _DISTIL_STEPS = flags.DEFINE_integer("distil_steps", 600, "steps of the dense student", lower_bound=1)
-_FORMATS = flags.DEFINE_list("formats", ["int8", "int4:32"], "of quantised experts, with :GROUP for integers")
+_FORMATS = flags.DEFINE_list(
+  "formats", ["int8", "int4:32"], "of quantised experts, with :GROUP for integers and +aware"
+)
 _DOMAIN = flags.DEFINE_string("domain", "", "what is extracted; empty: the first domain of the text")
 _CALIBRATION = flags.DEFINE_integer(
   "calibration", 16, "batches of training text for calibration", lower_bound=1
@@ -111,8 +113,14 @@ def products(trip: "Trip", formats: dict):
   yield "merged", before + steps, lambda: smaller("merge_usage")
   yield "pruned", before + steps, lambda: smaller("output_norm")
   yield f"extracted_{trip.domain}", before + steps, lambda: smaller("usage", trip.domain)
-  for text, (name, group) in formats.items():
-    yield text, before + steps, lambda name=name, group=group: adapt.quantise(sparse(), name, group)
+
+  def quantised(named):
+    batches = calibration_batches(trip.dataset, _CALIBRATION.value) if named.aware else ()
+    inputs = adapt.expert_inputs(sparse(), batches) if named.aware else None
+    return adapt.quantise(sparse(), named.format, named.group, inputs)
+
+  for text, named in formats.items():
+    yield text, before + steps, lambda named=named: quantised(named)
 
 
 def distilled(trip: "Trip", teacher):

@@ -14,7 +14,7 @@ MERGES = {
   "merge_unaligned": {"align": False},
   "merge_router": {"router": "averaged"},
 }
-METHODS = ("random", "usage", "output_norm", "loss", *MERGES)
+METHODS = ("random", "usage", "probability", "output_norm", "loss", *MERGES)
 
 
 class Compressor:
@@ -35,6 +35,7 @@ class Compressor:
 
     - random: pruned, whatever they do;
     - usage: the most used experts stay;
+    - probability: those with the highest mean probability of the router;
     - output_norm: those whose output, weighted by the router, is largest (REAP, 2510.13999);
     - loss: those whose loss costs most;
     - merge_average, merge_usage: `merge` with equal weights, or by usage;
@@ -57,7 +58,7 @@ class Compressor:
     found = self._statistics(calibrate)
     if method == "random":
       return {i: np.random.default_rng(i).permutation(len(x.tokens_E)) for i, x in found.items()}
-    field = {"usage": "tokens_E", "output_norm": "output_norm_E"}[method]
+    field = {"usage": "tokens_E", "probability": "probability_E", "output_norm": "output_norm_E"}[method]
     return {i: getattr(calibration, field) for i, calibration in found.items()}
 
   def _statistics(self, function) -> dict:

@@ -68,6 +68,7 @@ def plot_cost(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> canvas.P
     rows: of `measure`, each with a `model`, its name.
   """
   import matplotlib
+  from matplotlib import ticker
 
   has_bytes = rows[0]["bits_per_byte"] is not None
   loss = [row["bits_per_byte"] if has_bytes else np.log(row["perplexity"]) for row in rows]
@@ -79,7 +80,8 @@ def plot_cost(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> canvas.P
         style = canvas.style(i) | {"linestyle": ""}
         ax.plot(row[key], loss[i], label=row["model"], ms=6, **style)
       ax.set_xlabel(title)
-      canvas.set_scale(ax, "x", np.array([row[key] for row in rows], float), 3.0)
+      ax.xaxis.set_major_locator(ticker.MaxNLocator(5))
+      ax.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
     axes[0].set_ylabel("bits per byte" if has_bytes else "nats per token")
     axes[1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
   caption = "Low is better; so is left in the first picture, and right in the second. All models come from one dense one."
