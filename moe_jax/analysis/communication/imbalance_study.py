@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax import disk
 from moe_jax.analysis.communication import imbalance
 from moe_jax.analysis.communication.imbalance import Exchange
 from moe_jax.analysis.communication.machine import Machine
@@ -91,7 +92,7 @@ def points(
 def write(folder: pathlib.Path, found: Sequence[Point], console: Any) -> None:
   """Writes imbalance.csv and imbalance.png, and prints the means of each run."""
   folder.mkdir(parents=True, exist_ok=True)
-  with (folder / "imbalance.csv").open("w", encoding="utf-8", newline="") as file:
+  with disk.whole_text(folder / "imbalance.csv") as file:
     writer = csv.DictWriter(file, found[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(found)
