@@ -89,6 +89,8 @@ GRAPH = {
   "analysis": Part(RUN),
   "analysis.accounting": Part(f"analysis interop {RUN}"),
   "analysis.capacity": Part(f"analysis comparison {RUN}"),
+  "analysis.measured": Part(f"analysis comparison inference interop {RUN}"),
+  "analysis.deployment": Part(f"analysis adapt inference interop comparison.report {RUN}"),
   "analysis.examine": Part(f"analysis interop comparison.report {RUN}"),
   "analysis.replay": Part(f"analysis comparison.report {RUN}"),
   "analysis.communication": Part(

@@ -62,6 +62,6 @@ def report(model: Transformer, batch: Batch, routes_XBLE: np.ndarray) -> ReplayR
 
 @functools.partial(jax.jit, static_argnums=0)
 def _log_probs(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch, routes_XBLE: Array | None) -> Array:
-  context = Context(mask_BL=batch["mask_BL"], routes_XBLE=routes_XBLE)
+  context = Context.of_batch(batch, routes_XBLE=routes_XBLE)
   logits_BLV, _ = nnx.merge(graphdef, state)(batch["tokens_BL"], context)
   return jnp.take_along_axis(jax.nn.log_softmax(logits_BLV), batch["targets_BL"][..., None], axis=-1)[..., 0]

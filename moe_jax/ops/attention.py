@@ -19,6 +19,7 @@ def attend(
   causal: bool = True,
   window: int = 0,
   mask_BL: Array | None = None,
+  segment_BL: Array | None = None,
   scale: float | None = None,
   sink_N: Array | None = None,
   block: int = BLOCK,
@@ -39,13 +40,15 @@ def attend(
     window: attend only to the last `window` positions, including the position itself; 0: no limit. Without
       `causal`, to as many on either side.
     mask_BL: bool, False: no position attends to it. None: all True.
+    segment_BL: int32, the number of the text in a packed row: a position attends only to its own. None: one text a row.
     scale: what scores are multiplied by; None: H^-0.5.
     sink_N: a score of each query head that takes part in its softmax and brings no value (gpt-oss,
       2508.10925), or None.
     block: the number of queries whose scores are stored at a time.
     fused: use cuDNN's kernel on a GPU where it has this form, see `has_kernel`.
   """
-  if fused and causal and mask_BL is None and sink_N is None and has_kernel(query_BLNH, value_BLNH):
+  plain = mask_BL is None and segment_BL is None
+  if fused and causal and plain and sink_N is None and has_kernel(query_BLNH, value_BLNH):
     sides = (window - 1, 0) if window else None
     return jax.nn.dot_product_attention(
       query_BLNH,
@@ -57,7 +60,7 @@ def attend(
       implementation="cudnn",
     )
   length = query_BLNH.shape[1]
-  if length <= block and causal and not window and mask_BL is None:
+  if length <= block and causal and not window and plain:
     return _mix(query_BLNH, key_BLNH, value_BLNH, is_causal=True, scale=scale, sink_N=sink_N)
   # A barrier (prevent_cse) keeps XLA from merging this recomputation with that of the layer around it.
   rows = []
@@ -72,7 +75,10 @@ def attend(
       one_block = jax.checkpoint(one_block)
     seen = None if mask_BL is None else mask_BL[:, first:last]
     key, value = key_BLNH[:, first:last], value_BLNH[:, first:last]
-    rows.append(one_block(query_BLNH[:, start:end], key, value, seen, sink_N))
+    of_text = None
+    if segment_BL is not None:
+      of_text = segment_BL[:, start:end, None] == segment_BL[:, None, first:last]
+    rows.append(one_block(query_BLNH[:, start:end], key, value, seen, of_text, sink_N))
   return rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=1)
 
 
@@ -81,6 +87,7 @@ def _attend(
   key_BYNH: Array,
   value_BYNH: Array,
   seen_BY: Array | None,
+  of_text_BXY: Array | None,
   sink_N: Array | None,
   *,
   start: int,
@@ -96,8 +103,11 @@ def _attend(
   mask_XY = behind_XY >= 0 if causal else jnp.ones(behind_XY.shape, bool)
   if window:
     mask_XY &= jnp.abs(behind_XY) < window
-  mask_11XY = mask_XY[None, None]
-  mask = mask_11XY if seen_BY is None else mask_11XY & seen_BY[:, None, None, :]
+  mask = mask_XY[None, None]
+  if seen_BY is not None:
+    mask = mask & seen_BY[:, None, None, :]
+  if of_text_BXY is not None:
+    mask = mask & of_text_BXY[:, None]
   return _mix(query_BXNH, key_BYNH, value_BYNH, mask=mask, scale=scale, sink_N=sink_N)
 
 

@@ -194,6 +194,11 @@ def array_digests(tree: PyTree) -> dict[str, list]:
   return {path: [kind, int(digest(leaves[path]))] for path, kind in _arrays(tree).items()}
 
 
+def tree_digest(tree: PyTree) -> str:
+  """Returns one digest of all arrays of a tree, the same on every mesh."""
+  return _digest_of_json(array_digests(tree))
+
+
 def all_finite(tree: PyTree) -> bool:
   """Returns whether all numbers of all arrays are finite."""
   found = [
