@@ -32,6 +32,7 @@ from absl import flags
 from moe_jax import cli
 from moe_jax.comparison.comparison import Comparison
 from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, TrainConfig
+from moe_jax.errors import STOPPED_STATUS
 
 ARM = "arm"
 STEPS = 240
@@ -89,6 +90,8 @@ class Start:
       status = 0
     except SystemExit as error:
       status = error.code
+      if status not in (0, 2, STOPPED_STATUS, 130):  # not ours: say whose
+        traceback.print_exc()
     except BaseException:
       traceback.print_exc()
     finally:
@@ -233,7 +236,7 @@ class Soak:
 
   def ask(self, process: Start, output_dir: pathlib.Path) -> bool:
     process.send_signal(self.random.choice([signal.SIGTERM, signal.SIGINT, signal.SIGHUP]))
-    # Before the first step and after the last one, there is nothing to save.
+    # Before the comparison listens, and after its end.
     unsaved = (130, -signal.SIGTERM, -signal.SIGHUP)
     self.expect(process.wait(), (0, 75, *unsaved), output_dir)
     return False
