@@ -68,7 +68,7 @@ WRONG = [
   (["--accept_leaks=nope"], "--accept_leaks=nope: unknown router 'nope'"),
   (["--seeds=1000000000"], "flag --seeds=1000000000"),
   (["--dataset=markov", "--markov_states=200000"], "--markov_states=200000: at most 67108864 transition"),
-  (["--dataset=huggingface:foo"], "--dataset=huggingface:foo: must be stdlib, markov"),
+  (["--dataset=huggingface:foo"], "--dataset=huggingface:foo: must be stdlib, stdlib_tasks, markov"),
   (["--data_dir=/proc/no/such"], "/proc/no: No such file or directory"),
   (["--dataset=text_folder", "--text_folder=" + "a" * 5000], "aaa...: File name too long"),
   (["--output_dir=/dev/null/x"], "--output_dir=/dev/null/x: /dev/null is a file"),

@@ -33,6 +33,7 @@ from tests import tiny
 from tests.fuzz.commands import Child, command_lines, problem
 from tests.fuzz.values import METHODS, SPECS, damaged_bytes, files
 
+pytestmark = pytest.mark.timeout(3600)  # of five hundred cases
 LIMIT = 30.0  # seconds that a case may take
 SETTINGS = tiny.change(tiny.CONFIG, balancers="loss_free_bias:0.01", num_layers=1)
 MESH = sharding.make_mesh(SETTINGS.mesh)
