@@ -83,6 +83,7 @@ WRONG_OF_OTHERS = [
   ("experiments/capacity.py", ["--group=batch,tree"], "--group=batch,tree: must be different ones of sequence,"),
   ("experiments/granularity.py", ["--arms=16x64"], "unknown arm '16x64': did you mean"),
   ("experiments/capacity.py", ["--methods=none@st_moe_topn"], "--router=st_moe_topn: in a causal model its output"),
+  ("scripts/account.py", ["--vocab_size=18446744073709551615"], "vocab_size=18446744073709551615, sequence_length="),
   ("scripts/coefficients.py", ["--loss=foo"], "flag --loss=foo"),
   ("scripts/coefficients.py", ["--weight=-1"], "--weight=-1.0: must be 0 or more"),
   ("scripts/coefficients.py", ["--num_experts_per_token=9"], "--num_experts_per_token=9: must be at most num_experts=8"),
