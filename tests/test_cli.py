@@ -9,7 +9,16 @@ from moe_jax import cli
 from moe_jax.config import Config
 from tests.scripts import assert_one_line, run_scripts
 
-EXPERIMENTS = ("load_balancing", "routers", "capacity", "replay", "communication", "speedrun", "upcycle")
+EXPERIMENTS = (
+  "load_balancing",
+  "routers",
+  "capacity",
+  "replay",
+  "communication",
+  "imbalance",
+  "speedrun",
+  "upcycle",
+)
 WRONG = [
   (["--num_expert=3"], "unknown flag '--num_expert': did you mean --num_experts"),
   (["--seeds=many"], "flag --seeds=many"),
@@ -59,7 +68,7 @@ WRONG = [
   (["--accept_leaks=nope"], "--accept_leaks=nope: unknown router 'nope'"),
   (["--seeds=1000000000"], "flag --seeds=1000000000"),
   (["--dataset=markov", "--markov_states=200000"], "--markov_states=200000: at most 67108864 transition"),
-  (["--dataset=huggingface:foo"], "--dataset=huggingface:foo: must be stdlib, markov"),
+  (["--dataset=huggingface:foo"], "--dataset=huggingface:foo: must be stdlib, stdlib_tasks, markov"),
   (["--data_dir=/proc/no/such"], "/proc/no: No such file or directory"),
   (["--dataset=text_folder", "--text_folder=" + "a" * 5000], "aaa...: File name too long"),
   (["--output_dir=/dev/null/x"], "--output_dir=/dev/null/x: /dev/null is a file"),

@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moe_jax import disk
 from moe_jax.data import Batch, Dataset, load_dataset
 from moe_jax.errors import unknown_name
 
@@ -51,8 +52,7 @@ def write_table(
   path: pathlib.Path, rows: Sequence[Mapping[str, Any]], shown: Sequence[str] | None = None
 ) -> None:
   """Writes rows with equal keys as CSV, and prints them; with `shown`, only these columns."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with open(path, "w", newline="") as file:
+  with disk.whole_text(path) as file:
     writer = csv.DictWriter(file, list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)

@@ -26,6 +26,7 @@ import orbax.checkpoint as ocp
 from moe_jax import disk
 from moe_jax.cluster import processes
 from moe_jax.errors import InputError
+from moe_jax.training import background
 from moe_jax.types import Array, PyTree
 
 
@@ -70,7 +71,9 @@ class Checkpoints:
       return
     if self._manager is None:
       handlers = {"state": ocp.StandardCheckpointHandler(), "extra": ocp.JsonCheckpointHandler()}
-      options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True)
+      background.silence()
+      in_threads = ocp.options.AsyncOptions(barrier_sync_fn=background.barrier)
+      options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True, async_options=in_threads)
       self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
     kept = {"arrays": array_digests(state), "extra": extra}
     items = ocp.args.Composite(

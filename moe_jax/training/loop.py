@@ -28,7 +28,7 @@ from moe_jax.training.results import TailMeans, result_of, validation_summary
 from moe_jax.training.router_trace import FOLDER, TraceWriter
 from moe_jax.training.start import start_from
 from moe_jax.training.step import EvalSums, TrainState
-from moe_jax.training.stops import Stops, in_words, not_finite
+from moe_jax.training.stops import Between, Stops, in_words, not_finite
 
 
 class Run:
@@ -79,7 +79,7 @@ class Run:
       Stopped: after a signal or `max_minutes`, when the step is saved.
     """
     try:
-      with jax.set_mesh(self.mesh), hold([(self.folder, str(self.folder))]):
+      with Between(), jax.set_mesh(self.mesh), hold([(self.folder, str(self.folder))]):
         return self._train()
     except Exception as error:
       line = in_words(error, self.show)
