@@ -88,7 +88,8 @@ def main(argv: list[str]) -> None:
     question=__doc__.splitlines()[0],
     command=shlex.join(["python", *sys.argv]),
     notes=[f"All arms start from {_MODEL.value}."],
-    varies=["slots"] if "dropping" in names else [],
+    # Which parameters are trained is a field of the optimizer.
+    varies=["schedule", *(["slots"] if "dropping" in names else [])],
   )
 
 

@@ -51,12 +51,14 @@ def row(method: str, experts: int, scores: Mapping[str, Any]) -> dict[str, Any]:
 def write_table(
   path: pathlib.Path, rows: Sequence[Mapping[str, Any]], shown: Sequence[str] | None = None
 ) -> None:
-  """Writes rows with equal keys as CSV, and prints them; with `shown`, only these columns."""
+  """Writes rows with equal keys as CSV, and prints them; with `shown`, only these columns; if that is empty, nothing."""
   with disk.whole_text(path) as file:
     writer = csv.DictWriter(file, list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
-  columns = {name: [name, *(_text(row[name]) for row in rows)] for name in shown or rows[0]}
+  columns = {
+    name: [name, *(_text(row[name]) for row in rows)] for name in (rows[0] if shown is None else shown)
+  }
   widths = [max(map(len, cells)) for cells in columns.values()]
   for line in zip(*columns.values(), strict=True):
     print("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)))
@@ -67,5 +69,5 @@ def _text(value: Any) -> str:
   if value is None:
     return "-"
   if isinstance(value, float):
-    return f"{value:.4f}"
+    return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.4f}"
   return f"{value:,}" if isinstance(value, int) else str(value)
