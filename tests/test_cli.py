@@ -68,6 +68,10 @@ WRONG = [
   (["--accept_leaks=nope"], "--accept_leaks=nope: unknown router 'nope'"),
   (["--seeds=1000000000"], "flag --seeds=1000000000"),
   (["--dataset=markov", "--markov_states=200000"], "--markov_states=200000: at most 67108864 transition"),
+  (
+    ["--dataset=markov", "--sequence_length=999999"],
+    "--sequence_length=999999: --dataset=markov draws 512 windows",
+  ),
   (["--dataset=huggingface:foo"], "--dataset=huggingface:foo: must be stdlib, stdlib_tasks, markov"),
   (["--data_dir=/proc/no/such"], "/proc/no: No such file or directory"),
   (["--dataset=text_folder", "--text_folder=" + "a" * 5000], "aaa...: File name too long"),
