@@ -103,10 +103,26 @@ def gathered(w: jax.Array, logical_axes: tuple[str | None, ...]) -> jax.Array:
   return _gathered(w, tuple(logical_axes))
 
 
+def num_parts(logical_axis: str, sizes: Mapping[str, int]) -> int:
+  """Returns the number of parts that a logical axis is split into, on a mesh with axes of these sizes."""
+  return math.prod(sizes[axis] for axis in RULES.get(logical_axis, ()))
+
+
+def platform() -> str:
+  """Returns the platform that the program being traced is for: that of the mesh in use, or of the default device.
+
+  It is not `jax.default_backend()` where a program is compiled for devices that are not present.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  device = None if mesh.empty else mesh.abstract_device
+  device = device or jax.config.jax_default_device
+  return getattr(device, "platform", device) or jax.default_backend()
+
+
 def on_one_cpu() -> bool:
   """Returns whether the program being traced runs on a single CPU device, where there is no exchange to prepare."""
   mesh = jax.sharding.get_abstract_mesh()
-  return jax.default_backend() == "cpu" and (mesh.empty or mesh.size == 1)
+  return platform() == "cpu" and (mesh.empty or mesh.size == 1)
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:
