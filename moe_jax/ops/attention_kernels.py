@@ -6,6 +6,7 @@ bfloat16 or float16 and accumulate in float32, as those of XLA do.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe_jax.types import Array
 
@@ -129,4 +130,18 @@ def splash(
     segments = None if mask_L is None else library.SegmentIds(*[mask_L.astype(jnp.int32)] * 2)
     return kernel(*arrays, segments, sink_N).swapaxes(0, 1)
 
-  return jax.vmap(one_sequence)(query_BLNH, key_BLNH, value_BLNH, mask_BL)
+  pairs = tile**2 * tiles_seen(length, tile, causal, window)
+  with jax.named_scope(
+    f"splash_of_{pairs}_pairs"
+  ):  # which moe_jax.analysis.flops reads in the compiled program
+    return jax.vmap(one_sequence)(query_BLNH, key_BLNH, value_BLNH, mask_BL)
+
+
+def tiles_seen(length: int, tile: int, causal: bool, window: int) -> int:
+  """Returns the number of tiles in which a query sees a key."""
+  tiles = np.arange(length // tile)
+  behind = tile * (
+    tiles[:, None] - tiles[None]
+  )  # of first query and first key; others differ by less than a tile
+  farthest, nearest = window - 1 if window else length, 0 if causal else 1 - window if window else -length
+  return int(((behind + tile > nearest) & (behind - tile < farthest)).sum())

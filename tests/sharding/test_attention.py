@@ -162,3 +162,15 @@ def test_the_platform_is_that_of_the_mesh_in_use():
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(jax.sharding, "get_abstract_mesh", lambda: mesh)
     assert rules.platform() == "tpu"
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [0, 1, 2, 3, 5, 9])
+def test_tiles_that_hold_a_pair_are_counted(causal, window):
+  for length, tile in ((8, 2), (12, 4), (12, 3)):
+    behind = np.arange(length)[:, None] - np.arange(length)[None]
+    seen = (behind >= 0) | (not causal)
+    seen &= (abs(behind) < window) | (not window)
+    starts = range(0, length, tile)
+    expected = sum(seen[i : i + tile, j : j + tile].any() for i in starts for j in starts)
+    assert attention_kernels.tiles_seen(length, tile, causal, window) == expected
