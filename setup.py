@@ -21,6 +21,7 @@ EXTRAS = {
   "dev": [
     "sentencepiece>=0.2",
     "pytest>=8",
+    "hypothesis>=6.100",
     "pytest-timeout>=2.4",
     "pytest-xdist>=3.6",
     "ruff==0.17.*",  # one minor version: the format may differ in the next; same in .pre-commit-config.yaml

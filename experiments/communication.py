@@ -25,6 +25,7 @@ from typing import Any
 from absl import flags
 
 from moe_jax import cli
+from moe_jax.analysis.communication import flags as machine_flags
 from moe_jax.cluster import start as distributed
 from moe_jax.config import Config
 from moe_jax.errors import InputError
@@ -52,19 +53,12 @@ _SEQUENCES = flags.DEFINE_integer("sequences_per_device", 32, "of a simulated st
 _NUM_BATCHES = flags.DEFINE_integer(
   "num_batches", 2, "simulated steps, from the end of the trace", lower_bound=1
 )
-_LAYER_DIM = flags.DEFINE_integer("layer_dim", 2048, "D of the simulated layer", lower_bound=1)
-_LAYER_EXPERT_DIM = flags.DEFINE_integer("layer_expert_dim", 768, "F of the simulated layer", lower_bound=1)
-flags.DEFINE_integer("nodes", 4, "of the simulated machine")
-flags.DEFINE_integer("devices_per_node", 4, "of the simulated machine")
-flags.DEFINE_float("local_bandwidth", 160e9, "bytes/s of a device's port inside its node, each way")
-flags.DEFINE_float("network_bandwidth", 50e9, "bytes/s of a network port, each way")
-flags.DEFINE_string("network_ports", "device", "device | node: what has a network port")
-flags.DEFINE_float("flops", 400e12, "per second and device, in products with experts")
 _NUM_STEPS = flags.DEFINE_integer("num_steps", 400, "of the run that is recorded", lower_bound=1)
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", "runs/communication", "the folder to write")
 cli.define_flags(leave_out=("num_steps", "eval_every", "eval_batches", "record_router_logits", "router"))
+machine_flags.define_flags()
 distributed.define_flags()
-for module in (cli, distributed):
+for module in (cli, machine_flags, distributed):
   flags.adopt_module_key_flags(module)  # shown by --help
 
 
@@ -106,10 +100,8 @@ def _run_config() -> Config:
 
 def _plan(moe: Any, shape: tuple[int, int, int, int], num_steps: int) -> Any:
   from moe_jax.analysis.communication import study
-  from moe_jax.analysis.communication.machine import Machine
-  from moe_jax.analysis.communication.simulate import Layer
 
-  machine = Machine(**{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Machine)})
+  machine = machine_flags.machine()
   k = moe.num_experts_per_token
   if _ROUTERS.value:
     arms = study.named_arms(_ROUTERS.value)
@@ -120,7 +112,7 @@ def _plan(moe: Any, shape: tuple[int, int, int, int], num_steps: int) -> Any:
     num_steps,
     num_experts_per_token=k,
     machine=machine,
-    layer=Layer(_LAYER_DIM.value, _LAYER_EXPERT_DIM.value),
+    layer=machine_flags.layer(),
     arms=arms,
     once_per=_ONCE_PER.value,
     sequences_per_device=_SEQUENCES.value,

@@ -3,6 +3,7 @@
 Question   Bits per byte by domain against the number of experts left, for all methods from one model.
 Command    python experiments/compress.py --model=runs/load_balancing/arms/none/seed_0 --experts=8,4,2
            python experiments/compress.py --model=MODEL --methods=usage --domain=code --output_dir=runs/compress_code
+           python experiments/compress.py --model=runs/load_balancing/arms/none/seed_{seed} --seeds=5
 Hardware   two CPU cores, 4 GB for a small model; any JAX device
 Minutes    about 2 for a model of the default preset
 Result     see docs/adapt.md
@@ -12,24 +13,33 @@ what the experts do; the validation text is not read before the end. Without tra
 
 - random: the baseline of pruning, with a seed;
 - usage: the most used experts stay;
+- probability: those with the highest mean probability of the router;
 - output_norm: those whose output, weighted by the router, is largest (REAP, 2510.13999);
 - loss: those whose loss costs most on the calibration text;
 - merge_average, merge_usage: the others join the most similar leader (M-SMoE, 2310.01334), aligned, router kept;
 - merge_unaligned: merge_usage without the Hungarian match;
-- merge_router: merge_usage with the router's columns merged, too.
+- merge_router: merge_usage with the router's columns merged, too;
+- task_level: no expert is dropped, but a token takes the K experts with the highest mean probability on its domain (2110.03742).
 
 With `--domain`, the experts that stay are those that this domain uses: the part of the model for one task, whose loss inside
-and outside of the domain the table shows (task-level extraction, 2110.03742). Writes compress.csv with a row for each method and number, and prints it.
+and outside of the domain the table shows (task-level extraction, 2110.03742). Writes compress.csv with a row for each method and
+number, and prints it. With --seeds, {seed} in --model names a model for each, and the folder gets the report of a comparison, paired by
+seed. The same command continues where it was.
 """
 
 import pathlib
+import shlex
+import sys
 
 from absl import flags
 
 from moe_jax import cli
 from moe_jax.cluster import start as distributed
 
-_MODEL = flags.DEFINE_string("model", None, "the folder of the model", required=True)
+_MODEL = flags.DEFINE_string(
+  "model", None, "the folder of the model, with {seed} if there are several", required=True
+)
+_SEEDS = flags.DEFINE_integer("seeds", 1, "models, with seeds 0, 1, ...", lower_bound=1)
 _EXPERTS = flags.DEFINE_list("experts", [], "numbers of experts left; empty: three quarters, half, a quarter")
 _METHODS = flags.DEFINE_list("methods", ["all"], "all, or names of methods")
 _CALIBRATION = flags.DEFINE_integer(
@@ -47,75 +57,83 @@ flags.DEFINE_list("plugins", [], "Python files or modules that register methods 
 distributed.define_flags()
 flags.adopt_module_key_flags(distributed)
 
-MERGES = {
-  "merge_average": {"weights": "equal"},
-  "merge_usage": {},
-  "merge_unaligned": {"align": False},
-  "merge_router": {"router": "averaged"},
-}
-METHODS = ("random", "usage", "output_norm", "loss", *MERGES)
+
+TASK_LEVEL = "task_level"
 
 
 def main(argv: list[str]) -> None:
   del argv
   # Imported here, so that --help and wrong flags answer at once.
+  from moe_jax.adapt.compress import METHODS
+  from moe_jax.adapt.table import write_table
+  from moe_jax.analysis.measured import Measured, models_of
+  from moe_jax.errors import InputError, unknown_name
+
+  known = (*METHODS, TASK_LEVEL)
+  methods = known if _METHODS.value == ["all"] else tuple(_METHODS.value)
+  for name in methods:
+    if name not in known:
+      raise unknown_name("method", name, known)
+  for text in _EXPERTS.value:
+    if not text.isdecimal():
+      raise InputError(f"--experts={text}: must be numbers of experts, joined by commas")
+  folders, folder = models_of(_MODEL.value, _SEEDS.value), pathlib.Path(_OUTPUT_DIR.value)
+  names = ("model", "calibration", "domain", "batches", "text_folder")
+  measured = Measured(folder, {name: flags.FLAGS[name].value for name in names})
+  rows = [row for seed, path in enumerate(folders) for row in rows_of(measured, seed, path, methods)]
+  write_table(folder / "compress.csv", rows)
+  if len(folders) > 1:
+    measured.report(
+      title="Fewer experts",
+      question=__doc__.splitlines()[0],
+      command=shlex.join(["python", *sys.argv]),
+      notes=["In one shot, without training. An arm is a method and the number of experts left."],
+    )
+
+
+def rows_of(measured, seed: int, path: str, methods) -> list[dict]:
+  """Measures one model and all that is made of it."""
+  from moe_jax.adapt.compress import Compressor
   from moe_jax.adapt.layers import moe_layers, take_apart
-  from moe_jax.adapt.table import calibration_batches, row, text_of, write_table
-  from moe_jax.errors import unknown_name
+  from moe_jax.adapt.table import calibration_batches, row, text_of
   from moe_jax.inference.evaluate import evaluate
   from moe_jax.interop.load import load
 
-  methods = METHODS if _METHODS.value == ["all"] else tuple(_METHODS.value)
-  for name in methods:
-    if name not in METHODS:
-      raise unknown_name("method", name, METHODS)
-  loaded = load(_MODEL.value)
+  loaded = load(path)
   parts = take_apart(loaded.model)
   e = parts.layers[moe_layers(parts)[0]].block.moe.num_experts
   numbers = [int(n) for n in _EXPERTS.value] or [e * 3 // 4, e // 2, e // 4]
   dataset = text_of(loaded, _TEXT_FOLDER.value)
   batches = calibration_batches(dataset, _CALIBRATION.value, _DOMAIN.value)
-  measure = lambda model: evaluate(model, dataset, dataset.config.batch_size, _BATCHES.value)
-  rows = [row("whole", e, measure(loaded.model))]
   compressed = Compressor(loaded.model, batches)
+  rows = []
+
+  def add(arm: str, method: str, number: int, make) -> None:
+    def measure():
+      with cli.said(f"{arm}, seed {seed}"):
+        model = make()
+        return model, evaluate(model, dataset, dataset.config.batch_size, _BATCHES.value), {}
+
+    found = measured(arm, seed, loaded, dataset, measure)
+    rows.append({"seed": seed} | row(method, number, found.scores))
+
+  add("whole", "whole", e, lambda: loaded.model)
+  if TASK_LEVEL in methods:
+    k = parts.layers[moe_layers(parts)[0]].block.moe.num_experts_per_token
+    add(TASK_LEVEL, TASK_LEVEL, k, lambda: task_level(loaded.model, dataset))
   for name in methods:
-    for number in numbers:
-      with cli.said(f"{name}, {number} experts"):
-        rows.append(row(name, number, measure(compressed(name, number))))
-  write_table(pathlib.Path(_OUTPUT_DIR.value) / "compress.csv", rows)
+    for number in numbers if name != TASK_LEVEL else ():
+      add(f"{name}_{number}", name, number, lambda name=name, number=number: compressed(name, number))
+  return rows
 
 
-class Compressor:
-  """Makes smaller models of one model. Statistics are computed when they are first needed."""
+def task_level(model, dataset):
+  """Returns the model with routers that read the domain of the text."""
+  from moe_jax import adapt
+  from moe_jax.adapt.table import calibration_batches
 
-  def __init__(self, model, batches: list):
-    self.model, self.batches, self._kept = model, batches, {}
-
-  def __call__(self, method: str, number: int):
-    from moe_jax import adapt
-
-    if method in MERGES:
-      return adapt.merge(self.model, self._statistics("calibrate"), number, **MERGES[method])
-    return adapt.prune(self.model, self.scores(method), number)
-
-  def scores(self, method: str) -> dict:
-    """Returns what each expert is worth to the method, [E] by layer."""
-    import numpy as np
-
-    if method == "loss":
-      return self._statistics("losses")
-    found = self._statistics("calibrate")
-    if method == "random":
-      return {i: np.random.default_rng(i).permutation(len(x.tokens_E)) for i, x in found.items()}
-    field = {"usage": "tokens_E", "output_norm": "output_norm_E"}[method]
-    return {i: getattr(calibration, field) for i, calibration in found.items()}
-
-  def _statistics(self, name: str) -> dict:
-    from moe_jax import adapt
-
-    if name not in self._kept:
-      self._kept[name] = getattr(adapt, name)(self.model, self.batches)
-    return self._kept[name]
+  of = lambda domain: adapt.calibrate(model, calibration_batches(dataset, _CALIBRATION.value, domain))
+  return adapt.to_task_level(model, [of(domain) for domain in dataset.info.domains])
 
 
 if __name__ == "__main__":

@@ -2,17 +2,19 @@
 
 Question   The share of the gain that is kept, for the arms of Switch's table (2101.03961, table 6).
 Command    python experiments/distil.py --model=runs/load_balancing/arms/none/seed_0 --seeds=5
+           python experiments/distil.py --model=MODEL --student_experts=8 --output_dir=runs/distil_sparse
            python experiments/distil.py --model=MODEL --seeds=1 --num_steps=60 --output_dir=runs/distil_tiny
 Hardware   two CPU cores, 4 GB for a small model; any JAX device
 Minutes    about 3 per run of 600 steps, on two CPU cores
 Result     see docs/adapt.md
 
 The teacher is the sparse model in the folder of a run. The student is dense, with the same attention, and feed-forward parts of
-the width that a token meets in the teacher, K x F. Arms, all trained for --num_steps:
+the width that a token meets in the teacher, K x F. With --student_experts=N it is sparse: the teacher with the N experts of each
+layer that it uses most. Arms, all trained for --num_steps:
 
 - alone: from random parameters, on the text;
 - soft: half of the loss are the teacher's predictions;
-- init: all parameters of the teacher but those of its experts, trained on the text;
+- init: all parameters of the teacher but those of its experts (a sparse student has those of its own, too), trained on the text;
 - init_soft: both;
 - init_mixed: with 0.75 of the loss on the text and 0.25 on the predictions.
 
@@ -34,6 +36,12 @@ from moe_jax.config import ModelConfig, MoEConfig
 
 _MODEL = flags.DEFINE_string("model", None, "the folder of the run that is the teacher", required=True)
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "of the soft targets")
+_STUDENT = flags.DEFINE_integer(
+  "student_experts", 0, "experts in each layer of a sparse student; 0: it is dense", lower_bound=0
+)
+_CALIBRATION = flags.DEFINE_integer(
+  "calibration", 16, "batches of training text that say which experts are used", lower_bound=1
+)
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", "runs/distil", "the folder to write")
 _OF_MODEL = {field.name for cls in (ModelConfig, MoEConfig) for field in dataclasses.fields(cls)}
 _OF_TEXT = ("dataset", "text_folder", "tokenizer", "sequence_length")  # the teacher's
@@ -47,7 +55,6 @@ for module in (cli, comparison_flags, distributed):
 def main(argv: list[str]) -> None:
   del argv
   # Imported here, so that --help and wrong flags answer at once.
-  from moe_jax.adapt import to_dense
   from moe_jax.adapt.table import write_table
   from moe_jax.comparison.comparison import Comparison
   from moe_jax.data import load_dataset
@@ -57,8 +64,7 @@ def main(argv: list[str]) -> None:
 
   folder, config = pathlib.Path(_OUTPUT_DIR.value), cli.config_from_flags()
   teacher = load_run(_MODEL.value)
-  moe = next(iter(teacher.config.model.moe_configs))
-  student = to_dense(teacher.model, moe.num_experts_per_token * moe.expert_dim)
+  student = student_of(teacher)
   data = dataclasses.replace(teacher.config.data, batch_size=config.data.batch_size)
   config = dataclasses.replace(config, model=student.config, data=data)
   start = folder / "start"
@@ -88,6 +94,19 @@ def main(argv: list[str]) -> None:
   whole = validate(teacher.model, dataclasses.replace(teacher.config, train=train), load_dataset(data))
   if comparison.is_whole:
     write_table(folder / "kept.csv", kept(results, whole["nll"]))
+
+
+def student_of(teacher):
+  """Returns the student with what it takes from the teacher: a dense one, or one with fewer experts."""
+  from moe_jax.adapt import to_dense
+  from moe_jax.adapt.compress import Compressor
+  from moe_jax.adapt.table import calibration_batches, text_of
+
+  if _STUDENT.value:
+    batches = calibration_batches(text_of(teacher), _CALIBRATION.value)
+    return Compressor(teacher.model, batches)("usage", _STUDENT.value)
+  moe = next(iter(teacher.config.model.moe_configs))
+  return to_dense(teacher.model, moe.num_experts_per_token * moe.expert_dim)
 
 
 def kept(results: list[dict], teacher: float) -> list[dict]:

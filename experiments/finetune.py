@@ -5,13 +5,15 @@ Command    python experiments/finetune.py --model=runs/load_balancing/arms/none/
            python experiments/finetune.py --model=MODEL --train_jsonl=train.jsonl --validation_jsonl=held_out.jsonl
            python experiments/finetune.py --model=MODEL --train_jsonl=T --validation_jsonl=V --trained=all_but_experts
            python experiments/finetune.py --model=MODEL --train_jsonl=T --validation_jsonl=V --adapter_rank=8
+           python experiments/finetune.py --model=MODEL --dataset=stdlib_tasks --held_out_tasks=name --sequence_length=256
 Hardware   two CPU cores, 4 GB for a small model; any JAX device
 Minutes    those of num_steps
 Result     see docs/adapt.md
 
 MODEL is the folder of a run, of an adapted model, or of a published checkpoint. A line of JSONL is
-{"prompt": "...", "response": "..."}, with "task" if there are several; each example is a row of its own, and the loss is on
-the response. Writes start/ (the model with what is added), run/ (the training), model/ (the result, adapters merged) and
+{"prompt": "...", "response": "..."}, with "task" if there are several; the loss is on the response. Each example is a row of its own,
+or with --pack_examples several of one task are, which do not see each other. stdlib_tasks are such examples, made of the
+standard library. Writes start/ (the model with what is added), run/ (the training), model/ (the result, adapters merged) and
 report.json. The same command continues where it was.
 """
 
@@ -31,6 +33,9 @@ _TRAIN = flags.DEFINE_string(
 )
 _VALIDATION = flags.DEFINE_string(
   "validation_jsonl", "", "held-out prompts with responses, with --train_jsonl"
+)
+_CHAT = flags.DEFINE_bool(
+  "chat_template", True, "write JSONL prompts as the chat template of a published model does, if it has one"
 )
 _RANK = flags.DEFINE_integer(
   "adapter_rank", 0, "rank of low-rank adapters, which alone are trained; 0: none", lower_bound=0
@@ -97,27 +102,30 @@ def trained() -> str:
 def data_of(loaded):
   """Returns the data set, with the tokenizer of the model, and the configuration of the flags."""
   from moe_jax.data import load_dataset
-  from moe_jax.data.prompts import prompt_dataset, read_jsonl
+  from moe_jax.data.chat import read_chat_template
+  from moe_jax.data.prompts import PromptDataset, prompt_dataset, read_jsonl
   from moe_jax.errors import InputError
 
   config = cli.config_from_flags()
   data = dataclasses.replace(config.data, tokenizer=loaded.config.data.tokenizer)
   if bool(_TRAIN.value) != bool(_VALIDATION.value):
     raise InputError("--train_jsonl and --validation_jsonl: give both or neither")
-  objective = loaded.config.train.objective
   if _TRAIN.value:
-    objective = "response"
     if loaded.tokenizer is None:
       raise InputError(f"--model={_MODEL.value}: has no tokenizer, so text cannot be read")
     examples = read_jsonl(_TRAIN.value), read_jsonl(_VALIDATION.value)
     end_ids = getattr(loaded, "stop_ids", ())
-    dataset = prompt_dataset(data, *examples, loaded.tokenizer, end_ids[0] if end_ids else None)
+    template = read_chat_template(loaded.folder) if _CHAT.value else None
+    end = end_ids[0] if end_ids else None
+    dataset = prompt_dataset(data, *examples, loaded.tokenizer, end, template)
   else:
     dataset = load_dataset(data, loaded.tokenizer)
   vocab_size = loaded.model.embedding_VD.get_value().shape[0]
   if dataset.info.vocab_size > vocab_size:
     raise InputError(f"--dataset: has {dataset.info.vocab_size} token ids, and the model {vocab_size}")
   dataset.info = dataset.info._replace(vocab_size=vocab_size)
+  has_prompts = isinstance(dataset, PromptDataset)
+  objective = "response" if has_prompts else loaded.config.train.objective
   return dataset, dataclasses.replace(
     config, data=data, train=dataclasses.replace(config.train, objective=objective)
   )
@@ -138,18 +146,19 @@ def adapted(model):
 
 
 def report_of(folder, before, final, config, dataset, result) -> dict:
-  """Returns what fine-tuning did: losses in nats per target, the gap, MaxVio (mean over layers), optimizer bytes, best step."""
+  """Returns what fine-tuning did: losses in nats per target, by task, too; MaxVio (mean over layers); optimizer bytes."""
   import jax
   import numpy as np
 
   from moe_jax.training.compiled import make_init, resolve_config
   from moe_jax.training.metric_writer import read_jsonl
-  from moe_jax.training.validate import validate
+  from moe_jax.training.validate import losses_by_domain, validate
 
   measured = {}
   for name, model in (("before", before), ("after", final)):
-    found = validate(model, resolve_config(dataclasses.replace(config, model=model.config)), dataset)
-    measured[name] = {"nll": found["nll"]} | {
+    of_model = resolve_config(dataclasses.replace(config, model=model.config))
+    found, by_task = validate(model, of_model, dataset), losses_by_domain(model, of_model, dataset)
+    measured[name] = {"nll": found["nll"], "by_task": by_task} | {
       key: float(np.mean(found[key])) for key in ("max_vio",) if key in found
     }
   lines = [line for line in read_jsonl(folder / "run" / "metrics.jsonl") if "eval_nll" in line]

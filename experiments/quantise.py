@@ -3,26 +3,39 @@
 Question   Bytes of experts against bits per byte; how many choices of the router change, by layer; and MaxVio.
 Command    python experiments/quantise.py --model=runs/load_balancing/arms/none/seed_0
            python experiments/quantise.py --model=MODEL --formats=int8,int4,int4:32,fp8,mxfp4
+           python experiments/quantise.py --model=runs/load_balancing/arms/none/seed_{seed} --seeds=5
 Hardware   two CPU cores, 4 GB for a small model; any JAX device
 Minutes    about 1 for a model of the default preset
 Result     see docs/adapt.md
 
 MODEL is the folder of a run, of an adapted model, or of a published checkpoint. Only matrices of routed experts are stored
 in few bits, rounded to nearest: router, attention, norms and embeddings stay. int8 and int4 have a scale per output
-channel, or with :GROUP per group of its rows; fp8 is E4M3 in blocks of 128 x 128; mxfp4 is E2M1 in blocks of 32. A layer
-reads the hidden states of its own model, so changed choices add up from layer to layer. Writes quantise.csv, and prints it.
+channel, or with :GROUP per group of its rows; +aware behind a format lets scales follow a calibration text (AWQ, 2306.00978); fp8 is E4M3 in blocks of 128 x 128; mxfp4 is E2M1 in blocks of 32. A layer
+reads the hidden states of its own model, so changed choices add up from layer to layer. Writes quantise.csv, and prints it. With --seeds, {seed} in --model names a
+model for each, and the folder gets the report of a comparison, paired by seed. The same command continues where it was.
 """
 
 import pathlib
+import shlex
+import sys
 
+import numpy as np
 from absl import flags
 
 from moe_jax import cli
 from moe_jax.cluster import start as distributed
 
-_MODEL = flags.DEFINE_string("model", None, "the folder of the model", required=True)
+_MODEL = flags.DEFINE_string(
+  "model", None, "the folder of the model, with {seed} if there are several", required=True
+)
+_SEEDS = flags.DEFINE_integer("seeds", 1, "models, with seeds 0, 1, ...", lower_bound=1)
 _FORMATS = flags.DEFINE_list(
-  "formats", ["int8", "int4", "int4:32", "fp8", "mxfp4"], "formats, with :GROUP for integers"
+  "formats",
+  ["int8", "int4", "int4+aware", "int4:32", "fp8", "mxfp4"],
+  "formats, with :GROUP for integers and +aware",
+)
+_CALIBRATION = flags.DEFINE_integer(
+  "calibration", 4, "batches of training text for formats with +aware", lower_bound=1
 )
 _BATCHES = flags.DEFINE_integer("batches", 0, "batches of validation text; 0: all", lower_bound=0)
 _ROUTES = flags.DEFINE_integer(
@@ -40,44 +53,65 @@ flags.adopt_module_key_flags(distributed)
 def main(argv: list[str]) -> None:
   del argv
   # Imported here, so that --help and wrong flags answer at once.
+  from moe_jax.adapt.quantise import parse_format
+  from moe_jax.adapt.table import write_table
+  from moe_jax.analysis.measured import Measured, models_of
+
+  formats = {text: parse_format(text) for text in _FORMATS.value}
+  folders, folder = models_of(_MODEL.value, _SEEDS.value), pathlib.Path(_OUTPUT_DIR.value)
+  names = ("model", "calibration", "batches", "route_batches", "text_folder")
+  measured = Measured(folder, {name: flags.FLAGS[name].value for name in names})
+  rows = [row for seed, path in enumerate(folders) for row in rows_of(measured, seed, path, formats)]
+  write_table(folder / "quantise.csv", rows)
+  if len(folders) > 1:
+    measured.report(
+      title="Experts in few bits",
+      question=__doc__.splitlines()[0],
+      command=shlex.join(["python", *sys.argv]),
+      notes=["Rounded to nearest after training. An arm is a format."],
+    )
+
+
+def rows_of(measured, seed: int, path: str, formats: dict) -> list[dict]:
+  """Measures one model in every format."""
   from moe_jax import adapt
   from moe_jax.adapt.routes import changed_routes, max_vio
-  from moe_jax.adapt.table import row, text_of, write_table
+  from moe_jax.adapt.table import calibration_batches, row, text_of
   from moe_jax.inference.evaluate import evaluate
   from moe_jax.interop.load import load
 
-  formats = [parse(text) for text in _FORMATS.value]
-  loaded = load(_MODEL.value)
+  loaded = load(path)
   dataset = text_of(loaded, _TEXT_FOLDER.value)
   batches = list(dataset.validation_batches(limit=_ROUTES.value))
   whole, rows = loaded.model, []
-  for text, (name, group) in {"float32": ("", 0), **dict(zip(_FORMATS.value, formats, strict=True))}.items():
-    with cli.said(text):
-      model = adapt.quantise(whole, name, group) if name else whole
-      scores = evaluate(model, dataset, dataset.config.batch_size, _BATCHES.value)
-      changed = changed_routes(whole, model, batches)
-      rows.append(
-        {
-          "format": text,
+  calibration = (
+    calibration_batches(dataset, _CALIBRATION.value) if any(f.aware for f in formats.values()) else []
+  )
+  for text, named in {"float32": None, **formats}.items():
+
+    def measure(text=text, named=named):
+      with cli.said(f"{text}, seed {seed}"):
+        inputs = adapt.expert_inputs(whole, calibration) if named and named.aware else None
+        model = adapt.quantise(whole, named.format, named.group, inputs) if named else whole
+        others = {
           "bytes": adapt.expert_bytes(model),
-          "all": row(text, 0, scores)["all"],
-          "MaxVio": float(max_vio(model, batches).mean()),
-          **{f"changed {i}": float(share) for i, share in enumerate(changed)},
+          "max_vio": max_vio(model, batches).tolist(),
+          "changed": changed_routes(whole, model, batches).tolist(),
         }
-      )
-  write_table(pathlib.Path(_OUTPUT_DIR.value) / "quantise.csv", rows)
+        return model, evaluate(model, dataset, dataset.config.batch_size, _BATCHES.value), others
 
-
-def parse(text: str) -> tuple[str, int]:
-  """Returns (format, group) of `int4:32`."""
-  from moe_jax.errors import InputError
-  from moe_jax.ops.quantisation import format_of
-
-  name, colon, group = text.partition(":")
-  if colon and not group.isdecimal():
-    raise InputError(f"--formats={text}: a group is a number of rows, e.g. int4:32")
-  format_of(name, int(group or 0))
-  return name, int(group or 0)
+    found = measured(text, seed, loaded, dataset, measure)
+    rows.append(
+      {
+        "seed": seed,
+        "format": text,
+        "bytes": found.others["bytes"],
+        "all": row(text, 0, found.scores)["all"],
+        "MaxVio": float(np.mean(found.others["max_vio"])),
+        **{f"changed {i}": share for i, share in enumerate(found.others["changed"])},
+      }
+    )
+  return rows
 
 
 if __name__ == "__main__":

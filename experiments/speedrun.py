@@ -17,7 +17,6 @@ finished seeds are kept, and a seed with one finished run starts over.
 """
 
 import datetime
-import json
 import os
 import pathlib
 import platform
@@ -29,7 +28,7 @@ from typing import Any
 
 from absl import flags
 
-from moe_jax import cli
+from moe_jax import cli, disk
 from moe_jax.config import Config
 from moe_jax.errors import InputError
 from moe_jax.models import PRESETS
@@ -37,9 +36,9 @@ from moe_jax.models import PRESETS
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ENTRIES = ROOT / "docs/results/leaderboard"
 
-# Provisional: the first measurement of the reference sets target and bounds. After that, a change of one of these numbers
-# or of the reference starts a new table.
-TARGET_BITS_PER_BYTE = 2.1
+# The reference reaches the target at about half of its schedule. A change of one of these numbers or of the reference
+# starts a new table.
+TARGET_BITS_PER_BYTE = 2.3
 MAX_ACTIVE_PARAMS = 400_000
 MAX_VIO = 0.3
 EVALUATE_BYTES = 150_000
@@ -106,6 +105,8 @@ REFERENCE: dict[str, Any] = {
       "dataset": "stdlib",
       "data_dir": "",
       "text_folder": "",
+      "held_out_tasks": "",
+      "pack_examples": False,
       "tokenizer": "bpe:2048",
       "sequence_length": 128,
     },
@@ -160,16 +161,17 @@ def main(argv: list[str]) -> None:
     raise InputError(
       f"--name={_NAME.value}: name the attempt with letters, digits, spaces and _.+-, e.g. --name=muon"
     )
-  about = {"name": _NAME.value, "commit": _commit(), "machine": _machine()}
+  about = {"name": _NAME.value, "commit": _commit()}
+  machine = _machine()
   # Imported here, so that --help and wrong flags answer at once, and after the process is held to its cores.
   from moe_jax.analysis.speedrun import HEADER, Rules, Speedrun, row
 
   rules = Rules(_TARGET.value, _ACTIVE.value, _MAX_VIO.value, EVALUATE_BYTES)
   attempt = cli.config_from_flags()
-  speedrun = Speedrun(attempt, PRESETS["reference"], rules, _OUTPUT_DIR.value, about)
+  speedrun = Speedrun(attempt, PRESETS["reference"], rules, _OUTPUT_DIR.value, about, machine)
   entry = speedrun.run(range(_SEEDS.value))
   entry |= {"date": datetime.date.today().isoformat(), "command": shlex.join(["python", *sys.argv])}
-  (pathlib.Path(_OUTPUT_DIR.value) / "attempt.json").write_text(json.dumps(entry, indent=1) + "\n")
+  disk.write_json(pathlib.Path(_OUTPUT_DIR.value) / "attempt.json", entry)
   for pair in entry["seeds"]:
     for arm in ("reference", "attempt"):
       if not pair[arm]["reached"]:
@@ -203,8 +205,8 @@ def what_is_wrong(entry: dict[str, Any]) -> str:
     return f"has {len(entry['seeds'])} seeds; run it with --seeds={NUM_SEEDS}"
   if entry["attempt"]["data"]["dataset"] != "stdlib":
     return f"was trained on {entry['attempt']['data']['dataset']}; leave out --dataset"
-  if entry["machine"]["cores"] != NUM_CORES:
-    return f"was run on {entry['machine']['cores']} cores; run it on {NUM_CORES}"
+  if cores := {pair["machine"]["cores"] for pair in entry["seeds"]} - {NUM_CORES}:
+    return f"was run on {min(cores)} cores; run it on {NUM_CORES}"
   if entry["commit"].endswith(CHANGED):
     return "was run on code that is not committed; commit it and run it again"
   return ""

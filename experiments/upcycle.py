@@ -29,7 +29,7 @@ import sys
 
 from absl import flags
 
-from moe_jax import cli
+from moe_jax import cli, disk
 from moe_jax.cluster import start as distributed
 from moe_jax.comparison import flags as comparison_flags
 
@@ -133,7 +133,7 @@ def report_curves(folder: pathlib.Path, arms: list[str], seeds: list[int]) -> No
       steps = list(points)
       of_seeds.append(list(points.values()))
     curves[arm] = np.array(of_seeds)  # [seeds, points]
-  with open(folder / "curves.csv", "w", newline="") as file:
+  with disk.whole_text(folder / "curves.csv") as file:
     writer = csv.writer(file)
     writer.writerow(["arm", "seed", *steps])
     writer.writerows(

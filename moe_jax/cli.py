@@ -85,6 +85,7 @@ def _note_without_effect(config: Config) -> None:
   needs = {
     "--dataset=markov": (data.dataset == "markov", "markov_domains markov_states markov_temperature"),
     "--dataset=text_folder": (data.dataset == "text_folder", "text_folder"),
+    "--dataset=stdlib_tasks": (data.dataset == "stdlib_tasks", "held_out_tasks"),
     "a data set of text": (data.dataset != "markov", "tokenizer data_dir"),
     "a dispatcher with a capacity": (not dropless, "capacity_factor eval_capacity_factor"),
     "a schedule that decays": (config.optimizer.schedule != "constant", "final_learning_rate_fraction"),

@@ -5,6 +5,7 @@ Used by data, runs, traces and comparisons alike. The digests of checkpoints are
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import pathlib
@@ -13,8 +14,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from typing import IO, Any
+from collections.abc import Callable, Iterator
+from typing import IO, Any, TextIO
 
 from moe_jax.errors import InputError
 
@@ -45,6 +46,21 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     os.replace(temporary, path)
   finally:
     pathlib.Path(temporary).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_text(path: str | os.PathLike[str]) -> Iterator[TextIO]:
+  """`whole_file` for text in utf-8, with line ends as they are written."""
+  with whole_file(path) as file:
+    text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+    yield text
+    text.flush()
+    text.detach()
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+  """Writes text in one rename. Makes the folder."""
+  write_whole(path, text.encode())
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
@@ -80,9 +96,15 @@ def move_aside(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> pa
   return None
 
 
-def set_aside_damaged(path: str | os.PathLike[str], root: str | os.PathLike[str], consequence: str) -> None:
-  """Moves a file aside that should hold a JSON object and does not, and says so. An absent file is fine."""
-  if pathlib.Path(path).exists() and read_object(path) is None:
+def set_aside_damaged(
+  path: str | os.PathLike[str],
+  root: str | os.PathLike[str],
+  consequence: str,
+  is_whole: Callable[[dict[str, Any]], bool] = lambda value: True,
+) -> None:
+  """Moves a file aside that should hold a JSON object that `is_whole`, and does not, and says so. None is fine."""
+  value = read_object(path)
+  if pathlib.Path(path).exists() and (value is None or not is_whole(value)):
     note(f"{path}: is damaged, moved to {move_aside(path, root)}; {consequence}")
 
 

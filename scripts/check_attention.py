@@ -46,6 +46,7 @@ FORMS: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
   "the same in a window": (16, 4, 128, 128, {"pad_B": 37, "window": 128}),
   "latent: 192, values of 128": (16, 16, 192, 128, {"scale": 0.1}),
   "sinks": (16, 4, 64, 64, {"sink_N": 1.0, "window": 128}),
+  "packed texts": (16, 4, 128, 128, {"segment_BL": 700}),
 }
 AT_MOST = 4.0  # times the error of XLA
 
@@ -92,6 +93,9 @@ def check(name: str) -> bool:
     options["pad_B"] = jnp.arange(_BATCH.value, dtype=jnp.int32) * options["pad_B"] + 5
     text_BL = jnp.arange(_LENGTH.value)[None] >= options["pad_B"][:, None]
     cotangent *= text_BL[:, :, None, None]
+  if "segment_BL" in options:
+    number_L = jnp.arange(_LENGTH.value, dtype=jnp.int32) // options["segment_BL"]
+    options["segment_BL"] = form["segment_BL"] = jnp.broadcast_to(number_L, shape)
   if "sink_N" in options:
     options["sink_N"] = form["sink_N"] = jnp.full(heads, options["sink_N"])
   kernel = attention_kernels.kernel_for(sharding.platform(), *arrays, **form) or "blocks of XLA"

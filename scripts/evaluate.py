@@ -7,11 +7,9 @@ Without further flags the data set is that of the run. The text is cut with the 
 different tokenizers compare in bits per byte. See docs/inference.md.
 """
 
-import json
-
 from absl import flags
 
-from moe_jax import cli
+from moe_jax import cli, disk
 from moe_jax.inference import flags as model_flags
 
 _JSON = flags.DEFINE_string("json", "", "file to write the scores to, too")
@@ -35,8 +33,7 @@ def main(argv: list[str]) -> None:
     plain = lambda score: (
       score._asdict() | {"perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte}
     )
-    with open(_JSON.value, "w") as file:
-      json.dump({name: plain(score) for name, score in scores.items()}, file, indent=1)
+    disk.write_json(_JSON.value, {name: plain(score) for name, score in scores.items()})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import platform
 import shutil
 import time
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -65,6 +66,17 @@ os.environ["MOE_JAX_DATA_DIR"] = str(DATA_DIR)
 os.environ["MPLCONFIGDIR"] = str(CACHE / "matplotlib")
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+# Cases of tests/test_fuzz.py: the same few every time, or many new ones with --hypothesis-profile=nightly.
+_FUZZ = {"deadline": None, "database": None, "suppress_health_check": list(hypothesis.HealthCheck)}
+_FUZZ["phases"] = [
+  hypothesis.Phase.explicit,
+  hypothesis.Phase.generate,
+]  # smaller cases take long to find, and say no more
+hypothesis.settings.register_profile("few", max_examples=50, derandomize=True, **_FUZZ)
+hypothesis.settings.register_profile("nightly", max_examples=500, print_blob=True, **_FUZZ)
+hypothesis.settings.load_profile("few")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -9,7 +9,16 @@ from moe_jax import cli
 from moe_jax.config import Config
 from tests.scripts import assert_one_line, run_scripts
 
-EXPERIMENTS = ("load_balancing", "routers", "capacity", "replay", "communication", "speedrun", "upcycle")
+EXPERIMENTS = (
+  "load_balancing",
+  "routers",
+  "capacity",
+  "replay",
+  "communication",
+  "imbalance",
+  "speedrun",
+  "upcycle",
+)
 WRONG = [
   (["--num_expert=3"], "unknown flag '--num_expert': did you mean --num_experts"),
   (["--seeds=many"], "flag --seeds=many"),
@@ -39,6 +48,10 @@ WRONG = [
   (["--dispatcher=all_to_all:chunks=0"], "dispatcher all_to_all: chunks must be 1 or more"),
   (["--sweep=learning_rat:1,2"], "--sweep=learning_rat:1,2: unknown field, and option of these arms"),
   (["--sweep=weight:0.1,0.2", "--sweep_seeds=0"], "--sweep_seeds=0: 0 is reported, too"),
+  (
+    ["--first_seed=100", "--seeds=2", "--sweep=weight:0.1,0.2"],
+    "--sweep_seeds=100,101: 100 is reported, too",
+  ),
   (["--num_experts=1" + "0" * 30], "000: must be below 2^31"),
   (["--dispatcher=sorted", "--capacity_factor=inf"], "--capacity_factor=inf: must be a finite number"),
   (["--weight_decay=nan"], "--weight_decay=nan: must be a finite number"),
@@ -55,7 +68,7 @@ WRONG = [
   (["--accept_leaks=nope"], "--accept_leaks=nope: unknown router 'nope'"),
   (["--seeds=1000000000"], "flag --seeds=1000000000"),
   (["--dataset=markov", "--markov_states=200000"], "--markov_states=200000: at most 67108864 transition"),
-  (["--dataset=huggingface:foo"], "--dataset=huggingface:foo: must be stdlib, markov"),
+  (["--dataset=huggingface:foo"], "--dataset=huggingface:foo: must be stdlib, stdlib_tasks, markov"),
   (["--data_dir=/proc/no/such"], "/proc/no: No such file or directory"),
   (["--dataset=text_folder", "--text_folder=" + "a" * 5000], "aaa...: File name too long"),
   (["--output_dir=/dev/null/x"], "--output_dir=/dev/null/x: /dev/null is a file"),
@@ -77,9 +90,17 @@ WRONG_OF_OTHERS = [
   ("scripts/bench_layer.py", ["--num_tokens=8", "--dispatchers=einsum:abc"], "--dispatchers=einsum:abc: must be NAME or"),
   ("experiments/upcycle.py", ["--trained=expert"], "--trained=expert: matches no parameter; did you mean experts"),
   ("experiments/compress.py", ["--model=x", "--methods=usag"], "unknown method 'usag': did you mean usage"),
+  ("experiments/compress.py", ["--model=x", "--experts=8,four"], "--experts=four: must be numbers of experts"),
+  ("experiments/compress.py", ["--model=x", "--seeds=2"], "--seeds=2: --model=x names one model; put {seed}"),
   ("experiments/quantise.py", ["--model=x", "--formats=int4:x"], "--formats=int4:x: a group is a number of rows"),
   ("experiments/quantise.py", ["--model=nowhere"], "nowhere"),
   ("experiments/finetune.py", ["--model=nowhere"], "nowhere"),
+  ("experiments/round_trip.py", ["--model=nowhere"], "nowhere"),
+  ("experiments/reinforce.py", ["--task=poems"], "flag --task=poems"),
+  ("experiments/finetune_arms.py", ["--model=x", "--arms=expert"], "unknown arm 'expert': did you mean experts"),
+  ("experiments/distil.py", ["--model=nowhere", "--student_experts=4"], "nowhere: holds no run"),
+  ("experiments/round_trip.py", ["--dataset=markov", "--domain=code"], "unknown domain 'code'"),
+  ("experiments/round_trip.py", ["--formats=int3"], "unknown format 'int3': did you mean int8 or int4"),
   ("experiments/distil.py", ["--model=nowhere"], "nowhere: holds no run"),
   ("scripts/join.py", [], "no folders: give the folders of all shards"),
   ("scripts/join.py", ["tests"], "tests: holds no comparison"),

@@ -72,15 +72,15 @@ GRAPH = {
   "training.router_trace": Part("disk errors", never=JAX),
   "interop": Part(RUN),
   "interop.families": Part("interop.source config errors registry ops"),
-  "interop.safetensors": Part("errors", never=JAX),
+  "interop.safetensors": Part("disk errors", never=JAX),
   "interop.layout": Part(outside={"numpy"}),
   "interop.source": Part("interop.layout", outside=set()),
   "inference": Part(f"interop {RUN}"),
   # model in, model out
-  "adapt": Part(f"data {MODEL}", outside={"jax", "flax", "numpy", "scipy"}),
+  "adapt": Part(f"data disk {MODEL}", outside={"jax", "flax", "numpy", "scipy"}),
   "comparison": Part(RUN),
   "comparison.arms": Part("config errors registry nn ops"),
-  "comparison.report": Part("comparison training.metric_writer config errors", never=JAX),
+  "comparison.report": Part("comparison training.metric_writer disk config errors", never=JAX),
   "comparison.results": Part("training.metric_writer disk errors", never=JAX),
   "comparison.facts": Part("comparison.results errors", never=JAX),
   "comparison.findings": Part("comparison.differences comparison.report errors", never=JAX),
@@ -89,10 +89,12 @@ GRAPH = {
   "analysis": Part(RUN),
   "analysis.accounting": Part(f"analysis interop {RUN}"),
   "analysis.capacity": Part(f"analysis comparison {RUN}"),
+  "analysis.measured": Part(f"analysis comparison inference interop {RUN}"),
+  "analysis.deployment": Part(f"analysis adapt inference interop comparison.report {RUN}"),
   "analysis.examine": Part(f"analysis interop comparison.report {RUN}"),
   "analysis.replay": Part(f"analysis comparison.report {RUN}"),
   "analysis.communication": Part(
-    "comparison.report training.router_trace nn config ops types errors", never={"flax", "optax"}
+    "comparison.report training.router_trace disk nn config ops types errors", never={"flax", "optax"}
   ),
   # the top
   "moe_jax": Part(f"comparison analysis adapt inference interop {RUN}"),  # __init__.py: the public names

@@ -1,4 +1,7 @@
-"""A short soak: two faults over a run, whose end equals that of a run that nothing disturbed."""
+"""A short soak: two faults over a run, whose end equals that of a run that nothing disturbed.
+
+That of several processes is too long for a test. tests/cluster has its main faults.
+"""
 
 import os
 import pathlib
@@ -19,3 +22,12 @@ def test_two_faults(tmp_path):
   assert "faults: 2, starts: " in ended.stdout
   assert "runs whose end equals that of the undisturbed run: " in ended.stdout
   assert ended.stdout.rstrip()[-1] != "0"
+
+
+def test_a_fault_that_there_is_not_is_one_line():
+  command = [sys.executable, "scripts/soak_cluster.py", "--network=loopback", "--faults=kill"]
+  ended = subprocess.run(
+    command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
+  )
+  assert ended.returncode == 2 and ended.stdout == ""
+  assert ended.stderr.startswith("error: --faults=kill: must be of kill -9 of the last process, ")

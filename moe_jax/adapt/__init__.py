@@ -7,8 +7,10 @@ save (`moe_jax.training.start.save_model`), load and train (`--init_from`) as an
 from moe_jax.adapt.calibrate import calibrate, losses
 from moe_jax.adapt.dense import to_dense
 from moe_jax.adapt.experts import merge, prune
+from moe_jax.adapt.inputs import expert_inputs
 from moe_jax.adapt.layers import drop_mtp
 from moe_jax.adapt.quantise import dequantise, expert_bytes, quantise
+from moe_jax.adapt.tasks import to_task_level
 from moe_jax.adapt.upcycle import upcycle
 from moe_jax.adapt.wrappers import add_adapters, change_moe, merge_adapters, unwrap_experts, wrap_experts
 
@@ -19,12 +21,14 @@ __all__ = [
   "dequantise",
   "drop_mtp",
   "expert_bytes",
+  "expert_inputs",
   "losses",
   "merge",
   "merge_adapters",
   "prune",
   "quantise",
   "to_dense",
+  "to_task_level",
   "unwrap_experts",
   "upcycle",
   "wrap_experts",

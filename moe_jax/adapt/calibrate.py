@@ -1,8 +1,8 @@
 """What a model does with its experts on a calibration text: usage, output norms, and what the loss of each would cost."""
 
 import functools
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,9 @@ class Calibration(NamedTuple):
   # the mean over its tokens of combine weight x norm of the expert's output (REAP, 2510.13999, eq. 9)
   output_norm_E: np.ndarray
   logit_correlation_EE: np.ndarray  # of the logits, over tokens
+  probability_E: (
+    np.ndarray
+  )  # the mean over tokens of the router's distribution: its scores, divided by their sum
 
 
 def calibrate(model: Transformer, batches: Iterable[Batch], min_tokens: int = 1) -> dict[int, Calibration]:
@@ -46,7 +49,7 @@ def calibrate(model: Transformer, batches: Iterable[Batch], min_tokens: int = 1)
   total: list[dict] | None = None
   graphdef, state = nnx.split(model)
   for batch in batches:
-    found = jax.device_get(_observe(graphdef, state, batch["tokens_BL"], batch["mask_BL"], batch["domain_B"]))
+    found = jax.device_get(_observe(graphdef, state, batch))
     found = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
     total = found if total is None else jax.tree.map(np.add, total, found)
   tokens = 0 if total is None else min(sums["tokens_E"].max() for sums in total)
@@ -67,16 +70,20 @@ def _read(sums: dict) -> Calibration:
     sums["weights_E"],
     sums["norms_E"] / np.maximum(sums["tokens_E"], 1),
     covariance_EE / np.outer(std_E, std_E),
+    sums["probs_E"] / count,
   )
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _observe(
-  graphdef: nnx.GraphDef, state: PyTree, tokens_BL: Array, mask_BL: Array, domain_B: Array
-) -> list[dict[str, Array]]:
-  """Sums over the tokens of a batch for each layer with experts, block by block."""
-  model = nnx.merge(graphdef, state)
-  context = Context(mask_BL=mask_BL, token_id_BL=tokens_BL, domain_B=domain_B)
+def _observe(graphdef: nnx.GraphDef, state: PyTree, batch: Batch) -> list[dict[str, Array]]:
+  """Sums over the tokens of a batch for each layer with experts."""
+  return walk(nnx.merge(graphdef, state), batch, _of_layer)
+
+
+def walk(model: Transformer, batch: Batch, see: Callable[[MoE, Array, Context], Any]) -> list[Any]:
+  """Returns what `see` says of each layer with experts and its input, block by block."""
+  tokens_BL = batch["tokens_BL"]
+  context = Context.of_batch(batch, token_id_BL=tokens_BL)
   x_BLD = model.embedding_VD[...].astype(model.config.compute_dtype)[tokens_BL]
   found, number = [], 0
   for segment in model.segments:
@@ -89,7 +96,7 @@ def _observe(
         x_BLD, _ = block.mixer_residual(block.mixer, x_BLD, here)
         x_BLD, _ = block.ffn_residual(functools.partial(_recording, inputs, block.ffn), x_BLD, here)
         if isinstance(block.ffn, MoE):
-          found.append(_of_layer(block.ffn, inputs[0], here))
+          found.append(see(block.ffn, inputs[0], here))
         number += 1
   return found
 
@@ -121,6 +128,7 @@ def _of_layer(layer: MoE, x_BLD: Array, context: Context) -> dict[str, Array]:
     "weights_E": weight_TE.sum(axis=0),
     "norms_E": (weight_TE * norm_TE).sum(axis=0),
     "logits_E": logits_TE.sum(axis=0),
+    "probs_E": (jax.nn.softmax(flat(routing.log_scores_TE), axis=-1) * mask_T1).sum(axis=0),
     "logits_EE": jnp.einsum("TX,TY->XY", logits_TE, logits_TE, precision=jax.lax.Precision.HIGHEST),
     "count": mask_T1.sum(),
   }
@@ -164,7 +172,7 @@ def _without(state: nnx.State, segment: int, block: int, repetition: int, expert
 
 @functools.partial(jax.jit, static_argnums=0)
 def _nll(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch) -> Array:
-  logits_BLV, _ = nnx.merge(graphdef, state)(batch["tokens_BL"], Context(mask_BL=batch["mask_BL"]))
+  logits_BLV, _ = nnx.merge(graphdef, state)(batch["tokens_BL"], Context.of_batch(batch))
   log_probs_BLV = jax.nn.log_softmax(logits_BLV, axis=-1)
   nll_BL = -jnp.take_along_axis(log_probs_BLV, batch["targets_BL"][..., None], axis=-1)[..., 0]
   return jnp.sum(nll_BL * batch["mask_BL"])

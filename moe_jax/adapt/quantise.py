@@ -1,26 +1,38 @@
 """Stores the matrices of routed experts in few bits, and takes them back. All else keeps its type."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from moe_jax.adapt.inputs import Inputs
 from moe_jax.adapt.layers import Layer, moe_layers, put_together, take_apart
 from moe_jax.adapt.wrappers import EXPERTS_PART
 from moe_jax.errors import InputError
 from moe_jax.nn.experts import EXPERTS
 from moe_jax.nn.transformer import Transformer
+from moe_jax.ops.quantisation import Format, format_of
 from moe_jax.ops.quantisation import dequantise as dequantised
-from moe_jax.ops.quantisation import format_of
 from moe_jax.ops.quantisation import quantise as quantised
 from moe_jax.registry import Method, as_inner, inner_spec
 
 PREFIX, _, _, _, REPLACE = EXPERTS_PART
 STORED, TRAINED = "quantised", "quantised_training"
+POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the mean absolute input
+AWARE = "+aware"  # behind a format: with factors from a calibration text
 
 
-def quantise(model: Transformer, format: str = "int8", group: int = 0) -> Transformer:
+def quantise(
+  model: Transformer, format: str = "int8", group: int = 0, inputs: Inputs | None = None
+) -> Transformer:
   """Returns `model` with the matrices of its routed experts in `format`.
+
+  With `inputs`, rows of a matrix are multiplied before they are rounded, and divided after, by a power of the mean absolute
+  input of the row (AWQ, 2306.00978, section 3.2): large inputs then meet smaller errors. The power of each expert and
+  matrix is the one of `POWERS` with the smallest squared error of the output on these inputs. 0 is one of them, so it is never
+  larger than that of rounding alone, and if all inputs are equally large, it is rounding alone. The factors take a float32 per
+  row.
 
   A network `quantised_training` around the experts, with which they were trained, is taken off.
 
@@ -28,6 +40,7 @@ def quantise(model: Transformer, format: str = "int8", group: int = 0) -> Transf
     model: has experts.
     format: int8, int4, fp8 or mxfp4, see `moe_jax.ops.quantisation`.
     group: for integers, the rows of an output channel that share a scale; 0: all.
+    inputs: of `expert_inputs`, for this model; None: each number is rounded to the nearest.
 
   Raises:
     InputError: if the model has no experts, they are quantised already, or the format does not exist.
@@ -36,9 +49,31 @@ def quantise(model: Transformer, format: str = "int8", group: int = 0) -> Transf
   parts = take_apart(model)
   routed = set(moe_layers(parts))
   layers = [
-    _quantised(layer, format, group) if i in routed else layer for i, layer in enumerate(parts.layers)
+    _quantised(layer, format, group, inputs and inputs[i]) if i in routed else layer
+    for i, layer in enumerate(parts.layers)
   ]
   return put_together(parts._replace(layers=tuple(layers)))
+
+
+class Named(NamedTuple):
+  """A format with its options."""
+
+  format: str
+  group: int
+  aware: bool  # whether rows have factors from a calibration text
+
+
+def parse_format(text: str) -> Named:
+  """Returns what a text such as `int8`, `int4:32` or `int4:32+aware` names.
+
+  Raises:
+    InputError: if there is no such format.
+  """
+  name, colon, group = text.removesuffix(AWARE).partition(":")
+  if colon and not group.isdecimal():
+    raise InputError(f"--formats={text}: a group is a number of rows, e.g. int4:32")
+  format_of(name, int(group or 0))
+  return Named(name, int(group or 0), text.endswith(AWARE))
 
 
 def dequantise(model: Transformer) -> Transformer:
@@ -64,7 +99,30 @@ def _inner(method: Method, name: str) -> Method:
   return EXPERTS.resolve(inner_spec(dict(method.options)["experts"])) if method.name == name else method
 
 
-def _quantised(layer: Layer, format: str, group: int) -> Layer:
+def scaled_rounding(
+  w_EXY: np.ndarray, x_EnX: np.ndarray, format: Format
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Returns (codes, scales, factors [E, X]) of the rounding with the smallest error of x w, for each expert."""
+  size_EX = np.abs(x_EnX).mean(axis=1) + 1e-12
+  size_EX /= np.exp(np.log(size_EX).mean(axis=1, keepdims=True))
+  best = best_error_E = None
+  for power in POWERS:
+    factor_EX = (size_EX**power).astype(np.float32)
+    stored = [np.asarray(x) for x in quantised(w_EXY * factor_EX[..., None], format)]
+    rounded = np.asarray(dequantised(*stored, format, w_EXY.shape[1])) / factor_EX[..., None]
+    error_E = np.square(np.einsum("EnX,EXY->EnY", x_EnX, rounded - w_EXY)).sum(axis=(1, 2), dtype=np.float64)
+    found = (*stored, factor_EX)
+    if best is None:
+      best, best_error_E = found, error_E
+    is_better_E = error_E < best_error_E
+    pick = lambda new, old, is_better_E=is_better_E: np.where(
+      is_better_E.reshape(-1, *[1] * (new.ndim - 1)), new, old
+    )
+    best, best_error_E = tuple(map(pick, found, best)), np.minimum(error_E, best_error_E)
+  return best
+
+
+def _quantised(layer: Layer, format: str, group: int, inputs: Mapping[str, np.ndarray] | None) -> Layer:
   method = layer.block.moe.experts
   if method.name == STORED:
     raise InputError("the experts of the model are quantised already; dequantise them first")
@@ -73,7 +131,12 @@ def _quantised(layer: Layer, format: str, group: int) -> Layer:
   values: dict[str, Any] = layer.without(PREFIX)
   for path, value in layer.under(before).items():
     if layer.axes[before + path][:1] == ("expert",) and value.ndim == 3 and "." not in path:
-      codes, scales = quantised(value, format_of(format, group))
+      if inputs is None:
+        codes, scales = quantised(value, format_of(format, group))
+      else:
+        codes, scales, values[f"{PREFIX}factors.{path}"] = scaled_rounding(
+          value, inputs[path], format_of(format, group)
+        )
       values[f"{PREFIX}codes.{path}"], values[f"{PREFIX}scales.{path}"] = (
         np.asarray(codes),
         np.asarray(scales),
@@ -84,7 +147,8 @@ def _quantised(layer: Layer, format: str, group: int) -> Layer:
     raise InputError(
       f"--experts={method}: has no matrices of its own; merge adapters and take dropout off first"
     )
-  spec = f"{STORED}:format={format}:group={group}:experts={as_inner(inner)}"
+  factors = "false" if inputs is None else "true"
+  spec = f"{STORED}:format={format}:group={group}:factors={factors}:experts={as_inner(inner)}"
   return Layer(REPLACE(layer.block, EXPERTS.resolve(spec)), values)
 
 
@@ -101,8 +165,8 @@ def _dequantised(layer: Layer) -> Layer:
     if path.startswith("codes."):
       name = path.removeprefix("codes.")
       rows = layer_rows(layer, name, codes.shape[1], format.packed)
-      w = dequantised(codes, own[f"scales.{name}"], format, rows)
-      values[f"{PREFIX}{name}"] = np.asarray(w)
+      w = np.asarray(dequantised(codes, own[f"scales.{name}"], format, rows))
+      values[f"{PREFIX}{name}"] = w / own[f"factors.{name}"][..., None] if f"factors.{name}" in own else w
   return Layer(REPLACE(layer.block, _inner(method, STORED)), values)
 
 

@@ -54,14 +54,23 @@ def report(model: Transformer, batch: Batch, routes_XBLE: np.ndarray) -> ReplayR
   own = record(model, batch)
   routed = moe_layers(take_apart(model))
   missed = (routes_XBLE * (1 - own))[routed].sum(axis=(1, 2, 3))
-  graphdef, state = nnx.split(model)
-  live, replayed = (np.asarray(_log_probs(graphdef, state, batch, routes)) for routes in (None, routes_XBLE))
+  live, replayed = (target_log_probs(model, batch, routes) for routes in (None, routes_XBLE))
   share = missed / np.maximum(routes_XBLE[routed].sum(axis=(1, 2, 3)), 1)
   return ReplayReport(share, (replayed - live) * batch["mask_BL"])
 
 
+def target_log_probs(model: Transformer, batch: Batch, routes_XBLE: np.ndarray | None = None) -> np.ndarray:
+  """Returns the log-probability of each target [B, L], with the choices of the routers, or those that are given."""
+  return np.asarray(_log_probs(*nnx.split(model), batch, routes_XBLE))
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _log_probs(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch, routes_XBLE: Array | None) -> Array:
-  context = Context(mask_BL=batch["mask_BL"], routes_XBLE=routes_XBLE)
-  logits_BLV, _ = nnx.merge(graphdef, state)(batch["tokens_BL"], context)
+  return log_probs(nnx.merge(graphdef, state), batch, routes_XBLE)
+
+
+def log_probs(model: Transformer, batch: Batch, routes_XBLE: Array | None = None) -> Array:
+  """`target_log_probs` inside a program, for gradients."""
+  context = Context.of_batch(batch, routes_XBLE=routes_XBLE)
+  logits_BLV, _ = model(batch["tokens_BL"], context)
   return jnp.take_along_axis(jax.nn.log_softmax(logits_BLV), batch["targets_BL"][..., None], axis=-1)[..., 0]

@@ -18,12 +18,13 @@ from moe_jax.types import Array
 
 def selected(model: Transformer, batch: Batch) -> np.ndarray:
   """Returns where the tokens of a batch are sent, before any capacity: [R, B, L, E] with ones."""
-  return np.asarray(_selected(*nnx.split(model), batch["tokens_BL"], batch["mask_BL"]))
+  return np.asarray(_selected(*nnx.split(model), batch))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _selected(graphdef: nnx.GraphDef, state: nnx.State, tokens_BL: Array, mask_BL: Array) -> Array:
-  _, aux = nnx.merge(graphdef, state)(tokens_BL, Context(mask_BL=mask_BL, record_logits=True))
+def _selected(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch) -> Array:
+  context = Context.of_batch(batch, record_logits=True)
+  _, aux = nnx.merge(graphdef, state)(batch["tokens_BL"], context)
   blocks = [[layer.selected_BLE for layer in moe_auxes(segment)] for segment in aux]
   return jnp.stack(by_layer([found for found in blocks if found]))
 

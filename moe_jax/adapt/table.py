@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moe_jax import disk
 from moe_jax.data import Batch, Dataset, load_dataset
 from moe_jax.errors import unknown_name
 
@@ -47,16 +48,26 @@ def row(method: str, experts: int, scores: Mapping[str, Any]) -> dict[str, Any]:
   return {"method": method, "experts": experts} | {name: value(score) for name, score in scores.items()}
 
 
-def write_table(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
-  """Writes rows with equal keys as CSV, and prints them."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with open(path, "w", newline="") as file:
+def write_table(
+  path: pathlib.Path, rows: Sequence[Mapping[str, Any]], shown: Sequence[str] | None = None
+) -> None:
+  """Writes rows with equal keys as CSV, and prints them; with `shown`, only these columns; if that is empty, nothing."""
+  with disk.whole_text(path) as file:
     writer = csv.DictWriter(file, list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
-  text = lambda x: f"{x:.4f}" if isinstance(x, float) else str(x)
-  width = max(len(text(next(iter(line.values())))) for line in rows) + 2
-  print("".join(f"{name:>{width if i == 0 else 11}}" for i, name in enumerate(rows[0])))
-  for line in rows:
-    print("".join(f"{text(x):>{width if i == 0 else 11}}" for i, x in enumerate(line.values())))
+  columns = {
+    name: [name, *(_text(row[name]) for row in rows)] for name in (rows[0] if shown is None else shown)
+  }
+  widths = [max(map(len, cells)) for cells in columns.values()]
+  for line in zip(*columns.values(), strict=True):
+    print("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)))
   print(f"written: {path}")
+
+
+def _text(value: Any) -> str:
+  if value is None:
+    return "-"
+  if isinstance(value, float):
+    return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.4f}"
+  return f"{value:,}" if isinstance(value, int) else str(value)

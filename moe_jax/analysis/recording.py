@@ -54,13 +54,14 @@ def recorded_config(trace: Trace) -> MoEConfig:
     raise InputError(f"{trace.folder}: its configuration is not one of this version ({error})") from None
 
 
-def record(config: Config, folder: pathlib.Path, console: Any) -> Trace:
+def record(config: Config, folder: pathlib.Path, console: Any, show: str = "the recorded run") -> Trace:
   """Trains and records in `folder`, unless that is done; a run that was stopped is continued.
 
   Args:
     config: as from `with_recording`.
     folder: of the run, new or holding a run of the same configuration.
     console: a rich Console.
+    show: what the progress bar calls the run.
 
   Raises:
     InputError: the folder holds a run of another configuration.
@@ -71,7 +72,7 @@ def record(config: Config, folder: pathlib.Path, console: Any) -> Trace:
   else:
     label = spec_text(config.model.moe.balancers)
     with TrainingProgress(config.train.num_steps, console) as progress:
-      Run(config, load_dataset(config.data), folder, progress, label=label, show="the recorded run").train()
+      Run(config, load_dataset(config.data), folder, progress, label=label, show=show).train()
     processes.wait_for_all("recorded")
   return Trace(folder)
 

@@ -31,6 +31,7 @@ from moe_jax.training.results import count_params, versions
 MEASURED = ("seconds", "tokens", "bytes")
 ARMS = ("reference", "attempt")  # in the order in which they run
 CONFIDENCE = 0.95
+HERE = "where.json"  # in the folder of a seed: what it ran on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Speedrun:
     rules: target and bounds.
     folder: gets config.json, and a folder for each seed with the two runs.
     about: what the folder must agree with besides, e.g. the commit.
+    machine: what the pairs that this call trains run on. Each pair records its own: the two runs of a pair are compared,
+      and no two pairs.
 
   Raises:
     InputError: if a configuration is wrong, looks at later tokens, has too many active parameters or no bits per
@@ -75,12 +78,14 @@ class Speedrun:
     rules: Rules,
     folder: str | os.PathLike[str],
     about: Mapping[str, Any],
+    machine: Mapping[str, Any],
   ):
     text = ("dataset", "data_dir", "text_folder")
     data = dataclasses.replace(reference.data, **{name: getattr(attempt.data, name) for name in text})
     reference = dataclasses.replace(reference, data=data)
     self.configs = {"reference": _to_run(reference), "attempt": _to_run(attempt)}
     self.rules, self.folder = rules, pathlib.Path(folder)
+    self.here = {"machine": dict(machine), "versions": versions()}
     self.claim = {
       "rules": dataclasses.asdict(rules),
       "reference": reference.to_dict(),
@@ -103,22 +108,24 @@ class Speedrun:
       for seed, pair in done.items():
         if pair is None:
           shutil.rmtree(self._seed_folder(seed), ignore_errors=True)
-          done[seed] = {arm: self._train(arm, seed, progress) for arm in ARMS}
+          disk.write_json(self._seed_folder(seed) / HERE, self.here)
+          done[seed] = self.here | {arm: self._train(arm, seed, progress) for arm in ARMS}
     pairs = [{"seed": seed, **pair} for seed, pair in done.items()]
     total, active = self.params["attempt"]
     counts = {"num_params": total, "num_active_params": active}
-    return {**self.claim, **counts, "versions": versions(), "seeds": pairs, "score": score(pairs)}
+    return {**self.claim, **counts, "seeds": pairs, "score": score(pairs)}
 
   def _seed_folder(self, seed: int) -> pathlib.Path:
     return self.folder / f"seed_{seed}"
 
-  def _finished(self, seed: int) -> dict[str, dict[str, Any]] | None:
-    """Returns the numbers of both runs of a seed; None if one is missing."""
+  def _finished(self, seed: int) -> dict[str, Any] | None:
+    """Returns where a seed ran, and the numbers of both runs; None if something is missing."""
+    here = disk.read_object(self._seed_folder(seed) / HERE)
     paths = {arm: self._seed_folder(seed) / arm / "result.json" for arm in ARMS}
     results = {arm: disk.read_object(path) for arm, path in paths.items()}
-    if not all(results.values()):
+    if not here or not all(results.values()):
       return None
-    return {arm: self._numbers(result) for arm, result in results.items()}
+    return here | {arm: self._numbers(result) for arm, result in results.items()}
 
   def _train(self, arm: str, seed: int, progress: TrainingProgress) -> dict[str, Any]:
     config = self.configs[arm]
@@ -257,10 +264,14 @@ def row(entry: Mapping[str, Any]) -> str:
     f"{mean('attempt', 'bits_per_byte'):.3f}",
     f"{mean('attempt', 'max_vio'):.2f}",
     reached[0] + short,
-    f"Python {entry['versions']['python']}, JAX {entry['versions']['jax']}",
+    "; ".join(dict.fromkeys(_versions(pair["versions"]) for pair in entry["seeds"])),
     f"`{entry['commit'][:12]}`",
   ]
   return f"| {' | '.join(cells)} |"
+
+
+def _versions(of: Mapping[str, str]) -> str:
+  return f"Python {of['python']}, JAX {of['jax']}"
 
 
 def table(entries: Sequence[Mapping[str, Any]]) -> str:

@@ -14,11 +14,20 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
-from moe_jax.errors import InputError
+from moe_jax.errors import STOPPED_STATUS, InputError
 
 _STOP, _HOST, _FLAGS = "moe_jax/stop", "moe_jax/host", "moe_jax/flags"
 # Milliseconds: a wait that a message ends, one that starts again, and what a process that is alive needs to answer.
 _FOREVER, _HOUR, _ANSWER = 2**31 - 1, 3_600_000, 5000
+
+
+_current: "Watch | None" = None  # of this process; None: it is alone
+
+
+def stop_all(line: str, status: int, trace: str = "") -> None:
+  """Ends all processes of the run, from any thread of any of them: see `Watch.stop`. Returns if this one is alone."""
+  if _current is not None:
+    _current.stop(line, status, trace)
 
 
 class Watch:
@@ -36,6 +45,8 @@ class Watch:
     self._heartbeat_timeout = heartbeat_timeout
     self._trace = ""
     self._leaving = threading.Event()
+    global _current
+    _current = self
     client.key_value_set(f"{_HOST}/{process_id}", f"{socket.gethostname()}, pid {os.getpid()}")
     self._threads = [threading.Thread(target=f, daemon=True) for f in (self._wait_for_stop, self._count_live)]
     for thread in self._threads:
@@ -67,6 +78,8 @@ class Watch:
     """The planned end: waits for all, then ends the threads. Call `jax.distributed.shutdown` next."""
     self._client.wait_at_barrier("moe_jax/end", _FOREVER)
     self._leaving.set()
+    global _current
+    _current = None
     self._post(None, 0)
     # The store ends with process 0, and JAX aborts a process that is still connected then.
     while self._me == 0 and len(self._live()) > 1:
@@ -140,6 +153,6 @@ def end(line: str, status: int, seconds: float = 0.0) -> NoReturn:
   for stream in (sys.stdout, sys.stderr):
     with contextlib.suppress(Exception):
       stream.flush()
-  os.write(2, f"error: {line}\n".encode())
+  os.write(2, f"{'' if status == STOPPED_STATUS else 'error: '}{line}\n".encode())
   time.sleep(seconds)  # process 0 keeps the store: the others read it first
   os._exit(status)

@@ -25,6 +25,7 @@ from moe_jax.training.loop import Run
 from moe_jax.training.memory import check_memory, sizes_of
 from moe_jax.training.progress import TrainingProgress
 from moe_jax.training.results import diverged_result
+from moe_jax.training.stops import Between
 
 _LOCKED_AHEAD = 200  # runs that are locked from the start on: each takes an open file
 REPORT_FILE = "report.json"  # title, question, command and notes, from which joined folders have theirs
@@ -117,12 +118,15 @@ class Comparison:
 
     Returns a result for each arm and seed, in the order of the arms. With a shard, it is those of its part.
     """
-    dataset = load_dataset(self.config.data)
-    self._describe(dataset.info)
-    processes.check_agree(
-      dataset.info.fingerprint, "--dataset: fingerprint of the text", "all processes must read the same text"
-    )
-    return self._run(dataset)
+    with Between():
+      dataset = load_dataset(self.config.data)
+      self._describe(dataset.info)
+      processes.check_agree(
+        dataset.info.fingerprint,
+        "--dataset: fingerprint of the text",
+        "all processes must read the same text",
+      )
+      return self._run(dataset)
 
   def _run(self, dataset: Dataset) -> list[Result]:
     datasets = self._datasets(dataset)
@@ -255,7 +259,7 @@ class Comparison:
         differ in them.
     """
     notes = [*notes, *(self.tried_in_words if self.sweep else ())]
-    with processes.first_writes("report") as mine:
+    with Between(), processes.first_writes("report") as mine:
       if mine:
         texts = {
           "title": title,

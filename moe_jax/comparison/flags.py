@@ -6,8 +6,15 @@ from absl import flags
 
 
 def define_flags(sweep: bool = True) -> None:
-  """Defines `--seeds`, `--shard` and, with `sweep`, `--sweep`, `--sweep_seeds` and `--sweep_goal`."""
+  """Defines `--seeds`, `--first_seed`, `--shard` and, with `sweep`, `--sweep`, `--sweep_seeds` and `--sweep_goal`."""
   flags.DEFINE_integer("seeds", 3, "runs per arm, with seeds 0, 1, ...", lower_bound=1, upper_bound=10_000)
+  flags.DEFINE_integer(
+    "first_seed",
+    0,
+    "the first of --seeds; a question that earlier runs raised is answered by seeds that they did not use",
+    lower_bound=0,
+    upper_bound=2**31 - 10_001,
+  )
   flags.DEFINE_string(
     "shard",
     "",
@@ -41,7 +48,10 @@ def arguments() -> dict[str, Any]:
   from moe_jax.comparison.sweep import Sweep
 
   values = flags.FLAGS
-  found = {"seeds": range(values.seeds), "shard": Shard.parse(values.shard)}
+  found = {
+    "seeds": range(values.first_seed, values.first_seed + values.seeds),
+    "shard": Shard.parse(values.shard),
+  }
   if "sweep" in values and values.sweep:
     found["sweep"] = Sweep.parse(values.sweep, values.sweep_seeds, values.sweep_goal)
   return found

@@ -46,7 +46,8 @@ class ComparisonFolder:
 
   def known(self) -> dict[str, Any]:
     """Returns what earlier calls claimed, or {} if there were none, or it cannot be read."""
-    return disk.read_object(self.path / "config.json") or {}
+    known = disk.read_object(self.path / "config.json") or {}
+    return known if _is_claim(known) else {}
 
   def check(self, claim: Mapping[str, Any]) -> None:
     """Raises `InputError` unless the folder is new, empty, or of the same configuration.
@@ -55,9 +56,8 @@ class ComparisonFolder:
     """
     path = self.path / "config.json"
     was_there = path.exists()
-    disk.set_aside_damaged(
-      path, self.path, "it is written again from the flags, and runs are checked by their own"
-    )
+    consequence = "it is written again from the flags, and runs are checked by their own"
+    disk.set_aside_damaged(path, self.path, consequence, _is_claim)
     if was_there:
       self._check_same(claim)
     elif self.path.exists() and not self._is_free():
@@ -114,6 +114,24 @@ class ComparisonFolder:
       # As text: JSON has no literal for a loss that is not finite.
       merged += [f"{label}, {text.rstrip()[1:]}\n" for text, _ in lines]
     disk.write_whole(self.path / "metrics.jsonl", "".join(merged).encode())
+
+
+def _is_claim(value: Mapping[str, Any]) -> bool:
+  """Returns whether the parts of a config.json have the types of a claim."""
+  seeds = value.get("seeds", [])
+  parts = [value.get(part, {}) for part in ("arms", "evaluations")]
+  return (
+    isinstance(seeds, list)
+    and all(type(seed) is int for seed in seeds)
+    and isinstance(value.get("config", {}), dict)
+    and all(isinstance(part, dict) and all(isinstance(of, dict) for of in part.values()) for part in parts)
+    and _is_planned(value.get("planned", {}))
+  )
+
+
+def _is_planned(value: Any) -> bool:
+  lists = list(value.values()) if isinstance(value, dict) else [None]
+  return all(isinstance(part, list) and all(isinstance(name, str) for name in part) for part in lists)
 
 
 def whole_result(path: pathlib.Path) -> Result:

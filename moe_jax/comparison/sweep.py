@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from moe_jax import disk
 from moe_jax.comparison.statistics import Column, columns_of, stat
 from moe_jax.config import Config
 from moe_jax.errors import InputError, unknown_name
@@ -228,11 +229,10 @@ def tried_in_words(lines: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def write_csv(path: pathlib.Path, lines: Sequence[Mapping[str, Any]]) -> None:
   """Writes sweep.csv: a line per arm and value. Lines of other arms stay, which other shards may have written."""
-  path.parent.mkdir(parents=True, exist_ok=True)
   arms = {line["arm"] for line in lines}
   others = read_csv(path) if path.exists() else []
   lines = [line for line in others if line["arm"] not in arms] + list(lines)
-  with path.open("w", newline="") as file:
+  with disk.whole_text(path) as file:
     writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows({k: "" if x != x else x for k, x in line.items()} for line in lines)  # no text for NaN

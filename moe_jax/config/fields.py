@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 from typing import Any
 
 from moe_jax.errors import InputError
@@ -18,19 +19,46 @@ def require(ok: bool, field: str, value: Any, right: str) -> None:
     raise InputError(f"--{field}={value}: {right}")
 
 
+_TYPES = {  # of a default -> (what the value may be, in words)
+  bool: (bool, "true or false"),
+  int: (numbers.Integral, "an integer"),
+  float: (numbers.Real, "a number"),
+}
+
+
 def representable(part: Any) -> None:
-  """Raises `InputError` unless every number of the dataclass is finite, and every integer fits into 32 bits."""
+  """Raises `InputError` unless every value has the type of its default, numbers are finite, integers fit into 32 bits."""
   for field in dataclasses.fields(part):
     value = getattr(part, field.name)
+    _check_type(field, value)
     if isinstance(value, float):
       require(math.isfinite(value), field.name, value, "must be a finite number")
     elif isinstance(value, int):
       require(abs(value) < 1 << 31, field.name, _short(value), "must be below 2^31")
 
 
-def _short(value: int) -> str:
+def _check_type(field: dataclasses.Field, value: Any) -> None:
+  """A config.json, or a call, may hold anything."""
+  kind = type(field.default)
+  if kind in _TYPES:
+    allowed, words = _TYPES[kind]
+    is_bool = isinstance(value, bool)
+    require(
+      isinstance(value, allowed) and is_bool == (kind is bool),
+      field.name,
+      _short(repr(value)),
+      f"must be {words}",
+    )
+  elif kind is str:  # a text, or a part: a method, a function, or several of them
+    wrong = value is None or isinstance(value, numbers.Number | dict)
+    parts = value if isinstance(value, list | tuple) else ()
+    wrong = wrong or any(part is None or isinstance(part, numbers.Number | dict | list) for part in parts)
+    require(not wrong, field.name, _short(repr(value)), "must be a text or a part")
+
+
+def _short(value: int | str) -> str:
   text = str(value)
-  return text if len(text) < 40 else f"{text[:20]}... ({len(text)} digits)"
+  return text if len(text) < 40 else f"{text[:20]}... ({len(text)} characters)"
 
 
 def positive(part: Any, *names: str) -> None:

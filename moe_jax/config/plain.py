@@ -43,7 +43,9 @@ def to_plain(value: Any, text: Callable[[Any], str] = spec_text) -> Any:
 
 
 def from_fields(cls: type, values: dict[str, Any]) -> Any:
-  """Returns `cls(**values)`. Raises `InputError` for fields that this version does not have."""
+  """Returns `cls(**values)`. Raises `InputError` for fields that this version does not have, and for no fields at all."""
+  if not isinstance(values, dict):
+    raise InputError(f"configuration: {cls.__name__} must be an object with fields, got {str(values)[:60]!r}")
   unknown = sorted(values.keys() - {field.name for field in dataclasses.fields(cls)})
   if unknown:
     raise InputError(f"configuration: {cls.__name__} has no field {', '.join(unknown)} in this version")

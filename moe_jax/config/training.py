@@ -49,10 +49,20 @@ class OptimizerConfig:
 class DataConfig:
   """The data set, its tokenizer, and how text is cut into batches."""
 
-  dataset: str = flag("stdlib", "stdlib, markov, text_folder, or any TFDS text data set, e.g. lm1b, c4/en")
+  dataset: str = flag(
+    "stdlib",
+    "stdlib, stdlib_tasks (prompts with responses), markov, text_folder, or any TFDS text data set, e.g. lm1b, c4/en",
+  )
   data_dir: str = flag("", "where TFDS data sets live; empty: $MOE_JAX_DATA_DIR or ~/.cache/moe_jax")
   text_folder: str = flag(
     "", "with dataset=text_folder: a folder of text files; its sub-folders are the domains"
+  )
+  held_out_tasks: str = flag(
+    "", "with dataset=stdlib_tasks: tasks that are only validated, joined by commas, e.g. name,reorder"
+  )
+  pack_examples: bool = flag(
+    False,
+    "with prompts: several examples of a task in a row, which do not see each other; False: one per row",
   )
   tokenizer: str = flag(
     "bytes",

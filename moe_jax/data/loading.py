@@ -1,13 +1,16 @@
 """`load_dataset` opens the `Dataset` that a `DataConfig` describes."""
 
+import functools
 from collections.abc import Callable
 
 from moe_jax.config import DataConfig
-from moe_jax.data.cache import data_dir
+from moe_jax.data.bpe import BpeCache
+from moe_jax.data.cache import cache_dir, data_dir
 from moe_jax.data.dataset import Dataset, dataset_of_texts
 from moe_jax.data.markov import load_markov
+from moe_jax.data.prompts import fits_row, prompt_dataset
 from moe_jax.data.text_folder import read_text_folder
-from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.data.tokenizers import Tokenizer, load_tokenizer
 from moe_jax.errors import InputError
 
 
@@ -55,6 +58,26 @@ def _load_text_folder(config: DataConfig, tokenizer: Tokenizer | None) -> Datase
   )
 
 
+def _load_stdlib_tasks(config: DataConfig, tokenizer: Tokenizer | None) -> Dataset:
+  from moe_jax.data.stdlib_tasks import read_tasks
+
+  splits = read_tasks([name for name in config.held_out_tasks.split(",") if name])
+  texts = [f"{example.prompt}{example.response}" for example in splits["train"]]
+  if tokenizer is None:
+    size = config.bpe_size
+    tokenizer = (
+      BpeCache(texts, size, cache_dir(config)).tokenizer if size else load_tokenizer(config.tokenizer)
+    )
+  fits = functools.partial(fits_row, tokenizer=tokenizer, length=config.sequence_length)
+  short = {split: list(filter(fits, examples)) for split, examples in splits.items()}
+  for split, examples in short.items():
+    if not examples:
+      raise InputError(
+        f"--sequence_length={config.sequence_length}: no {split} example of stdlib_tasks is so short; choose more"
+      )
+  return prompt_dataset(config, short["train"], short["validation"], tokenizer, name="stdlib_tasks")
+
+
 def _load_markov(config: DataConfig, tokenizer: Tokenizer | None) -> Dataset:
   del tokenizer  # its token ids stand for no text
   return load_markov(config)
@@ -62,6 +85,7 @@ def _load_markov(config: DataConfig, tokenizer: Tokenizer | None) -> Dataset:
 
 _BUILT_IN: dict[str, Callable[[DataConfig, Tokenizer | None], Dataset]] = {
   "stdlib": _load_stdlib,
+  "stdlib_tasks": _load_stdlib_tasks,
   "markov": _load_markov,
   "text_folder": _load_text_folder,
 }

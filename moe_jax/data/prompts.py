@@ -9,11 +9,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moe_jax import disk
 from moe_jax.config import DataConfig
+from moe_jax.data.chat import ChatTemplate
 from moe_jax.data.dataset import Dataset, DatasetInfo
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.data.windows import Batch
 from moe_jax.errors import InputError
+
+MIN_ROOM = 8  # a packed row with less room than so many positions takes no further example
 
 
 class Example(NamedTuple):
@@ -43,6 +47,12 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[Example]:
   return examples
 
 
+def write_jsonl(path: str | os.PathLike[str], examples: Sequence[Example]) -> None:
+  """Writes examples as `read_jsonl` reads them."""
+  lines = (json.dumps(example._asdict()) + "\n" for example in examples)
+  disk.write_whole(pathlib.Path(path), "".join(lines).encode())
+
+
 def _example(where: str, line: str) -> Example:
   try:
     values = json.loads(line)
@@ -58,44 +68,74 @@ def _example(where: str, line: str) -> Example:
   return Example(values["prompt"], values["response"], str(values.get("task", "all")))
 
 
-class PromptWindows:
-  """One example per row: bos, prompt, response, end, then padding.
+class Tokens(NamedTuple):
+  """An example as tokens: the prompt with what comes before it, then the response with its end."""
 
-  `is_target_BL` is True where the target is of the response, or its end.
+  ids: np.ndarray
+  first: int  # the place of the first token of the response
+
+
+def encode_example(
+  example: Example, tokenizer: Tokenizer, end_id: int, template: ChatTemplate | None = None
+) -> Tokens:
+  """Returns bos, prompt, response and `end_id`; with a template, what it writes, which has its own beginning and end."""
+  if template is None:
+    prompt, response = tokenizer.encode(example.prompt), tokenizer.encode(example.response)
+    return Tokens(np.concatenate([[tokenizer.bos_id], prompt, response, [end_id]]), 1 + len(prompt))
+  prompt, response = map(tokenizer.encode, template.split(example.prompt, example.response))
+  return Tokens(np.concatenate([prompt, response]), len(prompt))
+
+
+def fits_row(example: Example, tokenizer: Tokenizer, length: int) -> bool:
+  """Returns whether an example has at most `length` targets, prompt and end included."""
+  return len(encode_example(example, tokenizer, tokenizer.bos_id).ids) <= length + 1
+
+
+class PromptWindows:
+  """Rows of examples, then padding: one example each, or several of one task.
+
+  `is_target_BL` is True where the target is of a response, or its end. In a packed row, `segment_BL` numbers the examples from 0,
+  so that they do not see each other.
   """
 
   def __init__(
-    self, examples: Sequence[Example], domains: Sequence[str], tokenizer: Tokenizer, length: int, end_id: int
+    self,
+    examples: Sequence[Tokens],
+    domains: Sequence[int],
+    length: int,
+    pad_id: int,
+    pack: bool = False,
   ):
-    rows = len(examples)
-    tokens = np.full((rows, length + 1), tokenizer.pad_id, np.int32)
-    counts, firsts = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
-    for i, example in enumerate(examples):
-      prompt, response = tokenizer.encode(example.prompt), tokenizer.encode(example.response)
-      row = np.concatenate([[tokenizer.bos_id], prompt, response, [end_id]])
-      if len(row) > length + 1:
-        raise InputError(
-          f"--sequence_length={length}: example {i + 1} has {len(row) - 1} tokens ({example.prompt[:30]!r}); choose at "
-          f"least {len(row) - 1}, or shorten it"
-        )
-      tokens[i, : len(row)] = row
-      counts[i], firsts[i] = len(row) - 1, len(prompt)
-    place = np.arange(length)
-    self._domain = np.array([list(domains).index(example.task) for example in examples], np.int32)
-    self._tokens, self._mask = tokens, place < counts[:, None]
-    self._is_target = self._mask & (place >= firsts[:, None])
+    lengths = [len(tokens.ids) - 1 for tokens in examples]
+    row_of, begin_of, rows = place(lengths, domains, length) if pack else _one_each(len(examples))
+    self._tokens = np.full((rows, length), pad_id, np.int32)
+    self._targets = np.full((rows, length), pad_id, np.int32)
+    self._mask, self._is_target = np.zeros((rows, length), bool), np.zeros((rows, length), bool)
+    self._segment = np.zeros((rows, length), np.int32) if pack else None
+    self._domain = np.zeros(rows, np.int32)
+    num_in_row = np.zeros(rows, np.int32)
+    for tokens, domain, row, begin, n in zip(examples, domains, row_of, begin_of, lengths, strict=True):
+      here = np.s_[row, begin : begin + n]
+      self._tokens[here], self._targets[here], self._mask[here] = tokens.ids[:-1], tokens.ids[1:], True
+      self._is_target[row, begin + tokens.first - 1 : begin + n] = True
+      self._domain[row] = domain
+      if pack:
+        self._segment[row, begin:] = num_in_row[row]  # padding behind the last example is of it, and masked
+      num_in_row[row] += 1
 
   def __len__(self) -> int:
     return len(self._tokens)
 
   def rows(self, indices: Sequence[int]) -> Batch:
     index = np.asarray(indices, np.int64)
+    packed = {} if self._segment is None else {"segment_BL": self._segment[index]}
     return {
-      "tokens_BL": self._tokens[index, :-1],
-      "targets_BL": self._tokens[index, 1:],
+      "tokens_BL": self._tokens[index],
+      "targets_BL": self._targets[index],
       "mask_BL": self._mask[index],
       "domain_B": self._domain[index],
       "is_target_BL": self._is_target[index],
+      **packed,
     }
 
   def targets_per_domain(self, num_domains: int) -> tuple[int, ...]:
@@ -105,6 +145,29 @@ class PromptWindows:
   @property
   def padded_fraction(self) -> float:
     return 1.0 - float(self._mask.mean())
+
+
+def _one_each(number: int) -> tuple[Sequence[int], Sequence[int], int]:
+  return range(number), [0] * number, number
+
+
+def place(lengths: Sequence[int], domains: Sequence[int], length: int) -> tuple[list[int], list[int], int]:
+  """Returns (row of each example, its first position, number of rows): each goes to the first row of its domain with room."""
+  row_of, begin_of, used = [], [], []
+  open_rows: dict[int, list[int]] = {}
+  for n, domain in zip(lengths, domains, strict=True):
+    mine = open_rows.setdefault(domain, [])
+    row = next((row for row in mine if used[row] + n <= length), None)
+    if row is None:
+      row = len(used)
+      used.append(0)
+      mine.append(row)
+    row_of.append(row)
+    begin_of.append(used[row])
+    used[row] += n
+    if used[row] > length - MIN_ROOM:
+      mine.remove(row)
+  return row_of, begin_of, len(used)
 
 
 class PromptDataset(Dataset):
@@ -120,17 +183,21 @@ def prompt_dataset(
   validation: Sequence[Example],
   tokenizer: Tokenizer,
   end_id: int | None = None,
+  template: ChatTemplate | None = None,
+  name: str = "prompts",
 ) -> PromptDataset:
   """Returns the data set of examples. Its domains are their tasks.
 
   Args:
-    config: batch size and sequence length.
+    config: batch size, sequence length, and whether to pack.
     train, validation: examples. The same prompt may not be in both.
     tokenizer: of the model.
-    end_id: the token behind a response; None: `bos_id`.
+    end_id: the token behind a response; None: `bos_id`. A template writes its own.
+    template: of the conversations that the model knows; None: prompt and response follow each other.
+    name: of the data set, in results.
 
   Raises:
-    InputError: if an example is longer than a sequence, or a prompt is in both splits.
+    InputError: if an example is longer than a sequence, a prompt is in both splits, or the template cannot be used.
   """
   shared = {example.prompt for example in train} & {example.prompt for example in validation}
   if shared:
@@ -138,18 +205,22 @@ def prompt_dataset(
       f"validation: {len(shared)} prompts are in the training examples, too, such as {min(shared)[:40]!r}"
     )
   splits = {"train": train, "validation": validation}
-  domains = tuple(sorted({example.task for examples in splits.values() for example in examples}))
+  domains = sorted({example.task for examples in splits.values() for example in examples})
   digest = hashlib.sha256(tokenizer.fingerprint.encode())
   digest.update(json.dumps({name: list(examples) for name, examples in splits.items()}).encode())
+  digest.update(template.source.encode() if template else b"")
   end = tokenizer.bos_id if end_id is None else end_id
-  windows = {
-    name: PromptWindows(examples, domains, tokenizer, config.sequence_length, end)
-    for name, examples in splits.items()
-  }
+  windows = {}
+  for split, examples in splits.items():
+    encoded = [encode_example(example, tokenizer, end, template) for example in examples]
+    _check_lengths(examples, encoded, config.sequence_length)
+    of_task = [domains.index(example.task) for example in examples]
+    sizes = (config.sequence_length, tokenizer.pad_id)
+    windows[split] = PromptWindows(encoded, of_task, *sizes, pack=config.pack_examples)
   info = DatasetInfo(
-    name="prompts",
+    name=name,
     vocab_size=tokenizer.vocab_size,
-    domains=domains,
+    domains=tuple(domains),
     fingerprint=digest.hexdigest(),
     num_windows={name: len(w) for name, w in windows.items()},
     targets_per_domain={name: w.targets_per_domain(len(domains)) for name, w in windows.items()},
@@ -159,3 +230,13 @@ def prompt_dataset(
     yardsticks={},
   )
   return PromptDataset(config, info, windows["train"], windows["validation"], tokenizer)
+
+
+def _check_lengths(examples: Sequence[Example], encoded: Sequence[Tokens], length: int) -> None:
+  for i, (example, tokens) in enumerate(zip(examples, encoded, strict=True), 1):
+    n = len(tokens.ids) - 1
+    if n > length:
+      raise InputError(
+        f"--sequence_length={length}: example {i} has {n} tokens ({example.prompt[:30]!r}); choose at least {n}, or "
+        "shorten it"
+      )

@@ -99,7 +99,8 @@ class DocumentWindows:
 def masked_rows(batch: Batch, num_rows: int, pad_id: int) -> Batch:
   """Appends rows without targets, with domain 0, until the batch has `num_rows`."""
   missing = num_rows - len(batch["domain_B"])
-  fill = {"tokens_BL": pad_id, "targets_BL": pad_id, "mask_BL": False, "domain_B": 0, "is_target_BL": False}
+  fill = {"tokens_BL": pad_id, "targets_BL": pad_id, "mask_BL": False, "domain_B": 0}
+  fill |= {"is_target_BL": False, "segment_BL": 0}
   return {
     name: np.concatenate([array, np.full((missing, *array.shape[1:]), fill[name], array.dtype)])
     for name, array in batch.items()

@@ -1,6 +1,7 @@
 """A model made ready to generate: nothing is dropped, and its parameters are on the mesh in use."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -12,7 +13,7 @@ from moe_jax.nn.build import different_blocks
 from moe_jax.nn.leaks import deciding_method, leak
 from moe_jax.nn.moe import MoE
 from moe_jax.nn.transformer import Transformer
-from moe_jax.sharding.dispatchers import DISPATCHERS, make_dispatcher
+from moe_jax.sharding.dispatchers import DISPATCHERS, Dispatcher, make_dispatcher
 
 
 def dropless(model: Transformer) -> Transformer:
@@ -23,8 +24,14 @@ def dropless(model: Transformer) -> Transformer:
   model = nnx.merge(*nnx.split(model))
   for _, layer in nnx.iter_modules(model):
     if isinstance(layer, MoE):
-      layer.dispatcher, layer.group_size = make_dispatcher("dropless"), 0
+      layer.dispatcher, layer.group_size = _dropless(), 0
   return model
+
+
+@functools.cache
+def _dropless() -> Dispatcher:
+  """One object, so that programs of the same model are compiled once."""
+  return make_dispatcher("dropless")
 
 
 def check_generates(model: Transformer) -> None:

@@ -1,9 +1,11 @@
 """Loads a model: a published checkpoint in Hugging Face's form, or a run of this package."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +30,7 @@ from moe_jax.training.compiled import abstract_model, resolve_config
 from moe_jax.training.load import Loaded, load_run
 
 DTYPES = ("float32", "bfloat16")
+_MOST_LAYERS = 10_000  # of a config.json that is taken seriously
 
 
 def load(folder: str | os.PathLike[str], dtype: str = "float32", mtp: bool = False) -> Loaded:
@@ -99,13 +102,15 @@ def read_model_config(folder: str | os.PathLike[str]) -> tuple[Config, int]:
   path = pathlib.Path(folder).expanduser()
   read = read_config(path / CONFIG)
   family, values = family_of(path, read), Values(str(path / CONFIG), read)
-  mtp = family.mtp_depth(values) > 0
+  with _naming_file(values):
+    mtp = family.mtp_depth(values) > 0
   return _config(family, values, DataConfig(), "float32", mtp), _ids(values).vocab_size
 
 
 def family_of(folder: pathlib.Path, values: dict[str, Any]) -> Family:
   """Returns the family by `model_type`, or by `architectures` where that is missing."""
   architectures = values.get("architectures") or []
+  architectures = architectures if isinstance(architectures, list) else [architectures]
   name = values.get("model_type")
   for family in FAMILIES.values():
     if name in (family.model_type, *family.other_types):
@@ -117,19 +122,41 @@ def family_of(folder: pathlib.Path, values: dict[str, Any]) -> Family:
 
 def _config(family: Family, values: Values, data: DataConfig, dtype: str, mtp: bool) -> Config:
   """The configuration of the checkpoint. Everything around the model has its defaults."""
-  model = family.read(values)
+  with _naming_file(values):
+    _check_integer(values, "num_hidden_layers", _MOST_LAYERS)
+    model = family.read(values)
+    depth = family.mtp_depth(values)
   if dtype == "bfloat16":
     model = dataclasses.replace(model, compute_dtype=dtype)
   train = TrainConfig()
   if mtp:
     train = dataclasses.replace(train, objective="next_tokens")
-    model = dataclasses.replace(model, mtp_depth=family.mtp_depth(values))
+    model = dataclasses.replace(model, mtp_depth=depth)
     if not model.mtp_depth:
       raise InputError(f"{values.where}: has no module of multi-token prediction; use mtp=False")
+  with _naming_file(values):
+    try:
+      return resolve_config(Config(model=model, data=data, train=train))
+    except InputError as error:
+      raise InputError(f"{values.where}: {error}") from None
+
+
+@contextlib.contextmanager
+def _naming_file(values: Values) -> Iterator[None]:
+  """Makes one line of what a value of a wrong type leads to."""
   try:
-    return resolve_config(Config(model=model, data=data, train=train))
-  except InputError as error:
-    raise InputError(f"{values.where}: {error}") from None
+    yield
+  except InputError:
+    raise
+  except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+    text = " ".join(repr(error).split())[:200]
+    raise InputError(f"{values.where}: a value is missing or has a wrong type ({text})") from None
+
+
+def _check_integer(values: Values, name: str, most: int) -> None:
+  value = values(name, 1)
+  if type(value) is not int or not 1 <= value <= most:
+    raise InputError(f"{values.where}: {name}={str(value)[:60]}: must be an integer from 1 to {most}")
 
 
 def load_model(
@@ -248,6 +275,7 @@ def with_bias(model: Transformer, stored: Stored, state: Any, bias: jax.Array) -
 
 
 def _ids(values: Values) -> ModelIds:
+  _check_integer(values, "vocab_size", 2**31 - 1)
   first = lambda x: x[0] if isinstance(x, list) and x else x if isinstance(x, int) else None
   eos = first(values("eos_token_id", None))
   pad = first(values("pad_token_id", None))

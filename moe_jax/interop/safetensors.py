@@ -6,7 +6,6 @@ one reads only the bytes of the slice.
 
 import json
 import math
-import os
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -14,6 +13,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from moe_jax import disk
 from moe_jax.errors import InputError
 
 DTYPES: Mapping[str, np.dtype] = {
@@ -97,11 +97,9 @@ def write_file(path: pathlib.Path, tensors: Mapping[str, Pending]) -> None:
     offset = end
   text = json.dumps(header, separators=(",", ":")).encode()
   text += b" " * (-len(text) % 8)  # so that every tensor of 8 bytes' type is aligned
-  temporary = path.with_suffix(f".{os.getpid()}.tmp")
-  with temporary.open("wb") as file:
+  with disk.whole_file(path) as file:
     file.write(len(text).to_bytes(8, "little") + text)
     for tensor in tensors.values():
       values = np.asarray(tensor.make(), tensor.dtype, order="C")
       assert values.shape == tensor.shape
       file.write(values.reshape(-1).view(np.uint8).data)
-  temporary.replace(path)

@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moe_jax import disk
 from moe_jax.cluster.processes import first_writes, from_first
 from moe_jax.errors import InputError, require_option
 from moe_jax.interop.describe import describe
@@ -87,7 +87,7 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     _copy_tokenizer(loaded, folder)
     _write(folder, tensors, shard_bytes)
-    (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+    disk.write_text(folder / CONFIG, json.dumps(values, indent=2) + "\n")
 
 
 def _values_before(loaded: Loaded | None) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def _write(folder: pathlib.Path, tensors: Mapping[str, Pending], shard_bytes: in
     weight_map = {name: number(i) for i, shard in enumerate(shards) for name in shard}
     total = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
     index = {"metadata": total, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    disk.write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def _copy_tokenizer(loaded: Loaded | None, folder: pathlib.Path) -> None:
@@ -152,4 +152,4 @@ def _copy_tokenizer(loaded: Loaded | None, folder: pathlib.Path) -> None:
     return
   for name in _TOKENIZER_FILES:
     if (loaded.folder / name).exists() and not (folder / name).exists():
-      shutil.copy(loaded.folder / name, folder / name)
+      disk.write_whole(folder / name, (loaded.folder / name).read_bytes())

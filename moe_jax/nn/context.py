@@ -1,6 +1,7 @@
 """The record of everything that the parts of a model read besides activations."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,8 @@ class Context(NamedTuple):
   step_key: Array | None = None
   token_id_BL: Array | None = None  # int32, vocabulary ids
   domain_B: Array | None = None  # int32, the domain of each sequence
+  # int32, in packed rows: the number of the text that a token is of, rising along the row. Mixers do not look into another text.
+  segment_BL: Array | None = None
   num_domains: int = 1  # S, static
   # Statistics of the balancer: `whole` of the whole optimizer step, `so_far` of the micro-batches before this
   # one. If it is None, or a field is, this batch is the whole step. A model takes those of all its layers.
@@ -63,6 +66,12 @@ class Context(NamedTuple):
   train: bool = False  # static: draws, and uses `capacity_factor` instead of `eval_capacity_factor`
   record_scores: bool = False  # static: attention returns a `MixerAux`
   record_logits: bool = False  # static: fill in `MoEAux.logits_BLE` and `MoEAux.selected_BLE`
+
+  @classmethod
+  def of_batch(cls, batch: Mapping[str, Array], **fields: Any) -> "Context":
+    """Returns the context of a batch of `moe_jax.data`, with other fields."""
+    found = {name: batch.get(name) for name in ("mask_BL", "domain_B", "segment_BL")}
+    return cls(**found, **fields)
 
   def mask_of(self, x_BLX: Array) -> Array:
     """Returns the mask [B, L], all True if there is none."""

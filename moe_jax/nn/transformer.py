@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.config import ModelConfig, Segment
+from moe_jax.errors import InputError
 from moe_jax.nn.block import BlockAux
 from moe_jax.nn.build import make_blocks, resolve
 from moe_jax.nn.cache import Cache
@@ -100,6 +101,10 @@ class Transformer(nnx.Module):
     Returns:
       1 + mtp_depth arrays of logits, float32 [B, L, V], and the aux of the model with an entry for each module.
     """
+    if context.segment_BL is not None:
+      raise InputError(
+        "objective next_tokens: looks from one text of a packed row into the next; use --pack_examples=false"
+      )
     mask_BL = context.mask_of(tokens_BL[..., None])
     x_BLD, aux = self._hidden(tokens_BL, context)
     logits, auxes = [self._head(x_BLD)], list(aux)

@@ -23,6 +23,7 @@ def attend(
   window: int = 0,
   mask_BL: Array | None = None,
   pad_B: Array | None = None,
+  segment_BL: Array | None = None,
   scale: float | None = None,
   sink_N: Array | None = None,
   block: int = BLOCK,
@@ -43,6 +44,7 @@ def attend(
       `causal`, to as many on either side.
     mask_BL: bool, False: no position attends to it. None: all True.
     pad_B: int32, the first position of each sequence; nothing attends to earlier ones. None: all 0.
+    segment_BL: int32, the number of the text in a packed row: a position attends only to its own. None: one text a row.
     scale: what scores are multiplied by; None: H^-0.5.
     sink_N: a score of each query head that takes part in its softmax and brings no value (gpt-oss,
       2508.10925), or None.
@@ -52,7 +54,7 @@ def attend(
   if pad_B is not None:
     text_BL = jnp.arange(length)[None] >= pad_B[:, None]
     mask_BL = text_BL if mask_BL is None else mask_BL & text_BL
-  if length <= block and causal and not window and mask_BL is None:
+  if length <= block and causal and not window and mask_BL is None and segment_BL is None:
     return _mix(query_BLNH, key_BLNH, value_BLNH, is_causal=True, scale=scale, sink_N=sink_N)
   # A barrier (prevent_cse) keeps XLA from merging this recomputation with that of the layer around it.
   rows = []
@@ -67,7 +69,10 @@ def attend(
       one_block = jax.checkpoint(one_block)
     seen = None if mask_BL is None else mask_BL[:, first:last]
     key, value = key_BLNH[:, first:last], value_BLNH[:, first:last]
-    rows.append(one_block(query_BLNH[:, start:end], key, value, seen, sink_N))
+    of_text = None
+    if segment_BL is not None:
+      of_text = segment_BL[:, start:end, None] == segment_BL[:, None, first:last]
+    rows.append(one_block(query_BLNH[:, start:end], key, value, seen, of_text, sink_N))
   return rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=1)
 
 
@@ -76,6 +81,7 @@ def _attend(
   key_BYNH: Array,
   value_BYNH: Array,
   seen_BY: Array | None,
+  of_text_BXY: Array | None,
   sink_N: Array | None,
   *,
   start: int,
@@ -91,8 +97,11 @@ def _attend(
   mask_XY = behind_XY >= 0 if causal else jnp.ones(behind_XY.shape, bool)
   if window:
     mask_XY &= jnp.abs(behind_XY) < window
-  mask_11XY = mask_XY[None, None]
-  mask = mask_11XY if seen_BY is None else mask_11XY & seen_BY[:, None, None, :]
+  mask = mask_XY[None, None]
+  if seen_BY is not None:
+    mask = mask & seen_BY[:, None, None, :]
+  if of_text_BXY is not None:
+    mask = mask & of_text_BXY[:, None]
   return _mix(query_BXNH, key_BYNH, value_BYNH, mask=mask, scale=scale, sink_N=sink_N)
 
 

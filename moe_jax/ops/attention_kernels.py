@@ -22,6 +22,7 @@ def kernel_for(
   *,
   causal: bool = True,
   mask_BL: Array | None = None,
+  segment_BL: Array | None = None,
   sink_N: Array | None = None,
 ) -> str:
   """Returns the kernel that `platform` has for this form of attention: "cudnn" (GPU), "splash" (TPU), or "" for none.
@@ -30,7 +31,7 @@ def kernel_for(
 
   Args:
     platform: as JAX names it, e.g. "gpu".
-    query_BLNH, key_BLNH, value_BLNH, causal, mask_BL, sink_N: as in `moe_jax.ops.attention.attend`.
+    query_BLNH, key_BLNH, value_BLNH, causal, mask_BL, segment_BL, sink_N: as in `moe_jax.ops.attention.attend`.
   """
   arrays, length = (query_BLNH, key_BLNH, value_BLNH), query_BLNH.shape[1]
   width = max(query_BLNH.shape[-1], value_BLNH.shape[-1])
@@ -42,7 +43,8 @@ def kernel_for(
     return ""
   capability = cuda_capability()
   widest = 256 if capability >= 9 else 128 if capability >= 8 else 0
-  has_form = causal and mask_BL is None and sink_N is None and width <= widest and width % 8 == 0
+  plain = mask_BL is None and segment_BL is None and sink_N is None
+  has_form = causal and plain and width <= widest and width % 8 == 0
   return "cudnn" if has_form else ""
 
 
@@ -96,6 +98,7 @@ def splash(
   window: int = 0,
   mask_BL: Array | None = None,
   pad_B: Array | None = None,
+  segment_BL: Array | None = None,
   scale: float | None = None,
   sink_N: Array | None = None,
   interpret: bool = False,
@@ -122,19 +125,22 @@ def splash(
   if pad_B is not None:
     text_BL = jnp.arange(length)[None] >= pad_B[:, None]
     mask_BL = text_BL if mask_BL is None else mask_BL & text_BL
+  if mask_BL is not None:
+    texts_BL = jnp.ones_like(mask_BL, jnp.int32) if segment_BL is None else segment_BL
+    segment_BL = jnp.where(mask_BL, texts_BL, -1)
   scale = width**-0.5 if scale is None else scale
   query_BLNH = (query_BLNH.astype(jnp.float32) * scale).astype(query_BLNH.dtype)  # the kernel has no scale
 
-  def one_sequence(query_LNH, key_LNH, value_LNH, mask_L):
+  def one_sequence(query_LNH, key_LNH, value_LNH, segment_L):
     arrays = (x.swapaxes(0, 1) for x in (query_LNH, key_LNH, value_LNH))
-    segments = None if mask_L is None else library.SegmentIds(*[mask_L.astype(jnp.int32)] * 2)
+    segments = None if segment_L is None else library.SegmentIds(segment_L, segment_L)
     return kernel(*arrays, segments, sink_N).swapaxes(0, 1)
 
   pairs = tile**2 * tiles_seen(length, tile, causal, window)
   with jax.named_scope(
     f"splash_of_{pairs}_pairs"
   ):  # which moe_jax.analysis.flops reads in the compiled program
-    return jax.vmap(one_sequence)(query_BLNH, key_BLNH, value_BLNH, mask_BL)
+    return jax.vmap(one_sequence)(query_BLNH, key_BLNH, value_BLNH, segment_BL)
 
 
 def tiles_seen(length: int, tile: int, causal: bool, window: int) -> int:

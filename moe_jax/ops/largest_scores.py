@@ -15,6 +15,7 @@ def largest_scores(
   causal: bool = True,
   window: int = 0,
   scale: float | None = None,
+  segment_BL: Array | None = None,
   block: int = BLOCK,
 ) -> Array:
   """Returns the largest scale * q . k of each query head, float32 [N], without a gradient.
@@ -26,7 +27,7 @@ def largest_scores(
     query_BLNH: queries of any float type.
     key_BLNH: keys. Their number of heads divides that of the queries.
     mask_BL: bool, False: padding.
-    causal, window, scale, block: as in `moe_jax.ops.attention.attend`.
+    causal, window, scale, segment_BL, block: as in `moe_jax.ops.attention.attend`.
   """
   query_BLNH, key_BLNH = jax.lax.stop_gradient((query_BLNH, key_BLNH))
   batch, length, num_heads, head_dim = query_BLNH.shape
@@ -44,6 +45,8 @@ def largest_scores(
     if window:
       seen_XY &= jnp.abs(behind_XY) < window
     seen_BXY = seen_XY[None] & mask_BL[:, start:end, None] & mask_BL[:, None, first:last]
+    if segment_BL is not None:
+      seen_BXY &= segment_BL[:, start:end, None] == segment_BL[:, None, first:last]
     scores = jnp.where(seen_BXY[:, None, None], scores, -jnp.inf)
     largest.append(scores.max(axis=(0, 3, 4)).reshape(num_heads))
   return jnp.stack(largest).max(axis=0) * (head_dim**-0.5 if scale is None else scale)

@@ -22,6 +22,7 @@ def attend(
   window: int = 0,
   mask_BL: Array | None = None,
   pad_B: Array | None = None,
+  segment_BL: Array | None = None,
   scale: float | None = None,
   sink_N: Array | None = None,
   kernel: str = "auto",
@@ -29,13 +30,14 @@ def attend(
   """Returns what `moe_jax.ops.attention.attend` does, in a half type to rounding, and in float32 exactly that.
 
   Args:
-    query_BLNH, key_BLNH, value_BLNH, causal, window, mask_BL, pad_B, scale, sink_N: as there.
+    query_BLNH, key_BLNH, value_BLNH, causal, window, mask_BL, pad_B, segment_BL, scale, sink_N: as
+      there.
     kernel: "auto": cuDNN's kernel on a GPU, splash attention on a TPU, where they have this form
       (`moe_jax.ops.attention_kernels.kernel_for`) and the mesh divides sequences and heads. "blocks": of queries, by
       XLA, everywhere.
   """
   arrays, scores = (query_BLNH, key_BLNH, value_BLNH), {"window": window, "scale": scale}
-  form = {"causal": causal, "mask_BL": mask_BL, "sink_N": sink_N}
+  form = {"causal": causal, "mask_BL": mask_BL, "segment_BL": segment_BL, "sink_N": sink_N}
   name = attention_kernels.kernel_for(rules.platform(), *arrays, **form) if kernel == "auto" else ""
   mesh = jax.sharding.get_abstract_mesh()
   alone = mesh.empty or mesh.size == 1 or all(kind == AxisType.Manual for kind in mesh.axis_types)
@@ -45,7 +47,7 @@ def attend(
   given = {"pad_B": pad_B}
   if name == "splash":
     run = functools.partial(attention_kernels.splash, causal=causal, **scores)
-    given |= {"mask_BL": mask_BL, "sink_N": sink_N}
+    given |= {"mask_BL": mask_BL, "segment_BL": segment_BL, "sink_N": sink_N}
   return run(*arrays, **given) if alone else _on_each_device(run, arrays, given)
 
 
@@ -60,7 +62,8 @@ def _divides(mesh: Any, query_BLNH: Array, key_BLNH: Array) -> bool:
 
 def _on_each_device(run: Any, arrays: tuple[Array, ...], given: dict[str, Array | None]) -> Array:
   """Runs a kernel under `jax.shard_map`: XLA cannot divide it."""
-  axes = {"mask_BL": ("batch", None), "pad_B": ("batch",), "sink_N": ("heads",)}
+  axes = dict.fromkeys(("mask_BL", "segment_BL"), ("batch", None))
+  axes |= {"pad_B": ("batch",), "sink_N": ("heads",)}
   given = {name: x for name, x in given.items() if x is not None}
   spec = rules.partition_spec
   of_queries, of_keys = spec(_QUERIES), spec(_KEYS)

@@ -26,6 +26,7 @@ import orbax.checkpoint as ocp
 from moe_jax import disk
 from moe_jax.cluster import processes
 from moe_jax.errors import InputError
+from moe_jax.training import background
 from moe_jax.types import Array, PyTree
 
 
@@ -70,7 +71,9 @@ class Checkpoints:
       return
     if self._manager is None:
       handlers = {"state": ocp.StandardCheckpointHandler(), "extra": ocp.JsonCheckpointHandler()}
-      options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True)
+      background.silence()
+      in_threads = ocp.options.AsyncOptions(barrier_sync_fn=background.barrier)
+      options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True, async_options=in_threads)
       self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
     kept = {"arrays": array_digests(state), "extra": extra}
     items = ocp.args.Composite(
@@ -189,6 +192,11 @@ def array_digests(tree: PyTree) -> dict[str, list]:
   leaves = ocp.tree.to_flat_dict(tree, sep=".")
   # One after the other: the collectives of programs that run at the same time may wait for each other, across processes.
   return {path: [kind, int(digest(leaves[path]))] for path, kind in _arrays(tree).items()}
+
+
+def tree_digest(tree: PyTree) -> str:
+  """Returns one digest of all arrays of a tree, the same on every mesh."""
+  return _digest_of_json(array_digests(tree))
 
 
 def all_finite(tree: PyTree) -> bool:

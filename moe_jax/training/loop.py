@@ -16,7 +16,7 @@ from moe_jax.config import Config
 from moe_jax.data import Dataset
 from moe_jax.errors import InputError, Stopped
 from moe_jax.nn.leaks import sees_later_tokens
-from moe_jax.training.checkpoint import Checkpoints, all_finite
+from moe_jax.training.checkpoint import Checkpoints, all_finite, tree_digest
 from moe_jax.training.compiled import check_run, compile_steps
 from moe_jax.training.identity import check_same_run, hold, write_identity
 from moe_jax.training.load import Loaded, load_run
@@ -28,7 +28,7 @@ from moe_jax.training.results import TailMeans, result_of, validation_summary
 from moe_jax.training.router_trace import FOLDER, TraceWriter
 from moe_jax.training.start import start_from
 from moe_jax.training.step import EvalSums, TrainState
-from moe_jax.training.stops import Stops, in_words, not_finite
+from moe_jax.training.stops import Between, Stops, in_words, not_finite
 
 
 class Run:
@@ -68,6 +68,7 @@ class Run:
     self.share = processes.batch_share(sharding.batch_sharding(self.mesh), config.data.batch_size)
     self.tail = TailMeans(config)
     self.seconds, self.timed_steps, self.compile_seconds = 0.0, 0, 0.0
+    self.start_digest = ""  # of the parameters that init_from named
 
   def train(self) -> dict[str, Any]:
     """Trains to `num_steps` or to its stop, from the newest whole checkpoint if there is one, and writes result.json.
@@ -78,7 +79,7 @@ class Run:
       Stopped: after a signal or `max_minutes`, when the step is saved.
     """
     try:
-      with jax.set_mesh(self.mesh), hold([(self.folder, str(self.folder))]):
+      with Between(), jax.set_mesh(self.mesh), hold([(self.folder, str(self.folder))]):
         return self._train()
     except Exception as error:
       line = in_words(error, self.show)
@@ -132,7 +133,9 @@ class Run:
   def _start(self) -> TrainState:
     if self.checkpoints.latest_step is None:
       if self.config.train.init_from:
-        return start_from(self.steps, self.config, self.mesh)
+        state = start_from(self.steps, self.config, self.mesh)
+        self.start_digest = tree_digest(state.params)
+        return state
       return self.steps.init(self.config.train.seed)
     state, extra = self.checkpoints.restore(
       self.steps.abstract_state, self.steps.state_shardings, move_damaged=True
@@ -145,6 +148,7 @@ class Run:
       )
     self.batches.set_state(self.share.state_to_load(extra["data"]))
     self.tail.from_json(extra["tail"])
+    self.start_digest = extra.get("start", "")
     self.seconds, self.timed_steps = extra["seconds"], extra["timed_steps"]
     if self.progress:
       self.progress.note(f"{self.show}: continues from step {step}")
@@ -221,6 +225,7 @@ class Run:
       "tail": self.tail.to_json(),
       "seconds": self.seconds,
       "timed_steps": self.timed_steps,
+      "start": self.start_digest,
     }
     self.checkpoints.save(step, state, extra)
     self.stops.saved()

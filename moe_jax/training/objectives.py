@@ -190,7 +190,8 @@ class Distil(NextToken):
   def __call__(self, model: nnx.Module, batch: Batch, context: Context) -> Terms:
     graphdef, state = _teacher(self.teacher)
     teacher = nnx.merge(graphdef, jax.tree.map(jnp.asarray, state))
-    plain = Context(context.mask_BL, domain_B=context.domain_B, num_domains=context.num_domains)
+    fields = ("mask_BL", "domain_B", "num_domains", "segment_BL")
+    plain = Context(**{name: getattr(context, name) for name in fields})
     target_BLV = jax.lax.stop_gradient(teacher(batch["tokens_BL"], plain)[0])
     logits_BLV, aux = model(batch["tokens_BL"], context)
     if logits_BLV.shape != target_BLV.shape:

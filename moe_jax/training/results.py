@@ -99,6 +99,7 @@ def result_of(run: "Run", validation: dict[str, Any], num_steps: int) -> dict[st
     "sees_later_tokens": sees_later_tokens(config.model),
     "schedule": to_plain(config.optimizer),
     **protocol_of(config),
+    **({"init_from": init_from(run)} if config.train.init_from else {}),
     "num_params": num_params,
     "num_active_params": num_active,
     "dataset": info.name,
@@ -120,6 +121,12 @@ def result_of(run: "Run", validation: dict[str, Any], num_steps: int) -> dict[st
     "versions": versions(),
     "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
   }
+
+
+def init_from(run: "Run") -> dict[str, str]:
+  """Returns what a run started from: the folder, and a digest of its parameters, by which results can be checked."""
+  folder = run.config.train.init_from.replace("{seed}", str(run.config.train.seed))
+  return {"folder": folder, "digest": run.start_digest}
 
 
 def diverged_result(run: "Run", reason: str) -> dict[str, Any]:

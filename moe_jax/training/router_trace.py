@@ -157,9 +157,12 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
 def _open(path: pathlib.Path) -> np.ndarray:
   """The records of a file, mapped into memory."""
   try:
-    return np.load(path, mmap_mode="r", allow_pickle=False)
-  except (OSError, ValueError, EOFError):
-    raise InputError(f"{path}: is damaged; remove the folder of the trace, or of the run") from None
+    records = np.load(path, mmap_mode="r", allow_pickle=False)
+  except Exception:  # whatever damaged bytes lead to
+    records = np.empty(0)
+  if records.ndim != 1 or set(records.dtype.names or ()) != set(_FIELDS) or not len(records):
+    raise InputError(f"{path}: is damaged; remove the folder of the trace, or of the run")
+  return records
 
 
 def _save(folder: pathlib.Path, records: np.ndarray) -> None:

@@ -166,11 +166,10 @@ def prepared(state: TrainState, batch: Batch, objective: Objective, vocab_size: 
 
 
 def _context(micro: Batch, options: Options, step_stats: StepStats | None) -> Context:
-  return Context(
-    mask_BL=micro["mask_BL"],
+  return Context.of_batch(
+    micro,
     key_B=jax.random.wrap_key_data(micro["key_B"]),
     step_key=jax.random.wrap_key_data(micro["step_key_B"][0]),
-    domain_B=micro["domain_B"],
     num_domains=options.num_domains,
     step_stats=step_stats,
     train=True,
@@ -296,7 +295,7 @@ def make_eval_step(
 
   def eval_fn(state: TrainState, batch: Batch) -> EvalSums:
     batch = objective.prepare(batch, _keys_of_text(batch["tokens_BL"]), vocab_size)
-    context = Context(batch["mask_BL"], domain_B=batch["domain_B"], num_domains=num_domains)
+    context = Context.of_batch(batch, num_domains=num_domains)
     loss, aux = objective.evaluate(nnx.merge(graphdef, state.params, state.variables), batch, context)
     return EvalSums(
       nll=loss,

@@ -36,6 +36,24 @@ def validate(model: Transformer, config: Config, dataset: Dataset) -> dict[str, 
   return validation_summary(total, dataset.validation_bytes(float(total.num_targets), limit))
 
 
+def losses_by_domain(model: Transformer, config: Config, dataset: Dataset) -> dict[str, float]:
+  """Returns the loss of the objective in nats per target, for each domain that the validation batches have.
+
+  The arguments are those of `validate`.
+  """
+  objective, info = objective_of(config), dataset.info
+  graphdef, params, variables = nnx.split(model, nnx.Param, ...)
+  state = TrainState(jnp.int32(0), jnp.zeros(2, jnp.uint32), params, variables, (), ())
+  sums = np.zeros((len(info.domains), 2))
+  for batch in dataset.validation_batches(limit=config.train.eval_batches):
+    for i in np.unique(batch["domain_B"][batch["mask_BL"].any(axis=1)]):
+      is_own_B1 = (batch["domain_B"] == i)[:, None]
+      masks = {name: x & is_own_B1 for name, x in batch.items() if x.dtype == bool}
+      found = _sums(graphdef, objective, len(info.domains), info.vocab_size, state, batch | masks)
+      sums[i] += float(found.nll), float(found.num_targets)
+  return {name: float(nll / n) for name, (nll, n) in zip(info.domains, sums, strict=True) if n}
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _sums(
   graphdef: nnx.GraphDef,

@@ -10,12 +10,24 @@ import pytest
 from flax import nnx
 
 from moe_jax import sharding
-from moe_jax.adapt import change_moe, dequantise, expert_bytes, quantise, wrap_experts
+from moe_jax.adapt import (
+  calibrate,
+  change_moe,
+  dequantise,
+  expert_bytes,
+  expert_inputs,
+  quantise,
+  wrap_experts,
+)
+from moe_jax.adapt.quantise import scaled_rounding
 from moe_jax.config import MeshConfig
 from moe_jax.errors import InputError
 from moe_jax.nn import MoE
 from moe_jax.ops import quantisation as q
 from moe_jax.sharding.dispatchers import DISPATCHERS
+from moe_jax.training.load import load_run
+from moe_jax.training.start import save_model
+from tests import tiny
 from tests.adapt import models
 from tests.adapt.models import hashes, logits
 
@@ -168,3 +180,61 @@ def test_odd_widths():
   np.testing.assert_allclose(
     logits(quantise(model, "int4")), logits(dequantise(quantise(model, "int4"))), rtol=1e-5, atol=1e-5
   )
+
+
+@pytest.mark.parametrize(("name", "group"), VALUES)
+def test_scales_that_follow_the_inputs_round_the_output_better_or_as_before(name, group):
+  rng, fmt = np.random.default_rng(2), q.format_of(name, group)
+  w = RANDOM[:, :, :20]
+  x = rng.normal(size=(2, 50, 37)).astype(np.float32)
+  x[0] *= np.exp(rng.normal(size=37) * 2)  # of the first expert, inputs are of many sizes
+  x[1] = np.sign(x[1])  # and of the second, of one
+  codes, scales, factors = scaled_rounding(w, x, fmt)
+  error = lambda rounded: np.square(np.einsum("enx,exy->eny", x, (rounded - w).astype(np.float64))).sum(
+    axis=(1, 2)
+  )
+  plain = np.asarray(q.dequantise(*q.quantise(w, fmt), fmt, 37))
+  aware = np.asarray(q.dequantise(codes, scales, fmt, 37)) / factors[..., None]
+  assert (error(aware) <= error(plain) * (1 + 1e-5)).all()
+  np.testing.assert_array_equal(factors[1], 1.0)  # equal inputs: rounding alone
+  np.testing.assert_array_equal(codes[1], np.asarray(q.quantise(w, fmt)[0])[1])
+  if not group and name.startswith("int"):
+    assert error(aware)[0] < 0.9 * error(plain)[0]
+
+
+def test_inputs_are_those_of_the_tokens_of_an_expert_and_rare_experts_get_others():
+  model, batch = models.model(), tiny.make_batch()
+  found = expert_inputs(model, [batch, tiny.make_batch(seed=1)], per_expert=40)
+  counts = calibrate(model, [batch, tiny.make_batch(seed=1)])
+  assert list(found) == [0, 1]
+  block = model.segments[0].pattern.blocks[0]
+  for layer, inputs in found.items():
+    np.testing.assert_array_equal(inputs["w_gate_EDF"], inputs["w_up_EDF"])
+    x = inputs["w_up_EDF"].astype(np.float64)
+    gate, up = (
+      np.einsum("end,edf->enf", x, np.asarray(getattr(block.ffn.experts, w)[layer]))
+      for w in ("w_gate_EDF", "w_up_EDF")
+    )
+    np.testing.assert_allclose(inputs["w_down_EFD"], gate / (1 + np.exp(-gate)) * up, rtol=1e-4, atol=1e-6)
+    logits = x @ np.asarray(block.ffn.router.w_router_DE[layer], np.float64)
+    chosen = np.argsort(-logits, axis=-1)[..., :2]
+    is_own = (chosen == np.arange(8)[:, None, None]).any(axis=-1)  # [E, n]
+    np.testing.assert_array_equal(is_own.sum(axis=1), np.minimum(counts[layer].tokens_E, 40))
+    assert (np.diff(is_own.astype(int), axis=1) <= 0).all()  # own tokens come first
+    assert min(counts[layer].tokens_E) < 40
+
+
+def test_a_model_with_factors_computes_with_the_rounded_matrices(tmp_path):
+  model = models.model()
+  small = quantise(model, "int4", inputs=expert_inputs(model, [tiny.make_batch()], per_expert=32))
+  back = dequantise(small)
+  np.testing.assert_allclose(logits(small), logits(back), rtol=1e-5, atol=1e-5)
+  assert back.config == model.config and hashes(back) != hashes(dequantise(quantise(model, "int4")))
+  factors = 2 * 8 * (16 + 16 + 16) * 4
+  assert expert_bytes(small) == expert_bytes(quantise(model, "int4")) + factors
+  save_model(tmp_path / "small", small, tiny.CONFIG)
+  assert hashes(load_run(tmp_path / "small").model) == hashes(small)
+  with pytest.raises(InputError, match="the experts have no matrices of their own"):
+    expert_inputs(small, [tiny.make_batch()], per_expert=8)
+  with pytest.raises(InputError, match=r"calibration text: has .* tokens, at least 10000 are needed"):
+    expert_inputs(model, [tiny.make_batch()], per_expert=10_000)

@@ -20,7 +20,8 @@ from tests.data.helpers import write_files
 from tests.scripts import ROOT, assert_one_line, run_scripts
 
 RULES = Rules(target_bits_per_byte=7.0, max_active_params=20_000, max_vio=7.0, evaluate_bytes=400)
-ABOUT = {"name": "quick start", "commit": "c" * 40, "machine": {"cores": 2}}
+ABOUT = {"name": "quick start", "commit": "c" * 40}
+MACHINE = {"cores": 2}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ QUIET = Console(quiet=True)
 def finished(reference, tmp_path_factory):
   """(folder, entry) of two seeds."""
   folder = tmp_path_factory.mktemp("speedrun") / "run"
-  return folder, Speedrun(_slower(reference), reference, RULES, folder, ABOUT).run([0, 1], QUIET)
+  return folder, Speedrun(_slower(reference), reference, RULES, folder, ABOUT, MACHINE).run([0, 1], QUIET)
 
 
 def test_runs_end_at_the_first_evaluation_that_meets_the_target(finished):
@@ -76,7 +77,7 @@ def test_a_seed_with_one_finished_run_starts_over_and_others_are_kept(finished, 
   monkeypatch.setattr(
     speedrun.Run, "train", lambda self: (trained.append((self.label, self.config.train.seed)), train(self))[1]
   )
-  again = Speedrun(_slower(reference), reference, RULES, folder, ABOUT).run([0, 1, 2], QUIET)
+  again = Speedrun(_slower(reference), reference, RULES, folder, ABOUT, MACHINE).run([0, 1, 2], QUIET)
   assert trained == [(arm, seed) for seed in (1, 2) for arm in ("reference", "attempt")]
   assert again["seeds"][0] == entry["seeds"][0]
   for arm in ARMS:
@@ -87,7 +88,9 @@ def test_an_attempt_that_misses_target_or_balance_has_no_score(reference, tmp_pa
   """Whether its loss or its MaxVio is too high, at the end of its steps."""
   for i, fields in enumerate([{"target_bits_per_byte": 0.1}, {"max_vio": -0.5}]):
     rules = dataclasses.replace(RULES, **fields)
-    entry = Speedrun(_slower(reference), reference, rules, tmp_path / str(i), ABOUT).run([0, 1], QUIET)
+    entry = Speedrun(_slower(reference), reference, rules, tmp_path / str(i), ABOUT, MACHINE).run(
+      [0, 1], QUIET
+    )
     assert entry["score"] is None
     assert [pair[arm]["num_steps"] for pair in entry["seeds"] for arm in ARMS] == [12] * 4
     assert "| no score |" in row(entry) and "| 0 of 2 (reference: 0 of 2) |" in row(entry)
@@ -108,14 +111,14 @@ def test_an_attempt_that_misses_target_or_balance_has_no_score(reference, tmp_pa
 )
 def test_attempts_outside_the_rules_are_refused(reference, tmp_path, fields, message):
   with pytest.raises(InputError, match=message):
-    Speedrun(tiny.change(reference, **fields), reference, RULES, tmp_path / "run", ABOUT)
+    Speedrun(tiny.change(reference, **fields), reference, RULES, tmp_path / "run", ABOUT, MACHINE)
   assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_of_another_attempt_is_refused(finished, reference):
   folder, _ = finished
   with pytest.raises(InputError, match="holds runs with other attempt; choose"):
-    Speedrun(reference, reference, RULES, folder, ABOUT)
+    Speedrun(reference, reference, RULES, folder, ABOUT, MACHINE)
 
 
 def _pair(seed: int, ratio: float, reached: bool = True) -> dict:
@@ -124,6 +127,8 @@ def _pair(seed: int, ratio: float, reached: bool = True) -> dict:
   attempt = {name: value * ratio for name, value in numbers.items()}
   return {
     "seed": seed,
+    "machine": MACHINE,
+    "versions": {"python": "3.12.1", "jax": f"0.1{seed % 2}"},
     "reference": {**numbers, **shared, "reached": True},
     "attempt": {**attempt, **shared, "reached": reached},
   }
@@ -148,6 +153,7 @@ def test_the_table_has_the_fastest_first_and_keeps_the_others(finished, tmp_path
   assert [line.split("|")[1].strip() for line in lines[2:]] == ["fast", "slow", "missed"]
   assert {line.count("|") for line in lines} == {14}
   assert "| 0.500 [0.500, 0.500] |" in lines[2] and "| 1 of 2 |" in lines[4]
+  assert "| Python 3.12.1, JAX 0.10; Python 3.12.1, JAX 0.11 |" in lines[2]
   for one_entry in (slow, fast):
     (tmp_path / f"{one_entry['name']}.json").write_text(json.dumps(one_entry))
   assert [e["name"] for e in read_entries(tmp_path, lambda e: "")] == ["fast", "slow"]
@@ -175,11 +181,12 @@ def test_the_page_shows_the_committed_entries_and_wrong_flags_are_one_line(tmp_p
 _LOOK = """
 import dataclasses, json
 from experiments import speedrun as s
-entry = {"seeds": [0] * 5, "machine": {"cores": 2}, "commit": "c" * 40, "reference": s.REFERENCE, "attempt": s.REFERENCE}
+on = lambda cores: {"machine": {"cores": cores}}
+entry = {"seeds": [on(2)] * 5, "commit": "c" * 40, "reference": s.REFERENCE, "attempt": s.REFERENCE}
 entry["rules"] = {"target_bits_per_byte": s.TARGET_BITS_PER_BYTE, "max_active_params": s.MAX_ACTIVE_PARAMS}
 entry["rules"] |= {"max_vio": s.MAX_VIO, "evaluate_bytes": s.EVALUATE_BYTES}
 other = s.REFERENCE | {"data": s.REFERENCE["data"] | {"dataset": "lm1b"}}
-cases = [{}, {"seeds": [0]}, {"machine": {"cores": 16}}, {"commit": "c" + s.CHANGED}, {"reference": other}, {"attempt": other},
+cases = [{}, {"seeds": [on(2)]}, {"seeds": [*[on(2)] * 4, on(16)]}, {"commit": "c" + s.CHANGED}, {"reference": other}, {"attempt": other},
   {"rules": entry["rules"] | {"max_vio": 9.0}}]
 print(json.dumps([s.REFERENCE, entry["rules"], [s.what_is_wrong(entry | case) for case in cases]]))
 """

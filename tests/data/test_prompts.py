@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import DataConfig
-from moe_jax.data.prompts import Example, prompt_dataset, read_jsonl
+from moe_jax.data.prompts import Example, prompt_dataset, read_jsonl, write_jsonl
 from moe_jax.data.tokenizers import load_tokenizer
 from moe_jax.errors import InputError
 from moe_jax.nn.context import Context
@@ -23,9 +23,9 @@ def test_a_row_is_bos_prompt_response_end_and_only_the_last_two_are_targets():
   dataset = prompt_dataset(CONFIG, TRAIN, HELD_OUT, TOKENIZER)
   (batch,) = dataset.validation_batches()
   bos, pad = TOKENIZER.bos_id, TOKENIZER.pad_id
-  np.testing.assert_array_equal(batch["tokens_BL"][0, :5], [bos, *b"zzy", bos])
+  np.testing.assert_array_equal(batch["tokens_BL"][0, :4], [bos, *b"zzy"])
   np.testing.assert_array_equal(batch["targets_BL"][0, :4], [*b"zzy", bos])
-  assert (batch["tokens_BL"][0, 5:] == pad).all()
+  assert (batch["tokens_BL"][0, 4:] == pad).all() and (batch["targets_BL"][0, 4:] == pad).all()
   np.testing.assert_array_equal(batch["mask_BL"][0], [True] * 4 + [False] * 8)
   np.testing.assert_array_equal(batch["is_target_BL"][0], [False, False, True, True] + [False] * 8)
   assert not batch["is_target_BL"][1].any() and not batch["mask_BL"][1].any()  # fills the batch
@@ -75,6 +75,9 @@ def test_files_are_read_and_what_is_wrong_with_them_is_said(tmp_path):
   path = tmp_path / "data.jsonl"
   path.write_text(json.dumps({"prompt": "a\u2028b", "response": "b"}, ensure_ascii=False) + "\n\n")
   assert read_jsonl(path) == [Example("a\u2028b", "b")]
+  written = tmp_path / "written" / "data.jsonl"
+  write_jsonl(written, [*TRAIN, *HELD_OUT])
+  assert read_jsonl(written) == [*TRAIN, *HELD_OUT]
   path.write_text("\n")
   with pytest.raises(InputError, match="has no examples"):
     read_jsonl(path)

@@ -190,3 +190,10 @@ def test_wrong_settings_and_missing_parts_get_one_line(model):
     generate(loaded_with(model, tokenizer=None), "a")
   with pytest.raises(InputError, match="prompt 0 has 31 tokens"):
     generate(loaded_with(model), "a" * 30, 10)
+
+
+def test_a_model_compiles_once_however_often_it_generates(small):
+  collect(small, [[1, 2, 3]], 4)
+  before = generation._prefill._cache_size(), generation._decode._cache_size()
+  collect(small, [[3, 2, 1]], 4)
+  assert (generation._prefill._cache_size(), generation._decode._cache_size()) == before

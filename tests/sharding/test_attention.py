@@ -24,6 +24,9 @@ FORMS = {
   "scaled, in a window": {"window": 5, "scale": 0.7},
   "padding on the left": {"pad_B": PAD_B, "window": 50},
   "bidirectional window": {"causal": False, "mask_BL": MASK_BL, "window": 5},
+  "packed": {
+    "segment_BL": jnp.cumsum(jnp.arange(L)[None] % jnp.array([[50], [33]]) == 0, axis=1, dtype=jnp.int32)
+  },
   "sinks": {"sink_N": SINK_N, "window": 20},
 }
 
@@ -96,7 +99,7 @@ def test_the_kernel_of_a_gpu_is_asked_for_the_same(arrays, gpu, form):
   jax.eval_shape(functools.partial(attend, kernel="blocks", **given), *half)
   assert not gpu
   found = both(attend, half, given)
-  has_form = "sink_N" not in given and given.get("causal", True)
+  has_form = form not in ("packed", "sinks") and given.get("causal", True)
   assert len(gpu) == has_form
   assert_close(found, expected, 0.02)  # 8 bits
   if has_form:
@@ -132,7 +135,7 @@ def test_the_kernel_that_a_backend_has(
 
 
 @pytest.mark.parametrize("mesh", [{"data": 2}, {"tensor": 2}, {"fsdp": 2, "tensor": 2}], ids=str)
-@pytest.mark.parametrize("form", ["padding on the left", "sinks"])
+@pytest.mark.parametrize("form", ["padding on the left", "packed", "sinks"])
 def test_each_device_of_a_mesh_runs_the_kernel_on_its_part(arrays, monkeypatch, mesh, form):
   parts = []
 

@@ -14,6 +14,7 @@ from moe_jax.config import MeshConfig
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError
 from moe_jax.sharding import make_mesh
+from moe_jax.training.checkpoint import tree_digest
 from moe_jax.training.compiled import abstract_model, compile_steps, resolve_config
 from moe_jax.training.load import load_run
 from moe_jax.training.loop import Run
@@ -56,7 +57,11 @@ def test_a_saved_model_loads_bit_equal_and_without_an_optimizer(upcycled, folder
 
 def test_a_run_trains_from_it_what_is_chosen_and_nothing_else(folder, upcycled, tmp_path):
   config = tiny.change(CONFIG, init_from=str(folder.parent / "seed_{seed}"), trained="experts")
-  Run(config, load_dataset(config.data), tmp_path).train()
+  result = Run(config, load_dataset(config.data), tmp_path).train()
+  start = result["init_from"]
+  assert start == {"folder": str(folder), "digest": tree_digest(nnx.state(upcycled, nnx.Param))}
+  again = Run(config, load_dataset(config.data), tmp_path).train()  # from its last checkpoint
+  assert again["init_from"] == start
   before, after = models.hashes(upcycled), models.hashes(load_run(tmp_path).model)
   changed = {path for path in before if before[path] != after[path]}
   experts = {path for path in before if ".experts." in path}

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from moe_jax import disk
+from moe_jax.comparison import comparison
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError, Stopped
 from moe_jax.training import stops
@@ -72,6 +73,44 @@ def test_a_time_limit_and_checkpoints_by_time(dataset, tmp_path, monkeypatch):
   assert len(saved) == 1
   with pytest.raises(Stopped, match=r"stopped by --max_minutes=1e-09; step [12] of 6 is saved"):
     Run(tiny.change(CONFIG, max_minutes=1e-9), dataset, tmp_path / "limited").train()
+
+
+@pytest.fixture
+def ended(monkeypatch):
+  """(line, status) with which the process would have ended."""
+  found = []
+  monkeypatch.setattr(stops.watch, "end", lambda line, status: found.append((line, status)))
+  return found
+
+
+def test_a_signal_around_runs_ends_at_once(dataset, ended, tmp_path, monkeypatch):
+  """While data are loaded, in the final evaluation, between two runs, and while the report is written."""
+  before = [signal.getsignal(n) for n in stops.SIGNALS]
+
+  def gets(function, number):
+    def wrapped(*args, **kwargs):
+      seen = len(ended)
+      os.kill(os.getpid(), number)
+      deadline = time.monotonic() + 20
+      while len(ended) == seen and time.monotonic() < deadline:
+        time.sleep(0.01)
+      places.append(function.__name__)
+      return function(*args, **kwargs)
+
+    return wrapped
+
+  places = []
+  monkeypatch.setattr(comparison, "load_dataset", gets(comparison.load_dataset, signal.SIGTERM))
+  monkeypatch.setattr(Run, "evaluate", gets(Run.evaluate, signal.SIGHUP))
+  monkeypatch.setattr(comparison, "write_report", gets(comparison.write_report, signal.SIGTERM))
+  arm = {"balancers": CONFIG.model.moe.balancers}
+  compared = comparison.Comparison({"a": arm}, [0, 1], CONFIG, tmp_path)
+  compared.report(compared.run(), title="t", question="q", command="c")
+  assert places == ["load_dataset", "evaluate", "evaluate", "write_report"]
+  line = "stopped by {}; what is finished is kept, and the same command continues"
+  names = ["SIGTERM", "SIGHUP", "SIGHUP", "SIGTERM"]
+  assert ended == [(line.format(name), 75) for name in names]
+  assert [signal.getsignal(n) for n in stops.SIGNALS] == before
 
 
 CHILD = """

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from moe_jax import disk
 from moe_jax.analysis.capacity.study import NONE, Setting
 from moe_jax.comparison.results import Result, lookup
 from moe_jax.comparison.statistics import number, stat
@@ -103,7 +104,7 @@ def write_csv(path: pathlib.Path, found: Sequence[Cell]) -> None:
   quantities = ("nll", "bits", "dropped", "dropped_in_training")
   names = ["method", "train_factor", "train_group", "eval_factor", "eval_group", "num_seeds"]
   names += [f"{name}_{part}" for name in quantities for part in ("mean", "std")]
-  with path.open("w", newline="") as file:
+  with disk.whole_text(path) as file:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow([*names, "sees_later_tokens"])
     for cell in found:
@@ -145,7 +146,7 @@ def write_markdown(path: pathlib.Path, found: Sequence[Cell], unit: str, command
       row = [_text(by_factors[t, e].bits, ".4f") if (t, e) in by_factors else "" for e in evaluated]
       lines.append(f"| {t} | {' | '.join(row)} |")
   lines += ["", *_beside_st_moe(found)]
-  path.write_text("\n".join(lines) + "\n")
+  disk.write_text(path, "\n".join(lines) + "\n")
 
 
 def _beside_st_moe(found: Sequence[Cell]) -> list[str]:

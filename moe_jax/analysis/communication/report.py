@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moe_jax import disk
 from moe_jax.comparison.report import canvas
 
 Row = Mapping[str, Any]
@@ -37,7 +38,7 @@ def write_csv(folder: pathlib.Path, rows: Sequence[Row]) -> None:
 
 
 def _write(path: pathlib.Path, lines: Sequence[Row]) -> None:
-  with path.open("w", encoding="utf-8", newline="") as file:
+  with disk.whole_text(path) as file:
     writer = csv.DictWriter(file, lines[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)

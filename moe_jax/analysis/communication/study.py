@@ -92,7 +92,7 @@ def make_plan(
       f"sequences must be whole steps of the {batch} sequences of a recorded one, of which there are {num_steps}"
     )
   k = num_experts_per_token
-  routers = {arm.router: _router(arm.router, num_experts, k) for arm in arms}
+  routers = {arm.router: make_router(arm.router, num_experts, k) for arm in arms}
   return Plan(
     machine, layer, arms, routers, once_per, k, sequences_per_device, num_batches, sequences // batch
   )
@@ -179,7 +179,7 @@ def _batches(plan: Plan, trace: Trace) -> Iterator[tuple[np.ndarray, np.ndarray]
 def _count(
   plan: Plan, logits_TE: np.ndarray, mask_T: np.ndarray
 ) -> Iterator[tuple[Arm, str, dict[str, Any]]]:
-  routed = {spec: _route(plan.machine, router, logits_TE, mask_T) for spec, router in plan.routers.items()}
+  routed = {spec: route(plan.machine, router, logits_TE, mask_T) for spec, router in plan.routers.items()}
   best_TK = np.argsort(-logits_TE, axis=1, kind="stable")[:, : plan.num_experts_per_token]
   pair = lambda token, expert: token * logits_TE.shape[1] + expert
   free_A = pair(np.arange(len(best_TK))[:, None], best_TK)[mask_T].reshape(-1)
@@ -193,7 +193,7 @@ def _count(
       yield arm, once_per, numbers | {"shadowed": len(shadowed), "choices_kept": kept}
 
 
-def _router(spec: str, num_experts: int, num_experts_per_token: int) -> Router:
+def make_router(spec: str, num_experts: int, num_experts_per_token: int) -> Router:
   """The router of that name, which must need nothing but logits of as many experts as were recorded."""
   with naming("routers", spec):
     moe = MoEConfig(num_experts=num_experts, num_experts_per_token=num_experts_per_token, router=spec)
@@ -211,7 +211,8 @@ def _router(spec: str, num_experts: int, num_experts_per_token: int) -> Router:
   return layer.router
 
 
-def _route(machine: Machine, router: Router, logits_TE: np.ndarray, mask_T: np.ndarray) -> Routed:
+def route(machine: Machine, router: Router, logits_TE: np.ndarray, mask_T: np.ndarray) -> Routed:
+  """Returns what the router chooses, tokens and experts in equal parts on the devices."""
   context = RouterContext(jnp.asarray(mask_T)[None])
   routing = router.from_logits(jnp.asarray(logits_TE, jnp.float32)[None], context)
   assignment = jax.tree.map(lambda field: np.asarray(field[0]), routing.assignment)

@@ -7,6 +7,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from moe_jax import disk
 from moe_jax.analysis.examine import plots, tables
 from moe_jax.analysis.examine.examination import Examination
 from moe_jax.comparison.report.html import picture
@@ -67,7 +68,7 @@ def write(
     replays=[[format(row[key], spec) for key, _, spec in REPLAY_COLUMNS] for row in replays],
     notes=notes,
   )
-  (folder / "report.html").write_text(page, encoding="utf-8")
+  disk.write_text(folder / "report.html", page)
   return folder / "report.html"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax import disk
 from moe_jax.analysis.examine.examination import Examination
 
 LEAST = 10  # a token is listed only if it occurs so often
@@ -60,7 +61,7 @@ def shown(text: str) -> str:
 
 def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
   """Writes a line per row."""
-  with path.open("w", encoding="utf-8", newline="") as file:
+  with disk.whole_text(path) as file:
     writer = csv.DictWriter(file, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from moe_jax import disk
 from moe_jax.analysis.replay import plots
 from moe_jax.analysis.replay.replay import Replay, bias_methods, check_replay, replay
 from moe_jax.comparison.report import canvas
@@ -102,7 +103,7 @@ def _write_summary(path: pathlib.Path, replays: Mapping[Job, Replay]) -> None:
     {"method": j.method, "batch_size": j.batch_size, **r.tail(TAIL)._asdict()} for j, r in replays.items()
   ]
   unique = dict.fromkeys(tuple(row.items()) for row in rows)  # a rate may be a default
-  with path.open("w", newline="") as file:
+  with disk.whole_text(path) as file:
     writer = csv.DictWriter(file, rows[0])
     writer.writeheader()
     writer.writerows(map(dict, unique))

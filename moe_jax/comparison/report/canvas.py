@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax import disk
+
 DPI = 150
 # Okabe and Ito's palette, safe for colour-blind readers, without its yellow, which white paper swallows.
 _COLOURS = ("#222222", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -73,7 +75,9 @@ def figure(width: float, height: float) -> Any:
 
 def save(figure: Any, path: pathlib.Path, caption: str, wide: bool = False) -> Plot:
   # No software version in the file: the same numbers give the same bytes.
-  figure.savefig(path, bbox_inches="tight", pad_inches=0.08, metadata={"Software": None})
+  with disk.whole_file(path) as file:
+    kind = path.suffix.removeprefix(".")
+    figure.savefig(file, format=kind, bbox_inches="tight", pad_inches=0.08, metadata={"Software": None})
   return Plot(path, caption, wide)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 import markupsafe
 
+from moe_jax import disk
 from moe_jax.comparison.differences import Difference, paired_differences
 from moe_jax.comparison.report import canvas, plots, tables, words
 from moe_jax.comparison.report.markdown import markdown_table
@@ -79,7 +80,7 @@ def write_report(
   write_stored(run_dir, stored)
   names = {"csv": SUMMARY, "differences": DIFFERENCES, "about": ABOUT, "markdown": "summary.md"}
   paths = {name: run_dir / file for name, file in (names | {"html": "report.html"}).items()}
-  paths["markdown"].write_text(markdown_table(stored), encoding="utf-8")
+  disk.write_text(paths["markdown"], markdown_table(stored))
   drawn = plots.write_plots(run_dir, results, summary, differences, load_metrics(run_dir))
   paths |= {plot.path.stem: plot.path for plot in drawn}
   page = (
@@ -100,7 +101,7 @@ def write_report(
       notes=notes,
     )
   )
-  paths["html"].write_text(page, encoding="utf-8")
+  disk.write_text(paths["html"], page)
   return paths
 
 

@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from moe_jax import disk
 from moe_jax.comparison.differences import Difference
 from moe_jax.comparison.results import Result, lookup
 from moe_jax.comparison.statistics import Column, Row, Stat, Summary
@@ -38,7 +39,7 @@ def write_stored(folder: pathlib.Path, stored: Stored) -> None:
     "columns": [{name: getattr(c, name) for name in _COLUMN_FIELDS} for c in summary.columns],
   }
   entries = [f"{json.dumps(name)}: {_json(value)}" for name, value in about.items()]
-  (folder / ABOUT).write_text("{\n" + ",\n".join(entries) + "\n}\n", encoding="utf-8")
+  disk.write_text(folder / ABOUT, "{\n" + ",\n".join(entries) + "\n}\n")
   write_csv(folder / SUMMARY, summary)
   write_differences_csv(folder / DIFFERENCES, stored.differences)
 
@@ -106,7 +107,7 @@ def write_csv(path: str | os.PathLike[str], summary: Summary) -> None:
   names = ["arm", "num_seeds", "seeds"]
   names += [f"{c.key}_{part}" for c in summary.columns for part in ("mean", "std", "n")]
   names += ["max_vio_lowest_layer", "max_vio_highest_layer"]
-  with open(path, "w", encoding="utf-8", newline="") as file:
+  with disk.whole_text(path) as file:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(names)
     for row in summary.rows:
@@ -127,7 +128,7 @@ def write_differences_csv(path: str | os.PathLike[str], differences: Sequence[Di
   seeds = sorted({seed for difference in differences for seed in difference.per_seed})
   names = ["arm", "baseline", "quantity", "num_seeds", "mean", "standard_error", "degrees_of_freedom"]
   names += ["p_value", "p_holm", "low", "high", "verdict", *(f"seed_{seed}" for seed in seeds)]
-  with open(path, "w", encoding="utf-8", newline="") as file:
+  with disk.whole_text(path) as file:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(names)
     for d in differences:

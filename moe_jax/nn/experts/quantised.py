@@ -1,6 +1,7 @@
 """Experts whose matrices are stored in few bits, and experts that are trained to be."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.nn.experts.base import ExpertNetwork, inner_experts
@@ -49,12 +50,31 @@ class QuantisedExperts(_InFormat):
   A product multiplies by the dequantised matrix, in the type of the activations, so it is exact up to that type. With a
   compute type of bfloat16, float32 scales are rounded to it, too.
 
+  With `factors`, each row of a matrix has one, by which it was multiplied before it was rounded.
+
   Raises:
     InputError: if the format is unknown or has no groups of the given size.
   """
 
+  def __init__(
+    self,
+    num_experts: int,
+    dim: int,
+    expert_dim: int,
+    *,
+    format: str = "int8",
+    group: int = 0,
+    factors: bool = False,
+    experts: Spec = "swiglu",
+    init_scale: float = 1.0,
+    rngs: nnx.Rngs,
+  ):
+    self.has_factors = factors
+    options = {"format": format, "group": group, "experts": experts, "init_scale": init_scale}
+    super().__init__(num_experts, dim, expert_dim, **options, rngs=rngs)
+
   def _store(self) -> None:
-    codes, scales, sizes = {}, {}, []
+    codes, scales, factors, sizes = {}, {}, {}, []
     for name, w in _matrices(self.experts).items():
       axes = w.get_metadata()["logical_axes"]
       own_codes, own_scales = quantise(w[...], self.format)
@@ -63,14 +83,19 @@ class QuantisedExperts(_InFormat):
       of_scales = ("expert", *(axis if n > 1 else None for axis, n in zip(axes[1:], blocks, strict=True)))
       codes[name] = Quantised(own_codes, logical_axes=axes)
       scales[name] = Quantised(own_scales, logical_axes=of_scales)
+      if self.has_factors:
+        factors[name] = Quantised(jnp.ones(w.shape[:2]), logical_axes=axes[:2])
       sizes.append((name, w.shape[1], axes))
       setattr(self.experts, name, nnx.data(None))
     self.codes, self.scales, self.sizes = nnx.Dict(codes), nnx.Dict(scales), tuple(sizes)
+    self.factors = nnx.Dict(factors)
 
   def __call__(self, rows: Array, product: Product) -> Array:
     network = nnx.merge(*nnx.split(self.experts))
     for name, num_rows, axes in self.sizes:
       w = dequantise(self.codes[name][...], self.scales[name][...], self.format, num_rows)
+      if self.has_factors:
+        w /= self.factors[name][...].astype(w.dtype)[..., None]
       setattr(network, name, nnx.data(nnx.Param(w.astype(rows.dtype), logical_axes=axes)))
     return network(rows, product)
 

@@ -107,13 +107,14 @@ class Attention(nnx.Module):
     self.query_norm, self.key_norm = norm(n), norm(n_kv)
 
   def __call__(self, x_BLD: Array, context: Context) -> tuple[Array, MixerAux | None]:
-    query, key, value = self._projected(x_BLD, sequence_positions(x_BLD))
+    query, key, value = self._projected(x_BLD, sequence_positions(x_BLD, context))
     mask_BL = None if self.causal else context.mask_of(x_BLD)
-    form = {"causal": self.causal, "mask_BL": mask_BL, "kernel": self.kernel}
+    packed = {"segment_BL": context.segment_BL}
+    form = {"causal": self.causal, "mask_BL": mask_BL, "kernel": self.kernel, **packed}
     mixed = attend(query, key, value, **form, **self._scores())
     if not context.record_scores:
       return self._out(mixed), None
-    where = {"causal": self.causal, "window": self.window, "scale": self.scale}
+    where = {"causal": self.causal, "window": self.window, "scale": self.scale, **packed}
     largest_N = largest_scores(query, key, context.mask_of(x_BLD), **where)
     return self._out(mixed), MixerAux(Maximum(largest_N))
 

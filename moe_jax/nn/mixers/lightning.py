@@ -66,6 +66,10 @@ class Lightning(nnx.Module):
     self.w_out_NHD = matrix(rngs, (n, h, d), ("heads", "head_dim", "embed"), s, num_in=2)
 
   def __call__(self, x_BLD: Array, context: Context) -> tuple[Array, None]:
+    if context.segment_BL is not None:
+      raise InputError(
+        "mixer lightning: its state goes on from text to text of a packed row; use --pack_examples=false"
+      )
     return self._mixed(x_BLD, context.layer, None, None)[0], None
 
   def init_cache(self, batch_size: int, length: int, dtype: jnp.dtype) -> Array:

@@ -110,13 +110,14 @@ class MLA(nnx.Module):
     self.w_out_NHD = matrix(rngs, (n, value, d), ("heads", "head_dim", "embed"), s, num_in=2)
 
   def __call__(self, x_BLD: Array, context: Context) -> tuple[Array, MixerAux | None]:
-    position_XL = sequence_positions(x_BLD)
+    position_XL = sequence_positions(x_BLD, context)
     mask_BL = None if self.causal else context.mask_of(x_BLD)
     query, compressed = self._query(x_BLD, position_XL), self._compressed(x_BLD, position_XL)
-    y_BLD = self._out(self._plain(query, compressed, mask_BL=mask_BL))
+    packed = {"segment_BL": context.segment_BL}
+    y_BLD = self._out(self._plain(query, compressed, mask_BL=mask_BL, **packed))
     if not context.record_scores:
       return y_BLD, None
-    key, where = self._keys(compressed), {"causal": self.causal, "scale": self.scale}
+    key, where = self._keys(compressed), {"causal": self.causal, "scale": self.scale, **packed}
     return y_BLD, MixerAux(Maximum(largest_scores(query, key, context.mask_of(x_BLD), **where)))
 
   scores_scale = True  # with the matrices of queries and keys, whose norms come before them
@@ -174,13 +175,13 @@ class MLA(nnx.Module):
     key_BLH = jnp.einsum("BLD,DH->BLH", x_BLD, weight(self.w_key_rope_DH, dtype))
     return jnp.concatenate([low_BLX, self.rotary(key_BLH[:, :, None], position_XL)[:, :, 0]], axis=-1)
 
-  def _plain(self, query_BLNH: Array, compressed_BLX: Array, **padding: Array | None) -> Array:
-    """Projects the keys and values of all heads, and attends. `padding` is `mask_BL` or `pad_B`."""
+  def _plain(self, query_BLNH: Array, compressed_BLX: Array, **seen: Array | None) -> Array:
+    """Projects the keys and values of all heads, and attends. `seen` has `mask_BL`, `pad_B`, `segment_BL`."""
     low_BLX = compressed_BLX[..., : self.kv_rank]
     value = jnp.einsum("BLX,XNH->BLNH", low_BLX, weight(self.w_value_up_XNH, query_BLNH.dtype))
     key = self._keys(compressed_BLX)
     scores = {"causal": self.causal, "scale": self.scale, "kernel": self.kernel}
-    return attend(query_BLNH, key, value, **padding, **scores)
+    return attend(query_BLNH, key, value, **seen, **scores)
 
   def _keys(self, compressed_BLX: Array) -> Array:
     """Returns the keys of all heads, [B, L, N, nope + rope]."""

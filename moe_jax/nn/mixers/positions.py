@@ -1,15 +1,22 @@
 """Positions, and the YaRN options that mixers have in common."""
 
+import jax
 import jax.numpy as jnp
 
 from moe_jax.errors import InputError
+from moe_jax.nn.context import Context
 from moe_jax.ops.rotary import Yarn
 from moe_jax.types import Array
 
 
-def sequence_positions(x_BLD: Array) -> Array:
-  """Returns the positions of whole sequences, int32 [1, L]."""
-  return jnp.arange(x_BLD.shape[1], dtype=jnp.int32)[None]
+def sequence_positions(x_BLD: Array, context: Context) -> Array:
+  """Returns the positions in whole sequences, int32 [1, L]; in packed rows, those in each text, [B, L]."""
+  place_1L = jnp.arange(x_BLD.shape[1], dtype=jnp.int32)[None]
+  segment_BL = context.segment_BL
+  if segment_BL is None:
+    return place_1L
+  begins_BL = jnp.pad(segment_BL[:, 1:] != segment_BL[:, :-1], ((0, 0), (1, 0)))
+  return place_1L - jax.lax.cummax(jnp.where(begins_BL, place_1L, 0), axis=1)
 
 
 def make_yarn(

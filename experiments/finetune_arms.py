@@ -1,0 +1,147 @@
+"""What should be trained when a sparse model is tuned on little data, and how?
+
+Question   Loss on held-out examples of every way to tune one model, paired by seed.
+Command    python experiments/finetune_arms.py --model=runs/load_balancing/arms/switch_loss_0.01/seed_{seed} --seeds=5
+           python experiments/finetune_arms.py --model=MODEL --arms=all,all_but_experts,experts --sequence_length=256 --pack_examples
+           python experiments/finetune_arms.py --model=MODEL --dataset=text_folder --text_folder=FOLDER
+Hardware   two CPU cores, 4 GB for a small model; any JAX device
+Minutes    those of num_steps, for every arm and seed
+Result     see docs/adapt.md
+
+MODEL is the folder of a run, with {seed} where each seed has its own. By default it is tuned on instructions from the standard library
+(--dataset=stdlib_tasks), with the loss on the responses. Arms:
+
+- all: everything is trained, the baseline;
+- all_but_experts, experts, ffn, attention, router: a part is (ST-MoE, 2202.08906, section 4.2);
+- adapters: low-rank ones on attention and every expert;
+- expert_dropout: all, with 0.4 of the hidden units of experts dropped (Switch, 2101.03961, section 2.4);
+- balanced, not_balanced: all, with switch_loss:0.01, and without a balancing loss;
+- dropping: all, with a capacity of 1 per expert and group (ST-MoE, section 4.3: dropping hardly matters).
+
+Writes a comparison's folder, which scripts/render_tables.py stores. Results have a digest of the parameters that they started from. The
+same command continues where it was.
+"""
+
+import dataclasses
+import pathlib
+import shlex
+import sys
+
+from absl import flags
+
+from moe_jax import cli
+from moe_jax.cluster import start as distributed
+from moe_jax.comparison import flags as comparison_flags
+from moe_jax.config import ModelConfig, MoEConfig
+
+_MODEL = flags.DEFINE_string(
+  "model", None, "the folder of the run to tune, with {seed} if there are several", required=True
+)
+_ARMS = flags.DEFINE_list(
+  "arms", ["all_arms"], "names of arms, the first the baseline; all_arms: all of them"
+)
+_RANK = flags.DEFINE_integer("adapter_rank", 8, "rank of low-rank adapters", lower_bound=1)
+_OUTPUT_DIR = flags.DEFINE_string("output_dir", "runs/finetune_arms", "the folder to write")
+_OF_MODEL = {field.name for cls in (ModelConfig, MoEConfig) for field in dataclasses.fields(cls)}
+_SAID_HERE = ("tokenizer", "objective", "init_from", "trained", "seed", "data_seed")
+cli.define_flags(leave_out=(*_OF_MODEL, *_SAID_HERE))
+comparison_flags.define_flags()
+distributed.define_flags()
+for module in (cli, comparison_flags, distributed):
+  flags.adopt_module_key_flags(module)  # shown by --help
+
+PARTS = ("all", "all_but_experts", "experts", "ffn", "attention", "router")
+FIELDS = {
+  **{part: {"trained": part} for part in PARTS},
+  "balanced": {"balancers": "switch_loss:0.01"},
+  "not_balanced": {"balancers": "none"},
+  "dropping": {"dispatcher": "sorted", "capacity_factor": 1.0, "eval_capacity_factor": 2.0},
+}
+ADDED = ("adapters", "expert_dropout")  # arms whose model has more than the one that is tuned
+ARMS = (*FIELDS, *ADDED)
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  # Imported here, so that --help and wrong flags answer at once.
+  from moe_jax.comparison.comparison import Comparison
+  from moe_jax.errors import unknown_name
+  from moe_jax.training.load import load_run
+
+  names = ARMS if _ARMS.value == ["all_arms"] else tuple(_ARMS.value)
+  for name in names:
+    if name not in ARMS:
+      raise unknown_name("arm", name, ARMS)
+  arguments = comparison_flags.arguments()
+  folder, loaded = pathlib.Path(_OUTPUT_DIR.value), load_run(folder_of(0))
+  config = configured(loaded)
+  comparison = Comparison(
+    {name: arm(folder, name, config, arguments["seeds"]) for name in names},
+    config=config,
+    output_dir=folder / "tuned",
+    **arguments,
+  )
+  results = comparison.run()
+  comparison.report(
+    results,
+    title="Fine-tuning",
+    question=__doc__.splitlines()[0],
+    command=shlex.join(["python", *sys.argv]),
+    notes=[f"All arms start from {_MODEL.value}."],
+    # Which parameters are trained is a field of the optimizer.
+    varies=["schedule", *(["slots"] if "dropping" in names else [])],
+  )
+
+
+def folder_of(seed: int) -> pathlib.Path:
+  return pathlib.Path(_MODEL.value.replace("{seed}", str(seed)))
+
+
+def configured(loaded):
+  """Returns the configuration of the flags, with the model and the tokenizer of the run.
+
+  Raises:
+    InputError: if the data set would be cut with another tokenizer.
+  """
+  from moe_jax.data import load_dataset
+  from moe_jax.errors import InputError
+  from moe_jax.training.load import TOKENIZER_FILE
+
+  config, own = cli.config_from_flags(), loaded.config.data
+  # A tokenizer that was trained on the text of the run is a file in its folder.
+  tokenizer = str(loaded.folder / TOKENIZER_FILE) if own.bpe_size else own.tokenizer
+  data = dataclasses.replace(config.data, tokenizer=tokenizer)
+  if not flags.FLAGS["dataset"].present:
+    data = dataclasses.replace(data, dataset="stdlib_tasks")
+  objective = "response" if data.dataset == "stdlib_tasks" else loaded.config.train.objective
+  train = dataclasses.replace(config.train, objective=objective, init_from=_MODEL.value)
+  dataset = load_dataset(data)
+  if dataset.tokenizer and loaded.tokenizer and dataset.tokenizer.fingerprint != loaded.tokenizer.fingerprint:
+    raise InputError(f"--model={_MODEL.value}: has another tokenizer than {tokenizer}")
+  return dataclasses.replace(config, model=loaded.config.model, data=data, train=train)
+
+
+def arm(folder: pathlib.Path, name: str, config, seeds) -> dict:
+  """Returns the fields of an arm. Writes the models that it starts from, if they have more than the run's."""
+  from moe_jax import adapt
+  from moe_jax.training.load import load_run
+  from moe_jax.training.start import save_model
+
+  if name in FIELDS:
+    return FIELDS[name]
+  for seed in seeds:
+    start = folder / "start" / name / f"seed_{seed}"
+    loaded = load_run(start if (start / "config.json").exists() else folder_of(seed))
+    model = loaded.model
+    if loaded.folder != start:
+      if name == "adapters":
+        model = adapt.add_adapters(model, _RANK.value, seed=seed)
+      else:
+        model = adapt.wrap_experts(model, "expert_dropout:rate=0.4")
+      save_model(start, model, dataclasses.replace(loaded.config, model=model.config), loaded.tokenizer)
+  own = {"experts": model.config.moe.experts, "init_from": str(folder / "start" / name / "seed_{seed}")}
+  return own | ({"mixer": model.config.mixer, "trained": "adapters"} if name == "adapters" else {})
+
+
+if __name__ == "__main__":
+  cli.run(distributed.on_every_process(main))

@@ -1,0 +1,100 @@
+r"""What a checkpoint costs: the step that it is in, the steps beside it while it is written, and the run.
+
+  python scripts/bench_checkpoint.py
+  python scripts/bench_checkpoint.py --preset=default --cycles=20 --steps=10
+
+Trains one model as a run does, in cycles of the same number of steps. Every other cycle begins with a save, so both kinds are
+measured in the same minutes. Prints medians over the cycles: seconds of a step without a save; for how long a save keeps the
+loop from its next step; how much longer a cycle with a save takes, which has also what the threads take from the steps while they
+write; and what that is of a run with the interval of --checkpoint_minutes. Other programs on the machine count, so run it on an
+idle one; it prints the load.
+"""
+
+import contextlib
+import os
+import statistics
+import tempfile
+import time
+from typing import Any
+
+from absl import flags
+
+from moe_jax import cli
+
+_CYCLES = flags.DEFINE_integer("cycles", 12, "with a save, and as many without", lower_bound=2)
+_STEPS = flags.DEFINE_integer("steps", 10, "of a cycle", lower_bound=1)
+cli.define_flags(leave_out=("num_steps", "tensorboard", "checkpoint_every"))
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  import dataclasses
+
+  import jax
+
+  from moe_jax.data import load_dataset
+  from moe_jax.training.loop import Run
+
+  class Done(Exception):
+    """Everything is measured."""
+
+  found: dict[str, list[float]] = {"step": [], "save": [], "cycle": [], "cycle with a save": []}
+
+  class Timed(Run):
+    """Takes the place of the loop of a run."""
+
+    def _step(self, state: Any) -> Any:
+      state, metrics = self.steps.train(state, self._on_devices(next(self.batches)))
+      jax.block_until_ready((state, metrics))
+      return state
+
+    def _loop(self, state: Any, writer: Any, recorder: Any) -> Any:
+      for _ in range(3):
+        state = self._step(state)
+      self._save(int(state.step), state, writer, recorder)  # the first one makes folders and compiles
+      for cycle in range(2 * _CYCLES.value):
+        self.checkpoints.wait()
+        started = time.perf_counter()
+        if cycle % 2:
+          self._save(int(state.step), state, writer, recorder)
+          found["save"].append(time.perf_counter() - started)
+        for _ in range(_STEPS.value):
+          begun = time.perf_counter()
+          state = self._step(state)
+          if not cycle % 2:
+            found["step"].append(time.perf_counter() - begun)
+        found["cycle with a save" if cycle % 2 else "cycle"].append(time.perf_counter() - started)
+      raise Done
+
+  config = cli.config_from_flags()
+  config = dataclasses.replace(
+    config, train=dataclasses.replace(config.train, num_steps=10**6, tensorboard=False)
+  )
+  with tempfile.TemporaryDirectory() as folder:
+    run = Timed(config, load_dataset(config.data), folder)
+    with contextlib.suppress(Done):
+      run.train()
+    params = sum(x.size for x in jax.tree.leaves(run.steps.abstract_state.params))
+    arrays = jax.tree.leaves(run.steps.abstract_state)
+    size = sum(x.size * x.dtype.itemsize for x in arrays)
+  median = {name: statistics.median(values) for name, values in found.items()}
+  more = statistics.median(a - b for a, b in zip(found["cycle with a save"], found["cycle"], strict=True))
+  interval = 60 * config.train.checkpoint_minutes
+  print(
+    f"jax {jax.__version__}, {jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores, load "
+    f"{os.getloadavg()[0]:.1f}; {params:,} parameters, {len(arrays)} arrays, {size / 1e6:.1f} MB; medians of "
+    f"{_CYCLES.value} cycles of {_STEPS.value} steps"
+  )
+  print(f"a step without a save: {1e3 * median['step']:.0f} ms")
+  print(
+    f"a save keeps the loop for {1e3 * median['save']:.0f} ms: {median['save'] / median['step']:+.1%} of a step"
+  )
+  print(
+    f"a cycle with a save takes {1e3 * more:.0f} ms more than one without: {more / median['step']:+.1%} of a step"
+  )
+  if interval:
+    print(f"of a run that saves every {interval:g} s: {max(more, median['save']) / interval:.2%}")
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,94 @@
+"""The scripts that tune: a published folder with its chat template, and arms from a run, paired by seed."""
+
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+
+import moe_jax
+from moe_jax import disk
+from moe_jax.comparison.report import read_stored
+from moe_jax.data.prompts import Example, write_jsonl
+from moe_jax.training.compiled import make_model, resolve_config
+from moe_jax.training.start import save_model
+from tests import tiny
+from tests.data.test_chat import CHATML
+from tests.scripts import assert_one_line, run_scripts
+
+CONFIG = tiny.change(
+  tiny.CONFIG,
+  dataset="text_folder",
+  balancers="none",
+  capacity_factor=1.25,
+  jitter=0.0,
+  dispatcher="dropless",
+)
+EXAMPLES = [Example(f"{a}+{b}=", str(a + b), "ab"[a % 2]) for a in range(8) for b in range(8)]
+TRAIN = ["--num_steps=2", "--batch_size=4", "--eval_batches=2", "--tensorboard=false", "--data_parallelism=1"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """Has published/, seed_0/ and seed_1/, and files of examples."""
+  folder = tmp_path_factory.mktemp("models")
+  make = lambda seed: make_model(resolve_config(CONFIG), 264, seed=seed)
+  for seed in (0, 1):
+    save_model(folder / f"seed_{seed}", make(seed), CONFIG)
+  moe_jax.save(make(0), folder / "published")
+  alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  of_bytes = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+  of_bytes.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  of_bytes.decoder = tokenizers.decoders.ByteLevel()
+  of_bytes.save(str(folder / "published" / "tokenizer.json"))
+  (folder / "published" / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML}))
+  write_jsonl(folder / "train.jsonl", EXAMPLES[:48])
+  write_jsonl(folder / "held_out.jsonl", EXAMPLES[48:])
+  (folder / "broken.jsonl").write_text('{"prompt": "1", "response": "2"}\n{"prompt": "1"}\n')
+  return folder
+
+
+@pytest.mark.slow
+def test_a_published_model_is_tuned_with_its_template_and_arms_are_paired(folder, tmp_path):
+  jsonl = [f"--train_jsonl={folder}/train.jsonl", f"--validation_jsonl={folder}/held_out.jsonl"]
+  script = ["experiments/finetune.py", f"--model={folder}/published", *TRAIN, "--sequence_length=128"]
+  tune = [*script, *jsonl, "--adapter_rank=2", "--pack_examples", f"--output_dir={tmp_path}/tuned"]
+  arms = ["experiments/finetune_arms.py", f"--model={folder}/seed_{{seed}}", *TRAIN, "--sequence_length=160"]
+  arms += ["--arms=all,experts,expert_dropout", "--seeds=2", f"--output_dir={tmp_path}/arms"]
+  wrong = f"--output_dir={tmp_path}/none"
+  tuned, compared, *refused = run_scripts(
+    tune,
+    arms,
+    [*script, f"--train_jsonl={folder}/broken.jsonl", jsonl[1], wrong],
+    [*script, *jsonl, "--trained=expert", wrong],
+    [*script, *jsonl, "--adapter_rank=99", wrong],
+    [*arms[:2], "--arms=al", wrong],
+  )
+  assert tuned.status == compared.status == 0, tuned.stderr + compared.stderr
+  messages = [
+    "broken.jsonl:2: response is missing",
+    "--trained=expert: matches no parameter; did you mean experts",
+  ]
+  messages += ["rank=99: at most", "unknown arm 'al': did you mean all"]
+  for ended, message in zip(refused, messages, strict=True):
+    assert_one_line(ended, message)
+
+  report = json.loads((tmp_path / "tuned" / "report.json").read_text())
+  assert report["after"]["by_task"].keys() == {"a", "b"} and report["trained"] == "adapters"
+  before, after = (report[when]["nll"] for when in ("before", "after"))
+  assert np.isfinite([before, after]).all() and before != after
+  original, final = moe_jax.load(folder / "published").model, moe_jax.load(tmp_path / "tuned" / "model").model
+  assert final.config.moe.experts == original.config.moe.experts  # adapters are merged
+
+  results = {
+    (arm, seed): disk.read_object(tmp_path / "arms" / "tuned" / "arms" / arm / f"seed_{seed}" / "result.json")
+    for arm in ("all", "experts", "expert_dropout")
+    for seed in (0, 1)
+  }
+  digests = {key: result["init_from"]["digest"] for key, result in results.items()}
+  assert digests["all", 0] == digests["experts", 0] != digests["all", 1] == digests["experts", 1]
+  assert all(result["objective"] == "response" for result in results.values())
+  assert len({result["fingerprint"] for result in results.values()}) == 1
+  differences = [d for d in read_stored(tmp_path / "arms" / "tuned").differences if d.key == "perplexity"]
+  assert {d.arm for d in differences} == {"experts", "expert_dropout"}
+  assert all(len(d.per_seed) == 2 and not d.broken for d in differences)

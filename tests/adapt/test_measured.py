@@ -1,0 +1,72 @@
+"""Models that are made without training, measured for several seeds: what a claim of docs/findings.toml needs."""
+
+import csv
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from moe_jax import disk
+from moe_jax.adapt.compress import Compressor
+from moe_jax.adapt.table import calibration_batches, text_of
+from moe_jax.comparison import findings
+from moe_jax.comparison.report import read_stored
+from moe_jax.inference.evaluate import evaluate
+from moe_jax.training.checkpoint import tree_digest
+from moe_jax.training.load import load_run
+from moe_jax.training.start import save_model
+from tests import tiny
+from tests.adapt import models
+from tests.scripts import assert_one_line, run_scripts
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("models")
+  for seed in (0, 1):
+    save_model(folder / f"seed_{seed}", models.model(seed=seed), tiny.CONFIG)
+  return folder
+
+
+def test_compression_and_quantisation_are_paired_by_seed_and_resume(folder, tmp_path):
+  model = [f"--model={folder}/seed_{{seed}}", "--batches=1"]
+  pruned = [
+    "experiments/compress.py",
+    *model,
+    "--methods=usage,merge_usage",
+    "--experts=4",
+    "--calibration=1",
+  ]
+  pruned += [f"--output_dir={tmp_path}/pruned"]
+  bits = ["experiments/quantise.py", *model, "--formats=int8,int4", f"--output_dir={tmp_path}/bits"]
+  two = ["--seeds=2", "--route_batches=1"]
+  one, both, again, other, quantised = run_scripts(
+    pruned, [*pruned, two[0]], [*pruned, two[0]], [*pruned, "--calibration=2"], [*bits, *two]
+  )
+  assert one.status == both.status == again.status == quantised.status == 0, one.stderr + quantised.stderr
+  assert "seed 0" in one.stderr and "seed 0" not in both.stderr and "seed" not in again.stderr
+  assert_one_line(other, "holds numbers of other settings (calibration was 1, now 2)")
+
+  loaded = load_run(folder / "seed_1")
+  dataset = text_of(loaded)
+  merged = Compressor(loaded.model, calibration_batches(dataset, 1))("merge_usage", 4)
+  expected = evaluate(merged, dataset, dataset.config.batch_size, 1)
+  with open(tmp_path / "pruned" / "compress.csv", newline="") as file:
+    rows = {(int(row["seed"]), row["method"]): row for row in csv.DictReader(file)}
+  assert len(rows) == 6
+  for name, score in expected.items():
+    np.testing.assert_allclose(float(rows[1, "merge_usage"][name]), score.nll, rtol=1e-5)
+  result = disk.read_object(tmp_path / "pruned" / "arms" / "merge_usage_4" / "seed_1" / "result.json")
+  assert result["init_from"]["digest"] == tree_digest(nnx.state(loaded.model, nnx.Param))
+
+  tables = {name: read_stored(tmp_path / name) for name in ("pruned", "bits")}
+  claim = lambda table, arm, against, quantity: findings.Finding(
+    "", "", "", table, arm, against, quantity, "lower"
+  )
+  difference, vio = findings.tested(
+    [claim("pruned", "merge_usage_4", "usage_4", "perplexity"), claim("bits", "int4", "float32", "max_vio")],
+    tables,
+  )
+  assert sorted(difference.per_seed) == sorted(vio.per_seed) == [0, 1] and not difference.broken
+  of = lambda method: np.exp(float(rows[1, method]["all"]))
+  np.testing.assert_allclose(difference.per_seed[1], of("merge_usage") - of("usage"), rtol=1e-2, atol=1e-4)

@@ -1,0 +1,67 @@
+"""The whole life of a model in one command: every row is a model that loads, and the command resumes."""
+
+import csv
+import json
+
+import numpy as np
+
+import moe_jax
+from moe_jax.adapt.table import text_of
+from moe_jax.inference.evaluate import evaluate
+from tests.adapt import models
+from tests.scripts import assert_one_line, run_scripts
+
+SIZES = [
+  "--preset=tiny", "--num_layers=1", "--model_dim=16", "--head_dim=8", "--dense_dim=16", "--num_experts=4",
+  "--remat=none", "--sequence_length=16", "--batch_size=8", "--tensorboard=false", "--data_parallelism=1",
+  "--dense_steps=3", "--num_steps=2", "--distil_steps=2", "--eval_batches=2", "--calibration=1", "--formats=int4:4",
+]  # fmt: skip
+NAMES = [
+  "dense",
+  "dense_longer",
+  "upcycled",
+  "sparse",
+  "distilled",
+  "merged",
+  "pruned",
+  "extracted_b",
+  "int4:4",
+]
+
+
+def test_a_dense_model_goes_all_ways_and_the_command_resumes(tmp_path):
+  for domain in "ab":
+    (tmp_path / "text" / domain).mkdir(parents=True)
+    for i in range(30):
+      (tmp_path / "text" / domain / f"{i}.txt").write_text(f"{domain} {i} of many words " * 4)
+  out = tmp_path / "out"
+  text = ["--dataset=text_folder", f"--text_folder={tmp_path / 'text'}", "--domain=b"]
+  command = ["experiments/round_trip.py", *SIZES, *text, f"--output_dir={out}"]
+  first, again, other = run_scripts(command, command, [*command, "--num_steps=3"])
+  assert first.status == 0, first.stderr
+  # Nothing is made or measured again.
+  assert again.stdout and first.stdout.endswith(again.stdout) and "..." not in again.stderr
+  assert_one_line(other, f"{out}: holds numbers of other settings (num_steps was 2, now 3)")
+
+  with open(out / "round_trip.csv", newline="") as file:
+    rows = {row["model"]: row for row in csv.DictReader(file)}
+  assert list(rows) == NAMES and (out / "round_trip.png").stat().st_size > 10_000
+  number = lambda name, column: float(rows[name][column])
+  # An upcycled model begins as the dense one; the student is dense, and half of the experts are less of everything.
+  np.testing.assert_allclose(number("upcycled", "perplexity"), number("dense", "perplexity"), rtol=1e-5)
+  assert rows["distilled"]["max_vio"] == "" and rows["distilled"]["bytes"] == rows["dense"]["bytes"]
+  assert number("int4:4", "bytes") < number("pruned", "bytes") < number("sparse", "bytes")
+  for smaller in ("merged", "pruned", "extracted_b"):
+    gone = 2 * 3 * 16 * 8  # two experts of three matrices of D x F
+    columns = 0 if smaller == "merged" else 2 * 16  # of the router, which is kept where experts are merged
+    assert number("sparse", "parameters") - number(smaller, "parameters") == gone + columns
+  assert [rows[name]["steps"] for name in ("dense", "sparse", "distilled")] == ["3", "5", "7"]
+  for name in ("sparse", "merged", "int4:4"):
+    loaded = moe_jax.load(out / "models" / name.replace(":", "_"))
+    score = evaluate(loaded.model, text_of(loaded), 8, 2)
+    np.testing.assert_allclose(score["all"].perplexity, number(name, "perplexity"), rtol=1e-5)
+    np.testing.assert_allclose(score["b"].bits_per_byte, number(name, "in b"), rtol=1e-5)
+  assert models.hashes(moe_jax.load(out / "models" / "sparse").model) == models.hashes(
+    moe_jax.load(out / "runs" / "sparse").model
+  )
+  assert json.loads((out / "rows" / "merged.json").read_text())["active"] == int(rows["merged"]["active"])
