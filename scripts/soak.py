@@ -32,6 +32,7 @@ from absl import flags
 from moe_jax import cli
 from moe_jax.comparison.comparison import Comparison
 from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, TrainConfig
+from moe_jax.errors import STOPPED_STATUS
 
 ARM = "arm"
 STEPS = 240
@@ -69,8 +70,11 @@ def config(texts: pathlib.Path, data: pathlib.Path) -> Config:
 class Start:
   """A process that trains, as the scripts do. Forked from this one, in which JAX is imported and has not started."""
 
-  def __init__(self, config: Config, output_dir: pathlib.Path, title: str, largest_file: int):
+  def __init__(self, config: Config, output_dir: pathlib.Path, log: pathlib.Path, largest_file: int):
     self.status: int | None = None
+    self.log = (
+      log  # a file of its own: `largest_file` is the limit of every file, and many starts would reach it
+    )
     with warnings.catch_warnings():
       warnings.simplefilter("ignore")  # JAX warns of forks
       self.pid = os.fork()
@@ -78,10 +82,9 @@ class Start:
       return
     status = 1
     try:
-      out = os.open(f"{output_dir}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+      out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
       os.dup2(out, 1)
       os.dup2(out, 2)
-      os.write(2, title.encode())
       if largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
       with cli.one_line():
@@ -89,6 +92,8 @@ class Start:
       status = 0
     except SystemExit as error:
       status = error.code
+      if status not in (0, 2, STOPPED_STATUS, 130):  # not ours: say whose
+        traceback.print_exc()
     except BaseException:
       traceback.print_exc()
     finally:
@@ -135,7 +140,7 @@ class Soak:
     self.config = config(self.texts, folder / "data")
     self.whole = self._run_folder(folder / "whole")
     if not (self.whole / "result.json").exists():
-      self.expect(self.start(folder / "whole").wait(), 0, folder / "whole")
+      self.expect(self.start(folder / "whole"), 0)
 
   def _write_texts(self) -> None:
     words = random.Random(0)
@@ -147,14 +152,13 @@ class Soak:
   def start(self, output_dir: pathlib.Path, largest_file: int = 0) -> "Start":
     """Starts the comparison in a process of its own, whose output goes to a file beside its folder."""
     self.starts += 1
-    return Start(self.config, output_dir, f"--- start {self.starts}\n", largest_file)
+    return Start(self.config, output_dir, pathlib.Path(f"{output_dir}_{self.starts}.txt"), largest_file)
 
-  def expect(self, status: int, allowed: int | tuple[int, ...], output_dir: pathlib.Path) -> None:
-    """Raises `Failed` for an end that is none of `allowed`, and for a traceback."""
-    last = pathlib.Path(f"{output_dir}.txt").read_text().rpartition("--- start ")[2]
-    allowed = (allowed,) if isinstance(allowed, int) else allowed
-    if status not in allowed or "Traceback" in last or last.count("error: ") > 1:
-      raise Failed(f"a start ended with status {status}, expected {allowed}:\n{last[-3000:]}")
+  def expect(self, process: Start, *allowed: int) -> None:
+    """Waits, and raises `Failed` for an end that is none of `allowed`, and for a traceback."""
+    status, said = process.wait(), process.log.read_text(errors="replace")
+    if status not in allowed or "Traceback" in said or said.count("error: ") > 1:
+      raise Failed(f"a start ended with status {status}, expected {allowed}:\n{said[-3000:]}")
 
   def _run_folder(self, output_dir: pathlib.Path) -> pathlib.Path:
     return output_dir / "arms" / ARM / "seed_0"
@@ -170,8 +174,7 @@ class Soak:
   def one_run(self, number: int, more: Callable[[], bool]) -> None:
     """Disturbs a run until it has reached its end, and compares."""
     output_dir = self.folder / f"seed_{_SEED.value}_run_{number}"
-    for path in (output_dir, pathlib.Path(f"{output_dir}.txt")):
-      shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    shutil.rmtree(output_dir, ignore_errors=True)
     spoilt_metrics = False
     while more():
       fault = self.random.choice(list(FAULTS))
@@ -195,12 +198,12 @@ class Soak:
 
   def _finish(self, output_dir: pathlib.Path) -> None:
     for _ in range(3):
-      status = self.start(output_dir).wait()
-      self.expect(status, (0, 2), output_dir)
-      if status == 0:
+      process = self.start(output_dir)
+      self.expect(process, 0, 2)
+      if process.status == 0:
         return
       self.refused(output_dir)
-    raise Failed(f"{output_dir}: does not start again; see {output_dir}.txt")
+    raise Failed(f"{output_dir}: does not start again; see {process.log}")
 
   def refused(self, output_dir: pathlib.Path) -> None:
     """What a user does after one line that names a damaged configuration: remove it."""
@@ -233,20 +236,18 @@ class Soak:
 
   def ask(self, process: Start, output_dir: pathlib.Path) -> bool:
     process.send_signal(self.random.choice([signal.SIGTERM, signal.SIGINT, signal.SIGHUP]))
-    # Before the first step and after the last one, there is nothing to save.
+    # Before the comparison listens, and after its end.
     unsaved = (130, -signal.SIGTERM, -signal.SIGHUP)
-    self.expect(process.wait(), (0, 75, *unsaved), output_dir)
+    self.expect(process, 0, 75, *unsaved)
     return False
 
   def full(self, process: Start, output_dir: pathlib.Path) -> bool:
-    self.expect(process.wait(), (0, 2), output_dir)
+    self.expect(process, 0, 2)
     return False
 
   def second(self, process: Start, output_dir: pathlib.Path) -> bool:
-    other = self.start(output_dir)
-    status = other.wait()
-    self.expect(status, (0, 2), output_dir)  # 0: the first had ended meanwhile
-    self.expect(process.wait(), 0, output_dir)
+    self.expect(self.start(output_dir), 0, 2)  # 0: the first had ended meanwhile
+    self.expect(process, 0)
     return False
 
   def later(self, process: Start, output_dir: pathlib.Path) -> bool:
@@ -272,11 +273,10 @@ class Soak:
     before = self.step(output_dir)
     while process.poll() is None and self.step(output_dir) <= before and time.monotonic() < deadline:
       time.sleep(0.02)
-    if process.poll() == 2:
-      self.expect(2, 2, output_dir)
+    if process.poll() is not None:
+      self.expect(process, 0, 2)
+    if process.status == 2:
       self.refused(output_dir)
-    elif process.poll() not in (None, 0):
-      self.expect(process.poll(), 0, output_dir)
     self.kill(process, output_dir)
     return damaged is not None and damaged.name == "metrics.jsonl"
 

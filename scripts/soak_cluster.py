@@ -40,13 +40,13 @@ HEARTBEAT = 10  # --heartbeat_timeout
 BOUND = 1.25 * HEARTBEAT + 5  # docs/reliability.md
 SLOW = 30.0  # seconds more on a machine with much else to do
 LIMIT = 300.0  # seconds that a start may take
-STEPS, DEVICES = 120, 4
+DEVICES = 4  # of all processes together
 ABORT = -signal.SIGABRT  # JAX's own, where the store is gone
 METHOD = "switch_loss:0.1+loss_free_bias:0.01"
 FLAGS = {
   "methods": METHOD, "seeds": 1, "num_layers": 1, "model_dim": 16, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8,
   "num_experts": 4, "expert_dim": 16, "jitter": 0.1, "dataset": "markov", "markov_states": 32, "sequence_length": 16,
-  "batch_size": 8, "num_steps": STEPS, "warmup_steps": 3, "log_every": 1, "checkpoint_every": 4, "eval_batches": 2,
+  "batch_size": 8, "warmup_steps": 3, "log_every": 1, "checkpoint_every": 4, "eval_batches": 2,
   "dispatcher": "sorted", "data_parallelism": 2, "expert_parallelism": 2, "heartbeat_timeout": HEARTBEAT,
 }  # fmt: skip
 
@@ -55,6 +55,9 @@ _PROCESSES = flags.DEFINE_list(
 )
 _FAULTS = flags.DEFINE_list("faults", [], "only these, by name; empty: all")
 _FOLDER = flags.DEFINE_string("folder", "runs/soak_cluster", "for the runs; replaced")
+_STEPS = flags.DEFINE_integer(
+  "steps", 120, "of a run; a fault strikes 2 to 8 steps after the last", lower_bound=8
+)
 _SEED = flags.DEFINE_integer("seed", 0, "of the steps at which faults strike")
 _NETWORK = flags.DEFINE_enum(
   "network", "namespaces", ["namespaces", "loopback"], "what the processes talk over"
@@ -137,7 +140,7 @@ class Soak:
       subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], check=True)
     again_if_slow(lambda: self.finish(self.whole, count))
     self.expected = _metrics(self.whole)
-    if len(self.expected) != STEPS:
+    if len(self.expected) != _STEPS.value:
       raise Failed(f"{self.whole}: {len(self.expected)} lines of metrics")
 
   def finish(self, output_dir: pathlib.Path, count: int) -> None:
@@ -150,7 +153,7 @@ class Soak:
       cluster.fail(f"{output_dir}: ended with {statuses}")
 
   def _start(self, count: int, output_dir: pathlib.Path, limited: dict[int, int]) -> Cluster:
-    arguments = [f"--{name}={value}" for name, value in FLAGS.items()]
+    arguments = [f"--{name}={value}" for name, value in FLAGS.items()] + [f"--num_steps={_STEPS.value}"]
     return Cluster(count, output_dir, self.hosts if count > 1 else None, arguments, DEVICES, limited)
 
   def step(self) -> int:
@@ -202,7 +205,7 @@ class Soak:
   def compare(self) -> None:
     """Raises `Failed` if the end is not that of the undisturbed run."""
     own, whole = (_run_folder(folder) for folder in (self.output_dir, self.whole))
-    saved = [folder / f"checkpoints/{STEPS}/extra/metadata" for folder in (whole, own)]
+    saved = [folder / f"checkpoints/{_STEPS.value}/extra/metadata" for folder in (whole, own)]
     arrays = [json.loads(path.read_text())["arrays"] for path in saved]
     results = [json.loads((folder / "result.json").read_text()) for folder in (whole, own)]
     pairs = {"arrays": arrays, "validation": [r["validation"] for r in results]}

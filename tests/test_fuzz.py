@@ -4,6 +4,7 @@ python -m pytest tests/test_fuzz.py -n 0
 python -m pytest tests/test_fuzz.py -n 0 --hypothesis-profile=nightly    # five hundred cases of each kind
 """
 
+import functools
 import json
 import time
 
@@ -84,6 +85,7 @@ def test_config_json_of_a_comparison(folder, content):
   refused(ComparisonFolder(folder).claim, CLAIM)
 
 
+@functools.cache
 def _published(name: str) -> dict:
   _, values = describe(resolve(PRESETS[name].model), VOCAB_SIZES[name])
   return values

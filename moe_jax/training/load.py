@@ -101,6 +101,9 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     raise InputError(
       f"{path.parent}: is no folder of a run; in a comparison's folder, a run is arms/ARM/seed_SEED"
     )
+  size = values["vocab_size"]
+  if type(size) is not int or not 0 < size < 2**31:
+    raise InputError(f"{path}: vocab_size={str(size)[:60]}: must be an integer from 1 to 2^31")
   return values
 
 
