@@ -4,7 +4,7 @@ Question   Share of choices that differ, the error of the log-probability ratio 
 Command    python experiments/reinforce.py --seeds=5
            python experiments/reinforce.py --task=digits --length=4 --output_dir=runs/reinforce_digits
 Hardware   two CPU cores, 2 GB; any JAX device
-Minutes    not measured at the default length; about 1 for --rl_steps=20 --num_steps=100 --seeds=1 on two free CPU cores
+Minutes    73 s of processor time for --num_steps=120 --rl_steps=20 --seeds=1; not measured at the default length
 Result     see docs/adapt.md
 
 A small sparse model is first trained on questions with answers for --num_steps: brackets to be closed, or digits to be sorted. It then

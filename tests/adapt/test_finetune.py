@@ -5,11 +5,13 @@ import json
 import numpy as np
 import pytest
 import tokenizers
+from flax import nnx
 
 import moe_jax
 from moe_jax import disk
 from moe_jax.comparison.report import read_stored
 from moe_jax.data.prompts import Example, write_jsonl
+from moe_jax.training.checkpoint import tree_digest
 from moe_jax.training.compiled import make_model, resolve_config
 from moe_jax.training.start import save_model
 from tests import tiny
@@ -54,7 +56,7 @@ def test_a_published_model_is_tuned_with_its_template_and_arms_are_paired(folder
   script = ["experiments/finetune.py", f"--model={folder}/published", *TRAIN, "--sequence_length=128"]
   tune = [*script, *jsonl, "--adapter_rank=2", "--pack_examples", f"--output_dir={tmp_path}/tuned"]
   arms = ["experiments/finetune_arms.py", f"--model={folder}/seed_{{seed}}", *TRAIN, "--sequence_length=160"]
-  arms += ["--arms=all,experts,expert_dropout", "--seeds=2", f"--output_dir={tmp_path}/arms"]
+  arms += ["--arms=all,expert_dropout", "--seeds=2", f"--output_dir={tmp_path}/arms"]
   wrong = f"--output_dir={tmp_path}/none"
   tuned, compared, *refused = run_scripts(
     tune,
@@ -82,13 +84,16 @@ def test_a_published_model_is_tuned_with_its_template_and_arms_are_paired(folder
 
   results = {
     (arm, seed): disk.read_object(tmp_path / "arms" / "tuned" / "arms" / arm / f"seed_{seed}" / "result.json")
-    for arm in ("all", "experts", "expert_dropout")
+    for arm in ("all", "expert_dropout")
     for seed in (0, 1)
   }
   digests = {key: result["init_from"]["digest"] for key, result in results.items()}
-  assert digests["all", 0] == digests["experts", 0] != digests["all", 1] == digests["experts", 1]
+  assert len(set(digests.values())) == 4
+  start = moe_jax.load(tmp_path / "arms" / "start" / "expert_dropout" / "seed_1").model
+  assert digests["expert_dropout", 1] == tree_digest(nnx.state(start, nnx.Param))
+  assert digests["all", 1] == tree_digest(nnx.state(moe_jax.load(folder / "seed_1").model, nnx.Param))
   assert all(result["objective"] == "response" for result in results.values())
   assert len({result["fingerprint"] for result in results.values()}) == 1
   differences = [d for d in read_stored(tmp_path / "arms" / "tuned").differences if d.key == "perplexity"]
-  assert {d.arm for d in differences} == {"experts", "expert_dropout"}
+  assert {d.arm for d in differences} == {"expert_dropout"}
   assert all(len(d.per_seed) == 2 and not d.broken for d in differences)
