@@ -129,6 +129,11 @@ def print_report(found: dict[str, Any]) -> None:
     print(
       f"  {len(found['unknown_loops'])} loops run as often as data says; counted once, so `compiled` is too low"
     )
+  print("\nkernels per chip and step")
+  for name, count in found["kernels"].items():
+    print(f"  {name:24s} {count:5d} x")
+  if not any(name.startswith(("splash", "__cudnn")) for name in found["kernels"]):
+    print("  none of attention: blocks of XLA")
   print("\ncollectives per chip and step")
   for row in found["collectives"]:
     axes = ",".join(row["axes"])

@@ -93,9 +93,9 @@ class Start:
     except SystemExit as error:
       status = error.code
       if status not in (0, 2, STOPPED_STATUS, 130):  # not ours: say whose
-        traceback.print_exc()
+        os.write(2, traceback.format_exc().encode())
     except BaseException:
-      traceback.print_exc()
+      os.write(2, traceback.format_exc().encode(errors="replace"))
     finally:
       with contextlib.suppress(OSError):
         sys.stdout.flush()

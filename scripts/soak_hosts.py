@@ -82,7 +82,7 @@ class Cluster:
 
   Args:
     count: how many; 1: without --coordinator_address.
-    output_dir: of the run. Outputs of the processes go to files beside it.
+    output_dir: of the run. Outputs of the processes go to files beside the folder that it is in.
     hosts: None: all on the loopback interface.
     arguments: of the command, without those of the processes.
     devices: of all processes together.
@@ -112,7 +112,8 @@ class Cluster:
     }
     self.count, self.processes, self.readers, self.logs = count, [], [], []
     for i in range(count):
-      log = output_dir.parent / f"{output_dir.name}_{i}.txt"
+      # Not in the folder of the run, whose disk may be full.
+      log = output_dir.parent.parent / f"{output_dir.parent.name}_{output_dir.name}_{i}.txt"
       own = hosts.command(i, output_dir.parent / f"hosts_{i}") if hosts else []
       joins = [*place, f"--process_id={i}"] if count > 1 else ["--num_processes=1"]
       # Through a pipe: what the process says is not limited.

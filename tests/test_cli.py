@@ -68,6 +68,10 @@ WRONG = [
   (["--accept_leaks=nope"], "--accept_leaks=nope: unknown router 'nope'"),
   (["--seeds=1000000000"], "flag --seeds=1000000000"),
   (["--dataset=markov", "--markov_states=200000"], "--markov_states=200000: at most 67108864 transition"),
+  (
+    ["--dataset=markov", "--sequence_length=999999"],
+    "--sequence_length=999999: --dataset=markov draws 512 windows",
+  ),
   (["--dataset=huggingface:foo"], "--dataset=huggingface:foo: must be stdlib, stdlib_tasks, markov"),
   (["--data_dir=/proc/no/such"], "/proc/no: No such file or directory"),
   (["--dataset=text_folder", "--text_folder=" + "a" * 5000], "aaa...: File name too long"),
@@ -83,6 +87,7 @@ WRONG_OF_OTHERS = [
   ("experiments/capacity.py", ["--group=batch,tree"], "--group=batch,tree: must be different ones of sequence,"),
   ("experiments/granularity.py", ["--arms=16x64"], "unknown arm '16x64': did you mean"),
   ("experiments/capacity.py", ["--methods=none@st_moe_topn"], "--router=st_moe_topn: in a causal model its output"),
+  ("scripts/account.py", ["--vocab_size=18446744073709551615"], "vocab_size=18446744073709551615, sequence_length="),
   ("scripts/coefficients.py", ["--loss=foo"], "flag --loss=foo"),
   ("scripts/coefficients.py", ["--weight=-1"], "--weight=-1.0: must be 0 or more"),
   ("scripts/coefficients.py", ["--num_experts_per_token=9"], "--num_experts_per_token=9: must be at most num_experts=8"),

@@ -91,7 +91,10 @@ def _published(name: str) -> dict:
   return values
 
 
-TINY = sorted(name for name in VOCAB_SIZES if name.endswith("_tiny"))
+TINY = [
+  f"{name}_tiny"
+  for name in ("mixtral_8x7b", "deepseek_v3", "minimax_text_01", "qwen2_57b_a14b", "gpt_oss_20b")
+]
 
 
 @given(content=st.sampled_from(TINY).flatmap(lambda name: files(_published(name))))

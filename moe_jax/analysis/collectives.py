@@ -23,8 +23,8 @@ KINDS = (
 # (kinds, mesh axes, why the layouts of `moe_jax.sharding.RULES` need it). A subset of the axes also matches.
 _PURPOSES = (
   (("all-to-all", "ragged-all-to-all"), {"expert"}, "rows to their experts and back"),
-  (("all-gather",), {"fsdp"}, "parameters, where they are used"),
-  (("reduce-scatter",), {"fsdp"}, "gradients of parameters that are kept in parts"),
+  (("all-gather",), {"fsdp", "expert"}, "parameters, where they are used"),
+  (("reduce-scatter",), {"fsdp", "expert"}, "gradients of parameters that are kept in parts"),
   (("all-reduce",), {"tensor"}, "sums over heads, hidden widths and vocabulary"),
   (
     ("all-reduce",),
@@ -47,7 +47,8 @@ def purpose(kind: str, axes: Sequence[str], spells_exchange: bool = False) -> st
     spells_exchange: a property of the dispatcher, see `moe_jax.sharding.dispatchers.Dispatcher`.
   """
   for kinds, known, what in _PURPOSES + (_SPELLED if spells_exchange else ()):
-    if kind in kinds and set(axes) <= known:
+    of_parameters = known == {"fsdp", "expert"}  # which no mesh keeps in parts over `expert` alone
+    if kind in kinds and set(axes) <= known and ("fsdp" in axes or not of_parameters):
       return what
   return ""
 

@@ -143,6 +143,8 @@ def _product(computation: dict[str, Instruction], instruction: Instruction) -> f
   opcode = instruction.opcode
   if opcode == "custom-call" and "/ragged-dot" in _op_name(instruction):
     return _ragged_kernel(computation, instruction)
+  if opcode == "custom-call" and "splash_mha" in instruction.name:
+    return _splash_kernel(computation, instruction)
   if opcode not in ("dot", "convolution", "ragged-dot"):
     return 0.0
   left, right = (_dimensions(computation, name) for name in instruction.operands[:2])
@@ -167,6 +169,25 @@ def _ragged_kernel(computation: dict[str, Instruction], instruction: Instruction
   left, right = (_dimensions(computation, name) for name in instruction.operands[-2:])
   out = arrays(instruction.shape)[0][1]
   return 2.0 * math.prod(left) * (out[-1] if len(right) == 3 else right[-1])
+
+
+# The products of each kernel of splash attention: how many sum over the width of queries, and of values.
+_SPLASH = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2)}
+
+
+def _splash_kernel(computation: dict[str, Instruction], instruction: Instruction) -> float:
+  """Returns the operations of a kernel of splash attention, in all tiles that it does not skip.
+
+  Its name scope has the pairs of a query and a key in these tiles, see `moe_jax.ops.attention_kernels`. Its
+  first arrays in bfloat16 are queries [B, N, L, H], without B if that is 1, keys, and values.
+  """
+  pairs = re.search(r"splash_of_(\d+)_pairs", instruction.attributes)
+  kind = re.search(r"splash_mha_([a-z]+)", instruction.name).group(1)
+  operands = (arrays(computation[name].shape)[0] for name in instruction.operands)
+  query, _, value = [dimensions for element, dimensions in operands if element == "bf16"][:3]
+  of_queries, of_values = _SPLASH[kind]
+  widths = of_queries * query[-1] + of_values * value[-1]
+  return 2.0 * math.prod(query[:-2]) * int(pairs.group(1)) * widths
 
 
 def _dimensions(computation: dict[str, Instruction], name: str) -> tuple[int, ...]:

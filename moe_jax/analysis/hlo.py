@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128, "bf16": 16}
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
+# Of a Pallas kernel: the only attribute that is written on several lines.
+_METADATA = re.compile(r"(kernel_metadata=\{)\n([^\n]*)\n\}")
 _NAME = re.compile(r"%([\w.\-]+)")
 
 
@@ -65,6 +67,7 @@ def _bits(kind: str) -> int:
 
 def parse(text: str) -> Program:
   """Parses the text of `compiled.as_text()`."""
+  text = _METADATA.sub(r"\1\2}", text)
   computations, entry, current = {}, "", {}
   for line in text.splitlines():
     if line and not line[0].isspace() and line.endswith("{") and not line.startswith("HloModule"):

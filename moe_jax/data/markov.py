@@ -13,9 +13,11 @@ import numpy as np
 from moe_jax.config import DataConfig
 from moe_jax.data.dataset import Dataset, DatasetInfo
 from moe_jax.data.windows import Batch
+from moe_jax.errors import InputError
 
 NUM_TRAIN = 1 << 20  # windows; nothing is stored, so this only sets the length of an epoch
 NUM_VALIDATION = 512
+_MOST_TOKENS = 1 << 25  # of the validation, drawn when the data set is loaded: half a minute
 _CHAIN_SEED = 20_240_101
 _SPLITS = {"train": 0, "validation": 1}
 
@@ -90,6 +92,12 @@ class MarkovWindows:
 
 
 def load_markov(config: DataConfig) -> Dataset:
+  most = _MOST_TOKENS // NUM_VALIDATION
+  if config.sequence_length > most:
+    raise InputError(
+      f"--sequence_length={config.sequence_length}: --dataset=markov draws {NUM_VALIDATION} windows for validation, token "
+      f"by token; use at most {most}, or a data set of text"
+    )
   chains = MarkovChains(config.markov_domains, config.markov_states, config.markov_temperature)
   train = MarkovWindows(chains, "train", NUM_TRAIN, config.sequence_length)
   validation = MarkovWindows(chains, "validation", NUM_VALIDATION, config.sequence_length)

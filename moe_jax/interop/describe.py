@@ -5,7 +5,6 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 from flax import nnx
 
 from moe_jax.config import BlockConfig, ModelConfig, Segment, spec_text
@@ -14,6 +13,7 @@ from moe_jax.interop.families import FAMILIES, Family, Values
 from moe_jax.interop.families.fields import layers_of, shared_moe
 from moe_jax.nn.block import Block
 from moe_jax.nn.build import make_blocks, resolve
+from moe_jax.nn.variables import abstract
 
 # The fields of a layer with experts that change what it computes in evaluation.
 _MOE_FIELDS = (
@@ -117,11 +117,10 @@ def _block_differences(
 
 @functools.lru_cache(maxsize=256)
 def _built(config: ModelConfig, block: BlockConfig) -> Block:
-  """A block without values."""
-  found: list[Block] = []
-  build = lambda: found.extend(make_blocks(config, Segment((block,)), nnx.Rngs(0)))
-  jax.eval_shape(build)
-  return found[0]
+  """A block without values. How attention is computed does not count."""
+  if block.mixer.takes("kernel"):
+    block = dataclasses.replace(block, mixer=block.mixer.with_option("kernel", "auto"))
+  return abstract(lambda: make_blocks(config, Segment((block,)), nnx.Rngs(0)))[0]
 
 
 def _structure(module: nnx.Module | None) -> Any:

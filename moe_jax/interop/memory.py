@@ -29,10 +29,10 @@ def _compare(what: str, size: int, free: int | None, dtype: str, num_devices: in
     return
   smaller = "" if dtype == "bfloat16" else f"; dtype='bfloat16' needs {size / 2e9:.1f} GB"
   devices = -(-size * num_devices // max(free, 1))
-  spread = "" if where == "this host" else f"; or a mesh that splits it over {devices} such devices"
+  such = f"{-(-size // max(free, 1))} such hosts" if where == "this host" else f"{devices} such devices"
   raise InputError(
-    f"{what}: needs {size / 1e9:.1f} GB in {dtype}, and {where} has {free / 1e9:.1f} GB free{smaller}{spread}"
-    "; moe_jax.LayerStream keeps one layer in memory at a time"
+    f"{what}: needs {size / 1e9:.1f} GB in {dtype}, and {where} has {free / 1e9:.1f} GB free{smaller}; or a mesh that splits "
+    f"it over {such}; moe_jax.LayerStream (examine.py --stream) keeps one layer in memory at a time"
   )
 
 

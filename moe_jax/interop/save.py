@@ -6,16 +6,17 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from moe_jax import disk
+from moe_jax.cluster.processes import first_writes, from_first
 from moe_jax.errors import InputError, require_option
 from moe_jax.interop.describe import describe
 from moe_jax.interop.families import Family
 from moe_jax.interop.folder import CONFIG, INDEX, SINGLE, read_config
+from moe_jax.interop.gather import fetch
 from moe_jax.interop.load import DTYPES
 from moe_jax.interop.names import Piece, Stored, bias_of, stored_parameters
 from moe_jax.interop.place import copy
@@ -48,7 +49,8 @@ def save(
   """Saves a model so that transformers, and `moe_jax.load`, can load it: config.json, weights and tokenizer files.
 
   Experts are written one by one, as the published checkpoints have them. Weights are written tensor by tensor, into
-  one file, or into several with an index.
+  one file, or into several with an index. Of several processes, all must call this: process 0 writes, and a host holds
+  no more than one whole tensor at a time.
 
   Args:
     model: what `moe_jax.load` returned, or a `Transformer`. With the first, tokenizer files are copied, and what only
@@ -64,11 +66,9 @@ def save(
   """
   require_option("save", "format", format, ("hf",))
   require_option("save", "dtype", dtype, ("", *DTYPES))
-  if jax.process_count() > 1:
-    raise InputError("save: takes one process; load the checkpoint of the run in one, and save it there")
   loaded = model if isinstance(model, Loaded) else None
   folder, model = pathlib.Path(folder).expanduser(), model.model if loaded else model
-  if any((folder / name).exists() for name in (SINGLE, INDEX)):
+  if from_first(any((folder / name).exists() for name in (SINGLE, INDEX))):
     raise InputError(f"save: {folder} already holds weights; choose another folder")
   before = _values_before(loaded)
   weights = model.embedding_VD.get_value()
@@ -79,10 +79,15 @@ def save(
     before.pop(name, None)
   values = before | values | {"torch_dtype": dtype}
   tensors = pending_tensors(model, family, np.dtype(jnp.dtype(dtype)))
-  folder.mkdir(parents=True, exist_ok=True)
-  _copy_tokenizer(loaded, folder)
-  _write(folder, tensors, shard_bytes)
-  disk.write_text(folder / CONFIG, json.dumps(values, indent=2) + "\n")
+  with first_writes("moe_jax.save") as mine:
+    if not mine:
+      for tensor in tensors.values():  # its parts go to process 0, in the order in which that writes them
+        tensor.make()
+      return
+    folder.mkdir(parents=True, exist_ok=True)
+    _copy_tokenizer(loaded, folder)
+    _write(folder, tensors, shard_bytes)
+    disk.write_text(folder / CONFIG, json.dumps(values, indent=2) + "\n")
 
 
 def _values_before(loaded: Loaded | None) -> dict[str, Any]:
@@ -116,26 +121,10 @@ def _pending(parts: list[tuple[Any, Stored, Piece]], dtype: np.dtype) -> Pending
   def make() -> np.ndarray:
     tensor = np.empty(shape, dtype)
     for value, _, piece in parts:
-      copy(*piece.layout.place(_fetch(value, piece.lead), tensor))
+      copy(*piece.layout.place(fetch(value, piece.lead), tensor))
     return tensor
 
   return Pending(shape, dtype, make)
-
-
-def _fetch(value: jax.Array, lead: tuple[int, ...]) -> np.ndarray:
-  """Returns value[lead] from the devices that hold its parts."""
-  out = np.empty(value.shape[len(lead) :], value.dtype)
-  for shard in value.addressable_shards:
-    first, rest = shard.index[: len(lead)], shard.index[len(lead) :]
-    starts = [part.indices(size)[0] for part, size in zip(first, value.shape, strict=False)]
-    own = tuple(i - start for i, start in zip(lead, starts, strict=True))
-    if shard.replica_id == 0 and all(0 <= i < n for i, n in zip(own, shard.data.shape, strict=False)):
-      on_host = shard.device.platform == "cpu"
-      part = np.asarray(shard.data)[own] if on_host else np.asarray(shard.data[own])
-      if part.shape == out.shape:
-        return part
-      out[rest] = part
-  return out
 
 
 def _write(folder: pathlib.Path, tensors: Mapping[str, Pending], shard_bytes: int) -> None:

@@ -7,7 +7,6 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 from flax import nnx
 
 from moe_jax.config import BlockConfig, ModelConfig, MoEConfig, Segment, spec_text
@@ -19,6 +18,7 @@ from moe_jax.nn.mixers import MIXERS
 from moe_jax.nn.moe import MoE
 from moe_jax.nn.residual import RESIDUALS
 from moe_jax.nn.routers import ROUTERS
+from moe_jax.nn.variables import abstract
 from moe_jax.ops.balancing import BALANCERS
 from moe_jax.sharding.dispatchers import DISPATCHERS
 
@@ -111,7 +111,7 @@ def make_blocks(config: ModelConfig, segment: Segment, rngs: nnx.Rngs) -> list[B
 def _check_block(config: ModelConfig, block: BlockConfig) -> None:
   """Builds a resolved block without computing anything, so that errors about options are raised now."""
   try:
-    jax.eval_shape(lambda: make_blocks(config, Segment((block,)), nnx.Rngs(0)) and None)
+    abstract(lambda: make_blocks(config, Segment((block,)), nnx.Rngs(0)))
   except InputError as error:
     kind = str(error).partition(" ")[0]
     if kind not in _BLOCK_PARTS:
@@ -132,15 +132,9 @@ def abstract_ffn(block: BlockConfig) -> nnx.Module:
     InputError: if its parts do not fit together or do not support the numbers of experts. The message names
       the flag.
   """
-  found = []
-
-  def build() -> None:
-    sizes = {"dim": 8, "dense_dim": 8, "activation": "swiglu", "init_scale": 1.0}
-    found.append(block.ffn(moe=block.moe, rngs=nnx.Rngs(0), **sizes))
-
+  sizes = {"dim": 8, "dense_dim": 8, "activation": "swiglu", "init_scale": 1.0}
   with _naming_of(block.moe):
-    jax.eval_shape(build)  # a trace: nothing is computed
-  return found[0]
+    return abstract(lambda: block.ffn(moe=block.moe, rngs=nnx.Rngs(0), **sizes))
 
 
 def routed_part(block: BlockConfig) -> MoE | None:

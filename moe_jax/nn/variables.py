@@ -1,12 +1,31 @@
 """Parameters with logical axes, and the variable type of balancer state."""
 
+import contextvars
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.sharding import gathered
+
+T = TypeVar("T")
+_without_values = contextvars.ContextVar("_without_values", default=False)
+
+
+def abstract(make: Callable[[], T]) -> T:
+  """Returns the module, or modules, that `make` makes, with shapes and types in place of values. Nothing is computed.
+
+  Tracing what draws values would take most of the time, so `matrix` draws none.
+  """
+  found: list[T] = []
+  token = _without_values.set(True)
+  try:
+    jax.eval_shape(lambda: found.append(make()))
+  finally:
+    _without_values.reset(token)
+  return found[0]
 
 
 def weight(param: nnx.Param, dtype: jnp.dtype = jnp.float32) -> jax.Array:
@@ -58,7 +77,7 @@ def matrix(
     num_in: how many of the other axes, from the left, are inputs.
     zero: whether to start at zero instead.
   """
-  if zero:
+  if zero or _without_values.get():
     return nnx.Param(jnp.zeros(shape, jnp.float32), logical_axes=axes, num_in=num_in)
   batch = tuple(i for i, name in enumerate(axes) if name == "expert")
   rest = [i for i in range(len(shape)) if i not in batch]

@@ -1,4 +1,7 @@
-"""Softmax attention that never stores all scores of a long sequence."""
+"""Softmax attention that never stores all scores of a long sequence, in XLA's operations.
+
+`moe_jax.sharding.attention` uses the kernel of a GPU or a TPU instead, where there is one.
+"""
 
 import functools
 
@@ -19,11 +22,11 @@ def attend(
   causal: bool = True,
   window: int = 0,
   mask_BL: Array | None = None,
+  pad_B: Array | None = None,
   segment_BL: Array | None = None,
   scale: float | None = None,
   sink_N: Array | None = None,
   block: int = BLOCK,
-  fused: bool = False,
 ) -> Array:
   """Returns, for each position, the softmax-weighted mean of the values that it attends to, [B, L, N, H].
 
@@ -40,27 +43,18 @@ def attend(
     window: attend only to the last `window` positions, including the position itself; 0: no limit. Without
       `causal`, to as many on either side.
     mask_BL: bool, False: no position attends to it. None: all True.
+    pad_B: int32, the first position of each sequence; nothing attends to earlier ones. None: all 0.
     segment_BL: int32, the number of the text in a packed row: a position attends only to its own. None: one text a row.
     scale: what scores are multiplied by; None: H^-0.5.
     sink_N: a score of each query head that takes part in its softmax and brings no value (gpt-oss,
       2508.10925), or None.
     block: the number of queries whose scores are stored at a time.
-    fused: use cuDNN's kernel on a GPU where it has this form, see `has_kernel`.
   """
-  plain = mask_BL is None and segment_BL is None
-  if fused and causal and plain and sink_N is None and has_kernel(query_BLNH, value_BLNH):
-    sides = (window - 1, 0) if window else None
-    return jax.nn.dot_product_attention(
-      query_BLNH,
-      key_BLNH,
-      value_BLNH,
-      scale=scale,
-      is_causal=True,
-      local_window_size=sides,
-      implementation="cudnn",
-    )
   length = query_BLNH.shape[1]
-  if length <= block and causal and not window and plain:
+  if pad_B is not None:
+    text_BL = jnp.arange(length)[None] >= pad_B[:, None]
+    mask_BL = text_BL if mask_BL is None else mask_BL & text_BL
+  if length <= block and causal and not window and mask_BL is None and segment_BL is None:
     return _mix(query_BLNH, key_BLNH, value_BLNH, is_causal=True, scale=scale, sink_N=sink_N)
   # A barrier (prevent_cse) keeps XLA from merging this recomputation with that of the layer around it.
   rows = []
@@ -109,18 +103,6 @@ def _attend(
   if of_text_BXY is not None:
     mask = mask & of_text_BXY[:, None]
   return _mix(query_BXNH, key_BYNH, value_BYNH, mask=mask, scale=scale, sink_N=sink_N)
-
-
-def has_kernel(query_BLNH: Array, value_BLNH: Array) -> bool:
-  """Returns whether cuDNN has a kernel for causal attention of these types and widths, on the default backend."""
-  width = query_BLNH.shape[-1]
-  return (
-    jax.default_backend() == "gpu"
-    and query_BLNH.dtype in (jnp.bfloat16, jnp.float16)
-    and value_BLNH.shape[-1] == width
-    and width <= 128
-    and width % 8 == 0
-  )
 
 
 def attend_cached(

@@ -38,6 +38,12 @@ class Product(Protocol):
     The result broadcasts with rows [.., X].
     """
 
+  def row_tiles(self, rows: Array, size: int) -> tuple[Array, int]:
+    """Returns the tile of each row, int32 [..], and the number of tiles.
+
+    A tile is `size` rows of one expert that follow each other, or the fewer rows at its end.
+    """
+
   def hidden(self, rows: Array) -> Array:
     """Returns the hidden units that enter the last product.
 
@@ -63,6 +69,12 @@ class Batched(NamedTuple):
   def per_row(self, values_EX: Array) -> Array:
     return values_EX[:, None]
 
+  def row_tiles(self, rows: Array, size: int) -> tuple[Array, int]:
+    num_experts, num_rows = rows.shape[:2]
+    each = -(-num_rows // size)
+    tile_EM = jnp.arange(num_experts)[:, None] * each + jnp.arange(num_rows)[None] // size
+    return tile_EM, num_experts * each
+
   def hidden(self, rows: Array) -> Array:
     return rows
 
@@ -86,9 +98,22 @@ class Sorted(NamedTuple):
     return grouped_matmul(rows_MX, w_EXY, self.group_sizes_E, self.block)
 
   def per_row(self, values_EX: Array) -> Array:
-    ends_E = jnp.cumsum(self.group_sizes_E)
-    expert_M = jnp.searchsorted(ends_E, jnp.arange(self.num_rows), side="right")
-    return values_EX[jnp.minimum(expert_M, values_EX.shape[0] - 1)]
+    return values_EX[jnp.minimum(self._expert_M(), values_EX.shape[0] - 1)]
+
+  def row_tiles(self, rows: Array, size: int) -> tuple[Array, int]:
+    del rows
+    # Rows without an expert come last, as those of one more.
+    sizes = jnp.concatenate([self.group_sizes_E, jnp.array([self.num_rows], self.group_sizes_E.dtype)])
+    before = lambda sizes: jnp.cumsum(sizes) - sizes
+    expert_M = self._expert_M()
+    tile_M = (
+      before(-(-sizes // size))[expert_M] + (jnp.arange(self.num_rows) - before(sizes)[expert_M]) // size
+    )
+    return tile_M, -(-self.num_rows // size) + self.group_sizes_E.shape[0] + 1
+
+  def _expert_M(self) -> Array:
+    """The expert of each row, E for a row without."""
+    return jnp.searchsorted(jnp.cumsum(self.group_sizes_E), jnp.arange(self.num_rows), side="right")
 
   def hidden(self, rows: Array) -> Array:
     return rows
@@ -108,6 +133,9 @@ class Wrapper:
 
   def per_row(self, values_EX: Array) -> Array:
     return self.product.per_row(values_EX)
+
+  def row_tiles(self, rows: Array, size: int) -> tuple[Array, int]:
+    return self.product.row_tiles(rows, size)
 
   def hidden(self, rows: Array) -> Array:
     return self.product.hidden(rows)

@@ -12,6 +12,7 @@ from moe_jax.sharding.rules import (
   in_use,
   on_one_cpu,
   partition_spec,
+  platform,
   replicated,
   state_shardings,
 )
@@ -31,6 +32,7 @@ __all__ = [
   "make_mesh",
   "on_one_cpu",
   "partition_spec",
+  "platform",
   "replicated",
   "state_shardings",
 ]

@@ -53,7 +53,7 @@ def on_each_device(
     return experts.compute(weights, rows, PartOfSum(product, parts))
 
   def body(x_GTD, fields, weights):
-    weights = tuple(_whole(w, spec) for w, spec in zip(weights, weight_specs, strict=True))
+    weights = tuple(map(_whole, weights, experts.axes, weight_specs))
     here = Experts(weights, experts.axes, experts.compute if parts == 1 else part_of_sum)
     y_GTD, kept_GA = function(x_GTD, jax.tree.unflatten(fields_tree, fields), here, group)
     return (y_GTD if parts == 1 else y_GTD[None]), kept_GA
@@ -67,11 +67,10 @@ def on_each_device(
   return (y if parts == 1 else y.sum(axis=0)), kept_GA
 
 
-def _whole(w: Array, spec: PartitionSpec) -> Array:
+def _whole(w: Array, logical_axes: tuple[str | None, ...], spec: PartitionSpec) -> Array:
   """Returns one device's part of a matrix, gathered along the dimension that is sharded only for storage."""
-  kept_in_parts = {axis for name in sharding.KEPT_IN_PARTS for axis in sharding.RULES[name]}
-  for dimension, axis in enumerate(spec):
-    if axis in kept_in_parts and lax.axis_size(axis) > 1:
+  for dimension, (name, axis) in enumerate(zip(logical_axes, spec)):
+    if name in sharding.KEPT_IN_PARTS and axis is not None and lax.axis_size(axis) > 1:
       w = lax.all_gather(w, axis, axis=dimension, tiled=True)
   return w
 

@@ -18,7 +18,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 #   slice   slices of a pod, or nodes: only gradients are communicated across it
 #   data    replicas of the parameters
 #   fsdp    parameters and optimizer state are sharded, and gathered layer by layer where they are used
-#   expert  each device holds some of the experts; tokens are sent there and back
+#   expert  each device holds some of the experts; tokens are sent there and back. With fsdp, also shards the parameters
+#           that are not of experts
 #   tensor  heads, the experts' and dense hidden dimensions, the vocabulary
 MESH_AXES = ("slice", "data", "fsdp", "expert", "tensor")
 BATCH_AXES = ("slice", "data", "fsdp", "expert")
@@ -28,17 +29,20 @@ RULES: dict[str, tuple[str, ...]] = {
   "batch": BATCH_AXES,  # sequences
   "group": BATCH_AXES,  # routing groups: parts of sequences, in the same order
   "expert": ("expert",),
-  "embed": ("fsdp",),  # of parameters, as they are stored; see `gathered`
-  "attention_rank": ("fsdp",),  # the same, of what latent attention projects heads from
+  "embed": ("fsdp", "expert"),  # of parameters, as they are stored; see `gathered`
+  "attention_rank": ("fsdp", "expert"),  # the same, of what latent attention projects heads from
   "mlp": ("tensor",),
   "heads": ("tensor",),
   "kv_heads": ("tensor",),
   "vocab": ("tensor",),
 }
 # These are not split if the mesh does not divide them: the size of a vocabulary is given, and key-value heads and
-# ranks are small. `check_divides` rejects any other size that the mesh does not divide.
+# ranks are small. `check_divides` rejects any other size that the mesh does not divide, but for "embed" it asks only fsdp to
+# divide it.
 WHERE_IT_FITS = ("kv_heads", "vocab", "attention_rank")
-KEPT_IN_PARTS = ("embed", "attention_rank")  # split where a parameter is stored, whole where it is used
+# Split where a parameter is stored, whole where it is used. `expert` takes part if `fsdp` does, so that a mesh without
+# `fsdp` gathers nothing, and if both divide the size.
+KEPT_IN_PARTS = ("embed", "attention_rank")
 
 
 def partition_spec(
@@ -54,18 +58,29 @@ def partition_spec(
 
   Args:
     logical_axes: one per dimension; None is not split.
-    shape: the shape of the array. With it, axes in `WHERE_IT_FITS` are not split if the mesh does not divide them.
+    shape: the shape of the array. With it, axes in `WHERE_IT_FITS` are not split if the mesh does not divide them, and
+      those in `KEPT_IN_PARTS` are split over `expert`, too, if it does.
     sizes: the sizes of the mesh axes, needed with `shape`.
   """
   taken: set[str] = set()
   spec = []
   for i, name in enumerate(logical_axes):
     axes = tuple(a for a in RULES.get(name or "", ()) if a not in taken)
+    if name in KEPT_IN_PARTS and not _all_split(axes, shape and shape[i], sizes):
+      axes = axes[:1]
     if name in WHERE_IT_FITS and shape is not None and shape[i] % math.prod(sizes[a] for a in axes):
       axes = ()
     taken.update(axes)
     spec.append(axes[0] if len(axes) == 1 else axes or None)
   return PartitionSpec(*spec)
+
+
+def _all_split(axes: Sequence[str], size: int | None, sizes: Mapping[str, int] | None) -> bool:
+  """Whether a mesh of these sizes, if they are known, has all of these axes and they divide `size`."""
+  if size is None or sizes is None:
+    return False
+  parts = [sizes.get(axis, 1) for axis in axes]
+  return min(parts, default=1) > 1 and size % math.prod(parts) == 0
 
 
 def constrain(x: jax.Array, logical_axes: tuple[str | None, ...]) -> jax.Array:
@@ -91,22 +106,37 @@ _gathered.defvjp(lambda w, axes: (_gathered(w, axes), None), lambda axes, _, d_w
 
 
 def gathered(w: jax.Array, logical_axes: tuple[str | None, ...]) -> jax.Array:
-  """Gathers a parameter that is sharded over fsdp, for its use. Its gradient is sharded again.
+  """Gathers a parameter that is kept in parts, for its use. Its gradient is sharded again.
 
   Cast the parameter first, so that half the bytes are sent. Inside a scan over layers, only one layer's parameters
   are gathered at a time.
   """
   sizes = jax.sharding.get_abstract_mesh().shape
-  axes = [a for name in logical_axes if name in KEPT_IN_PARTS for a in RULES[name]]
-  if math.prod(sizes.get(a, 1) for a in axes) == 1:
+  if not any(name in KEPT_IN_PARTS and sizes.get(RULES[name][0], 1) > 1 for name in logical_axes):
     return w
   return _gathered(w, tuple(logical_axes))
+
+
+def num_parts(logical_axis: str, sizes: Mapping[str, int]) -> int:
+  """Returns the number of parts that a logical axis is split into, on a mesh with axes of these sizes."""
+  return math.prod(sizes[axis] for axis in RULES.get(logical_axis, ()))
+
+
+def platform() -> str:
+  """Returns the platform that the program being traced is for: that of the mesh in use, or of the default device.
+
+  It is not `jax.default_backend()` where a program is compiled for devices that are not present.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  device = None if mesh.empty else mesh.abstract_device
+  device = device or jax.config.jax_default_device
+  return getattr(device, "platform", device) or jax.default_backend()
 
 
 def on_one_cpu() -> bool:
   """Returns whether the program being traced runs on a single CPU device, where there is no exchange to prepare."""
   mesh = jax.sharding.get_abstract_mesh()
-  return jax.default_backend() == "cpu" and (mesh.empty or mesh.size == 1)
+  return platform() == "cpu" and (mesh.empty or mesh.size == 1)
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:

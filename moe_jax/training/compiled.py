@@ -19,7 +19,7 @@ from moe_jax.nn.build import different_blocks, naming, resolve, routed_part
 from moe_jax.nn.leaks import check_causal
 from moe_jax.nn.moe import MoE
 from moe_jax.nn.transformer import Transformer
-from moe_jax.nn.variables import BalancerState
+from moe_jax.nn.variables import BalancerState, abstract
 from moe_jax.ops.metrics import METRICS
 from moe_jax.registry import Method
 from moe_jax.training.hooks import HOOKS, Hook
@@ -180,9 +180,7 @@ def make_model(config: Config, vocab_size: int, seed: jax.Array | int = 0) -> Tr
 
 def abstract_model(config: Config, vocab_size: int) -> Transformer:
   """Returns the model without parameter values, computing nothing."""
-  found = []
-  jax.eval_shape(lambda: found.append(make_model(config, vocab_size)))
-  return found[0]
+  return abstract(lambda: make_model(config, vocab_size))
 
 
 def make_train_step(config: Config, vocab_size: int, num_domains: int, gradients: bool = False) -> Step:

@@ -3,7 +3,6 @@
 import os
 from typing import Any
 
-import jax
 from flax import nnx
 
 from moe_jax.config import BlockConfig, Config, ModelConfig, Segment
@@ -11,6 +10,7 @@ from moe_jax.data import DatasetInfo
 from moe_jax.nn.build import different_blocks, make_blocks, routed_part
 from moe_jax.nn.ffn import MLP, SoftMoE
 from moe_jax.nn.moe import MoE
+from moe_jax.nn.variables import abstract
 from moe_jax.ops.dispatch import expert_capacity
 
 
@@ -67,14 +67,8 @@ def trace_header(config: Config, info: DatasetInfo) -> dict[str, Any]:
 
 def _parts(config: ModelConfig, block: BlockConfig) -> list[nnx.Module]:
   """Returns the modules of the feed-forward part of a block, with their true sizes and without arrays."""
-  found: list[nnx.Module] = []
-
-  def build() -> None:
-    (made,) = make_blocks(config, Segment((block,)), nnx.Rngs(0))
-    found.extend(module for _, module in nnx.iter_modules(made.ffn))
-
-  jax.eval_shape(build)  # a trace: nothing is computed
-  return found
+  (made,) = abstract(lambda: make_blocks(config, Segment((block,)), nnx.Rngs(0)))
+  return [module for _, module in nnx.iter_modules(made.ffn)]
 
 
 def _active_width(block: BlockConfig, parts: list[nnx.Module], length: int) -> int | float:

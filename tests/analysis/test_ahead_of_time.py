@@ -322,9 +322,12 @@ def test_unknown_tpu_topology():
 @pytest.mark.slow
 def test_the_script_for_a_tpu_slice(tmp_path):
   out = tmp_path / "found.json"
-  (ended,) = run_scripts([*COMPILE, "--topology=v5e:2x4", "--expert_parallelism=4", f"--output={out}"])
+  half = ["--compute_dtype=bfloat16", "--sequence_length=256", "--remat=full"]
+  (ended,) = run_scripts([*COMPILE, *half, "--topology=v5e:2x4", "--expert_parallelism=4", f"--output={out}"])
   assert ended.status == 0, ended
   result = json.loads(out.read_text())["result"]
   assert result["device_kind"] == "TPU v5 lite" and result["fits"]
   assert result["unknown_loops"] == []
   assert result["flops"]["experts_ratio"] == pytest.approx(1.25, rel=0.05)
+  of_attention = {name: runs for name, runs in result["kernels"].items() if "splash" in name}
+  assert of_attention == {"splash_mha_fwd": 2, "splash_mha_dq": 1, "splash_mha_dkv": 1}  # recomputed once

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax import sharding
 from moe_jax.analysis import collectives, flops, hlo
+from moe_jax.analysis.ahead_of_time import kernels
 from moe_jax.config import MeshConfig
 
 MESH = {"slice": 1, "data": 2, "fsdp": 1, "expert": 4, "tensor": 1}
@@ -237,3 +238,29 @@ def test_varying_axes_of_any_product_of_axes(rng):
     groups = ids.transpose([*others, *axes]).reshape(-1, np.prod([ids.shape[i] for i in axes]))
     groups = rng.permuted(groups, axis=1)
     assert collectives.varying_axes(groups, mesh) == tuple("abc"[i] for i in axes)
+
+
+SPLASH = """HloModule m
+
+ENTRY %main (p: s8[1,2,2]) -> bf16[2,4,1024,64] {
+  %seen = s8[1,2,2]{2,1,0} parameter(0)
+  %q = bf16[2,4,1024,64]{3,2,1,0} parameter(1)
+  %k = bf16[2,1,1024,64]{3,2,1,0} parameter(2)
+  %v = bf16[2,1,1024,32]{3,2,1,0} parameter(3)
+  %splash_mha_fwd_residuals.3 = (bf16[2,4,1024,32]{3,2,1,0}, f32[2,4,1024,128]{3,2,1,0}) custom-call(%seen, %q, %k, %v), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="jit(f)/splash_of_786432_pairs/vmap(x)/pallas_call"}
+  %out = bf16[2,4,1024,32]{3,2,1,0} get-tuple-element(%splash_mha_fwd_residuals.3), index=0
+  %splash_mha_dq_no_residuals = bf16[2,4,1024,64]{3,2,1,0} custom-call(%seen, %q, %k, %v, %out), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/transpose(splash_of_786432_pairs)/pallas_call"}
+  ROOT %splash_mha_dkv_no_residuals.1 = (bf16[2,1,1024,64]{3,2,1,0}, bf16[2,1,1024,32]{3,2,1,0}) custom-call(%seen, %q, %k, %v, %out), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/transpose(splash_of_786432_pairs)/pallas_call"}
+}
+"""
+
+
+def test_the_products_in_kernels_of_attention():
+  """Three of four tiles of 512 x 512: scores and values forward; scores, two of values, two of queries or keys back."""
+  program = hlo.parse(SPLASH)
+  one = 2 * 2 * 4 * 3 * 512**2  # a product over one column
+  forward, of_queries, of_keys = 64 + 32, 64 + 32 + 64, 64 + 32 + 32 + 64
+  assert flops.compiled_flops(program)[0] == one * (forward + of_queries + of_keys)
+  assert kernels(program) == {"splash_mha_dkv": 1, "splash_mha_dq": 1, "splash_mha_fwd": 1}

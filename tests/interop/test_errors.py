@@ -147,7 +147,8 @@ def test_too_little_memory_is_said_before_anything_is_read(folder, monkeypatch):
   monkeypatch.setattr("moe_jax.interop.load.load_parameter", lambda *args: pytest.fail("something was read"))
   refused(
     folder,
-    r"needs 0.0 GB in float32, and this host has 0.0 GB free; dtype='bfloat16' needs 0.0 GB; moe_jax.LayerStream keeps",
+    r"needs 0.0 GB in float32, and this host has 0.0 GB free; dtype='bfloat16' needs 0.0 GB; or a mesh that splits "
+    r"it over 2 such hosts; moe_jax.LayerStream \(examine.py --stream\) keeps",
   )
 
 

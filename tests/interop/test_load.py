@@ -68,6 +68,11 @@ def test_what_was_saved_comes_back(model, folder):
   np.testing.assert_array_equal(loaded.model(tokens_BL)[0], model(tokens_BL)[0])
 
 
+def test_how_attention_is_computed_does_not_keep_a_model_from_being_saved(tmp_path):
+  moe_jax.save(random_model(dataclasses.replace(MIXTRAL, mixer="attention:kernel=blocks")), tmp_path)
+  assert moe_jax.load(tmp_path).config.model.model_dim == MIXTRAL.model_dim
+
+
 def test_several_files_with_an_index(model, folder, tmp_path):
   moe_jax.save(model, tmp_path, shard_bytes=4000)
   names = [path.name for path in sorted(tmp_path.glob("*.safetensors"))]
@@ -116,7 +121,7 @@ def test_straight_onto_a_mesh(model, folder, tmp_path):
     wanted,
   )
   parts = {str(shard.index) for shard in loaded.model.embedding_VD.get_value().addressable_shards}
-  assert len(parts) == 4  # vocabulary over tensor, width over fsdp
+  assert len(parts) == 8  # vocabulary over tensor, width over fsdp and expert
   assert_same_model(loaded.model, model)
   for name, tensor in opened.tensors.items():
     assert tensor.read == np.prod(tensor.shape) * 4, name

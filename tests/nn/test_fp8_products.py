@@ -8,7 +8,8 @@ from flax import nnx
 
 from moe_jax.nn import Context, MoE
 from moe_jax.nn.experts import EXPERTS
-from moe_jax.ops.experts import Batched
+from moe_jax.ops import grouped_matmul
+from moe_jax.ops.experts import Batched, Sorted
 from moe_jax.ops.fp8 import BLOCK, TILE, quantised
 from tests.nn.layer import randomized
 
@@ -42,6 +43,10 @@ def tile(x):
   return store(x, 1, 128)
 
 
+def by_rows(x):
+  return store(x, 128, 1)
+
+
 def block(w):
   return store(w, 128, 128)
 
@@ -60,17 +65,26 @@ def test_what_is_stored_is_the_nearest_number_in_each_block(rng, blocks):
   assert np.abs(found - x).max() > 1e-3
 
 
-D, F, M = 140, 150, 6
+D, F, M = 140, 150, 131
 
 
-def test_values_and_gradients_are_those_of_the_emulation(rng):
-  """Two experts with six rows each; blocks and tiles are ragged."""
+@pytest.mark.parametrize("form", ["batched", "sorted"])
+def test_values_and_gradients_are_those_of_the_emulation(rng, form):
+  """Two experts with 131 rows each; blocks and tiles are ragged, also along rows."""
   experts = randomized(lambda: EXPERTS["fp8_products"](2, D, F, rngs=nnx.Rngs(0)))
   rows, cotangent = rng.normal(size=(2, 2, M, D)).astype(np.float32)
+  rows *= np.exp(rng.normal(size=(2, M, 1))).astype(
+    np.float32
+  )  # so that tiles along rows differ from the others
   graphdef, params = nnx.split(experts)
 
   def run(params, rows):
-    y = nnx.merge(graphdef, params)(rows, Batched())
+    network = nnx.merge(graphdef, params)
+    if form == "batched":
+      y = network(rows, Batched())
+    else:
+      flat = jnp.concatenate([rows.reshape(-1, D), jnp.zeros((grouped_matmul.BLOCK, D))])
+      y = network(flat, Sorted(jnp.array([M, M]), len(flat)))[: 2 * M].reshape(2, M, D)
     return jnp.vdot(y, cotangent), y
 
   (d_params, d_rows), y = jax.device_get(jax.jit(jax.grad(run, argnums=(0, 1), has_aux=True))(params, rows))
@@ -84,8 +98,11 @@ def test_values_and_gradients_are_those_of_the_emulation(rng):
     np.testing.assert_allclose(y[e], hidden @ w_down, rtol=2e-3, atol=2e-3)
     d_y = tile(cotangent[e])
     d_hidden = d_y @ w_down.T
-    d_g, d_u = tile(d_hidden * u * sigmoid * (1 + g * (1 - sigmoid))), tile(d_hidden * g * sigmoid)
-    expected = {"w_down_EFD": hidden.T @ d_y, "w_gate_EDF": x.T @ d_g, "w_up_EDF": x.T @ d_u}
+    d_g_full, d_u_full = d_hidden * u * sigmoid * (1 + g * (1 - sigmoid)), d_hidden * g * sigmoid
+    d_g, d_u = tile(d_g_full), tile(d_u_full)
+    down, up_and_gate = by_rows(hidden).T, by_rows(x).T
+    expected = {"w_down_EFD": down @ by_rows(cotangent[e]), "w_gate_EDF": up_and_gate @ by_rows(d_g_full)}
+    expected["w_up_EDF"] = up_and_gate @ by_rows(d_u_full)
     for name, want in expected.items():
       assert_close(d_inner[name][...][e], want)
     assert_close(d_rows[e], d_g @ w_gate.T + d_u @ w_up.T)

@@ -170,7 +170,7 @@ def test_heads_are_split_over_the_tensor_axis_and_matrices_over_fsdp():
   "spec, changed, message",
   [
     ("attention:qk_norm_over=all", {}, "qk_norm_over must be one of head, projection, got 'all'"),
-    ("attention:kernel=cudnn", {}, "kernel must be one of blocks, auto, got 'cudnn'"),
+    ("attention:kernel=cudnn", {}, "kernel must be one of auto, blocks, got 'cudnn'"),
     ("attention:clip_qkv=-1", {}, "clip_qkv must be 0 .* or above, got -1"),
     ("attention:rotary_fraction=0.3", {}, "rotary_fraction must be .* an even part of head_dim=8, got 0.3"),
     ("attention:yarn_factor=0.5", {}, "mixer attention: yarn_factor must be at least 1, got 0.5"),

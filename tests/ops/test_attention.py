@@ -77,28 +77,6 @@ def test_queries_behind_a_cache_see_what_they_would_see_without(arrays, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_kernel_of_a_gpu_is_asked_for_the_same(arrays, form, monkeypatch):
-  """Where it has the form; here XLA stands for it. Otherwise, and in float32, nothing changes."""
-  given, asked, plain = FORMS[form], [], jax.nn.dot_product_attention
-
-  def stand_in(*args, implementation=None, **options):
-    asked.append(implementation)
-    return plain(*args, **options)
-
-  monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
-  half = [jnp.asarray(x, jnp.bfloat16) for x in arrays]
-  for backend in ("cpu", "gpu"):
-    monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
-    found = attend(*half, fused=True, block=8, **given)
-    np.testing.assert_array_equal(attend(*arrays, fused=True, **given), attend(*arrays, **given))
-  has_form = form in ("causal", "window")
-  assert asked.count("cudnn") == has_form
-  if has_form:
-    expected = reference(*(np.asarray(x, np.float64) for x in half), **given)
-    np.testing.assert_allclose(found, expected, rtol=0.02, atol=0.02)  # 8 bits
-
-
-@pytest.mark.parametrize("form", FORMS)
 def test_gradients_are_those_of_the_definition_whatever_the_blocks(arrays, rng, form):
   """Along a random direction of each, and with padding that holds anything."""
   given = dict(FORMS[form])

@@ -47,6 +47,34 @@ def test_some_axes_are_whole_where_they_do_not_fit(logical, shape, expected):
   assert sharding.partition_spec(logical, shape, {"fsdp": 2, "tensor": 4}) == expected
 
 
+@pytest.mark.parametrize(
+  ("logical", "shape", "sizes", "expected"),
+  [
+    (("embed", "heads"), (24, 4), {"fsdp": 2, "expert": 4}, PartitionSpec(("fsdp", "expert"), "tensor")),
+    (
+      ("embed", "heads"),
+      (20, 4),
+      {"fsdp": 2, "expert": 4},
+      PartitionSpec("fsdp", "tensor"),
+    ),  # 8 does not divide it
+    (
+      ("embed", "heads"),
+      (24, 4),
+      {"fsdp": 1, "expert": 4},
+      PartitionSpec("fsdp", "tensor"),
+    ),  # nothing is gathered
+    (("attention_rank",), (8,), {"fsdp": 2, "expert": 4}, PartitionSpec(("fsdp", "expert"))),
+    (("attention_rank",), (6,), {"fsdp": 2, "expert": 4}, PartitionSpec("fsdp")),
+    (("embed", "attention_rank"), (8, 8), {"fsdp": 2, "expert": 4}, PartitionSpec(("fsdp", "expert"), None)),
+    (("expert", "embed"), (4, 8), {"fsdp": 2, "expert": 4}, PartitionSpec("expert", "fsdp")),
+  ],
+)
+def test_parameters_that_are_not_of_experts_are_kept_in_parts_over_experts_too(
+  logical, shape, sizes, expected
+):
+  assert sharding.partition_spec(logical, shape, {"tensor": 1} | sizes) == expected
+
+
 def test_constrain_without_a_mesh_does_nothing():
   x = jnp.ones((3, 2))
   assert sharding.constrain(x, ("batch", None)) is x

@@ -107,6 +107,10 @@ def account(
       f"account: vocab_size={vocab_size}, sequence_length={sequence_length}: both must be positive, and a "
       "configuration does not say its vocabulary"
     )
+  if max(vocab_size, sequence_length) >= 2**31:
+    raise InputError(
+      f"account: vocab_size={vocab_size}, sequence_length={sequence_length}: both must be below 2^31"
+    )
   config = resolve(config)
   built = model if isinstance(model, Transformer) else _abstract(config, vocab_size)
   counted = count(built)

@@ -6,7 +6,7 @@ from flax import nnx
 
 from moe_jax.nn.experts.base import ExpertNetwork, inner_experts
 from moe_jax.ops.experts import Activation, Product, Wrapper
-from moe_jax.ops.fp8 import BLOCK, TILE, quantised_gradient, straight_through
+from moe_jax.ops.fp8 import TILE, fp8_product
 from moe_jax.registry import Spec
 from moe_jax.types import Array
 
@@ -14,12 +14,11 @@ from moe_jax.types import Array
 class FP8Products(ExpertNetwork):
   """The network `experts` with every matrix product in FP8, as DeepSeek-V3 trains (2412.19437, section 3.3).
 
-  Rows, hidden units and the gradients of outputs are E4M3 in tiles of 1 x 128, matrices in blocks of 128 x 128, in
-  the forward pass and in both products of the backward pass. Parameters, activation functions, biases and
-  everything outside of the experts keep their type. Sums are float32.
+  Rows, hidden units and the gradients of outputs are E4M3 in tiles of 1 x 128, matrices in blocks of 128 x 128. The
+  product that gives the gradient of a matrix reads tiles of 128 rows of an expert x 1. Parameters, activation
+  functions, biases and everything outside of the experts keep their type. Sums are float32.
 
-  Two things differ from the paper. The product that gives the gradient of a matrix reads the tiles of the other two
-  products, where V3 quantises 128 rows x 1 anew. A matrix that devices split by hidden units has blocks on each device.
+  One thing differs from the paper: a matrix that devices split by hidden units has blocks on each device.
   """
 
   def __init__(
@@ -42,8 +41,8 @@ class _InFP8(Wrapper):
   """A product of what FP8 stores of both factors."""
 
   def __call__(self, rows: Array, w_EXY: Array) -> Array:
-    y = super().__call__(straight_through(rows, TILE), straight_through(w_EXY, BLOCK))
-    return quantised_gradient(y, TILE).astype(rows.dtype)
+    tile, num_tiles = self.row_tiles(rows, TILE[1])
+    return fp8_product(super().__call__, rows, w_EXY, tile, num_tiles).astype(rows.dtype)
 
   def ffn(self, activation: Activation, rows: Array, w_in: Sequence[Array], w_out_EFD: Array) -> Array:
     return self(self.hidden(activation(*(self(rows, w) for w in w_in))), w_out_EFD)

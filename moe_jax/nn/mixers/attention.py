@@ -8,11 +8,12 @@ from moe_jax.nn.context import Context
 from moe_jax.nn.mixers.positions import make_yarn, sequence_positions
 from moe_jax.nn.norm import RMSNorm
 from moe_jax.nn.variables import matrix, vector, weight
-from moe_jax.ops.attention import attend, attend_cached
+from moe_jax.ops.attention import attend_cached
 from moe_jax.ops.cache import append, ring_append, ring_columns
 from moe_jax.ops.largest_scores import largest_scores
 from moe_jax.ops.rotary import Rotary
 from moe_jax.sharding import constrain
+from moe_jax.sharding.attention import attend
 from moe_jax.types import Array, Maximum, MixerAux
 
 _CACHED = ("batch", None, "kv_heads", None)
@@ -43,8 +44,8 @@ class Attention(nnx.Module):
     sinks: whether each head has a learned score that takes part in its softmax (gpt-oss, 2508.10925).
     rotary_fraction: the first part of a head that is rotated (MiniMax-01, 2501.08313: 0.5); 0: no positions.
     yarn_factor: stretches positions, see `moe_jax.ops.rotary.Yarn`, also for the other yarn options; 1: not.
-    kernel: "blocks": of queries, by XLA, everywhere. "auto": cuDNN's kernel on a GPU in a half type, where it has
-      the form (causal, without sinks, heads of up to 128), otherwise blocks. Not behind a cache.
+    kernel: "auto": for bfloat16, and not behind a cache, cuDNN's kernel on a GPU (causal, without sinks) and splash
+      attention on a TPU; otherwise, and with "blocks", blocks of queries by XLA. See `moe_jax.sharding.attention`.
     init_scale: s in std = sqrt(s / fan_in) of every matrix.
     rngs: draws the parameters.
 
@@ -77,13 +78,13 @@ class Attention(nnx.Module):
     yarn_truncate: bool = True,
     yarn_mscale: float = 1.0,
     yarn_mscale_all_dim: float = 0.0,
-    kernel: str = "blocks",
+    kernel: str = "auto",
     init_scale: float = 1.0,
     rngs: nnx.Rngs,
   ):
     _check(window, clip_qkv, rotary_fraction, head_dim)
     require_option("mixer attention", "qk_norm_over", qk_norm_over, ("head", "projection"))
-    require_option("mixer attention", "kernel", kernel, ("blocks", "auto"))
+    require_option("mixer attention", "kernel", kernel, ("auto", "blocks"))
     d, n, n_kv, h, s = dim, num_heads, num_kv_heads, head_dim, init_scale
     yarn = make_yarn(
       "attention", yarn_factor, yarn_length, yarn_beta_fast, yarn_beta_slow, yarn_truncate, yarn_mscale,
@@ -91,7 +92,7 @@ class Attention(nnx.Module):
     )  # fmt: skip
     self.rotary = Rotary(round(head_dim * rotary_fraction), rope_theta, yarn=yarn)
     self.scale = h**-0.5 * self.rotary.score_scale
-    self.causal, self.window, self.clip_qkv, self.fused = causal, window, clip_qkv, kernel == "auto"
+    self.causal, self.window, self.clip_qkv, self.kernel = causal, window, clip_qkv, kernel
     self.num_kv_heads, self.head_dim, self.norm_projection = n_kv, h, qk_norm_over == "projection"
     self.w_query_DNH = matrix(rngs, (d, n, h), ("embed", "heads", "head_dim"), s)
     self.w_key_DNH = matrix(rngs, (d, n_kv, h), ("embed", "kv_heads", "head_dim"), s)
@@ -109,7 +110,7 @@ class Attention(nnx.Module):
     query, key, value = self._projected(x_BLD, sequence_positions(x_BLD, context))
     mask_BL = None if self.causal else context.mask_of(x_BLD)
     packed = {"segment_BL": context.segment_BL}
-    form = {"causal": self.causal, "mask_BL": mask_BL, "fused": self.fused, **packed}
+    form = {"causal": self.causal, "mask_BL": mask_BL, "kernel": self.kernel, **packed}
     mixed = attend(query, key, value, **form, **self._scores())
     if not context.record_scores:
       return self._out(mixed), None
@@ -164,7 +165,7 @@ class Attention(nnx.Module):
     add = ring_append if self.window else append
     extended = tuple(constrain(add(kept, x, past.start), _CACHED) for kept, x in zip(cache, new, strict=True))
     if past.fresh:
-      mixed = attend(query, *new, mask_BL=past.mask(length), **self._scores())
+      mixed = attend(query, *new, pad_B=past.pad_B, kernel=self.kernel, **self._scores())
     else:
       if self.window:  # the new tokens may overwrite what the first of them still sees
         seen = [jnp.concatenate([kept, x.astype(kept.dtype)], axis=1) for kept, x in zip(cache, new)]

@@ -3,16 +3,17 @@
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.errors import InputError
+from moe_jax.errors import InputError, require_option
 from moe_jax.nn.context import Context, Past
 from moe_jax.nn.mixers.positions import make_yarn, sequence_positions
 from moe_jax.nn.norm import RMSNorm
 from moe_jax.nn.variables import matrix, weight
-from moe_jax.ops.attention import attend, attend_cached
+from moe_jax.ops.attention import attend_cached
 from moe_jax.ops.cache import append
 from moe_jax.ops.largest_scores import largest_scores
 from moe_jax.ops.rotary import Rotary
 from moe_jax.sharding import constrain
+from moe_jax.sharding.attention import attend
 from moe_jax.types import Array, Maximum, MixerAux
 
 _CACHED = ("batch", None, None)
@@ -43,6 +44,7 @@ class MLA(nnx.Module):
     rank_norm_eps: added to the mean square in the norms of the two vectors.
     interleaved: rotary pairs are (2i, 2i + 1), as in all DeepSeek models.
     yarn_factor: stretches positions, see `moe_jax.ops.rotary.Yarn`, also for the other yarn options; 1: not.
+    kernel: of the plain form, as in `Attention`.
     init_scale: s in std = sqrt(s / fan_in) of every matrix.
     rngs: draws the parameters.
 
@@ -72,6 +74,7 @@ class MLA(nnx.Module):
     yarn_truncate: bool = True,
     yarn_mscale: float = 1.0,
     yarn_mscale_all_dim: float = 0.0,
+    kernel: str = "auto",
     init_scale: float = 1.0,
     rngs: nnx.Rngs,
   ):
@@ -79,6 +82,7 @@ class MLA(nnx.Module):
     for name, size in (given | {"rope_dim": rope_dim}).items():
       if size < 0:
         raise InputError(f"mixer mla: {name} must be 0 (the default) or a size, got {size}")
+    require_option("mixer mla", "kernel", kernel, ("auto", "blocks"))
     kv_rank, nope, value = kv_rank or 4 * head_dim, nope_dim or head_dim, value_dim or head_dim
     rope = rope_dim or head_dim // 2
     if rope % 2:
@@ -88,6 +92,7 @@ class MLA(nnx.Module):
       yarn_mscale_all_dim,
     )  # fmt: skip
     self.rotary = Rotary(rope, rope_theta, interleaved, yarn)
+    self.kernel = kernel
     self.scale = (nope + rope) ** -0.5 * self.rotary.score_scale
     self.causal, self.kv_rank, self.nope_dim, self.rope_dim = causal, kv_rank, nope, rope
     d, n, s = dim, num_heads, init_scale
@@ -109,7 +114,7 @@ class MLA(nnx.Module):
     mask_BL = None if self.causal else context.mask_of(x_BLD)
     query, compressed = self._query(x_BLD, position_XL), self._compressed(x_BLD, position_XL)
     packed = {"segment_BL": context.segment_BL}
-    y_BLD = self._out(self._plain(query, compressed, mask_BL, **packed))
+    y_BLD = self._out(self._plain(query, compressed, mask_BL=mask_BL, **packed))
     if not context.record_scores:
       return y_BLD, None
     key, where = self._keys(compressed), {"causal": self.causal, "scale": self.scale, **packed}
@@ -149,7 +154,7 @@ class MLA(nnx.Module):
     query, compressed = self._query(x_BLD, positions_BL), self._compressed(x_BLD, positions_BL)
     cache_BXY = constrain(append(cache_BXY, compressed, past.start), _CACHED)
     if past.fresh:
-      return self._out(self._plain(query, compressed, past.mask(length))), cache_BXY
+      return self._out(self._plain(query, compressed, pad_B=past.pad_B)), cache_BXY
     return self._out(self._absorbed(query, cache_BXY, past)), cache_BXY
 
   def _query(self, x_BLD: Array, position_XL: Array) -> Array:
@@ -170,19 +175,13 @@ class MLA(nnx.Module):
     key_BLH = jnp.einsum("BLD,DH->BLH", x_BLD, weight(self.w_key_rope_DH, dtype))
     return jnp.concatenate([low_BLX, self.rotary(key_BLH[:, :, None], position_XL)[:, :, 0]], axis=-1)
 
-  def _plain(
-    self,
-    query_BLNH: Array,
-    compressed_BLX: Array,
-    mask_BL: Array | None,
-    segment_BL: Array | None = None,
-  ) -> Array:
-    """Projects the keys and values of all heads, and attends."""
+  def _plain(self, query_BLNH: Array, compressed_BLX: Array, **seen: Array | None) -> Array:
+    """Projects the keys and values of all heads, and attends. `seen` has `mask_BL`, `pad_B`, `segment_BL`."""
     low_BLX = compressed_BLX[..., : self.kv_rank]
     value = jnp.einsum("BLX,XNH->BLNH", low_BLX, weight(self.w_value_up_XNH, query_BLNH.dtype))
     key = self._keys(compressed_BLX)
-    seen = {"causal": self.causal, "mask_BL": mask_BL, "segment_BL": segment_BL}
-    return attend(query_BLNH, key, value, **seen, scale=self.scale)
+    scores = {"causal": self.causal, "scale": self.scale, "kernel": self.kernel}
+    return attend(query_BLNH, key, value, **seen, **scores)
 
   def _keys(self, compressed_BLX: Array) -> Array:
     """Returns the keys of all heads, [B, L, N, nope + rope]."""
