@@ -12,7 +12,7 @@ from moe_jax.analysis.communication import imbalance
 from moe_jax.analysis.communication.imbalance import Exchange
 from moe_jax.analysis.communication.machine import Machine
 from moe_jax.analysis.communication.simulate import Layer
-from moe_jax.analysis.communication.study import make_router, route
+from moe_jax.analysis.communication.study import check_experts, make_router, route
 from moe_jax.comparison.report import canvas
 from moe_jax.errors import InputError
 from moe_jax.training.router_trace import Trace
@@ -34,11 +34,7 @@ def check(
     InputError: if experts or sequences do not fit the machine or the trace.
   """
   _, batch, _, num_experts = shape
-  if num_experts % machine.devices:
-    raise InputError(
-      f"--nodes={machine.nodes}, --devices_per_node={machine.devices_per_node}: the {machine.devices} devices cannot "
-      f"hold equal parts of the {num_experts} experts"
-    )
+  check_experts(machine, num_experts)
   sequences = sequences_per_device * machine.devices
   if sequences % batch or sequences // batch > num_steps:
     raise InputError(

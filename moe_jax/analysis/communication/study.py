@@ -80,11 +80,7 @@ def make_plan(
   for mode in once_per:
     if mode not in ONCE_PER:
       raise InputError(f"--once_per={mode}: must be one of {', '.join(ONCE_PER)}")
-  if num_experts % machine.devices:
-    raise InputError(
-      f"--nodes={machine.nodes}, --devices_per_node={machine.devices_per_node}: the {machine.devices} devices cannot "
-      f"hold equal parts of the {num_experts} experts"
-    )
+  check_experts(machine, num_experts)
   sequences = sequences_per_device * machine.devices
   if sequences % batch or sequences // batch * num_batches > num_steps:
     raise InputError(
@@ -96,6 +92,15 @@ def make_plan(
   return Plan(
     machine, layer, arms, routers, once_per, k, sequences_per_device, num_batches, sequences // batch
   )
+
+
+def check_experts(machine: Machine, num_experts: int) -> None:
+  """Raises `InputError` unless the devices hold equal parts of the experts."""
+  if num_experts % machine.devices:
+    raise InputError(
+      f"--nodes={machine.nodes}, --devices_per_node={machine.devices_per_node}: the {machine.devices} devices cannot "
+      f"hold equal parts of the {num_experts} experts"
+    )
 
 
 def named_arms(names: Sequence[str]) -> list[Arm]:
