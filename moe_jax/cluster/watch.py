@@ -20,6 +20,7 @@ _STOP, _HOST, _FLAGS = "moe_jax/stop", "moe_jax/host", "moe_jax/flags"
 # Milliseconds: a wait that a message ends, one that starts again, and what a process that is alive needs to answer.
 _FOREVER, _HOUR, _ANSWER = 2**31 - 1, 3_600_000, 5000
 
+THREAD = "moe_jax watch"  # the name of the threads of `Watch`
 
 _current: "Watch | None" = None  # of this process; None: it is alone
 
@@ -48,7 +49,9 @@ class Watch:
     global _current
     _current = self
     client.key_value_set(f"{_HOST}/{process_id}", f"{socket.gethostname()}, pid {os.getpid()}")
-    self._threads = [threading.Thread(target=f, daemon=True) for f in (self._wait_for_stop, self._count_live)]
+    self._threads = [
+      threading.Thread(target=f, daemon=True, name=THREAD) for f in (self._wait_for_stop, self._count_live)
+    ]
     for thread in self._threads:
       thread.start()
 

@@ -102,7 +102,10 @@ def ended(monkeypatch):
 
   monkeypatch.setattr(watch, "end", lambda line, status, seconds: found.put((line, status)))
   monkeypatch.setattr(watch, "_ANSWER", 1000)
-  return found
+  yield found
+  for thread in threading.enumerate():  # with the real `end`, a late one would end the tests
+    if thread.name == watch.THREAD:
+      thread.join()
 
 
 @pytest.fixture
