@@ -39,6 +39,7 @@ def main(argv: list[str]) -> None:
     """Everything is measured."""
 
   found: dict[str, list[float]] = {"step": [], "save": [], "cycle": [], "cycle with a save": []}
+  beside: list[list[float]] = [[] for _ in range(_STEPS.value)]  # steps after a save, by their place
 
   class Timed(Run):
     """Takes the place of the loop of a run."""
@@ -58,11 +59,10 @@ def main(argv: list[str]) -> None:
         if cycle % 2:
           self._save(int(state.step), state, writer, recorder)
           found["save"].append(time.perf_counter() - started)
-        for _ in range(_STEPS.value):
+        for place in range(_STEPS.value):
           begun = time.perf_counter()
           state = self._step(state)
-          if not cycle % 2:
-            found["step"].append(time.perf_counter() - begun)
+          (beside[place] if cycle % 2 else found["step"]).append(time.perf_counter() - begun)
         found["cycle with a save" if cycle % 2 else "cycle"].append(time.perf_counter() - started)
       raise Done
 
@@ -89,6 +89,8 @@ def main(argv: list[str]) -> None:
   print(
     f"a save keeps the loop for {1e3 * median['save']:.0f} ms: {median['save'] / median['step']:+.1%} of a step"
   )
+  after = [1e3 * (statistics.median(x) - median["step"]) for x in beside]
+  print(f"steps after a save take longer by {', '.join(f'{ms:.0f}' for ms in after)} ms")
   print(
     f"a cycle with a save takes {1e3 * more:.0f} ms more than one without: {more / median['step']:+.1%} of a step"
   )

@@ -16,7 +16,7 @@ from moe_jax.data import Dataset
 from moe_jax.errors import InputError
 from moe_jax.inference.evaluate import ALL, Score
 from moe_jax.nn.transformer import Transformer
-from moe_jax.training.checkpoint import tree_digest
+from moe_jax.training.digests import tree_digest
 from moe_jax.training.load import Loaded
 from moe_jax.training.results import table_columns, versions
 

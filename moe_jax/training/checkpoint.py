@@ -6,9 +6,7 @@ every mesh and costs one pass over the state.
 """
 
 import contextlib
-import functools
 import gc
-import hashlib
 import json
 import logging
 import os
@@ -16,24 +14,28 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from moe_jax import disk
 from moe_jax.cluster import processes
 from moe_jax.errors import InputError
-from moe_jax.training import background
-from moe_jax.types import Array, PyTree
+from moe_jax.training import background, digests
+from moe_jax.types import PyTree
+
+_CHUNK = 2**26  # bytes of a large array that are written, and can be read, as one
 
 
 class Checkpoints:
   """The checkpoints of one run: saved in the background, restored onto any mesh.
 
-  Every process saves the parts that its devices hold, so all processes must call the same methods in the same order.
+  One process copies the arrays to host memory, and a thread does the rest. Of several, each saves the parts that its
+  devices hold, so all must call the same methods in the same order; digests are then computed together, before the rest goes to
+  Orbax's threads.
 
   Args:
     folder: created when the first checkpoint is saved; all processes must see the same folder.
@@ -48,6 +50,8 @@ class Checkpoints:
     disk.check_name(self.folder)
     self._keep = keep
     self._manager: ocp.CheckpointManager | None = None
+    self._thread = ThreadPoolExecutor(1, "moe_jax save")
+    self._saving: Future[None] | None = None
     self._steps = self._list()
     processes.check_agree(
       self._steps,
@@ -66,24 +70,43 @@ class Checkpoints:
     return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdecimal() and p.is_dir())
 
   def save(self, step: int, state: PyTree, extra: dict[str, Any]) -> None:
-    """Saves `state` (arrays) and `extra` (JSON values). Does nothing if the step is already saved."""
+    """Saves `state` (arrays) and `extra` (JSON values). Does nothing if the step is already saved.
+
+    Returns while the save is under way; `state` may be donated then. Waits for the save before, and raises what that
+    failed with.
+    """
     if step in self._steps:
       return
+    self.wait()
+    if jax.process_count() == 1:
+      self._saving = self._thread.submit(self._write, step, _host_copy(state), extra)
+    else:
+      self._write(step, state, extra)
+    self._steps.append(step)
+
+  def _write(self, step: int, state: PyTree, extra: dict[str, Any]) -> None:
     if self._manager is None:
       handlers = {"state": ocp.StandardCheckpointHandler(), "extra": ocp.JsonCheckpointHandler()}
       background.silence()
       in_threads = ocp.options.AsyncOptions(barrier_sync_fn=background.barrier)
       options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True, async_options=in_threads)
       self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
-    kept = {"arrays": array_digests(state), "extra": extra}
+    kept = {"arrays": digests.array_digests(state), "extra": extra}
+    parts = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK), state)
     items = ocp.args.Composite(
-      state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(kept | {"digest": _digest_of_json(kept)})
+      state=ocp.args.StandardSave(state, parts),
+      extra=ocp.args.JsonSave(kept | {"digest": digests.digest_of_json(kept)}),
     )
     self._manager.save(step, args=items)
-    self._steps.append(step)
 
   def wait(self) -> None:
-    """Waits for a save that is under way."""
+    """Waits for a save that is under way. Raises what it failed with, once."""
+    if saving := self._saving:
+      try:
+        saving.result()
+      finally:
+        if saving.done():  # not where a signal ended the wait
+          self._saving = None
     if self._manager:
       self._manager.wait_until_finished()
 
@@ -113,7 +136,7 @@ class Checkpoints:
     for step in sorted(self._steps, reverse=True):
       state, extra, problem = self._read(step, target)
       problem = next(filter(None, processes.from_all(problem)), "")
-      problem = problem or _differing(extra["arrays"], array_digests(state))
+      problem = problem or _differing(extra["arrays"], digests.array_digests(state))
       if not problem:
         return state, extra["extra"]
       damaged.append(f"the checkpoint of step {step} is damaged ({problem})")
@@ -132,7 +155,7 @@ class Checkpoints:
     try:
       kept = json.loads((folder / "extra" / "metadata").read_text())
       old = not {"digest", "arrays"} & kept.keys()
-      if not old and kept.pop("digest", "") != _digest_of_json(kept):
+      if not old and kept.pop("digest", "") != digests.digest_of_json(kept):
         return None, {}, "its position in the data does not have the digest that was saved"
     except (OSError, ValueError, AttributeError) as error:
       return None, {}, f"its position in the data cannot be read: {_short(error)}"
@@ -160,7 +183,7 @@ class Checkpoints:
     return f", moved to {place}" if place else ""
 
   def _check_same_arrays(self, step: int, saved: dict[str, list], target: PyTree) -> None:
-    expected = _arrays(target)
+    expected = digests.kinds_of_arrays(target)
     saved = {name: kind for name, (kind, _) in saved.items()}
     different = sorted(name for name in saved | expected if saved.get(name) != expected.get(name))
     if different:
@@ -173,75 +196,21 @@ class Checkpoints:
 
   def close(self) -> None:
     """Waits for pending saves to finish and closes the manager."""
-    if self._manager is None:
-      return
     try:
-      self._manager.wait_until_finished()
+      self.wait()
     finally:
-      self._manager.close()
+      self._thread.shutdown()
+      if self._manager:
+        self._manager.close()
 
 
-def _arrays(tree: PyTree) -> dict[str, str]:
-  """path -> type and shape of every array, as a checkpoint names them."""
-  leaves = ocp.tree.to_flat_dict(tree, sep=".")
-  return {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves.items()}
-
-
-def array_digests(tree: PyTree) -> dict[str, list]:
-  """path -> [type and shape, digest] of every array. Arrays may be laid out over the devices of all processes."""
-  leaves = ocp.tree.to_flat_dict(tree, sep=".")
-  # One after the other: the collectives of programs that run at the same time may wait for each other, across processes.
-  return {path: [kind, int(digest(leaves[path]))] for path, kind in _arrays(tree).items()}
-
-
-def tree_digest(tree: PyTree) -> str:
-  """Returns one digest of all arrays of a tree, the same on every mesh."""
-  return _digest_of_json(array_digests(tree))
-
-
-def all_finite(tree: PyTree) -> bool:
-  """Returns whether all numbers of all arrays are finite."""
-  found = [
-    bool(np.isfinite(x).all() if _in_host_memory(x) else _all_finite(x)) for x in jax.tree.leaves(tree)
-  ]
-  return all(found)  # of a list: all processes compute the same, one after the other
-
-
-def digest(x: Array) -> Array:
-  """Returns 32 bits that depend on every bit of `x` and its place, and not on how `x` is laid out."""
-  return _digest(np, np.asarray(x)) if _in_host_memory(x) else _digest_on_devices(x)
-
-
-def _in_host_memory(x: Array) -> bool:
-  """Whether NumPy can read `x` where it is. A program would have to be compiled for every shape."""
-  return isinstance(x, np.ndarray | np.generic) or (
-    x.is_fully_addressable and next(iter(x.devices())).platform == "cpu"
-  )
-
-
-_WORDS = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint32"}
-
-
-def _digest(xp: Any, x: Array) -> Array:
-  """The sum over words of MurmurHash3's finalizer of word and place, with the arithmetic of `xp`: NumPy or JAX.
-
-  The finalizer is one to one in the word, so another word always gives another sum. Changes of several words agree by
-  chance once in 2^32.
-  """
-  x = xp.atleast_1d(x.astype("uint8") if x.dtype == bool else x)
-  words = x.view(_WORDS[x.dtype.itemsize]).astype("uint32")
-  place = xp.zeros((1,) * words.ndim, "uint32")
-  for axis, size in enumerate(words.shape):
-    own = xp.arange(size, dtype="uint32").reshape(-1, *(1,) * (words.ndim - axis - 1))
-    place = place * xp.uint32(size % 2**32) + own[(None,) * axis]
-  h = words ^ (place * xp.uint32(0x9E3779B1))
-  h = (h ^ (h >> 16)) * xp.uint32(0x85EBCA6B)
-  h = (h ^ (h >> 13)) * xp.uint32(0xC2B2AE35)
-  return xp.sum(h ^ (h >> 16), dtype="uint32")
-
-
-_digest_on_devices = jax.jit(functools.partial(_digest, jnp))
-_all_finite = jax.jit(lambda x: jnp.isfinite(x).all())
+def _host_copy(tree: PyTree) -> PyTree:
+  """Copies all arrays to host memory. They stay what they are when the next step reuses those on devices."""
+  for leaf in jax.tree.leaves(tree):
+    if not digests.in_host_memory(leaf):
+      leaf.copy_to_host_async()
+  # NumPy's view of an array on a CPU is the array itself.
+  return jax.tree.map(lambda x: np.array(x) if digests.in_host_memory(x) else np.asarray(x), tree)
 
 
 @contextlib.contextmanager
@@ -264,10 +233,6 @@ def _differing(saved: dict[str, list], restored: dict[str, list]) -> str:
   return (
     f"{len(different)} of {len(saved)} arrays do not have the digest that was saved, such as {different[0]}"
   )
-
-
-def _digest_of_json(value: Any) -> str:
-  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _short(error: Exception) -> str:

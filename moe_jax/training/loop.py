@@ -16,8 +16,9 @@ from moe_jax.config import Config
 from moe_jax.data import Dataset
 from moe_jax.errors import InputError, Stopped
 from moe_jax.nn.leaks import sees_later_tokens
-from moe_jax.training.checkpoint import Checkpoints, all_finite, tree_digest
+from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import check_run, compile_steps
+from moe_jax.training.digests import all_finite, tree_digest
 from moe_jax.training.identity import check_same_run, hold, write_identity
 from moe_jax.training.load import Loaded, load_run
 from moe_jax.training.memory import check_memory

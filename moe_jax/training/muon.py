@@ -1,5 +1,6 @@
 """Muon: the momentum of each matrix, orthogonalised."""
 
+import functools
 import math
 
 import jax
@@ -39,32 +40,35 @@ def scale_by_muon(momentum: float, otherwise: optax.GradientTransformation) -> o
   """
   if not 0 <= momentum < 1:
     raise InputError(f"optimizer muon: momentum must be in [0, 1), got {momentum}")
-  # optax averages gradients, where Muon sums them. Newton-Schulz divides by the norm, so the direction is the same.
-  direction = contrib.scale_by_muon(
-    beta=momentum, nesterov=False, weight_dimension_numbers=per_variable(_rows_and_columns)
-  )
-  scale = optax.stateless(lambda updates, params: per_variable(_scaled)(updates))
+  direction = optax.stateless(lambda updates, params: per_variable(_direction)(updates))
   label = per_variable(lambda v: "muon" if is_hidden_matrix(v) else "otherwise")
-  return optax.partition({"muon": optax.chain(direction, scale), "otherwise": otherwise}, label)
+  return optax.partition(
+    {"muon": optax.chain(optax.trace(momentum), direction), "otherwise": otherwise}, label
+  )
 
 
-def _rows_and_columns(variable: nnx.Variable) -> contrib.MuonDimensionNumbers | optax.MaskedNode:
-  """Returns which axes are rows and columns. The others, of layers and experts, count matrices."""
+def _direction(variable: nnx.Variable) -> jax.Array | optax.MaskedNode:
+  """Returns the scaled direction of each matrix of a momentum.
+
+  optax would join the axes of layers and experts, and the compiler would then gather all matrices on every device. Here
+  the axis of experts stays as it is, and layers come one after the other.
+  """
   value, metadata = variable.get_value(), variable.get_metadata()
   if isinstance(value, optax.MaskedNode):  # of another group
     return value
   axes = metadata["logical_axes"]
   stacked = value.ndim - len(axes)  # layers
-  matrix = [stacked + i for i, name in enumerate(axes) if name != "expert"]
-  num_in = metadata["num_in"]
-  return contrib.MuonDimensionNumbers(tuple(matrix[:num_in]), tuple(matrix[num_in:]))
+  function = functools.partial(_of_one, num_in=metadata["num_in"])
+  if "expert" in axes:
+    function = jax.vmap(function, axes.index("expert"), axes.index("expert"))
+  for _ in range(stacked):
+    function = functools.partial(jax.lax.map, function)
+  return function(value)
 
 
-def _scaled(variable: nnx.Variable) -> jax.Array | optax.MaskedNode:
-  numbers = _rows_and_columns(variable)
-  if isinstance(numbers, optax.MaskedNode):
-    return numbers
-  value = variable.get_value()
-  size = lambda axes: math.prod(value.shape[i] for i in axes)
-  larger = max(size(numbers.reduction_axis), size(numbers.output_axis))
-  return value * (UPDATE_SIZE * math.sqrt(larger))
+def _of_one(momentum: jax.Array, num_in: int) -> jax.Array:
+  """Of one matrix, whose first `num_in` axes are rows and the others columns."""
+  matrix = momentum.reshape(math.prod(momentum.shape[:num_in]), -1)
+  muon = contrib.scale_by_muon(beta=0.0, nesterov=False)  # without momentum of its own
+  direction, _ = muon.update(matrix, muon.init(matrix))
+  return direction.reshape(momentum.shape) * (UPDATE_SIZE * math.sqrt(max(matrix.shape)))

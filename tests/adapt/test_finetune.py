@@ -11,8 +11,8 @@ import moe_jax
 from moe_jax import disk
 from moe_jax.comparison.report import read_stored
 from moe_jax.data.prompts import Example, write_jsonl
-from moe_jax.training.checkpoint import tree_digest
 from moe_jax.training.compiled import make_model, resolve_config
+from moe_jax.training.digests import tree_digest
 from moe_jax.training.start import save_model
 from tests import tiny
 from tests.data.test_chat import CHATML

@@ -12,7 +12,7 @@ from moe_jax.adapt.table import calibration_batches, text_of
 from moe_jax.comparison import findings
 from moe_jax.comparison.report import read_stored
 from moe_jax.inference.evaluate import evaluate
-from moe_jax.training.checkpoint import tree_digest
+from moe_jax.training.digests import tree_digest
 from moe_jax.training.load import load_run
 from moe_jax.training.start import save_model
 from tests import tiny

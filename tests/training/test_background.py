@@ -1,9 +1,12 @@
-"""A save that fails in the background ends all processes at once, with one line."""
+"""Saves in the background: what they save, and that one that fails ends all processes at once, with one line."""
 
 import errno
 import resource
+import threading
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from moe_jax.training import background
@@ -57,3 +60,40 @@ def test_a_barrier_on_the_way_up_ends_all(told, error, line, status):
   told.clear()
   background.barrier(key="save", timeout_ms=1)
   assert told == []
+
+
+def test_what_is_saved_is_what_was_there(tmp_path):
+  """The next step may reuse the arrays: a save has its own."""
+  state = {"w": jnp.arange(100_000.0), "n": jnp.int32(7)}
+  expected = {name: np.array(x) for name, x in state.items()}
+  checkpoints = Checkpoints(tmp_path / "run")
+  checkpoints.save(1, state, {"place": 3})
+  jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0)(state)
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), expected)
+  here = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shapes)
+  found, extra = checkpoints.restore(shapes, here)
+  checkpoints.close()
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+  assert extra == {"place": 3}
+
+
+def test_a_save_does_not_keep_the_loop(tmp_path, monkeypatch):
+  """All but the copy is in a thread. The next save waits for it, and has its exception."""
+  go, seen = threading.Event(), []
+
+  def slow(self, step, state, extra):
+    assert go.wait(60)
+    seen.append(step)
+    if step == 2:
+      raise OSError("disk")
+
+  monkeypatch.setattr(Checkpoints, "_write", slow)
+  checkpoints = Checkpoints(tmp_path / "run")
+  checkpoints.save(1, STATE, {})
+  assert not seen and checkpoints.latest_step == 1
+  go.set()
+  checkpoints.save(2, STATE, {})
+  with pytest.raises(OSError, match="disk"):
+    checkpoints.save(3, STATE, {})
+  checkpoints.close()  # what has been raised is not raised again
+  assert seen == [1, 2]

@@ -14,7 +14,7 @@ from tensorboardX.proto import event_pb2
 
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError
-from moe_jax.training.checkpoint import _digest_on_devices, digest
+from moe_jax.training.digests import _digest_on_devices, digest
 from moe_jax.training.loop import Run
 from moe_jax.training.metric_writer import read_jsonl
 from tests import tiny

@@ -14,8 +14,8 @@ from moe_jax.config import MeshConfig
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError
 from moe_jax.sharding import make_mesh
-from moe_jax.training.checkpoint import tree_digest
 from moe_jax.training.compiled import abstract_model, compile_steps, resolve_config
+from moe_jax.training.digests import tree_digest
 from moe_jax.training.load import load_run
 from moe_jax.training.loop import Run
 from moe_jax.training.selection import dotted, select_trained

@@ -1,0 +1,81 @@
+"""Digests of arrays: 32 bits that depend on every bit and its place, and not on the mesh.
+
+A digest is computed where the array is. It costs one pass over it.
+"""
+
+import functools
+import hashlib
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from moe_jax.types import Array, PyTree
+
+
+def kinds_of_arrays(tree: PyTree) -> dict[str, str]:
+  """path -> type and shape of every array, as a checkpoint names them."""
+  leaves = ocp.tree.to_flat_dict(tree, sep=".")
+  return {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves.items()}
+
+
+def array_digests(tree: PyTree) -> dict[str, list]:
+  """path -> [type and shape, digest] of every array. Arrays may be laid out over the devices of all processes."""
+  leaves = ocp.tree.to_flat_dict(tree, sep=".")
+  # One after the other: the collectives of programs that run at the same time may wait for each other, across processes.
+  return {path: [kind, int(digest(leaves[path]))] for path, kind in kinds_of_arrays(tree).items()}
+
+
+def tree_digest(tree: PyTree) -> str:
+  """Returns one digest of all arrays of a tree, the same on every mesh."""
+  return digest_of_json(array_digests(tree))
+
+
+def all_finite(tree: PyTree) -> bool:
+  """Returns whether all numbers of all arrays are finite."""
+  found = [bool(np.isfinite(x).all() if in_host_memory(x) else _all_finite(x)) for x in jax.tree.leaves(tree)]
+  return all(found)  # of a list: all processes compute the same, one after the other
+
+
+def digest(x: Array) -> Array:
+  """Returns 32 bits that depend on every bit of `x` and its place, and not on how `x` is laid out."""
+  return _digest(np, np.asarray(x)) if in_host_memory(x) else _digest_on_devices(x)
+
+
+def in_host_memory(x: Array) -> bool:
+  """Whether NumPy can read `x` where it is. A program would have to be compiled for every shape."""
+  return isinstance(x, np.ndarray | np.generic) or (
+    x.is_fully_addressable and next(iter(x.devices())).platform == "cpu"
+  )
+
+
+_WORDS = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint32"}
+
+
+def _digest(xp: Any, x: Array) -> Array:
+  """The sum over words of MurmurHash3's finalizer of word and place, with the arithmetic of `xp`: NumPy or JAX.
+
+  The finalizer is one to one in the word, so another word always gives another sum. Changes of several words agree by
+  chance once in 2^32.
+  """
+  x = xp.atleast_1d(x.astype("uint8") if x.dtype == bool else x)
+  words = x.view(_WORDS[x.dtype.itemsize]).astype("uint32")
+  place = xp.zeros((1,) * words.ndim, "uint32")
+  for axis, size in enumerate(words.shape):
+    own = xp.arange(size, dtype="uint32").reshape(-1, *(1,) * (words.ndim - axis - 1))
+    place = place * xp.uint32(size % 2**32) + own[(None,) * axis]
+  h = words ^ (place * xp.uint32(0x9E3779B1))
+  h = (h ^ (h >> 16)) * xp.uint32(0x85EBCA6B)
+  h = (h ^ (h >> 13)) * xp.uint32(0xC2B2AE35)
+  return xp.sum(h ^ (h >> 16), dtype="uint32")
+
+
+_digest_on_devices = jax.jit(functools.partial(_digest, jnp))
+_all_finite = jax.jit(lambda x: jnp.isfinite(x).all())
+
+
+def digest_of_json(value: Any) -> str:
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
