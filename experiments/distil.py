@@ -92,6 +92,7 @@ def main(argv: list[str]) -> None:
     question=__doc__.splitlines()[0],
     command=shlex.join(["python", *sys.argv]),
     notes=[f"The teacher is {_MODEL.value}. It is one model for all seeds, and saw other batches."],
+    varies=["objective"],
   )
   if rows:
     write_table(folder / "kept.csv", rows)

@@ -143,7 +143,8 @@ def check_alike(dense, sparse) -> None:
 
   def of(run) -> dict:
     text = str((disk.read_object(run.folder / "config.json") or {}).get("fingerprint"))
-    return {name: getattr(run.config.data, name) for name in SAME} | {"steps": run.step, "text": text[:12]}
+    found = {name: getattr(run.config.data, name) for name in SAME} | {"steps": run.step, "text": text[:12]}
+    return found | {"start": "trained parameters" if run.config.train.init_from else "random parameters"}
 
   for name, other in of(sparse).items():
     if other != of(dense)[name]:
