@@ -105,7 +105,7 @@ def ended(monkeypatch):
 
   monkeypatch.setattr(watch, "end", lambda line, status, seconds: found.put((line, status)))
   monkeypatch.setattr(watch, "_ANSWER", 1000)
-  monkeypatch.setattr(watch, "_current", None)  # the last one would stay that of this process
+  monkeypatch.setattr(watch, "_current", None)  # which the watches below set, and later tests would ask
   yield found
   for thread in threading.enumerate():  # with the real `end`, a late one would end the tests
     if thread.name == watch.THREAD:
