@@ -202,11 +202,13 @@ class Soak:
       self.expect(process, 0, 2)
       if process.status == 0:
         return
-      self.refused(output_dir)
+      self.refused(process, output_dir)
     raise Failed(f"{output_dir}: does not start again; see {process.log}")
 
-  def refused(self, output_dir: pathlib.Path) -> None:
+  def refused(self, process: Start, output_dir: pathlib.Path) -> None:
     """What a user does after one line that names a damaged configuration: remove it."""
+    if "the same command now begins anew" in process.log.read_text():  # there is nothing to do
+      return
     self.refusals += 1
     for path in (output_dir / "config.json", self._run_folder(output_dir) / "config.json"):
       path.unlink(missing_ok=True)
@@ -276,7 +278,7 @@ class Soak:
     if process.poll() is not None:
       self.expect(process, 0, 2)
     if process.status == 2:
-      self.refused(output_dir)
+      self.refused(process, output_dir)
     self.kill(process, output_dir)
     return damaged is not None and damaged.name == "metrics.jsonl"
 
