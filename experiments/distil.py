@@ -83,17 +83,19 @@ def main(argv: list[str]) -> None:
   }
   comparison = Comparison(arms, config=config, output_dir=folder / "students", **comparison_flags.arguments())
   results = comparison.run()
+  train = dataclasses.replace(teacher.config.train, eval_batches=config.train.eval_batches)
+  whole = validate(teacher.model, dataclasses.replace(teacher.config, train=train), load_dataset(data))
+  rows = kept(results, whole["nll"]) if comparison.is_whole else []
   comparison.report(
-    results,
+    [with_kept(*pair) for pair in zip(results, rows, strict=True)] if rows else results,
     title="Distillation",
     question=__doc__.splitlines()[0],
     command=shlex.join(["python", *sys.argv]),
     notes=[f"The teacher is {_MODEL.value}. It is one model for all seeds, and saw other batches."],
+    varies=["objective"],
   )
-  train = dataclasses.replace(teacher.config.train, eval_batches=config.train.eval_batches)
-  whole = validate(teacher.model, dataclasses.replace(teacher.config, train=train), load_dataset(data))
-  if comparison.is_whole:
-    write_table(folder / "kept.csv", kept(results, whole["nll"]))
+  if rows:
+    write_table(folder / "kept.csv", rows)
 
 
 def student_of(teacher):
@@ -110,8 +112,10 @@ def student_of(teacher):
 
 
 def kept(results: list[dict], teacher: float) -> list[dict]:
-  """Returns a row for each arm and seed, with the share of the gain that it keeps."""
-  nll = {(result["arm"], result["seed"]): result["validation"]["nll"] for result in results}
+  """Returns a row for each result, with the share of the gain that its arm keeps."""
+  from moe_jax.comparison.statistics import number
+
+  nll = {(result["arm"], result["seed"]): number(result["validation"]["nll"]) for result in results}
   rows = []
   for (arm, seed), own in nll.items():
     alone = nll["alone", seed]
@@ -119,6 +123,14 @@ def kept(results: list[dict], teacher: float) -> list[dict]:
       {"arm": arm, "seed": seed, "nll": own, "teacher": teacher, "kept": (alone - own) / (alone - teacher)}
     )
   return rows
+
+
+def with_kept(result: dict, row: dict) -> dict:
+  """Returns a result with the share of the gain as a column of the table."""
+  column = {"key": "kept", "title": "Kept", "unit": "of the gain", "format": ".3f", "lower_is_better": False}
+  column |= {"part": "validation", "name": "kept", "of_experts": False}
+  validation = result["validation"] | {"kept": row["kept"]}
+  return result | {"validation": validation, "columns": [*result.get("columns", ()), column]}
 
 
 if __name__ == "__main__":

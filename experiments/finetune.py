@@ -5,6 +5,7 @@ Command    python experiments/finetune.py --model=runs/load_balancing/arms/none/
            python experiments/finetune.py --model=MODEL --train_jsonl=train.jsonl --validation_jsonl=held_out.jsonl
            python experiments/finetune.py --model=MODEL --train_jsonl=T --validation_jsonl=V --trained=all_but_experts
            python experiments/finetune.py --model=MODEL --train_jsonl=T --validation_jsonl=V --adapter_rank=8
+           python experiments/finetune.py --model=MODEL --train_jsonl=T --validation_jsonl=V --adapter_rank=8 --adapter_parts=shared
            python experiments/finetune.py --model=MODEL --dataset=stdlib_tasks --held_out_tasks=name --sequence_length=256
 Hardware   two CPU cores, 4 GB for a small model; any JAX device
 Minutes    those of num_steps
@@ -40,9 +41,15 @@ _CHAT = flags.DEFINE_bool(
 _RANK = flags.DEFINE_integer(
   "adapter_rank", 0, "rank of low-rank adapters, which alone are trained; 0: none", lower_bound=0
 )
+_PARTS = flags.DEFINE_list(
+  "adapter_parts", [], "what gets adapters: experts, shared, dense, attention; empty: all that the model has"
+)
 _ALPHA = flags.DEFINE_float("adapter_alpha", 16.0, "an adapter adds adapter_alpha / adapter_rank * A B")
 _DROPOUT = flags.DEFINE_float(
   "expert_dropout", 0.0, "share of hidden units of experts that drop out (Switch: 0.4)"
+)
+_RESIDUAL_DROPOUT = flags.DEFINE_float(
+  "dropout", 0.0, "share of what attention and feed-forward parts add that drops out (Switch: 0.1)"
 )
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", "runs/finetune", "the folder to write")
 # Of the model, these may change. The rest is the model's own.
@@ -84,6 +91,8 @@ def main(argv: list[str]) -> None:
   final = tuned.model
   if _DROPOUT.value:
     final = adapt.unwrap_experts(final)
+  if _RESIDUAL_DROPOUT.value:
+    final = adapt.set_dropout(final, 0.0)
   if _RANK.value:
     final = adapt.merge_adapters(final)
   if not (folder / "model" / "config.json").exists():
@@ -133,15 +142,22 @@ def data_of(loaded):
 
 def adapted(model):
   """Returns the model with what the flags change and add."""
-  from moe_jax import adapt
+  from moe_jax import adapt, disk
 
+  for name in ("adapter_parts", "adapter_alpha"):
+    if flags.FLAGS[name].present and not _RANK.value:
+      disk.note(f"--{name} has no effect without --adapter_rank")
   present = {name: flags.FLAGS[name].value for name in CHANGEABLE if flags.FLAGS[name].present}
   if present:
     model = adapt.change_moe(model, **present)
   if _RANK.value:
-    model = adapt.add_adapters(model, _RANK.value, _ALPHA.value, seed=flags.FLAGS.seed)
+    model = adapt.add_adapters(
+      model, _RANK.value, _ALPHA.value, parts=_PARTS.value or None, seed=flags.FLAGS.seed
+    )
   if _DROPOUT.value:
     model = adapt.wrap_experts(model, f"expert_dropout:rate={_DROPOUT.value}")
+  if _RESIDUAL_DROPOUT.value:
+    model = adapt.set_dropout(model, _RESIDUAL_DROPOUT.value)
   return model
 
 

@@ -13,10 +13,14 @@ MODEL is the folder of a run, with {seed} where each seed has its own. By defaul
 
 - all: everything is trained, the baseline;
 - all_but_experts, experts, ffn, attention, router: a part is (ST-MoE, 2202.08906, section 4.2);
-- adapters: low-rank ones on attention and every expert;
-- expert_dropout: all, with 0.4 of the hidden units of experts dropped (Switch, 2101.03961, section 2.4);
+- adapters: low-rank ones on all parts that have matrices;
+- expert_dropout: all, with 0.4 of the hidden units of experts dropped, and nothing else;
+- dropout_0.1: all, with 0.1 of them dropped, and 0.1 of what attention and experts add to the residual stream;
+- dropout_0.1_experts_0.4: the same with 0.4 in experts (Switch, 2101.03961, section 2.4);
 - balanced, not_balanced: all, with switch_loss:0.01, and without a balancing loss;
-- dropping: all, with a capacity of 1 per expert and group (ST-MoE, section 4.3: dropping hardly matters).
+- dropping: all, with a capacity of 1 per expert and group (ST-MoE, table 5: dropping hardly matters);
+- small_batch: all, with a quarter of the batch and four times the steps, so that as much text is read (ST-MoE);
+- large_rate: all, with three times the learning rate; small_batch_large_rate: both.
 
 Writes a comparison's folder, which scripts/render_tables.py stores. Results have a digest of the parameters that they started from. The
 same command continues where it was.
@@ -26,6 +30,7 @@ import dataclasses
 import pathlib
 import shlex
 import sys
+from collections.abc import Sequence
 
 from absl import flags
 
@@ -57,8 +62,27 @@ FIELDS = {
   "not_balanced": {"balancers": "none"},
   "dropping": {"dispatcher": "sorted", "capacity_factor": 1.0, "eval_capacity_factor": 2.0},
 }
-ADDED = ("adapters", "expert_dropout")  # arms whose model has more than the one that is tuned
-ARMS = (*FIELDS, *ADDED)
+ADDED = (
+  "adapters",
+  "expert_dropout",
+  "dropout_0.1",
+  "dropout_0.1_experts_0.4",
+)  # whose model has more than the run's
+# The fields in which such a model may differ.
+CHANGED = (
+  "experts",
+  "shared_experts",
+  "mixer",
+  "ffn",
+  "residual",
+  "num_layers",
+  "num_dense_first",
+  "moe_every",
+  "segments",
+)
+SMALLER, LARGER = 4, 3  # the batch is divided by the one, and the learning rate multiplied by the other
+PACES = ("small_batch", "large_rate", "small_batch_large_rate")
+ARMS = (*FIELDS, *ADDED, *PACES)
 
 
 def main(argv: list[str]) -> None:
@@ -73,7 +97,7 @@ def main(argv: list[str]) -> None:
     if name not in ARMS:
       raise unknown_name("arm", name, ARMS)
   arguments = comparison_flags.arguments()
-  folder, loaded = pathlib.Path(_OUTPUT_DIR.value), load_run(folder_of(0))
+  folder, loaded = pathlib.Path(_OUTPUT_DIR.value), load_run(folder_of(arguments["seeds"][0]))
   config = configured(loaded)
   comparison = Comparison(
     {name: arm(folder, name, config, arguments["seeds"]) for name in names},
@@ -88,9 +112,37 @@ def main(argv: list[str]) -> None:
     question=__doc__.splitlines()[0],
     command=shlex.join(["python", *sys.argv]),
     notes=[f"All arms start from {_MODEL.value}."],
-    # Which parameters are trained is a field of the optimizer.
-    varies=["schedule", *(["slots"] if "dropping" in names else [])],
+    varies=varies(names),
   )
+
+
+def varies(names: Sequence[str]) -> list[str]:
+  """Returns what arms of these names differ in by design. Which parameters are trained is a field of the optimizer."""
+  has_small = any(name.startswith("small_batch") for name in names)
+  steps = ["num_steps", "tokens_per_step"] if has_small else []
+  return ["schedule", *(["slots"] if "dropping" in names else []), *steps]
+
+
+def pace(name: str, config) -> dict:
+  """Returns the fields of an arm that reads the same text in other batches, or learns at another rate.
+
+  Raises:
+    InputError: if the batch has no quarter.
+  """
+  from moe_jax.errors import InputError
+
+  fields, batch = {}, config.data.batch_size
+  if "small_batch" in name:
+    if batch % SMALLER:
+      raise InputError(f"--batch_size={batch}: must be a multiple of {SMALLER} for the arm {name}")
+    train = config.train
+    # All that is counted in steps or batches stays the same part of the text.
+    counts = {field: SMALLER * getattr(train, field) for field in ("num_steps", "eval_every", "eval_batches")}
+    counts["warmup_steps"] = SMALLER * config.optimizer.warmup_steps
+    fields |= {"batch_size": batch // SMALLER, "tail_fraction": train.tail_fraction / SMALLER, **counts}
+  if "large_rate" in name:
+    fields["learning_rate"] = LARGER * config.optimizer.learning_rate
+  return fields
 
 
 def folder_of(seed: int) -> pathlib.Path:
@@ -105,14 +157,10 @@ def configured(loaded):
   """
   from moe_jax.data import load_dataset
   from moe_jax.errors import InputError
-  from moe_jax.training.load import TOKENIZER_FILE
+  from moe_jax.training.load import tokenizer_name
 
-  config, own = cli.config_from_flags(), loaded.config.data
-  # A tokenizer that was trained on the text of the run is a file in its folder.
-  tokenizer = str(loaded.folder / TOKENIZER_FILE) if own.bpe_size else own.tokenizer
+  config, tokenizer = cli.config_from_flags({"dataset": "stdlib_tasks"}), tokenizer_name(loaded)
   data = dataclasses.replace(config.data, tokenizer=tokenizer)
-  if not flags.FLAGS["dataset"].present:
-    data = dataclasses.replace(data, dataset="stdlib_tasks")
   objective = "response" if data.dataset == "stdlib_tasks" else loaded.config.train.objective
   train = dataclasses.replace(config.train, objective=objective, init_from=_MODEL.value)
   dataset = load_dataset(data)
@@ -123,24 +171,37 @@ def configured(loaded):
 
 def arm(folder: pathlib.Path, name: str, config, seeds) -> dict:
   """Returns the fields of an arm. Writes the models that it starts from, if they have more than the run's."""
-  from moe_jax import adapt
+  from moe_jax.comparison.arms import value_of
   from moe_jax.training.load import load_run
   from moe_jax.training.start import save_model
 
   if name in FIELDS:
     return FIELDS[name]
+  if name in PACES:
+    return pace(name, config)
   for seed in seeds:
     start = folder / "start" / name / f"seed_{seed}"
     loaded = load_run(start if (start / "config.json").exists() else folder_of(seed))
     model = loaded.model
     if loaded.folder != start:
-      if name == "adapters":
-        model = adapt.add_adapters(model, _RANK.value, seed=seed)
-      else:
-        model = adapt.wrap_experts(model, "expert_dropout:rate=0.4")
+      model = with_more(model, name, seed)
       save_model(start, model, dataclasses.replace(loaded.config, model=model.config), loaded.tokenizer)
-  own = {"experts": model.config.moe.experts, "init_from": str(folder / "start" / name / "seed_{seed}")}
-  return own | ({"mixer": model.config.mixer, "trained": "adapters"} if name == "adapters" else {})
+  made = dataclasses.replace(config, model=model.config)
+  own = {
+    field: value_of(made, field) for field in CHANGED if value_of(made, field) != value_of(config, field)
+  }
+  own["init_from"] = str(folder / "start" / name / "seed_{seed}")
+  return own | ({"trained": "adapters"} if name == "adapters" else {})
+
+
+def with_more(model, name: str, seed: int):
+  """Returns the model that an arm of `ADDED` starts from."""
+  from moe_jax import adapt
+
+  if name == "adapters":
+    return adapt.add_adapters(model, _RANK.value, seed=seed)
+  model = adapt.wrap_experts(model, f"expert_dropout:rate={0.1 if name == 'dropout_0.1' else 0.4}")
+  return model if name == "expert_dropout" else adapt.set_dropout(model, 0.1)
 
 
 if __name__ == "__main__":

@@ -86,10 +86,26 @@ def make_trip(folder: pathlib.Path) -> "Trip":
     config = dataclasses.replace(config, model=model, data=data)
   config = with_arm(config, {"ffn": "mlp", "balancers": "none"})
   dataset = load_dataset(config.data, loaded.tokenizer if loaded else None)
+  if loaded:
+    check_start(loaded, dataset)
   domain = _DOMAIN.value or dataset.info.domains[0]
   if domain not in dataset.info.domains:
     raise unknown_name("domain", domain, dataset.info.domains)
   return Trip(folder, config, dataset, loaded, domain)
+
+
+def check_start(loaded, dataset) -> None:
+  """Raises `InputError` if the model of `--model` is not dense, or does not read this text."""
+  from moe_jax.errors import InputError
+  from moe_jax.nn.build import num_routed_layers
+
+  if num_routed_layers(loaded.config.model):
+    raise InputError(
+      f"--model={_MODEL.value}: has layers with routed experts; the trip begins with a dense model"
+    )
+  vocab_size = loaded.model.embedding_VD.get_value().shape[0]
+  if dataset.info.vocab_size != vocab_size:
+    raise InputError(f"--dataset: has {dataset.info.vocab_size} token ids, and the model {vocab_size}")
 
 
 def products(trip: "Trip", formats: dict):
@@ -140,7 +156,7 @@ class Trip:
 
     self.folder, self.config, self.dataset, self.domain = folder, config, dataset, domain
     self.loaded, self._made = loaded, {}
-    self.dense_steps = 0 if loaded else _DENSE_STEPS.value
+    self.dense_steps = loaded.step if loaded else _DENSE_STEPS.value
     names = ("model", "dense_steps", "distil_steps", "calibration", "balancers")
     settings = {name: flags.FLAGS[name].value for name in names}
     settings |= {"domain": domain, "fingerprint": dataset.info.fingerprint}

@@ -81,6 +81,7 @@ REFERENCE: dict[str, Any] = {
         "jitter": 0.0,
         "shared_expert_gate": False,
         "shared_expert_dim": 0,
+        "shared_experts": "mlp",
       },
     },
   },

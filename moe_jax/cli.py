@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from absl import app, flags, logging
@@ -60,8 +60,11 @@ def define_flags(leave_out: Iterable[str] = ()) -> None:
       _DEFINERS[type(field.default)](flag, field.default, field.metadata["help"])
 
 
-def config_from_flags() -> Config:
+def config_from_flags(said: Mapping[str, Any] | None = None) -> Config:
   """The preset with the flags of the command line on top, not yet checked.
+
+  Args:
+    said: values of fields that a script has instead of those of the preset, where no flag gives one.
 
   Raises:
     InputError: unknown preset.
@@ -71,6 +74,8 @@ def config_from_flags() -> Config:
   for part, field, flag in _fields():
     if flag in flags.FLAGS and flags.FLAGS[flag].present:
       values[part][field.name] = flags.FLAGS[flag].value
+    elif field.name in (said or {}):
+      values[part][field.name] = said[field.name]
   moe = dataclasses.replace(base.model.moe, **values.pop("moe"))
   parts = {part: dataclasses.replace(getattr(base, part), **given) for part, given in values.items()}
   config = Config(**parts | {"model": dataclasses.replace(parts["model"], moe=moe)})

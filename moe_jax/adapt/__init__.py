@@ -12,9 +12,18 @@ from moe_jax.adapt.layers import drop_mtp
 from moe_jax.adapt.quantise import dequantise, expert_bytes, quantise
 from moe_jax.adapt.tasks import to_task_level
 from moe_jax.adapt.upcycle import upcycle
-from moe_jax.adapt.wrappers import add_adapters, change_moe, merge_adapters, unwrap_experts, wrap_experts
+from moe_jax.adapt.wrappers import (
+  ADAPTABLE,
+  add_adapters,
+  change_moe,
+  merge_adapters,
+  set_dropout,
+  unwrap_experts,
+  wrap_experts,
+)
 
 __all__ = [
+  "ADAPTABLE",
   "add_adapters",
   "calibrate",
   "change_moe",
@@ -27,6 +36,7 @@ __all__ = [
   "merge_adapters",
   "prune",
   "quantise",
+  "set_dropout",
   "to_dense",
   "to_task_level",
   "unwrap_experts",

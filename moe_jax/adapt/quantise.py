@@ -17,7 +17,7 @@ from moe_jax.ops.quantisation import dequantise as dequantised
 from moe_jax.ops.quantisation import quantise as quantised
 from moe_jax.registry import Method, as_inner, inner_spec
 
-PREFIX, _, _, _, REPLACE = EXPERTS_PART
+PREFIX, REPLACE = EXPERTS_PART.prefix, EXPERTS_PART.replace
 STORED, TRAINED = "quantised", "quantised_training"
 POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the mean absolute input
 AWARE = "+aware"  # behind a format: with factors from a calibration text

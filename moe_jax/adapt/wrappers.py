@@ -1,20 +1,21 @@
-"""Parts put around the experts or mixers of a model, such as low-rank adapters, and taken off again."""
+"""Networks put around parts of a model, such as low-rank adapters, and taken off again; and changes of what has no parameters."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from moe_jax.adapt.layers import Layer, moe_layers, put_together, take_apart
 from moe_jax.config import BlockConfig
-from moe_jax.errors import InputError
+from moe_jax.errors import InputError, unknown_name
 from moe_jax.nn.build import resolve_moe
 from moe_jax.nn.experts import EXPERTS
+from moe_jax.nn.ffn import FFNS, SHARED_EXPERTS
 from moe_jax.nn.low_rank import addition
 from moe_jax.nn.mixers import MIXERS
 from moe_jax.nn.transformer import Transformer
-from moe_jax.registry import Method, as_inner, inner_spec
+from moe_jax.registry import Method, Registry, as_inner, inner_spec
 
 LOW_RANK = "low_rank"
 
@@ -33,7 +34,7 @@ def wrap_experts(model: Transformer, wrapper: str, seed: int = 0) -> Transformer
   parts = take_apart(model)
   routed = set(moe_layers(parts))
   layers = [
-    _wrapped_experts(layer, wrapper) if i in routed else layer for i, layer in enumerate(parts.layers)
+    _wrapped(layer, EXPERTS_PART, wrapper) if i in routed else layer for i, layer in enumerate(parts.layers)
   ]
   return put_together(parts._replace(layers=tuple(layers)), seed)
 
@@ -55,43 +56,60 @@ def add_adapters(
   rank: int = 8,
   alpha: float = 16.0,
   *,
-  experts: bool = True,
-  attention: bool = True,
+  parts: Collection[str] | None = None,
   seed: int = 0,
 ) -> Transformer:
   """Returns `model` with low-rank adapters (LoRA, 2106.09685): it computes the same until they are trained.
 
-  Adapters of experts are of every expert by itself. `--trained=adapters` trains nothing else.
+  Adapters of experts are of every expert by itself. Shared experts are one network of their summed width.
+  `--trained=adapters` trains nothing else.
 
   Args:
-    model: adapters are added to the matrices of its mixers and routed experts, which are frozen.
+    model: adapters are added to the matrices of some of its parts, which are frozen.
     rank: of the addition to each matrix.
     alpha: the addition is alpha / rank * A B.
-    experts, attention: what gets adapters.
+    parts: names of `ADAPTABLE`: "experts" (routed ones), "shared" (shared experts), "dense" (feed-forward parts of layers
+      without experts), "attention" (mixers). None: all that the model has.
     seed: of A. B is zero.
 
   Raises:
-    InputError: if a matrix has a side shorter than `rank`, the model has adapters already, or no experts to adapt.
+    InputError: if a matrix has a side shorter than `rank`, the model has adapters already, or it has none of a part that
+      is named.
   """
-  parts = take_apart(model)
-  routed = set(moe_layers(parts)) if experts else set()
-  new = []
-  for i, layer in enumerate(parts.layers):
-    if LOW_RANK in (layer.block.mixer.name, getattr(layer.block.moe.experts, "name", "")):
-      raise InputError("the model has adapters already; merge them first")
-    layer = _wrapped_experts(layer, f"{LOW_RANK}:rank={rank}:alpha={alpha}") if i in routed else layer
-    new.append(_wrapped_mixer(layer, f"{LOW_RANK}:rank={rank}:alpha={alpha}") if attention else layer)
-  adapted = put_together(parts._replace(layers=tuple(new)), seed)
+  names = list(dict.fromkeys(ADAPTABLE if parts is None else parts))
+  for name in names:
+    if name not in ADAPTABLE:
+      raise unknown_name("part", name, ADAPTABLE)
+  taken = take_apart(model)
+  layers = list(taken.layers)
+  _check_adaptable(layers, names if parts else (), "experts" in names)
+  for part in (ADAPTABLE[name] for name in names):
+    for i, layer in enumerate(layers):
+      if part.is_in(layer):
+        layers[i] = _wrapped(layer, part, f"{LOW_RANK}:rank={rank}:alpha={alpha}")
+  adapted = put_together(taken._replace(layers=tuple(layers)), seed)
   for layer in take_apart(adapted).layers:
     _check_rank(layer, rank)
   return adapted
+
+
+def _check_adaptable(layers: Sequence[Layer], named: Collection[str], with_experts: bool) -> None:
+  has = [name for name, part in ADAPTABLE.items() if any(map(part.is_in, layers))]
+  for name in named:
+    if name not in has:
+      raise InputError(f"parts={name}: the model has no {ADAPTABLE[name].words}; it has {', '.join(has)}")
+  for layer in layers:
+    if any(part.read(layer.block).name == LOW_RANK for part in ADAPTABLE.values()):
+      raise InputError("the model has adapters already; merge them first")
+    if with_experts and layer.block.ffn.takes("moe") and not EXPERTS_PART.is_in(layer):
+      raise InputError(f"ffn {layer.block.ffn}: its experts can have no adapters; choose parts=attention")
 
 
 def _check_rank(layer: Layer, rank: int) -> None:
   for path, down in layer.values.items():
     if ".adapters.down." in path:
       up = layer.values[path.replace(".down.", ".up.")]
-      experts = layer.block.moe.num_experts if path.startswith(EXPERTS_PART[0]) else 1
+      experts = layer.block.moe.num_experts if path.startswith(ADAPTABLE["experts"].prefix) else 1
       smaller = min(down.size, up.size) // rank // experts
       if rank > smaller:
         weight = path.rpartition(".")[2]
@@ -105,61 +123,72 @@ def merge_adapters(model: Transformer) -> Transformer:
     InputError: if it has none.
   """
   parts = take_apart(model)
-  layers = tuple(
-    _without(_without(layer, EXPERTS_PART, LOW_RANK), MIXER_PART, LOW_RANK) for layer in parts.layers
-  )
+  layers = parts.layers
+  for part in ADAPTABLE.values():
+    layers = tuple(_without(layer, part, LOW_RANK) for layer in layers)
   _check_found(parts.layers, layers, "low-rank adapters")
   return put_together(parts._replace(layers=layers))
 
 
-def _experts_of(block: BlockConfig, method: Method) -> BlockConfig:
-  return dataclasses.replace(block, moe=dataclasses.replace(block.moe, experts=method))
+class Part(NamedTuple):
+  """A part of a layer that another network can be put around."""
+
+  words: str  # what it is, for errors
+  prefix: str  # of its paths
+  option: str  # of the wrapper, which names what is inside
+  registry: Registry
+  read: Callable[[BlockConfig], Method]
+  replace: Callable[[BlockConfig, Method], BlockConfig]
+  # Whether a layer has it. A block without experts still has a configuration of some.
+  is_in: Callable[[Layer], bool]
 
 
-# The path of a part, the option that names what it wraps, its registry, how to read it and to replace it.
-EXPERTS_PART = ("ffn.experts.", "experts", EXPERTS, lambda block: block.moe.experts, _experts_of)
-MIXER_PART = (
-  "mixer.",
-  "mixer",
-  MIXERS,
-  lambda block: block.mixer,
-  lambda b, m: dataclasses.replace(b, mixer=m),
-)
-Part = tuple[str, str, object, Callable, Callable]
+def _part_of_moe(words: str, prefix: str, option: str, registry: Registry, field: str) -> Part:
+  in_moe = lambda block, method: dataclasses.replace(block.moe, **{field: method})
+  replace = lambda block, method: dataclasses.replace(block, moe=in_moe(block, method))
+  read = lambda block: getattr(block.moe, field)
+  return Part(words, prefix, option, registry, read, replace, lambda layer: bool(layer.under(prefix)))
 
 
-def _wrapped_experts(layer: Layer, wrapper: str) -> Layer:
-  return _wrapped(layer, EXPERTS_PART, wrapper)
+def _part_of_block(words: str, name: str, registry: Registry, is_in: Callable[[Layer], bool]) -> Part:
+  replace = lambda block, method: dataclasses.replace(block, **{name: method})
+  return Part(words, f"{name}.", name, registry, lambda block: getattr(block, name), replace, is_in)
 
 
-def _wrapped_mixer(layer: Layer, wrapper: str) -> Layer:
-  return _wrapped(layer, MIXER_PART, wrapper)
+EXPERTS_PART = _part_of_moe("layer with routed experts", "ffn.experts.", "experts", EXPERTS, "experts")
+ADAPTABLE = {
+  "experts": EXPERTS_PART,
+  "shared": _part_of_moe("shared experts", "ffn.shared.", "ffn", SHARED_EXPERTS, "shared_experts"),
+  "dense": _part_of_block(
+    "layer without experts", "ffn", FFNS, lambda layer: not layer.block.ffn.takes("moe")
+  ),
+  "attention": _part_of_block("mixer", "mixer", MIXERS, lambda layer: True),
+}
 
 
 def _wrapped(layer: Layer, part: Part, wrapper: str) -> Layer:
-  prefix, option, registry, read, replace = part
-  method = registry.resolve(f"{wrapper}:{option}={as_inner(read(layer.block))}")
-  own = {f"{prefix}{option}.{path}": value for path, value in layer.under(prefix).items()}
-  return Layer(replace(layer.block, method), layer.without(prefix) | own)
+  method = part.registry.resolve(f"{wrapper}:{part.option}={as_inner(part.read(layer.block))}")
+  own = {f"{part.prefix}{part.option}.{path}": value for path, value in layer.under(part.prefix).items()}
+  return Layer(part.replace(layer.block, method), layer.without(part.prefix) | own)
 
 
 def _without(layer: Layer, part: Part, name: str) -> Layer:
   """A layer without the wrapper `name`; the same layer if it has none."""
-  prefix, option, registry, read, replace = part
-  method = read(layer.block)
-  if method.name != name or not layer.under(prefix):
+  method = part.read(layer.block)
+  if method.name != name or not part.is_in(layer):
     return layer
   options = dict(method.options)
-  values = layer.under(prefix)
-  own = {path.removeprefix(f"{option}."): x for path, x in values.items() if path.startswith(f"{option}.")}
+  values = layer.under(part.prefix)
+  inside = f"{part.option}."
+  own = {path.removeprefix(inside): x for path, x in values.items() if path.startswith(inside)}
   for path, down in values.items():
     if path.startswith("adapters.down."):
       weight = path.removeprefix("adapters.down.")
       up, before = values[f"adapters.up.{weight}"], own[weight]
       added = addition(down, up, options["alpha"] / options["rank"], batched=part is EXPERTS_PART)
       own[weight] = (before + np.asarray(added)).astype(before.dtype)
-  block = replace(layer.block, registry.resolve(inner_spec(options[option])))
-  return Layer(block, layer.without(prefix) | {f"{prefix}{path}": value for path, value in own.items()})
+  block = part.replace(layer.block, part.registry.resolve(inner_spec(options[part.option])))
+  return Layer(block, layer.without(part.prefix) | {f"{part.prefix}{p}": value for p, value in own.items()})
 
 
 def _check_found(before: tuple[Layer, ...], after: tuple[Layer, ...], what: str) -> None:
@@ -182,3 +211,26 @@ def change_moe(model: Transformer, **fields: Any) -> Transformer:
   )
   layers = tuple(change(layer) if i in routed else layer for i, layer in enumerate(parts.layers))
   return put_together(parts._replace(layers=layers))
+
+
+def set_dropout(model: Transformer, rate: float) -> Transformer:
+  """Returns `model` with dropout of what mixers and feed-forward parts add to the residual stream in training.
+
+  Switch tunes with 0.1, and 0.4 in experts (`wrap_experts`; 2101.03961, section 2.4).
+
+  Args:
+    model: any.
+    rate: the probability; 0: without.
+
+  Raises:
+    InputError: if `rate` is not in [0, 1), or a residual of the model has no dropout.
+  """
+  parts = take_apart(model)
+  layers = []
+  for layer in parts.layers:
+    residual = layer.block.residual
+    if "dropout" not in dict(residual.options):
+      raise InputError(f"residual {residual}: has no option dropout")
+    block = dataclasses.replace(layer.block, residual=residual.with_option("dropout", str(rate)))
+    layers.append(layer._replace(block=block))
+  return put_together(parts._replace(layers=tuple(layers)))

@@ -123,6 +123,9 @@ def columns_of(results: Sequence[Result]) -> tuple[Column, ...]:
   functions of quality, load entropy and dead experts of the load) or depend on what else the machine does
   (tokens per second). Judging them as well would tell nothing new, and each further cell makes the correction
   for many cells stricter for all.
+
+  An experiment that asks about a quantity of its own declares it beside the metrics, with `of_experts: False` if dense models have
+  it, too, and `judged: True` if its question is about that one.
   """
   # Besides quality. With one domain, mutual information is zero by definition.
   several = any(len(result.get("domains") or ()) > 1 for result in results)
@@ -138,8 +141,8 @@ def columns_of(results: Sequence[Result]) -> tuple[Column, ...]:
       e["unit"],
       e["format"],
       e["lower_is_better"],
-      e["key"] in judged,
-      _of_experts(e["part"], e["name"]),
+      e.get("judged", e["key"] in judged),
+      (_of_experts if e.get("of_experts", True) else _at)(e["part"], e["name"]),
     )
     for e in declared.values()
   )

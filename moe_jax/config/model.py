@@ -23,6 +23,9 @@ class MoEConfig:
   shared_expert_gate: bool = flag(
     False, "a token scales what its shared experts add by the sigmoid of a learned projection, as in Qwen"
   )
+  shared_experts: Spec = flag(
+    "mlp", "network of the shared experts: mlp, or low_rank, which adds adapters to it"
+  )
   experts: Spec = flag(
     "swiglu",
     "network of the experts: swiglu, relu, gelu, clipped_swiglu, bounded_swiglu, expert_dropout, low_rank, "
@@ -56,9 +59,9 @@ class MoEConfig:
     require(
       self.shared_expert_dim >= 0, "shared_expert_dim", self.shared_expert_dim, "0 (expert_dim) or more"
     )
-    for name in ("shared_expert_dim", "shared_expert_gate"):
+    for name, default in (("shared_expert_dim", 0), ("shared_expert_gate", False), ("shared_experts", "mlp")):
       require(
-        self.num_shared_experts > 0 or not getattr(self, name),
+        self.num_shared_experts > 0 or str(getattr(self, name)) == str(default),
         name,
         getattr(self, name),
         "needs shared experts, e.g. --num_shared_experts=1",
@@ -115,7 +118,11 @@ class ModelConfig:
     "moe",
     "feed-forward part of the blocks with experts: moe, latent_moe:WIDTH, default_moe, erc_moe, soft_moe:SLOTS, parallel_moe",
   )
-  residual: Spec = flag("pre_norm", "how parts meet the residual stream: pre_norm, normed_input:ALPHA:BETA")
+  residual: Spec = flag(
+    "pre_norm",
+    "how parts meet the residual stream: pre_norm, normed_input:ALPHA:BETA; either with dropout of what parts add, e.g. "
+    "pre_norm:dropout=0.1",
+  )
   rope_theta: float = flag(10_000.0, "base of the rotary positions (2104.09864)")
   norm_eps: float = flag(1e-6, "added to the mean square in RMSNorm")
   qk_norm: bool = flag(False, "RMSNorm over the head dimension of queries and keys, as in Qwen3 (2505.09388)")

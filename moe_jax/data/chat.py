@@ -1,8 +1,10 @@
 """The chat template of a published tokenizer: how it writes a conversation as text.
 
-A template is a program in Jinja's language that comes with a model. It runs in Jinja's sandbox (docs/security.md).
+A template is a program in Jinja's language that comes with a model. It runs in Jinja's sandbox (docs/security.md), and sees
+what transformers gives it, except today's date: what a model is trained on does not depend on the day.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -27,16 +29,13 @@ class ChatTemplate:
   """
 
   def __init__(self, source: str, specials: dict[str, str] | None = None, where: str = "chat template"):
-    import jinja2.sandbox
+    import jinja2
 
     if len(source) > LONGEST:
       raise InputError(f"{where}: has {len(source)} characters; at most {LONGEST} are read")
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-    environment.globals["raise_exception"] = _refuse
     self.source, self.where, self._specials = source, where, dict(specials or {})
     try:
-      self._template = environment.from_string(source)
+      self._template = _environment().from_string(source)
     except jinja2.TemplateError as error:
       raise InputError(f"{where}: is no chat template ({_first_line(error)})") from None
 
@@ -56,12 +55,38 @@ class ChatTemplate:
     return before, whole[len(before) :]
 
   def _written(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    given = {"messages": messages, "tools": None, "documents": None}
     try:
-      return self._template.render(
-        messages=messages, add_generation_prompt=add_generation_prompt, **self._specials
-      )
+      return self._template.render(**given, add_generation_prompt=add_generation_prompt, **self._specials)
     except Exception as error:  # a template may fail in any way that an expression can
       raise InputError(f"{self.where}: fails on a prompt with a response ({_first_line(error)})") from None
+
+
+@functools.cache
+def _environment() -> Any:
+  """Jinja's sandbox with what transformers adds to it."""
+  import jinja2.ext
+  import jinja2.sandbox
+
+  class Generation(jinja2.ext.Extension):
+    """`{% generation %}` marks what an assistant writes. It changes no text."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser: Any) -> Any:
+      next(parser.stream)
+      return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+  )
+  environment.filters["tojson"] = _to_json
+  environment.globals["raise_exception"] = _refuse
+  return environment
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+  return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 def read_chat_template(folder: str | os.PathLike[str]) -> ChatTemplate | None:

@@ -78,12 +78,19 @@ class Tokens(NamedTuple):
 def encode_example(
   example: Example, tokenizer: Tokenizer, end_id: int, template: ChatTemplate | None = None
 ) -> Tokens:
-  """Returns bos, prompt, response and `end_id`; with a template, what it writes, which has its own beginning and end."""
+  """Returns bos, prompt, response and `end_id`; with a template, what it writes, which has its own beginning and end.
+
+  What a template writes is encoded as one text. The response begins with the first token that the prompt alone does not begin
+  with, so one that has characters of both is of the response.
+  """
   if template is None:
     prompt, response = tokenizer.encode(example.prompt), tokenizer.encode(example.response)
     return Tokens(np.concatenate([[tokenizer.bos_id], prompt, response, [end_id]]), 1 + len(prompt))
-  prompt, response = map(tokenizer.encode, template.split(example.prompt, example.response))
-  return Tokens(np.concatenate([prompt, response]), len(prompt))
+  before, response = template.split(example.prompt, example.response)
+  prompt, whole = tokenizer.encode(before), tokenizer.encode(before + response)
+  n = min(len(prompt), len(whole) - 1)
+  differs = np.flatnonzero(prompt[:n] != whole[:n])
+  return Tokens(whole, max(int(differs[0]) if differs.size else n, 1))
 
 
 def fits_row(example: Example, tokenizer: Tokenizer, length: int) -> bool:

@@ -24,12 +24,12 @@ class Block(nnx.Module):
   Args:
     mixer, ffn: modules that map (x_BLD, context) to (y_BLD, aux).
     residual: makes a module that adds a part to the residual stream: it maps (part, x_BLD, context) to
-      (x_BLD, aux). Called once for the mixer and once for the feed-forward part.
+      (x_BLD, aux). Called with `part_number` 0 for the mixer, and with 1 for the feed-forward part.
   """
 
-  def __init__(self, mixer: nnx.Module, ffn: nnx.Module, residual: Callable[[], nnx.Module]):
-    self.mixer_residual, self.mixer = residual(), mixer
-    self.ffn_residual, self.ffn = residual(), ffn
+  def __init__(self, mixer: nnx.Module, ffn: nnx.Module, residual: Callable[..., nnx.Module]):
+    self.mixer_residual, self.mixer = residual(part_number=0), mixer
+    self.ffn_residual, self.ffn = residual(part_number=1), ffn
 
   def __call__(self, x_BLD: Array, context: Context) -> tuple[Array, BlockAux]:
     x_BLD, mixer_aux = self.mixer_residual(self.mixer, x_BLD, context)

@@ -13,7 +13,7 @@ from moe_jax.config import BlockConfig, ModelConfig, MoEConfig, Segment, spec_te
 from moe_jax.errors import InputError
 from moe_jax.nn.block import Block
 from moe_jax.nn.experts import EXPERTS
-from moe_jax.nn.ffn import FFNS
+from moe_jax.nn.ffn import FFNS, SHARED_EXPERTS
 from moe_jax.nn.mixers import MIXERS
 from moe_jax.nn.moe import MoE
 from moe_jax.nn.residual import RESIDUALS
@@ -22,7 +22,12 @@ from moe_jax.nn.variables import abstract
 from moe_jax.ops.balancing import BALANCERS
 from moe_jax.sharding.dispatchers import DISPATCHERS
 
-_MOE_PARTS = {"router": ROUTERS, "experts": EXPERTS, "dispatcher": DISPATCHERS}
+_MOE_PARTS = {
+  "router": ROUTERS,
+  "experts": EXPERTS,
+  "shared_experts": SHARED_EXPERTS,
+  "dispatcher": DISPATCHERS,
+}
 _BLOCK_PARTS = {"mixer": MIXERS, "ffn": FFNS, "residual": RESIDUALS}
 
 

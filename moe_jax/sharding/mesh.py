@@ -101,7 +101,7 @@ def check_divides(
     split += [("num_experts", moe.num_experts, "expert"), ("expert_dim", moe.expert_dim, "tensor")]
     split += [("shared_expert_dim", moe.shared_expert_dim, "tensor")]
   kinds = {spec_text(block.ffn).partition(":")[0] for segment in model.blocks for block in segment.pattern}
-  if kinds & {"mlp", "parallel_moe"}:
+  if kinds & {"mlp", "parallel_moe", "low_rank"}:
     split.append(("dense_dim", model.dense_dim, "tensor"))
   for field, value, axis in split:
     if value % mesh.shape[axis]:

@@ -82,6 +82,12 @@ def restore_run(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[Config, 
   return config, vocab_size, state
 
 
+def tokenizer_name(loaded: Loaded) -> str:
+  """Returns the name that loads the tokenizer of a run: a file of its folder if it was trained on the text of the run."""
+  data = loaded.config.data
+  return str(loaded.folder / TOKENIZER_FILE) if data.bpe_size else data.tokenizer
+
+
 def _tokenizer(folder: pathlib.Path, data: DataConfig) -> Tokenizer:
   """A tokenizer that was trained on the data set is in the folder of the run; others are where they were."""
   if not data.bpe_size:

@@ -41,6 +41,14 @@ def losses_by_domain(model: Transformer, config: Config, dataset: Dataset) -> di
 
   The arguments are those of `validate`.
   """
+  return {name: nll / n for name, (nll, n) in sums_by_domain(model, config, dataset).items()}
+
+
+def sums_by_domain(model: Transformer, config: Config, dataset: Dataset) -> dict[str, tuple[float, float]]:
+  """Returns the loss of the objective in nats, and the number of targets, for each domain that the validation batches have.
+
+  The arguments are those of `validate`.
+  """
   objective, info = objective_of(config), dataset.info
   graphdef, params, variables = nnx.split(model, nnx.Param, ...)
   state = TrainState(jnp.int32(0), jnp.zeros(2, jnp.uint32), params, variables, (), ())
@@ -51,7 +59,7 @@ def losses_by_domain(model: Transformer, config: Config, dataset: Dataset) -> di
       masks = {name: x & is_own_B1 for name, x in batch.items() if x.dtype == bool}
       found = _sums(graphdef, objective, len(info.domains), info.vocab_size, state, batch | masks)
       sums[i] += float(found.nll), float(found.num_targets)
-  return {name: float(nll / n) for name, (nll, n) in zip(info.domains, sums, strict=True) if n}
+  return {name: (float(nll), float(n)) for name, (nll, n) in zip(info.domains, sums, strict=True) if n}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from moe_jax.adapt.layers import take_apart
+from moe_jax.adapt.layers import put_together, take_apart
 from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.nn.context import Context
 from moe_jax.nn.transformer import Transformer
@@ -52,3 +52,13 @@ def hashes(model: Transformer) -> dict[str, str]:
   for i, layer in enumerate(parts.layers):
     found |= {f"{i}.{path}": digest(value) for path, value in layer.values.items()}
   return found
+
+
+def trained(model):
+  """`model` with adapters that are not zero."""
+  parts, rng = take_apart(model), np.random.default_rng(0)
+  draw = lambda path, x: rng.normal(size=x.shape).astype(np.float32) / 4 if ".up." in path else x
+  layers = [
+    layer._replace(values={path: draw(path, x) for path, x in layer.values.items()}) for layer in parts.layers
+  ]
+  return put_together(parts._replace(layers=tuple(layers)))

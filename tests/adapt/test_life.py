@@ -50,7 +50,7 @@ def quantised(model):
 ADAPTATIONS = {
   "upcycle": (lambda m: adapt.upcycle(m, models.SPARSE, layers=[0]), ["0.ffn.*"]),
   "adapters": (lambda m: adapt.add_adapters(m, rank=2), []),
-  "dropout": (lambda m: adapt.wrap_experts(m, "expert_dropout:rate=0.4"), []),
+  "dropout": (lambda m: adapt.set_dropout(adapt.wrap_experts(m, "expert_dropout:rate=0.4"), 0.1), []),
   "quantised_training": (lambda m: adapt.wrap_experts(m, "quantised_training:format=int8"), []),
   "balancers": (lambda m: adapt.change_moe(m, balancers="switch_loss:0.1"), []),
   "prune": (pruned, ["[12].ffn.experts.*", "[12].ffn.router.*"]),
@@ -59,7 +59,7 @@ ADAPTATIONS = {
   "quantise": (quantised, ["[12].ffn.experts.*"]),
   "dense": (lambda m: adapt.to_dense(m), ["[12].ffn.*"]),
 }
-WRAPPERS = ("experts.experts.", "mixer.mixer.", "router.router.")
+WRAPPERS = ("experts.experts.", "mixer.mixer.", "router.router.", "ffn.ffn.")
 
 
 def plain(path: str) -> str:
@@ -85,7 +85,7 @@ def test_an_adaptation_changes_what_it_names_and_loads_bit_equal(loaded, name, t
 @pytest.fixture(scope="module")
 def composed(loaded):
   model = adapt.quantise(adapt.upcycle(loaded.model, models.SPARSE, layers=[0]), "int8")
-  return adapt.add_adapters(model, rank=2, experts=False)
+  return adapt.add_adapters(model, rank=2, parts=["attention"])
 
 
 def test_adaptations_compose(loaded, composed):

@@ -48,6 +48,24 @@ def test_bits_per_byte_come_first_and_are_judged_where_every_result_has_them():
   assert keys([old, new], True) == ["perplexity", *rest] and keys([old, new], False)[0] == "bits_per_byte"
 
 
+def test_a_quantity_of_an_experiment_is_judged_if_it_says_so_and_dense_models_may_have_it():
+  own = {"key": "gain", "title": "Gain", "unit": "nats", "format": ".4f", "lower_is_better": False}
+  own |= {"part": "validation", "name": "gain", "of_experts": False, "judged": True}
+  dense = {"model": {"num_experts": []}}
+  results = [make_result(arm, gain=value) for arm, value in (("dense", 1.5), ("sparse", 2.0))]
+  for result in results:
+    result["columns"] = [*result["columns"], own]
+  results[0] |= dense
+  summary = report.summarise(results)
+  assert [row.cells["gain"].mean for row in summary.rows] == [1.5, 2.0]
+  assert summary.rows[0].cells["max_vio"] is None
+  judged = [c.key for c in summary.columns if c.judged]
+  assert judged == ["perplexity", "max_vio", "mutual_information", "gain"]
+  del own["judged"], own["of_experts"]
+  column = next(c for c in report.columns_of(results) if c.key == "gain")
+  assert not column.judged and column.value(results[0]) is None
+
+
 def test_the_caption_says_what_was_run():
   model = {
     "num_layers": 4,

@@ -84,6 +84,40 @@ def test_residuals_are_their_formulas(spec, alpha, beta):
   assert aux == "aux"
 
 
+@pytest.mark.parametrize("spec", ["pre_norm:0.25", "normed_input:dropout=0.25:beta=0.5"])
+def test_dropout_is_of_what_a_part_adds(spec):
+  """Elements drop in training with the given probability, by sequence, layer and part, and the expectation stays."""
+  size, length, scale = 16, 128, 0.5 if "beta" in spec else 1.0
+  mixer, ffn = (RESIDUALS.resolve(spec)(dim=size, part_number=number) for number in (0, 1))
+  part = lambda x_BLD, context: (jnp.ones_like(x_BLD), None)
+  given = Context(key_B=jax.random.split(jax.random.key(0), 2), train=True)
+  x_BLD = jnp.zeros((2, length, size))
+
+  @jax.jit
+  def added():
+    contexts = {"drawn": given, "layer": given.of_layer(1, None)}
+    contexts |= {"evaluation": given._replace(train=False), "no keys": given._replace(key_B=None)}
+    return {n: mixer(part, x_BLD, c)[0] for n, c in contexts.items()} | {"ffn": ffn(part, x_BLD, given)[0]}
+
+  ys = {name: np.asarray(y) for name, y in added().items()}
+  for name in ("evaluation", "no keys"):
+    np.testing.assert_allclose(ys[name], scale, rtol=1e-6, err_msg=name)
+  kept = ys["drawn"] > 0
+  np.testing.assert_allclose(ys["drawn"][kept], scale / 0.75, rtol=1e-6)
+
+  def within(found, share, count):
+    assert abs(found - share) < 5 * np.sqrt(share * (1 - share) / count), (found, share)
+
+  within(kept.mean(), 0.75, kept.size)
+  agree = 0.75**2 + 0.25**2  # of independent draws
+  for other in ("layer", "ffn"):
+    within((kept == (ys[other] > 0)).mean(), agree, kept.size)
+  within((kept[0] == kept[1]).mean(), agree, kept[0].size)  # another sequence
+  within((kept[:, 1:] == kept[:, :-1]).mean(), agree, kept[:, 1:].size)  # another token
+  with pytest.raises(InputError, match=r"dropout must be in \[0, 1\), got 1.0"):
+    RESIDUALS.resolve("pre_norm:1")(dim=size)
+
+
 # --- who sees whom ---
 
 DENSE, WINDOW = BlockConfig(ffn="mlp"), BlockConfig("attention:window=4", "mlp")
@@ -167,7 +201,7 @@ FIRST = MoEConfig(
   dispatcher="sorted",
   capacity_factor=1.0,
 )
-FULL = BlockConfig(ffn="parallel_moe", residual="normed_input:1.5:0.7")
+FULL = BlockConfig(ffn="parallel_moe", residual="normed_input:1.5:0.7:0.1")
 PATTERNS = (
   Segment((BlockConfig(ffn="mlp"),)),
   Segment((BlockConfig("attention:window=4", moe=FIRST),), 2),
@@ -215,7 +249,7 @@ def test_what_each_layer_reports():
   ids=["scanned", "eight devices"],
 )
 def test_a_step_of_all_of_these_is_the_same(fields):
-  """Looped over, recomputed, in two micro-batches, on eight devices: with units that drop, and jitter."""
+  """Looped over, recomputed, in two micro-batches, on eight devices: with jitter, and units and what parts add that drop."""
   tiny.assert_same(step(**fields), plain())
 
 

@@ -1,4 +1,4 @@
-"""Feed-forward parts of a block. `FFNS` has all of them by name.
+"""Feed-forward parts of a block. `FFNS` has all of them by name, and `SHARED_EXPERTS` the networks of shared experts.
 
 A part is a module that maps (x_BLD, context) to (y_BLD, aux), where aux is a `MoEAux` or None. Its factory
 takes what it needs of the model by name. `moe` is the `MoEConfig` of the block.
@@ -9,25 +9,60 @@ from typing import Any, TypeVar
 from flax import nnx
 
 from moe_jax.config import MoEConfig
+from moe_jax.errors import InputError
 from moe_jax.nn.ffn.default_moe import DefaultMoE
 from moe_jax.nn.ffn.erc_moe import CoupledMoE
 from moe_jax.nn.ffn.latent_moe import LatentMoE
+from moe_jax.nn.ffn.low_rank import LowRankFFN
 from moe_jax.nn.ffn.mlp import MLP, GatedMLP
 from moe_jax.nn.ffn.parallel_moe import ParallelMoE
 from moe_jax.nn.ffn.soft_moe import SoftMoE
 from moe_jax.nn.moe import MoE
-from moe_jax.registry import Registry
+from moe_jax.registry import Registry, Spec, inner_spec
 
 Layer = TypeVar("Layer", bound=MoE)
 
 
+def always_on(
+  dim: int, dense_dim: int, activation: str, gate: bool, init_scale: float, rngs: nnx.Rngs
+) -> MLP:
+  """Returns the plain network of shared experts; with `gate`, each token scales its output."""
+  return (GatedMLP if gate else MLP)(dim, dense_dim, activation, init_scale=init_scale, rngs=rngs)
+
+
+def always_on_low_rank(
+  dim: int,
+  dense_dim: int,
+  activation: str,
+  gate: bool,
+  init_scale: float,
+  rngs: nnx.Rngs,
+  rank: int = 8,
+  alpha: float = 16.0,
+  ffn: Spec = "mlp",
+) -> LowRankFFN:
+  """Returns the network `ffn` of shared experts, frozen, with low-rank adapters (LoRA, 2106.09685)."""
+  offered = {"dim": dim, "dense_dim": dense_dim, "activation": activation, "gate": gate}
+  inner = SHARED_EXPERTS.resolve(inner_spec(ffn))(**offered, init_scale=init_scale, rngs=rngs)
+  return LowRankFFN(inner, rank, alpha, f"shared_experts low_rank:ffn={ffn}", rngs=rngs)
+
+
+SHARED_EXPERTS = Registry(
+  "shared experts",
+  {"mlp": always_on, "low_rank": always_on_low_rank},
+  offered=("dim", "dense_dim", "activation", "gate", "init_scale", "rngs"),
+)
+
+
 def shared_experts(
   moe: MoEConfig, dim: int, activation: str, init_scale: float, rngs: nnx.Rngs
-) -> MLP | None:
+) -> nnx.Module | None:
   """Returns the shared experts as one network of their summed width, or None if there are none."""
   width = moe.num_shared_experts * (moe.shared_expert_dim or moe.expert_dim)
-  kind = GatedMLP if moe.shared_expert_gate else MLP
-  return kind(dim, width, activation, init_scale=init_scale, rngs=rngs) if width else None
+  if not width:
+    return None
+  offered = {"dim": dim, "dense_dim": width, "activation": activation, "gate": moe.shared_expert_gate}
+  return moe.shared_experts(**offered, init_scale=init_scale, rngs=rngs)
 
 
 def moe(moe: MoEConfig, dim: int, activation: str, init_scale: float, rngs: nnx.Rngs) -> MoE:
@@ -97,6 +132,27 @@ def soft_moe(
   return layer
 
 
+def low_rank(
+  dim: int,
+  dense_dim: int,
+  activation: str,
+  init_scale: float,
+  rngs: nnx.Rngs,
+  rank: int = 8,
+  alpha: float = 16.0,
+  ffn: Spec = "mlp",
+) -> LowRankFFN:
+  """Returns the part `ffn`, which has no experts, frozen, with low-rank adapters (LoRA, 2106.09685)."""
+  method = FFNS.resolve(inner_spec(ffn))
+  if method.takes("moe"):
+    raise InputError(
+      f"ffn low_rank:ffn={ffn}: adapters of experts are --experts=low_rank, and those of shared ones "
+      "--shared_experts=low_rank"
+    )
+  offered = {"dim": dim, "dense_dim": dense_dim, "activation": activation, "init_scale": init_scale}
+  return LowRankFFN(method(**offered, rngs=rngs), rank, alpha, f"ffn low_rank:ffn={ffn}", rngs=rngs)
+
+
 FFNS = Registry(
   "ffn",
   {
@@ -107,8 +163,20 @@ FFNS = Registry(
     "default_moe": default_moe,
     "erc_moe": erc_moe,
     "soft_moe": soft_moe,
+    "low_rank": low_rank,
   },
   offered=("moe", "dim", "dense_dim", "activation", "init_scale", "rngs"),
 )
 
-__all__ = ["FFNS", "MLP", "CoupledMoE", "DefaultMoE", "GatedMLP", "LatentMoE", "ParallelMoE", "SoftMoE"]
+__all__ = [
+  "FFNS",
+  "MLP",
+  "SHARED_EXPERTS",
+  "CoupledMoE",
+  "DefaultMoE",
+  "GatedMLP",
+  "LatentMoE",
+  "LowRankFFN",
+  "ParallelMoE",
+  "SoftMoE",
+]
