@@ -35,7 +35,6 @@ from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, TrainConf
 from moe_jax.errors import STOPPED_STATUS
 
 ARM = "arm"
-STEPS = 240
 LIMIT = 300.0  # seconds that a start may take
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "the", "dog", "ran", "after", "it", "until", "dark"]
 
@@ -43,6 +42,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "of the faults")
 _MINUTES = flags.DEFINE_float("minutes", 0.0, "how long to go on; 0: until --faults", lower_bound=0)
 _FAULTS = flags.DEFINE_integer("faults", 0, "how many faults; 0: until --minutes", lower_bound=0)
 _FOLDER = flags.DEFINE_string("folder", "runs/soak", "for the runs; must be new, or that of an earlier soak")
+_STEPS = flags.DEFINE_integer("steps", 240, "of a run; a checkpoint is saved every 20", lower_bound=40)
 _KEEP = flags.DEFINE_bool("keep", False, "keep the folders of runs that ended well, too")
 
 
@@ -63,7 +63,7 @@ def config(texts: pathlib.Path, data: pathlib.Path) -> Config:
       sequence_length=16,
       batch_size=8,
     ),
-    train=TrainConfig(num_steps=STEPS, log_every=1, checkpoint_every=20, eval_batches=2),
+    train=TrainConfig(num_steps=_STEPS.value, log_every=1, checkpoint_every=20, eval_batches=2),
   )
 
 
@@ -178,7 +178,7 @@ class Soak:
     spoilt_metrics = False
     while more():
       fault = self.random.choice(list(FAULTS))
-      until = self.random.uniform(self.step(output_dir), STEPS)
+      until = self.random.uniform(self.step(output_dir), _STEPS.value)
       process = self.start(output_dir, largest_file=6000 if fault == "full" else 0)
       deadline = time.monotonic() + LIMIT
       while process.poll() is None and self.step(output_dir) < until and time.monotonic() < deadline:
@@ -218,7 +218,7 @@ class Soak:
     results = [json.loads((folder / "result.json").read_text()) for folder in (self.whole, own)]
     parts = {"validation": [r["validation"] for r in results]}
     parts |= {f"training {k}": [r["training"][k] for r in results] for k in ("loss", "max_vio", "tail_steps")}
-    saved = [folder / f"checkpoints/{STEPS}/extra/metadata" for folder in (self.whole, own)]
+    saved = [folder / f"checkpoints/{_STEPS.value}/extra/metadata" for folder in (self.whole, own)]
     parts["arrays of the last checkpoint"] = [json.loads(path.read_text())["arrays"] for path in saved]
     if not spoilt_metrics:
       parts["metrics"] = [self._metrics(folder) for folder in (self.whole, own)]

@@ -11,7 +11,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 # Each script defines its flags anew, and some ask for so many devices: neither outlives its command line.
 _CHILD = """
-import contextlib, io, json, runpy, sys
+import contextlib, gc, io, json, runpy, sys
+gc.set_threshold(50_000, 20, 10)  # as in conftest.py
 import jax.extend.backend
 from absl import app, flags
 found = []

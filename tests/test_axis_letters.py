@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import functools
 import pathlib
 import re
 import sys
@@ -123,28 +124,41 @@ def misnamed_arrays():
   """A set that collects (file, function, name, shape) of local arrays in the package, whose suffix is wrong."""
   found = set()
 
-  def on_event(frame, event, _):
-    if event != "return" or not frame.f_code.co_filename.startswith(str(PACKAGE)):
-      return
-    path, sizes = pathlib.Path(frame.f_code.co_filename).relative_to(PACKAGE).as_posix(), {}
-    for name, value in frame.f_locals.items():
-      shape = getattr(value, "shape", None)
-      if (
-        SUFFIX.fullmatch(name) and isinstance(shape, tuple) and not fits(name, shape, sizes, path in LEADING)
-      ):
-        found.add((path, frame.f_code.co_name, name, shape))
+  @functools.cache
+  def checked(code):
+    """The names to look at; none outside of the package."""
+    names = (*code.co_varnames, *code.co_cellvars, *code.co_freevars)
+    is_own = code.co_filename.startswith(str(PACKAGE))
+    return [name for name in names if is_own and SUFFIX.fullmatch(name)]
 
-  sys.setprofile(on_event)
+  def on_call(frame, event, _):
+    if checked(frame.f_code):
+      frame.f_trace_lines = False
+      return on_return
+    return None
+
+  def on_return(frame, event, _):
+    if event == "return":
+      path, sizes = pathlib.Path(frame.f_code.co_filename).relative_to(PACKAGE).as_posix(), {}
+      values = frame.f_locals
+      for name in checked(frame.f_code):
+        shape = getattr(values.get(name), "shape", None)
+        if isinstance(shape, tuple) and not fits(name, shape, sizes, path in LEADING):
+          found.add((path, frame.f_code.co_name, name, shape))
+    return on_return
+
+  before = sys.gettrace()  # of coverage, or of a debugger
+  sys.settrace(on_call)
   try:
     yield found
   finally:
-    sys.setprofile(None)
+    sys.settrace(before)
 
 
 CONFIG = tiny.change(
   tiny.CONFIG,
   model_dim=24, num_heads=4, num_kv_heads=2, head_dim=10, dense_dim=18, expert_dim=14,
-  num_experts_per_token=3, group_size=10, batch_size=6, sequence_length=20, accumulation=2,
+  num_experts_per_token=3, group_size=10, batch_size=6, sequence_length=20, accumulation=2, remat="none",
 )  # fmt: skip
 BALANCERS = (
   "switch_loss", "switch_loss:scope=sequence", "st_moe_loss", "gshard_loss:scope=buffer", "sequence_loss",
@@ -155,8 +169,8 @@ BALANCERS = (
 ON_TWO = {"mesh": MeshConfig(data=1, expert=2), "accumulation": 1}
 PROGRAMS = (
   {"dispatcher": "sorted", "balancers": ",".join(BALANCERS)},
-  {"dispatcher": "einsum", "balancers": "load_loss", "router": "noisy_topk"},
-  {"dispatcher": "dropless", "balancers": "none", "ffn": "erc_moe"},
+  {"dispatcher": "einsum", "balancers": "load_loss", "router": "noisy_topk", "accumulation": 1},
+  {"dispatcher": "dropless", "balancers": "none", "ffn": "erc_moe", "accumulation": 1},
   {"dispatcher": "all_to_all:chunks=2:buffer_factor=2:exchange=padded", "balancers": "none", **ON_TWO},
   {"dispatcher": "all_gather:capacity=global", "balancers": "none", **ON_TWO},
 )

@@ -15,7 +15,14 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 @pytest.mark.slow
 def test_two_faults(tmp_path):
-  command = [sys.executable, "scripts/soak.py", "--seed=3", "--faults=2", f"--folder={tmp_path}/soak"]
+  command = [
+    sys.executable,
+    "scripts/soak.py",
+    "--seed=3",
+    "--faults=2",
+    "--steps=60",
+    f"--folder={tmp_path}/soak",
+  ]
   env = os.environ | {"PYTHONPATH": str(ROOT)}
   ended = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
   assert ended.returncode == 0, ended.stdout + ended.stderr
