@@ -44,10 +44,11 @@ DATA_DIR = CACHE / f"data-{_digest(_data_sources(), platform.python_version().en
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Eight devices on one CPU, so that every sharded path runs on a laptop.
 DEVICES = "--xla_force_host_platform_device_count=8"
-# The tests compile far more than they compute, so LLVM does not optimise: it halves the time of the whole. The
-# older emitters, which newer compilers no longer have and do not know the flag of, take less than half of the time
-# again. No user has these settings: tests/test_real_settings.py runs some tests without them.
-XLA_FLAGS = [DEVICES, "--xla_backend_optimization_level=0"]
+# The tests compile far more than they compute, so LLVM does not optimise: it halves the time of the whole. Programs that
+# are not split for several threads take a tenth less, and a quarter fewer mappings (see below). The older emitters,
+# which newer compilers no longer have and do not know the flag of, take less than half of the time again. No user has
+# these settings: tests/test_real_settings.py runs some tests without them.
+XLA_FLAGS = [DEVICES, "--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
   XLA_FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 if os.environ.get("MOE_JAX_TEST_REAL_SETTINGS") == "1":
@@ -89,6 +90,16 @@ def pytest_configure(config: pytest.Config) -> None:
       shutil.rmtree(old, ignore_errors=True)
 
 
+# Tracing makes so many objects, most of which stay, that Python's collector would take a tenth of the time.
+gc.set_threshold(50_000, 20, 10)
+
+
+def pytest_collection_finish() -> None:
+  """Keeps what was imported from being looked through again and again."""
+  gc.collect()
+  gc.freeze()
+
+
 def pytest_report_header() -> str:
   return f"XLA_FLAGS: {os.environ['XLA_FLAGS']}"
 
@@ -100,13 +111,17 @@ def rng() -> np.random.Generator:
 
 
 def _process_uses_much() -> bool:
-  """Every compiled program takes memory and mappings of it. Linux gives a process 65,530, and past them XLA crashes."""
+  """Every compiled program takes memory and mappings of it. Linux gives a process 65,530, and past them XLA crashes.
+
+  No module makes more than some 10,000. To forget takes seconds, and small programs that modules share are then read
+  anew.
+  """
   try:
     mappings = pathlib.Path("/proc/self/maps").read_bytes().count(b"\n")
     resident_pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
   except OSError:  # only Linux says
     return False
-  return mappings > 20_000 or resident_pages * os.sysconf("SC_PAGE_SIZE") > 1.5 * 2**30
+  return mappings > 30_000 or resident_pages * os.sysconf("SC_PAGE_SIZE") > 2.5 * 2**30
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -56,7 +56,8 @@ GRAPH = {
   "models": Part("config errors registry"),
   "cli": Part("config disk models errors registry plugins", never=JAX),
   "cluster": Part("errors"),
-  "cluster.watch": Part("errors", outside=set()),
+  "cluster.abort": Part(outside=set()),  # also a program of its own
+  "cluster.watch": Part("cluster.abort errors", outside=set()),
   "cluster.processes": Part("errors", outside={"jax", "numpy"}),
   # arrays in, arrays out
   "ops": Part("types errors registry", outside={"jax", "numpy"}, stdlib=PURE),

@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from absl import flags
 
+from moe_jax.cluster import abort
 from moe_jax.cluster.placement import Options, Placement, find_placement, split_address
 from moe_jax.cluster.watch import Watch, end
 from moe_jax.errors import STOPPED_STATUS, InputError, Stopped, of_the_system
@@ -108,6 +109,10 @@ def start(options: Options) -> Watch | None:
   if place.process_id == 0:
     _check_free(bind, port)
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # JAX warns of recoverability, below
+  abort.in_one_line(
+    f"process {place.process_id} of {place.num_processes} has lost process 0 at {place.coordinator_address}, or counts as "
+    "gone; the same command continues from the last checkpoint"
+  )
   import jax
   from jax._src import distributed
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
+from moe_jax.cluster import abort
 from moe_jax.errors import STOPPED_STATUS, InputError
 
 _STOP, _HOST, _FLAGS = "moe_jax/stop", "moe_jax/host", "moe_jax/flags"
@@ -156,6 +157,6 @@ def end(line: str, status: int, seconds: float = 0.0) -> NoReturn:
   for stream in (sys.stdout, sys.stderr):
     with contextlib.suppress(Exception):
       stream.flush()
-  os.write(2, f"{'' if status == STOPPED_STATUS else 'error: '}{line}\n".encode())
+  abort.write(f"{'' if status == STOPPED_STATUS else 'error: '}{line}")
   time.sleep(seconds)  # process 0 keeps the store: the others read it first
   os._exit(status)

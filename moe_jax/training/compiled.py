@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax import sharding
-from moe_jax.config import Config, ModelConfig
+from moe_jax.config import Config, DataConfig, MeshConfig, ModelConfig
 from moe_jax.errors import InputError
 from moe_jax.nn.build import different_blocks, naming, resolve, routed_part
 from moe_jax.nn.leaks import check_causal
@@ -280,14 +280,25 @@ def _compile_evaluation(
 
 
 def _plain(config: Config) -> Config:
-  """Returns the configuration that arms with different balancers share for their initial parameters."""
-  moe = dataclasses.replace(config.model.moe, balancers="none", dispatcher="sorted", jitter=0.0)
-  if config.model.segments:
-    return config
-  # Not causal: a router that is causal only with `config`'s own dispatcher is none with this one, and parameters are
-  # the same either way.
-  model = resolve(dataclasses.replace(config.model, moe=moe, causal=False))
-  return dataclasses.replace(config, model=model)
+  """Returns the configuration that arms share for their initial parameters.
+
+  They may differ in balancers, dispatchers and batches, and in how a step is cut.
+  """
+  train = dataclasses.replace(config.train, accumulation=1, record_router_logits=0)
+  model = dataclasses.replace(config.model, remat="none", scan_layers=True)
+  if not model.segments:
+    moe = dataclasses.replace(
+      model.moe,
+      balancers="none",
+      dispatcher="sorted",
+      capacity_factor=1.0,
+      eval_capacity_factor=1.0,
+      jitter=0.0,
+    )
+    # Not causal: a router that is causal only with `config`'s own dispatcher is none with this one, and parameters are
+    # the same either way.
+    model = resolve(dataclasses.replace(model, moe=moe, causal=False))
+  return dataclasses.replace(config, model=model, train=train, data=DataConfig(), mesh=MeshConfig())
 
 
 @functools.lru_cache(maxsize=64)

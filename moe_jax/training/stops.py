@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import jax
 
-from moe_jax.cluster import processes, watch
+from moe_jax.cluster import abort, processes, watch
 from moe_jax.cluster.agree import Agreement
 from moe_jax.errors import STOPPED_STATUS, InputError, NonFiniteLoss
 
@@ -122,10 +122,10 @@ class Stops(_Listener):
     if number == signal.SIGINT and (self._has_nothing or numbers > 1):
       return  # the handler raises KeyboardInterrupt
     if self._has_nothing:
-      os.write(2, f"stopped by {number.name} before the first step; the same command continues\n".encode())
+      abort.write(f"stopped by {number.name} before the first step; the same command continues")
       os._exit(STOPPED_STATUS)
     if numbers > 1:
-      os.write(2, f"error: a second signal, {number.name}: ended without saving\n".encode())
+      abort.write(f"error: a second signal, {number.name}: ended without saving")
       os._exit(128 + number)
     self._agreement.ask(number.name)
 

@@ -13,6 +13,7 @@ from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.nn.context import Context
 from moe_jax.nn.transformer import Transformer
 from tests import tiny
+from tests.nn.layer import initialised
 
 SPARSE = MoEConfig(num_experts=8, num_experts_per_token=2, expert_dim=16)
 CONFIG = dataclasses.replace(tiny.CONFIG.model, moe=SPARSE, dense_dim=16, remat="none")
@@ -22,7 +23,7 @@ TOKENS_BL = tiny.make_batch()["tokens_BL"]
 
 @functools.cache
 def model(config: ModelConfig = CONFIG, seed: int = 0) -> Transformer:
-  return Transformer(config, tiny.VOCAB, rngs=nnx.Rngs(seed))
+  return initialised(lambda: Transformer(config, tiny.VOCAB, rngs=nnx.Rngs(seed)))
 
 
 @jax.jit

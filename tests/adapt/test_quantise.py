@@ -1,6 +1,7 @@
 """Rounding to the nearest value of a format, stable, under every dispatcher, and of nothing but experts."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -23,6 +24,7 @@ from moe_jax.adapt.quantise import scaled_rounding
 from moe_jax.config import MeshConfig
 from moe_jax.errors import InputError
 from moe_jax.nn import MoE
+from moe_jax.nn.variables import abstract
 from moe_jax.ops import quantisation as q
 from moe_jax.sharding.dispatchers import DISPATCHERS
 from moe_jax.training.load import load_run
@@ -30,6 +32,7 @@ from moe_jax.training.start import save_model
 from tests import tiny
 from tests.adapt import models
 from tests.adapt.models import hashes, logits
+from tests.nn.layer import initialised
 
 FP8 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -109,9 +112,20 @@ def layer_output(layer):
   return layer(X_BLD)[0]
 
 
+@functools.cache
+def state_of(experts):
+  return nnx.state(initialised(lambda: MoE(8, experts=experts, rngs=nnx.Rngs(0), **SIZES)))
+
+
+def layer_of(experts, **fields):
+  """The same values under every dispatcher, drawn once."""
+  layer = abstract(lambda: MoE(8, experts=experts, rngs=nnx.Rngs(0), **SIZES | fields))
+  return nnx.merge(nnx.graphdef(layer), state_of(experts))
+
+
 def rounded_layer(layer):
   """A layer of SwiGLU experts with the matrices that a quantised one stands for."""
-  plain = MoE(8, experts="swiglu", rngs=nnx.Rngs(0), **SIZES)
+  plain = layer_of("swiglu")
   plain.router = layer.router
   for weight, rows in (("w_gate_EDF", 8), ("w_up_EDF", 8), ("w_down_EFD", 16)):
     own = layer.experts.codes[weight][...], layer.experts.scales[weight][...]
@@ -124,7 +138,7 @@ def rounded_layer(layer):
 def test_every_dispatcher_multiplies_by_the_same_matrices(dispatcher, mesh):
   mesh = sharding.make_mesh(MeshConfig(data=1, **mesh))
   for name in ("int8", "mxfp4"):
-    layer = MoE(8, experts=f"quantised:format={name}", dispatcher=dispatcher, rngs=nnx.Rngs(0), **SIZES)
+    layer = layer_of(f"quantised:format={name}", dispatcher=dispatcher)
     graphdef, state = nnx.split(layer)
     with jax.set_mesh(mesh):
       state = jax.device_put(state, sharding.state_shardings(mesh, state))
@@ -134,8 +148,8 @@ def test_every_dispatcher_multiplies_by_the_same_matrices(dispatcher, mesh):
 
 def test_trained_through_the_rounding():
   """The forward pass is the rounded one; the gradient is that of the rounded matrices."""
-  trained = MoE(8, experts="quantised_training:format=int4", rngs=nnx.Rngs(0), **SIZES)
-  plain = rounded_layer(MoE(8, experts="quantised:format=int4", rngs=nnx.Rngs(0), **SIZES))
+  trained = layer_of("quantised_training:format=int4")
+  plain = rounded_layer(layer_of("quantised:format=int4"))
   gradient = jax.jit(nnx.grad(lambda layer: (layer(X_BLD)[0] ** 2).sum()))
   np.testing.assert_allclose(layer_output(trained), layer_output(plain), rtol=1e-4, atol=1e-5)
   of_trained, of_plain = gradient(trained).experts.experts, gradient(plain).experts

@@ -4,7 +4,10 @@ import contextlib
 import os
 import queue
 import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import NamedTuple
@@ -102,6 +105,7 @@ def ended(monkeypatch):
 
   monkeypatch.setattr(watch, "end", lambda line, status, seconds: found.put((line, status)))
   monkeypatch.setattr(watch, "_ANSWER", 1000)
+  monkeypatch.setattr(watch, "_current", None)  # which the watches below set, and later tests would ask
   yield found
   for thread in threading.enumerate():  # with the real `end`, a late one would end the tests
     if thread.name == watch.THREAD:
@@ -240,3 +244,19 @@ def test_the_position_in_the_data_goes_from_one_number_of_processes_to_another()
     assert processes.BatchShare(index, 2).state_to_load(whole) == part
   assert processes.BatchShare(3, 4).state_to_load(whole)["rows"] == {"group": [8], "used": [0]}
   assert processes.BatchShare(0, 1).state_to_load(whole) == whole
+
+
+def test_a_page_of_jax_becomes_one_line_and_the_rest_is_passed_on():
+  program = """
+import os, sys
+from moe_jax.cluster import abort
+abort.in_one_line("lost")
+print("of Python", file=sys.stderr)
+os.write(2, b"of C++\\nE1 agent.cc] Polled an error from coordination service (this)\\n")
+abort.write("at once")
+os.write(2, b"F1 client.h:86] Terminating process because the JAX distributed service detected fatal errors.\\n a\\n b")
+os.abort()
+"""
+  found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+  assert found.returncode == -signal.SIGABRT
+  assert sorted(found.stderr.splitlines()) == ["at once", "error: lost", "of C++", "of Python"]

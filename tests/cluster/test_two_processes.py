@@ -26,7 +26,7 @@ from moe_jax.training.loop import Run
 from moe_jax.training.metric_writer import read_jsonl
 from tests import tiny
 
-HEARTBEAT = 20  # --heartbeat_timeout, seconds
+HEARTBEAT = 8  # --heartbeat_timeout, seconds
 # Gloo reports a process that is gone at once, but process 0 may be waiting for it in a save, where only heartbeats
 # tell. They are asked for every quarter of their time limit; then come 5 s for an answer. The rest is for a busy machine.
 BOUND = 1.25 * HEARTBEAT + 6 + 20
@@ -246,6 +246,7 @@ cli.run(distributed.on_every_process(main))
 GONE = (
   r"error: process {} of 2.* died, was killed or hangs \(process {}: {}.*continues from the last checkpoint\n"
 )
+LOST = r"error: process 1 of 2 has lost process 0 at 127.0.0.1:\d+, or counts as gone; .* from the last checkpoint\n"
 
 
 @pytest.fixture
@@ -261,8 +262,8 @@ def talk(tmp_path):
   [
     (1, signal.SIGSTOP, 1, GONE.format(1, 0, "no heartbeat for 6 s")),
     (1, signal.SIGINT, 130, r"error: process 1 of 2 \(.*\) stopped: stopped from the keyboard; .*\n"),
-    # JAX's own abort may be quicker than the line.
-    (0, signal.SIGKILL, None, GONE.format(0, 1, "") + "|JAX distributed service detected fatal errors"),
+    # JAX's abort may be quicker than our thread. Both are one line.
+    (0, signal.SIGKILL, None, "^talking\n(" + GONE.format(0, 1, "") + "|" + LOST + ")$"),
   ],
   ids=["frozen", "interrupted", "process 0 killed"],
 )
@@ -273,11 +274,16 @@ def test_the_other_ends_in_bounded_time_and_says_why(talk, process, sent, status
     pair.processes[process].send_signal(sent)
     while sent == signal.SIGINT and pair.processes[process].poll() is None:
       # Python drops an interrupt that comes while one of JAX's callbacks runs, and a user presses the keys again.
-      time.sleep(2.0)
+      with contextlib.suppress(subprocess.TimeoutExpired):
+        pair.ends(process, 2.0)
       pair.processes[process].send_signal(sent)
     ended = pair.ends(1 - process, SLOW)
     assert time.monotonic() - started < BOUND
-    assert re.search(told, pair.output(1 - process))
+    for _ in range(100):  # the line in place of JAX's page comes from a process that outlives the abort
+      if found := re.search(told, pair.output(1 - process)):
+        break
+      time.sleep(0.1)
+    assert found, pair.output(1 - process)
     assert ended == status if status else ended != 0
     assert sent != signal.SIGINT or pair.ends(process, SLOW) == status
 

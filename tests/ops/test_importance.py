@@ -1,5 +1,7 @@
 """Properties of the losses on a coefficient of variation (1701.06538, eq. 6-7 and 10-11)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,17 +60,35 @@ def test_cv_squared(values_E, want):
   np.testing.assert_allclose(reference.cv_squared([float(v) for v in values_E]), want, atol=1e-12)
 
 
-@pytest.mark.parametrize("spec", EVERY_SPEC)
-def test_zero_at_balance_and_e_over_k_less_one_when_collapsed(spec):
-  """The exception to "weight x 1 at perfect balance": a variation has nothing left there."""
+@functools.cache
+def losses_at_both_ends():
+  """Of every spec, (loss at balance, loss when collapsed, E / K) for several E and K. One program."""
+  values, ratios = [], []
   for num_experts, k in [(2, 1), (4, 2), (8, 2), (4, 4)]:
     one_token_E = np.where(np.arange(num_experts) < k, 1 / k, 1e-30)
     balanced_BLE = np.stack([[np.roll(one_token_E, t) for t in range(8)]] * 2)
-    np.testing.assert_allclose(loss_of(spec, routing_of(balanced_BLE, group=8)), 0, atol=1e-6)
-    collapsed_BLE = np.broadcast_to(one_token_E, (2, 8, num_experts))
-    np.testing.assert_allclose(
-      loss_of(spec, routing_of(collapsed_BLE)), num_experts / k - 1, rtol=1e-5, atol=1e-6
+    values.append((balanced_BLE, np.broadcast_to(one_token_E, (2, 8, num_experts))))
+    ratios.append(num_experts / k)
+
+  @jax.jit
+  def losses(values):
+    of = lambda spec, balanced_BLE, collapsed_BLE: (
+      loss_of(spec, routing_of(balanced_BLE, group=8)),
+      loss_of(spec, routing_of(collapsed_BLE)),
     )
+    return {spec: [of(spec, *both) for both in values] for spec in EVERY_SPEC}
+
+  return {
+    spec: [(*both, r) for both, r in zip(of, ratios, strict=True)] for spec, of in losses(values).items()
+  }
+
+
+@pytest.mark.parametrize("spec", EVERY_SPEC)
+def test_zero_at_balance_and_e_over_k_less_one_when_collapsed(spec):
+  """The exception to "weight x 1 at perfect balance": a variation has nothing left there."""
+  for balanced, collapsed, experts_per_choice in losses_at_both_ends()[spec]:
+    np.testing.assert_allclose(balanced, 0, atol=1e-6)
+    np.testing.assert_allclose(collapsed, experts_per_choice - 1, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("spec", ["importance_loss:1:sequence", "load_loss:1:global_batch"])
