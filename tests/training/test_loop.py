@@ -285,7 +285,7 @@ def test_what_only_the_whole_configuration_shows(fields, message):
 
 
 def _curve(folder: pathlib.Path, data) -> list[float]:
-  config = tiny.change(tiny.CONFIG, num_steps=20, eval_batches=1, clip_norm=1.0)
+  config = tiny.change(tiny.CONFIG, num_steps=20, eval_batches=1, clip_norm=1.0, remat="full")
   Run(config, data, folder).train()
   return [line["loss"] for line in read_jsonl(folder / "metrics.jsonl")]
 
