@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -91,7 +90,7 @@ def put_together(parts: Parts, seed: int = 0) -> Transformer:
     else:
       value = _outer(parts, _dotted(path))
     _check_shape(_dotted(path), value, variable)
-    filled.append((path, variable.replace(jax.tree.map(jnp.asarray, value))))
+    filled.append((path, variable.replace(jax.device_put(value))))
   for i, layer in enumerate(parts.layers):
     for name in layer.values:
       is_state = name.endswith("balancer_state")

@@ -12,15 +12,17 @@ from moe_jax.adapt.wrappers import EXPERTS_PART
 from moe_jax.errors import InputError
 from moe_jax.nn.experts import EXPERTS
 from moe_jax.nn.transformer import Transformer
+from moe_jax.ops import quantisation
 from moe_jax.ops.quantisation import Format, format_of
-from moe_jax.ops.quantisation import dequantise as dequantised
-from moe_jax.ops.quantisation import quantise as quantised
 from moe_jax.registry import Method, as_inner, inner_spec
 
 PREFIX, REPLACE = EXPERTS_PART.prefix, EXPERTS_PART.replace
 STORED, TRAINED = "quantised", "quantised_training"
 POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the mean absolute input
 AWARE = "+aware"  # behind a format: with factors from a calibration text
+# One program for each shape and format, in place of one for each of some twenty operations.
+quantised = jax.jit(quantisation.quantise, static_argnames="format")
+dequantised = jax.jit(quantisation.dequantise, static_argnames=("format", "num_rows"))
 
 
 def quantise(

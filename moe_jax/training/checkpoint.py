@@ -171,6 +171,7 @@ class Checkpoints:
         time.sleep(0.3)  # other reads that were under way fail, too
       finally:
         handler.close()
+      gc.collect()  # reads that Orbax has dropped end here, unheard
     return None, {}, f"its arrays cannot be read: {problem}"
 
   def _pass_over(self, step: int, move: bool) -> str:
@@ -222,7 +223,6 @@ def _without_echo() -> Iterator[None]:
   try:
     yield
   finally:
-    gc.collect()
     sys.unraisablehook, log.disabled = hook, before
 
 

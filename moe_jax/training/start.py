@@ -96,16 +96,17 @@ def start_from(steps: CompiledSteps, config: Config, mesh: jax.sharding.Mesh) ->
     other, _, saved = restore_run(pathlib.Path(source), mesh)
   except InputError as error:
     raise InputError(f"{where}: {error}") from None
-  state = steps.init(seed)
   params = with_values(steps.abstract_state.params, saved.params, where)
-  variables = state.variables
-  if jax.tree.leaves(saved.variables):  # otherwise there was nothing to keep
+  variables = steps.abstract_state.variables
+  if jax.tree.leaves(saved.variables):
     if _shapes(saved.variables) != _shapes(variables):
       raise InputError(
         f"{where}: its balancers {_balancers(other)} have states that those of this run, {_balancers(config)}, have no "
         "place for; choose the same balancers"
       )
-    variables = with_values(steps.abstract_state.variables, saved.variables, where)
+    variables = with_values(variables, saved.variables, where)
+  elif jax.tree.leaves(variables):  # there was nothing to keep; to compile the initialisers takes a while
+    variables = steps.init(seed).variables
   return steps.init_from(params, variables, seed)
 
 

@@ -49,9 +49,14 @@ RANDOM *= np.exp(np.random.default_rng(1).normal(size=(2, 1, 130)) * 3).astype(n
 RANDOM[0, :, 3] = 0
 
 
+# each is one program, as in an adaptation
+quantised = jax.jit(q.quantise, static_argnames="format")
+dequantised = jax.jit(q.dequantise, static_argnames=("format", "num_rows"))
+
+
 def rounded(w, name, group):
   fmt = q.format_of(name, group)
-  return np.asarray(q.dequantise(*q.quantise(w, fmt), fmt, w.shape[1]))
+  return np.asarray(dequantised(*quantised(w, fmt), fmt, w.shape[1]))
 
 
 @pytest.mark.parametrize(("name", "group"), VALUES)
@@ -91,7 +96,7 @@ def test_a_quantised_model_computes_with_rounded_matrices_and_changes_nothing_el
   assert back.config == model.config
   codes = expert_bytes(model) * bits // 32
   scales = 2 * sum(
-    np.prod(q.quantise(np.zeros((8, 16, 16)), q.format_of(name, group))[1].shape) for _ in range(3)
+    np.prod(quantised(np.zeros((8, 16, 16)), q.format_of(name, group))[1].shape) for _ in range(3)
   )
   assert expert_bytes(small) == codes + scales * (1 if name == "mxfp4" else 4)
   assert expert_bytes(quantise(back, name, group)) == expert_bytes(small)
@@ -129,7 +134,7 @@ def rounded_layer(layer):
   plain.router = layer.router
   for weight, rows in (("w_gate_EDF", 8), ("w_up_EDF", 8), ("w_down_EFD", 16)):
     own = layer.experts.codes[weight][...], layer.experts.scales[weight][...]
-    getattr(plain.experts, weight).set_value(q.dequantise(*own, layer.experts.format, rows))
+    getattr(plain.experts, weight).set_value(dequantised(*own, layer.experts.format, rows))
   return plain
 
 
@@ -207,11 +212,11 @@ def test_scales_that_follow_the_inputs_round_the_output_better_or_as_before(name
   error = lambda rounded: np.square(np.einsum("enx,exy->eny", x, (rounded - w).astype(np.float64))).sum(
     axis=(1, 2)
   )
-  plain = np.asarray(q.dequantise(*q.quantise(w, fmt), fmt, 37))
-  aware = np.asarray(q.dequantise(codes, scales, fmt, 37)) / factors[..., None]
+  plain = rounded(w, name, group)
+  aware = np.asarray(dequantised(codes, scales, fmt, 37)) / factors[..., None]
   assert (error(aware) <= error(plain) * (1 + 1e-5)).all()
   np.testing.assert_array_equal(factors[1], 1.0)  # equal inputs: rounding alone
-  np.testing.assert_array_equal(codes[1], np.asarray(q.quantise(w, fmt)[0])[1])
+  np.testing.assert_array_equal(codes[1], np.asarray(quantised(w, fmt)[0])[1])
   if not group and name.startswith("int"):
     assert error(aware)[0] < 0.9 * error(plain)[0]
 
