@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from moe_jax.errors import InputError, require_option
 from moe_jax.ops.dispatch import einsum_dispatch, sorted_dispatch
+from moe_jax.ops.once import made_once
 from moe_jax.registry import Registry, Spec
 from moe_jax.sharding.all_gather import all_gather_dispatch
 from moe_jax.sharding.all_to_all import Options, all_to_all_dispatch
@@ -100,7 +101,7 @@ DISPATCHERS = Registry(
 
 def make_dispatcher(dispatcher: Spec | Dispatcher) -> Dispatcher:
   """Returns a dispatcher as it is, or what a name such as `dropless:chunks=4` stands for."""
-  return dispatcher if isinstance(dispatcher, Dispatcher) else DISPATCHERS.resolve(dispatcher)()
+  return dispatcher if isinstance(dispatcher, Dispatcher) else made_once(DISPATCHERS.resolve(dispatcher))
 
 
 __all__ = ["DISPATCHERS", "Dispatcher", "make_dispatcher"]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.ops.routing import make_choice
-from tests.ops.choosing import route
+from tests.ops.choosing import choose, route
 from tests.ops.router_row import T
 from tests.reference import routing as reference
 from tests.reference.moe_layer import kept_entries
@@ -52,6 +52,12 @@ def loop(row, logits_TE, *, bias_E=None, key=None, mask=None, seed=0):
 
 def route_eagerly(row, logits_TE, seed=0, **context):
   context |= row.context(seed) | {"train": row.train}
+  return choose(choice_of(row), jnp.asarray(logits_TE), *row.more_logits(seed), **context)
+
+
+def route_any(row, logits_TE, seed=0):
+  """By one program, for any number of tokens."""
+  context = row.context(seed) | {"train": row.train}
   return route(choice_of(row), jnp.asarray(logits_TE), *row.more_logits(seed), **context)
 
 
@@ -62,7 +68,7 @@ class Step:
     self.row, self.traces = row, 0
 
     def loss(logits_TE, bias_E, c_A, more_logits, context):
-      routing = route(choice_of(row), logits_TE, *more_logits, bias_E=bias_E, train=row.train, **context)
+      routing = choose(choice_of(row), logits_TE, *more_logits, bias_E=bias_E, train=row.train, **context)
       return jnp.sum(c_A * routing.assignment.weight_A), routing
 
     def step(*args):

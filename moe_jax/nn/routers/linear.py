@@ -9,6 +9,7 @@ from flax import nnx
 
 from moe_jax.nn.routers.base import Router, project
 from moe_jax.nn.variables import matrix, weight
+from moe_jax.ops.once import made_once
 from moe_jax.ops.routing.common import Choice, in_groups
 from moe_jax.sharding import constrain
 from moe_jax.types import Array, RouterContext, Routing
@@ -64,7 +65,7 @@ class Linear:
     rngs: nnx.Rngs,
     **options: Any,
   ) -> LinearRouter:
-    choice = self.choice(num_experts, num_experts_per_token, **options)
+    choice = made_once(self.choice, num_experts, num_experts_per_token, **options)
     return LinearRouter(choice, dim, num_experts, init_scale, rngs=rngs)
 
   @property

@@ -15,6 +15,7 @@ from moe_jax.ops.balancing.quantile import quantile_balancing
 from moe_jax.ops.balancing.remoe import remoe_loss
 from moe_jax.ops.balancing.smebu import smebu
 from moe_jax.ops.balancing.threshold import expert_threshold
+from moe_jax.ops.once import made_once
 from moe_jax.registry import Method, Registry, Spec
 
 
@@ -58,10 +59,14 @@ def make_balancer(specs: Spec | Sequence[Spec]) -> Balancer:
 
 def combined(methods: Sequence[Method]) -> Balancer:
   """All of `methods` at once. A repeated name gets a number."""
+  return made_once(_combined, *((method.name, method) for method in methods))
+
+
+def _combined(*methods: tuple[str, Method]) -> Balancer:
   parts: dict[str, Balancer] = {}
-  for method in methods:
-    number = sum(known.split("#")[0] == method.name for known in parts) + 1
-    parts[method.name if number == 1 else f"{method.name}#{number}"] = method()
+  for name, method in methods:
+    number = sum(known.split("#")[0] == name for known in parts) + 1
+    parts[name if number == 1 else f"{name}#{number}"] = method()
   return combine(parts)
 
 

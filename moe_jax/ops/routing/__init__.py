@@ -3,6 +3,7 @@
 `moe_jax.nn.routers` gives them their projections.
 """
 
+from moe_jax.ops.once import made_once
 from moe_jax.ops.routing.base_assignment import base_assignment
 from moe_jax.ops.routing.common import Choice, selected_experts, to_batch
 from moe_jax.ops.routing.expert_choice import expert_choice
@@ -76,7 +77,8 @@ CHOICES = Registry(
 
 def make_choice(spec: Spec, num_experts: int, num_experts_per_token: int) -> Choice:
   """`"sigmoid_topk:normalize=true"` -> its choice."""
-  return CHOICES.resolve(spec)(num_experts=num_experts, num_experts_per_token=num_experts_per_token)
+  sizes = {"num_experts": num_experts, "num_experts_per_token": num_experts_per_token}
+  return made_once(CHOICES.resolve(spec), **sizes)
 
 
 __all__ = ["CHOICES", "Choice", "make_choice", "selected_experts", "to_batch"]

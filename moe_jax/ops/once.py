@@ -1,0 +1,29 @@
+"""Pure functions that are made once, so that what holds them is equal."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+def made_once(make: Callable[..., Any], *args: Any, **options: Any) -> Any:
+  """Returns `make(*args, **options)`: for equal arguments the same object, unless they cannot be hashed.
+
+  It is for parts that are pure functions. Models of one configuration are then equal to `jax.jit`, which compiles
+  one program for all of them.
+  """
+  try:
+    return _made_once(make, args, tuple(options.items()))
+  except TypeError as error:
+    if "unhashable" not in str(error):
+      raise
+    return make(*args, **options)
+
+
+@functools.lru_cache(maxsize=256)
+def _made_once(make: Callable[..., Any], args: tuple, options: tuple[tuple[str, Any], ...]) -> Any:
+  with (
+    jax.ensure_compile_time_eval()
+  ):  # an array that a function holds must outlive the program that asks first
+    return make(*args, **dict(options))
