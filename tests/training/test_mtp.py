@@ -14,6 +14,7 @@ from moe_jax.nn import Context
 from moe_jax.nn.aux import moe_auxes
 from moe_jax.nn.mtp import ahead
 from moe_jax.nn.transformer import Transformer
+from moe_jax.nn.variables import abstract
 from moe_jax.training.compiled import resolve_config
 from moe_jax.training.objectives import NextToken, NextTokens
 from tests import tiny
@@ -120,9 +121,10 @@ def test_a_module_whose_block_adds_nothing_is_its_formula():
     w.set_value(jnp.zeros_like(w[...]))
   head_DV = np.asarray(model.w_head_DV[...], np.float64)
   model.w_head_DV.set_value(jnp.eye(16, V))  # so that the model's logits are what it has behind its last norm
-  (hidden, _), _ = model.predict_ahead(BATCH["tokens_BL"], BATCH["targets_BL"])
+  run = jax.jit(lambda model: model.predict_ahead(BATCH["tokens_BL"], BATCH["targets_BL"])[0])
+  hidden, _ = run(model)
   model.w_head_DV.set_value(jnp.asarray(head_DV, jnp.float32))
-  (_, found), _ = model.predict_ahead(BATCH["tokens_BL"], BATCH["targets_BL"])
+  _, found = run(model)
 
   def norm(x, scale_D):
     return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-6) * np.asarray(scale_D[...], np.float64)
@@ -144,7 +146,7 @@ def test_with_weight_0_the_gradients_are_those_without_modules():
   with_modules = randomized(model_of)
 
   def gradients(objective, **fields):
-    graphdef, params, rest = nnx.split(model_of(**fields), nnx.Param, ...)
+    graphdef, params, rest = nnx.split(randomized(lambda: model_of(**fields)), nnx.Param, ...)
     drawn = dict(nnx.to_flat_state(nnx.state(with_modules, nnx.Param)))
     params = nnx.from_flat_state([(path, drawn[path]) for path, _ in nnx.to_flat_state(params)])
 
@@ -174,7 +176,8 @@ def test_balancers_of_modules_are_updated_by_their_own_counts():
     state, _ = steps.train(state, BATCH)
   graphdef = nnx.graphdef(steps.model)
   model = nnx.merge(graphdef, before.params, before.variables)
-  _, aux = jax.device_get(model.predict_ahead(BATCH["tokens_BL"], BATCH["targets_BL"], Context(MASK_BL)))
+  look = lambda model: model.predict_ahead(BATCH["tokens_BL"], BATCH["targets_BL"], Context(MASK_BL))[1]
+  aux = jax.device_get(jax.jit(look)(model))
   biases = [x for x in jax.tree.leaves(state.variables) if x.shape == (1, 8)]
   assert len(biases) == 3
   # `variables` are in the order of the layers, as aux is
@@ -206,6 +209,7 @@ def test_wrong_settings_are_one_line_errors(fields, message):
 
 def test_modules_follow_the_last_block():
   """Here the last of a dense and a sparse layer."""
-  model = model_of(num_layers=2, num_dense_first=1, mtp_depth=1, moe=MoEConfig(num_experts=4))
+  moe = MoEConfig(num_experts=4)
+  model = abstract(lambda: model_of(num_layers=2, num_dense_first=1, mtp_depth=1, moe=moe))
   assert hasattr(model.successors[0].stack.pattern.blocks[0].ffn, "experts")
   assert model.successors[0].stack.first_layer == 2
