@@ -1,8 +1,10 @@
 """The short programs in experiments/examples run as they are written, and do what they say."""
 
+import dataclasses
 import importlib
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -51,12 +53,13 @@ def test_a_router_of_ones_own_in_a_layer_in_a_comparison_and_by_name(tmp_path, r
   own = cosine(dim=16, **sizes, rngs=rngs)
   layers = [moe_jax.MoE(16, **sizes, expert_dim=8, router=own, rngs=rngs)]
   layers += [moe_jax.MoE(16, **sizes, expert_dim=8, router=r, rngs=nnx.Rngs(0)) for r in (cosine, "cosine")]
-  outputs = [layer(x_BLD)[0] for layer in layers]
+  forward = jax.jit(lambda layer, x_BLD: layer(x_BLD))
+  outputs = [forward(layer, x_BLD)[0] for layer in layers]
   for y_BLD in outputs[1:]:
     np.testing.assert_array_equal(y_BLD, outputs[0])  # an object, its class and its name are the same router
   # Scores are cosines: the length of a token does not matter, and the temperature does.
-  scaled = layers[0](10 * x_BLD)[1]
-  np.testing.assert_array_equal(scaled.tokens_per_expert_BE, layers[0](x_BLD)[1].tokens_per_expert_BE)
+  plain, scaled = (forward(layers[0], scale * x_BLD)[1] for scale in (1, 10))
+  np.testing.assert_array_equal(scaled.tokens_per_expert_BE, plain.tokens_per_expert_BE)
   import_plugins([str(EXAMPLES / "cosine_router.py")])
   arms = {
     "softmax": {"router": "softmax_topk"},
@@ -85,9 +88,11 @@ def test_a_balancer_that_is_edited_trains_as_its_new_self(tmp_path):
   assert max_vio(worse) > max_vio(mine)
 
 
-def test_a_model_of_different_layers_trains_on_eight_devices(tmp_path):
-  """That its steps are those on one device: tests/nn/test_stack.py."""
-  result = example("mixed_layers").train(moe_jax.MeshConfig(data=2, expert=4), tmp_path)
+def test_a_model_of_different_layers_trains_on_eight_devices(tmp_path, monkeypatch):
+  """That its steps are those on one device, recomputed or not: tests/nn/test_stack.py."""
+  module = example("mixed_layers")
+  monkeypatch.setattr(module, "MODEL", dataclasses.replace(module.MODEL, remat="none"))  # compiles faster
+  result = module.train(moe_jax.MeshConfig(data=2, expert=4), tmp_path)
   assert len(result["validation"]["max_vio"]) == 6  # layers with experts, of 7
   assert result["device"].endswith("x 8") and np.isfinite(result["validation"]["nll"])
 

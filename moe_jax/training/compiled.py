@@ -261,7 +261,7 @@ def _compile_steps(
 def _evaluated(config: Config) -> Config:
   """Returns the configuration that arms share which differ only in what training alone reads."""
   moe = dataclasses.replace(config.model.moe, capacity_factor=1.0, jitter=0.0)
-  model = dataclasses.replace(config.model, moe=moe)
+  model = dataclasses.replace(config.model, moe=moe, remat="none")
   return dataclasses.replace(config, model=model, train=dataclasses.replace(config.train, num_steps=1))
 
 
