@@ -89,7 +89,11 @@ class _Pair(nnx.Module):
 
 
 @pytest.mark.parametrize(
-  ("name", "held", "state_max"),  # after clipping the gradient is (3, 4) / 5; AdamW averages gradients, Muon sums them
+  (
+    "name",
+    "held",
+    "state_max",
+  ),  # after clipping the gradient is (3, 4) / 5; AdamW averages gradients, Muon sums them
   [
     ("adamw", 1e6, 0.1 * 0.8),
     ("adamw", np.nan, 0.1 * 0.8),
