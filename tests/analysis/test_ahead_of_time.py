@@ -26,7 +26,13 @@ from tests import tiny
 from tests.scripts import assert_one_line, run_scripts
 
 CONFIG = tiny.change(
-  tiny.CONFIG, balancers="switch_loss:0.1", jitter=0.0, dispatcher="einsum", capacity_factor=2.0, num_layers=3
+  tiny.CONFIG,
+  balancers="switch_loss:0.1",
+  jitter=0.0,
+  dispatcher="einsum",
+  capacity_factor=2.0,
+  num_layers=3,
+  remat="full",
 )
 HAS_TPU_COMPILER = importlib.util.find_spec("libtpu") is not None
 

@@ -26,6 +26,7 @@ CONFIG = tiny.change(
   sequence_length=LENGTH,
   balancers="none",
   jitter=0.0,
+  remat="full",
 )
 
 
