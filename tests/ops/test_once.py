@@ -1,4 +1,4 @@
-"""Models of one configuration are equal to `jax.jit`, and a method that is defined anew is made anew."""
+"""Models of one configuration are equal to `jax.jit`, and what a user's code makes is made anew."""
 
 import functools
 
@@ -44,12 +44,19 @@ def test_a_method_that_is_defined_anew_is_made_anew():
   first, second = define(1.0), define(2.0)
   loss = lambda balancer: balancer.losses(((),), None, make_stats())["own"]
   make_stats = lambda: type("Stats", (), {"whole": ((),), "so_far": ((),)})()
-  assert make_balancer(first) is make_balancer(first)
+  assert make_balancer(first) is not make_balancer(first)  # it may read what has changed
+  assert make_balancer("switch_loss:0.1") is make_balancer("switch_loss:0.1")
   assert (loss(make_balancer(first)), loss(make_balancer(second))) == (1.0, 2.0)
   assert loss(make_balancer(functools.partial(first, weight=3.0))) == 3.0
 
 
+def of_the_package(make):
+  make.__module__ = "moe_jax.ops.example"
+  return make
+
+
 def test_arrays_of_a_function_outlive_the_program_that_asks_first():
+  @of_the_package
   def make(size):
     one_X = jnp.ones(size)
     return lambda x_X: x_X + one_X
@@ -57,10 +64,11 @@ def test_arrays_of_a_function_outlive_the_program_that_asks_first():
   traced = jax.jit(lambda x_X: made_once(make, 3)(x_X))
   np.testing.assert_array_equal(traced(np.zeros(3)), 1)
   np.testing.assert_array_equal(made_once(make, 3)(np.zeros(3)), 1)
+  assert made_once(make, 3) is made_once(make, 3) is not made_once(make, 4)
 
 
 def test_what_cannot_be_hashed_is_made_each_time():
-  make = lambda values: lambda: sum(values)
+  make = of_the_package(lambda values: lambda: sum(values))
   assert made_once(make, [1, 2])() == 3
   with pytest.raises(TypeError, match="takes one"):
-    made_once(lambda: (_ for _ in ()).throw(TypeError("takes one")))
+    made_once(of_the_package(lambda: (_ for _ in ()).throw(TypeError("takes one"))))

@@ -59,7 +59,10 @@ def make_balancer(specs: Spec | Sequence[Spec]) -> Balancer:
 
 def combined(methods: Sequence[Method]) -> Balancer:
   """All of `methods` at once. A repeated name gets a number."""
-  return made_once(_combined, *((method.name, method) for method in methods))
+  named = [(method.name, method) for method in methods]
+  if any(method.source for method in methods):  # a user's, see `made_once`
+    return _combined(*named)
+  return made_once(_combined, *named)
 
 
 def _combined(*methods: tuple[str, Method]) -> Balancer:
