@@ -12,6 +12,7 @@ from moe_jax.nn import MoE
 from moe_jax.nn.variables import abstract
 from moe_jax.ops.balancing import Balancer, make_balancer
 from moe_jax.ops.once import made_once
+from moe_jax.ops.routing import CHOICES, make_choice
 
 
 def graphdef_of(**fields):
@@ -48,6 +49,14 @@ def test_a_method_that_is_defined_anew_is_made_anew():
   assert make_balancer("switch_loss:0.1") is make_balancer("switch_loss:0.1")
   assert (loss(make_balancer(first)), loss(make_balancer(second))) == (1.0, 2.0)
   assert loss(make_balancer(functools.partial(first, weight=3.0))) == 3.0
+
+
+def test_what_a_user_makes_is_made_each_time():
+  makes = (lambda: object(), CHOICES.resolve(lambda num_experts, num_experts_per_token: object()))
+  sizes = {"num_experts": 4, "num_experts_per_token": 2}
+  for make, options in zip(makes, ({}, sizes), strict=True):
+    assert made_once(make, **options) is not made_once(make, **options)
+  assert make_choice("sigmoid_topk", 4, 2) is make_choice("sigmoid_topk", 4, 2)
 
 
 def of_the_package(make):

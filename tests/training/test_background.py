@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.training import background
+from moe_jax.training import background, checkpoint
 from moe_jax.training.checkpoint import Checkpoints
 
 STATE = {"w": jnp.arange(3000.0), "b": jnp.zeros(3)}
@@ -62,19 +62,24 @@ def test_a_barrier_on_the_way_up_ends_all(told, error, line, status):
   assert told == []
 
 
-def test_what_is_saved_is_what_was_there(tmp_path):
-  """The next step may reuse the arrays: a save has its own."""
+def test_what_is_saved_is_what_was_there(tmp_path, monkeypatch):
+  """The next step may reuse the arrays, before a byte is written: a save has its own."""
+  go, write = threading.Event(), Checkpoints._write
+  monkeypatch.setattr(Checkpoints, "_write", lambda *args: (go.wait(60), write(*args))[1])
   state = {"w": jnp.arange(100_000.0), "n": jnp.int32(7)}
   expected = {name: np.array(x) for name, x in state.items()}
   checkpoints = Checkpoints(tmp_path / "run")
   checkpoints.save(1, state, {"place": 3})
-  jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0)(state)
+  jax.block_until_ready(jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0)(state))
+  go.set()
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), expected)
   here = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shapes)
   found, extra = checkpoints.restore(shapes, here)
   checkpoints.close()
   jax.tree.map(np.testing.assert_array_equal, found, expected)
   assert extra == {"place": 3}
+  copy = checkpoint._host_copy(STATE)  # NumPy's view of an array keeps the next step from reusing it
+  assert not np.shares_memory(copy["w"], np.asarray(STATE["w"]))
 
 
 def test_a_save_does_not_keep_the_loop(tmp_path, monkeypatch):
