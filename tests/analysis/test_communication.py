@@ -1,6 +1,5 @@
-"""Traffic on simulated machines against cases counted by hand, slow loops, conservation, and compiled programs."""
+"""Traffic on simulated machines against cases counted by hand, slow loops and conservation."""
 
-import itertools
 import re
 from collections import Counter
 
@@ -8,42 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_jax import sharding
 from moe_jax.analysis.communication import simulate as com
 from moe_jax.analysis.communication.machine import Machine, busiest_link, links
-from moe_jax.config import MeshConfig
 from moe_jax.errors import InputError
-from moe_jax.nn import Context, MoE
-from moe_jax.ops.dispatch import expert_capacity
 from moe_jax.ops.routing import make_choice, to_batch
-from moe_jax.sharding.exchange import Shape, exchange, make_plan, ragged_arguments
+from tests.analysis.routed import SMALL, UNEVEN, arrows, draw, lay
 from tests.ops.balancer_laws import loss_of
 from tests.ops.choosing import route as choose
-
-SMALL = Machine(nodes=2, devices_per_node=2)  # devices 0 and 1, 2 and 3
-UNEVEN = Machine(nodes=3, devices_per_node=4)
-
-
-def lay(machine: Machine, expert_TK, num_experts: int) -> com.Routed:
-  """Tokens and experts in equal parts in order."""
-  expert_TK = np.asarray(expert_TK)
-  tokens, k = expert_TK.shape
-  return com.Routed(
-    machine.place(tokens, "tokens"),
-    machine.place(num_experts, "experts"),
-    np.repeat(np.arange(tokens), k),
-    expert_TK.reshape(-1),
-  )
-
-
-def draw(machine: Machine, rng, tokens=48, experts=24, k=4) -> com.Routed:
-  """K different experts per token, the first ones more often."""
-  share_E = np.arange(experts, 0, -1.0) ** 2
-  chosen = [rng.choice(experts, k, replace=False, p=share_E / share_E.sum()) for _ in range(tokens)]
-  return lay(machine, chosen, experts)
 
 
 def routed_by(machine: Machine, spec: str, logits_TE, k: int) -> com.Routed:
@@ -53,10 +24,6 @@ def routed_by(machine: Machine, spec: str, logits_TE, k: int) -> com.Routed:
   valid_A = np.asarray(assignment.valid_A)
   chosen = (np.asarray(x)[valid_A] for x in (assignment.token_A, assignment.expert_A))
   return com.Routed(machine.place(tokens, "tokens"), machine.place(experts, "experts"), *chosen)
-
-
-def arrows(counts_PP) -> dict:
-  return {(int(p), int(q)): int(counts_PP[p, q]) for p, q in np.argwhere(counts_PP)}
 
 
 # Counted by hand. One token per device; expert e lies on device e.
@@ -254,153 +221,6 @@ def test_the_communication_loss_balances_what_is_received(rng):
     shift_E = shift_E - 1.0 * gradient(shift_E)
   assert before > 1.5
   assert received_over_mean(shift_E) < 1.1
-
-
-# Shadowing
-
-
-def hot(machine, rng, share=0.6, tokens=240):
-  """Top-1 of 12 experts on 12 devices; expert 7 gets `share` of the tokens."""
-  expert_T = np.where(rng.random(tokens) < share, 7, rng.integers(0, 12, tokens))
-  return lay(machine, expert_T[:, None], 12)
-
-
-@pytest.mark.parametrize("once_per", com.ONCE_PER)
-def test_a_hot_expert_is_copied_exactly_where_its_weights_are_fewer_bytes(rng, once_per):
-  """K = 1: the tokens of expert 7 that leave their device, four times, against weights and gradients to 11 others."""
-  routed = hot(UNEVEN, rng)
-  rows = lambda shadowed: com.dispatch_rows(routed, UNEVEN, once_per, shadowed).total
-  saved_rows = rows(()) - rows((7,))
-  away = (routed.expert_A == 7) & (routed.device_T != 7)
-  if once_per != "node":  # where some rows make two hops
-    assert saved_rows == away.sum()
-  # 4 * rows * D against 2 * 11 * 3 * D * F: they cost the same at F = 4 * rows / 66.
-  at = 4 * saved_rows / 66
-  chosen = [
-    com.choose_shadows(routed, UNEVEN, com.Layer(8, expert_dim), once_per)
-    for expert_dim in (int(np.ceil(at)) - 1, int(np.floor(at)) + 1)
-  ]
-  assert chosen == [[7], []]
-
-
-def test_shadowed_tokens_stay_and_weights_travel(rng):
-  routed, layer = hot(UNEVEN, rng), com.Layer(model_dim=8, expert_dim=2)
-  cost = com.step_cost(routed, UNEVEN, layer, shadowed=(7,))
-  others_A = routed.expert_A != 7
-  others = routed._replace(token_A=routed.token_A[others_A], expert_A=routed.expert_A[others_A])
-  without = com.step_cost(others, UNEVEN, layer)
-  assert cost.dispatch.total == without.dispatch.total
-  assert cost.rows_P.sum() == len(routed.token_A)
-  assert cost.shadow.total == 11 * layer.expert_bytes
-  assert cost.total.total == 4 * without.dispatch.total + 2 * 11 * layer.expert_bytes
-
-
-@pytest.mark.parametrize("source", range(12))
-def test_a_broadcast_reaches_every_device_once_and_enters_every_node_once(source):
-  copies = com.broadcast_copies(UNEVEN, source)
-  assert copies.received_P.tolist() == [int(q != source) for q in range(12)]
-  assert copies.sent_P.max() == 1
-  assert copies.network_PP.sum() == 2
-  has = {source}
-  for _ in range(11):  # whoever has it sends on
-    has |= {q for p, q in itertools.chain(arrows(copies.network_PP), arrows(copies.local_PP)) if p in has}
-  assert has == set(range(12))
-
-
-@pytest.mark.parametrize("rule", ["bytes", "time"])
-def test_shadowing_never_costs_more_and_even_loads_need_none(rng, rule):
-  layer = com.Layer(model_dim=64, expert_dim=4)
-  price = {"bytes": lambda cost: cost.total.total, "time": lambda cost: cost.seconds}[rule]
-  routed = hot(UNEVEN, rng)
-  chosen = com.choose_shadows(routed, UNEVEN, layer, rule=rule)
-  assert 7 in chosen
-  before, after = (price(com.step_cost(routed, UNEVEN, layer, shadowed=s)) for s in ((), chosen))
-  assert after < before
-  even = lay(UNEVEN, (np.arange(240) % 12)[:, None], 12)
-  assert com.choose_shadows(even, UNEVEN, com.Layer(64, 64), rule=rule) == []
-
-
-# What compiled programs move
-
-
-def all_to_all_bytes(program: str) -> list[int]:
-  """Of every all-to-all of a compiled program: the bytes of one device's result, which are those of its operand."""
-  found = []
-  for result in re.findall(r"= (.*?) all-to-all(?:-start)?\(", program):
-    shapes = re.findall(r"(?:f32|s32)\[([\d,]*)\]", result)
-    found.append(sum(4 * int(np.prod([int(n) for n in shape.split(",") if n])) for shape in shapes))
-  return found
-
-
-@pytest.mark.parametrize(("data", "expert"), [(1, 8), (2, 4)])
-@pytest.mark.parametrize("dispatcher", ["einsum", "sorted"])
-def test_capacity_buffers_move_as_counted(dispatcher, data, expert):
-  """Dispatch and combine of the compiled layer, byte for byte, and nothing that the routing could change."""
-  batch, length, dim, experts = 16, 32, 24, 8
-  moe = {"num_experts": experts, "expert_dim": 40, "dispatcher": dispatcher, "group_size": 16}
-  mesh = sharding.make_mesh(MeshConfig(data=data, expert=expert))
-  with jax.set_mesh(mesh):
-    graphdef, params, rest = nnx.split(MoE(dim, **moe, rngs=nnx.Rngs(0)), nnx.Param, ...)
-    layouts = sharding.state_shardings(mesh, params)
-    params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
-    layout = sharding.batch_sharding(mesh)
-    forward = lambda params, x_BLD: nnx.merge(graphdef, params, rest)(x_BLD, Context(train=True))[0]
-    x = jax.ShapeDtypeStruct((batch, length, dim), jnp.float32)
-    jitted = jax.jit(forward, in_shardings=(layouts, layout), out_shardings=layout)
-    program = jitted.lower(params, x).compile().as_text()
-
-  groups, capacity = batch * length // 16, expert_capacity(16, 2, 1.25, experts)
-  machine = Machine(nodes=2, devices_per_node=4)
-  rows = com.capacity_rows(
-    machine, groups=groups, num_experts=experts, capacity=capacity, expert_parallelism=expert
-  )
-  if expert == 4:
-    assert rows.network_PP.sum() == 0  # the exchange stays inside replicas, which are nodes here
-  # Of what an instruction holds, the device's own part of 1 in `expert` stays.
-  moved = [b * 8 * (expert - 1) // expert for b in all_to_all_bytes(program)]
-  assert moved == [(rows * (4 * dim)).total] * 2
-
-
-def test_dropless_rows_move_as_counted(rng):
-  """The exchange of the dropless dispatcher: rows that arrive from elsewhere, one by one, and what is asked for them."""
-  machine, dim = Machine(nodes=2, devices_per_node=4), 3
-  routed = draw(machine, rng, tokens=64, experts=16, k=3)
-  target_A, source_A = routed.device_E[routed.expert_A], routed.device_T[routed.token_A]
-  counts_PPO = np.zeros((8, 8, 2), np.int32)
-  np.add.at(counts_PPO, (source_A, target_A, routed.expert_A % 2), 1)
-  here, width = 64 // 8 * 3, int(counts_PPO.sum(axis=2).max())
-  rows_MD = np.repeat(1.0 + np.arange(8, dtype=np.float32), here)[:, None] * np.ones((1, dim), np.float32)
-
-  def move(rows_MD, counts_PPO):
-    plan = make_plan(counts_PPO, jax.lax.axis_index("expert"))
-    _, send_size_X, _, _ = ragged_arguments(plan)
-    return exchange(rows_MD, plan, Shape("expert", "padded", here, 8 * width, width)), send_size_X
-
-  mesh = jax.make_mesh((8,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
-  by_device = PartitionSpec("expert")
-  moved = jax.shard_map(move, mesh=mesh, in_specs=(by_device, PartitionSpec()), out_specs=by_device)
-  compiled = jax.jit(moved).lower(rows_MD, counts_PPO).compile()
-  placed = (jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in
-            ((rows_MD, by_device), (counts_PPO, PartitionSpec())))  # fmt: skip
-  arrived_MD, send_size_X = map(np.asarray, compiled(*placed))
-  sender_PM = arrived_MD[:, 0].reshape(8, -1)
-  arrived_PP = (sender_PM[None] == 1.0 + np.arange(8)[:, None, None]).sum(axis=2)
-  # What a device with the ragged exchange, such as a TPU, is told to send.
-  asked_PP = send_size_X.reshape(8, 8, 2).sum(axis=2)
-  for found_PP in (arrived_PP, asked_PP):
-    np.fill_diagonal(found_PP, 0)
-
-  traffic = com.dispatch_rows(routed, machine, "expert")
-  for found_PP in (arrived_PP, asked_PP):
-    np.testing.assert_array_equal(found_PP, traffic.network_PP + traffic.local_PP)
-  assert traffic.total == int((source_A != target_A).sum())
-  # The padded exchange moves the fullest pair's rows for every pair.
-  (held,) = all_to_all_bytes(compiled.as_text())
-  padded = com.capacity_rows(machine, groups=8, num_experts=8, capacity=width)
-  assert held * 8 * 7 // 8 == (padded * (4 * dim)).total >= traffic.total * 4 * dim
-
-
-# Wrong input
 
 
 @pytest.mark.parametrize(
