@@ -36,16 +36,29 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
   """A file to write, which gets its name when it is whole, also after a power cut. Makes its folder."""
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  handle, temporary = tempfile.mkstemp(prefix=WRITING, dir=path.parent)
+  with _named(path):
+    handle, temporary = tempfile.mkstemp(prefix=WRITING, dir=path.parent)
+    try:
+      with os.fdopen(handle, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+      os.chmod(temporary, 0o644)  # mkstemp's files are only for their owner
+      os.replace(temporary, path)
+    finally:
+      pathlib.Path(temporary).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _named(path: pathlib.Path) -> Iterator[None]:
+  """Errors inside that name no file, or one that is not whole yet, name `path`."""
   try:
-    with os.fdopen(handle, "wb") as file:
-      yield file
-      file.flush()
-      os.fsync(file.fileno())
-    os.chmod(temporary, 0o644)  # mkstemp's files are only for their owner
-    os.replace(temporary, path)
-  finally:
-    pathlib.Path(temporary).unlink(missing_ok=True)
+    yield
+  except OSError as error:
+    other = isinstance(error.filename, str) and not pathlib.Path(error.filename).name.startswith(WRITING)
+    if other or error.strerror is None:
+      raise
+    raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 @contextlib.contextmanager
@@ -186,8 +199,9 @@ def hold(path: str | os.PathLike[str], what: str, wait: float = 0.0) -> Iterator
     text = json.dumps(
       {"pid": os.getpid(), "host": socket.gethostname(), "machine": _machine(), "since": time.time()}
     )
-    os.pwrite(handle, text.encode(), 0)
-    os.ftruncate(handle, len(text))
+    with _named(path):
+      os.pwrite(handle, text.encode(), 0)
+      os.ftruncate(handle, len(text))
     with _beating:
       _held[path] = handle
       if len(_held) == 1:

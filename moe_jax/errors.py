@@ -1,6 +1,7 @@
 """`InputError`, the exception for errors that the user can fix, and helpers that raise it."""
 
 import difflib
+import errno
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -29,14 +30,40 @@ class NonFiniteLoss(InputError):
   """A training run whose loss or gradient is no longer finite."""
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Of libraries that pass on no number; the last is NumPy's.
+_FULL_IN_WORDS = ("No space left on device", "Disk quota exceeded", "File too large", " requested and ")
+
+
+def of_the_disk(error: BaseException, what: str) -> InputError | None:
+  """Returns the line for a disk that is full or fails, whichever library met it; None for other errors.
+
+  Args:
+    error: of the system, or of a library.
+    what: could not be done or written.
+  """
+  number = error.errno if isinstance(error, OSError) else None
+  text = " ".join((error.strerror if number and error.strerror else str(error)).split())
+  if number in _FULL or any(words in text for words in _FULL_IN_WORDS):
+    return InputError(
+      f"{what}: no space left to write ({text[:200]}); make room, and the same command continues"
+    )
+  if number == errno.EIO:
+    return InputError(f"{what}: cannot be read or written ({text}); look at the device, and start again")
+  return None
+
+
 def of_the_system(error: OSError) -> InputError | None:
-  """Returns the line for a file or folder that cannot be used; None if the error names none."""
-  if not isinstance(error.filename, str | bytes) or error.strerror is None:
-    return None
-  name = os.fsdecode(error.filename)
+  """Returns the line for a file or folder that cannot be used, or a full disk; None for an error that says neither."""
+  named = isinstance(error.filename, str | bytes) and error.strerror is not None
+  name = _short(error.filename) if named else "the disk"
+  return of_the_disk(error, name) or (InputError(f"{name}: {error.strerror}") if named else None)
+
+
+def _short(name: str | bytes) -> str:
+  name = os.fsdecode(name)
   name = name if len(name) < 200 else f"{name[:100]}..."
-  name = os.fsencode(name).decode(errors="backslashreplace")
-  return InputError(f"{name}: {error.strerror}")
+  return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> InputError:

@@ -11,7 +11,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 # Each script defines its flags anew, and some ask for so many devices: neither outlives its command line.
 _CHILD = """
-import contextlib, gc, io, json, runpy, sys
+import contextlib, gc, io, json, resource, runpy, sys
+limit = int(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 gc.set_threshold(50_000, 20, 10)  # as in conftest.py
 import jax.extend.backend
 from absl import app, flags
@@ -39,10 +41,13 @@ class Ended(NamedTuple):
   stderr: str
 
 
-def run_scripts(*commands: list[str], timeout: float = 240) -> list[Ended]:
-  """How each command line ended: a script's path in the checkout, then its arguments."""
+def run_scripts(*commands: list[str], timeout: float = 240, file_bytes: int = -1) -> list[Ended]:
+  """How each command line ended: a script's path in the checkout, then its arguments.
+
+  Files cannot have more than `file_bytes`, which stands for a full disk; -1: no limit.
+  """
   done = subprocess.run(
-    [sys.executable, "-c", _CHILD],
+    [sys.executable, "-c", _CHILD, str(file_bytes)],
     input=json.dumps(commands),
     capture_output=True,
     text=True,

@@ -128,6 +128,21 @@ def test_wrong_flags_end_with_one_line_and_write_nothing(tmp_path):
   assert not folder.exists()
 
 
+def test_a_full_disk_is_one_line(tmp_path):
+  """At the lock, the first file that a run writes, and in a file of a script that trains nothing."""
+  run, texts = tmp_path / "run", tmp_path / "texts"
+  commands = {
+    run / ".lock": ["experiments/load_balancing.py", "--dataset=markov", "--preset=tiny", "--methods=none"],
+    texts / "train.jsonl": ["scripts/instructions.py"],
+  }
+  ended = run_scripts(*([*c, f"--output_dir={p.parent}"] for p, c in commands.items()), file_bytes=0)
+  for path, (status, _, stderr) in zip(commands, ended, strict=True):
+    line = (
+      f"error: {path}: no space left to write (File too large); make room, and the same command continues\n"
+    )
+    assert (status, stderr) == (2, line)
+
+
 def test_flags_without_effect_are_said(tmp_path):
   flags = ["--dataset=markov", "--tokenizer=nope", "--capacity_factor=2", "--num_experts=0"]
   (ended,) = run_scripts(["experiments/load_balancing.py", f"--output_dir={tmp_path}/run", *flags])

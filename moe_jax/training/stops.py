@@ -5,7 +5,6 @@ with `STOPPED_STATUS`. A second signal acts as if nobody had listened. Whatever 
 becomes one line.
 """
 
-import errno
 import os
 import signal
 import socket
@@ -17,7 +16,7 @@ import jax
 
 from moe_jax.cluster import abort, processes, watch
 from moe_jax.cluster.agree import Agreement
-from moe_jax.errors import STOPPED_STATUS, InputError, NonFiniteLoss
+from moe_jax.errors import STOPPED_STATUS, InputError, NonFiniteLoss, of_the_disk
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 FIRST_SAVE = 30.0  # seconds until the first checkpoint that is due by time
@@ -172,15 +171,9 @@ def not_finite(show: str, step: int, what: str, good: str, learning_rate: float)
 
 def in_words(error: BaseException, show: str) -> InputError | None:
   """Returns the line for an error that the user can correct: lack of memory or of disk space; None for others."""
+  if line := of_the_disk(error, show or "the run"):
+    return line
   text = " ".join(str(error).split())
-  full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-  if full or any(
-    words in text for words in ("No space left on device", "Disk quota exceeded", "File too large")
-  ):
-    return InputError(
-      f"{show or 'the run'}: no space left to write ({text[:200]}); make room, and the same command continues from the "
-      "last checkpoint"
-    )
   if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
     return InputError(
       f"{show or 'the run'}: out of memory ({text[:200]}); use a smaller --batch_size, more --accumulation, "

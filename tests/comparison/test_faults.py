@@ -12,7 +12,7 @@ from moe_jax import disk
 from moe_jax.comparison.comparison import Comparison
 from moe_jax.comparison.results import load_results
 from moe_jax.config import MeshConfig
-from moe_jax.errors import InputError
+from moe_jax.errors import InputError, of_the_system
 from moe_jax.training.loop import Run
 from moe_jax.training.metric_writer import read_jsonl
 from moe_jax.training.progress import TrainingProgress
@@ -106,9 +106,17 @@ def test_a_full_disk_leaves_the_file_that_was_there(tmp_path, monkeypatch):
     raise OSError(28, "No space left on device")
 
   monkeypatch.setattr(disk.os, "fsync", full)
-  with pytest.raises(OSError, match="No space"):
+  with pytest.raises(OSError, match="No space") as found:
     disk.write_json(tmp_path / "x", {"a": 2})
+  assert str(of_the_system(found.value)).startswith(f"{tmp_path / 'x'}: no space left to write")
   assert disk.read_object(tmp_path / "x") == {"a": 1} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_target_that_is_a_folder_is_named(tmp_path):
+  (tmp_path / "report.html").mkdir()
+  with pytest.raises(IsADirectoryError) as found:
+    disk.write_text(tmp_path / "report.html", "x")
+  assert str(of_the_system(found.value)) == f"{tmp_path / 'report.html'}: Is a directory"
 
 
 def test_runs_of_another_configuration_are_noticed_without_the_config_of_the_folder(copy):
