@@ -5,6 +5,7 @@ Used by data, runs, traces and comparisons alike. The digests of checkpoints are
 
 import contextlib
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -14,11 +15,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Any, TextIO
 
 from moe_jax.errors import InputError
 
+DIGEST = "digest"  # the key of a JSON object under which its own digest is
 LOCK = ".lock"  # of a run, in its folder; of the config.json of a comparison, beside it
 ASIDE = "damaged"  # where damaged files of a folder are moved to; nothing is ever deleted
 WRITING = ".writing-"  # begins the name of a file that is not whole yet; a kill may leave it
@@ -94,6 +96,21 @@ def read_object(path: str | os.PathLike[str]) -> dict[str, Any] | None:
   except (OSError, ValueError, RecursionError):
     return None
   return value if isinstance(value, dict) else None
+
+
+def with_digest(value: dict[str, Any]) -> dict[str, Any]:
+  """Returns a JSON object with a digest of it, by which damage that leaves it JSON is noticed."""
+  return value | {DIGEST: _digest(value)}
+
+
+def has_its_digest(value: Mapping[str, Any]) -> bool:
+  """Returns whether the digest in a JSON object is right. One without a digest has none that is wrong."""
+  return DIGEST not in value or value[DIGEST] == _digest({k: v for k, v in value.items() if k != DIGEST})
+
+
+def _digest(value: dict[str, Any]) -> str:
+  text = json.dumps(json.loads(json.dumps(value)), sort_keys=True)  # as it is read: keys are texts
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def move_aside(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> pathlib.Path | None:

@@ -5,6 +5,7 @@ python -m pytest tests/test_fuzz.py -n 0 --hypothesis-profile=nightly    # five 
 """
 
 import functools
+import io
 import json
 import time
 
@@ -12,11 +13,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
-from moe_jax import sharding
+from moe_jax import disk, sharding
 from moe_jax.analysis.recording import recorded_config
+from moe_jax.comparison import report
 from moe_jax.comparison.folder import ComparisonFolder
-from moe_jax.comparison.results import load_config
+from moe_jax.comparison.results import load_config, load_results, warnings
 from moe_jax.data import prompts
 from moe_jax.data.bpe import train_bpe
 from moe_jax.data.tokenizers import load_tokenizer
@@ -31,6 +34,7 @@ from moe_jax.training.load import load_run
 from moe_jax.training.metric_writer import JsonlWriter, read_jsonl, read_lines
 from moe_jax.training.router_trace import Trace, TraceWriter
 from tests import tiny
+from tests.comparison.made_results import make_result
 from tests.fuzz.commands import Child, command_lines, problem
 from tests.fuzz.values import METHODS, SPECS, damaged_bytes, files
 
@@ -133,6 +137,25 @@ def test_traces(trace, data):
   finally:
     header.write_bytes(before[0])
     steps.write_bytes(before[1])
+
+
+RESULT = make_result("a") | {"num_steps": 30, "model": {"num_experts": [4], "num_layers": 2}}
+
+
+@given(content=st.sampled_from([RESULT, disk.with_digest(RESULT)]).flatmap(files))
+def test_result_json(folder, content):
+  """What is taken for a result can be compared and shown."""
+  path = folder / "compared/arms/a/seed_0/result.json"
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_bytes(content)
+  other = make_result("b")
+  results = [*load_results(folder / "compared"), other]
+  console = Console(file=io.StringIO())
+  refused(report.print_table, report.summarise(results), console)
+  refused(report.print_differences, report.paired_differences(results), console)
+  warnings(folder / "compared", results)
+  ComparisonFolder(folder / "compared").merge_metrics((r["arm"], r["seed"]) for r in results)
+  refused(ComparisonFolder(folder / "compared").check_text, RESULT["fingerprint"])
 
 
 @given(

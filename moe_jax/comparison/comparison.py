@@ -215,7 +215,7 @@ class Comparison:
         progress.finish_run()
         progress.note(f"{error}; the arm is kept as diverged")
         if processes.is_first():
-          disk.write_json(folder / "result.json", diverged_result(run, str(error)))
+          self.folder.write_result(arm, seed, diverged_result(run, str(error)))
         return
     processes.wait_for_all("result")
     lacking = self._lacking(arm, seed)

@@ -15,8 +15,8 @@ from moe_jax.errors import InputError
 from moe_jax.registry import Method
 from moe_jax.training import identity
 from moe_jax.training.metric_writer import read_lines
+from moe_jax.training.result_file import RESULT_FILE, Result, read_result, write_result
 
-Result = dict[str, Any]
 # Parts of a claim that may grow with every call. Everything else of it must stay as it is.
 GROWING = ("arms", "seeds", "evaluations", "planned")
 SWEEP = "sweep"  # the folder of what a sweep tried, itself the folder of a comparison
@@ -42,7 +42,11 @@ class ComparisonFolder:
 
   def result(self, arm: str, seed: int) -> Result:
     """Returns the result of a finished run, or {}."""
-    return whole_result(self.run(arm, seed) / "result.json")
+    return read_result(self.run(arm, seed) / RESULT_FILE)
+
+  def write_result(self, arm: str, seed: int, result: Result) -> None:
+    """Writes the result of a run that did not write it itself."""
+    write_result(self.run(arm, seed) / RESULT_FILE, result)
 
   def known(self) -> dict[str, Any]:
     """Returns what earlier calls claimed, or {} if there were none, or it cannot be read."""
@@ -87,8 +91,8 @@ class ComparisonFolder:
 
   def check_text(self, fingerprint: str) -> None:
     """Raises `InputError` if the folder has a result on other text."""
-    for path in self.path.glob("arms/*/seed_*/result.json"):
-      other = whole_result(path).get("fingerprint", fingerprint)
+    for path in self.path.glob(f"arms/*/seed_*/{RESULT_FILE}"):
+      other = read_result(path).get("fingerprint", fingerprint)
       if other != fingerprint:
         raise InputError(
           f"--output_dir={self.path}: holds results on other text (fingerprint {other[:12]}, now "
@@ -132,12 +136,6 @@ def _is_claim(value: Mapping[str, Any]) -> bool:
 def _is_planned(value: Any) -> bool:
   lists = list(value.values()) if isinstance(value, dict) else [None]
   return all(isinstance(part, list) and all(isinstance(name, str) for name in part) for part in lists)
-
-
-def whole_result(path: pathlib.Path) -> Result:
-  """Returns the result in a file; {} if the file is absent, damaged or none."""
-  result = disk.read_object(path) or {}
-  return result if {"arm", "seed", "validation"} <= result.keys() else {}
 
 
 def described(arm: Arm, config: Config) -> dict[str, Any]:

@@ -14,13 +14,12 @@ from moe_jax.comparison.comparison import REPORT_FILE, write_report
 from moe_jax.comparison.folder import (
   SWEEP,
   ComparisonFolder,
-  Result,
   claim_differences,
   merged_claim,
-  whole_result,
 )
 from moe_jax.comparison.results import load_results, lookup
 from moe_jax.errors import InputError
+from moe_jax.training.result_file import Result, read_result
 
 
 def join(
@@ -87,7 +86,7 @@ def _runs(sources: Sequence[ComparisonFolder]) -> dict[tuple[str, int], pathlib.
   found: dict[tuple[str, int], tuple[pathlib.Path, Result]] = {}
   for source in sources:
     for path in sorted(source.path.glob("arms/*/seed_*/result.json")):
-      result = whole_result(path)
+      result = read_result(path)
       if not result:
         disk.note(f"{path}: is damaged and left out")
         continue
@@ -104,10 +103,11 @@ def _runs(sources: Sequence[ComparisonFolder]) -> dict[tuple[str, int], pathlib.
 
 
 def _check_same_code(own: pathlib.Path, result: Result, first: pathlib.Path, other: Result) -> None:
-  if result["fingerprint"] != other["fingerprint"]:
+  texts = [str(r.get("fingerprint"))[:12] for r in (result, other)]
+  if result.get("fingerprint") != other.get("fingerprint"):
     raise InputError(
-      f"{own}: has results on other text than {first} (fingerprint {result['fingerprint'][:12]} and "
-      f"{other['fingerprint'][:12]}); use the same files and the same Python version on all machines"
+      f"{own}: has results on other text than {first} (fingerprint {texts[0]} and {texts[1]}); use the same "
+      f"files and the same Python version on all machines"
     )
   versions = [lookup(r, "versions", "moe_jax") for r in (result, other)]
   if None not in versions and versions[0] != versions[1]:

@@ -9,8 +9,7 @@ from typing import Any
 from moe_jax import disk
 from moe_jax.errors import InputError
 from moe_jax.training import metric_writer
-
-Result = dict[str, Any]
+from moe_jax.training.result_file import Result, read_result
 
 # What two runs must share for their difference to have a verdict, and what it is called (docs/fair_comparison.md).
 PROTOCOL = {
@@ -38,19 +37,10 @@ def load_results(run_dir: str | os.PathLike[str]) -> list[Result]:
   """The results of a run folder's finished arms, in order: arm, then seed.
 
   Arms come in the order of config.json's "arms" where there is one, so the first stays the baseline; others
-  follow by name, "none" before all. A seed folder without a whole result.json is unfinished and skipped.
-
-  Raises:
-    InputError: a result.json has no "arm" or "seed".
+  follow by name, "none" before all. A seed folder without a whole result.json is skipped.
   """
-  results = []
-  for path in sorted(pathlib.Path(run_dir).glob("arms/*/seed_*/result.json")):
-    result = disk.read_object(path)
-    if result is None:
-      continue
-    if "arm" not in result or "seed" not in result:
-      raise InputError(f'{path}: a result needs the keys "arm" and "seed"')
-    results.append(result)
+  paths = sorted(pathlib.Path(run_dir).glob("arms/*/seed_*/result.json"))
+  results = [result for result in map(read_result, paths) if result]
   order = {str(arm): i for i, arm in enumerate(_configured_arms(run_dir))}
 
   def rank(result: Result) -> tuple[Any, ...]:
@@ -64,9 +54,9 @@ def load_metrics(run_dir: str | os.PathLike[str]) -> dict[tuple[str, int], list[
   """(arm, seed) -> the lines of the metrics.jsonl beside its result.json, for finished arms."""
   metrics = {}
   for path in sorted(pathlib.Path(run_dir).glob("arms/*/seed_*/result.json")):
-    result, lines = disk.read_object(path), path.with_name("metrics.jsonl")
-    if result is not None and lines.exists():
-      metrics[str(result.get("arm")), result.get("seed")] = metric_writer.read_jsonl(lines)
+    result, lines = read_result(path), path.with_name("metrics.jsonl")
+    if result and lines.exists():
+      metrics[result["arm"], result["seed"]] = metric_writer.read_jsonl(lines)
   return metrics
 
 
@@ -140,10 +130,10 @@ def warnings(
   if absent:
     found.append(f"Arms of this folder that are not in this report: {', '.join(absent)}.")
   run_dir = pathlib.Path(run_dir)
-  torn = [p for p in sorted(run_dir.glob("arms/*/seed_*")) if disk.read_object(p / "result.json") is None]
+  torn = [p for p in sorted(run_dir.glob("arms/*/seed_*")) if not read_result(p / "result.json")]
   if torn:
     found.append(
-      f"Unfinished, left out: {', '.join(p.relative_to(run_dir / 'arms').as_posix() for p in torn)}."
+      f"Unfinished or damaged, left out: {', '.join(p.relative_to(run_dir / 'arms').as_posix() for p in torn)}."
     )
   return found
 

@@ -25,6 +25,7 @@ from moe_jax.training.memory import check_memory
 from moe_jax.training.metric_writer import JsonlWriter, MetricWriter, MultiWriter, TensorBoardWriter
 from moe_jax.training.progress import TrainingProgress
 from moe_jax.training.protocol import trace_header
+from moe_jax.training.result_file import RESULT_FILE, is_result, read_result, write_result
 from moe_jax.training.results import TailMeans, result_of, validation_summary
 from moe_jax.training.router_trace import FOLDER, TraceWriter
 from moe_jax.training.start import start_from
@@ -108,7 +109,7 @@ class Run:
       if processes.is_first():  # not before: a folder that is refused stays as it is
         write_identity(self.folder, self.config, self.dataset)
         disk.set_aside_damaged(
-          self.folder / "result.json", self.folder, "it is made again from the last checkpoint"
+          self.folder / RESULT_FILE, self.folder, "it is made again from the last checkpoint", is_result
         )
       if self.progress:
         self.progress.start_run(self.show, self.config.train.num_steps)
@@ -121,7 +122,7 @@ class Run:
       self._check_finite(int(state.step), {"validation loss": validation["nll"]})
     result = result_of(self, validation, int(state.step))
     if processes.is_first():
-      disk.write_json(self.folder / "result.json", result)
+      write_result(self.folder / RESULT_FILE, result)
     if self.progress:
       self.progress.finish_run()
     return result
@@ -287,8 +288,8 @@ class Run:
     Raises:
       InputError: if a configuration has other parameters than the run.
     """
-    path = self.folder / "result.json"
-    result = disk.read_object(path) or {}
+    path = self.folder / RESULT_FILE
+    result = read_result(path)
     with jax.set_mesh(self.mesh), contextlib.ExitStack() as stack:
       info = self.dataset.info
       steps = [compile_steps(c, info.vocab_size, len(info.domains), self.mesh) for c in configs.values()]
@@ -306,7 +307,7 @@ class Run:
         found[name] = {"sees_later_tokens": sees_later} | _scalars(self.evaluate(state, of_config.evaluate))
     result["evaluations"] = result.get("evaluations", {}) | found
     if processes.is_first():
-      disk.write_json(path, result)
+      write_result(path, result)
     return result
 
   def _on_devices(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:

@@ -217,7 +217,7 @@ def read_lines(path: str | os.PathLike[str]) -> tuple[list[tuple[str, dict[str, 
       break
     try:
       line = json.loads(text.decode())
-      if not isinstance(line["step"], int):
+      if type(line["step"]) is not int or not 0 <= line["step"] < 2**63:
         raise TypeError
       lines.append((text.decode(), line))
     except (ValueError, TypeError, KeyError, RecursionError):

@@ -16,6 +16,7 @@ from moe_jax.errors import InputError, of_the_system
 from moe_jax.training.loop import Run
 from moe_jax.training.metric_writer import read_jsonl
 from moe_jax.training.progress import TrainingProgress
+from moe_jax.training.result_file import read_result
 from tests import tiny
 
 CONFIG = tiny.change(
@@ -62,11 +63,12 @@ def test_damaged_json_files_are_made_again(finished, copy, trained, capsys):
   """The result from the last checkpoint, config.json from the flags. What was damaged is kept."""
   config = copy / "config.json"
   before = json.loads(config.read_text())
+  flipped = (copy / "arms/b/seed_0/result.json").read_text().replace('"nll": ', '"nll": 1').encode()
   damaged = {
     config: b"null",
     copy / "arms/a/seed_0/config.json": b"",
     copy / "arms/a/seed_0/result.json": b'{"arm": "a", "se',
-    copy / "arms/b/seed_0/result.json": b"\xff\xfe\0\x01",
+    copy / "arms/b/seed_0/result.json": flipped,
   }
   for path, content in damaged.items():
     path.write_bytes(content)
@@ -77,6 +79,30 @@ def test_damaged_json_files_are_made_again(finished, copy, trained, capsys):
   for path, content in damaged.items():
     assert (path.parent / f"damaged/{path.name}-1").read_bytes() == content
   assert capsys.readouterr().err.count("note: ") == len(damaged)
+
+
+def test_results_with_another_digit_or_wrong_types_are_damaged(finished, tmp_path):
+  path, whole = tmp_path / "result.json", json.loads((finished[0] / "arms/a/seed_0/result.json").read_text())
+  wrong = [("validation", None), ("validation", {}), ("fingerprint", 5), ("columns", None), ("columns", [{}])]
+  wrong += [
+    ("num_steps", "x"),
+    ("arm", ["x"]),
+    ("seed", "x"),
+    ("evaluations", [1]),
+    ("training", {"loss": {}}),
+  ]
+  disk.write_json(path, whole)
+  result = read_result(path)
+  assert result == finished[1][0]
+  for name, value in wrong:
+    disk.write_json(path, whole | {name: value})
+    assert read_result(path) == {}, name
+    disk.write_json(path, result | {name: value})  # without a digest
+    assert read_result(path) == {}, name
+  disk.write_json(path, whole | {"num_steps": 5})
+  assert read_result(path) == {}
+  disk.write_json(path, result | {"num_steps": 5})  # as other programs write it
+  assert read_result(path)["num_steps"] == 5
 
 
 @pytest.mark.parametrize("content", [b"", b'{"a": ', b"null", b"[1]", b"\xff\0", b"[" * 100_000])

@@ -25,10 +25,6 @@ def test_bad_results_are_input_errors(tmp_path):
     write(tmp_path, [])
   with pytest.raises(InputError, match="two results of one seed"):
     report.summarise([make_result(), make_result()])
-  write_run(tmp_path, [make_result()])
-  (tmp_path / "arms" / "arm_0" / "seed_0" / "result.json").write_text("{}")
-  with pytest.raises(InputError, match='keys "arm" and "seed"'):
-    report.load_results(tmp_path)
 
 
 def test_warnings_say_what_is_not_comparable(tmp_path):

@@ -21,6 +21,7 @@ from moe_jax.training.compiled import check_run, compile_steps
 from moe_jax.training.loop import Run
 from moe_jax.training.metric_writer import read_jsonl
 from moe_jax.training.objectives import NextToken
+from moe_jax.training.result_file import read_result
 from tests import tiny
 
 GOLDEN = pathlib.Path(__file__).parent / "golden_loss_curve.json"
@@ -79,7 +80,7 @@ def test_a_stopped_run_continues_to_the_same_numbers(finished_run, dataset, tmp_
 
 def test_the_result_holds_what_the_report_reads(finished, dataset):
   folder, result = finished
-  assert json.loads((folder / "result.json").read_text()) == result
+  assert read_result(folder / "result.json") == result
   layers, experts = CONFIG.model.num_layers, CONFIG.model.moe.num_experts
   validation = result["validation"]
   assert validation["perplexity"] == pytest.approx(math.exp(validation["nll"]))
