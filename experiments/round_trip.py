@@ -196,10 +196,10 @@ class Trip:
 
   def train(self, name: str, steps: int, start, objective: str = "next_token"):
     """Returns the model `start`, or a new one, trained for `steps`. What is trained already is loaded."""
-    from moe_jax import disk
     from moe_jax.training.load import load_run
     from moe_jax.training.loop import Run
     from moe_jax.training.progress import TrainingProgress
+    from moe_jax.training.result_file import RESULT_FILE, read_result
 
     if name in self._made:
       return self._made[name]
@@ -209,7 +209,7 @@ class Trip:
       self.save(pathlib.Path(init_from), start)
     train = dataclasses.replace(self.config.train, num_steps=steps, init_from=init_from, objective=objective)
     config = dataclasses.replace(self.config, train=train, model=start.config if start else self.config.model)
-    if not disk.read_object(folder / "result.json"):
+    if not read_result(folder / RESULT_FILE):
       with TrainingProgress(steps) as progress:
         Run(config, self.dataset, folder, progress, show=name).train()
     self._made[name] = load_run(folder).model

@@ -13,7 +13,7 @@ the reference trains first and then the attempt, each until an evaluation finds 
 until its --num_steps. Seconds are those of training steps: compilation, evaluation and saving are not counted.
 
 Writes OUTPUT_DIR/attempt.json, and one folder for each seed. If it is interrupted, run it again with the same flags:
-finished seeds are kept, and a seed with one finished run starts over.
+finished seeds are kept, and a seed with one finished run starts over; what it had is moved to its folder `damaged`.
 """
 
 import datetime

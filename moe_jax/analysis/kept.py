@@ -5,18 +5,24 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from moe_jax import disk
+from moe_jax.cluster import processes
 from moe_jax.config import Config
 from moe_jax.errors import InputError
-from moe_jax.training.identity import changes, differences
+from moe_jax.training import identity
+
+_SETTINGS = "settings"  # in a kept file, those of its numbers
 
 
 class Kept:
   """The measured numbers of one command, as JSON files in a folder: `kept("rows/int8", measure)`.
 
+  Each file has its settings and a digest. One that is damaged is moved aside, and measured again. With several processes,
+  all make the same calls, and process 0 reads and writes.
+
   Args:
-    folder: new, or that of an earlier command.
+    folder: new, or that of an earlier command. While something is measured, no other command may.
     settings: JSON values that the numbers depend on.
-    config: of trainings that they depend on, too. What may change when a run continues may change here.
+    config: of trainings that they depend on, too. What may change when a run continues may change here, but for more steps.
 
   Raises:
     InputError: if the folder has numbers of other settings.
@@ -25,22 +31,53 @@ class Kept:
   def __init__(self, folder: pathlib.Path, settings: Mapping[str, Any], config: Config | None = None):
     disk.check_folder(folder)
     self.folder, self.path = folder, folder / "settings.json"
-    self.settings = dict(settings) | ({"config": config.to_dict()} if config else {})
-    known, own = disk.read_object(self.path), dict(self.settings)
-    changed = changes(known.pop("config"), own.pop("config")) if known and config else []
-    changed += differences(known, own) if known else []
-    if changed:
-      raise InputError(
-        f"--output_dir={folder}: holds numbers of other settings ({'; '.join(changed[:3])}); choose another folder"
-      )
+    self.settings = dict(settings)
+    if config:
+      self.settings |= {"config": config.to_dict(), "num_steps": config.train.num_steps}
+    if processes.is_first():  # where it fails, the others are stopped with its message
+      self._check(self._read(self.path, "each of the numbers has its settings, too"))
 
   def __call__(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Returns what is kept in the file `name`.json, or what `make` returns, which is kept."""
+    """Returns what is kept in the file `name`.json, or what `make` returns, which is kept.
+
+    Raises:
+      InputError: if it is of other settings, or if another command measures in the folder.
+    """
     path = self.folder / f"{name}.json"
-    found = disk.read_object(path)
-    if not found:
-      made = make()
-      disk.write_json(self.path, self.settings)
-      disk.write_json(path, made)
-      found = disk.read_object(path)
+    with identity.hold([(self.folder, f"--output_dir={self.folder}")]):
+      found = processes.from_first(self._found(path) if processes.is_first() else None)
+      if found is None:
+        made = make()
+        if processes.is_first():
+          disk.write_json(self.path, disk.with_digest(self.settings))
+          disk.write_json(path, disk.with_digest(made | {_SETTINGS: self.settings}))
+        found = processes.from_first(self._found(path) if processes.is_first() else None)
     return found
+
+  def _found(self, path: pathlib.Path) -> dict[str, Any] | None:
+    """Returns the numbers in a file; None if there is none that is whole."""
+    found = self._read(path, "it is measured again")
+    if found is None:
+      return None
+    self._check(found.pop(_SETTINGS))
+    return found
+
+  def _read(self, path: pathlib.Path, consequence: str) -> dict[str, Any] | None:
+    of_numbers = path != self.path
+    is_whole = lambda value: (
+      disk.DIGEST in value and disk.has_its_digest(value) and (_SETTINGS in value or not of_numbers)
+    )
+    disk.set_aside_damaged(path, self.folder, consequence, is_whole)
+    found = disk.read_object(path)
+    return found and {key: value for key, value in found.items() if key != disk.DIGEST}
+
+  def _check(self, known: dict[str, Any] | None) -> None:
+    if not known:
+      return
+    known, own = dict(known), dict(self.settings)
+    changed = identity.changes(known.pop("config", {}), own.pop("config")) if "config" in own else []
+    changed = list(dict.fromkeys([*changed, *identity.differences(known, own)]))
+    if changed:
+      raise InputError(
+        f"--output_dir={self.folder}: holds numbers of other settings ({'; '.join(changed[:3])}); choose another folder"
+      )

@@ -3,12 +3,12 @@
 docs/LEADERBOARD.md has the rules, and experiments/speedrun.py their numbers.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import pathlib
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,12 +20,13 @@ from moe_jax import disk
 from moe_jax.config import Config
 from moe_jax.config.plain import fingerprint, to_plain
 from moe_jax.data import Dataset, load_dataset
-from moe_jax.errors import InputError
+from moe_jax.errors import InputError, Stopped
 from moe_jax.nn.leaks import sees_later_tokens
 from moe_jax.sharding import make_mesh
 from moe_jax.training.compiled import abstract_model, check_run
 from moe_jax.training.loop import Run
 from moe_jax.training.progress import TrainingProgress
+from moe_jax.training.result_file import RESULT_FILE, read_result
 from moe_jax.training.results import count_params, versions
 
 MEASURED = ("seconds", "tokens", "bytes")
@@ -58,7 +59,8 @@ class Speedrun:
 
   Args:
     attempt: the configuration that is measured. The folder keeps the pairs that an earlier call finished. A seed
-      whose second run is missing starts over, so that both runs of a pair see the same machine.
+      whose second run is missing starts over, so that both runs of a pair see the same machine: what it had is moved to
+      `damaged`.
     reference: what it is compared with, on the attempt's text.
     rules: target and bounds.
     folder: gets config.json, and a folder for each seed with the two runs.
@@ -107,9 +109,8 @@ class Speedrun:
     with TrainingProgress(steps * sum(pair is None for pair in done.values()), console) as progress:
       for seed, pair in done.items():
         if pair is None:
-          shutil.rmtree(self._seed_folder(seed), ignore_errors=True)
-          disk.write_json(self._seed_folder(seed) / HERE, self.here)
-          done[seed] = self.here | {arm: self._train(arm, seed, progress) for arm in ARMS}
+          with disk.hold(self._seed_folder(seed) / disk.LOCK, f"seed {seed} in {self.folder}"):
+            done[seed] = self._run_pair(seed, progress)
     pairs = [{"seed": seed, **pair} for seed, pair in done.items()]
     total, active = self.params["attempt"]
     counts = {"num_params": total, "num_active_params": active}
@@ -118,14 +119,49 @@ class Speedrun:
   def _seed_folder(self, seed: int) -> pathlib.Path:
     return self.folder / f"seed_{seed}"
 
+  def _here(self, seed: int) -> dict[str, Any]:
+    """Returns what a seed ran on; {} if it is not known."""
+    found = disk.read_object(self._seed_folder(seed) / HERE) or {}
+    whole = set(self.here) <= set(found) and disk.has_its_digest(found)
+    return {name: found[name] for name in self.here} if whole else {}
+
+  def _result(self, arm: str, seed: int) -> pathlib.Path:
+    return self._seed_folder(seed) / arm / RESULT_FILE
+
   def _finished(self, seed: int) -> dict[str, Any] | None:
-    """Returns where a seed ran, and the numbers of both runs; None if something is missing."""
-    here = disk.read_object(self._seed_folder(seed) / HERE)
-    paths = {arm: self._seed_folder(seed) / arm / "result.json" for arm in ARMS}
-    results = {arm: disk.read_object(path) for arm, path in paths.items()}
+    """Returns where a seed ran, and the numbers of both runs; None if something is missing or damaged."""
+    here, results = self._here(seed), {arm: read_result(self._result(arm, seed)) for arm in ARMS}
     if not here or not all(results.values()):
       return None
     return here | {arm: self._numbers(result) for arm, result in results.items()}
+
+  def _run_pair(self, seed: int, progress: TrainingProgress) -> dict[str, Any]:
+    """Trains both runs of a seed. Where both are done, and a result is damaged, it is made again from its checkpoint."""
+    if pair := self._finished(seed):  # by another command
+      return pair
+    here = self._here(seed)
+    if not here or not all(self._result(arm, seed).exists() for arm in ARMS):
+      self._start_over(seed)
+      here = self.here
+      disk.write_json(self._seed_folder(seed) / HERE, disk.with_digest(here))
+    results = {arm: read_result(self._result(arm, seed)) for arm in ARMS}
+    return here | {
+      arm: self._numbers(results[arm]) if results[arm] else self._train(arm, seed, progress) for arm in ARMS
+    }
+
+  def _start_over(self, seed: int) -> None:
+    """Moves what there is of a seed aside, unless a process trains it."""
+    folder = self._seed_folder(seed)
+    there = [path for path in sorted(folder.iterdir()) if path.name not in (disk.LOCK, disk.ASIDE)]
+    with contextlib.ExitStack() as stack:
+      for path in there:
+        if path.is_dir():
+          stack.enter_context(disk.hold(path / disk.LOCK, str(path)))
+      for path in there:
+        if disk.move_aside(path, folder) is None:
+          raise InputError(f"{path}: cannot be moved; the pair starts over, and needs a folder without it")
+    if there:
+      disk.note(f"{folder}: is no whole pair and starts over; what was there is in {folder / disk.ASIDE}")
 
   def _train(self, arm: str, seed: int, progress: TrainingProgress) -> dict[str, Any]:
     config = self.configs[arm]
@@ -143,7 +179,13 @@ class Speedrun:
       show=f"{arm} seed {seed}",
       stop=self.rules.reached,
     )
-    return self._numbers(run.train())
+    try:
+      return self._numbers(run.train())
+    except Stopped as error:
+      raise Stopped(
+        f"{arm} seed {seed}: stopped; finished pairs are kept, and the same command starts this one over, because its two "
+        "runs must see the same machine"
+      ) from error
 
   def _numbers(self, result: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what the leaderboard keeps of a result.

@@ -11,10 +11,12 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
+from moe_jax import disk
 from moe_jax.analysis import speedrun
 from moe_jax.analysis.speedrun import ARMS, MEASURED, Rules, Speedrun, read_entries, row, score, table
 from moe_jax.config import Config
-from moe_jax.errors import InputError
+from moe_jax.errors import InputError, Stopped
+from moe_jax.training.progress import TrainingProgress
 from tests import tiny
 from tests.data.helpers import write_files
 from tests.scripts import ROOT, assert_one_line, run_scripts
@@ -82,6 +84,48 @@ def test_a_seed_with_one_finished_run_starts_over_and_others_are_kept(finished, 
   assert again["seeds"][0] == entry["seeds"][0]
   for arm in ARMS:
     assert again["seeds"][1][arm]["bits_per_byte"] == entry["seeds"][1][arm]["bits_per_byte"]
+
+
+def test_a_damaged_result_does_not_start_the_pair_over(finished, reference, monkeypatch, capsys):
+  """It is made again from its checkpoint, with the seconds that were measured."""
+  folder, _ = finished
+  speed = Speedrun(_slower(reference), reference, RULES, folder, ABOUT, MACHINE)
+  before, (path, other) = (
+    speed.run([0], QUIET)["seeds"],
+    (folder / f"seed_0/{arm}/result.json" for arm in ARMS),
+  )
+  path.write_text(path.read_text()[:-9])
+  kept = other.read_bytes()
+  steps = []
+  monkeypatch.setattr(TrainingProgress, "update", lambda self, step, *numbers: steps.append(step))
+  again = speed.run([0], QUIET)["seeds"]
+  timed = lambda pairs: [{arm: pairs[0][arm] | {"compile_seconds": 0} for arm in ARMS}]
+  assert timed(again) == timed(before) and steps == []
+  assert other.read_bytes() == kept and "result.json: is damaged, moved to" in capsys.readouterr().err
+
+
+def test_a_pair_that_starts_over_is_moved_aside_and_not_while_it_is_trained(
+  finished, reference, tmp_path, monkeypatch
+):
+  """The other process has the lock of the run alone, or that of its pair."""
+  speed = Speedrun(_slower(reference), reference, RULES, tmp_path / "run", ABOUT, MACHINE)
+  arm = tmp_path / "run/seed_0/reference"
+  arm.mkdir(parents=True)
+  (arm / "checkpoints").write_text("precious")
+  for lock in (arm / disk.LOCK, arm.parent / disk.LOCK):
+    with disk.hold(lock, "it"), monkeypatch.context() as patch:
+      patch.setattr(disk, "_held", {})  # what another process does not hold
+      with pytest.raises(InputError, match=r"seed_?.0.*: in use by process"):
+        speed.run([0], QUIET)
+  assert (arm / "checkpoints").read_text() == "precious"
+
+  def stopped(self):
+    raise Stopped("step 4 of 12 is saved, and the same command continues from it")
+
+  monkeypatch.setattr(speedrun.Run, "train", stopped)
+  with pytest.raises(Stopped, match=r"^reference seed 0: stopped; .*the same command starts this one over"):
+    speed.run([0], QUIET)
+  assert (arm.parent / "damaged/reference-1/checkpoints").read_text() == "precious" and not arm.exists()
 
 
 def test_an_attempt_that_misses_target_or_balance_has_no_score(reference, tmp_path):
