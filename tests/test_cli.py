@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import time
 
 import pytest
 
@@ -141,6 +142,23 @@ def test_a_full_disk_is_one_line(tmp_path):
       f"error: {path}: no space left to write (File too large); make room, and the same command continues\n"
     )
     assert (status, stderr) == (2, line)
+
+
+TOO_LARGE = [
+  ["--preset=tiny", "--num_layers=1000000", "--num_experts=64"],
+  ["--preset=tiny", "--num_experts=1000000000"],
+  ["--preset=mixtral_8x7b", "--batch_size=64"],
+]
+
+
+def test_a_model_that_cannot_fit_is_one_line_and_writes_nothing(tmp_path):
+  """Terabytes, of which nothing is allocated."""
+  folder = tmp_path / "run"
+  script = ["experiments/load_balancing.py", "--dataset=markov", "--methods=none", f"--output_dir={folder}"]
+  started = time.monotonic()
+  for status, _, stderr in run_scripts(*([*script, *flags] for flags in TOO_LARGE)):
+    assert status == 2 and re.fullmatch(r"error: \S+ parameters need at least \S+ GiB .*\n", stderr), stderr
+  assert not folder.exists() and time.monotonic() - started < 60
 
 
 def test_flags_without_effect_are_said(tmp_path):

@@ -135,22 +135,15 @@ class Comparison:
         self.folder.check_text(dataset.info.fingerprint)
     if self.sweep:
       self._select(dataset)
-    with processes.first_writes("claim") as mine:
-      if mine:
-        self.folder.claim(self._claimed())
-    processes.check_agree(
-      self._sees_claim(),
-      f"--output_dir={self.folder.path}: holds the config.json of process 0",
-      "the folder must be on a file system that all processes share",
-    )
     runs = self._runs()
     self._check_finished(runs, dataset.info.fingerprint)
     todo = processes.from_first([run for run in runs if not self._is_done(*run)])
+    self._check_memory({arm for arm, _ in todo}, dataset)
+    self._claim()  # not before: a folder that is refused stays as it is
     if len(todo) < len(runs):
       kept = f"{len(runs) - len(todo)} of {len(runs)} runs in {self.folder.path} are done and kept"
       self.console.print(kept, soft_wrap=True, markup=False)
     steps = sum(self.configs[a].train.num_steps for a, s in todo if not self._is_trained(a, s))
-    self._check_memory({arm for arm, _ in todo}, dataset)
     locks = [
       (self.folder.run(a, s), f"run {a} seed {s} in {self.folder.path}") for a, s in todo[:_LOCKED_AHEAD]
     ]
@@ -285,6 +278,13 @@ class Comparison:
       "python scripts/join.py FOLDER... --output_dir=JOINED. Where all shards have written one folder: this command "
       "without --shard."
     )
+
+  def _claim(self) -> None:
+    with processes.first_writes("claim") as mine:
+      if mine:
+        self.folder.claim(self._claimed())
+    what = f"--output_dir={self.folder.path}: holds the config.json of process 0"
+    processes.check_agree(self._sees_claim(), what, "all processes must share its file system")
 
   def _claimed(self) -> dict[str, Any]:
     """Returns what config.json says of this comparison."""
