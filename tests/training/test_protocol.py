@@ -32,6 +32,11 @@ def of(config=PLAIN, **fields):
     ({"ffn": "parallel_moe", "dense_dim": 24}, 2 * 16 + 24),
     ({"num_dense_first": 1, "dense_dim": 64}, [2 * 16, 64]),
     ({"ffn": "soft_moe:slots=3", "accept_leaks": "soft_moe"}, 8 * 3 * 16 // 16),
+    ({"ffn": "default_moe", "router": "softmax_topk:softmax=before"}, 2 * 16),
+    ({"ffn": "erc_moe"}, 2 * 16),
+    ({"ffn": "latent_moe"}, 16),  # experts read half of D = 16
+    ({"ffn": "latent_moe:latent_dim=4", "num_shared_experts": 1}, 8 + 16),  # shared experts read all of D
+    ({"ffn": "latent_moe", "num_experts_per_token": 4}, 2 * 16),  # twice as many experts of half the size
     ({"experts": "low_rank:rank=2"}, 2 * 16),
     ({"experts": "expert_dropout:rate=0.1"}, 2 * 16),
   ],

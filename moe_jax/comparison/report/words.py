@@ -38,7 +38,8 @@ def caption(summary: Summary, columns: Sequence[Column]) -> str:
   else:
     n = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     spread = f"Mean ± sample standard deviation over {n} seeds."
-  sentences = [facts_sentence(summary.facts), spread]
+  swept = [f"Each arm is at its best of {chosen}." for chosen in summary.facts.get("swept", ())]
+  sentences = [facts_sentence(summary.facts), *swept, spread]
   sentences += [_MEANINGS[column.key] for column in columns if column.key in _MEANINGS]
   if shown_yardsticks(summary, columns):
     names = ", ".join(summary.yardsticks)
