@@ -25,7 +25,10 @@ PROTOCOL = {
   "slots": "expert capacity",
   "inputs": "router input",
   "tail_steps": "tail window",
+  "max_vio_range": "range of MaxVio (E/K)",
 }
+# The quantities that a key of the protocol is about. The other keys are about all.
+OF_QUANTITIES = {"max_vio_range": ("max_vio", "max_vio_training")}
 # The report also warns where these differ.
 _SHARED = PROTOCOL | {
   "num_params": "number of parameters",
@@ -106,13 +109,14 @@ def check_varies(varies: Sequence[str]) -> None:
       raise ValueError(f"varies: {key!r} is no key of the protocol; its keys: {', '.join(PROTOCOL)}")
 
 
-def broken_protocol(one: Result, other: Result, varies: Sequence[str] = ()) -> str:
-  """Returns what two results do not share and should, in words; empty if they can be compared.
+def broken_protocol(one: Result, other: Result, quantity: str, varies: Sequence[str] = ()) -> str:
+  """Returns what two results do not share and should, in words; empty if they can be compared in the quantity.
 
   Keys in `varies` may differ, and what a sweep chose. A key that one of the two does not record is no contradiction.
   """
   one, other = _compared(one), _compared(other)
-  known = [key for key in PROTOCOL if one.get(key) is not None and other.get(key) is not None]
+  asked = [key for key in PROTOCOL if quantity in OF_QUANTITIES.get(key, (quantity,))]
+  known = [key for key in asked if one.get(key) is not None and other.get(key) is not None]
   return ", ".join(PROTOCOL[key] for key in known if key not in varies and one[key] != other[key])
 
 
@@ -120,7 +124,7 @@ def _compared(result: Result) -> Result:
   """Returns a result with the protocol by which it is compared.
 
   That of a sweep's arm has the first values that were tried in place of the chosen ones. So arms may differ in what
-  the sweep changed, and in nothing else.
+  the sweep changed, and in nothing else. What bounds a quantity stays as it is: nothing is said of different ranges.
   """
   tail = lookup(result, "training", "tail_steps")
   own = result if tail is None else result | {"tail_steps": tail}

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from moe_jax import disk
-from moe_jax.comparison.results import PROTOCOL
+from moe_jax.comparison.results import OF_QUANTITIES, PROTOCOL
 from moe_jax.comparison.statistics import Column, columns_of, stat
 from moe_jax.config import Config
 from moe_jax.errors import InputError, unknown_name
@@ -152,7 +152,8 @@ class Sweep:
       configs: the resolved configuration of every candidate.
     """
     first = {arm: protocol_of(configs[tried[0].name]) for arm, tried in candidates.items()}
-    kept = {arm: {key: found[key] for key in PROTOCOL if key in found} for arm, found in first.items()}
+    keys = [key for key in PROTOCOL if key not in OF_QUANTITIES]
+    kept = {arm: {key: found[key] for key in keys if key in found} for arm, found in first.items()}
     return {
       "fields": [field for field, _ in self.grid],
       "goal": self.goal,

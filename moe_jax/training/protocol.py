@@ -26,6 +26,8 @@ def protocol_of(config: Config) -> dict[str, Any]:
     of shared experts and parallel parts. K is the maximum if a router chooses how many. Where experts read a
     narrower space of width X, K * F * X / D, so that it stays in proportion to the work of the experts. For Soft
     MoE, F * slots of all experts / tokens of a sequence. A list if blocks differ; None if no part is known.
+  max_vio_range: E / K of the layers with experts, which bounds MaxVio; E for Soft MoE. A list if they differ; None if
+    there are none.
   slots: what bounds the tokens of an expert, e.g. "capacity 1.25/2 per group of 128" (training/evaluation), or
     "dropless" if nothing does.
   inputs: what routers read beside hidden states and token ids, which a language model does not know when it
@@ -38,6 +40,7 @@ def protocol_of(config: Config) -> dict[str, Any]:
   layers = {block: part for block, found in parts.items() for part in found if isinstance(part, MoE)}
   with_experts = [b for b, found in parts.items() if any(isinstance(p, MoE | SoftMoE) for p in found)]
   widths = sorted({_active_width(block, found, length) for block, found in parts.items()} - {0})
+  ranges = sorted({_max_vio_range(part) for found in parts.values() for part in found} - {0.0})
   slots = sorted({_slots(block, layer, length) for block, layer in layers.items()})
   sizes = ("num_experts", "num_experts_per_token", "expert_dim")
   return {
@@ -48,6 +51,7 @@ def protocol_of(config: Config) -> dict[str, Any]:
     "sees_later_tokens": sees_later_tokens(config.model),
     "schedule": to_plain(config.optimizer),
     "active_width": (widths[0] if len(widths) == 1 else widths) or None,
+    "max_vio_range": (ranges[0] if len(ranges) == 1 else ranges) or None,
     "slots": "; ".join(slots) or "dropless",
     "inputs": "domain" if any(layer.router.num_tasks for layer in layers.values()) else "",
     "model": {
@@ -96,6 +100,12 @@ def _active_width(block: BlockConfig, parts: list[nnx.Module], length: int) -> i
     elif isinstance(part, MLP):
       width += part.w_up_DF.shape[-1]
   return int(width) if width == int(width) else width
+
+
+def _max_vio_range(part: nnx.Module) -> float:
+  if isinstance(part, SoftMoE):
+    return float(part.w_slots_DEC.shape[1])
+  return part.num_experts / part.num_experts_per_token if isinstance(part, MoE) else 0.0
 
 
 def _slots(block: BlockConfig, layer: MoE, length: int) -> str:

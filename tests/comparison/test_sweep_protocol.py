@@ -69,6 +69,13 @@ def test_the_caption_says_what_was_chosen_and_how():
   assert "at its best" not in words.caption(summarise(found), ())
 
 
+def test_a_sweep_of_experts_per_token_leaves_max_vio_without_a_verdict():
+  marked = sweep.marked(*results(["num_experts_per_token:1,2"], [0, 1, 0, 0]))
+  found = {(d.arm.split()[0], d.key): d.verdict for d in paired_differences(marked)}
+  assert found["b", "perplexity"] == "higher (worse)"
+  assert found["b", "max_vio"] == "not comparable: range of MaxVio (E/K)"
+
+
 def test_capacities_that_the_sweep_chose_may_differ_and_groups_may_not():
   marked = sweep.marked(*results(["capacity_factor:1,2"], [0, 1, 0, 1]))
   assert marked[0]["slots"] != marked[3]["slots"]

@@ -47,6 +47,28 @@ def test_active_width(fields, width):
 
 
 @pytest.mark.parametrize(
+  ("fields", "bound"),
+  [
+    ({}, 8 / 2),
+    ({"num_experts_per_token": 1, "expert_dim": 32}, 8),  # of one active width with the first
+    ({"ffn": "latent_moe", "num_experts": 12}, 12 / 2),
+    (
+      {"router": "moe_plus_plus", "balancers": "heterogeneous_loss"},
+      8 / 2,
+    ),  # experts without work do not count
+    (
+      {"ffn": "soft_moe:slots=3", "accept_leaks": "soft_moe"},
+      8,
+    ),  # what tokens weigh may all be of one expert
+    ({"ffn": "mlp"}, None),
+  ],
+  ids=str,
+)
+def test_range_of_max_vio(fields, bound):
+  assert of(**fields)["max_vio_range"] == bound
+
+
+@pytest.mark.parametrize(
   ("fields", "slots"),
   [
     ({}, "capacity 1/2 per group of 16"),
@@ -94,3 +116,4 @@ def test_sizes_of_the_model():
   mixed = protocol_of(dataclasses.replace(PLAIN, model=resolve(model)))
   assert mixed["model"] | {"num_layers": 6, "num_experts": [4, 8], "expert_dim": [16, 64]} == mixed["model"]
   assert (mixed["active_width"], mixed["slots"]) == ([32, 128], "capacity 1/2 per group of 16; dropless")
+  assert mixed["max_vio_range"] == [2, 4]

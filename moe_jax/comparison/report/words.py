@@ -91,12 +91,17 @@ def _judgement(differences: Sequence[Difference], column: Column) -> Judgement:
 
 
 def not_comparable(differences: Sequence[Difference]) -> str:
-  """Returns a sentence that lists the arms without verdicts, with the reasons; empty if there are none."""
-  reasons = {d.arm: d.broken for d in differences if d.broken}
-  if not reasons:
-    return ""
-  arms = ", ".join(f"{arm} ({reason})" for arm, reason in reasons.items())
-  return f"Not comparable with {differences[0].baseline}, so without a verdict: {arms}."
+  """Returns what arms have no verdict, in any quantity or in one, with the reasons; empty if there are none."""
+  comparable = {d.arm for d in differences if not d.broken}
+  reasons = {d.arm: d.broken for d in differences if d.arm not in comparable}
+  found = [(f"Not comparable with {differences[0].baseline}", reasons)] if reasons else []
+  for column in {d.key: d.column for d in differences if d.column.judged}.values():
+    cells = [d for d in differences if d.key == column.key and d.broken and d.arm in comparable]
+    if cells:
+      title = f"Not comparable with {cells[0].baseline} in {in_sentence(column)}"
+      found.append((title, {d.arm: d.broken for d in cells}))
+  each = ((title, ", ".join(f"{a} ({reason})" for a, reason in of.items())) for title, of in found)
+  return " ".join(f"{title}, so without a verdict: {arms}." for title, arms in each)
 
 
 def differences_caption(differences: Sequence[Difference], varies: Sequence[str] = ()) -> str:
