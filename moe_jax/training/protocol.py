@@ -26,8 +26,8 @@ def protocol_of(config: Config) -> dict[str, Any]:
     of shared experts and parallel parts. K is the maximum if a router chooses how many. Where experts read a
     narrower space of width X, K * F * X / D, so that it stays in proportion to the work of the experts. For Soft
     MoE, F * slots of all experts / tokens of a sequence. A list if blocks differ; None if no part is known.
-  max_vio_range: E / K of the layers with experts, which bounds MaxVio; E for Soft MoE. A list if they differ; None if
-    there are none.
+  max_vio_range: E / K of the layers with experts, which bounds MaxVio. E counts experts without work, too, where
+    tokens may choose them; Soft MoE has K = 1. A list if layers differ; None if there are none.
   slots: what bounds the tokens of an expert, e.g. "capacity 1.25/2 per group of 128" (training/evaluation), or
     "dropless" if nothing does.
   inputs: what routers read beside hidden states and token ids, which a language model does not know when it
@@ -105,7 +105,7 @@ def _active_width(block: BlockConfig, parts: list[nnx.Module], length: int) -> i
 def _max_vio_range(part: nnx.Module) -> float:
   if isinstance(part, SoftMoE):
     return float(part.w_slots_DEC.shape[1])
-  return part.num_experts / part.num_experts_per_token if isinstance(part, MoE) else 0.0
+  return part.num_scored_experts / part.num_experts_per_token if isinstance(part, MoE) else 0.0
 
 
 def _slots(block: BlockConfig, layer: MoE, length: int) -> str:
