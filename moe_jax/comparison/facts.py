@@ -66,12 +66,13 @@ def _counted(facts: dict[str, Any], name: str, form: str) -> str:
 
 
 def _range(values: Sequence[float]) -> str:
-  """`3`, or `3 to 5`; from 100,000 on in millions with three digits."""
-  texts = dict.fromkeys(_short(value) for value in (min(values), max(values)))
+  """`3`, or `3 to 5`."""
+  texts = dict.fromkeys(short(value) for value in (min(values), max(values)))
   return " to ".join(texts)
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
+  """Returns `12,345`, and from a million on three digits, `1.23M`."""
   if value < 1e5:
     return f"{value:,.0f}"
   scale, letter = next((s, x) for s, x in ((1e9, "B"), (1e6, "M"), (1.0, "")) if value >= s or s == 1.0)

@@ -39,6 +39,22 @@ def test_the_markdown_table_says_what_is_resolved(tmp_path):
   assert page[7] == " ".join(map(unresolved.format, ("MaxVio global", "mutual information")))
 
 
+def test_arms_of_other_sizes_are_named_in_one_line(tmp_path):
+  sizes = {"none": 1000, "wide": 2_345_678, "near": 1099, "far": 1101, "small": 899, "unknown": None}
+  found = [make_result(arm, 0) | {"num_params": n} for arm, n in sizes.items()]
+  paths = write(write_run(tmp_path, found), found)
+  said = "More parameters than none (1,000): wide (2.35M), far (1,101). Fewer parameters than none (1,000): small (899)."
+  out = io.StringIO()
+  report.print_table(report.summarise(found), Console(file=out, width=200))
+  texts = [out.getvalue(), *(paths[name].read_text() for name in ("markdown", "html"))]
+  assert [text.count(said) for text in texts] == [1, 1, 1]
+  assert f"\n\n{said}\n\n" in report.markdown_table(report.read_stored(tmp_path), ["perplexity"])
+  # Files of older code do not say how large an arm is.
+  lines = [line.rpartition(",")[0] for line in paths["csv"].read_text().splitlines()]
+  paths["csv"].write_text("\n".join([*lines, ""]))
+  assert "parameters than" not in report.markdown_table(report.read_stored(tmp_path))
+
+
 @pytest.mark.parametrize("width", [40, 80, 200])
 def test_table_fits_the_width_and_shows_the_judged_numbers(width):
   arms = ["none", "[red]markup[/red]", LONG]

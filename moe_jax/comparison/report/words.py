@@ -14,7 +14,7 @@ from moe_jax.comparison.differences import (
   family_of,
   smallest_resolvable,
 )
-from moe_jax.comparison.facts import facts_sentence
+from moe_jax.comparison.facts import facts_sentence, short
 from moe_jax.comparison.results import PROTOCOL
 from moe_jax.comparison.statistics import Column, Summary
 
@@ -45,6 +45,19 @@ def caption(summary: Summary, columns: Sequence[Column]) -> str:
     names = ", ".join(summary.yardsticks)
     sentences.append(f"Byte {names}: smoothed models counted on the training text.")
   return " ".join(sentence for sentence in sentences if sentence)
+
+
+def other_sizes(summary: Summary) -> str:
+  """Returns a line that names the arms whose parameters are over 10% more or fewer than the first arm's, or ""."""
+  base = summary.rows[0]
+  known = [row for row in summary.rows if base.num_params and row.num_params]
+  more = [row for row in known if row.num_params > 1.1 * base.num_params]
+  fewer = [row for row in known if row.num_params < 0.9 * base.num_params]
+  found = []
+  for word, rows in (("More", more), ("Fewer", fewer)):
+    arms = ", ".join(f"{row.arm} ({short(row.num_params)})" for row in rows)
+    found += [f"{word} parameters than {base.arm} ({short(base.num_params)}): {arms}."] if rows else []
+  return " ".join(found)
 
 
 def byte_models(summary: Summary) -> dict[str, float]:
