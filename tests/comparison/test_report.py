@@ -130,9 +130,9 @@ def test_one_arm_one_seed_and_many_arms(tmp_path, num_arms):
   assert "One seed per arm" in page and len(page) < 2_000_000
   assert [line[0] for line in Page(page).tables[0]] == ["Arm", *arms]
   assert ("Differences from" in page) == (num_arms > 1)
-  looks = [tuple(canvas.style(i).values()) for i in range(42)]
-  assert len(set(map(str, looks))) == 42
-  assert len(canvas.shorten(LONG)) == 34 and canvas.shorten(LONG).endswith("rule=sign")
+  looks = [tuple(canvas.style(i).values()) for i in range(49)]
+  assert len(set(map(str, looks))) == 49
+  assert len(canvas.shorten(LONG)) == 44 and canvas.shorten(LONG).endswith("rule=sign")
 
 
 def test_bare_results_without_metrics_or_config(tmp_path):
