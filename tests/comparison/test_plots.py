@@ -176,10 +176,10 @@ def test_a_picture_of_several_tables_has_every_arm_once_and_explains_itself(tmp_
   (text,) = ax.figure.texts
   assert text.get_text().replace("\n", " ") == said and plot.caption.endswith(said)
   longer = some_results({"none": (3.0, 7.0)}, num_steps=99)
-  with pytest.raises(
-    InputError, match="tables one and longer: differ in num_steps, tokens; plot them one by"
-  ):
-    pareto.plot_tables(tmp_path / "pareto.png", {"one": stored(one), "longer": stored(longer)})
+  other = some_results({"none": (3.0, 7.0)}, yardsticks={"unigram": 4.5})
+  for found, what in ((longer, "num_steps, tokens"), (other, "yardsticks")):
+    with pytest.raises(InputError, match=f"tables one and two: differ in {what}; plot them one by one"):
+      pareto.plot_tables(tmp_path / "pareto.png", {"one": stored(one), "two": stored(found)})
 
 
 @pytest.mark.parametrize("in_bytes", [True, False])
