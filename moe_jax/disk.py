@@ -138,13 +138,19 @@ def set_aside_damaged(
     note(f"{path}: is damaged, moved to {move_aside(path, root)}; {consequence}")
 
 
-def check_name(path: str | os.PathLike[str], flag: str = "output_dir") -> None:
-  """Raises `InputError` for a name that a library takes for a pattern, or that cannot be printed."""
+def check_name(path: str | os.PathLike[str], flag: str = "") -> None:
+  """Raises `InputError` for a name that a library takes for a pattern, or that cannot be printed.
+
+  Args:
+    path: of a file or folder.
+    flag: that gave it; empty: not known here.
+  """
   text = os.fspath(path)
   found = [c for c in text if c in "[]*?" or not c.isprintable()]
   if found:
+    name = f"--{flag}={text!r}" if flag else repr(text)
     raise InputError(
-      f"--{flag}={text!r}: {found[0]!r} in the path is read as a pattern or cannot be printed; choose another name"
+      f"{name}: {found[0]!r} in the path is read as a pattern or cannot be printed; choose another name"
     )
 
 
@@ -186,7 +192,8 @@ def hold(path: str | os.PathLike[str], what: str, wait: float = 0.0) -> Iterator
   """Holds a lock file while inside. What this process holds already, it may hold again.
 
   The file names the owner: process, host and time. A lock whose owner is gone is taken over: on this machine at once,
-  for the kernel drops it with its process; on another machine if the file shows no sign of life for 20 s.
+  for the kernel drops it with its process; on another machine if the file shows no sign of life for 20 s. Where the file
+  system has no locks, an owner on this machine is gone if there is no such process, or without a sign of life for 20 s.
 
   Args:
     path: the lock file; made if absent, and left empty.
@@ -219,6 +226,7 @@ def hold(path: str | os.PathLike[str], what: str, wait: float = 0.0) -> Iterator
     with _named(path):
       os.pwrite(handle, text.encode(), 0)
       os.ftruncate(handle, len(text))
+      _sign(handle)
     with _beating:
       _held[path] = handle
       if len(_held) == 1:
@@ -234,19 +242,45 @@ def hold(path: str | os.PathLike[str], what: str, wait: float = 0.0) -> Iterator
 
 def _open(path: pathlib.Path) -> int | None:
   """Returns the locked file; None if a process has the lock, or may have it on another machine."""
+  handle, has_locks = _lock(path)
+  owner = _owner(path)
+  if handle is None or not owner:
+    return handle
+  is_here = owner.get("machine") == _machine()
+  if not is_here or (not has_locks and _is_process(owner.get("pid")) and _is_recent(path)):
+    os.close(handle)
+    return None
+  return handle
+
+
+def _lock(path: pathlib.Path) -> tuple[int | None, bool]:
+  """Returns (the open file, whether the file system has locks); None for the file if a process has locked it."""
   handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
   try:
     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:
     os.close(handle)
-    return None
+    return None, True
   except OSError:
-    pass  # a file system without locks: only the signs of life tell
-  owner = _owner(path)
-  if owner and owner.get("machine") != _machine():
-    os.close(handle)
-    return None
-  return handle
+    return handle, False
+  return handle, True
+
+
+def _is_process(pid: Any) -> bool:
+  """Returns whether there is such a process on this machine, other than this one."""
+  if type(pid) is not int or not 0 < pid < 2**31 or pid == os.getpid():
+    return False
+  try:
+    os.kill(pid, 0)  # asks, and sends nothing
+  except ProcessLookupError:
+    return False
+  except OSError:  # of another user
+    pass
+  return True
+
+
+def _is_recent(path: pathlib.Path) -> bool:
+  return abs(time.time() - _last_sign(path) / 1e9) < _OBSERVE
 
 
 def _from_other_machine(path: pathlib.Path) -> int | None:
@@ -260,20 +294,17 @@ def _from_other_machine(path: pathlib.Path) -> int | None:
     time.sleep(min(_BEAT / 2, _OBSERVE / 4))
     if _last_sign(path) != seen:
       return None
-  handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-  try:
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    os.close(handle)
-    return None
-  except OSError:
-    pass
-  return handle
+  return _lock(path)[0]
 
 
 def _last_sign(path: pathlib.Path) -> int:
   with path.open() as file:  # opened anew: a network file system then asks its server
     return os.fstat(file.fileno()).st_mtime_ns
+
+
+def _sign(handle: int) -> None:
+  now = time.time_ns()  # of this machine, not of a file server
+  os.utime(handle, ns=(now, now))
 
 
 def _beat() -> None:
@@ -284,7 +315,7 @@ def _beat() -> None:
         return
       for handle in _held.values():
         with contextlib.suppress(OSError):
-          os.utime(handle)
+          _sign(handle)
 
 
 def _owner(path: pathlib.Path) -> dict[str, Any]:
@@ -295,5 +326,8 @@ def _owner_in_words(path: pathlib.Path) -> str:
   owner = _owner(path)
   if not owner:
     return "another process"
-  since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner.get("since", 0)))
-  return f"process {owner.get('pid')} on {owner.get('host')} since {since}"
+  try:
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner.get("since")))
+  except (TypeError, ValueError, OverflowError, OSError):
+    since = "a time that cannot be read"
+  return f"process {str(owner.get('pid'))[:20]} on {str(owner.get('host'))[:80]} since {since}"

@@ -20,6 +20,7 @@ EXPERIMENTS = (
   "speedrun",
   "upcycle",
 )
+TWO = ["--num_processes=2", "--process_id=0", "--coordinator_address=127.0.0.1:55991"]
 WRONG = [
   (["--num_expert=3"], "unknown flag '--num_expert': did you mean --num_experts"),
   (["--seeds=many"], "flag --seeds=many"),
@@ -81,6 +82,10 @@ WRONG = [
   (["--output_dir=/proc/x"], "--output_dir=/proc/x: /proc cannot be written"),
   (["--output_dir=a[b]"], "'[' in the path"),
   (["--max_minutes=-1"], "--max_minutes=-1.0: must be 0 or more"),
+  (["--initialization_timeout=inf"], "--initialization_timeout=inf: must be seconds from 1 to 1,000,000"),
+  (["--initialization_timeout=-5"], "--initialization_timeout=-5.0: must be seconds from 1 to"),
+  (["--heartbeat_timeout=nan", *TWO], "--heartbeat_timeout=nan: must be seconds from 1 to 1,000,000"),
+  (["--heartbeat_timeout=1e12", *TWO], "--heartbeat_timeout=1000000000000.0: must be seconds from 1 to"),
   (["--shard=3/2"], "--shard=3/2: must be i/n with i from 1 to n"),
 ]
 WRONG_OF_OTHERS = [
@@ -114,6 +119,8 @@ WRONG_OF_OTHERS = [
   ("experiments/distil.py", ["--model=nowhere"], "nowhere: holds no run"),
   ("scripts/join.py", [], "no folders: give the folders of all shards"),
   ("scripts/join.py", ["tests"], "tests: holds no comparison"),
+  ("scripts/pareto.py", ["--tables=defaults", "--output=x.png"], "defaults: has no summary.csv"),
+  ("scripts/pareto.py", ["--output=x"], "--output=x: must end in .png"),
 ]  # fmt: skip
 
 

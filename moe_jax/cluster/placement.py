@@ -8,6 +8,10 @@ from typing import Any
 
 from moe_jax.errors import InputError
 
+_MAX_SECONDS = (
+  1_000_000  # 12 days; JAX takes whole seconds of 32 bits
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -34,8 +38,12 @@ def find_placement(options: Options, environment: Mapping[str, str]) -> Placemen
   """From the flags, and for what they leave open from the launcher; None: this process runs alone.
 
   Raises:
-    InputError: the flags and the environment do not tell all, or contradict themselves.
+    InputError: the flags and the environment do not tell all, or contradict themselves; a time limit is not in
+      [1 s, 10^6 s].
   """
+  for name in ("initialization_timeout", "heartbeat_timeout"):
+    if not 1 <= getattr(options, name) <= _MAX_SECONDS:  # nan, too, is in no interval
+      raise InputError(f"--{name}={getattr(options, name)}: must be seconds from 1 to {_MAX_SECONDS:,}")
   if options.num_processes == 1:
     return None
   launcher = _launcher(environment) if options.num_processes < 1 or options.process_id < 0 else ""

@@ -42,7 +42,7 @@ class Checkpoints:
     keep: how many of the newest checkpoints to keep.
 
   Raises:
-    InputError: if the name of the folder cannot be used, or the processes see different checkpoints in it.
+    InputError: if the name of the folder cannot be used, or is that of a file, or the processes see different checkpoints in it.
   """
 
   def __init__(self, folder: str | os.PathLike[str], keep: int = 2):
@@ -66,6 +66,10 @@ class Checkpoints:
 
   def _list(self) -> list[int]:
     if not self.folder.is_dir():
+      if self.folder.exists():
+        raise InputError(
+          f"{self.folder}: is a file, and the folder of checkpoints should be there; move it away"
+        )
       return []
     return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdecimal() and p.is_dir())
 

@@ -52,6 +52,21 @@ def finished(config, dataset, tmp_path_factory):
   return folder, Run(config, dataset, folder, label="arm").train()
 
 
+def test_a_file_in_place_of_the_checkpoints_is_named_before_training(config, dataset, tmp_path):
+  (tmp_path / "checkpoints").write_text("")
+  with pytest.raises(
+    InputError, match=r"/checkpoints: is a file, and the folder of checkpoints should be there"
+  ):
+    Run(config, dataset, tmp_path, label="arm").train()
+  assert not (tmp_path / "config.json").exists() and not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_the_name_of_a_folder_that_is_read_blames_no_flag(finished, tmp_path):
+  shutil.copytree(finished[0], tmp_path / "x[y]")
+  with pytest.raises(InputError, match=r"^'/.*x\[y\]/checkpoints': '\[' in the path is read as a pattern"):
+    Run.load(tmp_path / "x[y]")
+
+
 @pytest.fixture(scope="module")
 def stopped(config, dataset, tmp_path_factory):
   """The folder of a run that was stopped behind the checkpoints of steps 2 and 4."""
