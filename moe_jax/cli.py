@@ -9,6 +9,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
+from moe_jax.cluster.signals import Between
 from moe_jax.config import (
   Config,
   DataConfig,
@@ -109,7 +110,8 @@ def _note_without_effect(config: Config) -> None:
 def run(main: Callable[[list[str]], None], takes_arguments: bool = False) -> None:
   """`app.run` that answers wrong input with one line on stderr and exit status 2.
 
-  Only with `takes_arguments` may the command line have more than flags.
+  SIGTERM and SIGHUP end it with one line and `STOPPED_STATUS`. Only with `takes_arguments` may the command line have more
+  than flags.
   """
 
   def parse(argv: list[str]) -> list[str]:
@@ -126,7 +128,7 @@ def run(main: Callable[[list[str]], None], takes_arguments: bool = False) -> Non
     return rest
 
   def guarded(argv: list[str]) -> None:
-    with one_line():
+    with one_line(), Between():
       if "plugins" in flags.FLAGS:
         import_plugins(flags.FLAGS.plugins)
       main(argv)

@@ -54,10 +54,11 @@ GRAPH = {
   "plugins": Part("errors", outside=set()),
   "config": Part("errors registry fingerprint", outside=set()),
   "models": Part("config errors registry"),
-  "cli": Part("config disk models errors registry plugins", never=JAX),
+  "cli": Part("cluster.signals config disk models errors registry plugins", never=JAX),
   "cluster": Part("errors"),
   "cluster.abort": Part(outside=set()),  # also a program of its own
   "cluster.watch": Part("cluster.abort errors", outside=set()),
+  "cluster.signals": Part("cluster.watch errors", outside=set()),
   "cluster.processes": Part("errors", outside={"jax", "numpy"}),
   # arrays in, arrays out
   "ops": Part("types errors registry", outside={"jax", "numpy"}, stdlib=PURE),

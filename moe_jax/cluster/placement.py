@@ -8,9 +8,7 @@ from typing import Any
 
 from moe_jax.errors import InputError
 
-_MAX_SECONDS = (
-  1_000_000  # 12 days; JAX takes whole seconds of 32 bits
-)
+_MAX_SECONDS = 1_000_000  # 12 days; JAX takes whole seconds of 32 bits
 
 
 @dataclasses.dataclass(frozen=True)

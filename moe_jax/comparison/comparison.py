@@ -9,6 +9,7 @@ from rich.console import Console
 
 from moe_jax import disk, sharding
 from moe_jax.cluster import processes
+from moe_jax.cluster.signals import Between
 from moe_jax.comparison import report, sweep
 from moe_jax.comparison.arms import Arm, with_arm
 from moe_jax.comparison.folder import SWEEP, ComparisonFolder, Result, described
@@ -24,7 +25,6 @@ from moe_jax.training.loop import Run
 from moe_jax.training.memory import check_memory, sizes_of
 from moe_jax.training.progress import TrainingProgress
 from moe_jax.training.results import diverged_result
-from moe_jax.training.stops import Between
 
 _LOCKED_AHEAD = 200  # runs that are locked from the start on: each takes an open file
 REPORT_FILE = "report.json"  # title, question, command and notes, from which joined folders have theirs

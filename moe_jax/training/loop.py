@@ -12,6 +12,7 @@ import numpy as np
 
 from moe_jax import disk, sharding
 from moe_jax.cluster import processes
+from moe_jax.cluster.signals import Between
 from moe_jax.config import Config
 from moe_jax.data import Dataset
 from moe_jax.errors import InputError, Stopped
@@ -30,7 +31,7 @@ from moe_jax.training.results import TailMeans, result_of, validation_summary
 from moe_jax.training.router_trace import FOLDER, TraceWriter
 from moe_jax.training.start import start_from
 from moe_jax.training.step import EvalSums, TrainState
-from moe_jax.training.stops import Between, Stops, in_words, not_finite
+from moe_jax.training.stops import Stops, in_words, not_finite
 
 
 class Run:

@@ -7,87 +7,21 @@ becomes one line.
 
 import os
 import signal
-import socket
-import threading
 import time
 from typing import Any, Self
 
 import jax
 
-from moe_jax.cluster import abort, processes, watch
+from moe_jax.cluster import abort, processes
 from moe_jax.cluster.agree import Agreement
+from moe_jax.cluster.signals import Listener
 from moe_jax.errors import STOPPED_STATUS, InputError, NonFiniteLoss, of_the_disk
 
-SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 FIRST_SAVE = 30.0  # seconds until the first checkpoint that is due by time
 _started = time.monotonic()  # of the process, from which --max_minutes counts
 
 
-class _Listener:
-  """Hears signals, also while the main thread is in C. A context manager; the inner one of two hears."""
-
-  signals = SIGNALS
-
-  def __enter__(self) -> Self:
-    self._handlers: dict[int, Any] = {}
-    self._outbox = None
-    if threading.current_thread() is threading.main_thread():
-      # A handler in Python runs when the main thread is back from C, which may wait for a step, or for a process that
-      # is gone. The number of the signal comes through the socket at once.
-      self._inbox, self._outbox = socket.socketpair()
-      self._outbox.setblocking(False)
-      self._wakeup = signal.set_wakeup_fd(self._outbox.fileno(), warn_on_full_buffer=False)
-      threading.Thread(target=self._listen, daemon=True).start()
-      for number in self.signals:
-        if signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup and shells ignore some for us
-          self._handlers[number] = signal.signal(number, self._handle)
-    return self
-
-  def __exit__(self, *unused_exception: Any) -> None:
-    self.close()
-
-  def close(self) -> None:
-    """Ends the listening: signals do again what they did before. A second call does nothing."""
-    for number, handler in self._handlers.items():
-      signal.signal(number, handler)
-    self._handlers = {}
-    if self._outbox:
-      signal.set_wakeup_fd(self._wakeup)
-      self._outbox.close()  # ends the thread
-      self._outbox = None
-
-  def _handle(self, number: int, frame: Any) -> None:
-    """In the main thread, when it is back from C."""
-
-  def _listen(self) -> None:
-    numbers = 0
-    while data := self._inbox.recv(1):
-      if data[0] in self.signals:
-        numbers += 1
-        self._heard(signal.Signals(data[0]), numbers)
-    self._inbox.close()
-
-  def _heard(self, number: signal.Signals, numbers: int) -> None:
-    """At once, in a thread of its own. `numbers` counts the signals."""
-    raise NotImplementedError
-
-
-class Between(_Listener):
-  """Around runs: what is on disk is whole, so SIGTERM and SIGHUP end all processes at once, with `STOPPED_STATUS`.
-
-  That is while data are loaded, while a run is evaluated whose last step is saved, and while a report is written. A
-  `Stops` inside hears instead while it trains.
-  """
-
-  signals = (signal.SIGTERM, signal.SIGHUP)
-
-  def _heard(self, number: signal.Signals, numbers: int) -> None:
-    line = f"stopped by {number.name}; what is finished is kept, and the same command continues"
-    watch.stop_all(line, STOPPED_STATUS)
-    watch.end(line, STOPPED_STATUS)
-
-
-class Stops(_Listener):
+class Stops(Listener):
   """Listens for reasons to stop while a run trains. A context manager.
 
   Args:

@@ -12,6 +12,7 @@ import time
 import pytest
 
 from moe_jax import disk
+from moe_jax.cluster import signals, watch
 from moe_jax.comparison import comparison
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError, Stopped
@@ -48,12 +49,12 @@ class Sends(tiny.StopsAt):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda n: n.name)
 def test_a_signal_saves_the_step_and_the_run_continues(number, dataset, finished, tmp_path):
   """By default, without --checkpoint_every."""
-  before = [signal.getsignal(n) for n in stops.SIGNALS]
+  before = [signal.getsignal(n) for n in signals.SIGNALS]
   with pytest.raises(
     Stopped, match=rf"stopped by {number.name}; step 3 of 6 is saved in .*same command continues"
   ):
     Run(CONFIG, dataset, tmp_path, Sends(2, number), label="arm").train()
-  assert [signal.getsignal(n) for n in stops.SIGNALS] == before
+  assert [signal.getsignal(n) for n in signals.SIGNALS] == before
   progress = tiny.StopsAt(0)
   result = Run(CONFIG, dataset, tmp_path, progress, label="arm").train()
   assert progress.notes == [": continues from step 3"] or "continues from step 3" in progress.notes[0]
@@ -80,13 +81,13 @@ def test_a_time_limit_and_checkpoints_by_time(dataset, tmp_path, monkeypatch):
 def ended(monkeypatch):
   """(line, status) with which the process would have ended."""
   found = []
-  monkeypatch.setattr(stops.watch, "end", lambda line, status: found.append((line, status)))
+  monkeypatch.setattr(watch, "end", lambda line, status: found.append((line, status)))
   return found
 
 
 def test_a_signal_around_runs_ends_at_once(dataset, ended, tmp_path, monkeypatch):
   """While data are loaded, in the final evaluation, between two runs, and while the report is written."""
-  before = [signal.getsignal(n) for n in stops.SIGNALS]
+  before = [signal.getsignal(n) for n in signals.SIGNALS]
 
   def gets(function, number):
     def wrapped(*args, **kwargs):
@@ -111,7 +112,28 @@ def test_a_signal_around_runs_ends_at_once(dataset, ended, tmp_path, monkeypatch
   line = "stopped by {}; what is finished is kept, and the same command continues"
   names = ["SIGTERM", "SIGHUP", "SIGHUP", "SIGTERM"]
   assert ended == [(line.format(name), 75) for name in names]
-  assert [signal.getsignal(n) for n in stops.SIGNALS] == before
+  assert [signal.getsignal(n) for n in signals.SIGNALS] == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name)
+def test_a_signal_to_a_command_that_trains_nothing_is_one_line(number):
+  program = """
+import time
+from moe_jax import cli
+
+def main(argv):
+  print("ready", flush=True)
+  time.sleep(60)
+
+cli.run(main)
+"""
+  command = [sys.executable, "-c", program]
+  with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    assert process.wait(30) == 75
+    line = f"stopped by {number.name}; what is finished is kept, and the same command continues\n"
+    assert process.stderr.read() == line
 
 
 CHILD = """
