@@ -13,14 +13,13 @@ two slices of the topology. --batch_size is the total over all devices.
 """
 
 import json
-import pathlib
 from typing import Any
 
 import jax
 from absl import flags
 from jax.sharding import AbstractMesh
 
-from moe_jax import cli, sharding
+from moe_jax import cli, disk, sharding
 from moe_jax.analysis import topology
 from moe_jax.analysis.ahead_of_time import compile_train_step, report
 from moe_jax.analysis.memory import GIB, HBM_BYTES
@@ -51,7 +50,7 @@ def compile_one(config: Config, vocab_size: int, devices: list[jax.Device]) -> d
   config = check_run(config, mesh)
   compiled = compile_train_step(config, vocab_size, mesh, topology.compiler_options(devices, _HBM.value))
   if _HLO.value and hasattr(compiled, "text"):
-    pathlib.Path(_HLO.value).write_text(compiled.text)
+    disk.write_text(_HLO.value, compiled.text)
   return report(config, vocab_size, mesh, compiled)
 
 
@@ -181,9 +180,8 @@ def main(argv: list[str]) -> None:
       "jax": jax.__version__,
       "vocab_size": vocab_size,
     }
-    out = pathlib.Path(_OUT.value)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(head | {"config": config.to_dict(), "result": found}, indent=2) + "\n")
+    text = json.dumps(head | {"config": config.to_dict(), "result": found}, indent=2)
+    disk.write_text(_OUT.value, f"{text}\n")
 
 
 if __name__ == "__main__":

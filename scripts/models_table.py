@@ -12,7 +12,7 @@ import sys
 
 from absl import flags
 
-from moe_jax import cli
+from moe_jax import cli, disk
 from moe_jax.errors import InputError
 from moe_jax.models import PUBLISHED
 
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> None:
   new = rendered(text, [moe_jax.account(name) for name in PUBLISHED])
   if new != text:
     if not flags.FLAGS.check:
-      PAGE.write_text(new, encoding="utf-8")
+      disk.write_text(PAGE, new)
     print(f"{PAGE.name}: {'differs' if flags.FLAGS.check else 'rewritten'}")
   sys.exit(1 if new != text and flags.FLAGS.check else 0)
 

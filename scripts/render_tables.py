@@ -22,7 +22,7 @@ import sys
 
 from absl import flags
 
-from moe_jax import cli
+from moe_jax import cli, disk
 from moe_jax.errors import InputError
 
 _ADD = flags.DEFINE_string("add", None, "store the results of --run_dir in docs/results/ under this name")
@@ -107,7 +107,7 @@ def main(argv: list[str]) -> None:
   stale = stale_pages(ROOT)
   for page, text in stale.items():
     if not _CHECK.value:
-      page.write_text(text, encoding="utf-8")
+      disk.write_text(page, text)
     print(f"{page.relative_to(ROOT)}: {'differs' if _CHECK.value else 'rewritten'}")
   sys.exit(1 if stale and _CHECK.value else 0)
 

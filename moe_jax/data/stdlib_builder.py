@@ -129,7 +129,7 @@ def _build(root: Path, folder: Path) -> None:
       split: [(e["text"].decode(), stdlib_text.DOMAINS[e["domain"]]) for e in builder.as_data_source(split)]
       for split in _SPLITS
     }
-    (Path(builder.data_path) / _DIGEST).write_text(_digest(built))
+    disk.write_text(Path(builder.data_path) / _DIGEST, _digest(built))
     try:
       os.rename(builder.data_path, folder)
     except OSError:
