@@ -12,7 +12,7 @@ import moe_jax
 from moe_jax import Context
 from moe_jax.analysis.examine import replays, report, tables
 from moe_jax.analysis.examine.examination import examine
-from moe_jax.analysis.examine.sums import NUM_BINS
+from moe_jax.analysis.examine.sums import NUM_BINS, reached_devices
 from moe_jax.config import BlockConfig, ModelConfig, Segment
 from moe_jax.errors import InputError
 from moe_jax.nn.aux import moe_auxes
@@ -125,6 +125,22 @@ def test_rows_say_what_the_sums_say(examined):
       entropies.append(-(p * np.log(p)).sum(axis=-1)[batch["mask_BL"]])
     assert row["router_entropy"] == pytest.approx(np.concatenate(entropies).mean(), rel=1e-4)
   assert found.expected_devices(0) == pytest.approx(2 * (1 - (4 * 3) / (8 * 7)))
+
+
+def test_where_the_devices_do_not_divide_the_experts_nobody_knows_how_many_are_reached(examined, tmp_path):
+  *_, found = examined
+  counted = [
+    sums._replace(
+      reached_X=np.asarray(reached_devices(np.ones((1, 2, len(sums.together_XE))), np.ones((1, 2)), 3))
+    )
+    for sums in found.layers
+  ]
+  found = dataclasses.replace(found, layers=tuple(counted), num_devices=3)
+  report.write(tmp_path, found, title="", command="", facts={}, text_of=str)
+  for line in csv.DictReader((tmp_path / "layers.csv").open()):
+    assert line["devices_per_token"] == line["devices_by_chance"] == "" != line["max_vio"]
+  column = [key for key, *_ in tables.COLUMNS].index("devices_per_token")
+  assert {tables.cells(row)[column] for row in found.rows()} == {"-"}
 
 
 def test_padding_and_the_cut_into_batches_change_nothing(examined):

@@ -57,7 +57,7 @@ def test_only_one_layer_is_in_memory(tmp_path, monkeypatch):
   stream.forward(batches, lambda *seen: None)
   _, peak = tracemalloc.get_traced_memory()
   tracemalloc.stop()
-  assert 6_000_000 < layers[0] < peak < 2.5 * layers[0]
+  assert 6_000_000 < layers[0] < peak < 1.9 * layers[0]  # two would be 2.2
 
 
 def test_a_run_is_not_streamed(tmp_path):
