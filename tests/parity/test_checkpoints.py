@@ -8,10 +8,12 @@ import pytest
 
 import moe_jax
 from moe_jax.interop.folder import open_folder
-from tests.interop.helpers import assert_same_model
-from tests.parity import models, oracles
+from moe_jax.models import PRESETS
+from tests.interop.helpers import assert_same_model, random_model
+from tests.parity import loop, models, oracles
 from tests.parity.models import GQA, SIZES
 
+STORED = json.loads((pathlib.Path(__file__).parents[2] / "docs/results/parity.json").read_text())
 MLA = SIZES | {"kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
 MLA |= {
   "num_hidden_layers": 3,
@@ -67,15 +69,21 @@ CASES = {
 }
 
 
+def saved(name, folder):
+  """A tiny model of transformers, written to `folder`."""
+  prefix, fields = CASES[name]
+  model = models.build(prefix, **fields)
+  model.save_pretrained(folder)
+  if name == "kimi_k2":  # whose code is DeepSeek-V3's
+    change_config(folder, model_type="kimi_k2")
+  return model
+
+
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory):
   """The model there, its folder, what it makes of the tokens, and what ours does."""
-  prefix, fields = CASES[request.param]
-  model = models.build(prefix, **fields)
   folder = tmp_path_factory.mktemp(request.param)
-  model.save_pretrained(folder)
-  if request.param == "kimi_k2":  # whose code is DeepSeek-V3's
-    change_config(folder, model_type="kimi_k2")
+  model = saved(request.param, folder)
   loaded = moe_jax.load(folder)
   return model, loaded, models.theirs(model), models.ours(loaded)
 
@@ -108,6 +116,27 @@ def test_the_same_gradients(case):
   assert ours.gradients.keys() - buffers == theirs.gradients.keys() - buffers
 
 
+def assert_alike(found, row):
+  """Within a factor of four: the last bits of a sum depend on the machine."""
+  ratios = [found.logits / row["logits"], found.gradients / row["gradients"]]
+  np.testing.assert_allclose(np.log(ratios), 0, atol=np.log(4))
+
+
+def test_the_stored_figures_are_those_of_today(case):
+  """docs/models.md shows them."""
+  model, loaded, theirs, ours = case
+  found, row = models.figures(model, ours, theirs), STORED[pathlib.Path(loaded.folder).name[:-1]]
+  assert_alike(found, row)
+  assert (found.differ, found.choices) == (row["differ"], row["choices"])
+
+
+def test_deepseek_moe_16b_is_a_loop(tmp_path):
+  """Logits and gradients, with the bounds of the others."""
+  found, row = loop.figures(tmp_path), STORED["deepseek"]
+  assert found.logits <= 2e-5 and found.gradients <= 1e-4
+  assert_alike(found, row)
+
+
 def change_config(folder, **fields):
   values = json.loads((folder / "config.json").read_text()) | fields
   (folder / "config.json").write_text(json.dumps(values))
@@ -127,7 +156,11 @@ def test_transformers_loads_what_we_save(case, tmp_path):
   assert back.keys() == there.keys() - set(loaded.skipped)
   for name, values in back.items():
     np.testing.assert_array_equal(values, there[name], err_msg=name)
-  if "kimi_k2" in (tmp_path / "config.json").read_text():
+  if (
+    "kimi_k2" in (tmp_path / "config.json").read_text()
+  ):  # needs code of its own there, or the name of this code
+    with pytest.raises(ValueError, match="model type `kimi_k2`"):
+      oracles.transformers.AutoConfig.from_pretrained(tmp_path)
     change_config(tmp_path, model_type="deepseek_v3")
   eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
   again = type(model).from_pretrained(tmp_path, **eager).eval()
@@ -135,3 +168,15 @@ def test_transformers_loads_what_we_save(case, tmp_path):
     logits_BLV = again(oracles.torch.tensor(models.TOKENS_BL).long()).logits.numpy()
   np.testing.assert_allclose(logits_BLV, theirs.logits_BLV, rtol=0, atol=1e-6 * np.abs(logits_BLV).max())
   assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [type(model).__name__]
+
+
+@pytest.mark.parametrize(("name", "factor"), [("kimi_k2_tiny", 32), ("deepseek_v3_tiny", 40)])
+def test_transformers_has_no_doubt_about_positions(name, factor, tmp_path, caplog):
+  """It compares the factor of YaRN with the positions before and after."""
+  config = PRESETS[name].model
+  moe_jax.save(random_model(config, models.V), tmp_path)
+  caplog.clear()
+  oracles.transformers.logging.get_logger("transformers").warning_once.__func__.cache_clear()
+  read = oracles.transformers.AutoConfig.from_pretrained(tmp_path)
+  assert not caplog.records
+  assert (read.max_position_embeddings, read.rope_parameters["factor"]) == (16 * factor, factor)
