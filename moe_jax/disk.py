@@ -327,7 +327,7 @@ def _owner_in_words(path: pathlib.Path) -> str:
   if not owner:
     return "another process"
   try:
-    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner.get("since")))
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(owner.get("since"))))
   except (TypeError, ValueError, OverflowError, OSError):
     since = "a time that cannot be read"
   return f"process {str(owner.get('pid'))[:20]} on {str(owner.get('host'))[:80]} since {since}"

@@ -80,7 +80,9 @@ def test_torn_last_line_is_skipped_then_removed(tmp_path):
   assert [x["loss"] for x in metric_writer.read_jsonl(path)] == [1.0, 2.0]
 
 
-@pytest.mark.parametrize("line", ["{oops", "[1]", '{"loss": 1}', '"step"'])
+@pytest.mark.parametrize(
+  "line", ["{oops", "[1]", '{"loss": 1}', '"step"', f'{{"step": 1{"0" * 400}}}', '{"step": -1}']
+)
 def test_corrupt_line_is_named(tmp_path, line):
   path = tmp_path / "m.jsonl"
   path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
