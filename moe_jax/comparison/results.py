@@ -60,7 +60,7 @@ def load_metrics(run_dir: str | os.PathLike[str]) -> dict[tuple[str, int], list[
   for path in sorted(pathlib.Path(run_dir).glob("arms/*/seed_*/result.json")):
     result, lines = read_result(path), path.with_name("metrics.jsonl")
     if result and lines.exists():
-      metrics[result["arm"], result["seed"]] = metric_writer.read_jsonl(lines)
+      metrics[result["arm"], result["seed"]] = metric_writer.read_jsonl(lines, skip_damaged=True)
   return metrics
 
 

@@ -156,15 +156,20 @@ class MultiWriter(MetricWriter):
         stack.callback(writer.close)
 
 
-def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read_jsonl(path: str | os.PathLike[str], skip_damaged: bool = False) -> list[dict[str, Any]]:
   """Returns the lines of a metrics file as dicts, with non-finite floats restored.
 
   A last line without a newline, left by a killed run, is skipped.
 
+  Args:
+    path: the file.
+    skip_damaged: whether other lines that are not whole are skipped, too.
+
   Raises:
-    InputError: if any other line is not a JSON object with an integer "step"; the message names the line.
+    InputError: unless they are skipped, if any other line is not a JSON object with an integer "step"; the message names the line.
   """
-  return [_restore(line) for _, line in _lines(pathlib.Path(path))]
+  lines = read_lines(path)[0] if skip_damaged else _lines(pathlib.Path(path))
+  return [_restore(line) for _, line in lines]
 
 
 def to_numpy(name: str, value: Any) -> np.ndarray:

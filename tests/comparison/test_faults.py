@@ -153,13 +153,13 @@ def test_runs_of_another_configuration_are_noticed_without_the_config_of_the_fol
 
 def test_damaged_metrics_leave_no_silent_hole(copy, capsys):
   paths = [copy / f"arms/{arm}/seed_0/metrics.jsonl" for arm in "ab"]
-  paths[0].write_text(paths[0].read_text()[:-30])
+  paths[0].write_text("{damaged}\n" + paths[0].read_text()[:-30])
   paths[1].write_text("")
   compare(copy)
   assert [(x["arm"], x["step"]) for x in read_jsonl(copy / "metrics.jsonl")] == [("a", 1), ("a", 2), ("a", 3)]
   said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
   assert [line.partition("; ")[2] for line in said] == [
-    "its lines end at step 3 of 4, and 0 cannot be read",
+    "its lines end at step 3 of 4, and 1 cannot be read",
     "its lines end at step 0 of 4, and 0 cannot be read",
   ]
 
