@@ -5,6 +5,7 @@ flipped bit comes back as another number. A digest is computed where the array i
 every mesh and costs one pass over the state.
 """
 
+import contextlib
 import os
 import pathlib
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -65,17 +66,35 @@ class Checkpoints:
   def save(self, step: int, state: PyTree, extra: dict[str, Any]) -> None:
     """Saves `state` (arrays) and `extra` (JSON values). Does nothing if the step is already saved.
 
-    Returns while the save is under way; `state` may be donated then. Waits for the save before, and raises what that
-    failed with.
+    Returns while the save is under way; `state` may be donated then. Waits for the save before. If that has failed,
+    waits for this one, too, and then raises what that failed with.
     """
     if step in self._steps:
       return
-    self.wait()
+    failure = None
+    try:
+      self.wait()
+    except Exception as error:  # of the save before
+      failure = error
     if jax.process_count() == 1:
-      self._saving = self._thread.submit(self._write, step, _host_copy(state), extra)
+      self._saving = self._thread.submit(self._write_and_wait, step, _host_copy(state), extra)
     else:
       self._write(step, state, extra)
     self._steps.append(step)
+    if failure:
+      with contextlib.suppress(Exception):  # the first failure says why
+        self.wait()
+      raise failure
+
+  @property
+  def has_failed(self) -> bool:
+    """Whether a save has failed and nobody knows yet. Of several processes, one that fails ends all at once."""
+    return bool(self._saving and self._saving.done() and self._saving.exception())
+
+  def _write_and_wait(self, step: int, state: PyTree, extra: dict[str, Any]) -> None:
+    self._write(step, state, extra)
+    if self._manager:
+      self._manager.wait_until_finished()
 
   def _write(self, step: int, state: PyTree, extra: dict[str, Any]) -> None:
     if self._manager is None:
@@ -90,18 +109,29 @@ class Checkpoints:
       state=ocp.args.StandardSave(state, parts),
       extra=ocp.args.JsonSave(kept | {"digest": digests.digest_of_json(kept)}),
     )
-    self._manager.save(step, args=items)
+    if not self._manager.save(step, args=items):
+      raise InputError(
+        f"{self.folder}: step {step} was not saved, because Orbax finds it or a later step there; move that folder away"
+      )
 
   def wait(self) -> None:
     """Waits for a save that is under way. Raises what it failed with, once."""
-    if saving := self._saving:
-      try:
-        saving.result()
-      finally:
-        if saving.done():  # not where a signal ended the wait
-          self._saving = None
-    if self._manager:
-      self._manager.wait_until_finished()
+    try:
+      if saving := self._saving:
+        try:
+          saving.result()
+        finally:
+          if saving.done():  # not where a signal ended the wait
+            self._saving = None
+      if self._manager:
+        self._manager.wait_until_finished()
+    except Exception:
+      self._steps = self._list()
+      if jax.process_count() == 1 and self._manager:  # it remembers what failed
+        manager, self._manager = self._manager, None
+        with contextlib.suppress(Exception):
+          manager.close()
+      raise
 
   def restore(
     self, abstract_state: PyTree, shardings: PyTree, *, move_damaged: bool = False
@@ -139,8 +169,8 @@ class Checkpoints:
       if processes.is_first():
         disk.note(f"{self.folder}: {damaged[-1]} and passed over{place}")
     raise InputError(
-      f"{self.folder}: no checkpoint is whole: {'; '.join(damaged)}; the same command now begins anew, or restore the "
-      "folder from a copy"
+      f"{self.folder}: no checkpoint is whole: {'; '.join(damaged)}; "
+      f"{'the same command now begins anew, or restore' if move_damaged else 'restore'} the folder from a copy"
     )
 
   def _check_readable(self, step: int, failed: str) -> None:
@@ -158,11 +188,17 @@ class Checkpoints:
   def _pass_over(self, step: int, move: bool) -> str:
     """Returns where the checkpoint of `step` was moved, in words."""
     self._steps.remove(step)
+    if not move:
+      return ""
     place = None
-    if move and processes.is_first():
+    if processes.is_first():
       place = disk.move_aside(self.folder / str(step), self.folder.parent)
-    processes.wait_for_all("damaged checkpoint")
-    return f", moved to {place}" if place else ""
+    place = processes.from_first(str(place or ""))
+    if not place:  # its step could not be saved again
+      raise InputError(
+        f"{self.folder / str(step)}: is damaged, and cannot be moved to {self.folder.parent / disk.ASIDE}; move it away"
+      )
+    return f", moved to {place}"
 
   def close(self) -> None:
     """Waits for pending saves to finish and closes the manager."""
