@@ -14,6 +14,7 @@ exit status is then 1. On one machine with several processes: tests/cluster.
 import collections
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -31,8 +32,10 @@ from absl import flags
 
 from moe_jax import cli
 from moe_jax.comparison.comparison import Comparison
+from moe_jax.comparison.folder import ComparisonFolder
 from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, TrainConfig
 from moe_jax.errors import STOPPED_STATUS
+from moe_jax.training.metric_writer import read_lines
 
 ARM = "arm"
 LIMIT = 300.0  # seconds that a start may take
@@ -220,15 +223,24 @@ class Soak:
     parts |= {f"training {k}": [r["training"][k] for r in results] for k in ("loss", "max_vio", "tail_steps")}
     saved = [folder / f"checkpoints/{_STEPS.value}/extra/metadata" for folder in (self.whole, own)]
     parts["arrays of the last checkpoint"] = [json.loads(path.read_text())["arrays"] for path in saved]
+    metrics = [self._metrics(folder) for folder in (self.whole, own)]
     if not spoilt_metrics:
-      parts["metrics"] = [self._metrics(folder) for folder in (self.whole, own)]
+      parts["metrics"] = metrics
+    elif len(metrics[0]) != len(metrics[1]):  # a flipped digit shows nowhere, but a hole does
+      parts["note of lost lines"] = [True, self._notes_holes(output_dir)]
     for name, (expected, found) in parts.items():
       if found != expected:
         raise Failed(f"{output_dir}: other {name} than the undisturbed run")
 
   def _metrics(self, folder: pathlib.Path) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+    lines, _ = read_lines(folder / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for _, line in lines]
+
+  def _notes_holes(self, output_dir: pathlib.Path) -> bool:
+    """Whether a report of the run says that lines of metrics.jsonl are lost."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+      ComparisonFolder(output_dir).merge_metrics([(ARM, 0)])
+    return "lines are there" in said.getvalue()
 
   # Faults: (process, folder) -> whether lines of metrics.jsonl may be lost.
 
