@@ -1,7 +1,7 @@
 """Which router gives the lowest loss at equal active compute?
 
 Question   Perplexity, load and drops of every router: same model but for the routing, same batches, equal active width
-           K x F (except top_p, remoe, expert_threshold and soft_moe, which have no verdict).
+           K x F (except top_p, remoe, expert_threshold, soft_moe and latent_moe, which have no verdict).
 Command    python experiments/routers.py
            python experiments/routers.py --routers=all --output_dir=runs/every_router
            python experiments/routers.py --routers=softmax_topk,sigmoid_topk:normalize=true@loss_free_bias:0.001
@@ -76,8 +76,8 @@ def main(argv: list[str]) -> None:
 
 
 WIDTH = (
-  "K x F, the hidden width that a token sees, is equal in all arms but top_p, remoe, expert_threshold and soft_moe, "
-  "which have no verdict. Routers with K = 1 have experts of twice the width, and so more parameters. "
+  "K x F, the hidden width that a token sees, is equal in all arms but top_p, remoe, expert_threshold, soft_moe and "
+  "latent_moe, which have no verdict. Routers with K = 1 have experts of twice the width, and so more parameters. "
   "task_level reads the domain of each sequence, and task_level and sequence_level drop nothing."
 )
 LEAKS = (
