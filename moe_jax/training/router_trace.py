@@ -11,10 +11,11 @@ Router logits stay far inside its range of 65504, to which larger ones are clipp
 Axes as in `moe_jax.types`, and I: recorded steps.
 """
 
+import contextlib
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import IO, Any, NamedTuple, Self
 
 import numpy as np
 
@@ -98,6 +99,68 @@ class TraceWriter:
     self.flush()
 
 
+@contextlib.contextmanager
+def write_by_layer(
+  folder: str | os.PathLike[str],
+  header: Mapping[str, Any],
+  steps: Sequence[Mapping[str, Any]],
+  num_layers: int,
+) -> Iterator[Callable[[int, int, np.ndarray], None]]:
+  """Writes a trace whose logits come layer by layer, in any order. None of them stays in memory.
+
+  Args:
+    folder: of the trace; made if absent. It must hold none.
+    header: JSON values that say what is recorded.
+    steps: `mask_BL`, `domain_B` and `key_B` of each.
+    num_layers: R.
+
+  Yields:
+    A function of the number of a step, from 0, of that of a layer, and of logits_BLE, to call once for each layer of
+    each step. The logits are all of one shape and type.
+
+  Raises:
+    ValueError: on leaving, if some are missing. There is no trace then.
+  """
+  disk.write_json(pathlib.Path(folder) / "header.json", {"format": FORMAT, **header})
+  with disk.whole_file(_file(folder, 1)) as file:
+    start = size = count = 0
+
+    def add(step: int, layer: int, logits_BLE: np.ndarray) -> None:
+      nonlocal start, size, count
+      if not count:
+        start, size = _write_without_logits(file, steps, (num_layers, *logits_BLE.shape), logits_BLE.dtype)
+      file.seek(start + step * size + layer * logits_BLE.nbytes)
+      file.write(logits_BLE.tobytes())
+      count += 1
+
+    yield add
+    if count != len(steps) * num_layers:
+      raise ValueError(f"logits of {count} layers, and {len(steps)} steps have {num_layers} each")
+
+
+def _write_without_logits(
+  file: IO[bytes], steps: Sequence[Mapping[str, Any]], shape: tuple[int, ...], dtype: np.dtype
+) -> tuple[int, int]:
+  """Writes records with room for logits of this shape. Returns where the first logits begin, and a record's bytes."""
+  batch, length = shape[1:3]
+  fields = [("step", "<i8", ()), ("logits_RBLE", dtype, shape), ("mask_BL", "?", (batch, length))]
+  record = np.dtype([*fields, ("domain_B", "<i4", (batch,)), ("key_B2", "<u4", (batch, 2))])
+  header = {"descr": np.lib.format.dtype_to_descr(record), "fortran_order": False, "shape": (len(steps),)}
+  np.lib.format.write_array_header_2_0(file, header)
+  begin = file.tell()
+  for i, values in enumerate(steps):
+    values = {
+      "step": i + 1,
+      "key_B2": values["key_B"],
+      **{name: values[name] for name in ("mask_BL", "domain_B")},
+    }
+    for name, value in values.items():
+      of_field, offset = record.fields[name][:2]
+      file.seek(begin + i * record.itemsize + offset)
+      file.write(np.broadcast_to(value, of_field.shape).astype(of_field.base).tobytes())
+  return begin + record.fields["logits_RBLE"][1], record.itemsize
+
+
 class Trace:
   """A recorded trace. Nothing but the steps' numbers is loaded before it is asked for.
 
@@ -149,6 +212,10 @@ class Trace:
       yield self.read(start, min(start + size, len(self)))
 
 
+def _file(folder: str | os.PathLike[str], first_step: int) -> pathlib.Path:
+  return pathlib.Path(folder) / f"steps_{first_step:012d}.npy"
+
+
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
   """In the order of the steps."""
   return sorted(folder.glob("steps_*.npy"))
@@ -166,7 +233,7 @@ def _open(path: pathlib.Path) -> np.ndarray:
 
 
 def _save(folder: pathlib.Path, records: np.ndarray) -> None:
-  with disk.whole_file(folder / f"steps_{records['step'][0]:012d}.npy") as file:
+  with disk.whole_file(_file(folder, records["step"][0])) as file:
     np.save(file, records, allow_pickle=False)
 
 
