@@ -75,9 +75,7 @@ class Start:
 
   def __init__(self, config: Config, output_dir: pathlib.Path, log: pathlib.Path, largest_file: int):
     self.status: int | None = None
-    self.log = (
-      log  # a file of its own: `largest_file` is the limit of every file, and many starts would reach it
-    )
+    self.log = log  # of its own: `largest_file` is the limit of each file, which many starts would reach
     with warnings.catch_warnings():
       warnings.simplefilter("ignore")  # JAX warns of forks
       self.pid = os.fork()
@@ -224,10 +222,8 @@ class Soak:
     saved = [folder / f"checkpoints/{_STEPS.value}/extra/metadata" for folder in (self.whole, own)]
     parts["arrays of the last checkpoint"] = [json.loads(path.read_text())["arrays"] for path in saved]
     metrics = [self._metrics(folder) for folder in (self.whole, own)]
-    if not spoilt_metrics:
-      parts["metrics"] = metrics
-    elif len(metrics[0]) != len(metrics[1]):  # a flipped digit shows nowhere, but a hole does
-      parts["note of lost lines"] = [True, self._notes_holes(output_dir)]
+    lost = len(metrics[0]) != len(metrics[1])  # a flipped digit shows nowhere, but a hole does
+    parts["metrics"] = [lost, lost and self._notes_holes(output_dir)] if spoilt_metrics else metrics
     for name, (expected, found) in parts.items():
       if found != expected:
         raise Failed(f"{output_dir}: other {name} than the undisturbed run")
@@ -237,7 +233,6 @@ class Soak:
     return [{k: v for k, v in line.items() if k != "tokens_per_second"} for _, line in lines]
 
   def _notes_holes(self, output_dir: pathlib.Path) -> bool:
-    """Whether a report of the run says that lines of metrics.jsonl are lost."""
     with contextlib.redirect_stderr(io.StringIO()) as said:
       ComparisonFolder(output_dir).merge_metrics([(ARM, 0)])
     return "lines are there" in said.getvalue()
@@ -250,9 +245,8 @@ class Soak:
 
   def ask(self, process: Start, output_dir: pathlib.Path) -> bool:
     process.send_signal(self.random.choice([signal.SIGTERM, signal.SIGINT, signal.SIGHUP]))
-    # Before the comparison listens, and after its end.
-    unsaved = (130, -signal.SIGTERM, -signal.SIGHUP)
-    self.expect(process, 0, 75, *unsaved)
+    # The last three before the comparison listens, and after its end.
+    self.expect(process, 0, 75, 130, -signal.SIGTERM, -signal.SIGHUP)
     return False
 
   def full(self, process: Start, output_dir: pathlib.Path) -> bool:
@@ -326,8 +320,8 @@ FAULTS = {
 
 def main(argv: list[str]) -> None:
   del argv
-  minutes, most = _MINUTES.value, _FAULTS.value
-  minutes = minutes or (0.0 if most else 10.0)
+  most = _FAULTS.value
+  minutes = _MINUTES.value or (0.0 if most else 10.0)
   deadline = time.monotonic() + 60 * minutes
   folder = pathlib.Path(_FOLDER.value).absolute()
   folder.mkdir(parents=True, exist_ok=True)
@@ -338,17 +332,14 @@ def main(argv: list[str]) -> None:
 
   failure = None
   try:
-    number = 0
     while more():
-      soak.one_run(number, more)
-      number += 1
+      soak.one_run(soak.ends, more)
   except Failed as error:
     failure = error
   for name in FAULTS:
     print(f"{name}: {soak.counts[name]}")
-  print(
-    f"faults: {soak.counts.total()}, starts: {soak.starts}, starts refused with one line: {soak.refusals}"
-  )
+  refused = f"starts refused with one line: {soak.refusals}"
+  print(f"faults: {soak.counts.total()}, starts: {soak.starts}, {refused}")
   print(f"runs whose end equals that of the undisturbed run: {soak.ends}")
   if failure:
     print(f"FAILED: {failure}")
