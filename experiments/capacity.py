@@ -8,7 +8,7 @@ Command    python experiments/capacity.py
              --expert_parallelism=8 --data_parallelism=1 --output_dir=runs/capacity_sharded
 Hardware   two CPU cores, 2 GB; any JAX device
 Minutes    about 10 for --preset=tiny on two CPU cores, estimated from a part of it, and mostly compilation. The default
-           preset trains 90 runs (5 methods, 6 factors, 3 seeds), 10 times those of experiments/load_balancing.py.
+           preset trains 90 runs (5 methods, 6 factors, 3 seeds), about 4 times those of experiments/load_balancing.py.
            --shard splits it over machines; after scripts/join.py, the command with --output_dir=JOINED draws the
            figures
 Result     capacity.md in the folder

@@ -8,8 +8,8 @@ Command    python experiments/load_balancing.py --seeds=5
            python experiments/load_balancing.py --sweep=weight:0.003,0.01,0.03 --sweep=rate:0.001,0.003,0.01 --output_dir=runs/best
            python experiments/load_balancing.py --shard=1/4 --output_dir=runs/part_1   # then scripts/join.py
 Hardware   two CPU cores, 2 GB; any JAX device
-Minutes    2 with --preset=quick; about 60 for the default with five seeds, on two CPU cores
-Result     MaxVio over the validation set: none > switch_loss > loss_free_bias, see README.md
+Minutes    under 3 with --preset=quick; about 60 for the default with five seeds, on two CPU cores
+Result     mean MaxVio over the validation set: none > switch_loss > loss_free_bias; see README.md
 
 Writes one folder: config.json, metrics.jsonl, summary.csv, plots, report.html, and one folder per arm
 and seed under arms/. If it is interrupted, run it again with the same flags to resume it. --sweep trains

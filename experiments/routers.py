@@ -1,14 +1,15 @@
 """Which router gives the lowest loss at equal active compute?
 
 Question   Perplexity, load and drops of every router: same model but for the routing, same batches, equal active width
-           K x F (except top_p, which may use up to twice the width).
+           K x F (except top_p, remoe, expert_threshold, soft_moe and latent_moe, which have no verdict).
 Command    python experiments/routers.py
            python experiments/routers.py --routers=all --output_dir=runs/every_router
            python experiments/routers.py --routers=softmax_topk,sigmoid_topk:normalize=true@loss_free_bias:0.001
            python experiments/routers.py --objective=masked_lm --output_dir=runs/masked_routers
 Hardware   two CPU cores, 2 GB; any JAX device
-Minutes    about 5 for the default, 45 for all, on two CPU cores
-Result     see docs/LOG.md, "Every router"
+Minutes    a minute or two a run on two CPU cores: about 20 for the default. Most runs of the table of all routers in
+           docs/comparisons.md are from one H200
+Result     see docs/comparisons.md
 
 An arm is a router. Its own balancers follow @; arms without them use --balancers. Routers that look at later tokens
 leak them to the model. Their perplexity cannot be reached when text is generated, so they get no verdict against the
@@ -75,8 +76,8 @@ def main(argv: list[str]) -> None:
 
 
 WIDTH = (
-  "K x F, the hidden width that a token sees, is equal in all arms but top_p, which sends a token to at most 4 "
-  "experts, up to twice the width. Routers with K = 1 have experts of twice the width, and so twice the parameters. "
+  "K x F, the hidden width that a token sees, is equal in all arms but top_p, remoe, expert_threshold, soft_moe and "
+  "latent_moe, which have no verdict. Routers with K = 1 have experts of twice the width, and so more parameters. "
   "task_level reads the domain of each sequence, and task_level and sequence_level drop nothing."
 )
 LEAKS = (

@@ -113,6 +113,8 @@ WRONG_OF_OTHERS = [
   ("experiments/distil.py", ["--model=nowhere"], "nowhere: holds no run"),
   ("scripts/join.py", [], "no folders: give the folders of all shards"),
   ("scripts/join.py", ["tests"], "tests: holds no comparison"),
+  ("scripts/pareto.py", ["--tables=defaults", "--output=x.png"], "defaults: has no summary.csv"),
+  ("scripts/pareto.py", ["--output=x"], "--output=x: must end in .png"),
 ]  # fmt: skip
 
 

@@ -236,8 +236,9 @@ def granularity(moe: MoEConfig) -> dict[str, Arm]:
 def routers(moe: MoEConfig) -> dict[str, Arm]:
   """Returns the arms of `experiments/routers.py --routers=all`.
 
-  K x F, the active hidden width, is that of `moe` in all but `top_p`, which chooses up to 4 experts. `task_level`
-  reads the domain of each sequence. `task_level` and `sequence_level` drop nothing.
+  K x F, the active hidden width, is that of `moe` in all but `top_p`, `remoe`, `expert_threshold`, `soft_moe` and
+  `latent_moe`; those that differ have no verdict. `task_level` reads the domain of each sequence. `task_level` and
+  `sequence_level` drop nothing.
   """
   wide = {"num_experts_per_token": 1, "expert_dim": moe.num_experts_per_token * moe.expert_dim}
   # All tokens of a sequence have the same experts, so a capacity would drop most of them.

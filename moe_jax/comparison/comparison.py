@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -139,7 +138,7 @@ class Comparison:
       if mine:
         self.folder.claim(self._claimed())
     processes.check_agree(
-      self._sees_claim(),
+      self.folder.sees_claim(),
       f"--output_dir={self.folder.path}: holds the config.json of process 0",
       "the folder must be on a file system that all processes share",
     )
@@ -256,7 +255,7 @@ class Comparison:
       command: the command that reproduces it.
       notes: paragraphs for the report. What a sweep tried follows them.
       varies: keys of `moe_jax.comparison.results.PROTOCOL` that the question varies, e.g. "slots". Arms may
-        differ in them.
+        differ in them, and in what a sweep chose.
     """
     notes = [*notes, *(self.tried_in_words if self.sweep else ())]
     with Between(), processes.first_writes("report") as mine:
@@ -268,6 +267,8 @@ class Comparison:
           "notes": notes,
           "varies": [*varies],
         }
+        if self.sweep:
+          texts["swept"] = self.sweep.described(self.planned, self.configs)
         disk.write_json(self.folder.path / REPORT_FILE, texts)
         if self.is_whole:
           self._report(results, **texts)
@@ -296,16 +297,6 @@ class Comparison:
       claim["sweep"] = {"goal": self.sweep.goal, "selection seeds": list(self.sweep.seeds), "values": values}
       claim["planned"] = {arm: [c.name for c in tried] for arm, tried in self.planned.items()}
     return claim
-
-  def _sees_claim(self) -> bool:
-    """Returns whether this process can read what process 0 wrote.
-
-    A network file system may need some time.
-    """
-    deadline = time.monotonic() + 10.0
-    while not self.folder.known() and time.monotonic() < deadline:
-      time.sleep(0.2)
-    return bool(self.folder.known())
 
   def _datasets(self, dataset: Dataset) -> dict[DataConfig, Dataset]:
     """Returns the data set for every data configuration of an arm, such as one with another batch size.
@@ -336,9 +327,15 @@ class Comparison:
 
 
 def write_report(
-  folder: ComparisonFolder, results: list[Result], console: Console, varies: Sequence[str] = (), **texts: Any
+  folder: ComparisonFolder,
+  results: list[Result],
+  console: Console,
+  varies: Sequence[str] = (),
+  swept: Mapping[str, Any] | None = None,
+  **texts: Any,
 ) -> None:
   """Prints the table and writes the report of `results` into the folder. The first arm is the baseline."""
+  results = sweep.marked(results, swept or {})
   report.print_table(report.summarise(results), console)
   report.print_differences(report.paired_differences(results, varies=varies), console, varies)
   paths = report.write_report(folder.path, results, varies=varies, **texts)

@@ -67,7 +67,7 @@ def paired_differences(
 
   Pairing by seed removes what the seeds share (data order, initialisation). A cell is judged if its column is
   (see `columns_of`), if the arms share at least 3 seeds, and if their runs share at every seed what `PROTOCOL`
-  lists. All judged cells are one family: their paired t tests are corrected by Holm's method, and a verdict
+  lists for its quantity. All judged cells are one family: their paired t tests are corrected by Holm's method, and a verdict
   needs a corrected p below 0.05. So the chance of one or more wrong verdicts in a table is at most 5%.
 
   Args:
@@ -91,10 +91,10 @@ def paired_differences(
     if arm == baseline:
       continue
     pairs = [(r, reference[r["seed"]]) for r in of_arm if r["seed"] in reference]
-    broken = "; ".join(sorted({broken_protocol(*pair, varies) for pair in pairs} - {""}))
     for column in columns_of(results):
       values = {r["seed"]: (column.value(r), column.value(other)) for r, other in pairs}
       per_seed = {seed: a - b for seed, (a, b) in values.items() if a is not None and b is not None}
+      broken = "; ".join(sorted({broken_protocol(*pair, column.key, varies) for pair in pairs} - {""}))
       if per_seed:
         differences.append(difference_of(arm, baseline, column, per_seed, broken))
   return judged(differences)

@@ -22,6 +22,7 @@ def facts_of(results: Sequence[Result]) -> dict[str, Any]:
     "num_active_params": _different(r.get("num_active_params") for r in results),
     "hardware": _different(_hardware(r) for r in results),
     "seeds": _different(r["seed"] for r in results),
+    "swept": _different(_swept(r) for r in results),
   }
   for name in ("num_layers", "model_dim", "num_experts", "num_experts_per_token", "expert_dim"):
     values = [lookup(r, "model", name) for r in results]
@@ -65,12 +66,13 @@ def _counted(facts: dict[str, Any], name: str, form: str) -> str:
 
 
 def _range(values: Sequence[float]) -> str:
-  """`3`, or `3 to 5`; from 100,000 on in millions with three digits."""
-  texts = dict.fromkeys(_short(value) for value in (min(values), max(values)))
+  """`3`, or `3 to 5`."""
+  texts = dict.fromkeys(short(value) for value in (min(values), max(values)))
   return " to ".join(texts)
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
+  """Returns `12,345`, and from a million on three digits, `1.23M`."""
   if value < 1e5:
     return f"{value:,.0f}"
   scale, letter = next((s, x) for s, x in ((1e9, "B"), (1e6, "M"), (1.0, "")) if value >= s or s == 1.0)
@@ -89,6 +91,14 @@ def _tokens(result: Result) -> int | None:
 def _bytes(result: Result) -> int | None:
   tokens, per_token = _tokens(result), result.get("bytes_per_token")
   return None if tokens is None or per_token is None else round(tokens * per_token)
+
+
+def _swept(result: Result) -> str | None:
+  swept = result.get("swept")
+  if not swept:
+    return None
+  seeds = ", ".join(map(str, swept["seeds"]))
+  return f"{', '.join(swept['fields'])}, chosen by {swept['goal']} on seeds {seeds}"
 
 
 def _hardware(result: Result) -> str | None:

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -48,6 +49,13 @@ class ComparisonFolder:
     """Returns what earlier calls claimed, or {} if there were none, or it cannot be read."""
     known = disk.read_object(self.path / "config.json") or {}
     return known if _is_claim(known) else {}
+
+  def sees_claim(self) -> bool:
+    """Returns whether this process can read what process 0 claimed. A network file system may need some time."""
+    deadline = time.monotonic() + 10.0
+    while not self.known() and time.monotonic() < deadline:
+      time.sleep(0.2)
+    return bool(self.known())
 
   def check(self, claim: Mapping[str, Any]) -> None:
     """Raises `InputError` unless the folder is new, empty, or of the same configuration.

@@ -24,7 +24,11 @@ PROTOCOL = {
   "active_width": "active width",
   "slots": "expert capacity",
   "inputs": "router input",
+  "tail_steps": "tail window",
+  "max_vio_range": "range of MaxVio (E/K)",
 }
+# The quantities that a key of the protocol is about. The other keys are about all.
+OF_QUANTITIES = {"max_vio_range": ("max_vio", "max_vio_training")}
 # The report also warns where these differ.
 _SHARED = PROTOCOL | {
   "num_params": "number of parameters",
@@ -105,16 +109,26 @@ def check_varies(varies: Sequence[str]) -> None:
       raise ValueError(f"varies: {key!r} is no key of the protocol; its keys: {', '.join(PROTOCOL)}")
 
 
-def broken_protocol(one: Result, other: Result, varies: Sequence[str] = ()) -> str:
-  """Returns what two results do not share and should, in words; empty if they can be compared.
+def broken_protocol(one: Result, other: Result, quantity: str, varies: Sequence[str] = ()) -> str:
+  """Returns what two results do not share and should, in words; empty if they can be compared in the quantity.
 
-  Keys in `varies` may differ. A key that one of the two does not record is no contradiction.
+  Keys in `varies` may differ, and what a sweep chose. A key that one of the two does not record is no contradiction.
   """
-  known = [key for key in PROTOCOL if one.get(key) is not None and other.get(key) is not None]
-  keys = [key for key in known if key not in varies and one[key] != other[key]]
-  tails = [lookup(result, "training", "tail_steps") for result in (one, other)]
-  words = [PROTOCOL[key] for key in keys]
-  return ", ".join(words + (["tail window"] if None not in tails and tails[0] != tails[1] else []))
+  one, other = _compared(one), _compared(other)
+  asked = [key for key in PROTOCOL if quantity in OF_QUANTITIES.get(key, (quantity,))]
+  known = [key for key in asked if one.get(key) is not None and other.get(key) is not None]
+  return ", ".join(PROTOCOL[key] for key in known if key not in varies and one[key] != other[key])
+
+
+def _compared(result: Result) -> Result:
+  """Returns a result with the protocol by which it is compared.
+
+  That of a sweep's arm has the first values that were tried in place of the chosen ones. So arms may differ in what
+  the sweep changed, and in nothing else. What bounds a quantity stays as it is: nothing is said of different ranges.
+  """
+  tail = lookup(result, "training", "tail_steps")
+  own = result if tail is None else result | {"tail_steps": tail}
+  return own | (lookup(result, "swept", "protocol") or {})
 
 
 def warnings(
@@ -124,12 +138,12 @@ def warnings(
 
   Keys of `PROTOCOL` in `varies` may differ.
   """
-  found = []
+  found, compared = [], [_compared(result) for result in results]
   for key, words in _SHARED.items():
     if key in varies:
       continue
     # Results without the key are of an experiment that does not record it, which is no contradiction.
-    values = {json.dumps(r[key], sort_keys=True) for r in results if key in r}
+    values = {json.dumps(r[key], sort_keys=True) for r in compared if key in r}
     if len(values) > 1:
       found.append(f"The {words} differs between results: {', '.join(sorted(values))}.")
   seeds = {arm: tuple(r["seed"] for r in of_arm) for arm, of_arm in group_by_arm(results).items()}

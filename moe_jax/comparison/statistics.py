@@ -41,6 +41,7 @@ class Row:
   cells: dict[str, Stat | None]  # by Column.key; None: no seed has the quantity
   # R, MaxVio over the validation set of each layer; empty if unknown
   max_vio_layers: list[Stat] = dataclasses.field(default_factory=list, compare=False)
+  num_params: int | None = None  # the most of its seeds; None if no result says it
 
   @property
   def max_vio_range(self) -> tuple[float, float] | None:
@@ -174,6 +175,7 @@ def summarise(results: Sequence[Result]) -> Summary:
     layers = [[number(x) for x in each] for each in layers if isinstance(each, (list, tuple))]
     by_layer = [stat(layer) for layer in zip(*layers, strict=False)]
     seeds = tuple(r["seed"] for r in of_arm)
-    rows.append(Row(arm, seeds, cells, [s for s in by_layer if s is not None]))
+    num_params = max((r["num_params"] for r in of_arm if r.get("num_params")), default=None)
+    rows.append(Row(arm, seeds, cells, [s for s in by_layer if s is not None], num_params))
   yardsticks = next((r["yardsticks"] for r in results if r.get("yardsticks")), {})
   return Summary(columns, tuple(rows), dict(yardsticks), facts_of(results))

@@ -12,11 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from moe_jax import disk
+from moe_jax.comparison.results import OF_QUANTITIES, PROTOCOL
 from moe_jax.comparison.statistics import Column, columns_of, stat
 from moe_jax.config import Config
 from moe_jax.errors import InputError, unknown_name
 from moe_jax.nn.build import different_blocks, naming, routed_part
 from moe_jax.registry import Method, parse_value
+from moe_jax.training.protocol import protocol_of
 from moe_jax.training.results import table_columns
 
 Result = dict[str, Any]
@@ -140,6 +142,25 @@ class Sweep:
         lines[-1]["note"] = self._note(c, c is best, of[c.name])
     return chosen, lines
 
+  def described(
+    self, candidates: Mapping[str, Sequence[Candidate]], configs: Mapping[str, Config]
+  ) -> dict[str, Any]:
+    """Returns what a report must know of the sweep, as JSON values: see `marked`.
+
+    Args:
+      candidates: of every arm.
+      configs: the resolved configuration of every candidate.
+    """
+    first = {arm: protocol_of(configs[tried[0].name]) for arm, tried in candidates.items()}
+    keys = [key for key in PROTOCOL if key not in OF_QUANTITIES]
+    kept = {arm: {key: found[key] for key in keys if key in found} for arm, found in first.items()}
+    return {
+      "fields": [field for field, _ in self.grid],
+      "goal": self.goal,
+      "seeds": list(self.seeds),
+      "protocols": {c.name: kept[arm] for arm, tried in candidates.items() for c in tried},
+    }
+
   def _note(self, candidate: Candidate, is_best: bool, results: Sequence[Result]) -> str:
     if not candidate.value:
       return "does not have the option"
@@ -207,6 +228,20 @@ def ignored(config: Config, field: str) -> str:
   if field in _OFFERED and not any(part.takes(field) for part in parts):
     return f"none of {', '.join(dict.fromkeys(map(str, parts)))} reads it"
   return ""
+
+
+def marked(results: Sequence[Result], described: Mapping[str, Any]) -> list[Result]:
+  """Returns the results of a sweep with `swept`, by which tables tell what the sweep changed from what arms are.
+
+  Args:
+    results: of the chosen candidates.
+    described: as from `Sweep.described`; empty: there was no sweep.
+  """
+  protocols = described.get("protocols", {})
+  said = {key: value for key, value in described.items() if key != "protocols"}
+  return [
+    r | {"swept": said | {"protocol": protocols[r["arm"]]}} if r["arm"] in protocols else r for r in results
+  ]
 
 
 def tried_in_words(lines: Sequence[Mapping[str, Any]]) -> list[str]:

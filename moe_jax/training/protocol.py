@@ -1,14 +1,17 @@
 """What a result says of its model, so that tables can tell which runs may be compared (docs/fair_comparison.md)."""
 
+import math
 import os
 from typing import Any
 
 from flax import nnx
 
 from moe_jax.config import BlockConfig, Config, ModelConfig, Segment
+from moe_jax.config.plain import to_plain
 from moe_jax.data import DatasetInfo
 from moe_jax.nn.build import different_blocks, make_blocks, routed_part
-from moe_jax.nn.ffn import MLP, SoftMoE
+from moe_jax.nn.ffn import MLP, LatentMoE, SoftMoE
+from moe_jax.nn.leaks import sees_later_tokens
 from moe_jax.nn.moe import MoE
 from moe_jax.nn.variables import abstract
 from moe_jax.ops.dispatch import expert_capacity
@@ -17,9 +20,14 @@ from moe_jax.ops.dispatch import expert_capacity
 def protocol_of(config: Config) -> dict[str, Any]:
   """Returns the part of a result that depends on the resolved configuration alone.
 
+  schedule: the configuration of the optimizer.
+  tail_steps: the last steps of training, over which noisy metrics are averaged.
   active_width: the hidden width that a token meets in a feed-forward part: K * F of the routed experts, and that
-    of shared experts and parallel parts. K is the maximum if a router chooses how many. For Soft MoE, F * slots of
-    all experts / tokens of a sequence. A list if blocks differ; None if no part is known.
+    of shared experts and parallel parts. K is the maximum if a router chooses how many. Where experts read a
+    narrower space of width X, K * F * X / D, so that it stays in proportion to the work of the experts. For Soft
+    MoE, F * slots of all experts / tokens of a sequence. A list if blocks differ; None if no part is known.
+  max_vio_range: E / K of the layers with experts, which bounds MaxVio. E counts experts without work, too, where
+    tokens may choose them; Soft MoE has K = 1. A list if layers differ; None if there are none.
   slots: what bounds the tokens of an expert, e.g. "capacity 1.25/2 per group of 128" (training/evaluation), or
     "dropless" if nothing does.
   inputs: what routers read beside hidden states and token ids, which a language model does not know when it
@@ -32,10 +40,18 @@ def protocol_of(config: Config) -> dict[str, Any]:
   layers = {block: part for block, found in parts.items() for part in found if isinstance(part, MoE)}
   with_experts = [b for b, found in parts.items() if any(isinstance(p, MoE | SoftMoE) for p in found)]
   widths = sorted({_active_width(block, found, length) for block, found in parts.items()} - {0})
+  ranges = sorted({_max_vio_range(part) for found in parts.values() for part in found} - {0.0})
   slots = sorted({_slots(block, layer, length) for block, layer in layers.items()})
   sizes = ("num_experts", "num_experts_per_token", "expert_dim")
   return {
+    "num_steps": config.train.num_steps,
+    "tail_steps": math.ceil(config.train.num_steps * config.train.tail_fraction),
+    "tokens_per_step": config.data.batch_size * length,
+    "objective": str(config.train.objective),
+    "sees_later_tokens": sees_later_tokens(config.model),
+    "schedule": to_plain(config.optimizer),
     "active_width": (widths[0] if len(widths) == 1 else widths) or None,
+    "max_vio_range": (ranges[0] if len(ranges) == 1 else ranges) or None,
     "slots": "; ".join(slots) or "dropless",
     "inputs": "domain" if any(layer.router.num_tasks for layer in layers.values()) else "",
     "model": {
@@ -76,13 +92,21 @@ def _active_width(block: BlockConfig, parts: list[nnx.Module], length: int) -> i
   width = 0
   for part in parts:
     if isinstance(part, MoE):
-      width += (part.router.most or part.num_experts_per_token) * block.moe.expert_dim
+      most = part.router.most or part.num_experts_per_token
+      dim, read = part.w_down_DX.shape if isinstance(part, LatentMoE) else (1, 1)
+      width += most * block.moe.expert_dim * read / dim
     elif isinstance(part, SoftMoE):
       _, num_experts, slots = part.w_slots_DEC.shape
       width += num_experts * slots * block.moe.expert_dim / length
     elif isinstance(part, MLP):
       width += part.w_up_DF.shape[-1]
   return int(width) if width == int(width) else width
+
+
+def _max_vio_range(part: nnx.Module) -> float:
+  if isinstance(part, SoftMoE):
+    return float(part.w_slots_DEC.shape[1])
+  return part.num_scored_experts / part.num_experts_per_token if isinstance(part, MoE) else 0.0
 
 
 def _slots(block: BlockConfig, layer: MoE, length: int) -> str:

@@ -13,9 +13,7 @@ from flax import nnx
 
 from moe_jax import __version__
 from moe_jax.config import Config
-from moe_jax.config.plain import to_plain
 from moe_jax.nn.aux import by_layer
-from moe_jax.nn.leaks import sees_later_tokens
 from moe_jax.nn.moe import MoE
 from moe_jax.nn.transformer import Transformer
 from moe_jax.ops.metrics import METRICS, Metric
@@ -101,12 +99,8 @@ def result_of(run: "Run", validation: dict[str, Any], num_steps: int) -> dict[st
   return {
     "arm": run.label,
     "seed": config.train.seed,
-    "num_steps": num_steps,
-    "tokens_per_step": run.tokens_per_step,
-    "objective": str(config.train.objective),
-    "sees_later_tokens": sees_later_tokens(config.model),
-    "schedule": to_plain(config.optimizer),
     **protocol_of(config),
+    "num_steps": num_steps,
     **({"init_from": init_from(run)} if config.train.init_from else {}),
     "num_params": num_params,
     "num_active_params": num_active,

@@ -281,6 +281,35 @@ def test_arms_that_are_not_comparable_are_listed_once():
   assert "By design, arms differ in: expert capacity." in words.differences_caption(varied, ("slots",))
 
 
+def test_other_ranges_of_max_vio_take_only_its_verdicts():
+  bounds = {"none": 4.0, "b": 4.0, "wide": 8.0, "long": 8.0, "old": None}
+  results = [
+    make_result(arm, s, perplexity=8.0 + 0.1 * s * (arm == "b"), max_vio=[1.0 if arm == "none" else 0.5])
+    | {"max_vio_range": bound, "slots": "dropless" if arm == "long" else "capacity 1/1"}
+    for arm, bound in bounds.items()
+    for s in range(3)
+  ]
+  found = report.paired_differences(results)
+  verdicts = {(d.arm, d.key): d.verdict for d in found}
+  reason = "range of MaxVio (E/K)"
+  assert [verdicts[arm, "max_vio"] for arm in ("b", "wide", "long", "old")] == [
+    "lower (better)",
+    f"not comparable: {reason}",
+    f"not comparable: expert capacity, {reason}",
+    "lower (better)",  # which does not record it
+  ]
+  assert verdicts["wide", "max_vio_training"] == f"not comparable: {reason}"
+  others = ("perplexity", "mutual_information", "load_entropy")
+  assert [verdicts["wide", key] for key in others] == [verdicts["b", key] for key in others]
+  assert words.not_comparable(found) == (
+    "Not comparable with none, so without a verdict: long (expert capacity). "
+    f"Not comparable with none in MaxVio global, so without a verdict: wide ({reason})."
+  )
+  varied = report.paired_differences(results, varies=("max_vio_range",))
+  assert {(d.arm, d.key): d.verdict for d in varied}["wide", "max_vio"] == "lower (better)"
+  assert f"By design, arms differ in: {reason}." in words.differences_caption(varied, ("max_vio_range",))
+
+
 @pytest.mark.parametrize(
   ("x", "text"), [(0.02134, "0.021"), (0.3, "0.3"), (12.7, "13"), (1234.0, "1200"), (3e-5, "0.00003")]
 )

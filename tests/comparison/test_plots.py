@@ -11,7 +11,8 @@ import pytest
 
 from moe_jax.comparison import report
 from moe_jax.comparison.report import canvas, pareto, plots
-from tests.comparison.made_results import Page, make_result, write, write_run
+from moe_jax.errors import InputError
+from tests.comparison.made_results import LONG, Page, make_result, write, write_run
 
 
 def test_every_picture_shows_every_arm_and_is_reproducible(tmp_path):
@@ -60,26 +61,33 @@ def test_curves_average_layers_and_keep_shared_steps():
   np.testing.assert_array_equal(curves[1][1], [[7.0]])
 
 
+def a_point(x, y, hollow=False):
+  return pareto.Point("arm", np.array([x, y]), None, 1, hollow)
+
+
 def test_numbers_of_points_do_not_overlap():
   """40 arms of which 30 share a place, as methods that balance alike do."""
   rng = np.random.default_rng(0)
-  points = {i: rng.normal([1.0, 2.0], 0.02 if i < 30 else 0.5, (3, 2)) for i in range(40)}
+  points = {i: a_point(*rng.normal([1.0, 2.0], 0.02 if i < 30 else 0.5, 2), hollow=i == 3) for i in range(40)}
   ax = canvas.figure(5.6, 5.4).subplots()
-  pareto._draw_points(ax, points, {3})
-  pareto._number_points(ax, points)
+  pareto._draw_points(ax, points)
+  line = ax.annotate("a line", (1.0, 2.0))
+  pareto._number_points(ax, points, [0, 1])
   ax.figure.canvas.draw()
   boxes = [text.get_window_extent() for text in ax.texts]
-  assert len(boxes) == 40
+  assert len(boxes) == 1 + 40 and line in ax.texts
+  assert {text.get_text() for text in ax.texts if text.get_weight() == "bold"} == {"1", "2"}
   for i, box in enumerate(boxes):
     assert not any(box.overlaps(other) for other in boxes[:i])
 
 
 def test_the_front_is_of_arms_that_no_other_beats():
+  means = np.array([[3.0, 1.0], [2.0, 2.0], [1.0, 3.0], [2.5, 2.5], [1.0, 4.0]])
+  assert pareto.front_of(dict(enumerate(means))) == [2, 1, 0]
+  assert pareto.front_of({0: means[0]}) == pareto.front_of({0: means[1], 1: means[3]}) == []
   ax = canvas.figure(4, 4).subplots()
-  means = np.array([[1.0, 3.0], [2.0, 2.0], [3.0, 1.0], [2.5, 2.5], [1.0, 4.0]])
-  assert pareto._draw_front(ax, means)
+  pareto._draw_front(ax, means[[2, 1, 0]])
   assert {tuple(xy) for xy in ax.lines[0].get_xydata()} == {(1.0, 3.0), (2.0, 2.0), (3.0, 1.0)}
-  assert not pareto._draw_front(ax, means[:1])
 
 
 @pytest.mark.parametrize("trigram", [2.05, 2.9])
@@ -97,7 +105,11 @@ def test_yardsticks_in_view_are_lines_and_others_are_named(trigram):
 def saved(monkeypatch):
   """The axes of each picture that would be saved, by its name."""
   found = {}
-  save = lambda figure, path, *_, **__: found.update({path.stem: figure.axes[0]})
+
+  def save(figure, path, caption, wide=False):
+    found[path.stem] = figure.axes[0]
+    return canvas.Plot(path, caption, wide)
+
   monkeypatch.setattr(canvas, "save", save)
   return found
 
@@ -111,6 +123,63 @@ def test_dense_models_are_lines(tmp_path, saved):
   ax = saved["quality_vs_max_vio"]
   assert [text.get_text() for text in ax.texts] == ["dense", "mlp"]
   assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
+
+
+def stored(results):
+  return report.Stored(report.summarise(results), report.paired_differences(results), {})
+
+
+def some_results(means, seeds=3, **more):
+  """Results of arms whose mean (MaxVio, perplexity) is given, with a spread over seeds of 0.1 in both."""
+  return [
+    make_result(arm, s, max_vio=[x + 0.1 * (s - 1)], perplexity=y + 0.1 * (s - 1)) | more
+    for arm, (x, y) in means.items()
+    for s in range(seeds)
+  ]
+
+
+def test_tables_are_drawn_as_the_results_that_they_were_made_of(tmp_path, saved):
+  means = {"none": (3.0, 7.0), "better": (1.0, 6.0), "best": (2.0, 5.0)}
+  results = some_results(means)
+  drawn = lambda: sorted(
+    [*map(float, np.ravel(segment))]
+    for collection in saved["quality_vs_max_vio"].collections
+    if hasattr(collection, "get_segments")
+    for segment in collection.get_segments()
+  )
+  pareto.plot_quality(tmp_path, results, report.summarise(results), [])
+  bars, front = drawn(), [line.get_xydata() for line in saved["quality_vs_max_vio"].lines]
+  pareto.plot_tables(tmp_path / "quality_vs_max_vio.png", {"one": stored(results)})
+  assert len(bars) == 6  # an error bar in both directions of each of three arms
+  np.testing.assert_allclose(drawn(), bars)
+  for own, there in zip(saved["quality_vs_max_vio"].lines, front, strict=True):
+    np.testing.assert_allclose(own.get_xydata(), there)
+
+
+def test_a_picture_of_several_tables_has_every_arm_once_and_explains_itself(tmp_path, saved):
+  one = some_results({"none": (3.0, 7.0), "both": (2.0, 6.0)})
+  two = some_results({"none": (9.0, 9.0), "both": (9.0, 9.0), LONG[:40]: (1.0, 6.5)})
+  two += some_results({"broken": (0.5, 4.0)}, fingerprint="other")
+  plot = pareto.plot_tables(tmp_path / "pareto.png", {"one": stored(one), "two": stored(two)})
+  ax = saved["pareto"]
+  assert [(text.get_text(), text.get_weight()) for text in ax.get_legend().get_texts()] == [
+    ("none", "normal"),
+    ("both", "bold"),
+    (LONG[:40], "bold"),  # not cut
+    ("broken", "normal"),
+  ]
+  assert max(np.max(line.get_xydata()) for line in ax.lines) < 8
+  said = (
+    "Points: means over 3 seeds; bars: one sample standard deviation. Grey line and bold names: the arms that no "
+    "other beats in both means. Hollow: not comparable with none."
+  )
+  (text,) = ax.figure.texts
+  assert text.get_text().replace("\n", " ") == said and plot.caption.endswith(said)
+  longer = some_results({"none": (3.0, 7.0)}, num_steps=99)
+  other = some_results({"none": (3.0, 7.0)}, yardsticks={"unigram": 4.5})
+  for found, what in ((longer, "num_steps, tokens"), (other, "yardsticks")):
+    with pytest.raises(InputError, match=f"tables one and two: differ in {what}; plot them one by one"):
+      pareto.plot_tables(tmp_path / "pareto.png", {"one": stored(one), "two": stored(found)})
 
 
 @pytest.mark.parametrize("in_bytes", [True, False])

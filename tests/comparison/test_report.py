@@ -39,6 +39,22 @@ def test_the_markdown_table_says_what_is_resolved(tmp_path):
   assert page[7] == " ".join(map(unresolved.format, ("MaxVio global", "mutual information")))
 
 
+def test_arms_of_other_sizes_are_named_in_one_line(tmp_path):
+  sizes = {"none": 1000, "wide": 2_345_678, "near": 1099, "far": 1101, "small": 899, "unknown": None}
+  found = [make_result(arm, 0) | {"num_params": n} for arm, n in sizes.items()]
+  paths = write(write_run(tmp_path, found), found)
+  said = "More parameters than none (1,000): wide (2.35M), far (1,101). Fewer parameters than none (1,000): small (899)."
+  out = io.StringIO()
+  report.print_table(report.summarise(found), Console(file=out, width=200))
+  texts = [out.getvalue(), *(paths[name].read_text() for name in ("markdown", "html"))]
+  assert [text.count(said) for text in texts] == [1, 1, 1]
+  assert f"\n\n{said}\n\n" in report.markdown_table(report.read_stored(tmp_path), ["perplexity"])
+  # Files of older code do not say how large an arm is.
+  lines = [line.rpartition(",")[0] for line in paths["csv"].read_text().splitlines()]
+  paths["csv"].write_text("\n".join([*lines, ""]))
+  assert "parameters than" not in report.markdown_table(report.read_stored(tmp_path))
+
+
 @pytest.mark.parametrize("width", [40, 80, 200])
 def test_table_fits_the_width_and_shows_the_judged_numbers(width):
   arms = ["none", "[red]markup[/red]", LONG]
@@ -114,9 +130,9 @@ def test_one_arm_one_seed_and_many_arms(tmp_path, num_arms):
   assert "One seed per arm" in page and len(page) < 2_000_000
   assert [line[0] for line in Page(page).tables[0]] == ["Arm", *arms]
   assert ("Differences from" in page) == (num_arms > 1)
-  looks = [tuple(canvas.style(i).values()) for i in range(42)]
-  assert len(set(map(str, looks))) == 42
-  assert len(canvas.shorten(LONG)) == 34 and canvas.shorten(LONG).endswith("rule=sign")
+  looks = [tuple(canvas.style(i).values()) for i in range(49)]
+  assert len(set(map(str, looks))) == 49
+  assert len(canvas.shorten(LONG)) == 44 and canvas.shorten(LONG).endswith("rule=sign")
 
 
 def test_bare_results_without_metrics_or_config(tmp_path):

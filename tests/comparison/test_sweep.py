@@ -185,6 +185,7 @@ def test_a_sweep_reports_each_arm_at_its_best(swept):
   page = (swept / "report.html").read_text().replace("<wbr>", "")
   assert "none has none of the options of the sweep" in page
   assert "chosen by nll on the selection seeds 100" in page and "weight=0.1 (nll" in page
+  assert "Each arm is at its best of weight, chosen by nll on seeds 100." in page
 
 
 def test_a_sweep_is_kept_and_continued(swept, tmp_path, trained):
@@ -213,6 +214,7 @@ def test_a_sweep_is_split_by_arms_and_joined(swept, tmp_path):
   assert join(folders[1:], tmp_path / "half", QUIET) == ["none (what the sweep would choose)"]
   assert join(folders[::-1], tmp_path / "joined", QUIET) == []
   assert contents(tmp_path / "joined") == contents(swept)
+  assert "at its best of weight, chosen by nll" in (tmp_path / "joined" / "summary.md").read_text()
   with pytest.raises(InputError, match="--shard=3/3: a sweep is split by arms, and there are 2"):
     Comparison(ARMS, [0], CONFIG, tmp_path / "run", sweep=WEIGHTS, shard=Shard(3, 3))
 

@@ -32,6 +32,11 @@ def of(config=PLAIN, **fields):
     ({"ffn": "parallel_moe", "dense_dim": 24}, 2 * 16 + 24),
     ({"num_dense_first": 1, "dense_dim": 64}, [2 * 16, 64]),
     ({"ffn": "soft_moe:slots=3", "accept_leaks": "soft_moe"}, 8 * 3 * 16 // 16),
+    ({"ffn": "default_moe", "router": "softmax_topk:softmax=before"}, 2 * 16),
+    ({"ffn": "erc_moe"}, 2 * 16),
+    ({"ffn": "latent_moe"}, 16),  # experts read half of D = 16
+    ({"ffn": "latent_moe:latent_dim=4", "num_shared_experts": 1}, 8 + 16),  # shared experts read all of D
+    ({"ffn": "latent_moe", "num_experts_per_token": 4}, 2 * 16),  # twice as many experts of half the size
     ({"experts": "low_rank:rank=2"}, 2 * 16),
     ({"experts": "expert_dropout:rate=0.1"}, 2 * 16),
   ],
@@ -39,6 +44,25 @@ def of(config=PLAIN, **fields):
 )
 def test_active_width(fields, width):
   assert of(**fields)["active_width"] == width
+
+
+@pytest.mark.parametrize(
+  ("fields", "bound"),
+  [
+    ({}, 8 / 2),
+    ({"num_experts_per_token": 1, "expert_dim": 32}, 8),  # of one active width with the first
+    ({"ffn": "latent_moe", "num_experts": 12}, 12 / 2),
+    ({"router": "moe_plus_plus", "balancers": "heterogeneous_loss"}, 12 / 2),  # 4 have no work
+    (
+      {"ffn": "soft_moe:slots=3", "accept_leaks": "soft_moe"},
+      8,
+    ),  # what tokens weigh may all be of one expert
+    ({"ffn": "mlp"}, None),
+  ],
+  ids=str,
+)
+def test_range_of_max_vio(fields, bound):
+  assert of(**fields)["max_vio_range"] == bound
 
 
 @pytest.mark.parametrize(
@@ -89,3 +113,4 @@ def test_sizes_of_the_model():
   mixed = protocol_of(dataclasses.replace(PLAIN, model=resolve(model)))
   assert mixed["model"] | {"num_layers": 6, "num_experts": [4, 8], "expert_dim": [16, 64]} == mixed["model"]
   assert (mixed["active_width"], mixed["slots"]) == ([32, 128], "capacity 1/2 per group of 16; dropless")
+  assert mixed["max_vio_range"] == [2, 4]

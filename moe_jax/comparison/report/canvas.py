@@ -23,8 +23,8 @@ _DASHES = (
   (0, (2.5, 2.5)),
   (0, (8, 1.5, 1.2, 1.5, 1.2, 1.5)),
 )
-_MARKERS = ("o", "s", "^", "D", "v", "P")
-_LABEL_LENGTH = 34  # longer arm names are cut in the middle in plots; tables have the whole name
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_LABEL_LENGTH = 44  # longer arm names are cut in the middle in plots; tables have the whole name
 RC = {
   "font.size": 9.0,
   "axes.titlesize": 9.5,
@@ -49,7 +49,7 @@ class Plot:
 
 
 def style(index: int) -> dict[str, Any]:
-  """Colour, dashes and marker of the index-th arm; distinct for 42 arms."""
+  """Colour, dashes and marker of the index-th arm; distinct for 49 arms."""
   lap = index // len(_COLOURS)
   return {
     "color": _COLOURS[index % len(_COLOURS)],

@@ -92,6 +92,7 @@ def write_report(
       command=command,
       warnings=warnings(run_dir, results, varies),
       results=_results_table(summary),
+      other_sizes=words.other_sizes(summary),
       plots=[picture(plot) for plot in drawn],
       baseline=summary.rows[0].arm,
       differences=_differences(differences, varies),

@@ -10,6 +10,7 @@ from moe_jax.comparison.report.words import (
   differences_caption,
   judgements,
   not_comparable,
+  other_sizes,
 )
 from moe_jax.comparison.statistics import Summary
 from moe_jax.errors import InputError
@@ -19,7 +20,7 @@ _VERDICT = ":verdict"
 
 
 def markdown_table(stored: Stored, columns: Sequence[str] = ()) -> str:
-  """Returns the command, the table, one sentence per quantity in which nothing is resolved, and the caption.
+  """Returns the command, the table, sentences (other sizes, nothing resolved, not comparable), and the caption.
 
   Args:
     stored: the table.
@@ -43,6 +44,7 @@ def markdown_table(stored: Stored, columns: Sequence[str] = ()) -> str:
   titles, rows = _with_verdicts(summary, kept, judged)
   lines = [f"`{stored.about['command']}`", "", _line(titles), "|---" * len(titles) + "|", *map(_line, rows)]
   text = caption(summary, shown)
+  lines += ["", other_sizes(summary)] if other_sizes(summary) else []
   if asked:
     said = [*(j.sentence for j in asked), not_comparable(stored.differences)]
     lines += ["", " ".join(filter(None, said))] if any(said) else []

@@ -1,19 +1,47 @@
 """Quality against balance: a point per arm, the front of arms that no other beats in both, and yardsticks."""
 
+import dataclasses
 import pathlib
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from moe_jax.comparison.differences import Difference
 from moe_jax.comparison.report import canvas
+from moe_jax.comparison.report.stored import Stored
 from moe_jax.comparison.report.words import byte_models
 from moe_jax.comparison.results import Result, group_by_arm, lookup
-from moe_jax.comparison.statistics import Summary
+from moe_jax.comparison.statistics import Column, Summary
+from moe_jax.errors import InputError
 
 _NUMBERED_FROM = 8  # arms; with fewer, colours alone tell them apart
 _LEGEND_ROWS = 24
+_SAME = (
+  "dataset",
+  "num_steps",
+  "tokens",
+  "num_layers",
+  "model_dim",
+)  # facts of tables that one plot may show
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+  """An arm in the plot: (MaxVio, quality) of its mean, and what is known of its seeds."""
+
+  arm: str
+  mean: np.ndarray  # [2]
+  spread: np.ndarray | None  # [2], sample standard deviation; None with one seed
+  num_seeds: int
+  hollow: bool  # not comparable with the first arm
+  seeds: np.ndarray = dataclasses.field(
+    default_factory=lambda: np.zeros((0, 2))
+  )  # [seeds, 2]; files have none
+
+
+Points = Mapping[int, Point]  # by the place of the arm, which fixes its colour and number
 
 
 def plot_quality(
@@ -28,12 +56,11 @@ def plot_quality(
   choose from are horizontal lines, as the byte models are.
   """
   columns = {column.key: column for column in summary.columns}
-  quality = next(
-    columns[key] for key in ("bits_per_byte", "perplexity") if key in columns and columns[key].judged
-  )
+  quality = _quality(summary)
   if "max_vio" not in columns:
     return None
   points, lines = {}, {}
+  broken = {d.arm for d in differences if d.broken}
   for index, (arm, of_arm) in enumerate(group_by_arm(results).items()):
     pairs = [(columns["max_vio"].value(r), quality.value(r)) for r in of_arm]
     qualities = [y for _, y in pairs if y is not None and np.isfinite(y)]
@@ -41,58 +68,134 @@ def plot_quality(
     if qualities and (not pairs or lookup(of_arm[0], "model", "num_experts") == [1]):
       lines[canvas.shorten(arm)] = float(np.mean(qualities))  # a dense model has no balance
     elif pairs:
-      points[index] = np.array(pairs)
+      seeds = np.array(pairs)
+      spread = seeds.std(axis=0, ddof=1) if len(seeds) > 1 else None
+      points[index] = Point(arm, seeds.mean(axis=0), spread, len(seeds), arm in broken, seeds)
   if not points:
     return None
-  arms = [row.arm for row in summary.rows]
-  figure = canvas.figure(5.6, 4.2 if len(points) < _NUMBERED_FROM else 5.4)
+  path = directory / "quality_vs_max_vio.png"
+  return _plot(path, points, lines | _byte_lines(summary, quality), quality, summary.rows[0].arm)
+
+
+def plot_tables(path: pathlib.Path, tables: Mapping[str, Stored]) -> canvas.Plot:
+  """Writes one plot of the arms of several stored tables. An arm that two tables have is that of the first.
+
+  Args:
+    path: of the picture.
+    tables: by name. Their runs must share text, length and size of the model.
+
+  Raises:
+    InputError: if they do not, or no arm has MaxVio and quality.
+  """
+  from matplotlib import rc_context
+
+  (name, first), *others = tables.items()
+  quality, points, lines = _quality(first.summary), {}, {}
+  for other, stored in others:
+    own, there = (_conditions(table.summary) for table in (stored, first))
+    differ = [key for key in there if own[key] != there[key]]
+    if differ:
+      raise InputError(f"tables {name} and {other}: differ in {', '.join(differ)}; plot them one by one")
+  known: set[str] = set()
+  for stored in tables.values():
+    broken = {d.arm for d in stored.differences if d.broken}
+    for row in stored.summary.rows:
+      cells = row.cells.get("max_vio"), row.cells[quality.key]
+      if row.arm in known or cells[1] is None or not np.isfinite(cells[1].mean):
+        continue
+      known.add(row.arm)
+      if cells[0] is None:
+        lines[canvas.shorten(row.arm)] = cells[1].mean
+      else:
+        means, spreads = ([getattr(cell, part) for cell in cells] for part in ("mean", "spread"))
+        spread = None if None in spreads else np.array(spreads)
+        points[len(known) - 1] = Point(row.arm, np.array(means), spread, cells[1].num, row.arm in broken)
+  if not points:
+    raise InputError(f"tables {', '.join(tables)}: no arm has MaxVio and {quality.title}")
+  lines |= _byte_lines(first.summary, quality)
+  with rc_context(canvas.RC):
+    return _plot(path, points, lines, quality, first.summary.rows[0].arm)
+
+
+def _quality(summary: Summary) -> Column:
+  columns = {column.key: column for column in summary.columns}
+  return next(
+    columns[key] for key in ("bits_per_byte", "perplexity") if key in columns and columns[key].judged
+  )
+
+
+def _conditions(summary: Summary) -> dict[str, Any]:
+  """Returns what tables in one plot must share. The yardsticks are counted on the text, so they tell texts apart."""
+  facts = {fact: summary.facts.get(fact) for fact in _SAME}
+  return facts | {"yardsticks": summary.yardsticks, "measure of quality": _quality(summary).key}
+
+
+def _byte_lines(summary: Summary, quality: Column) -> dict[str, float]:
+  return byte_models(summary) if quality.key == "bits_per_byte" else {}
+
+
+def _plot(
+  path: pathlib.Path, points: Points, lines: Mapping[str, float], quality: Column, baseline: str
+) -> canvas.Plot:
+  numbered = len(points) >= _NUMBERED_FROM
+  figure = canvas.figure(5.6, 5.4 if numbered else 4.2)
   ax = figure.subplots()
-  broken = {d.arm for d in differences if d.broken}
-  hollow = {index for index in points if arms[index] in broken}
-  _draw_points(ax, points, hollow)
-  everything = np.concatenate(list(points.values()))
+  _draw_points(ax, points)
+  everything = np.concatenate([np.stack([point.mean, *point.seeds]) for point in points.values()])
   if not canvas.set_scale(ax, "x", everything[:, 0], ratio=8):
     ax.margins(x=0.08)
   canvas.set_scale(ax, "y", everything[:, 1], ratio=8)
   ax.set_xlabel("MaxVio over the validation set, mean over layers")
   ax.set_ylabel(f"validation {'bits per byte' if quality.key == 'bits_per_byte' else 'perplexity per token'}")
-  means = [xy.mean(axis=0) for index, xy in points.items() if index not in hollow]
-  front = _draw_front(ax, np.array(means))
-  if quality.key == "bits_per_byte":
-    lines |= byte_models(summary)
+  front = front_of({index: point.mean for index, point in points.items() if not point.hollow})
+  _draw_front(ax, [points[index].mean for index in front])
   canvas.draw_yardsticks(ax, lines, reach=0.5)
-  numbered = len(points) >= _NUMBERED_FROM
   if numbered:
-    _number_points(ax, points)
-  _draw_legend(ax, points, arms, hollow, numbered)
-  caption = "Quality against balance: down is a better model, left a better balance. "
-  if any(len(xy) > 1 for xy in points.values()):
-    caption += "Small: one seed each; large: mean, with lines of one sample standard deviation over seeds. "
+    _number_points(ax, points, front)
+  _draw_legend(ax, points, front, numbered)
+  explained = _explanation(points, lines, front, baseline)
+  place = ax.get_position()
+  below = place.y0 - 0.54 / figure.get_figheight()  # inches, under the label of the axis
+  figure.text(
+    place.x0, below, "\n".join(textwrap.wrap(explained, 84)), va="top", fontsize=7.5, color="#555555"
+  )
+  caption = f"Quality against balance: down is a better model, left a better balance. {explained}"
+  return canvas.save(figure, path, caption.strip())
+
+
+def _explanation(points: Points, lines: Mapping[str, float], front: Sequence[int], baseline: str) -> str:
+  counts = sorted({point.num_seeds for point in points.values()})
+  text = ""
+  if counts[-1] > 1:
+    n = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+    with_seeds = any(len(point.seeds) for point in points.values())
+    text += f"{'Large points' if with_seeds else 'Points'}: means over {n} seeds; bars: one sample standard deviation. "
+    text += "Small points: one seed each. " if with_seeds else ""
   if front:
-    caption += "Grey steps: the arms that no other beats in both means. "
-  if hollow:
-    caption += f"Hollow: not comparable with {arms[0]}. "
-  return canvas.save(figure, directory / "quality_vs_max_vio.png", caption.strip())
+    text += "Grey line and bold names: the arms that no other beats in both means. "
+  if any(point.hollow for point in points.values()):
+    text += f"Hollow: not comparable with {baseline}. "
+  if lines:
+    text += "Dotted lines: models without routing. "
+  return text.strip()
 
 
-def _draw_points(ax: Any, points: dict[int, np.ndarray], hollow: set[int]) -> None:
+def _draw_points(ax: Any, points: Points) -> None:
   few = len(points) < _NUMBERED_FROM
-  for index, xy in points.items():
-    look = _marker(index, hollow)
+  for index, point in points.items():
+    look = _marker(index, point.hollow)
     color, marker = look["color"], look["marker"]
-    several = len(xy) > 1
-    if several:
+    if len(point.seeds) > 1:
       size, alpha = (13, 0.4) if few else (6, 0.3)
-      ax.scatter(*xy.T, s=size, color=color, marker=marker, alpha=alpha, lw=0, zorder=2)
-    spread = xy.std(axis=0, ddof=1) if several else (None, None)
+      ax.scatter(*point.seeds.T, s=size, color=color, marker=marker, alpha=alpha, lw=0, zorder=2)
+    spread = (None, None) if point.spread is None else point.spread
     bars, cap = (1.0, 2.5) if few else (0.6, 0.0)
-    ax.errorbar(*xy.mean(axis=0), xerr=spread[0], yerr=spread[1], elinewidth=bars, capsize=cap, zorder=3,
-                **look)  # fmt: skip
+    ax.errorbar(*point.mean, xerr=spread[0], yerr=spread[1], elinewidth=bars, capsize=cap, zorder=3, **look)
 
 
-def _marker(index: int, hollow: set[int]) -> dict[str, Any]:
+def _marker(index: int, hollow: bool) -> dict[str, Any]:
   look = canvas.style(index)
-  fill, edge = ("white", look["color"]) if index in hollow else (look["color"], "white")
+  fill, edge = ("white", look["color"]) if hollow else (look["color"], "white")
   return {
     "color": look["color"],
     "marker": look["marker"],
@@ -100,29 +203,30 @@ def _marker(index: int, hollow: set[int]) -> dict[str, Any]:
     "ms": 6,
     "mfc": fill,
     "mec": edge,
-    "mew": 1.2 if index in hollow else 0.7,
+    "mew": 1.2 if hollow else 0.7,
   }
 
 
-def _draw_front(ax: Any, means: np.ndarray) -> bool:
-  """Draws steps through the means that no other mean beats in both; whether there are two or more of them."""
-  if len(means) < 2:
-    return False
-  beaten = [any((other <= own).all() and (other < own).any() for other in means) for own in means]
-  front = means[~np.array(beaten)]
-  if len(front) < 2:
-    return False
-  front = front[np.argsort(front[:, 0])]
-  ax.step(*front.T, where="post", color="#bbbbbb", lw=1.2, zorder=1.5)
-  return True
+def front_of(means: Mapping[int, np.ndarray]) -> list[int]:
+  """Returns the keys of the means that no other mean beats in both, from left to right; [] if there are not two."""
+  beaten = lambda own: any((other <= own).all() and (other < own).any() for other in means.values())
+  front = sorted((key for key, mean in means.items() if not beaten(mean)), key=lambda key: means[key][0])
+  return front if len(front) > 1 else []
 
 
-def _number_points(ax: Any, points: dict[int, np.ndarray]) -> None:
+def _draw_front(ax: Any, means: Sequence[np.ndarray]) -> None:
+  if len(means):
+    ax.step(*np.stack(means).T, where="post", color="#999999", lw=1.4, zorder=1.5)
+
+
+def _number_points(ax: Any, points: Points, front: Sequence[int]) -> None:
   """Writes each arm's number where it covers neither a point nor another number, with a line to its point."""
   ax.figure.canvas.draw()  # fixes the scales
   scale = ax.figure.dpi / 72
-  at = {index: ax.transData.transform(xy.mean(axis=0)) for index, xy in points.items()}
+  at = {index: ax.transData.transform(point.mean) for index, point in points.items()}
   taken = [(*xy, 4.0 * scale, 4.0 * scale) for xy in at.values()]  # centre and half sizes of boxes
+  names = (text.get_window_extent() for text in ax.texts)  # of lines
+  taken += [(*np.mean(box, axis=0), box.width / 2, box.height / 2) for box in names]
   frame = ax.get_window_extent()
   for index, xy in sorted(at.items(), key=lambda item: tuple(item[1])):
     half = (2.6 * len(str(index + 1)) + 1.0) * scale, 4.2 * scale
@@ -134,7 +238,7 @@ def _number_points(ax: Any, points: dict[int, np.ndarray]) -> None:
       line = inverse.transform([xy, place])
       ax.plot(*line.T, color=color, lw=0.5, alpha=0.7, zorder=2.5)
     ax.text(*inverse.transform(place), str(index + 1), color=color, fontsize=7.5, ha="center", va="center",
-            zorder=4, bbox={"boxstyle": "square,pad=0.05", "fc": "white", "ec": "none", "alpha": 0.8})  # fmt: skip
+            weight="bold" if index in front else "normal", zorder=4, bbox={"boxstyle": "square,pad=0.05", "fc": "white", "ec": "none", "alpha": 0.8})  # fmt: skip
 
 
 def _free_place(
@@ -153,15 +257,18 @@ def _free_place(
   return xy + np.array([9.0, 9.0]) * scale
 
 
-def _draw_legend(
-  ax: Any, points: dict[int, np.ndarray], arms: Sequence[str], hollow: set[int], numbered: bool
-) -> None:
+def _draw_legend(ax: Any, points: Points, front: Sequence[int], numbered: bool) -> None:
   from matplotlib.lines import Line2D
 
   handles = []
-  for index in points:
-    label = f"{index + 1}  {canvas.shorten(arms[index])}" if numbered else canvas.shorten(arms[index])
-    handles.append(Line2D([], [], label=label, **_marker(index, hollow)))
-  ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1.02), borderaxespad=0.0, handletextpad=0.3,
-            fontsize=8 if len(points) <= _LEGEND_ROWS else 7.5, ncols=-(-len(points) // _LEGEND_ROWS),
-            columnspacing=1.0)  # fmt: skip
+  for index, point in points.items():
+    name = canvas.shorten(point.arm)
+    label = f"{index + 1}  {name}" if numbered else name
+    handles.append(Line2D([], [], label=label, **_marker(index, point.hollow)))
+  legend = ax.legend(
+    handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1.02), borderaxespad=0.0, handletextpad=0.3,
+    fontsize=8 if len(points) <= _LEGEND_ROWS else 7.5, ncols=-(-len(points) // _LEGEND_ROWS), columnspacing=1.0,
+  )  # fmt: skip
+  for index, text in zip(points, legend.get_texts(), strict=True):
+    if index in front:
+      text.set_weight("bold")

@@ -102,11 +102,11 @@ def write_csv(path: str | os.PathLike[str], summary: Summary) -> None:
   """Writes a line per arm: `arm`, `num_seeds`, `seeds`, then `<key>_mean`, `<key>_std` and `<key>_n` per column.
 
   Numbers have full precision. Unknown values are empty. `max_vio_lowest_layer` and `_highest_layer` are over
-  layers.
+  layers. `num_params` counts all parameters.
   """
   names = ["arm", "num_seeds", "seeds"]
   names += [f"{c.key}_{part}" for c in summary.columns for part in ("mean", "std", "n")]
-  names += ["max_vio_lowest_layer", "max_vio_highest_layer"]
+  names += ["max_vio_lowest_layer", "max_vio_highest_layer", "num_params"]
   with disk.whole_text(path) as file:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(names)
@@ -115,7 +115,8 @@ def write_csv(path: str | os.PathLike[str], summary: Summary) -> None:
       for column in summary.columns:
         cell = row.cells[column.key]
         line += [None, None, 0] if cell is None else [cell.mean, cell.spread, cell.num]
-      writer.writerow(line + list(row.max_vio_range or ("", "")))  # None is written as nothing
+      line += [*(row.max_vio_range or (None, None)), row.num_params]
+      writer.writerow(line)  # None is written as nothing
 
 
 def write_differences_csv(path: str | os.PathLike[str], differences: Sequence[Difference]) -> None:
@@ -151,7 +152,9 @@ def _row(line: dict[str, str], columns: dict[str, Column]) -> Row:
   for key in columns:
     mean, spread = _number(line[f"{key}_mean"]), _number(line[f"{key}_std"])
     cells[key] = None if mean is None else Stat(mean, spread, int(line[f"{key}_n"]))
-  return Row(line["arm"], tuple(map(int, line["seeds"].split())), cells)
+  num_params = _number(line.get("num_params", ""))  # which tables of older code lack
+  seeds = tuple(map(int, line["seeds"].split()))
+  return Row(line["arm"], seeds, cells, num_params=None if num_params is None else int(num_params))
 
 
 def _difference(line: dict[str, str], columns: dict[str, Column]) -> Difference:

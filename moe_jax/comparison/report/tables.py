@@ -11,6 +11,7 @@ from moe_jax.comparison.report.words import (
   differences_caption,
   judgements,
   not_comparable,
+  other_sizes,
   shown_yardsticks,
 )
 from moe_jax.comparison.statistics import Column, Stat, Summary
@@ -96,6 +97,8 @@ def print_table(summary: Summary, console: Any = None) -> None:
   columns = main_columns(summary)
   console = console or _standard_output()
   _print_blocks(*cells_of(summary, columns), console)
+  if other_sizes(summary):
+    console.print(_text(other_sizes(summary), console))
   console.print(_text(caption(summary, columns), console), style="dim")
 
 

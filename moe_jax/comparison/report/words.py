@@ -14,7 +14,7 @@ from moe_jax.comparison.differences import (
   family_of,
   smallest_resolvable,
 )
-from moe_jax.comparison.facts import facts_sentence
+from moe_jax.comparison.facts import facts_sentence, short
 from moe_jax.comparison.results import PROTOCOL
 from moe_jax.comparison.statistics import Column, Summary
 
@@ -38,12 +38,26 @@ def caption(summary: Summary, columns: Sequence[Column]) -> str:
   else:
     n = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     spread = f"Mean ± sample standard deviation over {n} seeds."
-  sentences = [facts_sentence(summary.facts), spread]
+  swept = [f"Each arm is at its best of {chosen}." for chosen in summary.facts.get("swept", ())]
+  sentences = [facts_sentence(summary.facts), *swept, spread]
   sentences += [_MEANINGS[column.key] for column in columns if column.key in _MEANINGS]
   if shown_yardsticks(summary, columns):
     names = ", ".join(summary.yardsticks)
     sentences.append(f"Byte {names}: smoothed models counted on the training text.")
   return " ".join(sentence for sentence in sentences if sentence)
+
+
+def other_sizes(summary: Summary) -> str:
+  """Returns a line that names the arms whose parameters are over 10% more or fewer than the first arm's, or ""."""
+  base = summary.rows[0]
+  known = [row for row in summary.rows if base.num_params and row.num_params]
+  more = [row for row in known if row.num_params > 1.1 * base.num_params]
+  fewer = [row for row in known if row.num_params < 0.9 * base.num_params]
+  found = []
+  for word, rows in (("More", more), ("Fewer", fewer)):
+    arms = ", ".join(f"{row.arm} ({short(row.num_params)})" for row in rows)
+    found += [f"{word} parameters than {base.arm} ({short(base.num_params)}): {arms}."] if rows else []
+  return " ".join(found)
 
 
 def byte_models(summary: Summary) -> dict[str, float]:
@@ -90,12 +104,17 @@ def _judgement(differences: Sequence[Difference], column: Column) -> Judgement:
 
 
 def not_comparable(differences: Sequence[Difference]) -> str:
-  """Returns a sentence that lists the arms without verdicts, with the reasons; empty if there are none."""
-  reasons = {d.arm: d.broken for d in differences if d.broken}
-  if not reasons:
-    return ""
-  arms = ", ".join(f"{arm} ({reason})" for arm, reason in reasons.items())
-  return f"Not comparable with {differences[0].baseline}, so without a verdict: {arms}."
+  """Returns what arms have no verdict, in any quantity or in one, with the reasons; empty if there are none."""
+  comparable = {d.arm for d in differences if not d.broken}
+  reasons = {d.arm: d.broken for d in differences if d.arm not in comparable}
+  found = [(f"Not comparable with {differences[0].baseline}", reasons)] if reasons else []
+  for column in {d.key: d.column for d in differences if d.column.judged}.values():
+    cells = [d for d in differences if d.key == column.key and d.broken and d.arm in comparable]
+    if cells:
+      title = f"Not comparable with {cells[0].baseline} in {in_sentence(column)}"
+      found.append((title, {d.arm: d.broken for d in cells}))
+  each = ((title, ", ".join(f"{a} ({reason})" for a, reason in of.items())) for title, of in found)
+  return " ".join(f"{title}, so without a verdict: {arms}." for title, arms in each)
 
 
 def differences_caption(differences: Sequence[Difference], varies: Sequence[str] = ()) -> str:
