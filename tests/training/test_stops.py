@@ -7,8 +7,10 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from jax._src import distributed
 
 from moe_jax import disk
 from moe_jax.comparison import comparison
@@ -16,6 +18,7 @@ from moe_jax.data import load_dataset
 from moe_jax.errors import InputError, Stopped
 from moe_jax.training import stops
 from moe_jax.training.loop import Run
+from moe_jax.training.stops import Stops
 from tests import tiny
 
 CONFIG = tiny.change(tiny.CONFIG, num_steps=6, eval_batches=2, num_layers=1)
@@ -189,3 +192,26 @@ def test_a_lock_of_another_machine_is_taken_over_when_it_shows_no_life(tmp_path,
   with disk.hold(path, "it"), disk.hold(path, "what it holds it may hold again"):
     assert disk.read_object(path)["pid"] == os.getpid()
   assert path.read_text() == "" and "node7" in capsys.readouterr().err
+
+
+class Notified:
+  """Stands for JAX's preemption service after a notice, on which all processes agree at step 3."""
+
+  def reached_sync_point(self, step):
+    return step == 3
+
+
+def test_a_notice_of_jax_stops_a_run_in_a_thread(monkeypatch):
+  """Only where another program has started JAX's service; without it, nobody is asked."""
+  with Stops() as listener:
+    assert [listener.reached(step) for step in (1, 2, 3)] == ["", "", ""]
+    listener.close()
+  monkeypatch.setattr(distributed.global_state, "client", object())
+  monkeypatch.setattr(distributed.global_state, "preemption_sync_manager", Notified())
+
+  def train():
+    with Stops() as listener:
+      return [listener.reached(step) for step in (1, 2, 3)]
+
+  with ThreadPoolExecutor(1) as pool:
+    assert pool.submit(train).result() == ["", "", "a preemption notice"]
