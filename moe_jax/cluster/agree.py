@@ -38,6 +38,11 @@ class Agreement:
       self._thread = threading.Thread(target=self._listen, daemon=True)
       self._thread.start()
 
+  @property
+  def reason(self) -> str:
+    """Why this process has been asked, or has heard that another one was; empty: it has not."""
+    return self._reason
+
   def ask(self, reason: str) -> None:
     """Asks all processes to stop, from any thread. The first reason counts."""
     self._reason = self._reason or reason

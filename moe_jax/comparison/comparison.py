@@ -134,6 +134,8 @@ class Comparison:
         self.folder.check_text(dataset.info.fingerprint)
     if self.sweep:
       self._select(dataset)
+    runs = self._runs()
+    self._check_runs(runs, dataset.info.fingerprint)
     with processes.first_writes("claim") as mine:
       if mine:
         self.folder.claim(self._claimed())
@@ -142,8 +144,6 @@ class Comparison:
       f"--output_dir={self.folder.path}: holds the config.json of process 0",
       "the folder must be on a file system that all processes share",
     )
-    runs = self._runs()
-    self._check_finished(runs, dataset.info.fingerprint)
     todo = processes.from_first([run for run in runs if not self._is_done(*run)])
     if len(todo) < len(runs):
       kept = f"{len(runs) - len(todo)} of {len(runs)} runs in {self.folder.path} are done and kept"
@@ -165,14 +165,13 @@ class Comparison:
     runs = [(arm, seed) for seed in self.seeds for arm in self.arms]
     return runs if self.sweep else self.shard.part(runs)
 
-  def _check_finished(self, runs: list[tuple[str, int]], text: str) -> None:
-    """Raises `InputError` if a finished run is of another configuration, whatever the folder's config.json says."""
+  def _check_runs(self, runs: list[tuple[str, int]], text: str) -> None:
+    """Raises `InputError` if a run is of another configuration, whatever the folder's config.json says."""
     refused = ""
     if processes.is_first():
-      finished = [run for run in runs if self.folder.has_result(*run)]
       lines = (
         identity.refusal(self.folder.run(arm, seed), _with_seed(self.configs[arm], seed), text)
-        for arm, seed in finished
+        for arm, seed in runs
       )
       refused = next(filter(None, lines), "")
     refused = processes.from_first(refused)

@@ -57,13 +57,18 @@ class JsonlWriter(MetricWriter):
     path: the file; it and its folders are created if absent.
     resume_step: the step of the restored checkpoint. Lines of later steps are removed, because the run will
       write them again. None: keep every complete line.
+    expected: the number of lines up to that step. If fewer are there, one line says so.
+
+  Attributes:
+    lines: how many there are, or should be.
   """
 
-  def __init__(self, path: str | os.PathLike[str], *, resume_step: int | None = None):
+  def __init__(
+    self, path: str | os.PathLike[str], *, resume_step: int | None = None, expected: int | None = None
+  ):
     self.path = pathlib.Path(path)
     self.path.parent.mkdir(parents=True, exist_ok=True)
-    if self.path.exists():
-      _truncate(self.path, resume_step)
+    self.lines = max(_truncate(self.path, resume_step, expected), expected or 0)
     self._file = self.path.open("a", encoding="utf-8", newline="\n")
 
   def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -72,6 +77,7 @@ class JsonlWriter(MetricWriter):
     line = {"step": int(step)} | {name: _to_json(to_numpy(name, value)) for name, value in metrics.items()}
     self._file.write(json.dumps(line, allow_nan=False) + "\n")
     self._file.flush()
+    self.lines += 1
 
   def flush(self) -> None:
     os.fsync(self._file.fileno())
@@ -226,7 +232,7 @@ def read_lines(path: str | os.PathLike[str]) -> tuple[list[tuple[str, dict[str, 
   lines, lost = [], 0
   try:
     texts = pathlib.Path(path).read_bytes().splitlines(keepends=True)
-  except OSError:
+  except FileNotFoundError:
     return [], 0
   for text in texts:
     if not text.endswith(b"\n"):
@@ -252,14 +258,22 @@ def _lines(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
   return lines
 
 
-def _truncate(path: pathlib.Path, resume_step: int | None) -> None:
-  """Removes an incomplete last line and the lines of steps after `resume_step`.
+def _truncate(path: pathlib.Path, resume_step: int | None, expected: int | None) -> int:
+  """Removes an incomplete last line and the lines of steps after `resume_step`. Returns the number of the others.
 
-  A file with damaged lines is moved aside, and its whole lines are kept.
+  One line says so where lines are damaged, or there are fewer than `expected`. The file is moved aside then if something
+  in it cannot be read, and its whole lines are kept.
   """
+  was_there = path.exists()
   lines, lost = read_lines(path)
-  if lost:
-    place = disk.move_aside(path, path.parent)
-    disk.note(f"{path}: {lost} lines cannot be read, moved to {place}; its {len(lines)} whole lines are kept")
   kept = [text for text, line in lines if resume_step is None or line["step"] <= resume_step]
-  disk.write_whole(path, "".join(kept).encode())
+  missing = expected is not None and len(kept) < expected
+  if lost or missing:
+    torn = was_there and path.stat().st_size > sum(len(text.encode()) for text, _ in lines)
+    place = f", moved to {disk.move_aside(path, path.parent)}" if torn else ""
+    counts = f"{len(kept)} of {expected} lines up to step {resume_step} are there" if missing else ""
+    unread = f"{lost} lines cannot be read{place}; its {len(lines)} whole lines are kept"
+    disk.note(f"{path}: {counts}{place}" if missing else f"{path}: {unread}")
+  if was_there:
+    disk.write_whole(path, "".join(kept).encode())
+  return len(kept)

@@ -17,6 +17,7 @@ from moe_jax.nn.aux import by_layer
 from moe_jax.nn.moe import MoE
 from moe_jax.nn.transformer import Transformer
 from moe_jax.ops.metrics import METRICS, Metric
+from moe_jax.training.identity import lasting
 from moe_jax.training.protocol import protocol_of
 from moe_jax.training.step import EvalSums
 from moe_jax.types import Array, PyTree
@@ -101,6 +102,8 @@ def result_of(run: "Run", validation: dict[str, Any], num_steps: int) -> dict[st
     "seed": config.train.seed,
     **protocol_of(config),
     "num_steps": num_steps,
+    "config": lasting(config),
+    "metric_lines": run.metrics.lines if run.metrics else 0,
     **({"init_from": init_from(run)} if config.train.init_from else {}),
     "num_params": num_params,
     "num_active_params": num_active,
@@ -137,6 +140,7 @@ def diverged_result(run: "Run", reason: str) -> dict[str, Any]:
     "arm": run.label,
     "seed": run.config.train.seed,
     "fingerprint": run.dataset.info.fingerprint,
+    "config": lasting(run.config),
     "diverged": reason,
     "validation": {"nll": "Infinity", "perplexity": "Infinity", "bits_per_byte": "Infinity"},
   }

@@ -118,6 +118,27 @@ def test_runs_of_another_configuration_are_noticed_without_the_config_of_the_fol
     compare(copy, config=tiny.change(CONFIG, learning_rate=1e-4))
 
 
+@pytest.mark.parametrize(
+  "lose", [lambda path: path.write_text(""), pathlib.Path.unlink], ids=["emptied", "removed"]
+)
+def test_finished_runs_of_another_configuration_are_noticed_without_any_config(copy, trained, lose):
+  """Their results say so, and their checkpoints."""
+  for path in (copy / "config.json", copy / "arms/a/seed_0/config.json", copy / "arms/b/seed_0/config.json"):
+    lose(path)
+  (copy / "config.json").write_text("")  # without one, the folder is refused
+  (copy / "arms/b/seed_0/result.json").unlink()
+  line = r"seed_0: holds a run with another configuration \(learning_rate was 0.003, now 0.5\)"
+  with pytest.raises(InputError, match="a/" + line):
+    compare(copy, config=tiny.change(CONFIG, learning_rate=0.5))
+  shutil.rmtree(copy / "arms/a/seed_0/checkpoints")
+  with pytest.raises(InputError, match="a/" + line):
+    compare(copy, config=tiny.change(CONFIG, learning_rate=0.5))
+  with pytest.raises(InputError, match="b/" + line):
+    compare(copy, {"b": ARMS["b"]}, tiny.change(CONFIG, learning_rate=0.5))
+  compare(copy, {"a": ARMS["a"]})  # nothing has claimed the folder meanwhile
+  assert trained == []
+
+
 def test_damaged_metrics_leave_no_silent_hole(copy, capsys):
   paths = [copy / f"arms/{arm}/seed_0/metrics.jsonl" for arm in "ab"]
   paths[0].write_text(paths[0].read_text()[:-30])
@@ -126,9 +147,12 @@ def test_damaged_metrics_leave_no_silent_hole(copy, capsys):
   assert [(x["arm"], x["step"]) for x in read_jsonl(copy / "metrics.jsonl")] == [("a", 1), ("a", 2), ("a", 3)]
   said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
   assert [line.partition("; ")[2] for line in said] == [
-    "its lines end at step 3 of 4, and 0 cannot be read",
-    "its lines end at step 0 of 4, and 0 cannot be read",
+    "3 of 4 lines are there, up to step 3 of 4, and 0 cannot be read",
+    "0 of 4 lines are there, up to step 0 of 4, and 0 cannot be read",
   ]
+  paths[0].write_text("".join(f'{{"step": {step}}}\n' for step in (1, 2, 4)))  # a hole before the end
+  compare(copy)
+  assert "jsonl: is damaged; 3 of 4 lines are there, up to step 4 of 4" in capsys.readouterr().err
 
 
 def test_a_diverged_arm_is_kept_and_the_others_go_on(tmp_path, trained, capsys):

@@ -17,6 +17,7 @@ from moe_jax.comparison import comparison
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError, Stopped
 from moe_jax.training import stops
+from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.loop import Run
 from moe_jax.training.stops import Stops
 from tests import tiny
@@ -69,13 +70,59 @@ def test_a_time_limit_and_checkpoints_by_time(dataset, tmp_path, monkeypatch):
   monkeypatch.setattr(stops, "FIRST_SAVE", 0.0)
   config = tiny.change(CONFIG, checkpoint_minutes=1e-9)
   Run(config, dataset, tmp_path / "often").train()
-  assert len(saved) == CONFIG.train.num_steps  # at every line of metrics
+  assert len(saved) == CONFIG.train.num_steps
   saved.clear()
   monkeypatch.setattr(stops, "FIRST_SAVE", 1e6)
   Run(tiny.change(CONFIG, checkpoint_minutes=5.0), dataset, tmp_path / "rarely").train()
   assert len(saved) == 1
   with pytest.raises(Stopped, match=r"stopped by --max_minutes=1e-09; step [12] of 6 is saved"):
     Run(tiny.change(CONFIG, max_minutes=1e-9), dataset, tmp_path / "limited").train()
+  saved.clear()
+  monkeypatch.setattr(stops, "FIRST_SAVE", 0.0)
+  # The clock is asked at each step, not only at lines of metrics.
+  Run(tiny.change(config, log_every=100), dataset, tmp_path / "silent").train()
+  assert len(saved) == CONFIG.train.num_steps
+  stop = tiny.change(CONFIG, max_minutes=(time.monotonic() - stops._started + 0.3) / 60, log_every=10**6)
+  with pytest.raises(Stopped, match=r"stopped by --max_minutes="):
+    Run(tiny.change(stop, num_steps=10**6), dataset, tmp_path / "long").train()
+
+
+@pytest.mark.parametrize("num_steps", [6, 4], ids=["last step", "its stop callback"])
+def test_a_signal_while_the_last_step_is_saved_counts(num_steps, dataset, tmp_path, monkeypatch):
+  """Else a comparison would go on to its next run, which nobody has told."""
+  save = Checkpoints.save
+
+  def signalled(self, step, *args):
+    save(self, step, *args)
+    if step == num_steps:
+      os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(0.2)
+
+  config = tiny.change(CONFIG, eval_every=2 if num_steps < CONFIG.train.num_steps else 0)
+  reached = lambda validation: config.train.eval_every > 0 and asked.append(1) is None and len(asked) != 1
+  asked = []
+  with monkeypatch.context() as patch:
+    patch.setattr(Checkpoints, "save", signalled)
+    with pytest.raises(Stopped, match=rf"stopped by SIGTERM; step {num_steps} of 6 is saved"):
+      Run(config, dataset, tmp_path, label="arm", stop=reached).train()
+  assert not (tmp_path / "result.json").exists()
+  assert Run(config, dataset, tmp_path, label="arm", stop=reached).train()["num_steps"] == num_steps
+
+
+@pytest.mark.parametrize("number", stops.SIGNALS, ids=lambda n: n.name)
+def test_a_second_signal_ends_at_once(number, monkeypatch):
+  """Also where the main thread waits for a save, and whichever signal it is."""
+  ends = []
+  monkeypatch.setattr(stops.os, "_exit", ends.append)
+  monkeypatch.setattr(stops.abort, "write", ends.append)
+  with stops.Stops() as listener:
+    assert listener.reached(1) == ""
+    os.kill(os.getpid(), number)
+    time.sleep(0.1)
+    assert ends == [] and listener.reached(2) == number.name
+    os.kill(os.getpid(), number)
+    time.sleep(0.1)
+    assert ends == [f"error: a second signal, {number.name}: ended without saving", 128 + number]
 
 
 @pytest.fixture
