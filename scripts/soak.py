@@ -5,10 +5,11 @@
 
 One small comparison of one arm is trained to its end without faults. Then it is trained again and again, in new folders, with
 faults drawn from --seed: kill -9, SIGTERM, Ctrl-C, files that are cut, flipped or removed, files that cannot be written,
-a second start at the same time, times of files, also those in their names, that are a day off, a damaged cache of the corpus. After each, the same
-command is started again. At the end, parameters, optimizer, result, metrics and TensorBoard's events must be those of the undisturbed run, bit
-by bit. A start may also end with one line that says what to do; a traceback, a hang or another end is a failure, and the
-exit status is then 1. On one machine with several processes: tests/cluster.
+a second start at the same time, times of files (also those in names) that are a day off, a damaged cache of the corpus.
+After each, the same command is started again. At the end, parameters, optimizer, result, metrics, TensorBoard's events and
+recorded router logits must be those of the undisturbed run, bit by bit. A start may also end with one line that says what to
+do; a traceback, a hang or another end is a failure, and the exit status is then 1. On one machine with several processes:
+scripts/soak_cluster.py.
 """
 
 import collections
@@ -24,7 +25,7 @@ import time
 from collections.abc import Callable
 
 from absl import flags
-from soak_start import ARM, LIMIT, Failed, Start, move_events, remedy, shown_events
+from soak_start import ARM, LIMIT, Failed, Start, move_events, recorded, remedy, shown_events
 
 from moe_jax import cli
 from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, TrainConfig
@@ -53,7 +54,9 @@ def config(texts: pathlib.Path, data: pathlib.Path) -> Config:
       sequence_length=16,
       batch_size=8,
     ),
-    train=TrainConfig(num_steps=_STEPS.value, log_every=1, checkpoint_every=20, eval_batches=2),
+    train=TrainConfig(
+      num_steps=_STEPS.value, log_every=1, checkpoint_every=20, eval_batches=2, record_router_logits=1
+    ),
   )
 
 
@@ -146,6 +149,9 @@ class Soak:
     parts["arrays of the last checkpoint"] = [json.loads(path.read_text())["arrays"] for path in saved]
     parts["metrics"] = [self._metrics(folder) for folder in (self.whole, own)]
     parts["events"] = [shown_events(folder / "tensorboard") for folder in (self.whole, own)]
+    parts["router logits"] = [
+      recorded(folder) for folder in (self.whole, own) if "router logits" not in spoilt
+    ]
     for name in spoilt:
       del parts[name]
     for name, (expected, found) in parts.items():
@@ -156,7 +162,7 @@ class Soak:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
 
-  # Faults: (process, folder) -> what they may have lost a part of: metrics, events.
+  # Faults: (process, folder) -> what they may have lost a part of: metrics, events, router logits.
 
   def kill(self, process: Start, output_dir: pathlib.Path) -> set[str]:
     process.kill()
@@ -207,8 +213,8 @@ class Soak:
     if process.status == 2:
       self.refused(process)
     self.kill(process, output_dir)
-    name = damaged.name if damaged else ""
-    return {part for part, of in (("metrics", "metrics.jsonl"), ("events", EVENTS)) if name.startswith(of)}
+    of = {"metrics": "metrics.jsonl", "events": EVENTS, "router logits": ("steps_", "header.json")}
+    return {part for part, begins in of.items() if damaged and damaged.name.startswith(begins)}
 
   def _damage(self, paths) -> pathlib.Path | None:
     files = sorted(path for path in paths if path.is_file() and path.stat().st_size)

@@ -1,4 +1,4 @@
-"""A start of a run that `soak.py` disturbs, what a user does after one that is refused, and what TensorBoard shows."""
+"""A start of a run that `soak.py` disturbs, what a user does after one that is refused, and what is left of a run."""
 
 import contextlib
 import os
@@ -16,8 +16,9 @@ from tensorboardX.proto.event_pb2 import Event
 from moe_jax import cli
 from moe_jax.comparison.comparison import Comparison
 from moe_jax.config import Config
-from moe_jax.errors import STOPPED_STATUS
+from moe_jax.errors import STOPPED_STATUS, InputError
 from moe_jax.training.metric_writer import EVENTS
+from moe_jax.training.router_trace import Trace
 
 ARM = "arm"
 LIMIT = 300.0  # seconds that a start may take
@@ -138,3 +139,15 @@ def shown_events(folder: pathlib.Path) -> dict[tuple[str, int], bytes]:
           shown[value.tag, event.step] = value.SerializeToString()
       at = end + 4
   return shown
+
+
+def recorded(folder: pathlib.Path) -> list[bytes]:
+  """Returns the bytes of all recorded steps of a run, of which none may be missing."""
+  try:
+    trace = Trace(folder)
+    found = trace.read(0, len(trace))
+  except InputError as error:
+    raise Failed(str(error)) from None
+  if trace.missing:
+    raise Failed(f"{folder}: {trace.missing}")
+  return [x.tobytes() for x in found]
