@@ -13,7 +13,9 @@ scripts/soak_cluster.py.
 """
 
 import collections
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -28,8 +30,9 @@ from absl import flags
 from soak_start import ARM, LIMIT, Failed, Start, move_events, recorded, remedy, shown_events
 
 from moe_jax import cli
+from moe_jax.comparison.folder import ComparisonFolder
 from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, TrainConfig
-from moe_jax.training.metric_writer import EVENTS
+from moe_jax.training.metric_writer import EVENTS, read_lines
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "the", "dog", "ran", "after", "it", "until", "dark"]
 
@@ -147,20 +150,31 @@ class Soak:
     parts |= {f"training {k}": [r["training"][k] for r in results] for k in ("loss", "max_vio", "tail_steps")}
     saved = [folder / f"checkpoints/{_STEPS.value}/extra/metadata" for folder in (self.whole, own)]
     parts["arrays of the last checkpoint"] = [json.loads(path.read_text())["arrays"] for path in saved]
-    parts["metrics"] = [self._metrics(folder) for folder in (self.whole, own)]
+    metrics = [self._metrics(folder) for folder in (self.whole, own)]
+    parts["metrics"] = metrics
     parts["events"] = [shown_events(folder / "tensorboard") for folder in (self.whole, own)]
     parts["router logits"] = [
       recorded(folder) for folder in (self.whole, own) if "router logits" not in spoilt
     ]
     for name in spoilt:
       del parts[name]
+    if "metrics" in spoilt and len(metrics[0]) != len(
+      metrics[1]
+    ):  # a flipped digit shows nowhere, but a hole does
+      parts["note of lost lines"] = [True, self._notes_holes(output_dir)]
     for name, (expected, found) in parts.items():
       if found != expected:
         raise Failed(f"{output_dir}: other {name} than the undisturbed run")
 
   def _metrics(self, folder: pathlib.Path) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+    lines, _ = read_lines(folder / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for _, line in lines]
+
+  def _notes_holes(self, output_dir: pathlib.Path) -> bool:
+    """Whether a report of the run says that lines of metrics.jsonl are lost."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+      ComparisonFolder(output_dir).merge_metrics([(ARM, 0)])
+    return "lines are there" in said.getvalue()
 
   # Faults: (process, folder) -> what they may have lost a part of: metrics, events, router logits.
 

@@ -127,10 +127,6 @@ class Checkpoints:
         self._manager.wait_until_finished()
     except Exception:
       self._steps = self._list()
-      if jax.process_count() == 1 and self._manager:  # it remembers what failed
-        manager, self._manager = self._manager, None
-        with contextlib.suppress(Exception):
-          manager.close()
       raise
 
   def restore(

@@ -113,7 +113,7 @@ def test_a_save_does_not_keep_the_loop(tmp_path, monkeypatch):
 
 
 def test_a_save_after_one_that_failed_is_whole(tmp_path, monkeypatch):
-  """Of Orbax itself, whose manager remembers a failure. What failed does not count as the latest."""
+  """With Orbax itself. What failed does not count as the latest."""
   checkpoints = Checkpoints(tmp_path / "run")
   checkpoints.save(1, STATE, {})
   checkpoints.wait()

@@ -1,12 +1,14 @@
 """A run that is asked to stop finishes its step, saves it, says so, and continues to the same numbers."""
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -83,9 +85,12 @@ def test_a_time_limit_and_checkpoints_by_time(dataset, tmp_path, monkeypatch):
   # The clock is asked at each step, not only at lines of metrics.
   Run(tiny.change(config, log_every=100), dataset, tmp_path / "silent").train()
   assert len(saved) == CONFIG.train.num_steps
-  stop = tiny.change(CONFIG, max_minutes=(time.monotonic() - stops._started + 0.3) / 60, log_every=10**6)
-  with pytest.raises(Stopped, match=r"stopped by --max_minutes="):
-    Run(tiny.change(stop, num_steps=10**6), dataset, tmp_path / "long").train()
+  ticks = itertools.count()  # seconds: one passes between two looks
+  monkeypatch.setattr(stops, "time", types.SimpleNamespace(monotonic=lambda: float(next(ticks))))
+  monkeypatch.setattr(stops, "_started", 0.0)
+  limited = tiny.change(CONFIG, max_minutes=2.5 / 60, checkpoint_minutes=0.0, log_every=100)
+  with pytest.raises(Stopped, match=r"stopped by --max_minutes=0.0416667; step 3 of 6 is saved"):
+    Run(limited, dataset, tmp_path / "asked each step").train()
 
 
 @pytest.mark.parametrize("num_steps", [6, 4], ids=["last step", "its stop callback"])
