@@ -90,7 +90,8 @@ def test_config_json_of_a_comparison(folder, content):
 @functools.cache
 def _published(name: str) -> dict:
   _, values = describe(resolve(PRESETS[name].model), VOCAB_SIZES[name])
-  return values
+  numbers = {"max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 0}
+  return values | numbers | {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
 
 
 TINY = [

@@ -6,6 +6,7 @@ over devices. The ids above the last real one never occur.
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,6 +61,19 @@ def load_tokenizer(name: str, ids: ModelIds | None = None) -> Tokenizer:
   return load(path, ids)
 
 
+def missing_tokenizer(folder: str | os.PathLike[str]) -> InputError:
+  """Returns the error for a model without a tokenizer. Where its files can be converted, it says how."""
+  path = Path(folder)
+  how = "it has {}, of which transformers makes a tokenizer.json: {} (docs/checkpoints.md)"
+  if (path / "tiktoken.model").exists():
+    own = how.format("tiktoken.model", "convert_tiktoken_to_fast")
+  elif (path / "vocab.json").exists():
+    own = how.format("vocab.json", "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)")
+  else:
+    own = "put its tokenizer.json there"
+  return InputError(f"{folder}: has no tokenizer (tokenizer.json or tokenizer.model); {own}")
+
+
 def _bytes_tokenizer() -> Tokenizer:
   """Token ids are the 256 bytes of utf-8, then bos and pad."""
 
@@ -78,11 +92,11 @@ def _sentencepiece_tokenizer(path: Path, ids: ModelIds | None) -> Tokenizer:
   try:
     import sentencepiece
   except ImportError:
-    raise InputError(f"--tokenizer={path}: needs SentencePiece, run: pip install sentencepiece") from None
+    raise InputError(f"{_given(path, ids)}: needs SentencePiece, run: pip install sentencepiece") from None
   try:
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
   except (OSError, RuntimeError) as error:
-    raise InputError(f"--tokenizer={path}: is not a SentencePiece model ({_first_line(error)})") from None
+    raise InputError(f"{_given(path, ids)}: is not a SentencePiece model ({_first_line(error)})") from None
 
   def encode(text: str) -> np.ndarray:
     return np.asarray(model.encode(text), np.int32)
@@ -101,7 +115,7 @@ def _hugging_face_tokenizer(path: Path, ids: ModelIds | None) -> Tokenizer:
   try:
     model = tokenizers.Tokenizer.from_file(str(path))
   except Exception as error:  # the library raises plain Exception
-    raise InputError(f"--tokenizer={path}: is not a tokenizer.json ({_first_line(error)})") from None
+    raise InputError(f"{_given(path, ids)}: is not a tokenizer.json ({_first_line(error)})") from None
   model.no_truncation()
   model.no_padding()
 
@@ -116,6 +130,11 @@ def _hugging_face_tokenizer(path: Path, ids: ModelIds | None) -> Tokenizer:
   pad = _first_id(model, ("<pad>", "[PAD]", "<|pad|>"))
   size = 1 + max(model.get_vocab(with_added_tokens=True).values())  # ids can have gaps
   return _of_file(encode, decode, size, bos, pad, path, ids)
+
+
+def _given(path: Path, ids: ModelIds | None) -> str:
+  """What names the file in an error: the flag, or the file alone if it came with a model."""
+  return f"--tokenizer={path}" if ids is None else str(path)
 
 
 def _first_id(model: Any, names: Sequence[str]) -> int | None:

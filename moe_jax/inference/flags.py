@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,7 @@ def open_dataset(loaded: "Loaded") -> "Dataset":
   """
   from moe_jax.config.fields import positive
   from moe_jax.data import load_dataset
+  from moe_jax.data.tokenizers import missing_tokenizer
 
   values, own = flags.FLAGS, loaded.config.data
   names = ("dataset", "text_folder", "data_dir", "sequence_length")
@@ -56,7 +58,7 @@ def open_dataset(loaded: "Loaded") -> "Dataset":
   )
   positive(data, "batch_size", "sequence_length")
   if loaded.tokenizer is None:
-    raise InputError(f"--model={loaded.folder}: has no tokenizer, with which the text could be cut")
+    raise InputError(f"--model={missing_tokenizer(loaded.folder)}")
   # A tokenizer that was trained on this very data set comes with it, and has the tokens cached.
   is_own = own.bpe_size and (data.dataset, data.text_folder) == (own.dataset, own.text_folder)
   return load_dataset(data, None if is_own else loaded.tokenizer)
@@ -99,14 +101,28 @@ def open_model() -> "Iterator[Loaded]":
   from moe_jax.interop.load import load
 
   with contextlib.ExitStack() as stack:
-    if flags.FLAGS.mesh:
-      mesh = sharding.make_mesh(mesh_config(flags.FLAGS.mesh))
-      stack.enter_context(jax.set_mesh(mesh))
-    loaded = load(flags.FLAGS.model, flags.FLAGS.dtype)
-    if flags.FLAGS.mesh:
-      parts = mesh.size  # the batch is made to fit, so only the model is checked
-      sharding.check_divides(mesh, loaded.config.model, micro_batch=parts, num_groups=parts)
+    with _naming_mesh():
+      if flags.FLAGS.mesh:
+        mesh = sharding.make_mesh(mesh_config(flags.FLAGS.mesh))
+        stack.enter_context(jax.set_mesh(mesh))
+      loaded = load(flags.FLAGS.model, flags.FLAGS.dtype)
+      if flags.FLAGS.mesh:
+        parts = mesh.size  # the batch is made to fit, so only the model is checked
+        sharding.check_divides(mesh, loaded.config.model, micro_batch=parts, num_groups=parts)
     yield loaded
+
+
+@contextlib.contextmanager
+def _naming_mesh() -> Iterator[None]:
+  """Names `--mesh` in errors, in place of the flags by which other scripts say the sizes of a mesh."""
+  try:
+    yield
+  except InputError as error:
+    text, count = re.subn(r"--(\w+)_parallelism=(-?\d+)", r"--mesh=\1=\2", str(error))
+    if not count:
+      raise
+    text = text.replace(", --mesh=", ",")
+    raise InputError(re.sub(r"--(?!mesh=)(\w+=)", r"\1", text)) from None  # a size of the model is no flag
 
 
 def mesh_config(pairs: list[str]) -> MeshConfig:

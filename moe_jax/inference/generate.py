@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moe_jax.data.tokenizers import missing_tokenizer
 from moe_jax.errors import InputError
 from moe_jax.inference.model import check_generates, dropless, on_mesh, rows_of_mesh
 from moe_jax.inference.text import TextSoFar
@@ -103,7 +104,8 @@ def stream(
 ) -> Iterator[list[Piece]]:
   """Yields pieces of text as they come, one for each prompt. The arguments are those of `generate`."""
   if loaded.tokenizer is None:
-    raise InputError(f"{loaded.folder}: has no tokenizer; use moe_jax.inference.generate_tokens")
+    without = "or, with token ids, use moe_jax.inference.generate.generate_tokens"
+    raise InputError(f"{missing_tokenizer(loaded.folder)}; {without}")
   texts = [prompts] if isinstance(prompts, str) else list(prompts)
   tokenizer = loaded.tokenizer
   encoded = [tokenizer.encode(text) for text in texts]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from moe_jax.interop.families.fields import layers_of, shared_moe
 from moe_jax.nn.block import Block
 from moe_jax.nn.build import make_blocks, resolve
 from moe_jax.nn.variables import abstract
+from moe_jax.registry import Method
 
 # The fields of a layer with experts that change what it computes in evaluation.
 _MOE_FIELDS = (
@@ -62,6 +64,37 @@ def describe(config: ModelConfig, vocab_size: int, model_type: str = "") -> tupl
     "save: no published family computes what this model does; "
     f"the nearest is {family.model_type}, where {differences[0]}{others}"
   )
+
+
+def balancers_line(config: ModelConfig, family: Family, values: dict[str, Any]) -> str:
+  """Returns the line about balancers that the values of a config.json do not hold. Empty if they hold all of them.
+
+  Args:
+    config: resolved; `describe` found family and values for it.
+    family, values: what the config.json is read with, and what it has.
+  """
+  of = lambda config: [block.moe.balancers for block in layers_of(config) if str(block.ffn) == "moe"]
+  pairs = list(zip(of(config), of(_read_back(family, values)), strict=True))
+  lacking = lambda some, others: [m for m in some if not any(_same_method(m, other) for other in others)]
+  if not any(lacking(ours, theirs) or lacking(theirs, ours) for ours, theirs in pairs):
+    return ""
+  text = lambda methods: ",".join(dict.fromkeys(map(spec_text, methods)))
+  ours, theirs = (list(dict.fromkeys(map(text, side))) for side in zip(*pairs, strict=True))
+  lost = text(method for pair in pairs for method in lacking(*pair)) or ours[0]
+  right = f"--balancers={ours[0]}" if len(ours) == 1 else f"the balancers of its layers ({'; '.join(ours)})"
+  return (
+    f"save: config.json of {family.model_type} cannot hold balancers={lost}, and is loaded with balancers={theirs[0]}; "
+    f"to continue this training, use {right} (in code: moe_jax.adapt.change_moe)"
+  )
+
+
+def _same_method(one: Method, other: Method) -> bool:
+  """Whether two methods are equal, up to how a number is rounded."""
+  if one.factory is not other.factory or one.source != other.source:
+    return False
+  pairs = zip(dict(one.options).values(), dict(other.options).values(), strict=True)
+  close = lambda a, b: isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=1e-12)
+  return all(a == b or close(a, b) for a, b in pairs)
 
 
 def _read_back(family: Family, values: dict[str, Any]) -> ModelConfig:

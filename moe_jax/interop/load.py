@@ -15,14 +15,16 @@ from flax import nnx
 
 from moe_jax import sharding
 from moe_jax.config import Config, DataConfig, TrainConfig
-from moe_jax.data.tokenizers import ModelIds, Tokenizer, load_tokenizer
+from moe_jax.data.tokenizers import Tokenizer, load_tokenizer
 from moe_jax.errors import InputError, unknown_name
 from moe_jax.interop.families import FAMILIES, Family, Values
 from moe_jax.interop.families.fields import layers_of
 from moe_jax.interop.folder import CONFIG, Folder, open_folder, read_config
 from moe_jax.interop.memory import check_memory
 from moe_jax.interop.names import Stored, bias_index, module_at, stored_parameters
+from moe_jax.interop.numbers import Numbers, check_integer, read_numbers
 from moe_jax.interop.place import load_parameter
+from moe_jax.interop.quantised import quantisation
 from moe_jax.nn.moe import MoE
 from moe_jax.nn.transformer import Transformer
 from moe_jax.nn.variables import BalancerState
@@ -57,11 +59,10 @@ def load(folder: str | os.PathLike[str], dtype: str = "float32", mtp: bool = Fal
   if is_run(folder):
     return load_run(folder)
   opened = open_checkpoint(folder, dtype, mtp)
-  model, skipped = load_model(opened.family, opened.folder, opened.config, opened.vocab_size, dtype)
-  values = Values(str(folder / CONFIG), opened.folder.config)
-  positions = values("max_position_embeddings", 0)
+  numbers = opened.numbers
+  model, skipped = load_model(opened.family, opened.folder, opened.config, numbers.ids.vocab_size, dtype)
   return Loaded(
-    model, opened.config, opened.tokenizer, 0, folder, _stop_ids(folder, values), skipped, positions
+    model, opened.config, opened.tokenizer, 0, folder, numbers.stop_ids, skipped, numbers.max_positions
   )
 
 
@@ -71,7 +72,7 @@ class Opened(NamedTuple):
   family: Family
   folder: Folder
   config: Config  # resolved
-  vocab_size: int
+  numbers: Numbers
   tokenizer: Tokenizer | None
 
 
@@ -87,10 +88,10 @@ def open_checkpoint(folder: pathlib.Path, dtype: str, mtp: bool) -> Opened:
     raise InputError(f"load: dtype must be {' or '.join(DTYPES)}, got {dtype!r}")
   plain = read_config(folder / CONFIG)
   family, values = family_of(folder, plain), Values(str(folder / CONFIG), plain)
-  tokenizer_file, ids = _tokenizer_file(folder), _ids(values)
-  tokenizer = None if tokenizer_file is None else load_tokenizer(str(tokenizer_file), ids)
+  tokenizer_file, numbers = _tokenizer_file(folder), read_numbers(folder, values)
+  tokenizer = None if tokenizer_file is None else load_tokenizer(str(tokenizer_file), numbers.ids)
   config = _config(family, values, DataConfig(tokenizer=str(tokenizer_file or "bytes")), dtype, mtp)
-  return Opened(family, open_folder(folder, plain), config, ids.vocab_size, tokenizer)
+  return Opened(family, open_folder(folder, plain), config, numbers, tokenizer)
 
 
 def read_model_config(folder: str | os.PathLike[str]) -> tuple[Config, int]:
@@ -104,7 +105,9 @@ def read_model_config(folder: str | os.PathLike[str]) -> tuple[Config, int]:
   family, values = family_of(path, read), Values(str(path / CONFIG), read)
   with _naming_file(values):
     mtp = family.mtp_depth(values) > 0
-  return _config(family, values, DataConfig(), "float32", mtp), _ids(values).vocab_size
+  quantisation(path, read)
+  config = _config(family, values, DataConfig(), "float32", mtp)
+  return config, read_numbers(path, values).ids.vocab_size
 
 
 def family_of(folder: pathlib.Path, values: dict[str, Any]) -> Family:
@@ -117,13 +120,18 @@ def family_of(folder: pathlib.Path, values: dict[str, Any]) -> Family:
       return family
     if name is None and family.architecture in architectures:
       return family
-  raise InputError(f"{folder / CONFIG}: {unknown_name('model_type', str(name or architectures), FAMILIES)}")
+  if name is not None:
+    error = unknown_name("model_type", str(name), FAMILIES)
+  else:
+    known = {family.architecture for family in FAMILIES.values()}
+    error = unknown_name("architectures", ", ".join(map(str, architectures)), known)
+  raise InputError(f"{folder / CONFIG}: {error}")
 
 
 def _config(family: Family, values: Values, data: DataConfig, dtype: str, mtp: bool) -> Config:
   """The configuration of the checkpoint. Everything around the model has its defaults."""
   with _naming_file(values):
-    _check_integer(values, "num_hidden_layers", _MOST_LAYERS)
+    check_integer(values, "num_hidden_layers", 1, _MOST_LAYERS)
     model = family.read(values)
     depth = family.mtp_depth(values)
   if dtype == "bfloat16":
@@ -151,12 +159,6 @@ def _naming_file(values: Values) -> Iterator[None]:
   except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
     text = " ".join(repr(error).split())[:200]
     raise InputError(f"{values.where}: a value is missing or has a wrong type ({text})") from None
-
-
-def _check_integer(values: Values, name: str, most: int) -> None:
-  value = values(name, 1)
-  if type(value) is not int or not 1 <= value <= most:
-    raise InputError(f"{values.where}: {name}={str(value)[:60]}: must be an integer from 1 to {most}")
 
 
 def load_model(
@@ -272,22 +274,6 @@ def with_bias(model: Transformer, stored: Stored, state: Any, bias: jax.Array) -
   leaves, tree = jax.tree.flatten(state)
   leaves[bias_index(module_at(model, stored.path[:-1]))] = bias
   return jax.tree.unflatten(tree, leaves)
-
-
-def _ids(values: Values) -> ModelIds:
-  _check_integer(values, "vocab_size", 2**31 - 1)
-  first = lambda x: x[0] if isinstance(x, list) and x else x if isinstance(x, int) else None
-  eos = first(values("eos_token_id", None))
-  pad = first(values("pad_token_id", None))
-  return ModelIds(values("vocab_size"), first(values("bos_token_id", None)), eos if pad is None else pad)
-
-
-def _stop_ids(folder: pathlib.Path, values: Values) -> tuple[int, ...]:
-  """`eos_token_id` of generation_config.json, or else of config.json."""
-  path = folder / "generation_config.json"
-  ids = read_config(path).get("eos_token_id") if path.exists() else None
-  ids = values("eos_token_id", []) if ids is None else ids
-  return (ids,) if isinstance(ids, int) else tuple(ids)
 
 
 def _tokenizer_file(folder: pathlib.Path) -> pathlib.Path | None:

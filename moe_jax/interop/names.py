@@ -42,6 +42,8 @@ def stored_parameters(
 ) -> Iterator[Stored]:
   """Yields every parameter of `model`, and every bias of a balancer, with the tensors that hold them.
 
+  A family whose layers all have a bias gets one for balancers without, too. Its value is 0 then.
+
   Args:
     model: may be abstract.
     family: has the names of the tensors.
@@ -52,10 +54,14 @@ def stored_parameters(
   """
   names_of = functools.cache(lambda block: family.names(model.config, block))
   for path, variable in nnx.to_flat_state(nnx.state(model)):
-    value = bias_of(model, path, variable)
+    place, value = _place(model, path), bias_of(model, path, variable)
+    names = names_of(place.block)
     if value is not None:
-      place = _place(model, path)
-      yield _stored(path, tuple(value.shape), place, names_of(place.block), present)
+      yield _stored(path, tuple(value.shape), place, names, present)
+    elif place.key in names:
+      lead = (len(place.layers),) if place.stacked else ()
+      num_experts = module_at(model, path[:-1]).num_scored_experts
+      yield _stored(path, (*lead, num_experts), place, names, present)
 
 
 class _Place(NamedTuple):

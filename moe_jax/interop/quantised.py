@@ -88,6 +88,23 @@ class MXFP4:
     return values.reshape(*values.shape[:-2], -1)[..., start - first : stop - first]
 
 
+def quantisation(path: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns `quantization_config` of a config.json, empty if it has none.
+
+  Raises:
+    InputError: if it is no object, or the size of its blocks is not two positive integers.
+  """
+  settings = config.get("quantization_config") or {}
+  where = f"{path / 'config.json'}: quantization_config"
+  if not isinstance(settings, dict):
+    right = 'an object such as {"quant_method": "fp8"}'
+    raise InputError(f"{where}={repr(settings)[:60]}: must be {right}, or left out")
+  block = settings.get("weight_block_size") or [128, 128]
+  if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
+    raise InputError(f"{where}.weight_block_size={repr(block)[:60]}: must be two positive integers")
+  return settings
+
+
 def logical_tensors(
   path: pathlib.Path, stored: Mapping[str, np.ndarray], config: Mapping[str, Any]
 ) -> dict[str, Tensor]:
@@ -96,7 +113,7 @@ def logical_tensors(
   Raises:
     InputError: if scales are missing or do not fit, or the checkpoint has another kind of quantisation.
   """
-  settings = config.get("quantization_config") or {}
+  settings = quantisation(path, config)
   method = settings.get("quant_method", "")
   if method not in ("", "fp8", "mxfp4"):
     right = "is read as bf16, float32, fp8 (blocks) or mxfp4"

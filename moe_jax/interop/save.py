@@ -1,6 +1,7 @@
 """Saves a model as a checkpoint in Hugging Face's form, which transformers loads."""
 
 import json
+import logging
 import os
 import pathlib
 from collections.abc import Mapping
@@ -12,12 +13,14 @@ from flax import nnx
 
 from moe_jax import disk
 from moe_jax.cluster.processes import first_writes, from_first
+from moe_jax.config import ModelConfig
 from moe_jax.errors import InputError, require_option
-from moe_jax.interop.describe import describe
+from moe_jax.interop.describe import balancers_line, describe
 from moe_jax.interop.families import Family
+from moe_jax.interop.families.rope import yarn_positions
 from moe_jax.interop.folder import CONFIG, INDEX, SINGLE, read_config
 from moe_jax.interop.gather import fetch
-from moe_jax.interop.load import DTYPES
+from moe_jax.interop.load import DTYPES, is_run
 from moe_jax.interop.names import Piece, Stored, bias_of, stored_parameters
 from moe_jax.interop.place import copy
 from moe_jax.interop.safetensors import Pending, write_file
@@ -25,15 +28,20 @@ from moe_jax.nn.transformer import Transformer
 from moe_jax.training.load import Loaded
 
 SHARD_BYTES = 5_000_000_000
-_TOKENIZER_FILES = (
+_FILES = (  # of the tokenizer, and the code that config.json names for transformers; as patterns
   "tokenizer.json",
   "tokenizer.model",
+  "tiktoken.model",
+  "tokenization_*.py",
+  "configuration_*.py",
+  "modeling_*.py",
   "tokenizer_config.json",
   "special_tokens_map.json",
   "added_tokens.json",
   "vocab.json",
   "merges.txt",
   "chat_template.jinja",
+  "chat_template.json",
   "generation_config.json",
 )
 _REPLACED = ("dtype", "torch_dtype", "quantization_config", "rope_parameters", "rope_scaling")
@@ -51,6 +59,8 @@ def save(
   Experts are written one by one, as the published checkpoints have them. Weights are written tensor by tensor, into
   one file, or into several with an index. Of several processes, all must call this: process 0 writes, and a host holds
   no more than one whole tensor at a time.
+
+  Balancers that config.json of the family cannot hold are named in a warning, which says how to continue with them.
 
   Args:
     model: what `moe_jax.load` returned, or a `Transformer`. With the first, tokenizer files are copied, and what only
@@ -77,7 +87,9 @@ def save(
   dtype = dtype if dtype in DTYPES else "float32"
   for name in _REPLACED:
     before.pop(name, None)
-  values = before | values | {"torch_dtype": dtype}
+  positions = _positions(loaded, model.config)
+  values = before | values | ({"max_position_embeddings": positions} if positions else {})
+  values |= {"torch_dtype": dtype}
   tensors = pending_tensors(model, family, np.dtype(jnp.dtype(dtype)))
   with first_writes("moe_jax.save") as mine:
     if not mine:
@@ -85,9 +97,11 @@ def save(
         tensor.make()
       return
     folder.mkdir(parents=True, exist_ok=True)
-    _copy_tokenizer(loaded, folder)
+    _copy_files(loaded, folder)
     _write(folder, tensors, shard_bytes)
     disk.write_text(folder / CONFIG, json.dumps(values, indent=2) + "\n")
+    if line := balancers_line(model.config, family, values):
+      logging.getLogger(__name__).warning(line)
 
 
 def _values_before(loaded: Loaded | None) -> dict[str, Any]:
@@ -100,12 +114,19 @@ def _values_before(loaded: Loaded | None) -> dict[str, Any]:
   return {"bos_token_id": loaded.tokenizer.bos_id, "pad_token_id": loaded.tokenizer.pad_id}
 
 
+def _positions(loaded: Loaded | None, config: ModelConfig) -> int:
+  """The positions that the model was made for: what its checkpoint said, or those of YaRN, or of a run's texts; or 0."""
+  known = loaded.max_positions if loaded else 0
+  return known if loaded and not is_run(loaded.folder) and known else yarn_positions(config) or known
+
+
 def pending_tensors(model: Transformer, family: Family, dtype: np.dtype) -> dict[str, Pending]:
   """Returns the tensors of the checkpoint, whose values are computed when they are written."""
   variables = dict(nnx.to_flat_state(nnx.state(model)))
   parts: dict[str, list[tuple[Any, Stored, Piece]]] = {}
   for stored in stored_parameters(model, family):
     value = bias_of(model, stored.path, variables[stored.path])
+    value = jnp.zeros(stored.shape) if value is None else value  # of a balancer without a bias
     for piece in stored.pieces:
       parts.setdefault(piece.name, []).append((value, stored, piece))
   copies = family.copies(model.config)
@@ -146,10 +167,10 @@ def _write(folder: pathlib.Path, tensors: Mapping[str, Pending], shard_bytes: in
     disk.write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
-def _copy_tokenizer(loaded: Loaded | None, folder: pathlib.Path) -> None:
-  """Copies the files of the tokenizer of a checkpoint, or writes the one that was trained for a run."""
+def _copy_files(loaded: Loaded | None, folder: pathlib.Path) -> None:
+  """Copies the files around the weights of a checkpoint, or the tokenizer that was trained for a run."""
   if loaded is None:
     return
-  for name in _TOKENIZER_FILES:
-    if (loaded.folder / name).exists() and not (folder / name).exists():
-      disk.write_whole(folder / name, (loaded.folder / name).read_bytes())
+  for file in (file for pattern in _FILES for file in sorted(loaded.folder.glob(pattern))):
+    if file.is_file() and not (folder / file.name).exists():
+      disk.write_whole(folder / file.name, file.read_bytes())

@@ -116,6 +116,8 @@ def test_the_scripts(run, folder, tmp_path):
     say,
     [*say, f"--prompts_file={tmp_path}"],
     [*say, "--prompt=a", "--stop_ids=x"],
+    [*say, "--prompt=a", "--mesh=data=3,expert=5"],
+    [*say, "--prompt=a", "--mesh=data=2,tensor=3"],
     [*say, f"--prompt={'a' * 13}"],
     ["scripts/evaluate.py", model, "--dataset=text_folder", "--text_folder=nowhere"],
   )
@@ -137,6 +139,8 @@ def test_the_scripts(run, folder, tmp_path):
     "--prompt: give at least one, or --prompts_file",
     f"--prompts_file={tmp_path}: cannot be read",
     "--stop_ids=x: must be numbers",
+    "error: --mesh=data=3,expert=5: the axes must multiply to the",
+    "=3, which splits it",
     "prompt 0 has 14 tokens, and with 4 new ones does not fit into max_length=16 positions; use --max_new_tokens=2",
     "nowhere",
   )

@@ -11,6 +11,7 @@ import pytest
 import moe_jax
 from moe_jax.errors import InputError
 from moe_jax.interop import memory
+from moe_jax.interop.load import read_model_config
 from moe_jax.interop.safetensors import Pending, open_file, write_file
 from tests.interop.helpers import MIXTRAL, random_model
 
@@ -72,7 +73,9 @@ def test_models_that_are_not_known(folder):
   change_config(folder, model_type="mixtrall")
   refused(folder, "config.json: unknown model_type 'mixtrall': did you mean mixtral.*known: ")
   change_config(folder, model_type=None, architectures=["MixtralForSpeech"])
-  refused(folder, r"unknown model_type \"\['MixtralForSpeech'\]\".*known: ")
+  refused(folder, r"unknown architectures 'MixtralForSpeech': .*known: ")
+  change_config(folder, architectures=["MixtralForCausalLMM"])
+  refused(folder, r"unknown architectures 'MixtralForCausalLMM': did you mean MixtralForCausalLM\b")
   change_config(folder, architectures=["MixtralForCausalLM"])
   moe_jax.load(folder)
 
@@ -89,6 +92,46 @@ def test_models_that_are_not_known(folder):
 def test_configurations_that_are_not_supported(fields, match, folder):
   change_config(folder, **fields)
   refused(folder, f"config.json: {match}")
+
+
+ID = r"must be an integer from 0 to 47, below vocab_size=48, or a list of such$"
+
+
+@pytest.mark.parametrize(
+  ("fields", "match"),
+  [
+    ({"max_position_embeddings": "64"}, "max_position_embeddings='64': must be an integer from 0 to "),
+    ({"max_position_embeddings": -1}, "max_position_embeddings=-1: must be"),
+    ({"max_position_embeddings": True}, "max_position_embeddings=True: must be"),
+    ({"vocab_size": 48.0}, "vocab_size=48.0: must be an integer from 1 to "),
+    ({"eos_token_id": 2.5}, f"eos_token_id=2.5: {ID}"),
+    ({"eos_token_id": "x"}, f"eos_token_id='x': {ID}"),
+    ({"eos_token_id": [3, 48]}, rf"eos_token_id=\[3, 48\]: {ID}"),
+    ({"eos_token_id": {"a": 1}}, rf"eos_token_id={{'a': 1}}: {ID}"),
+    ({"bos_token_id": 10**6}, f"bos_token_id=1000000: {ID}"),
+    ({"bos_token_id": "a"}, f"bos_token_id='a': {ID}"),
+    ({"pad_token_id": -1}, f"pad_token_id=-1: {ID}"),
+    ({"quantization_config": "x"}, "quantization_config='x': must be an object such as "),
+    ({"quantization_config": [1]}, r"quantization_config=\[1\]: must be an object such as "),
+    (
+      {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 0]}},
+      r"quantization_config.weight_block_size=\[128, 0\]: must be two positive integers",
+    ),
+  ],
+)
+def test_numbers_that_are_none(fields, match, folder, monkeypatch):
+  """Before a weight is read, and also where config.json is all that is read."""
+  monkeypatch.setattr("moe_jax.interop.load.load_parameter", lambda *args: pytest.fail("something was read"))
+  change_config(folder, **fields)
+  refused(folder, f"config.json: {match}")
+  with pytest.raises(InputError, match=f"config.json: {match}"):
+    read_model_config(folder)
+
+
+@pytest.mark.parametrize("ids", [2.5, "x", 48, [2, None]])
+def test_stop_ids_that_are_none(ids, folder):
+  (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+  refused(folder, rf"generation_config.json: eos_token_id=.*: {ID}")
 
 
 def test_files_that_are_missing_or_torn(saved, tmp_path):
@@ -110,6 +153,12 @@ def test_files_that_are_missing_or_torn(saved, tmp_path):
   )
   (folder / "model.safetensors.index.json").write_text('{"weight_map": []}')
   refused(folder, "index.json: is no index of a checkpoint")
+
+
+def test_a_torn_tokenizer_is_named_by_its_file(folder):
+  """It came with the checkpoint, not by a flag."""
+  (folder / "tokenizer.json").write_text('{"a"')
+  refused(folder, r"/tokenizer.json: is not a tokenizer.json \(")
 
 
 def test_tensors_that_are_missing_or_left_over(folder):

@@ -8,7 +8,8 @@ import pytest
 
 import moe_jax
 from moe_jax.interop.folder import open_folder
-from tests.interop.helpers import assert_same_model
+from moe_jax.models import PRESETS
+from tests.interop.helpers import assert_same_model, random_model
 from tests.parity import models, oracles
 from tests.parity.models import GQA, SIZES
 
@@ -127,7 +128,11 @@ def test_transformers_loads_what_we_save(case, tmp_path):
   assert back.keys() == there.keys() - set(loaded.skipped)
   for name, values in back.items():
     np.testing.assert_array_equal(values, there[name], err_msg=name)
-  if "kimi_k2" in (tmp_path / "config.json").read_text():
+  if (
+    "kimi_k2" in (tmp_path / "config.json").read_text()
+  ):  # needs code of its own there, or the name of this code
+    with pytest.raises(ValueError, match="model type `kimi_k2`"):
+      oracles.transformers.AutoConfig.from_pretrained(tmp_path)
     change_config(tmp_path, model_type="deepseek_v3")
   eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
   again = type(model).from_pretrained(tmp_path, **eager).eval()
@@ -135,3 +140,15 @@ def test_transformers_loads_what_we_save(case, tmp_path):
     logits_BLV = again(oracles.torch.tensor(models.TOKENS_BL).long()).logits.numpy()
   np.testing.assert_allclose(logits_BLV, theirs.logits_BLV, rtol=0, atol=1e-6 * np.abs(logits_BLV).max())
   assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [type(model).__name__]
+
+
+@pytest.mark.parametrize(("name", "factor"), [("kimi_k2_tiny", 32), ("deepseek_v3_tiny", 40)])
+def test_transformers_has_no_doubt_about_positions(name, factor, tmp_path, caplog):
+  """It compares the factor of YaRN with the positions before and after."""
+  config = PRESETS[name].model
+  moe_jax.save(random_model(config, models.V), tmp_path)
+  caplog.clear()
+  oracles.transformers.logging.get_logger("transformers").warning_once.__func__.cache_clear()
+  read = oracles.transformers.AutoConfig.from_pretrained(tmp_path)
+  assert not caplog.records
+  assert (read.max_position_embeddings, read.rope_parameters["factor"]) == (16 * factor, factor)

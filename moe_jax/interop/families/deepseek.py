@@ -15,7 +15,14 @@ from moe_jax.interop.families.base import (
   option,
   swiglu,
 )
-from moe_jax.interop.families.fields import layers_of, options_of, read_core, sparse_layers, write_core
+from moe_jax.interop.families.fields import (
+  layers_of,
+  options_of,
+  read_core,
+  sparse_layers,
+  switch_loss_of,
+  write_core,
+)
 from moe_jax.interop.families.rope import read_rope, write_rope
 from moe_jax.interop.source import Names, source
 
@@ -66,6 +73,12 @@ def _sequence_loss(values: Values) -> str:
   return option("switch_loss", weight=alpha, scope=scope) if alpha else "none"
 
 
+def _write_sequence_loss(config: ModelConfig) -> dict[str, Any]:
+  """The inverse of `_sequence_loss`."""
+  options = switch_loss_of(config, "sequence", "global_batch") or {"weight": 0.0, "scope": "sequence"}
+  return {"aux_loss_alpha": options["weight"], "seq_aux": options["scope"] == "sequence"}
+
+
 def _mla(values: Values, interleaved: bool) -> str:
   values.must_be("attention_bias", False)
   sizes = {
@@ -100,6 +113,10 @@ def _model(values: Values, core: dict[str, Any], mixer: str, router: str, balanc
 
 
 def write_moe_16b(config: ModelConfig) -> dict[str, Any]:
+  return _write_experts(config) | _write_sequence_loss(config)
+
+
+def _write_experts(config: ModelConfig) -> dict[str, Any]:
   moe = config.moe
   is_sparse = [str(block.ffn) == "moe" for block in layers_of(config)]
   dense = is_sparse.index(True) if True in is_sparse else 0
@@ -123,7 +140,7 @@ def _write_mla(config: ModelConfig) -> dict[str, Any]:
   if options is None:
     raise InputError("the mixer is mla")
   sizes = mla_sizes(config, options)
-  values = write_moe_16b(config) | write_rope(options)
+  values = _write_experts(config) | write_rope(options)
   return values | {
     "num_key_value_heads": config.num_heads,
     "head_dim": sizes["rope"],  # what transformers computes it to be
@@ -148,7 +165,8 @@ def mla_sizes(config: ModelConfig, options: dict[str, Any]) -> dict[str, int]:
 
 
 def write_v2(config: ModelConfig) -> dict[str, Any]:
-  values = _write_mla(config) | {"norm_topk_prob": False, "topk_method": "greedy"}
+  values = _write_mla(config) | _write_sequence_loss(config)
+  values |= {"norm_topk_prob": False, "topk_method": "greedy"}
   limited = options_of(config.moe.router, "device_limited_topk")
   if limited is None:
     return values | {"routed_scaling_factor": 1.0}
@@ -191,7 +209,6 @@ def names_mla(config: ModelConfig, block: BlockConfig) -> Names:
     "mixer.w_key_up_XNH": source(up, "(N H) X -> X N H", H=(0, nope + value)),
     "mixer.w_value_up_XNH": source(up, "(N H) X -> X N H", H=(nope, nope + value)),
     "mixer.w_out_NHD": source("self_attn.o_proj.weight", "D (N H) -> N H D"),
-    "ffn.balancer_state": source("mlp.gate.e_score_correction_bias", "E -> E"),
   }
   return names_moe_16b(config, block) | mla
 
@@ -211,6 +228,7 @@ def _copies(config: ModelConfig) -> dict[str, str]:
 def names_v3(config: ModelConfig, block: BlockConfig) -> Names:
   join = "eh_proj.weight"  # its first half multiplies the embedding, its second half the hidden state
   return names_mla(config, block) | {
+    "ffn.balancer_state": source("mlp.gate.e_score_correction_bias", "E -> E"),
     "successor.embedding_norm.scale_D": source("enorm.weight", "D -> D"),
     "successor.hidden_norm.scale_D": source("hnorm.weight", "D -> D"),
     "successor.final_norm.scale_D": source("shared_head.norm.weight", "D -> D"),

@@ -79,27 +79,44 @@ def sparse_layers(
   return {k: v for k, v in config.items() if k != "num_layers"} | {"segments": with_layers(blocks)}
 
 
-def loss_of(weight: float, num_experts: int, num_experts_per_token: int, num_layers: int) -> str:
+def loss_of(coefficient: float, num_experts: int, num_experts_per_token: int, num_layers: int) -> str:
   """Returns the balancer for `router_aux_loss_coef`: transformers pools the tokens of all layers, and here layers add up."""
-  if not weight:
+  if not coefficient:
     return "none"
-  sizes = {"num_experts": num_experts, "num_experts_per_token": num_experts_per_token}
-  return f"switch_loss:{convert(weight, 'hugging_face', 'moe_jax', **sizes, num_layers=num_layers):.6g}"
+  return f"switch_loss:{_weight(coefficient, num_experts, num_experts_per_token, num_layers)}"
+
+
+def _weight(coefficient: float, *sizes: int) -> float:
+  """Has six digits, as in the presets, if the coefficient has five or fewer, and otherwise fifteen."""
+  digits = 6 if float(f"{coefficient:.5g}") == coefficient else 15
+  return float(f"{_converted(coefficient, 'hugging_face', 'moe_jax', *sizes):.{digits}g}")
+
+
+def _converted(value: float, source: str, target: str, num_experts: int, k: int, num_layers: int) -> float:
+  sizes = {"num_experts": num_experts, "num_experts_per_token": k, "num_layers": num_layers}
+  return convert(value, source, target, **sizes)
 
 
 def coefficient_of(config: ModelConfig) -> float:
   """The inverse of `loss_of`, for a resolved configuration. 0 if no balancer is `switch_loss`.
 
-  Five digits of it, so that six digits of the weight give back the number that they came from.
+  Of the numbers that `loss_of` makes the same weight of, it is the one with the fewest digits.
   """
-  moe = config.moe
-  for method in moe.balancers:
-    if isinstance(method, Method) and method.name == "switch_loss":
-      sizes = {"num_experts": moe.num_experts, "num_experts_per_token": moe.num_experts_per_token}
-      layers = sum(str(block.ffn) == "moe" for block in layers_of(config))
-      weight = dict(method.options)["weight"]
-      return float(f"{convert(weight, 'moe_jax', 'hugging_face', **sizes, num_layers=layers):.5g}")
-  return 0.0
+  options = switch_loss_of(config, "global_batch")
+  if not options:
+    return 0.0
+  moe, weight = config.moe, options["weight"]
+  layers = sum(str(block.ffn) == "moe" for block in layers_of(config))
+  sizes = (moe.num_experts, moe.num_experts_per_token, layers)
+  whole = _converted(weight, "moe_jax", "hugging_face", *sizes)
+  rounded = (float(f"{whole:.{digits}g}") for digits in range(1, 17))
+  return next((number for number in rounded if _weight(number, *sizes) == weight), whole)
+
+
+def switch_loss_of(config: ModelConfig, *scopes: str) -> dict[str, Any] | None:
+  """Returns the options of the first `switch_loss` with one of these scopes, or else of the first one, or None."""
+  found = [options for method in config.moe.balancers if (options := options_of(method, "switch_loss"))]
+  return next((options for options in found if options["scope"] in scopes), found[0] if found else None)
 
 
 def options_of(method: Any, name: str) -> dict[str, Any] | None:

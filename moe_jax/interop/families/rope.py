@@ -3,8 +3,10 @@
 import math
 from typing import Any
 
+from moe_jax.config import ModelConfig
 from moe_jax.errors import InputError
 from moe_jax.interop.families.base import Values
+from moe_jax.interop.families.fields import layers_of
 
 
 def read_rope(values: Values) -> dict[str, Any]:
@@ -60,3 +62,10 @@ def write_rope(options: dict[str, Any]) -> dict[str, Any]:
   elif options["yarn_mscale"] != 1:
     scaling["attention_factor"] = 0.1 * options["yarn_mscale"] * math.log(factor) + 1
   return {"rope_scaling": scaling}
+
+
+def yarn_positions(config: ModelConfig) -> int:
+  """Returns the positions that YaRN stretches those of pre-training to. 0 if a resolved configuration has none."""
+  options = (dict(block.mixer.options) for block in layers_of(config))
+  reach = (o["yarn_factor"] * o["yarn_length"] for o in options if o.get("yarn_factor", 1) != 1)
+  return round(max(reach, default=0))
