@@ -241,7 +241,8 @@ def _open(path: pathlib.Path, every: int) -> np.ndarray:
   except Exception:  # whatever damaged bytes lead to
     records = np.empty(0)
   fields = (*_FIELDS, "digest")
-  whole = records.ndim == 1 and records.dtype.names == fields and records.dtype["digest"] == _DIGEST
+  whole = records.ndim == 1 and records.dtype.names == fields
+  whole = whole and (records.dtype["step"], records.dtype["digest"]) == (np.int64, _DIGEST)
   if (
     not whole or np.any(records["step"] != _first(path) + every * np.arange(len(records))) or not len(records)
   ):

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from moe_jax import disk
 from moe_jax.comparison.comparison import Comparison
+from moe_jax.comparison.folder import ComparisonFolder
 from moe_jax.comparison.results import load_results
 from moe_jax.config import MeshConfig
 from moe_jax.errors import InputError
@@ -153,6 +154,21 @@ def test_damaged_metrics_leave_no_silent_hole(copy, capsys):
   paths[0].write_text("".join(f'{{"step": {step}}}\n' for step in (1, 2, 4)))  # a hole before the end
   compare(copy)
   assert "jsonl: is damaged; 3 of 4 lines are there, up to step 4 of 4" in capsys.readouterr().err
+
+
+def test_a_claim_that_is_gone_is_written_again(tmp_path, capsys):
+  """Where runs are. A folder of other things is refused as before."""
+  folder, claim = ComparisonFolder(tmp_path), {"arms": {"a": {}}, "seeds": [0], "config": CONFIG.to_dict()}
+  (tmp_path / "arms").mkdir()
+  with pytest.raises(InputError, match="is not empty and holds no run"):
+    folder.check(claim)
+  (tmp_path / "arms/a/seed_0").mkdir(parents=True)
+  folder.check(claim)
+  said = capsys.readouterr().err
+  assert (
+    said.startswith(f"note: {tmp_path}/config.json: is missing; it is written again")
+    and said.count("\n") == 1
+  )
 
 
 def test_a_diverged_arm_is_kept_and_the_others_go_on(tmp_path, trained, capsys):
