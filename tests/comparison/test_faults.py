@@ -21,6 +21,7 @@ from tests import tiny
 CONFIG = tiny.change(
   tiny.CONFIG,
   num_steps=4,
+  tail_fraction=0.8,
   eval_batches=2,
   num_layers=1,
   schedule="constant",
@@ -184,6 +185,8 @@ def test_a_constant_schedule_may_be_extended(finished, copy, trained, tmp_path):
   extended, whole = compare(copy, config=longer), compare(tmp_path / "whole", config=longer)
   assert trained == ["a", "b", "a", "b"]
   assert [r["validation"] for r in extended] == [r["validation"] for r in whole]
+  for name in ("loss", "max_vio", "tail_steps"):
+    assert [r["training"][name] for r in extended] == [r["training"][name] for r in whole]
   assert extended[0]["num_steps"] == 6
   with pytest.raises(InputError, match=r"\(num_steps was 6, now 4\)"):
     compare(copy)
