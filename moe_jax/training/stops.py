@@ -190,6 +190,8 @@ def in_words(
     show: the run.
     then: what the same command does next.
   """
+  if isinstance(error, InputError):  # it has its line, which may tell of such an error
+    return None
   text = " ".join(str(error).split())
   full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
   if full or any(

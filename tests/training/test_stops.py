@@ -131,6 +131,12 @@ def test_a_second_signal_ends_at_once(number, monkeypatch):
     assert ends == [f"error: a second signal, {number.name}: ended without saving", 128 + number]
 
 
+def test_what_is_one_line_already_stays_it():
+  error = RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1073741824 bytes")
+  assert str(stops.in_words(error, "mine")).startswith("mine: out of memory (RESOURCE_EXHAUSTED")
+  assert stops.in_words(InputError(f"a checkpoint cannot be read now: {error}"), "mine") is None
+
+
 @pytest.fixture
 def ended(monkeypatch):
   """(line, status) with which the process would have ended."""
