@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from moe_jax.comparison import report
-from moe_jax.comparison.report import canvas, tables
+from moe_jax.comparison.report import canvas, tables, words
 from tests.comparison.made_results import LONG, Page, make_result, write, write_run
 
 
@@ -55,6 +55,27 @@ def test_arms_of_other_sizes_are_named_in_one_line(tmp_path):
   assert "parameters than" not in report.markdown_table(report.read_stored(tmp_path))
 
 
+def test_what_is_not_resolved_is_a_bare_interval_and_one_sentence(tmp_path):
+  means = {"a": 8.0, "b": 9.0, "c": 8.0}
+  found = [
+    make_result(arm, s, perplexity=mean + (s - 1) / (100 if arm == "b" else 10))
+    for arm, mean in means.items()
+    for s in range(3)
+  ]
+  said = "Differences without a verdict are not resolved."
+  paths = write(write_run(tmp_path, found), found)
+  texts = [paths[name].read_text() for name in ("markdown", "html")]
+  assert all(text.count(said) == 1 and "no difference resolved" not in text for text in texts)
+  assert "| +0.000 [+0.000, +0.000] |" in texts[0] and "]: higher (worse) |" in texts[0]
+  judged = Page(texts[1]).tables[1]
+  assert [line[5] for line in judged[1:]] == ["higher (worse)", ""]
+  # Where every cell has a verdict, or no cell is shown, there is nothing to say.
+  differences = report.paired_differences([r for r in found if r["arm"] != "c"])
+  assert said not in words.differences_caption(differences)
+  assert said not in report.markdown_table(report.read_stored(tmp_path), ["max_vio:verdict"])
+  assert said not in report.markdown_table(report.read_stored(tmp_path), ["max_vio"])
+
+
 @pytest.mark.parametrize("width", [40, 80, 200])
 def test_table_fits_the_width_and_shows_the_judged_numbers(width):
   arms = ["none", "[red]markup[/red]", LONG]
@@ -69,9 +90,10 @@ def test_table_fits_the_width_and_shows_the_judged_numbers(width):
   assert max(map(len, text.splitlines())) <= width
   assert "\x1b" not in text and "…" not in text
   assert "1.235±0.000" in text and "[red]" in text and "NLL" not in text
-  words = " ".join(text.split())
-  assert "No difference resolved: [red]markup[/red]." in words and words.count("higher (worse)") == 1
-  assert "Mean ± sample standard deviation over 3 seeds" in words
+  flat = " ".join(text.split())
+  assert flat.count("higher (worse)") == 1 and flat.count("no difference resolved") == 0
+  assert flat.count("Differences without a verdict are not resolved.") == 1
+  assert "Mean ± sample standard deviation over 3 seeds" in flat
 
 
 def test_table_prints_where_only_ascii_can_be(monkeypatch):
@@ -95,8 +117,8 @@ def test_report_is_self_contained_and_escaped(tmp_path):
   assert not {"script", "link", "iframe"} & page.names
   assert re.findall(r"\b(?:src|href)\s*=\s*(.{11})", text) == ['"data:image'] * 5
   assert not re.search(r"@import|url\(|https?://", text)
-  for words in ("abc123", "num_layers", "Differences from none", "Holm", "sample standard"):
-    assert words in text
+  for part in ("abc123", "num_layers", "Differences from none", "Holm", "sample standard"):
+    assert part in text
   assert text.count("{{") == text.count("{%") == 0
 
 
@@ -114,7 +136,9 @@ def test_the_tables_of_the_report_have_every_arm_and_number(tmp_path):
   expected = report.paired_differences(all_results)
   assert [line[2] for line in differences[1:]] == [tables.format_difference(d) for d in expected]
   perplexities = [d for d in expected if d.key == "perplexity"]
-  assert [(line[1], line[5]) for line in judged[1:]] == [(d.arm, d.verdict) for d in perplexities]
+  assert [(line[1], line[5]) for line in judged[1:]] == [
+    (d.arm, d.verdict if d.resolved else "") for d in perplexities
+  ]
   assert [line[0] for line in judged[1:]] == ["Perplexity", ""]
   assert [line[0] for line in differences[1:] if line[0]] == arms[1:]
   assert [line[0] for line in layers] == ["Arm", *arms] and layers[0][1:] == ["Layer 0", "Layer 1"]

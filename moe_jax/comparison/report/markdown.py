@@ -48,7 +48,7 @@ def markdown_table(stored: Stored, columns: Sequence[str] = ()) -> str:
   if asked:
     said = [*(j.sentence for j in asked), not_comparable(stored.differences)]
     lines += ["", " ".join(filter(None, said))] if any(said) else []
-    text += " " + differences_caption(stored.differences, stored.about.get("varies", ()))
+    text += " " + differences_caption(stored.differences, stored.about.get("varies", ()), asked)
   return "\n".join([*lines, "", text.strip()]) + "\n"
 
 
@@ -73,7 +73,8 @@ def _with_verdicts(
         cell = ""
       else:
         d = of_arm[summary.rows[i].arm]
-        cell = "not comparable" if d.broken else f"{format_difference(d)}: {d.verdict}"
+        said = f": {d.verdict}" if d.resolved else ""
+        cell = "not comparable" if d.broken else f"{format_difference(d)}{said}"
       row.insert(place, cell)
   return titles, rows
 

@@ -129,9 +129,6 @@ def print_differences(
       if d.resolved
     ]
     _print_blocks(["Arm", "Difference", "p", "Verdict"], cells, console)
-    unresolved = [d.arm for d in judgement.differences if not d.resolved and not d.broken]
-    if unresolved:
-      console.print(_text(f"No difference resolved: {', '.join(unresolved)}.\n", console))
   if not_comparable(differences):
     console.print(_text(not_comparable(differences), console))
   console.print(_text(differences_caption(differences, varies), console), style="dim")

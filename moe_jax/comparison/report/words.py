@@ -10,6 +10,7 @@ from moe_jax.comparison.differences import (
   LEVEL,
   MIN_SEEDS_FOR_VERDICT,
   POWER,
+  UNRESOLVED,
   Difference,
   family_of,
   smallest_resolvable,
@@ -117,8 +118,16 @@ def not_comparable(differences: Sequence[Difference]) -> str:
   return " ".join(f"{title}, so without a verdict: {arms}." for title, arms in each)
 
 
-def differences_caption(differences: Sequence[Difference], varies: Sequence[str] = ()) -> str:
-  """Returns how to read the differences, and what this table could have resolved."""
+def differences_caption(
+  differences: Sequence[Difference], varies: Sequence[str] = (), shown: Sequence[Judgement] | None = None
+) -> str:
+  """Returns how to read the differences, and what this table could have resolved.
+
+  Args:
+    differences: those of the table.
+    varies: what arms may differ in.
+    shown: the judgements whose cells are shown; None: all.
+  """
   if not differences:
     return ""
   text = (
@@ -131,6 +140,9 @@ def differences_caption(differences: Sequence[Difference], varies: Sequence[str]
       f" A verdict needs p < {LEVEL:g} in the paired t test after Holm's correction over the {len(family)} "
     )
     text += f"judged cell{'s' if len(family) > 1 else ''}."
+  shown = judgements(differences) if shown is None else shown
+  if any(d.verdict == UNRESOLVED for judgement in shown for d in judgement.differences):
+    text += " Differences without a verdict are not resolved."
   columns = {d.key: d.column for d in family}
   least = {key: smallest_resolvable(differences, key) for key in columns}
   could = [f"{two_digits(x)} in {in_sentence(columns[key])}" for key, x in least.items() if x is not None]
