@@ -58,23 +58,19 @@ def main(argv: list[str]) -> None:
   from moe_jax.analysis.examine.examination import examine
 
   console, methods = Console(), _methods()
-  if _STREAM.value and _REPLAY.value != "none":
-    raise InputError(f"--replay={_REPLAY.value}: needs all layers of a batch together; leave out --stream")
   opened = model_flags.open_stream() if _STREAM.value else model_flags.open_model()
   with opened as loaded, contextlib.ExitStack() as stack:
     folder = _output_dir(loaded.folder)
     dataset = model_flags.open_dataset(loaded)
-    recorder = None
+    batches = list(dataset.validation_batches(flags.FLAGS.batch_size, limit=flags.FLAGS.eval_batches))
+    see = None
     if _REPLAY.value != "none":
       if not replays.can_record(loaded.config):
         raise InputError(
           f"--replay={_REPLAY.value}: the layers of this model differ, so nothing can be replayed on all"
         )
-      recorder = stack.enter_context(replays.Recorder(folder / "router_logits", loaded.config))
-    batches = dataset.validation_batches(flags.FLAGS.batch_size, limit=flags.FLAGS.eval_batches)
-    found = examine(
-      loaded.model, batches, dataset.info.domains, _DEVICES.value, recorder.see if recorder else None
-    )
+      see = stack.enter_context(replays.recording(folder / "router_logits", loaded.config, batches))
+    found = examine(loaded.model, batches, dataset.info.domains, _DEVICES.value, see)
   report.print_layers(found, console)
   page = report.write(
     folder,
@@ -83,7 +79,7 @@ def main(argv: list[str]) -> None:
     command=shlex.join(["python", *sys.argv]),
     facts=_facts(loaded, dataset),
     text_of=_text_of(loaded),
-    replays=replays.replay_all(folder / "router_logits", methods, len(found.load_E(0))) if recorder else (),
+    replays=replays.replay_all(folder / "router_logits", methods, len(found.load_E(0))) if see else (),
   )
   console.print(f"report: {page}", soft_wrap=True, markup=False, highlight=False)
 

@@ -1,4 +1,5 @@
-"""Writes the tables of docs/models.md: what the published models have, counted from their configurations.
+"""Writes the tables of docs/models.md: what the published models have, counted from their configurations, and the
+differences from transformers that `python -m tests.parity.table` has stored in docs/results/parity.json.
 
   python scripts/models_table.py          # rewrites the tables
   python scripts/models_table.py --check  # only says whether the page differs, with status 1 if so
@@ -6,9 +7,12 @@
 A table stands between a line `<!-- models: NAME -->`, where NAME is sizes, experts or costs, and `<!-- end -->`.
 """
 
+import functools
+import json
 import pathlib
 import re
 import sys
+from typing import Any
 
 from absl import flags
 
@@ -17,6 +21,7 @@ from moe_jax.errors import InputError
 from moe_jax.models import PUBLISHED
 
 PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "models.md"
+PARITY = PAGE.parent / "results" / "parity.json"
 _TABLE = re.compile(r"(<!-- models: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 GIB = 2**30
 
@@ -31,8 +36,20 @@ def _sizes(found) -> dict[str, str]:
     "with head": billions(active.head),
     "without": billions(active.none),
     "published active": says.active or "-",
+    "parity: logits": parity(found.name, "logits"),
+    "gradients": parity(found.name, "gradients"),
     "source": _link(says.source),
   }
+
+
+def parity(name: str, what: str) -> str:
+  """The figure of the tiny model that stands for a published one; "-" if no checkpoint of it is known."""
+  return next((f"{row[what]:.1e}" for row in _stored_parity() if name in row["presets"]), "-")
+
+
+@functools.cache
+def _stored_parity() -> list[dict[str, Any]]:
+  return list(json.loads(PARITY.read_text()).values())
 
 
 def _experts(found) -> dict[str, str]:

@@ -20,7 +20,7 @@ from moe_jax.errors import InputError, unknown_name
 from moe_jax.interop.families import FAMILIES, Family, Values
 from moe_jax.interop.families.fields import layers_of
 from moe_jax.interop.folder import CONFIG, Folder, open_folder, read_config
-from moe_jax.interop.memory import check_memory
+from moe_jax.interop.memory import check_memory, largest_layer
 from moe_jax.interop.names import Stored, bias_index, module_at, stored_parameters
 from moe_jax.interop.numbers import Numbers, check_integer, read_numbers
 from moe_jax.interop.place import load_parameter
@@ -254,7 +254,8 @@ def _check_memory(
     if isinstance(layout, jax.sharding.Sharding):
       size = int(np.prod(layout.shard_shape(stored.shape))) * types[stored.path].itemsize
       needed = {device: before + size for device, before in needed.items()}
-  check_memory(str(folder.path), needed, dtype)
+  layer = largest_layer(found, types)
+  check_memory(f"{folder.path}: the model", needed, dtype, layer=layer)
 
 
 def initial_balancers(model: Transformer, mesh: jax.sharding.Mesh) -> dict[tuple, Any]:

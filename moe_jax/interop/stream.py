@@ -21,6 +21,7 @@ from moe_jax.interop.load import (
   open_checkpoint,
   with_bias,
 )
+from moe_jax.interop.memory import check_memory, largest_layer
 from moe_jax.interop.names import Path, Piece, Stored, stored_parameters
 from moe_jax.interop.place import load_parameter
 from moe_jax.nn.block import Block, BlockAux
@@ -45,7 +46,7 @@ class LayerStream:
     num_layers: the number of layers.
 
   Raises:
-    InputError: as `moe_jax.load`, and if the folder is that of a run.
+    InputError: as `moe_jax.load`, if the folder is that of a run, and if memory is too small for the largest layer.
   """
 
   def __init__(self, folder: str | os.PathLike[str], dtype: str = "float32"):
@@ -60,6 +61,8 @@ class LayerStream:
     check_tensors(opened.folder, found, not_loaded(opened.family, opened.folder, opened.config))
     self._stored = {stored.path: stored for stored in found}
     self.num_layers = sum(segment.num_layers for segment in self._model.segments)
+    self._name = str(path)
+    self._check_memory()
 
   def blocks(self) -> Iterator[tuple[int, Block]]:
     """Yields the number of every layer and its block, whose parameters are read when it is asked for."""
@@ -96,7 +99,11 @@ class LayerStream:
 
     Returns:
       x_BLD of each batch behind the last layer, for `logits`.
+
+    Raises:
+      InputError: if memory is too small for the largest layer beside the activations of all batches.
     """
+    self._check_memory(sum(np.size(tokens_BL) for tokens_BL, _ in batches))
     contexts = [context._replace(token_id_BL=tokens_BL) for tokens_BL, context in batches]
     activations = [self.embed(tokens_BL) for tokens_BL, _ in batches]
     compiled: dict[tuple[int, int], Callable] = {}
@@ -112,6 +119,19 @@ class LayerStream:
       jax.block_until_ready(activations)  # what still runs would keep this layer in memory
       del state
     return activations
+
+  def _check_memory(self, num_tokens: int = 0) -> None:
+    """Raises `InputError` unless the largest layer fits, beside the activations of so many tokens."""
+    mesh, state = mesh_in_use(), nnx.state(self._model)
+    types = {path: dtype_of(path, v, self._dtype) for path, v in nnx.to_flat_state(state)}
+    layouts = {p: v.get_value() for p, v in nnx.to_flat_state(sharding.state_shardings(mesh, state))}
+    needed = dict.fromkeys(mesh.local_devices, largest_layer(self._stored.values(), types, layouts))
+    model = self.config.model
+    kept = num_tokens * model.model_dim * jnp.dtype(model.compute_dtype).itemsize
+    what = (
+      f"the largest layer beside the activations of {num_tokens:,} tokens" if kept else "the largest layer"
+    )
+    check_memory(f"{self._name}: {what}", needed, self._dtype, kept=kept)
 
   def _places(self) -> Iterator[tuple[int, int, int]]:
     """The segment, repetition and block of every layer."""

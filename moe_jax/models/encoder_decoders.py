@@ -8,12 +8,12 @@ one decoder with rotary positions stands for encoder and decoder, without cross-
 """
 
 from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
-from moe_jax.models.settings import Published
+from moe_jax.models.settings import TOY_VOCAB_SIZE, Published, tiny
 
 # 2,048 experts have slots only in groups of thousands of tokens: at T = 2048 and K = 2, GShard's C = 2T/E is 2.
 _DATA = DataConfig(sequence_length=2048, batch_size=2048)
 
-PRESETS = {
+_FULL = {
   "gshard_600b_like": Config(
     model=ModelConfig(
       num_layers=36,
@@ -71,8 +71,12 @@ PRESETS = {
     train=TrainConfig(num_steps=100_000, log_every=100, checkpoint_every=1000),
   ),
 }
+_TOY = {"num_experts": 16, "group_size": 0}
+PRESETS = _FULL | {
+  f"{name}_tiny": tiny(config, _TOY, num_layers=2, num_kv_heads=4) for name, config in _FULL.items()
+}
 PUBLISHED = {
   "gshard_600b_like": Published("600B", "", "2006.16668, table 1"),
   "switch_c_like": Published("1571B", "", "2101.03961, table 9"),
 }
-VOCAB_SIZES = {"gshard_600b_like": 32_000, "switch_c_like": 32_128}
+VOCAB_SIZES = dict.fromkeys(PRESETS, TOY_VOCAB_SIZE) | {"gshard_600b_like": 32_000, "switch_c_like": 32_128}

@@ -12,25 +12,22 @@ Router logits stay far inside its range of 65504, to which larger ones are clipp
 Axes as in `moe_jax.types`, and I: recorded steps.
 """
 
-import hashlib
-import json
+import contextlib
+import mmap
 import os
 import pathlib
-import zlib
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import IO, Any, NamedTuple, Self
 
 import numpy as np
 
 from moe_jax import disk
 from moe_jax.errors import InputError
+from moe_jax.training import trace_files as files
 
 FOLDER = "router_logits"  # in the folder of a run
 FLUSH_BYTES = 1 << 24  # at most about so many wait to be written
 CHUNK_BYTES = 1 << 26
-FORMAT = 3
-_FIELDS = ("step", "logits_RBLE", "mask_BL", "domain_B", "key_B2")  # of a record, in the order of `Steps`
-_DIGEST = np.dtype("uint32")  # of the last field of a record
 
 
 class Steps(NamedTuple):
@@ -59,19 +56,19 @@ class TraceWriter:
   def __init__(self, folder: str | os.PathLike[str], header: Mapping[str, Any], *, resume_step: int = 0):
     self.folder = pathlib.Path(folder)
     self.folder.mkdir(parents=True, exist_ok=True)
-    old = disk.read_object(self.folder / "header.json") or {}
-    if old.get("format", FORMAT) != FORMAT:
+    old = disk.read_object(self.folder / files.HEADER) or {}
+    if old.get("format", files.FORMAT) != files.FORMAT:
       raise InputError(
-        f"{self.folder}: holds router logits of format {old['format']}, this writes {FORMAT}; remove this folder, or "
+        f"{self.folder}: holds router logits of format {old['format']}, this writes {files.FORMAT}; remove this folder, or "
         "choose another one for the run"
       )
-    self._header = {"format": FORMAT, "every": 1, **header}
+    self._header = files.full_header(header)
     every = self._header["every"]
     self._last = resume_step // every * every  # the step that was recorded last
-    self._write_header()  # not after the removal: a kill leaves no gap
-    moved = _keep_whole(self.folder, resume_step, every)
-    kept = [_open(path, every) for path in _files(self.folder)]
-    missing = _missing(_steps_of(kept), every, self._last)
+    files.write_header(self.folder, self._header, self._last)  # not after the removal: a kill leaves no gap
+    moved = files.keep_whole(self.folder, resume_step, every)
+    kept = [files.open_file(path, every) for path in files.paths_in(self.folder)]
+    missing = files.missing(files.steps_of(kept), every, self._last)
     if moved or missing:
       disk.note(f"{self.folder}: {'; '.join([*moved, missing or 'no step is lost'])}; the run goes on")
     self._dtype = kept[0].dtype if kept else None  # of a record; None: not known yet
@@ -99,20 +96,16 @@ class TraceWriter:
     self._read_arriving()
     if self._records:
       records = np.stack(self._records)
-      _save(self.folder, records)
-      self._write_header()
+      files.save(self.folder, records)
+      files.write_header(self.folder, self._header, int(records["step"][-1]))
       self._records = []
-
-  def _write_header(self) -> None:
-    header = self._header | {"last": self._last}
-    disk.write_json(self.folder / "header.json", header | {"digest": _digest_of_json(header)})
 
   def _read_arriving(self) -> None:
     if self._arriving is None:
       return
     values, self._arriving = tuple(map(np.asarray, self._arriving)), None
-    fields = [(name, x.dtype, x.shape) for name, x in zip(_FIELDS, values, strict=True)]
-    dtype = np.dtype([*fields, ("digest", _DIGEST)])
+    fields = [(name, x.dtype, x.shape) for name, x in zip(files.FIELDS, values, strict=True)]
+    dtype = np.dtype([*fields, ("digest", files.DIGEST)])
     self._dtype = self._dtype or dtype
     if dtype != self._dtype:
       was, now = (f"{d['logits_RBLE'].base} {d['logits_RBLE'].shape}" for d in (self._dtype, dtype))
@@ -121,7 +114,7 @@ class TraceWriter:
         "the run"
       )
     record = np.array((*values, 0), dtype)
-    record["digest"] = _digests(record[None])[0]
+    record["digest"] = files.digests(record[None])[0]
     self._records.append(record)
 
   def __enter__(self) -> Self:
@@ -129,6 +122,79 @@ class TraceWriter:
 
   def __exit__(self, *unused_exception: Any) -> None:
     self.flush()
+
+
+@contextlib.contextmanager
+def write_by_layer(
+  folder: str | os.PathLike[str],
+  header: Mapping[str, Any],
+  steps: Sequence[Mapping[str, Any]],
+  num_layers: int,
+) -> Iterator[Callable[[int, int, np.ndarray], None]]:
+  """Writes a trace whose logits come layer by layer, in any order. None of them stays in memory.
+
+  Args:
+    folder: of the trace; made if absent. It must hold none.
+    header: JSON values that say what is recorded.
+    steps: `mask_BL`, `domain_B` and `key_B` of each.
+    num_layers: R.
+
+  Yields:
+    A function of the number of a step, from 0, of that of a layer, and of logits_BLE, to call once for each layer of
+    each step. The logits are all of one shape and type.
+
+  Raises:
+    ValueError: on leaving, if some are missing. There is no trace then.
+  """
+  files.write_header(pathlib.Path(folder), files.full_header(header), len(steps))
+  with disk.whole_file(files.path_of(pathlib.Path(folder), 1)) as file:
+    begin, record, count = 0, np.dtype([]), 0
+
+    def add(step: int, layer: int, logits_BLE: np.ndarray) -> None:
+      nonlocal begin, record, count
+      if not count:
+        begin, record = _write_without_logits(file, steps, (num_layers, *logits_BLE.shape), logits_BLE.dtype)
+      place = begin + step * record.itemsize + record.fields["logits_RBLE"][1]
+      file.seek(place + layer * logits_BLE.nbytes)
+      file.write(logits_BLE.tobytes())
+      count += 1
+
+    yield add
+    if count != len(steps) * num_layers:
+      raise ValueError(f"logits of {count} layers, and {len(steps)} steps have {num_layers} each")
+    file.flush()
+    with mmap.mmap(file.fileno(), 0) as whole:
+      for i in range(len(steps)):
+        place = begin + i * record.itemsize
+        (digest,) = files.digests(np.frombuffer(whole, record, 1, place))
+        end = place + record.itemsize
+        whole[end - files.DIGEST.itemsize : end] = digest.tobytes()
+
+
+def _write_without_logits(
+  file: IO[bytes], steps: Sequence[Mapping[str, Any]], shape: tuple[int, ...], dtype: np.dtype
+) -> tuple[int, np.dtype]:
+  """Writes records with room for logits of this shape, and for digests. Returns where they begin, and their type."""
+  batch, length = shape[1:3]
+  fields = [("step", "<i8", ()), ("logits_RBLE", dtype, shape), ("mask_BL", "?", (batch, length))]
+  fields += [("domain_B", "<i4", (batch,)), ("key_B2", "<u4", (batch, 2)), ("digest", files.DIGEST)]
+  record = np.dtype(fields)
+  header = {"descr": np.lib.format.dtype_to_descr(record), "fortran_order": False, "shape": (len(steps),)}
+  np.lib.format.write_array_header_2_0(file, header)
+  begin = file.tell()
+  for i, values in enumerate(steps):
+    values = {
+      "step": i + 1,
+      "key_B2": values["key_B"],
+      **{name: values[name] for name in ("mask_BL", "domain_B")},
+    }
+    for name, value in values.items():
+      of_field, offset = record.fields[name][:2]
+      file.seek(begin + i * record.itemsize + offset)
+      file.write(np.broadcast_to(value, of_field.shape).astype(of_field.base).tobytes())
+  file.seek(begin + len(steps) * record.itemsize - files.DIGEST.itemsize)
+  file.write(bytes(files.DIGEST.itemsize))  # the length of the file
+  return begin, record
 
 
 class Trace:
@@ -147,15 +213,15 @@ class Trace:
     self.folder = pathlib.Path(path)
     if (self.folder / FOLDER).is_dir():
       self.folder = self.folder / FOLDER
-    self.header = _read_header(self.folder)
-    self._paths = _files(self.folder)
-    self._files = [_open(path, self.header["every"]) for path in self._paths]
+    self.header = files.read_header(self.folder)
+    self._paths = files.paths_in(self.folder)
+    self._files = [files.open_file(path, self.header["every"]) for path in self._paths]
     if not self._files:
       raise InputError(f"{path}: the recorded router logits hold no whole step")
-    self.step_I = _steps_of(self._files)
+    self.step_I = files.steps_of(self._files)
     if np.any(np.diff(self.step_I) <= 0):
       raise InputError(f"{self.folder}: a step is there twice; remove the file that was added")
-    self.missing = _missing(self.step_I, self.header["every"], self.header["last"])
+    self.missing = files.missing(self.step_I, self.header["every"], self.header["last"])
     if self.missing:
       disk.note(f"{self.folder}: {self.missing}")
 
@@ -181,121 +247,11 @@ class Trace:
     for path, records in zip(self._paths, self._files, strict=True):
       parts.append(records[max(start - first, 0) : max(stop - first, 0)])
       first += len(records)
-      _check_digests(path, parts[-1])
-    return Steps(*(np.concatenate([part[name] for part in parts]) for name in _FIELDS))
+      files.check_digests(path, parts[-1])
+    return Steps(*(np.concatenate([part[name] for part in parts]) for name in files.FIELDS))
 
   def chunks(self, size: int = 0) -> Iterator[Steps]:
     """All steps in order, `size` at a time; 0: about 64 MiB."""
     size = size or max(1, CHUNK_BYTES // self.bytes_per_step)
     for start in range(0, len(self), size):
       yield self.read(start, min(start + size, len(self)))
-
-
-def _files(folder: pathlib.Path) -> list[pathlib.Path]:
-  """In the order of the steps."""
-  return sorted(folder.glob("steps_*.npy"))
-
-
-def _steps_of(files: list[np.ndarray]) -> np.ndarray:
-  return np.concatenate([np.zeros(0, np.int64), *(records["step"] for records in files)])
-
-
-def _missing(step_I: np.ndarray, every: int, last: int) -> str:
-  """Says which steps are not there up to `last`, and up to the last one there is; empty: none."""
-  expected = np.arange(every, max(last, *step_I[-1:], 0) + 1, every)
-  lost = expected[~np.isin(expected, step_I)]
-  if not len(lost):
-    return ""
-  runs = np.split(lost, np.flatnonzero(np.diff(lost) != every) + 1)
-  words = [f"{run[0]}" if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs]
-  shown = ", ".join(words[:5]) + (" and others" if len(words) > 5 else "")
-  return f"{len(lost)} of {len(expected)} recorded steps are missing: {shown}"
-
-
-def _read_header(folder: pathlib.Path) -> dict[str, Any]:
-  path = folder / "header.json"
-  header = disk.read_object(path)
-  if header is None:
-    raise InputError(f"{folder}: holds no router logits; train with --record_router_logits=1")
-  if header.get("format") != FORMAT:
-    raise InputError(f"{folder}: router logits of format {header.get('format')}, this reads {FORMAT}")
-  if header.pop("digest", "") != _digest_of_json(header):
-    raise InputError(
-      f"{path}: is damaged: not what was written; bring it back, or record the run in a new folder"
-    )
-  return header
-
-
-def _digest_of_json(value: Any) -> str:
-  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _open(path: pathlib.Path, every: int) -> np.ndarray:
-  """The records of a file, mapped into memory. Their digests are not checked yet.
-
-  Raises:
-    InputError: it is not a file of records, or their steps do not follow from its name.
-  """
-  try:
-    records = np.load(path, mmap_mode="r", allow_pickle=False)
-  except Exception:  # whatever damaged bytes lead to
-    records = np.empty(0)
-  fields = (*_FIELDS, "digest")
-  whole = records.ndim == 1 and records.dtype.names == fields
-  whole = whole and (records.dtype["step"], records.dtype["digest"]) == (np.int64, _DIGEST)
-  if (
-    not whole or np.any(records["step"] != _first(path) + every * np.arange(len(records))) or not len(records)
-  ):
-    raise InputError(
-      f"{path}: is damaged; move it away to read the others, or record the run in a new folder"
-    )
-  return records
-
-
-def _first(path: pathlib.Path) -> int:
-  """The step in the name of a file."""
-  number = path.stem.removeprefix("steps_")
-  return int(number) if number.isdecimal() else -1
-
-
-def _digests(records: np.ndarray) -> np.ndarray:
-  """A digest of the bytes of each record but its last field, and of their type."""
-  start = zlib.crc32(repr(records.dtype.descr).encode())
-  rows = np.ascontiguousarray(records).view(np.uint8).reshape(len(records), -1)
-  return np.array([zlib.crc32(row[: -_DIGEST.itemsize], start) for row in rows], _DIGEST)
-
-
-def _check_digests(path: pathlib.Path, records: np.ndarray) -> None:
-  """Raises `InputError` if a record is not what was written."""
-  if len(records) and np.any(wrong := records["digest"] != _digests(records)):
-    raise InputError(
-      f"{path}: is damaged: {wrong.sum()} of {len(records)} steps do not have their digest; move it away to read the "
-      "others, or record the run in a new folder"
-    )
-
-
-def _save(folder: pathlib.Path, records: np.ndarray) -> None:
-  with disk.whole_file(folder / f"steps_{records['step'][0]:012d}.npy") as file:
-    np.save(file, records, allow_pickle=False)
-
-
-def _keep_whole(folder: pathlib.Path, step: int, every: int) -> list[str]:
-  """Removes what comes after `step`, and moves damaged files aside; returns a word about each of these.
-
-  Backwards: a kill in between leaves no gap.
-  """
-  moved = []
-  for path in reversed(_files(folder)):
-    if _first(path) > step:
-      path.unlink()
-      continue
-    try:
-      records = _open(path, every)
-      for i in range(len(records)):  # one in memory at a time
-        _check_digests(path, records[i : i + 1])
-    except InputError:
-      moved.append(f"{path.name} is damaged, moved to {disk.move_aside(path, folder)}")
-      continue
-    if records["step"][-1] > step:
-      _save(folder, records[records["step"] <= step])
-  return moved[::-1]

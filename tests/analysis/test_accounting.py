@@ -239,6 +239,11 @@ def test_the_tables_of_the_page_are_those_of_the_configurations():
   assert (ended.status, ended.stdout) == (0, ""), f"run python scripts/models_table.py: {ended}"
 
 
+def test_every_model_with_checkpoints_has_figures_of_parity():
+  figures = {name: models_table.parity(name, "gradients") for name in models_table.PUBLISHED}
+  assert [name for name, figure in figures.items() if figure == "-"] == ["gshard_600b_like", "switch_c_like"]
+
+
 def test_a_stale_table_is_written_anew():
   row = moe_jax.account("mixtral_8x7b")
   page = "a\n<!-- models: sizes -->\nold\n<!-- end -->\nb\n"

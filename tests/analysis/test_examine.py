@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import html.parser
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -12,18 +13,23 @@ import moe_jax
 from moe_jax import Context
 from moe_jax.analysis.examine import replays, report, tables
 from moe_jax.analysis.examine.examination import examine
-from moe_jax.analysis.examine.sums import NUM_BINS
+from moe_jax.analysis.examine.sums import NUM_BINS, reached_devices
 from moe_jax.config import BlockConfig, ModelConfig, Segment
+from moe_jax.data.bpe import train_bpe
 from moe_jax.errors import InputError
 from moe_jax.nn.aux import moe_auxes
 from moe_jax.nn.build import resolve
 from moe_jax.nn.transformer import Transformer
 from moe_jax.training import compiled
+from moe_jax.training.router_trace import Trace
 from tests import tiny
+from tests.interop.helpers import MIXTRAL, random_model
+from tests.scripts import assert_one_line, run_scripts
 
 MOE = tiny.change(tiny.CONFIG, balancers="none", jitter=0.0).model.moe
 SMALL = dataclasses.replace(MOE, num_experts=4, num_experts_per_token=1)
 DEVICES = 2
+SCRIPT = "experiments/examine.py"
 TEXTS = ["code", "prose"]
 
 
@@ -41,10 +47,10 @@ def make_model(*patterns, **fields):
 @pytest.fixture(scope="module")
 def examined():
   """(model, batches, what was seen, examination): layers with 8, 4, 8, 4 experts behind a dense one."""
-  model, seen = make_model(((MOE, SMALL), 2)), []
+  model, seen = make_model(((MOE, SMALL), 2)), [{}, {}]
   batches = [tiny.make_batch(seed=seed) for seed in (1, 2)]
   found = examine(
-    model, batches, TEXTS, DEVICES, lambda batch, logits: seen.append([np.asarray(x) for x in logits])
+    model, batches, TEXTS, DEVICES, lambda batch, layer, x: seen[batch].update({layer: np.asarray(x)})
   )
   return model, batches, seen, found
 
@@ -127,6 +133,22 @@ def test_rows_say_what_the_sums_say(examined):
   assert found.expected_devices(0) == pytest.approx(2 * (1 - (4 * 3) / (8 * 7)))
 
 
+def test_where_the_devices_do_not_divide_the_experts_nobody_knows_how_many_are_reached(examined, tmp_path):
+  *_, found = examined
+  counted = [
+    sums._replace(
+      reached_X=np.asarray(reached_devices(np.ones((1, 2, len(sums.together_XE))), np.ones((1, 2)), 3))
+    )
+    for sums in found.layers
+  ]
+  found = dataclasses.replace(found, layers=tuple(counted), num_devices=3)
+  report.write(tmp_path, found, title="", command="", facts={}, text_of=str)
+  for line in csv.DictReader((tmp_path / "layers.csv").open()):
+    assert line["devices_per_token"] == line["devices_by_chance"] == "" != line["max_vio"]
+  column = [key for key, *_ in tables.COLUMNS].index("devices_per_token")
+  assert {tables.cells(row)[column] for row in found.rows()} == {"-"}
+
+
 def test_padding_and_the_cut_into_batches_change_nothing(examined):
   model, batches, _, found = examined
   padded = {name: np.array(x) for name, x in batches[0].items()}
@@ -199,8 +221,8 @@ def test_recorded_logits_replay_to_the_same_choices(examined, tmp_path):
   whole = dataclasses.replace(whole, model=resolve(whole.model))
   batches = [tiny.make_batch(seed=seed) for seed in range(4)]
   assert replays.can_record(whole)
-  with replays.Recorder(tmp_path / "logits", whole) as recorder:
-    found = examine(model, batches, TEXTS, DEVICES, recorder.see)
+  with replays.recording(tmp_path / "logits", whole, batches) as see:
+    found = examine(model, batches, TEXTS, DEVICES, see)
   none, bias = replays.replay_all(tmp_path / "logits", ["none", "loss_free_bias:0.05"], 8)
   last = examine(model, batches[-1:], TEXTS, DEVICES)
   assert none["updates"] == 1  # a quarter of four
@@ -213,10 +235,18 @@ def test_a_stream_of_layers_is_examined_as_the_whole_model(tmp_path):
   config = compiled.resolve_config(moe_jax.preset("deepseek_v3_tiny"))
   moe_jax.save(compiled.make_model(config, tiny.VOCAB, seed=0), tmp_path / "model")
   batches = [tiny.make_batch(seed=seed) for seed in (1, 2)]
-  whole, stream = (
-    examine(model, batches, TEXTS, DEVICES)
-    for model in (moe_jax.load(tmp_path / "model").model, moe_jax.LayerStream(tmp_path / "model"))
-  )
+  loaded = moe_jax.load(tmp_path / "model")
+  found, replayed, logits = [], [], []
+  for i, model in enumerate((loaded.model, moe_jax.LayerStream(tmp_path / "model"))):
+    with replays.recording(tmp_path / str(i), loaded.config, batches) as see:
+      found.append(examine(model, batches, TEXTS, DEVICES, see))
+    replayed += replays.replay_all(tmp_path / str(i), ["loss_free_bias:0.05"], 16)
+    logits.append(Trace(tmp_path / str(i)).read(0, 2))
+  one, other = ({name: x for name, x in row.items() if name != "method"} for row in replayed)
+  assert one == pytest.approx(other, rel=1e-5) and one["max_vio"] > 0
+  np.testing.assert_allclose(logits[0].logits_IRBLE, logits[1].logits_IRBLE, rtol=2e-3, atol=1e-5)
+  jax.tree.map(np.testing.assert_array_equal, *(x._replace(logits_IRBLE=0) for x in logits))
+  whole, stream = found
   assert len(whole.layers) == config.model.num_layers - config.model.num_dense_first > 1
   for one, other in zip(whole.layers, stream.layers, strict=True):
     for name in set(one._fields) - {"entropy"}:
@@ -230,3 +260,30 @@ def test_what_cannot_be_examined():
     examine(dense, [tiny.make_batch()], TEXTS, DEVICES)
   with pytest.raises(InputError, match="examine: the data set has no text"):
     examine(make_model(((SMALL,), 1)), [], TEXTS, DEVICES)
+
+
+def test_the_script(tmp_path):
+  """A checkpoint as a whole and layer by layer, and a folder that holds something else."""
+  model, texts = tmp_path / "model", tmp_path / "texts"
+  moe_jax.save(random_model(MIXTRAL, 260), model)
+  (model / "tokenizer.json").write_bytes(train_bpe(["abc abc"], 260))
+  for domain in ("one", "two"):
+    (texts / domain).mkdir(parents=True)
+    for i in range(20):
+      (texts / domain / f"{i}.txt").write_text(f"{domain} cat sat on the mat. "[i % 5 :] * 5)
+  command = [f"--model={model}", "--dataset=text_folder", f"--text_folder={texts}", f"--data_dir={tmp_path}"]
+  command += ["--sequence_length=16", "--batch_size=2", "--eval_batches=2", "--devices=3"]
+  outputs = [tmp_path / name for name in ("whole", "stream")]
+  whole, stream, wrong = run_scripts(
+    [SCRIPT, *command, "--replay=loss_free_bias:0.01", f"--output_dir={outputs[0]}"],
+    [SCRIPT, *command, "--replay=loss_free_bias:0.01", f"--output_dir={outputs[1]}", "--stream"],
+    [SCRIPT, *command, f"--output_dir={texts}"],
+  )
+  assert whole.status == stream.status == 0, (whole, stream)
+  assert "report.html" in whole.stdout and " - " in whole.stdout  # three devices for four experts
+  for name, keys in (("layers.csv", {"max_vio", "information_domain"}), ("replays.csv", {"max_vio"})):
+    one, other = (list(csv.DictReader((output / name).open())) for output in outputs)
+    assert len(one) == len(other) == (2 if name == "layers.csv" else 1)
+    for key in keys:
+      assert [float(row[key]) for row in one] == pytest.approx([float(row[key]) for row in other], rel=1e-4)
+  assert_one_line(wrong, f"--output_dir={texts}: holds something else; choose another folder")

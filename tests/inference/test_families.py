@@ -1,4 +1,4 @@
-"""Every kind of published model, at toy size: token by token equals the whole, in a batch of different lengths."""
+"""Every structure of published models, at toy size: token by token equals the whole, in a batch of different lengths."""
 
 import dataclasses
 
@@ -12,14 +12,11 @@ from moe_jax.inference.model import dropless
 from moe_jax.models import PRESETS
 from moe_jax.nn import Transformer
 from moe_jax.nn.cache import cache_bytes
+from tests.models.test_tiny_models import NAMES
 from tests.nn.layer import randomized
 
 V, PROMPT, TOTAL = 40, 8, 11
 PAD_B = np.array([0, 5], np.int32)
-# One of each structure: tests/models/test_tiny_models.py says which others are the same.
-NAMES = (
-  "mixtral_8x7b", "qwen2_57b_a14b", "olmoe_1b_7b", "deepseek_v2_lite", "deepseek_v3", "minimax_text_01", "gpt_oss_20b"
-)  # fmt: skip
 
 
 @jax.jit

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -196,8 +197,9 @@ def test_too_little_memory_is_said_before_anything_is_read(folder, monkeypatch):
   monkeypatch.setattr("moe_jax.interop.load.load_parameter", lambda *args: pytest.fail("something was read"))
   refused(
     folder,
-    r"needs 0.0 GB in float32, and this host has 0.0 GB free; dtype='bfloat16' needs 0.0 GB; or a mesh that splits "
-    r"it over 2 such hosts; moe_jax.LayerStream \(examine.py --stream\) keeps",
+    r"the model needs 0.0 GB in float32, and this host has 0.0 GB free; dtype='bfloat16' needs 0.0 GB; or a mesh that "
+    r"splits it over 2 such hosts; or moe_jax.LayerStream \(examine.py --stream\) keeps one layer in memory at a time, "
+    r"of which the largest has 0.0 GB",
   )
 
 
@@ -212,11 +214,35 @@ def test_devices_with_too_little_memory():
       return "cuda:0"
 
   right = (
-    r"m: needs 93.4 GB in bfloat16, and cuda:0 has 70.0 GB free; or a mesh that splits it over 2 such devices"
+    "m needs 93.4 GB in bfloat16, and cuda:0 has 70.0 GB free; a mesh that splits it over 2 such devices"
   )
-  with pytest.raises(InputError, match=right):
+  with pytest.raises(InputError, match=f"{right}$"):
     memory.check_memory("m", {Device(): 93_400_000_000}, "bfloat16")
+  with pytest.raises(InputError, match=f"{right}$"):  # nor does a layer fit
+    memory.check_memory("m", {Device(): 93_400_000_000}, "bfloat16", layer=70_000_000_001)
   memory.check_memory("m", {Device(): 70_000_000_000}, "bfloat16")
+
+
+@pytest.mark.parametrize(
+  ("free", "ways"),
+  [
+    (50, "dtype='bfloat16' needs 50.0 GB; or a mesh that splits it over 2 such hosts; or STREAM 22.0 GB"),
+    (49, "a mesh that splits it over 3 such hosts; or STREAM 22.0 GB"),
+    (21, "a mesh that splits it over 5 such hosts; or STREAM WITH 11.0 GB"),
+    (10, "a mesh that splits it over 10 such hosts"),
+  ],
+)
+def test_only_what_fits_is_named(free, ways, monkeypatch):
+  """100 GB in float32, of which the largest layer has 22."""
+  monkeypatch.setattr(memory, "_free_on_host", lambda: free * 10**9)
+  with pytest.raises(InputError) as error:
+    memory.check_memory("m", {jax.devices()[0]: 100 * 10**9}, "float32", layer=22 * 10**9)
+  rest = "keeps one layer in memory at a time, of which the largest has"
+  ways = ways.replace("STREAM WITH", f"STREAM with dtype='bfloat16' {rest}").replace(
+    "STREAM 2", f"STREAM {rest} 2"
+  )
+  ways = ways.replace("STREAM", "moe_jax.LayerStream (examine.py --stream)")
+  assert str(error.value) == f"m needs 100.0 GB in float32, and this host has {free}.0 GB free; {ways}"
 
 
 def test_options_that_do_not_exist(model, folder, tmp_path):

@@ -191,11 +191,8 @@ def test_the_module_of_multi_token_prediction(tmp_path):
     moe_jax.load(tmp_path / "without", mtp=True)
 
 
-def test_deepseek_moe_16b_as_a_loop(tmp_path):
-  """Softmax before the selection, weights not renormalised, two shared experts as one, and a dense first layer.
-
-  transformers has no such model. The tensors are written by their published names, and the formula is a loop.
-  """
+def deepseek_checkpoint(folder):
+  """Writes random tensors by their published names and returns (tensors in float64, tokens_L)."""
   values, layer = CASES["deepseek"]
   rng = np.random.default_rng(0)
   shapes = {f"model.layers.1.{key}": shape for key, shape in layer.items()}
@@ -206,12 +203,20 @@ def test_deepseek_moe_16b_as_a_loop(tmp_path):
   shapes |= {f"model.layers.{layer}.{norm}.weight": [D] for layer in range(2) for norm in norms}
   w = {key: rng.normal(scale=0.4, size=shape).astype(np.float32) for key, shape in shapes.items()}
   pending = {key: Pending(x.shape, x.dtype, lambda x=x: x) for key, x in w.items()}
-  write_file(tmp_path / "model.safetensors", pending)
-  (tmp_path / "config.json").write_text(json.dumps(values | {"model_type": "deepseek"}))
+  write_file(folder / "model.safetensors", pending)
+  (folder / "config.json").write_text(json.dumps(values | {"model_type": "deepseek"}))
+  return {key: x.astype(np.float64) for key, x in w.items()}, rng.integers(0, V, 7)
+
+
+def test_deepseek_moe_16b_as_a_loop(tmp_path):
+  """Softmax before the selection, weights not renormalised, two shared experts as one, and a dense first layer.
+
+  transformers has no such model. tests/parity/test_checkpoints.py has the gradients.
+  """
+  w, tokens_L = deepseek_checkpoint(tmp_path)
   loaded = moe_jax.load(tmp_path)
-  tokens_L = rng.integers(0, V, 7)
   logits_BLV, _ = jax.jit(lambda tokens_BL: loaded.model(tokens_BL))(tokens_L[None])
-  expected_LV = deepseek_moe({key: x.astype(np.float64) for key, x in w.items()}, tokens_L)
+  expected_LV = deepseek_moe(w, tokens_L)
   np.testing.assert_allclose(logits_BLV[0], expected_LV, rtol=0, atol=2e-5 * np.abs(expected_LV).max())
 
 

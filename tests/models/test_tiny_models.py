@@ -20,7 +20,7 @@ SAME = {
   "qwen3_235b_a22b": "qwen3_30b_a3b",
   "gpt_oss_120b": "gpt_oss_20b",
 }
-NAMES = [name for name in PUBLISHED if not name.endswith("_like") and name not in SAME]
+NAMES = [name for name in PUBLISHED if name not in SAME]
 
 
 def config_of(name: str):

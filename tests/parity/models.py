@@ -86,7 +86,7 @@ def theirs(model) -> Outcome:
   return Outcome(logits_BLV, output.loss.item(), selected, gradients)
 
 
-def ours(loaded: Loaded) -> Outcome:
+def ours(loaded: Loaded, tokens_BL: np.ndarray = TOKENS_BL) -> Outcome:
   """What the loaded model makes of the same tokens."""
   for segment in loaded.model.segments:
     segment.remat = "none"  # compiles in half the time
@@ -95,9 +95,9 @@ def ours(loaded: Loaded) -> Outcome:
   @functools.partial(jax.value_and_grad, has_aux=True)
   def loss(params):
     model = nnx.merge(graphdef, params, rest)
-    logits_BLV, aux = model(TOKENS_BL, Context(record_logits=True))
+    logits_BLV, aux = model(tokens_BL, Context(record_logits=True))
     log_probs_BLV = jax.nn.log_softmax(logits_BLV[:, :-1])
-    targets_BL1 = jnp.asarray(TOKENS_BL)[:, 1:, None]
+    targets_BL1 = jnp.asarray(tokens_BL)[:, 1:, None]
     return -jnp.take_along_axis(log_probs_BLV, targets_BL1, axis=-1).mean(), (logits_BLV, aux)
 
   (value, (logits_BLV, aux)), gradients = jax.jit(loss)(params)
@@ -114,6 +114,32 @@ def _selected(aux) -> list[np.ndarray]:
     found = [block.ffn.selected_BLE for block in segment if block.ffn is not None]
     for repetition in range(len(found[0]) if found else 0):
       for selected_RBLE in found:
-        chosen = np.asarray(selected_RBLE[repetition]).reshape(B * L, -1)
+        chosen = np.asarray(selected_RBLE[repetition]).reshape(-1, selected_RBLE.shape[-1])
         layers.append(np.stack([np.flatnonzero(row) for row in chosen]))
   return layers
+
+
+class Figures(NamedTuple):
+  """How far two models are from each other."""
+
+  logits: float  # the largest difference, relative to the largest value
+  gradients: float  # the same of each tensor, and the worst of them
+  differ: int | None  # tokens whose experts differ; None: not counted
+  choices: int | None  # of so many, in all layers
+
+
+def figures(model: Any, ours: Outcome, theirs: Outcome) -> Figures:
+  """Compares ours with what `model` of transformers makes of the tokens."""
+  shared = theirs.gradients.keys() - {name for name, _ in model.named_buffers()}  # which have no gradient
+  differ = sum((a != b).any(axis=-1).sum() for a, b in zip(ours.selected, theirs.selected, strict=True))
+  return Figures(
+    distance(ours.logits_BLV, theirs.logits_BLV),
+    max(distance(ours.gradients[name], theirs.gradients[name]) for name in shared),
+    int(differ),
+    sum(map(len, ours.selected)),
+  )
+
+
+def distance(ours: np.ndarray, theirs: np.ndarray) -> float:
+  """The largest difference, relative to the largest value."""
+  return float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-30))

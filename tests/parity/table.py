@@ -1,39 +1,46 @@
-"""Prints the table of docs/checkpoints.md: how far whole models are from transformers.
+"""Measures how far whole models are from transformers, and stores it for docs/models.md.
 
 python -m tests.parity.table
+python scripts/models_table.py  # then writes the page
 """
 
+import json
 import pathlib
 import tempfile
 
-import numpy as np
-
 import moe_jax
-from tests.parity import models
-from tests.parity.test_checkpoints import CASES, change_config
+from tests.interop.test_published import PUBLISHED
+from tests.parity import loop, models
+from tests.parity.test_checkpoints import CASES, saved
+
+STORED = pathlib.Path(__file__).parents[2] / "docs/results/parity.json"
 
 
 def main():
   print("| tiny model of | logits | gradients | expert choices that differ |")
   print("| --- | --- | --- | --- |")
-  for name, (prefix, fields) in CASES.items():
+  rows = {}
+  for name in [*CASES, "deepseek"]:
     with tempfile.TemporaryDirectory() as folder:
-      model = models.build(prefix, **fields)
-      model.save_pretrained(folder)
-      if name == "kimi_k2":
-        change_config(pathlib.Path(folder), model_type=name)
-      theirs, ours = models.theirs(model), models.ours(moe_jax.load(folder))
-    buffers = {name for name, _ in model.named_buffers()}
-    shared = theirs.gradients.keys() - buffers
-    gradients = max(distance(ours.gradients[key], theirs.gradients[key]) for key in shared)
-    differ = sum((a != b).any(axis=-1).sum() for a, b in zip(ours.selected, theirs.selected, strict=True))
-    logits = distance(ours.logits_BLV, theirs.logits_BLV)
-    print(f"| `{name}` | {logits:.1e} | {gradients:.1e} | {differ} of {sum(map(len, ours.selected))} |")
+      found = measured(name, pathlib.Path(folder))
+    differ = "-" if found.differ is None else f"{found.differ} of {found.choices}"
+    print(f"| `{name}` | {found.logits:.1e} | {found.gradients:.1e} | {differ} |")
+    presets = [preset for preset, (family, _) in PUBLISHED.items() if case_of(preset, family) == name]
+    rows[name] = {"presets": presets} | found._asdict()
+  STORED.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def distance(ours, theirs):
-  """The largest difference, relative to the largest value."""
-  return np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-30)
+def measured(name: str, folder: pathlib.Path) -> models.Figures:
+  if name == "deepseek":
+    return loop.figures(folder)
+  model = saved(name, folder)
+  theirs, ours = models.theirs(model), models.ours(moe_jax.load(folder))
+  return models.figures(model, ours, theirs)
+
+
+def case_of(preset: str, family: str) -> str:
+  """The tiny model that stands for a preset: that of its name, or else that of its family."""
+  return preset if preset in CASES else family
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ import moe_jax
 from moe_jax.interop.folder import open_folder
 from moe_jax.models import PRESETS
 from tests.interop.helpers import assert_same_model, random_model
-from tests.parity import models, oracles
+from tests.parity import loop, models, oracles
 from tests.parity.models import GQA, SIZES
 
+STORED = json.loads((pathlib.Path(__file__).parents[2] / "docs/results/parity.json").read_text())
 MLA = SIZES | {"kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
 MLA |= {
   "num_hidden_layers": 3,
@@ -68,15 +69,21 @@ CASES = {
 }
 
 
+def saved(name, folder):
+  """A tiny model of transformers, written to `folder`."""
+  prefix, fields = CASES[name]
+  model = models.build(prefix, **fields)
+  model.save_pretrained(folder)
+  if name == "kimi_k2":  # whose code is DeepSeek-V3's
+    change_config(folder, model_type="kimi_k2")
+  return model
+
+
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory):
   """The model there, its folder, what it makes of the tokens, and what ours does."""
-  prefix, fields = CASES[request.param]
-  model = models.build(prefix, **fields)
   folder = tmp_path_factory.mktemp(request.param)
-  model.save_pretrained(folder)
-  if request.param == "kimi_k2":  # whose code is DeepSeek-V3's
-    change_config(folder, model_type="kimi_k2")
+  model = saved(request.param, folder)
   loaded = moe_jax.load(folder)
   return model, loaded, models.theirs(model), models.ours(loaded)
 
@@ -107,6 +114,27 @@ def test_the_same_gradients(case):
     assert scale > 1e-6 or ".experts." in name, name
     np.testing.assert_allclose(ours.gradients[name], expected, rtol=1e-4, atol=1e-4 * scale, err_msg=name)
   assert ours.gradients.keys() - buffers == theirs.gradients.keys() - buffers
+
+
+def assert_alike(found, row):
+  """Within a factor of four: the last bits of a sum depend on the machine."""
+  ratios = [found.logits / row["logits"], found.gradients / row["gradients"]]
+  np.testing.assert_allclose(np.log(ratios), 0, atol=np.log(4))
+
+
+def test_the_stored_figures_are_those_of_today(case):
+  """docs/models.md shows them."""
+  model, loaded, theirs, ours = case
+  found, row = models.figures(model, ours, theirs), STORED[pathlib.Path(loaded.folder).name[:-1]]
+  assert_alike(found, row)
+  assert (found.differ, found.choices) == (row["differ"], row["choices"])
+
+
+def test_deepseek_moe_16b_is_a_loop(tmp_path):
+  """Logits and gradients, with the bounds of the others."""
+  found, row = loop.figures(tmp_path), STORED["deepseek"]
+  assert found.logits <= 2e-5 and found.gradients <= 1e-4
+  assert_alike(found, row)
 
 
 def change_config(folder, **fields):

@@ -25,11 +25,23 @@ def saved(folder, prefix, fields):
   return model
 
 
-@pytest.mark.parametrize("name", ["mixtral", "olmoe", "gpt_oss"])
+# Those that transformers gives this loss: what makes their only layer one with experts.
+WITH_LOSS = {
+  "mixtral": {},
+  "qwen3_moe": {"mlp_only_layers": []},
+  "olmoe": {},
+  "qwen2_moe": {"decoder_sparse_step": 1},
+  "gpt_oss": {"layer_types": ["full_attention"]},
+  "minimax": {"layer_types": ["full_attention"]},
+}
+
+
+@pytest.mark.parametrize("name", WITH_LOSS)
 def test_the_auxiliary_loss_of_one_layer(name, tmp_path):
   """`router_aux_loss_coef` becomes the weight of switch_loss, and `save` writes it back."""
   prefix, fields = CASES[name]
-  fields = fields | {"num_hidden_layers": 1, "router_aux_loss_coef": 0.02, "output_router_logits": True}
+  fields = fields | WITH_LOSS[name]
+  fields |= {"num_hidden_layers": 1, "router_aux_loss_coef": 0.02, "output_router_logits": True}
   model = saved(tmp_path, prefix, fields)
   tokens_BL = oracles.torch.tensor(models.TOKENS_BL).long()
   expected = 0.02 * model(tokens_BL, labels=tokens_BL).aux_loss.item()

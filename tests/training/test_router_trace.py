@@ -19,7 +19,7 @@ from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import check_run, compile_steps
 from moe_jax.training.loop import Run
 from moe_jax.training.metric_writer import read_jsonl
-from moe_jax.training.router_trace import Steps, Trace, TraceWriter
+from moe_jax.training.router_trace import Steps, Trace, TraceWriter, write_by_layer
 from tests import tiny
 
 CONFIG = tiny.change(
@@ -66,6 +66,25 @@ def test_round_trip(tmp_path):
   records = np.load(tmp_path / "router_logits" / "steps_000000000001.npy")  # any NumPy reads the files
   for name in ("logits_RBLE", "mask_BL", "domain_B"):
     np.testing.assert_array_equal(records[name], np.stack([arrays[name] for arrays in steps]))
+
+
+def test_layers_in_any_order_are_the_same_trace(tmp_path):
+  steps = make_steps(3)
+  logits = [step["logits_RBLE"] for step in steps]
+  places = np.random.default_rng(0).permutation([(i, r) for i in range(3) for r in range(2)]).tolist()
+  with write_by_layer(tmp_path, {"what": "a test"}, steps, 2) as add:
+    for i, r in places:
+      add(i, r, logits[i][r])
+  trace = Trace(tmp_path)
+  assert trace.header["what"] == "a test"
+  assert_holds(trace, steps)
+  with (
+    pytest.raises(ValueError, match="logits of 1 layers, and 3 steps have 2 each"),
+    write_by_layer(tmp_path / "part", {}, steps, 2) as add,
+  ):
+    add(0, 0, logits[0][0])
+  with pytest.raises(InputError, match="hold no whole step"):
+    Trace(tmp_path / "part")
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 100])
@@ -118,6 +137,16 @@ def test_neither_writer_nor_reader_holds_the_whole(tmp_path, monkeypatch):
   finally:
     tracemalloc.stop()
   assert 5 < len(list(tmp_path.glob("steps_*.npy"))) <= 10
+
+
+def test_a_step_that_waits_is_not_missing(tmp_path, monkeypatch):
+  """While a run records, the header counts what is on disk."""
+  monkeypatch.setattr(router_trace, "FLUSH_BYTES", 1)
+  writer = TraceWriter(tmp_path, {})
+  for step, arrays in enumerate(make_steps(4), start=1):
+    writer.add(step, arrays)
+  trace = Trace(tmp_path)
+  assert trace.step_I.tolist() == [1, 2, 3] and not trace.missing
 
 
 @pytest.mark.parametrize("resume_step", [0, 2, 5, 9])

@@ -107,7 +107,7 @@ def examine(
   batches: Iterable[Batch],
   domains: Sequence[str],
   num_devices: int,
-  see: Callable[[Batch, list[Array]], None] | None = None,
+  see: Callable[[int, int, Array], None] | None = None,
 ) -> Examination:
   """Reads batches and returns what the routers did with them.
 
@@ -116,7 +116,7 @@ def examine(
     batches: tokens_BL, mask_BL, domain_B, all of one shape.
     domains: the names that `domain_B` indexes.
     num_devices: over which the experts of a layer would be spread.
-    see: called with every batch and the router logits [B, L, E] of its layers. Not with a `LayerStream`.
+    see: called with the number of every batch, that of every layer with experts, and its router logits [B, L, E].
 
   Raises:
     InputError: if the model has no routed experts, or there is no batch.
@@ -125,16 +125,21 @@ def examine(
   if not batches:
     raise InputError("examine: the data set has no text")
   found = _Collector(batches, len(domains), num_devices)
+
+  def take(number: int, batch: int, layer: MoEAux) -> None:
+    found.add(number, batch, layer)
+    if see is not None:
+      see(batch, number, layer.logits_BLE)
+
   if isinstance(model, LayerStream):
-    _stream(model, found)
+    _stream(model, found, take)
   else:
     graphdef, state = nnx.split(model)
     for i, batch in enumerate(batches):
-      layers = _layers(_forward(graphdef, state, batch["tokens_BL"], found.context(i)))
-      for number, layer in enumerate(layers):
-        found.add(number, i, layer)
-      if see is not None and layers:
-        see(batch, [layer.logits_BLE for layer in layers])
+      for number, layer in enumerate(
+        _layers(_forward(graphdef, state, batch["tokens_BL"], found.context(i)))
+      ):
+        take(number, i, layer)
   if not found.totals:
     raise InputError("examine: the model has no layer with routed experts")
   return found.examination(domains)
@@ -156,13 +161,13 @@ def _layers(aux: PyTree) -> list[MoEAux]:
   return found
 
 
-def _stream(model: LayerStream, found: "_Collector") -> None:
+def _stream(model: LayerStream, found: "_Collector", take: Callable[[int, int, MoEAux], None]) -> None:
   numbers: dict[int, int] = {}  # of the layers with experts, by layer
 
   def see(layer: int, batch: int, aux: PyTree) -> None:
     for own in moe_auxes(aux):
       if own.selected_BLE is not None:
-        found.add(numbers.setdefault(layer, len(numbers)), batch, own)
+        take(numbers.setdefault(layer, len(numbers)), batch, own)
 
   contexts = []
   for i, batch in enumerate(found.batches):

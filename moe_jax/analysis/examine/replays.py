@@ -1,7 +1,8 @@
 """The router logits of an examination on disk, and what other balancers would have done with them."""
 
+import contextlib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,48 +14,38 @@ from moe_jax.config import Config
 from moe_jax.config.plain import to_plain
 from moe_jax.data import Batch
 from moe_jax.errors import InputError
-from moe_jax.nn.build import different_blocks, routed_part
-from moe_jax.training.router_trace import Trace, TraceWriter
+from moe_jax.nn.build import different_blocks, num_routed_layers, routed_part
+from moe_jax.training.router_trace import Trace, write_by_layer
 
 TAIL = 0.25  # of the updates
 
 
-class Recorder:
-  """Keeps the router logits of examined batches in a folder: a context manager whose `see` takes a batch.
+@contextlib.contextmanager
+def recording(
+  folder: pathlib.Path, config: Config, batches: Sequence[Batch]
+) -> Iterator[Callable[[int, int, jax.Array], None]]:
+  """Keeps the router logits of examined batches in a folder.
 
   Args:
     folder: of the trace. It must not hold one.
     config: of the model, resolved. Its layers with experts must be alike.
+    batches: that are examined.
+
+  Yields:
+    What `examine` takes as `see`.
   """
-
-  def __init__(self, folder: pathlib.Path, config: Config):
-    block = next(b for b in different_blocks(config.model) if routed_part(b) is not None)
-    moe = to_plain(block.moe)
-    header = {"router": str(block.moe.router), "config": {"model": {"moe": moe}}}
-    self._writer = TraceWriter(folder, header)
-    self._step = 0
-
-  def __enter__(self) -> "Recorder":
-    self._writer.__enter__()
-    return self
-
-  def __exit__(self, *exception: Any) -> None:
-    self._writer.__exit__(*exception)
-
-  def see(self, batch: Batch, logits: Sequence[jax.Array]) -> None:
-    """Keeps the router logits [B, L, E] of the layers of one batch."""
-    self._step += 1
-    key_B = jax.random.split(jax.random.key(self._step), len(batch["domain_B"]))
+  block = next(b for b in different_blocks(config.model) if routed_part(b) is not None)
+  moe = to_plain(block.moe)
+  header = {"router": str(block.moe.router), "config": {"model": {"moe": moe}}}
+  steps = []
+  for i, batch in enumerate(batches):
+    key_B = jax.random.split(jax.random.key(i + 1), len(batch["domain_B"]))
+    data = np.asarray(jax.random.key_data(key_B))
+    steps.append({"mask_BL": batch["mask_BL"], "domain_B": batch["domain_B"], "key_B": data})
+  with write_by_layer(folder, header, steps, num_routed_layers(config.model)) as add:
     limit = float(np.finfo(np.float16).max)
-    self._writer.add(
-      self._step,
-      {
-        "logits_RBLE": jnp.clip(jnp.stack(logits), -limit, limit).astype(jnp.float16),
-        "mask_BL": batch["mask_BL"],
-        "domain_B": np.asarray(batch["domain_B"], np.int32),
-        "key_B": jax.random.key_data(key_B),
-      },
-    )
+    to_float16 = lambda logits_BLE: np.asarray(jnp.clip(logits_BLE, -limit, limit).astype(jnp.float16))
+    yield lambda batch, layer, logits_BLE: add(batch, layer, to_float16(logits_BLE))
 
 
 def can_record(config: Config) -> bool:

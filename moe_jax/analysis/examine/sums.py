@@ -20,7 +20,7 @@ class Sums(NamedTuple):
   together_XE: Array  # tokens that are sent to both experts; the diagonal has the load
   before_XE: Array  # tokens that are sent to one expert, and in the layer before to the other
   entropy: Array  # [], nats, of the router's scores divided by their sum
-  reached_X: Array  # tokens that reach 0, 1, ... devices; 0 where the devices do not divide the experts
+  reached_X: Array  # tokens that reach 0, 1, ... devices; NaN where the devices do not divide the experts
   per_sequence_BE: Array  # tokens of each sequence that are sent to the expert
 
 
@@ -57,15 +57,18 @@ def sums_of_layer(
     together_XE=jnp.einsum("BLX,BLE->XE", selected_BLE, selected_BLE),
     before_XE=jnp.einsum("BLX,BLE->XE", before.astype(jnp.float32), selected_BLE),
     entropy=layer.metrics["router_entropy"][0],
-    reached_X=_reached(selected_BLE, tokens.mask_BL, num_devices),
+    reached_X=reached_devices(selected_BLE, tokens.mask_BL, num_devices),
     per_sequence_BE=selected_BLE.sum(axis=1),
   )
 
 
-def _reached(selected_BLE: Array, mask_BL: Array, num_devices: int) -> Array:
-  """Returns the number of tokens that reach 0, 1, ... devices. Experts lie on them in order, equally many on each."""
+def reached_devices(selected_BLE: Array, mask_BL: Array, num_devices: int) -> Array:
+  """Returns the number of tokens that reach 0, 1, ... devices. Experts lie on them in order, equally many on each.
+
+  NaN if that cannot be.
+  """
   if selected_BLE.shape[-1] % num_devices:
-    return jnp.zeros(num_devices + 1)
+    return jnp.full(num_devices + 1, jnp.nan)
   own = selected_BLE.reshape(*mask_BL.shape, num_devices, -1)
   reached_BLX = jax.nn.one_hot((own.max(axis=-1) > 0).sum(axis=-1), num_devices + 1)
   return (reached_BLX * mask_BL[..., None]).sum(axis=(0, 1))

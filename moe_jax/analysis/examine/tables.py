@@ -1,6 +1,7 @@
 """The tables of an examination: a line per layer, and a line per expert with the tokens that it takes."""
 
 import csv
+import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -60,11 +61,12 @@ def shown(text: str) -> str:
 
 
 def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
-  """Writes a line per row."""
+  """Writes a line per row. A number that there is not, NaN, is an empty cell."""
   with disk.whole_text(path) as file:
     writer = csv.DictWriter(file, rows[0], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    for row in rows:
+      writer.writerow({key: "" if value != value else value for key, value in row.items()})
 
 
 # Of a layer, what the terminal and the report show: key, title, format.
@@ -88,8 +90,8 @@ COLUMNS = (
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
-  """Returns the cells of a line."""
-  return [format(row[key], spec) for key, _, spec in COLUMNS]
+  """Returns the cells of a line; "-" for a number that there is not."""
+  return ["-" if math.isnan(row[key]) else format(row[key], spec) for key, _, spec in COLUMNS]
 
 
 def caption(found: Examination) -> str:
@@ -100,6 +102,6 @@ def caption(found: Examination) -> str:
     "entropy: of log E. Dead: below 1% of the fair share; above 2x: more than twice of it. Router entropy: of a token's "
     "scores, nats. MI: mutual information between the expert of an assignment and the domain, the token "
     f"({len(found.named_ids)} most frequent ids) or the position, nats. Devices: that a token reaches if the experts lie "
-    f"on {devices} devices in order; 0 where these do not divide the experts. Drops: share of assignments beyond a "
+    f"on {devices} devices in order; - where these do not divide the experts. Drops: share of assignments beyond a "
     "capacity factor, if a window were a routing group."
   )
