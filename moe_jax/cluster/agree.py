@@ -4,7 +4,8 @@ The main threads may be in different steps, and each may wait on its devices for
 over the key-value store of `jax.distributed`: each says which step its main thread has checked last, while it keeps
 that thread from checking another. All stop at the step after the largest, which nobody has checked. This is the protocol
 of `jax.experimental.multihost_utils.reached_preemption_sync_point`, which hears SIGTERM only, and then keeps a process
-from ending. Where a program has started JAX's service, its notices count here, too.
+from ending. `cluster.start` leaves that service off. A program that starts it by `jax.distributed.initialize` and trains in a thread,
+where Python lets nobody listen for signals, is stopped by its notices; in the main thread the run hears SIGTERM itself.
 """
 
 import contextlib

@@ -63,10 +63,13 @@ class ComparisonFolder:
     Arms, seeds and evaluations may be added. A config.json that cannot be read is moved aside; runs have their own.
     """
     path = self.path / "config.json"
+    is_lost = not path.exists() and any(self.path.glob("arms/*/seed_*"))
     # One that an earlier start moved aside was there, too, whatever that start then ended with.
-    was_there = path.exists() or any((self.path / disk.ASIDE).glob(f"{path.name}-*"))
+    was_there = path.exists() or is_lost or any((self.path / disk.ASIDE).glob(f"{path.name}-*"))
     consequence = "it is written again from the flags, and runs are checked by their own"
     disk.set_aside_damaged(path, self.path, consequence, _is_claim)
+    if is_lost:
+      disk.note(f"{path}: is missing; {consequence}")
     if was_there:
       self._check_same(claim)
     elif self.path.exists() and not self._is_free():

@@ -29,6 +29,7 @@ def kept_beside(run: "Run") -> dict[str, Any]:
     "timed_steps": run.timed_steps,
     "start": run.start_digest,
     "lines": run.metrics.lines if run.metrics else 0,
+    "evaluated": run.evaluated,
   }
 
 
@@ -44,7 +45,7 @@ def start(run: "Run") -> TrainState:
     run.steps.abstract_state, run.steps.state_shardings, move_damaged=True
   )
   step, text = int(state.step), run.dataset.info.fingerprint
-  if not {"config", "lines"} <= extra.keys():
+  if not {"config", "lines", "evaluated"} <= extra.keys():
     raise InputError(
       f"{run.folder}: step {step} was saved by another version of moe_jax; continue with that one, or choose another folder"
     )
@@ -56,6 +57,7 @@ def start(run: "Run") -> TrainState:
   run.batches.set_state(run.share.state_to_load(extra["data"]))
   run.tail.from_json(extra["tail"])
   run.start_digest, run.lines = extra["start"], extra["lines"]
+  run.evaluated = extra["evaluated"]
   run.seconds, run.timed_steps = extra["seconds"], extra["timed_steps"]
   if run.progress:
     run.progress.note(f"{run.show}: continues from step {step}")

@@ -72,6 +72,7 @@ class Run:
     self.start_digest = ""  # of the parameters that init_from named
     self.checkpoints: Checkpoints | None = None  # in `train`
     self.metrics: JsonlWriter | None = None  # in the first process, in `train`
+    self.evaluated = 0  # the last step with an evaluation in training
     self.lines = 0  # of metrics up to the step that the run continues from
 
   def train(self) -> dict[str, Any]:
@@ -154,7 +155,7 @@ class Run:
     train = self.config.train
     pending: list[dict] = []
     start_step = int(state.step)
-    if self.stop and start_step and self._evaluates(start_step) and self.stop(self.evaluate(state)):
+    if start_step and self._evaluates(start_step) and self._evaluate_in_training(start_step, state, writer):
       return state  # an earlier process stopped here, and ended before it wrote the result
     started = time.monotonic()
     for step in range(start_step + 1, train.num_steps + 1):
@@ -182,12 +183,8 @@ class Run:
       pending = []
       if log:
         self._log(step, values, writer)
-      if evaluate:
-        validation = self.evaluate(state)
-        writer.write(step, {f"eval_{k}": v for k, v in _scalars(validation).items()})
-        reached = self.stop is not None and self.stop(validation)
-      else:
-        reached = False
+      # One that is asked to stop has little time: it saves, and the next process evaluates.
+      reached = evaluate and not reason and self._evaluate_in_training(step, state, writer)
       if save or reached:
         self._save(step, state, writer, recorder)
       if reason:
@@ -196,6 +193,16 @@ class Run:
         break
       started = time.monotonic()
     return state
+
+  def _evaluate_in_training(self, step: int, state: TrainState, writer: MetricWriter) -> bool:
+    """Writes a line with the numbers of an evaluation, if there is none yet. Returns whether the run stops at them."""
+    if self.evaluated >= step and not self.stop:
+      return False
+    validation = self.evaluate(state)
+    if self.evaluated < step:
+      writer.write(step, {f"eval_{k}": v for k, v in _scalars(validation).items()})
+      self.evaluated = step
+    return self.stop is not None and self.stop(validation)
 
   def _save(self, step: int, state: TrainState, writer: MetricWriter, recorder: TraceWriter | None) -> None:
     """A run that continues from here has all metrics and recorded steps up to here."""

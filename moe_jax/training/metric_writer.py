@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pathlib
+import socket
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
@@ -18,6 +19,8 @@ import numpy as np
 
 from moe_jax import disk
 from moe_jax.errors import InputError
+
+EVENTS = "events.out.tfevents."  # begins the name of an event file; the time in seconds follows
 
 # JSON has no literal for these. Strings preserve the value, and any JSON reader accepts them.
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -98,17 +101,18 @@ class TensorBoardWriter(MetricWriter):
   def __init__(self, directory: str | os.PathLike[str], *, resume_step: int | None = None):
     # Here, so that reading JSON lines does not need it. Not its SummaryWriter, whose thread keeps events that a kill
     # then loses, and whose `flush` does not wait for them.
-    from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.record_writer import RecordWriter
 
     pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
-    own = f".{time.time_ns()}.{os.getpid()}"  # TensorBoard reads files in the order of their names
-    self._events = EventsWriter(os.path.join(os.fspath(directory), "events"), own)
+    self._events = RecordWriter(os.path.join(os.fspath(directory), _event_file(directory)))
+    self._write(Event(file_version="brain.Event:2"))
     if resume_step is not None:
-      purge = Event(
-        wall_time=time.time(), step=resume_step + 1, session_log=SessionLog(status=SessionLog.START)
-      )
-      self._events.write_event(purge)
+      self._write(Event(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+  def _write(self, event: Any) -> None:
+    event.wall_time = time.time()
+    self._events.write(event.SerializeToString())
 
   def write(self, step: int, metrics: Mapping[str, Any]) -> None:
     from tensorboardX import summary
@@ -128,7 +132,7 @@ class TensorBoardWriter(MetricWriter):
           found = summary.histogram(tag, x, "auto")
         else:
           continue
-        self._events.write_event(Event(wall_time=time.time(), step=int(step), summary=found))
+        self._write(Event(step=int(step), summary=found))
 
   def flush(self) -> None:
     self._events.flush()
@@ -160,6 +164,18 @@ class MultiWriter(MetricWriter):
     with contextlib.ExitStack() as stack:
       for writer in self._writers:
         stack.callback(writer.close)
+
+
+def _event_file(directory: str | os.PathLike[str]) -> str:
+  """Returns a name that comes after those of all event files of a folder, for TensorBoard reads them in that order.
+
+  Names begin with a time in seconds. It is not before those there, whatever the clocks of the hosts say.
+  """
+  files = (
+    path.name.removeprefix(EVENTS).split(".")[0] for path in pathlib.Path(directory).glob(f"{EVENTS}*")
+  )
+  newest = max((int(second) for second in files if second.isdecimal()), default=0)
+  return f"{EVENTS}{max(int(time.time()), newest + 1):010d}.{socket.gethostname()}.{os.getpid()}"
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

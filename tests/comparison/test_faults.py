@@ -10,6 +10,7 @@ from rich.console import Console
 
 from moe_jax import disk
 from moe_jax.comparison.comparison import Comparison
+from moe_jax.comparison.folder import ComparisonFolder
 from moe_jax.comparison.results import load_results
 from moe_jax.config import MeshConfig
 from moe_jax.errors import InputError
@@ -21,6 +22,7 @@ from tests import tiny
 CONFIG = tiny.change(
   tiny.CONFIG,
   num_steps=4,
+  tail_fraction=0.8,
   eval_batches=2,
   num_layers=1,
   schedule="constant",
@@ -154,6 +156,21 @@ def test_damaged_metrics_leave_no_silent_hole(copy, capsys):
   assert "jsonl: is damaged; 3 of 4 lines are there, up to step 4 of 4" in capsys.readouterr().err
 
 
+def test_a_claim_that_is_gone_is_written_again(tmp_path, capsys):
+  """Where runs are. A folder of other things is refused as before."""
+  folder, claim = ComparisonFolder(tmp_path), {"arms": {"a": {}}, "seeds": [0], "config": CONFIG.to_dict()}
+  (tmp_path / "arms").mkdir()
+  with pytest.raises(InputError, match="is not empty and holds no run"):
+    folder.check(claim)
+  (tmp_path / "arms/a/seed_0").mkdir(parents=True)
+  folder.check(claim)
+  said = capsys.readouterr().err
+  assert (
+    said.startswith(f"note: {tmp_path}/config.json: is missing; it is written again")
+    and said.count("\n") == 1
+  )
+
+
 def test_a_diverged_arm_is_kept_and_the_others_go_on(tmp_path, trained, capsys):
   arms = {"a": {"jitter": 0.1}, "wild": {"learning_rate": 1e30, "clip_norm": 0.0}, "b": {"jitter": 0.2}}
   for _ in range(2):  # also when it is started again
@@ -184,6 +201,8 @@ def test_a_constant_schedule_may_be_extended(finished, copy, trained, tmp_path):
   extended, whole = compare(copy, config=longer), compare(tmp_path / "whole", config=longer)
   assert trained == ["a", "b", "a", "b"]
   assert [r["validation"] for r in extended] == [r["validation"] for r in whole]
+  for name in ("loss", "max_vio", "tail_steps"):
+    assert [r["training"][name] for r in extended] == [r["training"][name] for r in whole]
   assert extended[0]["num_steps"] == 6
   with pytest.raises(InputError, match=r"\(num_steps was 6, now 4\)"):
     compare(copy)

@@ -9,8 +9,10 @@ import sys
 import threading
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from jax._src import distributed
 
 from moe_jax import disk
 from moe_jax.comparison import comparison
@@ -19,6 +21,8 @@ from moe_jax.errors import InputError, Stopped
 from moe_jax.training import stops
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.loop import Run
+from moe_jax.training.metric_writer import read_jsonl
+from moe_jax.training.stops import Stops
 from tests import tiny
 
 CONFIG = tiny.change(tiny.CONFIG, num_steps=6, eval_batches=2, num_layers=1)
@@ -247,3 +251,51 @@ def test_a_lock_of_another_machine_is_taken_over_when_it_shows_no_life(tmp_path,
   with disk.hold(path, "it"), disk.hold(path, "what it holds it may hold again"):
     assert disk.read_object(path)["pid"] == os.getpid()
   assert path.read_text() == "" and "node7" in capsys.readouterr().err
+
+
+def test_a_run_that_is_asked_saves_before_it_evaluates(dataset, tmp_path):
+  """The time that is left may be shorter than an evaluation. The next process evaluates, and the lines are the same."""
+  config = tiny.change(CONFIG, eval_every=2)
+  evaluated = []
+
+  class Evaluates(Run):
+    def evaluate(self, state, step=None):
+      evaluated.append(int(state.step))
+      return super().evaluate(state, step)
+
+  Evaluates(config, dataset, tmp_path / "whole", label="arm").train()
+  assert evaluated == [2, 4, 6]
+  evaluated.clear()
+  for asked in (1, 3):
+    with pytest.raises(Stopped, match=f"step {asked + 1} of 6 is saved"):
+      Evaluates(config, dataset, tmp_path / "run", Sends(asked, signal.SIGTERM), label="arm").train()
+    evaluated.append("stopped")
+  Evaluates(config, dataset, tmp_path / "run", label="arm").train()
+  assert evaluated == ["stopped", 2, "stopped", 4, 6]
+  lines = [read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("whole", "run")]
+  for line in [*lines[0], *lines[1]]:
+    line.pop("tokens_per_second", None)
+  assert lines[0] == lines[1]
+
+
+class Notified:
+  """Stands for JAX's preemption service after a notice, on which all processes agree at step 3."""
+
+  def reached_sync_point(self, step):
+    return step == 3
+
+
+def test_a_notice_of_jax_stops_a_run_in_a_thread(monkeypatch):
+  """Only where another program has started JAX's service; without it, nobody is asked."""
+  with Stops() as listener:
+    assert [listener.reached(step) for step in (1, 2, 3)] == ["", "", ""]
+    listener.close()
+  monkeypatch.setattr(distributed.global_state, "client", object())
+  monkeypatch.setattr(distributed.global_state, "preemption_sync_manager", Notified())
+
+  def train():
+    with Stops() as listener:
+      return [listener.reached(step) for step in (1, 2, 3)]
+
+  with ThreadPoolExecutor(1) as pool:
+    assert pool.submit(train).result() == ["", "", "a preemption notice"]
