@@ -35,18 +35,19 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_IN_WORDS = ("No space left on device", "Disk quota exceeded", "File too large", " requested and ")
 
 
-def of_the_disk(error: BaseException, what: str) -> InputError | None:
+def of_the_disk(error: BaseException, what: str, then: str = "continues") -> InputError | None:
   """Returns the line for a disk that is full or fails, whichever library met it; None for other errors.
 
   Args:
     error: of the system, or of a library.
     what: could not be done or written.
+    then: what the same command does next.
   """
   number = error.errno if isinstance(error, OSError) else None
   text = " ".join((error.strerror if number and error.strerror else str(error)).split())
   if number in _FULL or any(words in text for words in _FULL_IN_WORDS):
     return InputError(
-      f"{what}: no space left to write ({text[:200]}); make room, and the same command continues"
+      f"{what}: no space left to write ({text[:200]}); make room, and the same command {then}"
     )
   if number == errno.EIO:
     return InputError(f"{what}: cannot be read or written ({text}); look at the device, and start again")

@@ -5,37 +5,35 @@
 
 One small comparison of one arm is trained to its end without faults. Then it is trained again and again, in new folders, with
 faults drawn from --seed: kill -9, SIGTERM, Ctrl-C, files that are cut, flipped or removed, files that cannot be written,
-a second start at the same time, times of files that are a day off, a damaged cache of the corpus. After each, the same
-command is started again. At the end, parameters, optimizer, result and metrics must be those of the undisturbed run, bit
-by bit. A start may also end with one line that says what to do; a traceback, a hang or another end is a failure, and the
-exit status is then 1. On one machine with several processes: tests/cluster.
+a second start at the same time, times of files (also those in names) that are a day off, a damaged cache of the corpus.
+After each, the same command is started again. At the end, parameters, optimizer, result, metrics, TensorBoard's events and
+recorded router logits must be those of the undisturbed run, bit by bit. A start may also end with one line that says what to
+do; a traceback, a hang or another end is a failure, and the exit status is then 1. On one machine with several processes:
+scripts/soak_cluster.py.
 """
 
 import collections
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import pathlib
 import random
-import resource
 import shutil
 import signal
 import sys
 import time
-import traceback
-import warnings
 from collections.abc import Callable
 
 from absl import flags
+from soak_start import ARM, LIMIT, Failed, Start, move_events, recorded, remedy, shown_events
 
 from moe_jax import cli
-from moe_jax.comparison.comparison import Comparison
+from moe_jax.comparison.folder import ComparisonFolder
 from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, TrainConfig
-from moe_jax.errors import STOPPED_STATUS
+from moe_jax.training.metric_writer import EVENTS, read_lines
 
-ARM = "arm"
-LIMIT = 300.0  # seconds that a start may take
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "the", "dog", "ran", "after", "it", "until", "dark"]
 
 _SEED = flags.DEFINE_integer("seed", 0, "of the faults")
@@ -44,10 +42,6 @@ _FAULTS = flags.DEFINE_integer("faults", 0, "how many faults; 0: until --minutes
 _FOLDER = flags.DEFINE_string("folder", "runs/soak", "for the runs; must be new, or that of an earlier soak")
 _STEPS = flags.DEFINE_integer("steps", 240, "of a run; a checkpoint is saved every 20", lower_bound=40)
 _KEEP = flags.DEFINE_bool("keep", False, "keep the folders of runs that ended well, too")
-
-
-class Failed(Exception):
-  """Something was lost, or silently wrong."""
 
 
 def config(texts: pathlib.Path, data: pathlib.Path) -> Config:
@@ -63,69 +57,10 @@ def config(texts: pathlib.Path, data: pathlib.Path) -> Config:
       sequence_length=16,
       batch_size=8,
     ),
-    train=TrainConfig(num_steps=_STEPS.value, log_every=1, checkpoint_every=20, eval_batches=2),
+    train=TrainConfig(
+      num_steps=_STEPS.value, log_every=1, checkpoint_every=20, eval_batches=2, record_router_logits=1
+    ),
   )
-
-
-class Start:
-  """A process that trains, as the scripts do. Forked from this one, in which JAX is imported and has not started."""
-
-  def __init__(self, config: Config, output_dir: pathlib.Path, log: pathlib.Path, largest_file: int):
-    self.status: int | None = None
-    self.log = (
-      log  # a file of its own: `largest_file` is the limit of every file, and many starts would reach it
-    )
-    with warnings.catch_warnings():
-      warnings.simplefilter("ignore")  # JAX warns of forks
-      self.pid = os.fork()
-    if self.pid:
-      return
-    status = 1
-    try:
-      out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-      os.dup2(out, 1)
-      os.dup2(out, 2)
-      if largest_file:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
-      with cli.one_line():
-        Comparison({ARM: {}}, [0], config, output_dir).run()
-      status = 0
-    except SystemExit as error:
-      status = error.code
-      if status not in (0, 2, STOPPED_STATUS, 130):  # not ours: say whose
-        os.write(2, traceback.format_exc().encode())
-    except BaseException:
-      os.write(2, traceback.format_exc().encode(errors="replace"))
-    finally:
-      with contextlib.suppress(OSError):
-        sys.stdout.flush()
-        sys.stderr.flush()
-      os._exit(status)
-
-  def poll(self) -> int | None:
-    """The exit status, negative for a signal; None while it runs."""
-    if self.status is None:
-      pid, status = os.waitpid(self.pid, os.WNOHANG)
-      self.status = os.waitstatus_to_exitcode(status) if pid else None
-    return self.status
-
-  def wait(self) -> int:
-    deadline = time.monotonic() + LIMIT
-    while self.poll() is None:
-      if time.monotonic() > deadline:
-        self.kill()
-        raise Failed("a start hangs")
-      time.sleep(0.01)
-    return self.status
-
-  def send_signal(self, number: int) -> None:
-    if self.poll() is None:
-      os.kill(self.pid, number)
-
-  def kill(self) -> None:
-    self.send_signal(signal.SIGKILL)
-    while self.poll() is None:
-      time.sleep(0.01)
 
 
 class Soak:
@@ -175,7 +110,7 @@ class Soak:
     """Disturbs a run until it has reached its end, and compares."""
     output_dir = self.folder / f"seed_{_SEED.value}_run_{number}"
     shutil.rmtree(output_dir, ignore_errors=True)
-    spoilt_metrics = False
+    spoilt: set[str] = set()
     while more():
       fault = self.random.choice(list(FAULTS))
       until = self.random.uniform(self.step(output_dir), _STEPS.value)
@@ -189,9 +124,9 @@ class Soak:
       if process.poll() == 0:
         break
       self.counts[fault] += 1
-      spoilt_metrics |= FAULTS[fault](self, process, output_dir)
+      spoilt |= FAULTS[fault](self, process, output_dir)
     self._finish(output_dir)
-    self._compare(output_dir, spoilt_metrics)
+    self._compare(output_dir, spoilt)
     self.ends += 1
     if not _KEEP.value:
       shutil.rmtree(output_dir)
@@ -202,69 +137,81 @@ class Soak:
       self.expect(process, 0, 2)
       if process.status == 0:
         return
-      self.refused(process, output_dir)
+      self.refused(process)
     raise Failed(f"{output_dir}: does not start again; see {process.log}")
 
-  def refused(self, process: Start, output_dir: pathlib.Path) -> None:
-    """What a user does after one line that names a damaged configuration: remove it."""
-    if "the same command now begins anew" in process.log.read_text():  # there is nothing to do
-      return
-    self.refusals += 1
-    for path in (output_dir / "config.json", self._run_folder(output_dir) / "config.json"):
-      path.unlink(missing_ok=True)
+  def refused(self, process: Start) -> None:
+    self.refusals += remedy(process.log.read_text(errors="replace")) is not None
 
-  def _compare(self, output_dir: pathlib.Path, spoilt_metrics: bool) -> None:
+  def _compare(self, output_dir: pathlib.Path, spoilt: set[str]) -> None:
     own = self._run_folder(output_dir)
     results = [json.loads((folder / "result.json").read_text()) for folder in (self.whole, own)]
     parts = {"validation": [r["validation"] for r in results]}
     parts |= {f"training {k}": [r["training"][k] for r in results] for k in ("loss", "max_vio", "tail_steps")}
     saved = [folder / f"checkpoints/{_STEPS.value}/extra/metadata" for folder in (self.whole, own)]
     parts["arrays of the last checkpoint"] = [json.loads(path.read_text())["arrays"] for path in saved]
-    if not spoilt_metrics:
-      parts["metrics"] = [self._metrics(folder) for folder in (self.whole, own)]
+    metrics = [self._metrics(folder) for folder in (self.whole, own)]
+    parts["metrics"] = metrics
+    parts["events"] = [shown_events(folder / "tensorboard") for folder in (self.whole, own)]
+    parts["router logits"] = [
+      recorded(folder) for folder in (self.whole, own) if "router logits" not in spoilt
+    ]
+    for name in spoilt:
+      del parts[name]
+    if "metrics" in spoilt and len(metrics[0]) != len(
+      metrics[1]
+    ):  # a flipped digit shows nowhere, but a hole does
+      parts["note of lost lines"] = [True, self._notes_holes(output_dir)]
     for name, (expected, found) in parts.items():
       if found != expected:
         raise Failed(f"{output_dir}: other {name} than the undisturbed run")
 
   def _metrics(self, folder: pathlib.Path) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+    lines, _ = read_lines(folder / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for _, line in lines]
 
-  # Faults: (process, folder) -> whether lines of metrics.jsonl may be lost.
+  def _notes_holes(self, output_dir: pathlib.Path) -> bool:
+    """Whether a report of the run says that lines of metrics.jsonl are lost."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+      ComparisonFolder(output_dir).merge_metrics([(ARM, 0)])
+    return "lines are there" in said.getvalue()
 
-  def kill(self, process: Start, output_dir: pathlib.Path) -> bool:
+  # Faults: (process, folder) -> what they may have lost a part of: metrics, events, router logits.
+
+  def kill(self, process: Start, output_dir: pathlib.Path) -> set[str]:
     process.kill()
-    return False
+    return set()
 
-  def ask(self, process: Start, output_dir: pathlib.Path) -> bool:
+  def ask(self, process: Start, output_dir: pathlib.Path) -> set[str]:
     process.send_signal(self.random.choice([signal.SIGTERM, signal.SIGINT, signal.SIGHUP]))
     # Before the comparison listens, and after its end.
     unsaved = (130, -signal.SIGTERM, -signal.SIGHUP)
     self.expect(process, 0, 75, *unsaved)
-    return False
+    return set()
 
-  def full(self, process: Start, output_dir: pathlib.Path) -> bool:
+  def full(self, process: Start, output_dir: pathlib.Path) -> set[str]:
     self.expect(process, 0, 2)
-    return False
+    return set()
 
-  def second(self, process: Start, output_dir: pathlib.Path) -> bool:
+  def second(self, process: Start, output_dir: pathlib.Path) -> set[str]:
     self.expect(self.start(output_dir), 0, 2)  # 0: the first had ended meanwhile
     self.expect(process, 0)
-    return False
+    return set()
 
-  def later(self, process: Start, output_dir: pathlib.Path) -> bool:
+  def later(self, process: Start, output_dir: pathlib.Path) -> set[str]:
     self.kill(process, output_dir)
     for path in output_dir.rglob("*"):
       day = time.time() + self.random.choice([-1, 1]) * 86_400
       os.utime(path, (day, day))
-    return False
+    move_events(output_dir, self.random.choice([-1, 1]) * 86_400)
+    return set()
 
-  def cache(self, process: Start, output_dir: pathlib.Path) -> bool:
+  def cache(self, process: Start, output_dir: pathlib.Path) -> set[str]:
     self.kill(process, output_dir)
     self._damage(path for path in (self.folder / "data").rglob("*") if "damaged" not in path.parts)
-    return False
+    return set()
 
-  def damage(self, process: Start, output_dir: pathlib.Path) -> bool:
+  def damage(self, process: Start, output_dir: pathlib.Path) -> set[str]:
     self.kill(process, output_dir)
     paths = [path for path in output_dir.rglob("*") if "damaged" not in path.parts]
     if self.random.random() < 0.7:  # mostly what matters most
@@ -278,9 +225,10 @@ class Soak:
     if process.poll() is not None:
       self.expect(process, 0, 2)
     if process.status == 2:
-      self.refused(process, output_dir)
+      self.refused(process)
     self.kill(process, output_dir)
-    return damaged is not None and damaged.name == "metrics.jsonl"
+    of = {"metrics": "metrics.jsonl", "events": EVENTS, "router logits": ("steps_", "header.json")}
+    return {part for part, begins in of.items() if damaged and damaged.name.startswith(begins)}
 
   def _damage(self, paths) -> pathlib.Path | None:
     files = sorted(path for path in paths if path.is_file() and path.stat().st_size)

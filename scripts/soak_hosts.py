@@ -17,6 +17,9 @@ from collections.abc import Callable
 from typing import NoReturn
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+HEARTBEAT = 10  # --heartbeat_timeout
+BOUND = 1.25 * HEARTBEAT + 6  # seconds, docs/reliability.md
+SLOW = 30.0  # seconds more on a machine with much else to do
 
 
 class Hosts:
@@ -71,6 +74,31 @@ def _ip(command: str, before: list[str] | None = None) -> None:
 
 class Failed(Exception):
   """Something was lost, silently wrong, or took too long."""
+
+
+class Times:
+  """How long it took until all processes had ended, against the time that docs/reliability.md states."""
+
+  def __init__(self):
+    self._all, self._late = 0, []
+
+  def note(self, name: str, seconds: float) -> str:
+    """Returns the seconds as the table has them.
+
+    Raises:
+      Failed: it took longer than a busy machine explains.
+    """
+    if seconds > BOUND + SLOW:
+      raise Failed(f"{name}: {seconds:.1f} s until all had ended; {BOUND:g} s are stated")
+    self._all += 1
+    if seconds <= BOUND:
+      return f"{seconds:.1f}"
+    self._late.append(name)
+    return f"{seconds:.1f}, above {BOUND:g}"
+
+  def summary(self) -> str:
+    late = f": {', '.join(self._late)}" if self._late else ""
+    return f"above the stated {BOUND:g} s: {len(self._late)} of {self._all} times{late}"
 
 
 class TooSlow(Exception):

@@ -4,7 +4,8 @@ The main threads may be in different steps, and each may wait on its devices for
 over the key-value store of `jax.distributed`: each says which step its main thread has checked last, while it keeps
 that thread from checking another. All stop at the step after the largest, which nobody has checked. This is the protocol
 of `jax.experimental.multihost_utils.reached_preemption_sync_point`, which hears SIGTERM only, and then keeps a process
-from ending. Where a program has started JAX's service, its notices count here, too.
+from ending. `cluster.start` leaves that service off. A program that starts it by `jax.distributed.initialize` and trains in a thread,
+where Python lets nobody listen for signals, is stopped by its notices; in the main thread the run hears SIGTERM itself.
 """
 
 import contextlib
@@ -36,6 +37,11 @@ class Agreement:
       self._client = distributed.global_state.client
       self._thread = threading.Thread(target=self._listen, daemon=True)
       self._thread.start()
+
+  @property
+  def reason(self) -> str:
+    """Why this process has been asked, or has heard that another one was; empty: it has not."""
+    return self._reason
 
   def ask(self, reason: str) -> None:
     """Asks all processes to stop, from any thread. The first reason counts."""

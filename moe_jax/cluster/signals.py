@@ -9,6 +9,7 @@ from moe_jax.cluster import watch
 from moe_jax.errors import STOPPED_STATUS
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+_PATIENCE = 5.0  # seconds for the thread that hears
 
 
 class Listener:
@@ -25,7 +26,8 @@ class Listener:
       self._inbox, self._outbox = socket.socketpair()
       self._outbox.setblocking(False)
       self._wakeup = signal.set_wakeup_fd(self._outbox.fileno(), warn_on_full_buffer=False)
-      threading.Thread(target=self._listen, daemon=True).start()
+      self._thread = threading.Thread(target=self._listen, daemon=True)
+      self._thread.start()
       for number in self.signals:
         if signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup and shells ignore some for us
           self._handlers[number] = signal.signal(number, self._handle)
@@ -41,8 +43,9 @@ class Listener:
     self._handlers = {}
     if self._outbox:
       signal.set_wakeup_fd(self._wakeup)
-      self._outbox.close()  # ends the thread
+      self._outbox.close()  # ends the thread, when it has heard what came before
       self._outbox = None
+      self._thread.join(_PATIENCE)
 
   def _handle(self, number: int, frame: Any) -> None:
     """In the main thread, when it is back from C."""

@@ -135,7 +135,7 @@ class Comparison:
     if self.sweep:
       self._select(dataset)
     runs = self._runs()
-    self._check_finished(runs, dataset.info.fingerprint)
+    self._check_runs(runs, dataset.info.fingerprint)
     todo = processes.from_first([run for run in runs if not self._is_done(*run)])
     self._check_memory({arm for arm, _ in todo}, dataset)
     self._claim()  # not before: a folder that is refused stays as it is
@@ -158,14 +158,13 @@ class Comparison:
     runs = [(arm, seed) for seed in self.seeds for arm in self.arms]
     return runs if self.sweep else self.shard.part(runs)
 
-  def _check_finished(self, runs: list[tuple[str, int]], text: str) -> None:
-    """Raises `InputError` if a finished run is of another configuration, whatever the folder's config.json says."""
+  def _check_runs(self, runs: list[tuple[str, int]], text: str) -> None:
+    """Raises `InputError` if a run is of another configuration, whatever the folder's config.json says."""
     refused = ""
     if processes.is_first():
-      finished = [run for run in runs if self.folder.has_result(*run)]
       lines = (
         identity.refusal(self.folder.run(arm, seed), _with_seed(self.configs[arm], seed), text)
-        for arm, seed in finished
+        for arm, seed in runs
       )
       refused = next(filter(None, lines), "")
     refused = processes.from_first(refused)

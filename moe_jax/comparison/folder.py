@@ -67,9 +67,13 @@ class ComparisonFolder:
     Arms, seeds and evaluations may be added. A config.json that cannot be read is moved aside; runs have their own.
     """
     path = self.path / "config.json"
-    was_there = path.exists()
+    is_lost = not path.exists() and any(self.path.glob("arms/*/seed_*"))
+    # One that an earlier start moved aside was there, too, whatever that start then ended with.
+    was_there = path.exists() or is_lost or any((self.path / disk.ASIDE).glob(f"{path.name}-*"))
     consequence = "it is written again from the flags, and runs are checked by their own"
     disk.set_aside_damaged(path, self.path, consequence, _is_claim)
+    if is_lost:
+      disk.note(f"{path}: is missing; {consequence}")
     if was_there:
       self._check_same(claim)
     elif self.path.exists() and not self._is_free():
@@ -117,12 +121,14 @@ class ComparisonFolder:
       label = json.dumps({"arm": arm, "seed": seed})[:-1]
       path = self.run(arm, seed) / "metrics.jsonl"
       lines, lost = read_lines(path)
-      last, steps = (
-        max((line["step"] for _, line in lines), default=0),
-        self.result(arm, seed).get("num_steps", 0),
-      )
-      if lost or last < steps:
-        disk.note(f"{path}: is damaged; its lines end at step {last} of {steps}, and {lost} cannot be read")
+      result = self.result(arm, seed)
+      last, steps = max((line["step"] for _, line in lines), default=0), result.get("num_steps", 0)
+      expected = result.get("metric_lines", len(lines))
+      if lost or last < steps or len(lines) < expected:
+        disk.note(
+          f"{path}: is damaged; {len(lines)} of {expected} lines are there, up to step {last} of {steps}, and {lost} "
+          "cannot be read"
+        )
       # As text: JSON has no literal for a loss that is not finite.
       merged += [f"{label}, {text.rstrip()[1:]}\n" for text, _ in lines]
     disk.write_whole(self.path / "metrics.jsonl", "".join(merged).encode())

@@ -6,14 +6,8 @@ every mesh and costs one pass over the state.
 """
 
 import contextlib
-import gc
-import json
-import logging
 import os
 import pathlib
-import sys
-import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -24,7 +18,7 @@ import orbax.checkpoint as ocp
 from moe_jax import disk
 from moe_jax.cluster import processes
 from moe_jax.errors import InputError
-from moe_jax.training import background, digests
+from moe_jax.training import background, digests, reading
 from moe_jax.types import PyTree
 
 _CHUNK = 2**26  # bytes of a large array that are written, and can be read, as one
@@ -76,17 +70,35 @@ class Checkpoints:
   def save(self, step: int, state: PyTree, extra: dict[str, Any]) -> None:
     """Saves `state` (arrays) and `extra` (JSON values). Does nothing if the step is already saved.
 
-    Returns while the save is under way; `state` may be donated then. Waits for the save before, and raises what that
-    failed with.
+    Returns while the save is under way; `state` may be donated then. Waits for the save before. If that has failed,
+    waits for this one, too, and then raises what that failed with.
     """
     if step in self._steps:
       return
-    self.wait()
+    failure = None
+    try:
+      self.wait()
+    except Exception as error:  # of the save before
+      failure = error
     if jax.process_count() == 1:
-      self._saving = self._thread.submit(self._write, step, _host_copy(state), extra)
+      self._saving = self._thread.submit(self._write_and_wait, step, _host_copy(state), extra)
     else:
       self._write(step, state, extra)
     self._steps.append(step)
+    if failure:
+      with contextlib.suppress(Exception):  # the first failure says why
+        self.wait()
+      raise failure
+
+  @property
+  def has_failed(self) -> bool:
+    """Whether a save has failed and nobody knows yet. Of several processes, one that fails ends all at once."""
+    return bool(self._saving and self._saving.done() and self._saving.exception())
+
+  def _write_and_wait(self, step: int, state: PyTree, extra: dict[str, Any]) -> None:
+    self._write(step, state, extra)
+    if self._manager:
+      self._manager.wait_until_finished()
 
   def _write(self, step: int, state: PyTree, extra: dict[str, Any]) -> None:
     if self._manager is None:
@@ -101,18 +113,25 @@ class Checkpoints:
       state=ocp.args.StandardSave(state, parts),
       extra=ocp.args.JsonSave(kept | {"digest": digests.digest_of_json(kept)}),
     )
-    self._manager.save(step, args=items)
+    if not self._manager.save(step, args=items):
+      raise InputError(
+        f"{self.folder}: step {step} was not saved, because Orbax finds it or a later step there; move that folder away"
+      )
 
   def wait(self) -> None:
     """Waits for a save that is under way. Raises what it failed with, once."""
-    if saving := self._saving:
-      try:
-        saving.result()
-      finally:
-        if saving.done():  # not where a signal ended the wait
-          self._saving = None
-    if self._manager:
-      self._manager.wait_until_finished()
+    try:
+      if saving := self._saving:
+        try:
+          saving.result()
+        finally:
+          if saving.done():  # not where a signal ended the wait
+            self._saving = None
+      if self._manager:
+        self._manager.wait_until_finished()
+    except Exception:
+      self._steps = self._list()
+      raise
 
   def restore(
     self, abstract_state: PyTree, shardings: PyTree, *, move_damaged: bool = False
@@ -128,7 +147,8 @@ class Checkpoints:
         saved again. Only for the owner of the run.
 
     Raises:
-      InputError: if a checkpoint holds other arrays than `abstract_state`, or none is whole.
+      InputError: if a checkpoint holds other arrays than `abstract_state`, none is whole, or a process cannot read one
+        for a reason that says nothing about its bytes. Nothing is moved then.
     """
     self.wait()
     target = jax.tree.map(
@@ -138,66 +158,47 @@ class Checkpoints:
     )
     damaged = []
     for step in sorted(self._steps, reverse=True):
-      state, extra, problem = self._read(step, target)
-      problem = next(filter(None, processes.from_all(problem)), "")
-      problem = problem or _differing(extra["arrays"], digests.array_digests(state))
+      found = reading.read_checkpoint(self.folder / str(step), target)
+      self._check_readable(step, found.failed)
+      problem = next(filter(None, processes.from_all(found.damaged)), "")
+      problem = problem or reading.differing(found.kept["arrays"], digests.array_digests(found.state))
       if not problem:
-        return state, extra["extra"]
+        return found.state, found.kept["extra"]
       damaged.append(f"the checkpoint of step {step} is damaged ({problem})")
       place = self._pass_over(step, move_damaged)
       if processes.is_first():
         disk.note(f"{self.folder}: {damaged[-1]} and passed over{place}")
     raise InputError(
-      f"{self.folder}: no checkpoint is whole: {'; '.join(damaged)}; the same command now begins anew, or restore the "
-      "folder from a copy"
+      f"{self.folder}: no checkpoint is whole: {'; '.join(damaged)}; "
+      f"{'the same command now begins anew, or restore' if move_damaged else 'restore'} the folder from a copy"
     )
 
-  def _read(self, step: int, target: PyTree) -> tuple[PyTree, dict[str, Any], str]:
-    """Returns (state, what was saved beside it, what is wrong). Without Orbax's manager, whose barriers would wait for
-    a process that cannot read."""
-    folder = self.folder / str(step)
-    try:
-      kept = json.loads((folder / "extra" / "metadata").read_text())
-      old = not {"digest", "arrays"} & kept.keys()
-      if not old and kept.pop("digest", "") != digests.digest_of_json(kept):
-        return None, {}, "its position in the data does not have the digest that was saved"
-    except (OSError, ValueError, AttributeError) as error:
-      return None, {}, f"its position in the data cannot be read: {_short(error)}"
-    if old:
-      raise InputError(f"{folder}: a checkpoint of another version of moe_jax, without digests; train anew")
-    self._check_same_arrays(step, kept["arrays"], target)
-    with _without_echo():
-      handler = ocp.StandardCheckpointHandler()
-      try:
-        return handler.restore(folder / "state", args=ocp.args.StandardRestore(target)), kept, ""
-      except Exception as error:  # whatever damaged bytes lead to
-        problem = _short(error)
-        time.sleep(0.3)  # other reads that were under way fail, too
-      finally:
-        handler.close()
-      gc.collect()  # reads that Orbax has dropped end here, unheard
-    return None, {}, f"its arrays cannot be read: {problem}"
+  def _check_readable(self, step: int, failed: str) -> None:
+    """Raises `InputError` in all processes if one of them cannot read a checkpoint that may be whole."""
+    failures = processes.from_all(failed)
+    if any(failures):
+      index = next(i for i, text in enumerate(failures) if text)
+      who = f"process {index} " if len(failures) > 1 else ""
+      raise InputError(
+        f"{self.folder / str(step)}: {who}cannot read it now ({failures[index]}), which does not say that it is damaged; "
+        "nothing was changed, and the same command continues from it when it can be read. To continue from the one "
+        "before it, move this folder away"
+      )
 
   def _pass_over(self, step: int, move: bool) -> str:
     """Returns where the checkpoint of `step` was moved, in words."""
     self._steps.remove(step)
+    if not move:
+      return ""
     place = None
-    if move and processes.is_first():
+    if processes.is_first():
       place = disk.move_aside(self.folder / str(step), self.folder.parent)
-    processes.wait_for_all("damaged checkpoint")
-    return f", moved to {place}" if place else ""
-
-  def _check_same_arrays(self, step: int, saved: dict[str, list], target: PyTree) -> None:
-    expected = digests.kinds_of_arrays(target)
-    saved = {name: kind for name, (kind, _) in saved.items()}
-    different = sorted(name for name in saved | expected if saved.get(name) != expected.get(name))
-    if different:
-      name = different[0]
+    place = processes.from_first(str(place or ""))
+    if not place:  # its step could not be saved again
       raise InputError(
-        f"{self.folder / str(step)}: a checkpoint of another configuration or version of moe_jax "
-        f"({len(different)} arrays differ, such as {name}: saved {saved.get(name, 'nothing')}, "
-        f"expected {expected.get(name, 'nothing')}); choose an empty folder, or what wrote this one"
+        f"{self.folder / str(step)}: is damaged, and cannot be moved to {self.folder.parent / disk.ASIDE}; move it away"
       )
+    return f", moved to {place}"
 
   def close(self) -> None:
     """Waits for pending saves to finish and closes the manager."""
@@ -216,28 +217,3 @@ def _host_copy(tree: PyTree) -> PyTree:
       leaf.copy_to_host_async()
   # NumPy's view of an array on a CPU is the array itself.
   return jax.tree.map(lambda x: np.array(x) if digests.in_host_memory(x) else np.asarray(x), tree)
-
-
-@contextlib.contextmanager
-def _without_echo() -> Iterator[None]:
-  """Keeps the reads that Orbax drops when one of them fails from printing a page each."""
-  hook, log = sys.unraisablehook, logging.getLogger("asyncio")
-  before = log.disabled
-  sys.unraisablehook, log.disabled = lambda _: None, True
-  try:
-    yield
-  finally:
-    sys.unraisablehook, log.disabled = hook, before
-
-
-def _differing(saved: dict[str, list], restored: dict[str, list]) -> str:
-  different = [name for name, value in saved.items() if restored[name] != value]
-  if not different:
-    return ""
-  return (
-    f"{len(different)} of {len(saved)} arrays do not have the digest that was saved, such as {different[0]}"
-  )
-
-
-def _short(error: Exception) -> str:
-  return " ".join(f"{type(error).__name__}: {error}".split())[:160]

@@ -35,8 +35,9 @@ def tree_digest(tree: PyTree) -> str:
 
 
 def all_finite(tree: PyTree) -> bool:
-  """Returns whether all numbers of all arrays are finite."""
-  found = [bool(np.isfinite(x).all() if in_host_memory(x) else _all_finite(x)) for x in jax.tree.leaves(tree)]
+  """Returns whether all floating-point numbers of all arrays are finite."""
+  leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+  found = [bool(np.isfinite(x).all() if in_host_memory(x) else _all_finite(x)) for x in leaves]
   return all(found)  # of a list: all processes compute the same, one after the other
 
 

@@ -11,7 +11,8 @@ from moe_jax.config import Config
 from moe_jax.config.plain import fingerprint, to_plain
 from moe_jax.data import Dataset
 from moe_jax.errors import InputError
-from moe_jax.training.load import CONFIG_FILE, TOKENIZER_FILE
+from moe_jax.training.load import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE
+from moe_jax.training.reading import read_beside
 
 # What may change when a run continues: none of it changes what is trained. Another mesh sums in another order.
 FREE = {
@@ -41,7 +42,7 @@ def write_identity(folder: pathlib.Path, config: Config, dataset: Dataset) -> No
 def check_same_run(folder: pathlib.Path, config: Config, text: str) -> None:
   """Raises `InputError`, in all processes, if the folder holds a run of another configuration or text.
 
-  A config.json that cannot be read is moved aside: what it says of arrays and text is in the checkpoints, too.
+  A config.json that cannot be read is moved aside. What it says is in every checkpoint and in the result, too.
 
   Args:
     folder: of the run; may be new.
@@ -70,6 +71,11 @@ def refusal(folder: pathlib.Path, config: Config, text: str) -> str:
   return ""
 
 
+def lasting(config: Config) -> dict[str, Any]:
+  """Returns the JSON values of a configuration that may not change when a run continues."""
+  return _without_free(config.to_dict())
+
+
 def is_shorter(folder: pathlib.Path, config: Config) -> bool:
   """Returns whether the folder holds the same run with fewer steps."""
   return _num_steps(_known(folder), config.train.num_steps) < config.train.num_steps
@@ -78,7 +84,21 @@ def is_shorter(folder: pathlib.Path, config: Config) -> bool:
 def _known(folder: pathlib.Path) -> dict[str, Any]:
   path = folder / CONFIG_FILE
   disk.set_aside_damaged(path, folder, "it is written again from the flags")
-  return disk.read_object(path) or {}
+  return disk.read_object(path) or _known_elsewhere(folder)
+
+
+def _known_elsewhere(folder: pathlib.Path) -> dict[str, Any]:
+  """Returns what the newest checkpoint that can be read, or else the result, says of configuration and text."""
+  steps = [p for p in (folder / CHECKPOINTS).glob("*") if p.name.isdecimal()]
+  for path in sorted(steps, key=lambda p: int(p.name), reverse=True):
+    with contextlib.suppress(InputError):  # of another version: restoring it says so, in all processes
+      kept = read_beside(path).kept
+      if kept and isinstance(kept["extra"].get("config"), dict):
+        return {**kept["extra"]["config"], "fingerprint": kept["extra"]["text"]}
+  result = disk.read_object(folder / "result.json") or {}
+  if isinstance(result.get("config"), dict):
+    return {name: value for name, value in result.items() if name == "fingerprint"} | result["config"]
+  return {}
 
 
 @contextlib.contextmanager

@@ -17,8 +17,8 @@ from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import abstract_model, make_init, resolve_config
 from moe_jax.training.step import TrainState
 
-# In the folder of a run. The second is only there if the data set trained its own tokenizer.
-CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer.json"
+# In the folder of a run. The tokenizer is only there if the data set trained its own.
+CONFIG_FILE, TOKENIZER_FILE, CHECKPOINTS = "config.json", "tokenizer.json", "checkpoints"
 NOT_CONFIG = ("vocab_size", "domains", "fingerprint")  # what it holds of the text, beside the configuration
 
 
@@ -72,7 +72,7 @@ def restore_run(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[Config, 
   vocab_size = values["vocab_size"]
   config = _config(folder, {name: value for name, value in values.items() if name not in NOT_CONFIG})
   abstract = jax.eval_shape(make_init(config, vocab_size), 0)
-  checkpoints = Checkpoints(folder / "checkpoints")
+  checkpoints = Checkpoints(folder / CHECKPOINTS)
   try:
     if checkpoints.latest_step is None:
       raise InputError(f"{folder}: has no checkpoint yet")

@@ -17,11 +17,12 @@ from moe_jax.config import Config
 from moe_jax.data import Dataset
 from moe_jax.errors import InputError, Stopped
 from moe_jax.nn.leaks import sees_later_tokens
+from moe_jax.training import continuing
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import check_run, compile_steps
-from moe_jax.training.digests import all_finite, tree_digest
+from moe_jax.training.digests import all_finite
 from moe_jax.training.identity import check_same_run, hold, write_identity
-from moe_jax.training.load import Loaded, load_run
+from moe_jax.training.load import CHECKPOINTS, Loaded, load_run
 from moe_jax.training.memory import check_memory
 from moe_jax.training.metric_writer import JsonlWriter, MetricWriter, MultiWriter, TensorBoardWriter
 from moe_jax.training.progress import TrainingProgress
@@ -29,7 +30,6 @@ from moe_jax.training.protocol import trace_header
 from moe_jax.training.result_file import RESULT_FILE, is_result, read_result, write_result
 from moe_jax.training.results import TailMeans, result_of, validation_summary
 from moe_jax.training.router_trace import FOLDER, TraceWriter
-from moe_jax.training.start import start_from
 from moe_jax.training.step import EvalSums, TrainState
 from moe_jax.training.stops import Stops, in_words, not_finite
 
@@ -72,6 +72,10 @@ class Run:
     self.tail = TailMeans(config)
     self.seconds, self.timed_steps, self.compile_seconds = 0.0, 0, 0.0
     self.start_digest = ""  # of the parameters that init_from named
+    self.checkpoints: Checkpoints | None = None  # in `train`
+    self.metrics: JsonlWriter | None = None  # in the first process, in `train`
+    self.evaluated = 0  # the last step with an evaluation in training
+    self.lines = 0  # of metrics up to the step that the run continues from
 
   def train(self) -> dict[str, Any]:
     """Trains to `num_steps` or to its stop, from the newest whole checkpoint if there is one, and writes result.json.
@@ -85,7 +89,7 @@ class Run:
       with Between(), jax.set_mesh(self.mesh), hold([(self.folder, str(self.folder))]):
         return self._train()
     except Exception as error:
-      line = in_words(error, self.show)
+      line = in_words(error, self.show, self._what_continues())
       if line is None:
         raise
       raise line from error
@@ -98,7 +102,7 @@ class Run:
       self.stops = stack.enter_context(Stops(train.max_minutes, train.checkpoint_minutes))
       self.steps = compile_steps(self.config, info.vocab_size, len(info.domains), self.mesh)
       check_memory(self.config, self.steps, info.vocab_size, self.mesh)
-      self.checkpoints = Checkpoints(self.folder / "checkpoints")
+      self.checkpoints = Checkpoints(self.folder / CHECKPOINTS)
       # On every way out: a save under way must not meet the next manager.
       stack.callback(self.checkpoints.close)
       self.batches = self.dataset.train_batches(
@@ -106,7 +110,7 @@ class Run:
         process_count=self.share.count,
         data_seed=self.config.data.data_seed,
       )
-      state = self._start()
+      state = continuing.start(self)
       if processes.is_first():  # not before: a folder that is refused stays as it is
         write_identity(self.folder, self.config, self.dataset)
         disk.set_aside_damaged(
@@ -118,7 +122,8 @@ class Run:
       recorder = stack.enter_context(self._recorder(int(state.step)))
       state = self._loop(state, writer, recorder)
       self.checkpoints.wait()
-      self.stops.close()
+      if reason := self.stops.ended():  # asked for while the last step was saved
+        self._end(int(state.step), reason)
       validation = self.evaluate(state)
       self._check_finite(int(state.step), {"validation loss": validation["nll"]})
     result = result_of(self, validation, int(state.step))
@@ -133,34 +138,12 @@ class Run:
     """A run of an earlier process: see `moe_jax.training.load.load_run`."""
     return load_run(folder)
 
-  def _start(self) -> TrainState:
-    if self.checkpoints.latest_step is None:
-      if self.config.train.init_from:
-        state = start_from(self.steps, self.config, self.mesh)
-        self.start_digest = tree_digest(state.params)
-        return state
-      return self.steps.init(self.config.train.seed)
-    state, extra = self.checkpoints.restore(
-      self.steps.abstract_state, self.steps.state_shardings, move_damaged=True
-    )
-    step, fingerprint = int(state.step), self.dataset.info.fingerprint
-    if extra["text"] != fingerprint:
-      raise InputError(
-        f"{self.folder}: step {step} was reached on other text (fingerprint {extra['text'][:12]}, now "
-        f"{fingerprint[:12]}); bring back the files, or choose another folder"
-      )
-    self.batches.set_state(self.share.state_to_load(extra["data"]))
-    self.tail.from_json(extra["tail"])
-    self.start_digest = extra.get("start", "")
-    self.seconds, self.timed_steps = extra["seconds"], extra["timed_steps"]
-    if self.progress:
-      self.progress.note(f"{self.show}: continues from step {step}")
-    return state
-
   def _writer(self, step: int) -> MetricWriter:
     if not processes.is_first():
       return MultiWriter([])
-    writers: list[MetricWriter] = [JsonlWriter(self.folder / "metrics.jsonl", resume_step=step)]
+    path = self.folder / continuing.METRICS_FILE
+    self.metrics = JsonlWriter(path, resume_step=step, expected=self.lines)
+    writers: list[MetricWriter] = [self.metrics]
     if self.config.train.tensorboard:
       writers.append(TensorBoardWriter(self.folder / "tensorboard", resume_step=step))
     return MultiWriter(writers)
@@ -174,7 +157,7 @@ class Run:
     train = self.config.train
     pending: list[dict] = []
     start_step = int(state.step)
-    if self.stop and start_step and self._evaluates(start_step) and self.stop(self.evaluate(state)):
+    if start_step and self._evaluates(start_step) and self._evaluate_in_training(start_step, state, writer):
       return state  # an earlier process stopped here, and ended before it wrote the result
     started = time.monotonic()
     for step in range(start_step + 1, train.num_steps + 1):
@@ -188,7 +171,9 @@ class Run:
       # Lines are at the same steps, however often the run was stopped or saved.
       log = step == 1 or step % train.log_every == 0 or last or evaluate
       save = bool(reason) or last or (train.checkpoint_every > 0 and step % train.checkpoint_every == 0)
-      if not (first or log or save):
+      together = first or log or save  # all processes wait for the step
+      save = self.stops.due(together) or save or self.checkpoints.has_failed
+      if not (together or save):
         continue
       # Reading the metrics waits for the steps, so time is taken after it.
       values = self._read(step, pending)
@@ -200,13 +185,9 @@ class Run:
       pending = []
       if log:
         self._log(step, values, writer)
-      if evaluate:
-        validation = self.evaluate(state)
-        writer.write(step, {f"eval_{k}": v for k, v in _scalars(validation).items()})
-        reached = self.stop is not None and self.stop(validation)
-      else:
-        reached = False
-      if self.stops.due() or save or reached:
+      # One that is asked to stop has little time: it saves, and the next process evaluates.
+      reached = evaluate and not reason and self._evaluate_in_training(step, state, writer)
+      if save or reached:
         self._save(step, state, writer, recorder)
       if reason:
         self._end(step, reason)
@@ -215,23 +196,32 @@ class Run:
       started = time.monotonic()
     return state
 
+  def _evaluate_in_training(self, step: int, state: TrainState, writer: MetricWriter) -> bool:
+    """Writes a line with the numbers of an evaluation, if there is none yet. Returns whether the run stops at them."""
+    if self.evaluated >= step and not self.stop:
+      return False
+    validation = self.evaluate(state)
+    if self.evaluated < step:
+      writer.write(step, {f"eval_{k}": v for k, v in _scalars(validation).items()})
+      self.evaluated = step
+    return self.stop is not None and self.stop(validation)
+
   def _save(self, step: int, state: TrainState, writer: MetricWriter, recorder: TraceWriter | None) -> None:
     """A run that continues from here has all metrics and recorded steps up to here."""
-    if not all_finite(state.params):  # the numbers of a step are of the parameters before its update
-      self._check_finite(step + 1, {"parameters": np.nan})
+    parts = {"parameters": state.params, "optimizer": state.opt_state, "balancers": state.variables}
+    for name, part in parts.items():  # the numbers of a step are of the state before its update
+      if not all_finite(part):
+        self._check_finite(step + 1, {name: np.nan})
     writer.flush()
     if recorder:
       recorder.flush()
-    extra = {
-      "data": self.share.state_to_save(self.batches.get_state()),
-      "text": self.dataset.info.fingerprint,
-      "tail": self.tail.to_json(),
-      "seconds": self.seconds,
-      "timed_steps": self.timed_steps,
-      "start": self.start_digest,
-    }
-    self.checkpoints.save(step, state, extra)
+    self.checkpoints.save(step, state, continuing.kept_beside(self))
     self.stops.saved()
+
+  def _what_continues(self) -> str:
+    """What the same command does after an error, in words."""
+    step = self.checkpoints.latest_step if self.checkpoints else None
+    return "begins anew (there is no checkpoint)" if step is None else f"continues from step {step}"
 
   def _end(self, step: int, reason: str) -> None:
     self.checkpoints.wait()
@@ -294,7 +284,7 @@ class Run:
     with jax.set_mesh(self.mesh), contextlib.ExitStack() as stack:
       info = self.dataset.info
       steps = [compile_steps(c, info.vocab_size, len(info.domains), self.mesh) for c in configs.values()]
-      checkpoints = Checkpoints(self.folder / "checkpoints")
+      checkpoints = Checkpoints(self.folder / CHECKPOINTS)
       stack.callback(checkpoints.close)
       found = {}
       for (name, config), of_config in zip(configs.items(), steps, strict=True):

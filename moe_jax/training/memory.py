@@ -39,8 +39,20 @@ def need_of(config: Config, steps: CompiledSteps, vocab_size: int, mesh: jax.sha
   return Need(parameters, parameters, whole - parameters, int(activations))
 
 
+def copy_of(steps: CompiledSteps) -> int:
+  """Returns the bytes of host memory that a process needs, at least, for the copy of the state that a save writes.
+
+  A run saves while it trains, so it has both. One process copies the whole state, and of several each copies its part,
+  unless that is in host memory already.
+  """
+  whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(steps.abstract_state))
+  if jax.process_count() == 1:
+    return whole
+  return 0 if jax.devices()[0].platform == "cpu" else whole // jax.process_count()
+
+
 def check_memory(config: Config, steps: CompiledSteps, vocab_size: int, mesh: jax.sharding.Mesh) -> None:
-  """Raises `InputError` if a device, or the host of devices that share its memory, has less than a step needs.
+  """Raises `InputError` if a device, or this host, has less memory than a step and a save need.
 
   Args:
     config: resolved. Nothing is checked with `ignore_memory_check`.
@@ -52,20 +64,36 @@ def check_memory(config: Config, steps: CompiledSteps, vocab_size: int, mesh: ja
     return
   need = need_of(config, steps, vocab_size, mesh)
   own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
-  available, sharing, where = _available(own)
-  if available is None or sum(need) * sharing <= available:
+  on_host, num_params = (
+    own[0].platform == "cpu",
+    sum(x.size for x in jax.tree.leaves(steps.abstract_state.params)),
+  )
+  sharing = len(own) if on_host else 1
+  needed = {name: bytes * sharing for name, bytes in need._asdict().items()}
+  copy = {"copy to save": copy_of(steps)}
+  if on_host:
+    _check("this host", host_memory(), needed | copy, num_params)
     return
-  num_params = sum(leaf.size for leaf in jax.tree.leaves(steps.abstract_state.params))
-  of_weights = sum(need) - need.activations
-  fits = num_params * (available / sharing - need.activations) / of_weights
+  limits = [(device.memory_stats() or {}).get("bytes_limit") for device in own]
+  available = None if None in limits else min(limits)
+  _check(f"a device ({own[0].device_kind})", available, needed, num_params)
+  _check("this host", host_memory(), copy, num_params)
+
+
+def _check(where: str, available: int | None, needed: dict[str, int], num_params: int) -> None:
+  """Raises `InputError` if `where` has less memory than the sum of the parts. None: nobody says how much it has."""
+  total, activations = sum(needed.values()), needed.get("activations", 0)
+  if available is None or total <= available:
+    return
+  fits = num_params * (available - activations) / (total - activations)
   advice = (
     f"about {fits:.2g} parameters would fit with this batch"
     if fits >= 1
     else "the activations alone do not fit"
   )
-  parts = ", ".join(f"{name} {bytes * sharing / GIB:.3g}" for name, bytes in need._asdict().items())
+  parts = ", ".join(f"{name} {bytes / GIB:.3g}" for name, bytes in needed.items())
   raise InputError(
-    f"{num_params:.3g} parameters need at least {sum(need) * sharing / GIB:.3g} GiB ({parts}) and {where} has "
+    f"{num_params:.3g} parameters need at least {total / GIB:.3g} GiB ({parts}) and {where} has "
     f"{available / GIB:.3g} GiB; {advice}: use a smaller model or batch, or more devices (--fsdp_parallelism, "
     "--expert_parallelism); --ignore_memory_check starts it anyway"
   )
@@ -75,14 +103,6 @@ def _bytes(tree: PyTree, layout: PyTree) -> int:
   """The bytes of one device's parts of all arrays."""
   leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(layout), strict=True)
   return sum(math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize for x, sharding in leaves)
-
-
-def _available(devices: list[jax.Device]) -> tuple[int | None, int, str]:
-  """Returns (bytes, how many of the devices share them, what has them). None: nobody says."""
-  if devices[0].platform == "cpu":
-    return host_memory(), len(devices), "this host"
-  limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
-  return (None if None in limits else min(limits)), 1, f"a device ({devices[0].device_kind})"
 
 
 def host_memory() -> int | None:

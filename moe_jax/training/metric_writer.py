@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pathlib
+import socket
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
@@ -18,6 +19,8 @@ import numpy as np
 
 from moe_jax import disk
 from moe_jax.errors import InputError
+
+EVENTS = "events.out.tfevents."  # begins the name of an event file; the time in seconds follows
 
 # JSON has no literal for these. Strings preserve the value, and any JSON reader accepts them.
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -54,13 +57,18 @@ class JsonlWriter(MetricWriter):
     path: the file; it and its folders are created if absent.
     resume_step: the step of the restored checkpoint. Lines of later steps are removed, because the run will
       write them again. None: keep every complete line.
+    expected: the number of lines up to that step. If fewer are there, one line says so.
+
+  Attributes:
+    lines: how many there are, or should be.
   """
 
-  def __init__(self, path: str | os.PathLike[str], *, resume_step: int | None = None):
+  def __init__(
+    self, path: str | os.PathLike[str], *, resume_step: int | None = None, expected: int | None = None
+  ):
     self.path = pathlib.Path(path)
     self.path.parent.mkdir(parents=True, exist_ok=True)
-    if self.path.exists():
-      _truncate(self.path, resume_step)
+    self.lines = max(_truncate(self.path, resume_step, expected), expected or 0)
     self._file = self.path.open("a", encoding="utf-8", newline="\n")
 
   def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -69,6 +77,7 @@ class JsonlWriter(MetricWriter):
     line = {"step": int(step)} | {name: _to_json(to_numpy(name, value)) for name, value in metrics.items()}
     self._file.write(json.dumps(line, allow_nan=False) + "\n")
     self._file.flush()
+    self.lines += 1
 
   def flush(self) -> None:
     os.fsync(self._file.fileno())
@@ -92,17 +101,18 @@ class TensorBoardWriter(MetricWriter):
   def __init__(self, directory: str | os.PathLike[str], *, resume_step: int | None = None):
     # Here, so that reading JSON lines does not need it. Not its SummaryWriter, whose thread keeps events that a kill
     # then loses, and whose `flush` does not wait for them.
-    from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.record_writer import RecordWriter
 
     pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
-    own = f".{time.time_ns()}.{os.getpid()}"  # TensorBoard reads files in the order of their names
-    self._events = EventsWriter(os.path.join(os.fspath(directory), "events"), own)
+    self._events = RecordWriter(os.path.join(os.fspath(directory), _event_file(directory)))
+    self._write(Event(file_version="brain.Event:2"))
     if resume_step is not None:
-      purge = Event(
-        wall_time=time.time(), step=resume_step + 1, session_log=SessionLog(status=SessionLog.START)
-      )
-      self._events.write_event(purge)
+      self._write(Event(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+  def _write(self, event: Any) -> None:
+    event.wall_time = time.time()
+    self._events.write(event.SerializeToString())
 
   def write(self, step: int, metrics: Mapping[str, Any]) -> None:
     from tensorboardX import summary
@@ -122,7 +132,7 @@ class TensorBoardWriter(MetricWriter):
           found = summary.histogram(tag, x, "auto")
         else:
           continue
-        self._events.write_event(Event(wall_time=time.time(), step=int(step), summary=found))
+        self._write(Event(step=int(step), summary=found))
 
   def flush(self) -> None:
     self._events.flush()
@@ -154,6 +164,18 @@ class MultiWriter(MetricWriter):
     with contextlib.ExitStack() as stack:
       for writer in self._writers:
         stack.callback(writer.close)
+
+
+def _event_file(directory: str | os.PathLike[str]) -> str:
+  """Returns a name that comes after those of all event files of a folder, for TensorBoard reads them in that order.
+
+  Names begin with a time in seconds. It is not before those there, whatever the clocks of the hosts say.
+  """
+  files = (
+    path.name.removeprefix(EVENTS).split(".")[0] for path in pathlib.Path(directory).glob(f"{EVENTS}*")
+  )
+  newest = max((int(second) for second in files if second.isdecimal()), default=0)
+  return f"{EVENTS}{max(int(time.time()), newest + 1):010d}.{socket.gethostname()}.{os.getpid()}"
 
 
 def read_jsonl(path: str | os.PathLike[str], skip_damaged: bool = False) -> list[dict[str, Any]]:
@@ -215,7 +237,7 @@ def read_lines(path: str | os.PathLike[str]) -> tuple[list[tuple[str, dict[str, 
   lines, lost = [], 0
   try:
     texts = pathlib.Path(path).read_bytes().splitlines(keepends=True)
-  except OSError:
+  except FileNotFoundError:
     return [], 0
   for text in texts:
     if not text.endswith(b"\n"):
@@ -241,14 +263,22 @@ def _lines(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
   return lines
 
 
-def _truncate(path: pathlib.Path, resume_step: int | None) -> None:
-  """Removes an incomplete last line and the lines of steps after `resume_step`.
+def _truncate(path: pathlib.Path, resume_step: int | None, expected: int | None) -> int:
+  """Removes an incomplete last line and the lines of steps after `resume_step`. Returns the number of the others.
 
-  A file with damaged lines is moved aside, and its whole lines are kept.
+  One line says so where lines are damaged, or there are fewer than `expected`. The file is moved aside then if something
+  in it cannot be read, and its whole lines are kept.
   """
+  was_there = path.exists()
   lines, lost = read_lines(path)
-  if lost:
-    place = disk.move_aside(path, path.parent)
-    disk.note(f"{path}: {lost} lines cannot be read, moved to {place}; its {len(lines)} whole lines are kept")
   kept = [text for text, line in lines if resume_step is None or line["step"] <= resume_step]
-  disk.write_whole(path, "".join(kept).encode())
+  missing = expected is not None and len(kept) < expected
+  if lost or missing:
+    torn = was_there and path.stat().st_size > sum(len(text.encode()) for text, _ in lines)
+    place = f", moved to {disk.move_aside(path, path.parent)}" if torn else ""
+    counts = f"{len(kept)} of {expected} lines up to step {resume_step} are there" if missing else ""
+    unread = f"{lost} lines cannot be read{place}; its {len(lines)} whole lines are kept"
+    disk.note(f"{path}: {counts}{place}" if missing else f"{path}: {unread}")
+  if was_there:
+    disk.write_whole(path, "".join(kept).encode())
+  return len(kept)

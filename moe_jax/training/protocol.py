@@ -69,6 +69,7 @@ def trace_header(config: Config, info: DatasetInfo) -> dict[str, Any]:
   layer, k = routed_part(block), block.moe.num_experts_per_token
   group = layer.tokens_per_group(config.data.sequence_length)
   return {
+    "every": config.train.record_router_logits,
     "router": str(block.moe.router),
     "num_experts": layer.num_experts,
     "num_scored_experts": layer.num_scored_experts,

@@ -1,5 +1,6 @@
 """From sums to the numbers of a result: per-layer statistics, parameter counts, versions, tail means."""
 
+import base64
 import functools
 import math
 import platform
@@ -16,6 +17,7 @@ from moe_jax.nn.aux import by_layer
 from moe_jax.nn.moe import MoE
 from moe_jax.nn.transformer import Transformer
 from moe_jax.ops.metrics import METRICS, Metric
+from moe_jax.training.identity import lasting
 from moe_jax.training.protocol import protocol_of
 from moe_jax.training.step import EvalSums
 from moe_jax.types import Array, PyTree
@@ -99,6 +101,8 @@ def result_of(run: "Run", validation: dict[str, Any], num_steps: int) -> dict[st
     "arm": run.label,
     "seed": config.train.seed,
     **protocol_of(config),
+    "config": lasting(config),
+    "metric_lines": run.metrics.lines if run.metrics else 0,
     "num_steps": num_steps,
     **({"init_from": init_from(run)} if config.train.init_from else {}),
     "num_params": num_params,
@@ -136,13 +140,18 @@ def diverged_result(run: "Run", reason: str) -> dict[str, Any]:
     "arm": run.label,
     "seed": run.config.train.seed,
     "fingerprint": run.dataset.info.fingerprint,
+    "config": lasting(run.config),
     "diverged": reason,
     "validation": {"nll": "Infinity", "perplexity": "Infinity", "bits_per_byte": "Infinity"},
   }
 
 
 class TailMeans:
-  """Means over the last part of training of what single steps measure noisily."""
+  """Means over the last part of training of what single steps measure noisily.
+
+  A run with a constant schedule may be extended, and the tail of the longer run begins later. Such a run keeps the numbers
+  of each step of its tail.
+  """
 
   def __init__(self, config: Config):
     steps = math.ceil(config.train.num_steps * config.train.tail_fraction)
@@ -150,6 +159,8 @@ class TailMeans:
     self.first = config.train.num_steps - steps + 1
     self.count = 0
     self.sums: dict[str, Any] = {}
+    self._extensible = config.optimizer.schedule == "constant"
+    self._values: dict[str, list[np.ndarray]] = {}  # of each step from `first` on
 
   def add(self, step: int, metrics: dict[str, np.ndarray]) -> None:
     if step >= self.first:
@@ -157,16 +168,37 @@ class TailMeans:
       for name in self.names:
         if name in metrics:
           self.sums[name] = self.sums.get(name, 0) + np.asarray(metrics[name], np.float64)
+          if self._extensible:
+            self._values.setdefault(name, []).append(np.asarray(metrics[name]))
 
   def means(self) -> dict[str, Any]:
     return {name: (total / self.count).tolist() for name, total in self.sums.items()}
 
   def to_json(self) -> dict[str, Any]:
     sums = {name: total.tolist() for name, total in self.sums.items()}
-    return {"first": self.first, "count": self.count, "sums": sums}
+    values = {name: _to_text(np.stack(steps)) for name, steps in self._values.items()}
+    return {"first": self.first, "count": self.count, "sums": sums, "values": values}
 
   def from_json(self, saved: dict[str, Any]) -> None:
-    """Goes on with saved sums. Those of a shorter run, whose tail began elsewhere, are left out."""
-    if saved["first"] == self.first:
+    """Goes on with what was saved, maybe of a shorter run, whose tail began earlier."""
+    values = {name: _from_text(text) for name, text in saved.get("values", {}).items()}
+    if values:
+      for i in range(max(self.first - saved["first"], 0), saved["count"]):
+        self.add(saved["first"] + i, {name: steps[i] for name, steps in values.items()})
+    elif saved["first"] == self.first:
       self.count = saved["count"]
       self.sums = {name: np.asarray(total) for name, total in saved["sums"].items()}
+
+
+def _to_text(array: np.ndarray) -> list:
+  """Returns [type, shape, bytes in base64], the numbers of many steps as a short JSON value."""
+  return [
+    array.dtype.str,
+    list(array.shape),
+    base64.b64encode(np.ascontiguousarray(array).tobytes()).decode(),
+  ]
+
+
+def _from_text(saved: list) -> np.ndarray:
+  dtype, shape, text = saved
+  return np.frombuffer(base64.b64decode(text), dtype).reshape(shape)

@@ -2,7 +2,8 @@
 
 A trace is a folder of header.json and steps_<first step>.npy files. Each file is an array of records, one per
 recorded step, which `numpy.load(..., mmap_mode="r")` reads anywhere. A file gets its name when it is whole, so a
-killed run leaves whole steps.
+killed run leaves whole steps. Each record ends with a digest of its bytes and their type, which is checked when it is read. The
+header says how many steps lie between two records, and which one is the last, so that a file that is lost is noticed.
 
 float16 by default: its steps are at most 1/2048 of a number, those of bfloat16, which numpy lacks, 1/256. A
 choice flips only where two logits come within such a step of each other; equal ones go to the lower expert.
@@ -12,6 +13,7 @@ Axes as in `moe_jax.types`, and I: recorded steps.
 """
 
 import contextlib
+import mmap
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,12 +23,11 @@ import numpy as np
 
 from moe_jax import disk
 from moe_jax.errors import InputError
+from moe_jax.training import trace_files as files
 
 FOLDER = "router_logits"  # in the folder of a run
 FLUSH_BYTES = 1 << 24  # at most about so many wait to be written
 CHUNK_BYTES = 1 << 26
-FORMAT = 2
-_FIELDS = ("step", "logits_RBLE", "mask_BL", "domain_B", "key_B2")  # of a record, in the order of `Steps`
 
 
 class Steps(NamedTuple):
@@ -44,18 +45,33 @@ class TraceWriter:
 
   Args:
     folder: of the trace; made if absent.
-    header: JSON values that say what was recorded.
+    header: JSON values that say what was recorded. `every`: steps from one record to the next; by default 1.
     resume_step: the last step that the restored checkpoint holds. Later steps are removed, for the run will
-      make them again.
+      make them again. Damaged files are moved aside, and one line says which steps are missing.
+
+  Raises:
+    InputError: the folder holds a trace of another version.
   """
 
   def __init__(self, folder: str | os.PathLike[str], header: Mapping[str, Any], *, resume_step: int = 0):
     self.folder = pathlib.Path(folder)
     self.folder.mkdir(parents=True, exist_ok=True)
-    _remove_after(self.folder, resume_step)
-    disk.write_json(self.folder / "header.json", {"format": FORMAT, **header})
-    kept = _files(self.folder)
-    self._dtype = _open(kept[0]).dtype if kept else None  # of a record; None: not known yet
+    old = disk.read_object(self.folder / files.HEADER) or {}
+    if old.get("format", files.FORMAT) != files.FORMAT:
+      raise InputError(
+        f"{self.folder}: holds router logits of format {old['format']}, this writes {files.FORMAT}; remove this folder, or "
+        "choose another one for the run"
+      )
+    self._header = files.full_header(header)
+    every = self._header["every"]
+    self._last = resume_step // every * every  # the step that was recorded last
+    files.write_header(self.folder, self._header, self._last)  # not after the removal: a kill leaves no gap
+    moved = files.keep_whole(self.folder, resume_step, every)
+    kept = [files.open_file(path, every) for path in files.paths_in(self.folder)]
+    missing = files.missing(files.steps_of(kept), every, self._last)
+    if moved or missing:
+      disk.note(f"{self.folder}: {'; '.join([*moved, missing or 'no step is lost'])}; the run goes on")
+    self._dtype = kept[0].dtype if kept else None  # of a record; None: not known yet
     self._arriving: tuple[Any, ...] | None = None
     self._records: list[np.ndarray] = []
 
@@ -65,7 +81,11 @@ class TraceWriter:
 
     Raises:
       InputError: the folder holds steps of another shape or number type.
+      ValueError: the step is not the next one to record.
     """
+    if step != self._last + self._header["every"]:
+      raise ValueError(f"step {step} cannot follow {self._last}: every {self._header['every']} are recorded")
+    self._last = step
     self._read_arriving()
     if sum(record.nbytes for record in self._records) >= FLUSH_BYTES:
       self.flush()
@@ -75,14 +95,17 @@ class TraceWriter:
     """Writes every step so far."""
     self._read_arriving()
     if self._records:
-      _save(self.folder, np.stack(self._records))
+      records = np.stack(self._records)
+      files.save(self.folder, records)
+      files.write_header(self.folder, self._header, int(records["step"][-1]))
       self._records = []
 
   def _read_arriving(self) -> None:
     if self._arriving is None:
       return
     values, self._arriving = tuple(map(np.asarray, self._arriving)), None
-    dtype = np.dtype([(name, x.dtype, x.shape) for name, x in zip(_FIELDS, values, strict=True)])
+    fields = [(name, x.dtype, x.shape) for name, x in zip(files.FIELDS, values, strict=True)]
+    dtype = np.dtype([*fields, ("digest", files.DIGEST)])
     self._dtype = self._dtype or dtype
     if dtype != self._dtype:
       was, now = (f"{d['logits_RBLE'].base} {d['logits_RBLE'].shape}" for d in (self._dtype, dtype))
@@ -90,7 +113,9 @@ class TraceWriter:
         f"{self.folder}: holds steps of {was}, and the run now makes {now}; remove the folder of the trace, or of "
         "the run"
       )
-    self._records.append(np.array(values, dtype))
+    record = np.array((*values, 0), dtype)
+    record["digest"] = files.digests(record[None])[0]
+    self._records.append(record)
 
   def __enter__(self) -> Self:
     return self
@@ -121,30 +146,39 @@ def write_by_layer(
   Raises:
     ValueError: on leaving, if some are missing. There is no trace then.
   """
-  disk.write_json(pathlib.Path(folder) / "header.json", {"format": FORMAT, **header})
-  with disk.whole_file(_file(folder, 1)) as file:
-    start = size = count = 0
+  files.write_header(pathlib.Path(folder), files.full_header(header), len(steps))
+  with disk.whole_file(files.path_of(pathlib.Path(folder), 1)) as file:
+    begin, record, count = 0, np.dtype([]), 0
 
     def add(step: int, layer: int, logits_BLE: np.ndarray) -> None:
-      nonlocal start, size, count
+      nonlocal begin, record, count
       if not count:
-        start, size = _write_without_logits(file, steps, (num_layers, *logits_BLE.shape), logits_BLE.dtype)
-      file.seek(start + step * size + layer * logits_BLE.nbytes)
+        begin, record = _write_without_logits(file, steps, (num_layers, *logits_BLE.shape), logits_BLE.dtype)
+      place = begin + step * record.itemsize + record.fields["logits_RBLE"][1]
+      file.seek(place + layer * logits_BLE.nbytes)
       file.write(logits_BLE.tobytes())
       count += 1
 
     yield add
     if count != len(steps) * num_layers:
       raise ValueError(f"logits of {count} layers, and {len(steps)} steps have {num_layers} each")
+    file.flush()
+    with mmap.mmap(file.fileno(), 0) as whole:
+      for i in range(len(steps)):
+        place = begin + i * record.itemsize
+        (digest,) = files.digests(np.frombuffer(whole, record, 1, place))
+        end = place + record.itemsize
+        whole[end - files.DIGEST.itemsize : end] = digest.tobytes()
 
 
 def _write_without_logits(
   file: IO[bytes], steps: Sequence[Mapping[str, Any]], shape: tuple[int, ...], dtype: np.dtype
-) -> tuple[int, int]:
-  """Writes records with room for logits of this shape. Returns where the first logits begin, and a record's bytes."""
+) -> tuple[int, np.dtype]:
+  """Writes records with room for logits of this shape, and for digests. Returns where they begin, and their type."""
   batch, length = shape[1:3]
   fields = [("step", "<i8", ()), ("logits_RBLE", dtype, shape), ("mask_BL", "?", (batch, length))]
-  record = np.dtype([*fields, ("domain_B", "<i4", (batch,)), ("key_B2", "<u4", (batch, 2))])
+  fields += [("domain_B", "<i4", (batch,)), ("key_B2", "<u4", (batch, 2)), ("digest", files.DIGEST)]
+  record = np.dtype(fields)
   header = {"descr": np.lib.format.dtype_to_descr(record), "fortran_order": False, "shape": (len(steps),)}
   np.lib.format.write_array_header_2_0(file, header)
   begin = file.tell()
@@ -158,11 +192,15 @@ def _write_without_logits(
       of_field, offset = record.fields[name][:2]
       file.seek(begin + i * record.itemsize + offset)
       file.write(np.broadcast_to(value, of_field.shape).astype(of_field.base).tobytes())
-  return begin + record.fields["logits_RBLE"][1], record.itemsize
+  file.seek(begin + len(steps) * record.itemsize - files.DIGEST.itemsize)
+  file.write(bytes(files.DIGEST.itemsize))  # the length of the file
+  return begin, record
 
 
 class Trace:
   """A recorded trace. Nothing but the steps' numbers is loaded before it is asked for.
+
+  If recorded steps are missing, because a file was damaged or removed, one line says which; so does `missing`.
 
   Args:
     path: the folder of the trace, or of the run that has one.
@@ -175,15 +213,17 @@ class Trace:
     self.folder = pathlib.Path(path)
     if (self.folder / FOLDER).is_dir():
       self.folder = self.folder / FOLDER
-    self.header = disk.read_object(self.folder / "header.json")
-    if self.header is None:
-      raise InputError(f"{path}: holds no router logits; train with --record_router_logits=1")
-    if self.header.get("format") != FORMAT:
-      raise InputError(f"{path}: router logits of format {self.header.get('format')}, this reads {FORMAT}")
-    self._files = [_open(file) for file in _files(self.folder)]
+    self.header = files.read_header(self.folder)
+    self._paths = files.paths_in(self.folder)
+    self._files = [files.open_file(path, self.header["every"]) for path in self._paths]
     if not self._files:
       raise InputError(f"{path}: the recorded router logits hold no whole step")
-    self.step_I = np.concatenate([records["step"] for records in self._files])
+    self.step_I = files.steps_of(self._files)
+    if np.any(np.diff(self.step_I) <= 0):
+      raise InputError(f"{self.folder}: a step is there twice; remove the file that was added")
+    self.missing = files.missing(self.step_I, self.header["every"], self.header["last"])
+    if self.missing:
+      disk.note(f"{self.folder}: {self.missing}")
 
   def __len__(self) -> int:
     return len(self.step_I)
@@ -198,52 +238,20 @@ class Trace:
     return self._files[0].dtype.itemsize
 
   def read(self, start: int, stop: int) -> Steps:
-    """Recorded steps `start` to `stop`, copied into memory."""
+    """Recorded steps `start` to `stop`, copied into memory.
+
+    Raises:
+      InputError: one of them does not have its digest.
+    """
     first, parts = 0, []
-    for records in self._files:
+    for path, records in zip(self._paths, self._files, strict=True):
       parts.append(records[max(start - first, 0) : max(stop - first, 0)])
       first += len(records)
-    return Steps(*(np.concatenate([part[name] for part in parts]) for name in _FIELDS))
+      files.check_digests(path, parts[-1])
+    return Steps(*(np.concatenate([part[name] for part in parts]) for name in files.FIELDS))
 
   def chunks(self, size: int = 0) -> Iterator[Steps]:
     """All steps in order, `size` at a time; 0: about 64 MiB."""
     size = size or max(1, CHUNK_BYTES // self.bytes_per_step)
     for start in range(0, len(self), size):
       yield self.read(start, min(start + size, len(self)))
-
-
-def _file(folder: str | os.PathLike[str], first_step: int) -> pathlib.Path:
-  return pathlib.Path(folder) / f"steps_{first_step:012d}.npy"
-
-
-def _files(folder: pathlib.Path) -> list[pathlib.Path]:
-  """In the order of the steps."""
-  return sorted(folder.glob("steps_*.npy"))
-
-
-def _open(path: pathlib.Path) -> np.ndarray:
-  """The records of a file, mapped into memory."""
-  try:
-    records = np.load(path, mmap_mode="r", allow_pickle=False)
-  except Exception:  # whatever damaged bytes lead to
-    records = np.empty(0)
-  if records.ndim != 1 or set(records.dtype.names or ()) != set(_FIELDS) or not len(records):
-    raise InputError(f"{path}: is damaged; remove the folder of the trace, or of the run")
-  return records
-
-
-def _save(folder: pathlib.Path, records: np.ndarray) -> None:
-  with disk.whole_file(_file(folder, records["step"][0])) as file:
-    np.save(file, records, allow_pickle=False)
-
-
-def _remove_after(folder: pathlib.Path, step: int) -> None:
-  """Backwards: a kill in between leaves no gap."""
-  for path in reversed(_files(folder)):
-    if int(path.stem.removeprefix("steps_")) > step:
-      path.unlink()
-      continue
-    records = _open(path)
-    if records["step"][-1] > step:
-      _save(folder, records[records["step"] <= step])
-    break

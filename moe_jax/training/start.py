@@ -15,7 +15,7 @@ from moe_jax.errors import InputError
 from moe_jax.nn.transformer import Transformer
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import CompiledSteps, make_init, make_init_from, objective_of, resolve_config
-from moe_jax.training.load import CONFIG_FILE, TOKENIZER_FILE, restore_run
+from moe_jax.training.load import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE, restore_run
 from moe_jax.training.selection import Path, dotted
 from moe_jax.training.step import TrainState
 
@@ -55,7 +55,7 @@ def save_model(
   )
   vocab_size = model.embedding_VD.get_value().shape[0] - objective_of(config).num_extra_ids
   abstract = jax.eval_shape(make_init(config, vocab_size), 0)
-  checkpoints = Checkpoints(folder / "checkpoints")
+  checkpoints = Checkpoints(folder / CHECKPOINTS)
   try:
     if checkpoints.latest_step is not None:
       raise InputError(f"{folder}: has a run or a model already; choose another folder")

@@ -1,8 +1,8 @@
 """Why a run ends before its last step, and what it says then: signals, a time limit, bad numbers, lack of memory.
 
 A signal (SIGTERM, SIGHUP, Ctrl-C) or `--max_minutes` lets the step finish. All processes agree on a step, save it, and end
-with `STOPPED_STATUS`. A second signal acts as if nobody had listened. Whatever else ends a run and can be corrected
-becomes one line.
+with `STOPPED_STATUS`. A second signal ends the process at once, with 128 and its number. Whatever else ends a run and can
+be corrected becomes one line.
 """
 
 import os
@@ -34,7 +34,6 @@ class Stops(Listener):
     self._interval = 60 * save_minutes
     self._saved = time.monotonic()
     self._wait = min(FIRST_SAVE, self._interval)  # until the next checkpoint
-    self._received = 0
     self._has_step = False  # whether there is something to save
 
   def __enter__(self) -> Self:
@@ -46,20 +45,19 @@ class Stops(Listener):
     self._agreement.close()
 
   def _handle(self, number: int, frame: Any) -> None:
-    self._received += 1
-    if number == signal.SIGINT and (self._has_nothing or self._received > 1):
+    if number == signal.SIGINT and self._has_nothing:
       raise KeyboardInterrupt
 
   def _heard(self, number: signal.Signals, numbers: int) -> None:
     """In a thread of its own, while the main thread may wait in C for memory, a compiler, or a process that is gone."""
-    if number == signal.SIGINT and (self._has_nothing or numbers > 1):
-      return  # the handler raises KeyboardInterrupt
-    if self._has_nothing:
-      abort.write(f"stopped by {number.name} before the first step; the same command continues")
-      os._exit(STOPPED_STATUS)
     if numbers > 1:
       abort.write(f"error: a second signal, {number.name}: ended without saving")
       os._exit(128 + number)
+    if self._has_nothing:
+      if number == signal.SIGINT:
+        return  # the handler raises KeyboardInterrupt
+      abort.write(f"stopped by {number.name} before the first step; the same command continues")
+      os._exit(STOPPED_STATUS)
     self._agreement.ask(number.name)
 
   @property
@@ -70,16 +68,25 @@ class Stops(Listener):
   def reached(self, step: int) -> str:
     """Returns why the run stops after `step`, the same in all processes; empty: it goes on. Once for each step."""
     self._has_step = True
+    if self._limit and time.monotonic() - _started > self._limit and processes.is_first():
+      self._agreement.ask(f"--max_minutes={self._limit / 60:g}")
+      self._limit = 0.0
     return self._agreement.reached(step)
 
-  def due(self) -> bool:
-    """Returns whether a checkpoint is due by time, the same in all processes. Also looks at the time limit."""
-    now = time.monotonic()
-    if self._limit and now - _started > self._limit and processes.is_first():
-      self._agreement.ask(f"--max_minutes={self._limit / 60:g}")
-    if not self._interval:
+  def ended(self) -> str:
+    """Ends the listening, when the last step is saved. Returns why the run stops there, the same in all processes."""
+    self.close()
+    return next(filter(None, processes.from_all(self._agreement.reason)), "")
+
+  def due(self, together: bool) -> bool:
+    """Returns whether a checkpoint is due by time, the same in all processes.
+
+    Args:
+      together: whether all processes wait for this step anyway. Several look at the clock only then.
+    """
+    if not self._interval or not (together or jax.process_count() == 1):
       return False
-    return processes.from_first(now - self._saved > self._wait)
+    return processes.from_first(time.monotonic() - self._saved > self._wait)
 
   def saved(self) -> None:
     """Notes that a checkpoint was saved."""
@@ -103,9 +110,19 @@ def not_finite(show: str, step: int, what: str, good: str, learning_rate: float)
   return NonFiniteLoss(f"{show or 'the run'} has {what} at step {step}; {good}; {advice}")
 
 
-def in_words(error: BaseException, show: str) -> InputError | None:
-  """Returns the line for an error that the user can correct: lack of memory or of disk space; None for others."""
-  if line := of_the_disk(error, show or "the run"):
+def in_words(
+  error: BaseException, show: str, then: str = "continues from the last checkpoint, if there is one"
+) -> InputError | None:
+  """Returns the line for an error that the user can correct: lack of memory or of disk space; None for others.
+
+  Args:
+    error: what ended the run.
+    show: the run.
+    then: what the same command does next.
+  """
+  if isinstance(error, InputError):  # it has its line, which may tell of such an error
+    return None
+  if line := of_the_disk(error, show or "the run", then):
     return line
   text = " ".join(str(error).split())
   if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:

@@ -76,8 +76,9 @@ job() {
 #SBATCH --output=%x-%j.out
 $(optional)
 cd $(quoted "$root")
-# Processes find each other through SLURM's variables. If one fails, the others end too.
-srun --label --kill-on-bad-exit=1 --cpus-per-task=$cores $(quoted "$option_python" -u "$option_script" ${arguments[@]+"${arguments[@]}"})
+# Processes find each other through SLURM's variables. If one fails, the others end by themselves. srun must not end them at
+# once: after status 75 of one, others may still be leaving, and srun would say 143 for those that it ends.
+srun --label --kill-on-bad-exit=0 --wait=300 --cpus-per-task=$cores $(quoted "$option_python" -u "$option_script" ${arguments[@]+"${arguments[@]}"})
 $(again)
 END
 }

@@ -92,7 +92,7 @@ def test_slurm(per, tasks, cores):
   sizes = "--nodes=2", f"--ntasks-per-node={tasks}", f"--cpus-per-task={cores}"
   assert {f"#SBATCH {size}" for size in sizes} <= set(lines)
   assert lines[-1] == (
-    f"srun --label --kill-on-bad-exit=1 --cpus-per-task={cores} py -u experiments/load_balancing.py "
+    f"srun --label --kill-on-bad-exit=0 --wait=300 --cpus-per-task={cores} py -u experiments/load_balancing.py "
     "--slice_parallelism=2 --a=1"
   )
   assert "partition" not in shown
@@ -109,6 +109,34 @@ def test_slurm_asks_for_a_signal_and_queues_a_stopped_job_again():
       ["bash", "-c", script, "job", str(status)], capture_output=True, text=True, timeout=60
     )
     assert (ended.returncode, ended.stdout) == (status, said)
+
+
+SRUN = """#!/bin/bash
+# Stands for srun with two tasks, of which the first ends at once and the second when TASK_SECONDS are over.
+kill_others=1
+for word in "$@"; do case "$word" in --kill-on-bad-exit=*) kill_others="${word#*=}" ;; esac; done
+(exec 2>&-; sleep "$TASK_SECONDS"; exit "$TASK_STATUS") & second=$!
+if [ "$FIRST_STATUS" -ne 0 ] && [ "$kill_others" -eq 1 ]; then kill -TERM "$second"; fi
+wait "$second"; status=$?
+[ "$status" -gt "$FIRST_STATUS" ] || status="$FIRST_STATUS"  # srun's is the highest
+exit "$status"
+"""
+
+
+@pytest.mark.parametrize(
+  ("first", "second", "status", "said"),
+  [(75, 75, 75, "requeue 7\n"), (1, 1, 1, ""), (0, 0, 0, ""), (75, 134, 134, "")],
+)
+def test_slurm_does_not_end_a_task_that_is_still_leaving(tmp_path, first, second, status, said):
+  """One task has saved and ended with 75 while another still leaves; the job is queued again, and only then."""
+  for name, text in (("srun", SRUN), ("scontrol", '#!/bin/sh\necho "$@"\n')):
+    (tmp_path / name).write_text(text)
+    (tmp_path / name).chmod(0o755)
+  script = _launch("slurm", "--dry_run --nodes=1 --gpus_per_node=8 --requeue").stdout
+  own = {"FIRST_STATUS": str(first), "TASK_STATUS": str(second), "TASK_SECONDS": "0.2", "SLURM_JOB_ID": "7"}
+  env = os.environ | own | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+  ended = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, env=env)
+  assert (ended.returncode, ended.stdout) == (status, said)
 
 
 def test_a_flag_that_is_given_is_not_given_twice():

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from moe_jax import disk
 from moe_jax.comparison.comparison import Comparison
+from moe_jax.comparison.folder import ComparisonFolder
 from moe_jax.comparison.results import load_results
 from moe_jax.config import MeshConfig
 from moe_jax.errors import InputError, of_the_system
@@ -22,6 +23,7 @@ from tests import tiny
 CONFIG = tiny.change(
   tiny.CONFIG,
   num_steps=4,
+  tail_fraction=0.8,
   eval_batches=2,
   num_layers=1,
   schedule="constant",
@@ -151,6 +153,27 @@ def test_runs_of_another_configuration_are_noticed_without_the_config_of_the_fol
     compare(copy, config=tiny.change(CONFIG, learning_rate=1e-4))
 
 
+@pytest.mark.parametrize(
+  "lose", [lambda path: path.write_text(""), pathlib.Path.unlink], ids=["emptied", "removed"]
+)
+def test_finished_runs_of_another_configuration_are_noticed_without_any_config(copy, trained, lose):
+  """Their results say so, and their checkpoints."""
+  for path in (copy / "config.json", copy / "arms/a/seed_0/config.json", copy / "arms/b/seed_0/config.json"):
+    lose(path)
+  (copy / "config.json").write_text("")  # without one, the folder is refused
+  (copy / "arms/b/seed_0/result.json").unlink()
+  line = r"seed_0: holds a run with another configuration \(learning_rate was 0.003, now 0.5\)"
+  with pytest.raises(InputError, match="a/" + line):
+    compare(copy, config=tiny.change(CONFIG, learning_rate=0.5))
+  shutil.rmtree(copy / "arms/a/seed_0/checkpoints")
+  with pytest.raises(InputError, match="a/" + line):
+    compare(copy, config=tiny.change(CONFIG, learning_rate=0.5))
+  with pytest.raises(InputError, match="b/" + line):
+    compare(copy, {"b": ARMS["b"]}, tiny.change(CONFIG, learning_rate=0.5))
+  compare(copy, {"a": ARMS["a"]})  # nothing has claimed the folder meanwhile
+  assert trained == []
+
+
 def test_damaged_metrics_leave_no_silent_hole(copy, capsys):
   paths = [copy / f"arms/{arm}/seed_0/metrics.jsonl" for arm in "ab"]
   paths[0].write_text("{damaged}\n" + paths[0].read_text()[:-30])
@@ -159,9 +182,27 @@ def test_damaged_metrics_leave_no_silent_hole(copy, capsys):
   assert [(x["arm"], x["step"]) for x in read_jsonl(copy / "metrics.jsonl")] == [("a", 1), ("a", 2), ("a", 3)]
   said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
   assert [line.partition("; ")[2] for line in said] == [
-    "its lines end at step 3 of 4, and 1 cannot be read",
-    "its lines end at step 0 of 4, and 0 cannot be read",
+    "3 of 4 lines are there, up to step 3 of 4, and 1 cannot be read",
+    "0 of 4 lines are there, up to step 0 of 4, and 0 cannot be read",
   ]
+  paths[0].write_text("".join(f'{{"step": {step}}}\n' for step in (1, 2, 4)))  # a hole before the end
+  compare(copy)
+  assert "jsonl: is damaged; 3 of 4 lines are there, up to step 4 of 4" in capsys.readouterr().err
+
+
+def test_a_claim_that_is_gone_is_written_again(tmp_path, capsys):
+  """Where runs are. A folder of other things is refused as before."""
+  folder, claim = ComparisonFolder(tmp_path), {"arms": {"a": {}}, "seeds": [0], "config": CONFIG.to_dict()}
+  (tmp_path / "arms").mkdir()
+  with pytest.raises(InputError, match="is not empty and holds no run"):
+    folder.check(claim)
+  (tmp_path / "arms/a/seed_0").mkdir(parents=True)
+  folder.check(claim)
+  said = capsys.readouterr().err
+  assert (
+    said.startswith(f"note: {tmp_path}/config.json: is missing; it is written again")
+    and said.count("\n") == 1
+  )
 
 
 def test_a_diverged_arm_is_kept_and_the_others_go_on(tmp_path, trained, capsys):
@@ -194,6 +235,8 @@ def test_a_constant_schedule_may_be_extended(finished, copy, trained, tmp_path):
   extended, whole = compare(copy, config=longer), compare(tmp_path / "whole", config=longer)
   assert trained == ["a", "b", "a", "b"]
   assert [r["validation"] for r in extended] == [r["validation"] for r in whole]
+  for name in ("loss", "max_vio", "tail_steps"):
+    assert [r["training"][name] for r in extended] == [r["training"][name] for r in whole]
   assert extended[0]["num_steps"] == 6
   with pytest.raises(InputError, match=r"\(num_steps was 6, now 4\)"):
     compare(copy)

@@ -3,12 +3,14 @@
 import errno
 import resource
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.errors import InputError
 from moe_jax.training import background, checkpoint
 from moe_jax.training.checkpoint import Checkpoints
 
@@ -83,7 +85,7 @@ def test_what_is_saved_is_what_was_there(tmp_path, monkeypatch):
 
 
 def test_a_save_does_not_keep_the_loop(tmp_path, monkeypatch):
-  """All but the copy is in a thread. The next save waits for it, and has its exception."""
+  """All but the copy is in a thread. After a save that failed, the next one is made, and then has its exception."""
   go, seen = threading.Event(), []
 
   def slow(self, step, state, extra):
@@ -94,11 +96,50 @@ def test_a_save_does_not_keep_the_loop(tmp_path, monkeypatch):
 
   monkeypatch.setattr(Checkpoints, "_write", slow)
   checkpoints = Checkpoints(tmp_path / "run")
+  assert not checkpoints.has_failed
   checkpoints.save(1, STATE, {})
   assert not seen and checkpoints.latest_step == 1
   go.set()
   checkpoints.save(2, STATE, {})
+  deadline = time.monotonic() + 20
+  while not checkpoints.has_failed and time.monotonic() < deadline:
+    time.sleep(0.01)
+  assert checkpoints.has_failed
   with pytest.raises(OSError, match="disk"):
     checkpoints.save(3, STATE, {})
+  assert not checkpoints.has_failed
   checkpoints.close()  # what has been raised is not raised again
-  assert seen == [1, 2]
+  assert seen == [1, 2, 3]
+
+
+def test_a_save_after_one_that_failed_is_whole(tmp_path, monkeypatch):
+  """With Orbax itself. What failed does not count as the latest."""
+  checkpoints = Checkpoints(tmp_path / "run")
+  checkpoints.save(1, STATE, {})
+  checkpoints.wait()
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+  monkeypatch.setattr(background.watch, "stop_all", lambda *args, **kwargs: None)
+  try:
+    checkpoints.save(2, STATE, {})
+    deadline = time.monotonic() + 20
+    while not checkpoints.has_failed and time.monotonic() < deadline:
+      time.sleep(0.01)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  with pytest.raises((OSError, ValueError), match=r"File too large|EFBIG"):
+    checkpoints.save(3, STATE, {"place": 4})
+  assert checkpoints.latest_step == 3
+  checkpoints.close()
+  assert Checkpoints(tmp_path / "run")._steps == [1, 3]
+
+
+def test_a_save_that_orbax_leaves_out_is_an_error(tmp_path, monkeypatch):
+  checkpoints = Checkpoints(tmp_path / "run")
+  checkpoints.save(2, STATE, {})
+  checkpoints.wait()
+  checkpoints._steps.clear()  # as if it had been moved away, and had come back
+  checkpoints.save(2, STATE, {})
+  with pytest.raises(InputError, match=r"run: step 2 was not saved, because Orbax finds it or a later step"):
+    checkpoints.wait()
+  checkpoints.close()

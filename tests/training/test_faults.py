@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
+from moe_jax import disk
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError
 from moe_jax.training.digests import _digest_on_devices, digest
@@ -105,6 +106,9 @@ def test_other_text_is_refused(config, left, tmp_path):
   with pytest.raises(InputError, match=r"holds a run on other text \(fingerprint"):
     Run(other, data, left).train()
   (left / "config.json").unlink()  # the checkpoint says so, too
+  with pytest.raises(InputError, match=r"holds a run on other text \(fingerprint"):
+    Run(other, data, left).train()
+  disk.write_json(left / "config.json", other.to_dict())
   with pytest.raises(InputError, match=r"step 4 was reached on other text \(fingerprint"):
     Run(other, data, left).train()
 

@@ -1,6 +1,12 @@
 """What a run needs is known before anything is allocated, and is never more than what the compiler asks for."""
 
+import contextlib
+import dataclasses
+import math
+from typing import NamedTuple
+
 import jax
+import numpy as np
 import pytest
 
 from moe_jax.comparison.comparison import Comparison
@@ -31,12 +37,58 @@ def test_what_cannot_fit_is_refused_before_the_first_arm(tmp_path, monkeypatch):
   monkeypatch.setattr(memory, "host_memory", lambda: 2 * memory.GIB)
   arms = {"small": {}, "large": {"expert_dim": 1 << 21}}
   comparison = Comparison(arms, [0], CONFIG, tmp_path / "run")
-  message = (
-    r"8.05e\+08 parameters need at least 12 GiB .* this host has 2 GiB; about 1.3e\+08 parameters would fit"
-  )
+  message = r"8.05e\+08 parameters need at least 21 GiB .*, copy to save 9\) and this host has 2 GiB; about 7.7e\+07 parameters"
   with pytest.raises(InputError, match=message):
     comparison.run()
   assert not (tmp_path / "run").exists()  # so that another configuration may have it
+
+
+@dataclasses.dataclass(frozen=True)
+class Accelerator:
+  """Stands for a device with memory of its own."""
+
+  limit: int
+  process_index: int = 0
+  platform: str = "gpu"
+  device_kind: str = "a GPU"
+
+  def memory_stats(self):
+    return {"bytes_limit": self.limit}
+
+
+class Mesh(NamedTuple):
+  devices: np.ndarray
+  shape: dict[str, int]
+
+
+@pytest.mark.parametrize(
+  ("device", "host", "line"),
+  [
+    (1.0, 1.0, ""),
+    (0.99, 1.0, r"optimizer .* and a device \(a GPU\) has"),
+    (1.0, 0.99, r"GiB \(copy to save [0-9.e-]+\) and this host has"),
+  ],
+)
+def test_devices_and_their_host_are_checked_apart(device, host, line, monkeypatch):
+  """Eight accelerators need what a step does, their host what a save copies: once, however many devices hold it."""
+  real = make_mesh(CONFIG.mesh)
+  steps = compile_steps(CONFIG, tiny.VOCAB, tiny.DOMAINS, real)
+  leaves = jax.tree.leaves(steps.abstract_state)
+  copy = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+  need = sum(memory.need_of(CONFIG, steps, tiny.VOCAB, real))
+  monkeypatch.setattr(memory, "host_memory", lambda: math.ceil(copy * host))
+  mesh = Mesh(np.array([Accelerator(int(need * device))] * 8, object), real.shape)
+  with contextlib.nullcontext() if not line else pytest.raises(InputError, match=line):
+    memory.check_memory(CONFIG, steps, tiny.VOCAB, mesh)
+
+
+def test_each_process_copies_its_part(monkeypatch):
+  steps = compile_steps(CONFIG, tiny.VOCAB, tiny.DOMAINS, make_mesh(CONFIG.mesh))
+  whole = memory.copy_of(steps)
+  monkeypatch.setattr(jax, "process_count", lambda: 4)
+  assert memory.copy_of(steps) == 0  # Orbax writes from where a CPU has the arrays
+  monkeypatch.setattr(jax, "devices", lambda: [Accelerator(1)])
+  assert memory.copy_of(steps) == whole // 4
 
 
 def test_the_check_can_be_turned_off(monkeypatch):

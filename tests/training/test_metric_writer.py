@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -117,6 +118,19 @@ def test_tensorboard_reads_back(tmp_path):
   assert histograms["tokens/layer_0"].sum == 6 and histograms["tokens/layer_0"].num == 3
   assert [tag for step, tag, value in found if step == 6] == ["bad"]
   assert purged == [5]  # everything from step 5 on is to be forgotten
+
+
+@pytest.mark.parametrize("clock", [0.0, -3600.0, -2e9], ids=["still", "set back", "before 1970"])
+def test_a_run_that_goes_on_is_read_after_what_it_goes_on_from(tmp_path, monkeypatch, clock):
+  """TensorBoard reads files in the order of their names; the clock may be set back, or another host's be behind."""
+  now = time.time()
+  for step, moved in ((1, 0.0), (2, clock), (3, clock)):
+    monkeypatch.setattr(metric_writer.time, "time", lambda moved=moved: max(now + moved, 0.0))
+    monkeypatch.setattr(metric_writer.socket, "gethostname", lambda step=step: f"host{9 - step}")
+    with metric_writer.TensorBoardWriter(tmp_path, resume_step=step - 1) as writer:
+      writer.write(step, {"loss": float(step)})
+  found, purged = _events(tmp_path)
+  assert purged == [1, 2, 3] and [step for step, _, _ in found] == [1, 2, 3]
 
 
 def test_multi_writer_writes_and_closes_all(tmp_path):

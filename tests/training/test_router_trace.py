@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from moe_jax import disk, sharding
+from moe_jax.analysis.replay.replay import replay
 from moe_jax.config import MeshConfig
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError
@@ -18,7 +19,7 @@ from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import check_run, compile_steps
 from moe_jax.training.loop import Run
 from moe_jax.training.metric_writer import read_jsonl
-from moe_jax.training.router_trace import Trace, TraceWriter, write_by_layer
+from moe_jax.training.router_trace import Steps, Trace, TraceWriter, write_by_layer
 from tests import tiny
 
 CONFIG = tiny.change(
@@ -61,7 +62,7 @@ def test_round_trip(tmp_path):
   assert len(trace) == len(Trace(tmp_path / "router_logits")) == 7
   assert trace.shape == (2, 4, 3, 5) and trace.header["what"] == "a test"
   assert_holds(trace, steps)
-  assert trace.bytes_per_step == sum(x.nbytes for x in steps[0].values()) + 8
+  assert trace.bytes_per_step == sum(x.nbytes for x in steps[0].values()) + 8 + 4  # step and digest
   records = np.load(tmp_path / "router_logits" / "steps_000000000001.npy")  # any NumPy reads the files
   for name in ("logits_RBLE", "mask_BL", "domain_B"):
     np.testing.assert_array_equal(records[name], np.stack([arrays[name] for arrays in steps]))
@@ -138,6 +139,16 @@ def test_neither_writer_nor_reader_holds_the_whole(tmp_path, monkeypatch):
   assert 5 < len(list(tmp_path.glob("steps_*.npy"))) <= 10
 
 
+def test_a_step_that_waits_is_not_missing(tmp_path, monkeypatch):
+  """While a run records, the header counts what is on disk."""
+  monkeypatch.setattr(router_trace, "FLUSH_BYTES", 1)
+  writer = TraceWriter(tmp_path, {})
+  for step, arrays in enumerate(make_steps(4), start=1):
+    writer.add(step, arrays)
+  trace = Trace(tmp_path)
+  assert trace.step_I.tolist() == [1, 2, 3] and not trace.missing
+
+
 @pytest.mark.parametrize("resume_step", [0, 2, 5, 9])
 def test_resuming_writes_no_step_twice(tmp_path, resume_step):
   steps = make_steps(5)
@@ -160,6 +171,84 @@ def test_no_trace_is_one_line(tmp_path):
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(InputError, match=message):
       Trace(tmp_path)
+
+
+@pytest.fixture
+def three_files(tmp_path):
+  """Steps 1 to 6, two in each of three files."""
+  for first in (1, 3, 5):
+    write(tmp_path, make_steps(6)[first - 1 : first + 1], first=first, resume_step=first - 1)
+  return tmp_path, sorted(tmp_path.glob("steps_*.npy"))
+
+
+@pytest.mark.parametrize(
+  ("lost", "words"),
+  [
+    (0, "2 of 6 recorded steps are missing: 1 to 2"),
+    (1, "3 to 4"),
+    (2, "2 of 6 recorded steps are missing: 5 to 6"),
+  ],
+)
+def test_a_file_that_is_lost_is_noticed_by_who_reads_and_by_who_goes_on(three_files, lost, words, capfd):
+  folder, files = three_files
+  files[lost].unlink()
+  trace = Trace(folder)
+  expected = [step for step in range(1, 7) if (step - 1) // 2 != lost]
+  assert trace.step_I.tolist() == expected and trace.missing.endswith(words)
+  assert capfd.readouterr().err.splitlines() == [f"note: {folder}: {trace.missing}"]
+  write(folder, make_steps(1), first=7, resume_step=6)
+  assert capfd.readouterr().err.splitlines() == [f"note: {folder}: {trace.missing}; the run goes on"]
+  assert Trace(folder).step_I.tolist() == [*expected, 7]
+
+
+def test_no_flipped_bit_gets_through(three_files):
+  """Anywhere in a file: in a number, a step, a digest, the type or the shape. Refused, or without consequence."""
+  folder, files = three_files
+  expected, before = Trace(folder).read(0, 6), files[1].read_bytes()
+  rng, refusals = np.random.default_rng(0), 0
+  for place in [*rng.integers(0, len(before), 150), *rng.integers(0, 400, 150)]:
+    data = bytearray(before)
+    data[place] ^= 1 << rng.integers(8)
+    files[1].write_bytes(data)
+    try:
+      trace = Trace(folder)
+      found = trace.read(0, 6)
+    except InputError as error:
+      assert "is damaged" in str(error)
+      refusals += 1
+    else:  # a blank in the file's header, or a shape without the last step, which is then missing
+      keep_I = np.isin(expected.step_I, found.step_I)
+      assert keep_I.all() or trace.missing
+      jax.tree.map(np.testing.assert_array_equal, found, Steps(*(x[keep_I] for x in expected)))
+  assert refusals > 200
+
+
+def test_a_damaged_header_is_refused(three_files):
+  header = three_files[0] / "header.json"
+  header.write_text(header.read_text().replace("a test", "a best"))
+  with pytest.raises(InputError, match=r"header\.json: is damaged"):
+    Trace(three_files[0])
+
+
+def test_a_damaged_file_is_moved_aside_when_the_run_goes_on(three_files, capfd):
+  folder, files = three_files
+  data = bytearray(files[1].read_bytes())
+  data[-40] ^= 64
+  files[1].write_bytes(data)
+  write(folder, make_steps(1), first=6, resume_step=5)
+  assert (folder / "damaged" / f"{files[1].name}-1").read_bytes() == data
+  (line,) = capfd.readouterr().err.splitlines()
+  assert f"{files[1].name} is damaged, moved to {folder}/damaged" in line
+  assert line.endswith("2 of 5 recorded steps are missing: 3 to 4; the run goes on")
+  assert Trace(folder).step_I.tolist() == [1, 2, 5, 6]
+  with pytest.raises(InputError, match="2 of 6 recorded steps are missing: 3 to 4; a replay needs all"):
+    replay(Trace(folder), "none")
+
+
+def test_a_trace_of_another_version_is_not_mixed(tmp_path):
+  disk.write_json(tmp_path / "header.json", {"format": 2})
+  with pytest.raises(InputError, match="of format 2, this writes 3"):
+    TraceWriter(tmp_path, {}, resume_step=2)
 
 
 def test_steps_of_another_shape_are_refused(tmp_path):

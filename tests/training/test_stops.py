@@ -2,14 +2,18 @@
 
 import contextlib
 import errno
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from jax._src import distributed
 
 from moe_jax import disk
 from moe_jax.cluster import signals, watch
@@ -17,7 +21,10 @@ from moe_jax.comparison import comparison
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError, Stopped
 from moe_jax.training import stops
+from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.loop import Run
+from moe_jax.training.metric_writer import read_jsonl
+from moe_jax.training.stops import Stops
 from tests import tiny
 
 CONFIG = tiny.change(tiny.CONFIG, num_steps=6, eval_batches=2, num_layers=1)
@@ -68,13 +75,68 @@ def test_a_time_limit_and_checkpoints_by_time(dataset, tmp_path, monkeypatch):
   monkeypatch.setattr(stops, "FIRST_SAVE", 0.0)
   config = tiny.change(CONFIG, checkpoint_minutes=1e-9)
   Run(config, dataset, tmp_path / "often").train()
-  assert len(saved) == CONFIG.train.num_steps  # at every line of metrics
+  assert len(saved) == CONFIG.train.num_steps
   saved.clear()
   monkeypatch.setattr(stops, "FIRST_SAVE", 1e6)
   Run(tiny.change(CONFIG, checkpoint_minutes=5.0), dataset, tmp_path / "rarely").train()
   assert len(saved) == 1
   with pytest.raises(Stopped, match=r"stopped by --max_minutes=1e-09; step [12] of 6 is saved"):
     Run(tiny.change(CONFIG, max_minutes=1e-9), dataset, tmp_path / "limited").train()
+  saved.clear()
+  monkeypatch.setattr(stops, "FIRST_SAVE", 0.0)
+  # The clock is asked at each step, not only at lines of metrics.
+  Run(tiny.change(config, log_every=100), dataset, tmp_path / "silent").train()
+  assert len(saved) == CONFIG.train.num_steps
+  ticks = itertools.count()  # seconds: one passes between two looks
+  monkeypatch.setattr(stops, "time", types.SimpleNamespace(monotonic=lambda: float(next(ticks))))
+  monkeypatch.setattr(stops, "_started", 0.0)
+  limited = tiny.change(CONFIG, max_minutes=2.5 / 60, checkpoint_minutes=0.0, log_every=100)
+  with pytest.raises(Stopped, match=r"stopped by --max_minutes=0.0416667; step 3 of 6 is saved"):
+    Run(limited, dataset, tmp_path / "asked each step").train()
+
+
+@pytest.mark.parametrize("num_steps", [6, 4], ids=["last step", "its stop callback"])
+def test_a_signal_while_the_last_step_is_saved_counts(num_steps, dataset, tmp_path, monkeypatch):
+  """Else a comparison would go on to its next run, which nobody has told."""
+  save = Checkpoints.save
+
+  def signalled(self, step, *args):
+    save(self, step, *args)
+    if step == num_steps:
+      os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(0.2)
+
+  config = tiny.change(CONFIG, eval_every=2 if num_steps < CONFIG.train.num_steps else 0)
+  reached = lambda validation: config.train.eval_every > 0 and asked.append(1) is None and len(asked) != 1
+  asked = []
+  with monkeypatch.context() as patch:
+    patch.setattr(Checkpoints, "save", signalled)
+    with pytest.raises(Stopped, match=rf"stopped by SIGTERM; step {num_steps} of 6 is saved"):
+      Run(config, dataset, tmp_path, label="arm", stop=reached).train()
+  assert not (tmp_path / "result.json").exists()
+  assert Run(config, dataset, tmp_path, label="arm", stop=reached).train()["num_steps"] == num_steps
+
+
+@pytest.mark.parametrize("number", signals.SIGNALS, ids=lambda n: n.name)
+def test_a_second_signal_ends_at_once(number, monkeypatch):
+  """Also where the main thread waits for a save, and whichever signal it is."""
+  ends = []
+  monkeypatch.setattr(stops.os, "_exit", ends.append)
+  monkeypatch.setattr(stops.abort, "write", ends.append)
+  with stops.Stops() as listener:
+    assert listener.reached(1) == ""
+    os.kill(os.getpid(), number)
+    time.sleep(0.1)
+    assert ends == [] and listener.reached(2) == number.name
+    os.kill(os.getpid(), number)
+    time.sleep(0.1)
+    assert ends == [f"error: a second signal, {number.name}: ended without saving", 128 + number]
+
+
+def test_what_is_one_line_already_stays_it():
+  error = RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1073741824 bytes")
+  assert str(stops.in_words(error, "mine")).startswith("mine: out of memory (RESOURCE_EXHAUSTED")
+  assert stops.in_words(InputError(f"a checkpoint cannot be read now: {error}"), "mine") is None
 
 
 @pytest.fixture
@@ -243,3 +305,51 @@ def test_a_lock_of_another_machine_is_taken_over_when_it_shows_no_life(tmp_path,
   with disk.hold(path, "it"), disk.hold(path, "what it holds it may hold again"):
     assert disk.read_object(path)["pid"] == os.getpid()
   assert path.read_text() == "" and "node7" in capsys.readouterr().err
+
+
+def test_a_run_that_is_asked_saves_before_it_evaluates(dataset, tmp_path):
+  """The time that is left may be shorter than an evaluation. The next process evaluates, and the lines are the same."""
+  config = tiny.change(CONFIG, eval_every=2)
+  evaluated = []
+
+  class Evaluates(Run):
+    def evaluate(self, state, step=None):
+      evaluated.append(int(state.step))
+      return super().evaluate(state, step)
+
+  Evaluates(config, dataset, tmp_path / "whole", label="arm").train()
+  assert evaluated == [2, 4, 6]
+  evaluated.clear()
+  for asked in (1, 3):
+    with pytest.raises(Stopped, match=f"step {asked + 1} of 6 is saved"):
+      Evaluates(config, dataset, tmp_path / "run", Sends(asked, signal.SIGTERM), label="arm").train()
+    evaluated.append("stopped")
+  Evaluates(config, dataset, tmp_path / "run", label="arm").train()
+  assert evaluated == ["stopped", 2, "stopped", 4, 6]
+  lines = [read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("whole", "run")]
+  for line in [*lines[0], *lines[1]]:
+    line.pop("tokens_per_second", None)
+  assert lines[0] == lines[1]
+
+
+class Notified:
+  """Stands for JAX's preemption service after a notice, on which all processes agree at step 3."""
+
+  def reached_sync_point(self, step):
+    return step == 3
+
+
+def test_a_notice_of_jax_stops_a_run_in_a_thread(monkeypatch):
+  """Only where another program has started JAX's service; without it, nobody is asked."""
+  with Stops() as listener:
+    assert [listener.reached(step) for step in (1, 2, 3)] == ["", "", ""]
+    listener.close()
+  monkeypatch.setattr(distributed.global_state, "client", object())
+  monkeypatch.setattr(distributed.global_state, "preemption_sync_manager", Notified())
+
+  def train():
+    with Stops() as listener:
+      return [listener.reached(step) for step in (1, 2, 3)]
+
+  with ThreadPoolExecutor(1) as pool:
+    assert pool.submit(train).result() == ["", "", "a preemption notice"]

@@ -101,8 +101,11 @@ def replay(
 
   Raises:
     InputError: balancers that act only through a loss or do not suit the router, a router that reads what
-      is not recorded or has another number of experts, or a batch size that is none.
+      is not recorded or has another number of experts, a batch size that is none, or a trace in which steps are
+      missing, for a bias depends on all steps before.
   """
+  if trace.missing:
+    raise InputError(f"{trace.folder}: {trace.missing}; a replay needs all: record the run in a new folder")
   moe = recorded_config(trace)
   moe = resolve_moe(dataclasses.replace(moe, balancers=balancers, router=router or moe.router))
   batch_size = batch_size or trace.shape[1]

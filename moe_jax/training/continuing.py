@@ -1,0 +1,100 @@
+"""What a run keeps beside its arrays, and how the next process continues from it."""
+
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+from moe_jax import disk
+from moe_jax.cluster import processes
+from moe_jax.errors import InputError
+from moe_jax.training import identity
+from moe_jax.training.digests import tree_digest
+from moe_jax.training.metric_writer import read_lines
+from moe_jax.training.start import start_from
+from moe_jax.training.step import TrainState
+
+if TYPE_CHECKING:
+  from moe_jax.training.loop import Run
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def kept_beside(run: "Run") -> dict[str, Any]:
+  """Returns the JSON values that are saved with the state of a step. All processes must call it."""
+  return {
+    "config": identity.lasting(run.config),
+    "data": run.share.state_to_save(run.batches.get_state()),
+    "text": run.dataset.info.fingerprint,
+    "tail": run.tail.to_json(),
+    "seconds": run.seconds,
+    "timed_steps": run.timed_steps,
+    "start": run.start_digest,
+    "lines": run.metrics.lines if run.metrics else 0,
+    "evaluated": run.evaluated,
+  }
+
+
+def start(run: "Run") -> TrainState:
+  """Returns the state of the newest whole checkpoint, or that before the first step.
+
+  Raises:
+    InputError: if the checkpoint is of other text, or of a version that kept less beside it.
+  """
+  if run.checkpoints.latest_step is None:
+    return _new(run)
+  state, extra = run.checkpoints.restore(
+    run.steps.abstract_state, run.steps.state_shardings, move_damaged=True
+  )
+  step, text = int(state.step), run.dataset.info.fingerprint
+  if not {"config", "lines", "evaluated"} <= extra.keys():
+    raise InputError(
+      f"{run.folder}: step {step} was saved by another version of moe_jax; continue with that one, or choose another folder"
+    )
+  if extra["text"] != text:
+    raise InputError(
+      f"{run.folder}: step {step} was reached on other text (fingerprint {extra['text'][:12]}, now "
+      f"{text[:12]}); bring back the files, or choose another folder"
+    )
+  run.batches.set_state(run.share.state_to_load(extra["data"]))
+  run.tail.from_json(extra["tail"])
+  run.start_digest, run.lines = extra["start"], extra["lines"]
+  run.evaluated = extra["evaluated"]
+  run.seconds, run.timed_steps = extra["seconds"], extra["timed_steps"]
+  if run.progress:
+    run.progress.note(f"{run.show}: continues from step {step}")
+  return state
+
+
+def _new(run: "Run") -> TrainState:
+  if run.config.train.init_from:
+    state = start_from(run.steps, run.config, run.mesh)
+    run.start_digest = tree_digest(state.params)
+  else:
+    state = run.steps.init(run.config.train.seed)
+  refused = processes.from_first(_set_lost_aside(run.folder) if processes.is_first() else "")
+  if refused:
+    raise InputError(refused)
+  return state
+
+
+def _set_lost_aside(folder: pathlib.Path) -> str:
+  """Says that a run begins anew although there were steps, and keeps their metrics. Returns why that cannot be done."""
+  path = folder / METRICS_FILE
+  lines, lost = read_lines(path)
+  result = (disk.read_object(folder / "result.json") or {}).get("num_steps")
+  damaged = [p.name.partition("-")[0] for p in folder.glob(f"{disk.ASIDE}/*-*") if p.is_dir()]
+  reached = {
+    METRICS_FILE: max((line["step"] for _, line in lines), default=0),
+    "result.json": result if type(result) is int else 0,
+    f"{disk.ASIDE}/": max((int(name) for name in damaged if name.isdecimal()), default=0),
+  }
+  known = {name: step for name, step in reached.items() if step}
+  place = ""
+  if lines or lost:
+    moved = disk.move_aside(path, folder)
+    if moved is None:
+      return f"{path}: is of steps without a checkpoint, and cannot be moved to {folder / disk.ASIDE}; move it away"
+    place = f"; {METRICS_FILE} is moved to {moved}"
+  if known or place:
+    steps = ", ".join(f"{name} says step {step}" for name, step in known.items()) or "there were steps"
+    disk.note(f"{folder}: has no checkpoint, so the run begins anew, although {steps}{place}")
+  return ""

@@ -1,0 +1,227 @@
+"""What a run says and keeps when its folder has lost something, or a save fails; and that bad numbers are not saved."""
+
+import errno
+import json
+import os
+import pathlib
+import shutil
+import signal
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from moe_jax.data import load_dataset
+from moe_jax.errors import InputError
+from moe_jax.training import loop
+from moe_jax.training.checkpoint import Checkpoints
+from moe_jax.training.compiled import compile_steps
+from moe_jax.training.digests import all_finite
+from moe_jax.training.loop import Run
+from moe_jax.training.metric_writer import read_jsonl
+from tests import tiny
+
+CONFIG = tiny.change(tiny.CONFIG, num_steps=6, eval_batches=2, num_layers=1, checkpoint_every=2)
+
+
+@pytest.fixture(scope="module")
+def dataset():
+  return load_dataset(CONFIG.data)
+
+
+@pytest.fixture(scope="module")
+def stopped(dataset, tmp_path_factory):
+  """The folder of a run that was stopped behind the checkpoints of steps 2 and 4."""
+  folder = tmp_path_factory.mktemp("stopped")
+  with pytest.raises(KeyboardInterrupt):
+    Run(CONFIG, dataset, folder, tiny.StopsAt(5), label="arm").train()
+  return folder
+
+
+@pytest.fixture
+def left(stopped, tmp_path):
+  """A copy of that folder."""
+  return pathlib.Path(shutil.copytree(stopped, tmp_path / "run"))
+
+
+def said(capsys) -> list[str]:
+  return [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+
+
+def steps_of(folder: pathlib.Path) -> list[int]:
+  return [line["step"] for line in read_jsonl(folder / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("how", ["removed", "emptied", "and a damaged checkpoint"])
+def test_another_configuration_is_refused_without_config_json(how, dataset, left):
+  if how == "emptied":
+    (left / "config.json").write_bytes(b"")
+  else:
+    (left / "config.json").unlink()
+  if how == "and a damaged checkpoint":
+    (left / "checkpoints/4/extra/metadata").write_text("{}x")
+  before = (left / "metrics.jsonl").read_text()
+  line = r"run: holds a run with another configuration \(learning_rate was 0.003, now 0.5\)"
+  with pytest.raises(InputError, match=line):
+    Run(tiny.change(CONFIG, learning_rate=0.5), dataset, left).train()
+  assert (left / "metrics.jsonl").read_text() == before
+  free = tiny.change(CONFIG, log_every=3, checkpoint_minutes=1.0)
+  assert Run(free, dataset, left, label="arm").train()["num_steps"] == 6
+
+
+def test_a_checkpoint_of_a_version_that_kept_less_is_refused(dataset, left, monkeypatch):
+  restore = Checkpoints.restore
+
+  def older(self, *args, **kwargs):
+    state, extra = restore(self, *args, **kwargs)
+    return state, {name: value for name, value in extra.items() if name not in ("config", "lines")}
+
+  monkeypatch.setattr(Checkpoints, "restore", older)
+  with pytest.raises(
+    InputError, match=r"step 4 was saved by another version of moe_jax; continue with that one"
+  ):
+    Run(CONFIG, dataset, left).train()
+
+
+def cut(path: pathlib.Path) -> None:
+  path.write_text(path.read_text().splitlines(keepends=True)[0] + '{"step": 2, "lo')
+
+
+LOSSES = {
+  "emptied": (lambda path: path.write_bytes(b""), []),
+  "removed": (pathlib.Path.unlink, []),
+  "cut": (cut, [1]),
+  "not utf-8": (lambda path: path.write_bytes(path.read_bytes().replace(b'{"step": 2', b"\xff")), [1, 3, 4]),
+}
+
+
+@pytest.mark.parametrize(("lose", "rest"), LOSSES.values(), ids=LOSSES)
+def test_lost_lines_of_metrics_are_counted(lose, rest, dataset, left, capsys):
+  lose(left / "metrics.jsonl")
+  capsys.readouterr()
+  for _ in range(2):  # the hole stays, and so does the note
+    with pytest.raises(KeyboardInterrupt):
+      Run(CONFIG, dataset, left, tiny.StopsAt(5), label="arm").train()
+    (note,) = said(capsys)
+    assert f"metrics.jsonl: {len(rest)} of 4 lines up to step 4 are there" in note
+  assert steps_of(left) == [*rest, 5]
+  moved = sorted(path.name for path in left.glob("damaged/*"))
+  assert moved == (["metrics.jsonl-1"] if rest else [])  # nothing that cannot be read is deleted
+  result = Run(CONFIG, dataset, left, label="arm").train()
+  assert result["metric_lines"] == 6 and steps_of(left) == [*rest, 5, 6]
+
+
+def test_all_lines_are_there_where_nothing_was_lost(dataset, left, capsys):
+  assert Run(CONFIG, dataset, left, label="arm").train()["metric_lines"] == 6
+  assert said(capsys) == [] and steps_of(left) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_without_its_checkpoints_says_that_it_begins_anew(dataset, left, capsys):
+  shutil.rmtree(left / "checkpoints")
+  before = (left / "metrics.jsonl").read_text()
+  with pytest.raises(KeyboardInterrupt):
+    Run(CONFIG, dataset, left, tiny.StopsAt(1), label="arm").train()
+  (note,) = said(capsys)
+  assert "has no checkpoint, so the run begins anew, although metrics.jsonl says step 5" in note
+  assert (left / "damaged/metrics.jsonl-1").read_text() == before and steps_of(left) == [1]
+  (left / "metrics.jsonl").unlink()
+  (left / "damaged/4-1").mkdir()
+  (left / "result.json").write_text(json.dumps({"num_steps": 6}))
+  with pytest.raises(KeyboardInterrupt):
+    Run(CONFIG, dataset, left, tiny.StopsAt(1), label="arm").train()
+  (note,) = said(capsys)
+  assert note.endswith("begins anew, although result.json says step 6, damaged/ says step 4")
+
+
+def test_a_damaged_checkpoint_that_cannot_be_moved_ends_the_run(dataset, left):
+  (left / "damaged").write_text("a file")
+  (left / "checkpoints/4/extra/metadata").write_text("{}x")
+  with pytest.raises(
+    InputError, match=r"checkpoints/4: is damaged, and cannot be moved to .*damaged; move it away"
+  ):
+    Run(CONFIG, dataset, left).train()
+  assert sorted(os.listdir(left / "checkpoints")) == ["2", "4"]
+
+
+def test_only_who_moves_damaged_checkpoints_says_that_the_run_begins_anew(left):
+  for step in (2, 4):
+    (left / f"checkpoints/{step}/extra/metadata").write_text("{}x")
+  with pytest.raises(InputError, match=r"no checkpoint is whole: .*\); restore the folder from a copy$"):
+    Run.load(left)
+  assert sorted(os.listdir(left / "checkpoints")) == ["2", "4"]
+
+
+class Signalled(tiny.StopsAt):
+  def update(self, step, *numbers):
+    if step == self.step:
+      os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(0.2)
+
+
+@pytest.mark.parametrize("step", [0, 2], ids=["alone", "before SIGTERM"])
+def test_a_save_that_fails_is_noticed_at_the_next_step_which_is_saved(step, dataset, tmp_path, monkeypatch):
+  write, save, steps = Checkpoints._write, Checkpoints.save, []
+
+  def full(self, step, *args):
+    steps.append(step)
+    if step == 2:
+      raise OSError(errno.ENOSPC, "No space left on device")
+    write(self, step, *args)
+
+  def until_failed(self, step, *args):
+    save(self, step, *args)
+    deadline = time.monotonic() + 20
+    while step == 2 and not self.has_failed and time.monotonic() < deadline:
+      time.sleep(0.01)
+
+  monkeypatch.setattr(Checkpoints, "_write", full)
+  monkeypatch.setattr(Checkpoints, "save", until_failed)
+  line = r"no space left to write .*; make room, and the same command continues from step 3$"
+  with pytest.raises(InputError, match=line):
+    Run(CONFIG, dataset, tmp_path / "run", Signalled(step), label="arm").train()
+  assert steps == [2, 3] and os.listdir(tmp_path / "run/checkpoints") == ["3"]
+
+
+def test_a_save_that_fails_with_none_before_it_says_that_the_run_begins_anew(dataset, tmp_path, monkeypatch):
+  def full(*args):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  monkeypatch.setattr(Checkpoints, "_write", full)
+  with pytest.raises(
+    InputError, match=r"make room, and the same command begins anew \(there is no checkpoint\)"
+  ):
+    Run(CONFIG, dataset, tmp_path, label="arm").train()
+
+
+@pytest.mark.parametrize("part", ["params", "opt_state"])
+def test_an_update_that_only_the_last_step_spoils_is_not_saved(part, dataset, tmp_path, monkeypatch):
+  """Its loss and its gradient are of the state before it."""
+
+  def spoilt(*args):
+    steps = compile_steps(*args)
+
+    def train(state, batch):
+      state, metrics = steps.train(state, batch)
+      if int(state.step) == CONFIG.train.num_steps:
+        floats = lambda x: x * jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else x
+        state = state._replace(**{part: jax.tree.map(floats, getattr(state, part))})
+      return state, metrics
+
+    return steps._replace(train=train)
+
+  monkeypatch.setattr(loop, "compile_steps", spoilt)
+  name = {"params": "parameters", "opt_state": "optimizer"}[part]
+  with pytest.raises(InputError, match=rf"has {name} nan at step 7; the checkpoint of step 4 in .* is good"):
+    Run(CONFIG, dataset, tmp_path).train()
+  assert (
+    sorted(os.listdir(tmp_path / "checkpoints")) == ["2", "4"] and not (tmp_path / "result.json").exists()
+  )
+
+
+def test_one_number_that_is_not_finite_is_found():
+  good = {"w": jnp.ones((3, 2), jnp.bfloat16), "n": jnp.int32(3), "key": jax.random.key(0)}
+  assert all_finite(good)
+  for bad in (jnp.nan, jnp.inf, -jnp.inf):
+    assert not all_finite(good | {"b": jnp.zeros((2, 2)).at[1, 1].set(bad)})
+    assert not all_finite(good | {"b": jnp.zeros((2, 2), jnp.bfloat16).at[1, 1].set(bad)})

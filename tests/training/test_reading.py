@@ -1,0 +1,96 @@
+"""Checkpoints that cannot be read now, for a reason that says nothing about their bytes, stay where they are."""
+
+import errno
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from moe_jax.cluster import processes
+from moe_jax.errors import InputError
+from moe_jax.training import reading
+from moe_jax.training.checkpoint import Checkpoints
+
+STATE = {"w": jnp.arange(3000.0), "b": jnp.zeros(3)}
+SHAPES = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), STATE)
+HERE = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), SHAPES)
+
+NUMBERS = [errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT]
+PASSING = [
+  *(OSError(number, os.strerror(number)) for number in (*NUMBERS, errno.ENOMEM)),
+  MemoryError(),
+  RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1073741824 bytes"),
+  # As TensorStore says it, without and with the number.
+  ValueError('UNKNOWN: Error opening "zarr" driver: Failed to open: "/x/manifest.ocdbt": Input/output error'),
+  ValueError("UNKNOWN: Error opening local file [OS error 24: EMFILE]"),
+  ExceptionGroup("reads", [ValueError("x"), OSError(errno.EIO, "Input/output error")]),
+]
+DAMAGED = [
+  FileNotFoundError(errno.ENOENT, "No such file or directory"),
+  ValueError("DATA_LOSS: Error decoding manifest: Encoded length (0) is less than minimum length (16)"),
+  KeyError("w"),
+]
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+  """Two whole ones, of steps 1 and 2."""
+  found = Checkpoints(tmp_path / "run/checkpoints")
+  for step in (1, 2):
+    found.save(step, STATE, {"step": step})
+  found.wait()
+  yield found
+  found.close()
+
+
+def everything(folder: pathlib.Path) -> list[pathlib.Path]:
+  return sorted(folder.rglob("*"))
+
+
+def test_errors_of_the_machine_are_told_from_damage():
+  assert [reading.is_of_the_machine(error) for error in (*PASSING, *DAMAGED)] == [True] * 13 + [False] * 3
+  try:
+    try:
+      raise OSError(errno.EIO, "Input/output error")
+    except OSError as error:
+      raise KeyError("w") from error
+  except KeyError as error:
+    assert reading.is_of_the_machine(error)
+
+
+def test_an_error_that_passes_moves_nothing(checkpoints, tmp_path, monkeypatch, capsys):
+  """Of reads of arrays and of what is beside them: one line, and the next start continues from the newest."""
+  before = everything(tmp_path)
+  line = r"checkpoints/2: cannot read it now \(.*nothing was changed, and the same command continues from it"
+
+  def fails(error):
+    def read(*args, **kwargs):
+      raise error
+
+    return read
+
+  for owner, name in ((ocp.StandardCheckpointHandler, "restore"), (reading.json, "loads")):
+    for error in PASSING if name == "restore" else [*PASSING[:1], PASSING[8]]:
+      with monkeypatch.context() as patch:
+        patch.setattr(owner, name, fails(error))
+        patch.setattr(reading.time, "sleep", lambda seconds: None)
+        with pytest.raises(InputError, match=line):
+          checkpoints.restore(SHAPES, HERE, move_damaged=True)
+  assert everything(tmp_path) == before and capsys.readouterr().err == ""
+  state, extra = checkpoints.restore(SHAPES, HERE, move_damaged=True)
+  jax.tree.map(np.testing.assert_array_equal, state, STATE)
+  assert extra == {"step": 2}
+
+
+def test_one_process_that_cannot_read_ends_all(checkpoints, tmp_path, monkeypatch):
+  before, from_all = everything(tmp_path), processes.from_all
+  monkeypatch.setattr(processes, "from_all", lambda value: [*from_all(value), "OSError: [Errno 5]"])
+  with pytest.raises(
+    InputError, match=r"checkpoints/2: process 1 cannot read it now \(OSError: \[Errno 5\]\)"
+  ):
+    checkpoints.restore(SHAPES, HERE, move_damaged=True)
+  assert everything(tmp_path) == before

@@ -1,0 +1,53 @@
+"""The means over the tail of training are those of a run that was neither stopped nor extended, bit by bit."""
+
+import json
+
+import numpy as np
+import pytest
+
+from moe_jax.training.results import TailMeans
+from tests import tiny
+
+
+def tail_of(num_steps: int, fraction: float, schedule: str = "constant") -> TailMeans:
+  return TailMeans(tiny.change(tiny.CONFIG, num_steps=num_steps, tail_fraction=fraction, schedule=schedule))
+
+
+def steps_of(rng, num: int) -> list[dict[str, np.ndarray]]:
+  draw = lambda *shape: np.asarray(rng.standard_normal(shape), np.float32)
+  return [{"loss": draw(), "max_vio": draw(3), "grad_norm": draw()} for _ in range(num)]
+
+
+@pytest.mark.parametrize("fraction", [0.2, 0.5, 1.0])
+@pytest.mark.parametrize("lengths", [(20, 24), (20, 33, 36), (7, 90)])
+def test_an_extended_run_has_the_means_of_a_whole_one(rng, fraction, lengths):
+  """Stopped once on its way to each length, too."""
+  metrics = steps_of(rng, lengths[-1])
+  whole = tail_of(lengths[-1], fraction)
+  for step, values in enumerate(metrics, start=1):
+    whole.add(step, values)
+  done, saved = 0, None
+  for length in lengths:
+    for stop in (length - 2, length):
+      tail = tail_of(length, fraction)
+      if saved:
+        tail.from_json(json.loads(saved))
+      for step in range(done + 1, stop + 1):
+        tail.add(step, metrics[step - 1])
+      done, saved = stop, json.dumps(tail.to_json())
+  assert (tail.count, tail.means()) == (whole.count, whole.means())
+  first = lengths[-1] - whole.count  # against a mean of our own
+  for name in ("loss", "max_vio"):
+    expected = np.mean([np.float64(values[name]) for values in metrics[first:]], axis=0)
+    np.testing.assert_allclose(whole.means()[name], expected, rtol=1e-12)
+
+
+def test_other_schedules_keep_sums_only(rng):
+  """They cannot be extended, and a checkpoint stays as small as it was."""
+  metrics, tail = steps_of(rng, 10), tail_of(10, 1.0, "cosine")
+  for step, values in enumerate(metrics, start=1):
+    tail.add(step, values)
+  assert tail.to_json()["values"] == {}
+  again = tail_of(10, 1.0, "cosine")
+  again.from_json(json.loads(json.dumps(tail.to_json())))
+  assert again.means() == tail.means()
