@@ -158,9 +158,8 @@ class Soak:
     ]
     for name in spoilt:
       del parts[name]
-    if "metrics" in spoilt and len(metrics[0]) != len(
-      metrics[1]
-    ):  # a flipped digit shows nowhere, but a hole does
+    has_hole = len(metrics[0]) != len(metrics[1])  # a flipped digit shows nowhere, but a hole does
+    if "metrics" in spoilt and has_hole:
       parts["note of lost lines"] = [True, self._notes_holes(output_dir)]
     for name, (expected, found) in parts.items():
       if found != expected:
