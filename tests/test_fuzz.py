@@ -145,7 +145,11 @@ def test_traces(trace, data):
     steps.write_bytes(before[1])
 
 
-RESULT = make_result("a") | {"num_steps": 30, "model": {"num_experts": [4], "num_layers": 2}}
+RESULT = make_result("a") | {
+  "metric_lines": 3,
+  "config": SETTINGS.to_dict(),
+  "model": {"num_experts": [4], "num_layers": 2},
+}
 
 
 @given(content=st.sampled_from([RESULT, disk.with_digest(RESULT)]).flatmap(files))

@@ -9,6 +9,7 @@ from moe_jax.errors import InputError
 from moe_jax.training import identity
 from moe_jax.training.digests import tree_digest
 from moe_jax.training.metric_writer import read_lines
+from moe_jax.training.result_file import RESULT_FILE, read_result
 from moe_jax.training.start import start_from
 from moe_jax.training.step import TrainState
 
@@ -80,11 +81,11 @@ def _set_lost_aside(folder: pathlib.Path) -> str:
   """Says that a run begins anew although there were steps, and keeps their metrics. Returns why that cannot be done."""
   path = folder / METRICS_FILE
   lines, lost = read_lines(path)
-  result = (disk.read_object(folder / "result.json") or {}).get("num_steps")
+  result = read_result(folder / RESULT_FILE).get("num_steps", 0)
   damaged = [p.name.partition("-")[0] for p in folder.glob(f"{disk.ASIDE}/*-*") if p.is_dir()]
   reached = {
     METRICS_FILE: max((line["step"] for _, line in lines), default=0),
-    "result.json": result if type(result) is int else 0,
+    RESULT_FILE: result,
     f"{disk.ASIDE}/": max((int(name) for name in damaged if name.isdecimal()), default=0),
   }
   known = {name: step for name, step in reached.items() if step}

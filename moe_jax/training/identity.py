@@ -13,6 +13,7 @@ from moe_jax.data import Dataset
 from moe_jax.errors import InputError
 from moe_jax.training.load import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE
 from moe_jax.training.reading import read_beside
+from moe_jax.training.result_file import RESULT_FILE, read_result
 
 # What may change when a run continues: none of it changes what is trained. Another mesh sums in another order.
 FREE = {
@@ -95,8 +96,8 @@ def _known_elsewhere(folder: pathlib.Path) -> dict[str, Any]:
       kept = read_beside(path).kept
       if kept and isinstance(kept["extra"].get("config"), dict):
         return {**kept["extra"]["config"], "fingerprint": kept["extra"]["text"]}
-  result = disk.read_object(folder / "result.json") or {}
-  if isinstance(result.get("config"), dict):
+  result = read_result(folder / RESULT_FILE)
+  if "config" in result:
     return {name: value for name, value in result.items() if name == "fingerprint"} | result["config"]
   return {}
 

@@ -99,8 +99,11 @@ def _dict_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
 _NEEDED = ("arm", "seed", "validation")
 _CHECKS: dict[str, Callable[[Any], bool]] = {
   **dict.fromkeys(("arm", "fingerprint", "dataset", "objective", "device", "diverged"), _is_text),
-  **dict.fromkeys(("seed", "num_steps", "tokens_per_step", "num_params", "num_active_params"), _is_count),
+  **dict.fromkeys(
+    ("seed", "num_steps", "metric_lines", "tokens_per_step", "num_params", "num_active_params"), _is_count
+  ),
   **dict.fromkeys(("entropy_rate", "validation_floor", "bytes_per_token"), _is_number_or_none),
+  "config": lambda value: isinstance(value, dict),
   "validation": _is_validation,
   "training": _is_numbers,
   "model": _is_numbers,
