@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -132,6 +134,7 @@ def run(main: Callable[[list[str]], None], takes_arguments: bool = False) -> Non
       if "plugins" in flags.FLAGS:
         import_plugins(flags.FLAGS.plugins)
       main(argv)
+      sys.stdout.flush()  # a reader that is gone is noticed here, and not when Python ends
 
   app.run(guarded, flags_parser=parse)
 
@@ -141,12 +144,15 @@ def one_line() -> Iterator[None]:
   """Ends the process for what the user can correct or has asked for: one line on stderr, and an exit status.
 
   2 for wrong input and for files that cannot be used, 75 (`STOPPED_STATUS`) when a run has stopped and saved, 130 for
-  Ctrl-C.
+  Ctrl-C, and 141 without a line if nobody reads the output any more (`| head`).
   """
   try:
     yield
   except InputError as error:
     _fail(error)
+  except BrokenPipeError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes when it ends
+    sys.exit(128 + signal.SIGPIPE)
   except OSError as error:  # a disk that is full, a folder that is gone, a name that is too long
     line = of_the_system(error)
     if line is None:

@@ -1,14 +1,17 @@
 """The command line: every flag has a help, and wrong ones end with one line."""
 
 import dataclasses
+import os
 import re
+import subprocess
+import sys
 import time
 
 import pytest
 
 from moe_jax import cli
 from moe_jax.config import Config
-from tests.scripts import assert_one_line, run_scripts
+from tests.scripts import ROOT, assert_one_line, run_scripts
 
 EXPERIMENTS = (
   "load_balancing",
@@ -166,6 +169,19 @@ def test_a_model_that_cannot_fit_is_one_line_and_writes_nothing(tmp_path):
   for status, _, stderr in run_scripts(*([*script, *flags] for flags in TOO_LARGE)):
     assert status == 2 and re.fullmatch(r"error: \S+ parameters need at least \S+ GiB .*\n", stderr), stderr
   assert not folder.exists() and time.monotonic() - started < 60
+
+
+def test_a_reader_that_is_gone_is_no_traceback():
+  """As with `| head`."""
+  read, write = os.pipe()
+  os.close(read)
+  command = [sys.executable, "scripts/account.py", "--model=mixtral_8x7b"]
+  with os.fdopen(write, "wb") as output:
+    ended = subprocess.run(
+      command, stdout=output, stderr=subprocess.PIPE, text=True, timeout=120, check=False, cwd=ROOT,
+      env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+  assert (ended.returncode, ended.stderr) == (141, "")
 
 
 def test_flags_without_effect_are_said(tmp_path):
