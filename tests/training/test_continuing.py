@@ -1,7 +1,6 @@
 """What a run says and keeps when its folder has lost something, or a save fails; and that bad numbers are not saved."""
 
 import errno
-import json
 import os
 import pathlib
 import shutil
@@ -20,6 +19,7 @@ from moe_jax.training.compiled import compile_steps
 from moe_jax.training.digests import all_finite
 from moe_jax.training.loop import Run
 from moe_jax.training.metric_writer import read_jsonl
+from moe_jax.training.result_file import write_result
 from tests import tiny
 
 CONFIG = tiny.change(tiny.CONFIG, num_steps=6, eval_batches=2, num_layers=1, checkpoint_every=2)
@@ -127,7 +127,7 @@ def test_a_run_without_its_checkpoints_says_that_it_begins_anew(dataset, left, c
   assert (left / "damaged/metrics.jsonl-1").read_text() == before and steps_of(left) == [1]
   (left / "metrics.jsonl").unlink()
   (left / "damaged/4-1").mkdir()
-  (left / "result.json").write_text(json.dumps({"num_steps": 6}))
+  write_result(left / "result.json", {"arm": "arm", "seed": 0, "num_steps": 6, "validation": {"nll": 1.0}})
   with pytest.raises(KeyboardInterrupt):
     Run(CONFIG, dataset, left, tiny.StopsAt(1), label="arm").train()
   (note,) = said(capsys)

@@ -74,7 +74,7 @@ def test_an_error_that_passes_moves_nothing(checkpoints, tmp_path, monkeypatch, 
     return read
 
   for owner, name in ((ocp.StandardCheckpointHandler, "restore"), (reading.json, "loads")):
-    for error in PASSING if name == "restore" else [*PASSING[:1], PASSING[8]]:
+    for error in (PASSING[0], PASSING[9]) if name == "restore" else (PASSING[0], PASSING[8]):
       with monkeypatch.context() as patch:
         patch.setattr(owner, name, fails(error))
         patch.setattr(reading.time, "sleep", lambda seconds: None)
