@@ -28,6 +28,7 @@ from moe_jax.models import PRESETS, preset
 from moe_jax.plugins import import_plugins
 
 _RENAMED = {("mesh", field.name): f"{field.name}_parallelism" for field in dataclasses.fields(MeshConfig)}
+_UNREAD_STATUS = 128 + signal.SIGPIPE
 _DEFINERS = {
   bool: flags.DEFINE_bool,
   int: flags.DEFINE_integer,
@@ -152,7 +153,11 @@ def one_line() -> Iterator[None]:
     _fail(error)
   except BrokenPipeError:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes when it ends
-    sys.exit(128 + signal.SIGPIPE)
+    sys.exit(_UNREAD_STATUS)
+  except SystemExit as ended:
+    if isinstance(ended.__context__, BrokenPipeError):  # rich does the same, with status 1
+      sys.exit(_UNREAD_STATUS)
+    raise
   except OSError as error:  # a disk that is full, a folder that is gone, a name that is too long
     line = of_the_system(error)
     if line is None:

@@ -171,15 +171,20 @@ def test_a_model_that_cannot_fit_is_one_line_and_writes_nothing(tmp_path):
   assert not folder.exists() and time.monotonic() - started < 60
 
 
-def test_a_reader_that_is_gone_is_no_traceback():
+PRINTS = (
+  "from moe_jax import cli\nfrom rich.console import Console\ncli.run(lambda argv: Console().print('x'))"
+)
+
+
+@pytest.mark.parametrize("command", [["scripts/account.py", "--model=mixtral_8x7b"], ["-c", PRINTS]])
+def test_a_reader_that_is_gone_is_no_traceback(command):
   """As with `| head`."""
   read, write = os.pipe()
   os.close(read)
-  command = [sys.executable, "scripts/account.py", "--model=mixtral_8x7b"]
   with os.fdopen(write, "wb") as output:
     ended = subprocess.run(
-      command, stdout=output, stderr=subprocess.PIPE, text=True, timeout=120, check=False, cwd=ROOT,
-      env=os.environ | {"PYTHONPATH": str(ROOT)},
+      [sys.executable, *command], stdout=output, stderr=subprocess.PIPE, text=True, timeout=120, check=False,
+      cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
   assert (ended.returncode, ended.stderr) == (141, "")
 
