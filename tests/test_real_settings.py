@@ -14,7 +14,6 @@ TESTS = [
   "tests/training/test_loop.py::test_golden_run",
   "tests/ops/test_router_laws.py::test_equals_the_loop[mask-bias-softmax_topk]",
   "tests/ops/test_balancer_laws.py::test_gradient_equals_finite_differences_of_the_loop[switch_global_batch]",
-  "tests/sharding/test_dispatch.py::test_equals_the_loop_on_every_mesh[dropless-data=2,expert=4]",
   "tests/sharding/test_parallel_equality.py::test_step_is_the_same[expert2.tensor2-dropless]",
 ]
 
