@@ -100,15 +100,18 @@ def read_object(path: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 def with_digest(value: dict[str, Any]) -> dict[str, Any]:
   """Returns a JSON object with a digest of it, by which damage that leaves it JSON is noticed."""
-  return value | {DIGEST: _digest(value)}
+  return value | {DIGEST: digest_of_json(value)}
 
 
 def has_its_digest(value: Mapping[str, Any]) -> bool:
   """Returns whether the digest in a JSON object is right. One without a digest has none that is wrong."""
-  return DIGEST not in value or value[DIGEST] == _digest({k: v for k, v in value.items() if k != DIGEST})
+  return DIGEST not in value or value[DIGEST] == digest_of_json(
+    {k: v for k, v in value.items() if k != DIGEST}
+  )
 
 
-def _digest(value: dict[str, Any]) -> str:
+def digest_of_json(value: Any) -> str:
+  """Returns 16 hexadecimal digits that are another for another JSON value."""
   text = json.dumps(json.loads(json.dumps(value)), sort_keys=True)  # as it is read: keys are texts
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -111,7 +111,7 @@ class Checkpoints:
     parts = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK), state)
     items = ocp.args.Composite(
       state=ocp.args.StandardSave(state, parts),
-      extra=ocp.args.JsonSave(kept | {"digest": digests.digest_of_json(kept)}),
+      extra=ocp.args.JsonSave(disk.with_digest(kept)),
     )
     if not self._manager.save(step, args=items):
       raise InputError(

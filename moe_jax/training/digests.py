@@ -4,8 +4,6 @@ A digest is computed where the array is. It costs one pass over it.
 """
 
 import functools
-import hashlib
-import json
 from typing import Any
 
 import jax
@@ -13,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from moe_jax import disk
 from moe_jax.types import Array, PyTree
 
 
@@ -31,7 +30,7 @@ def array_digests(tree: PyTree) -> dict[str, list]:
 
 def tree_digest(tree: PyTree) -> str:
   """Returns one digest of all arrays of a tree, the same on every mesh."""
-  return digest_of_json(array_digests(tree))
+  return disk.digest_of_json(array_digests(tree))
 
 
 def all_finite(tree: PyTree) -> bool:
@@ -76,7 +75,3 @@ def _digest(xp: Any, x: Array) -> Array:
 
 _digest_on_devices = jax.jit(functools.partial(_digest, jnp))
 _all_finite = jax.jit(lambda x: jnp.isfinite(x).all())
-
-
-def digest_of_json(value: Any) -> str:
-  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import orbax.checkpoint as ocp
 
+from moe_jax import disk
 from moe_jax.errors import InputError
 from moe_jax.training import digests
 from moe_jax.types import PyTree
@@ -77,8 +78,8 @@ def read_beside(folder: pathlib.Path) -> Found:
   """
   try:
     kept = json.loads((folder / "extra" / "metadata").read_text())
-    old = not {"digest", "arrays"} & kept.keys()
-    if not old and kept.pop("digest", "") != digests.digest_of_json(kept):
+    old = not {disk.DIGEST, "arrays"} & kept.keys()
+    if not old and not (disk.DIGEST in kept and disk.has_its_digest(kept)):
       return Found(damaged="its position in the data does not have the digest that was saved")
   except (OSError, MemoryError, ValueError, AttributeError, RecursionError) as error:
     return _of(error, "its position in the data cannot be read")

@@ -1,7 +1,5 @@
 """The files of a trace of router logits (`moe_jax.training.router_trace`): their names, digests, and what is wrong with them."""
 
-import hashlib
-import json
 import pathlib
 import zlib
 from collections.abc import Mapping
@@ -49,8 +47,7 @@ def full_header(header: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_header(folder: pathlib.Path, header: Mapping[str, Any], last: int) -> None:
   """Writes the header of a trace whose last recorded step is `last`, with its digest. Makes the folder."""
-  header = {**header, "last": last}
-  disk.write_json(folder / HEADER, header | {"digest": _digest_of_json(header)})
+  disk.write_json(folder / HEADER, disk.with_digest({**header, "last": last}))
 
 
 def read_header(folder: pathlib.Path) -> dict[str, Any]:
@@ -60,15 +57,11 @@ def read_header(folder: pathlib.Path) -> dict[str, Any]:
     raise InputError(f"{folder}: holds no router logits; train with --record_router_logits=1")
   if header.get("format") != FORMAT:
     raise InputError(f"{folder}: router logits of format {header.get('format')}, this reads {FORMAT}")
-  if header.pop("digest", "") != _digest_of_json(header):
+  if disk.DIGEST not in header or not disk.has_its_digest(header):
     raise InputError(
       f"{path}: is damaged: not what was written; bring it back, or record the run in a new folder"
     )
-  return header
-
-
-def _digest_of_json(value: Any) -> str:
-  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+  return {key: value for key, value in header.items() if key != disk.DIGEST}
 
 
 def open_file(path: pathlib.Path, every: int) -> np.ndarray:

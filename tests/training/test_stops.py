@@ -1,13 +1,11 @@
 """A run that is asked to stop finishes its step, saves it, says so, and continues to the same numbers."""
 
 import contextlib
-import errno
 import itertools
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -253,58 +251,6 @@ def test_one_process_has_a_folder_until_it_ends_or_is_gone(dataset, finished, tm
   for folder in (asked, gone):
     assert Run(CONFIG, dataset, folder, label="arm").train()["validation"] == finished["validation"]
     assert (folder / disk.LOCK).read_text() == ""
-
-
-def test_without_locks_of_the_file_system_an_owner_lives_while_its_process_does(tmp_path, monkeypatch):
-  def none(*arguments):
-    raise OSError(errno.ENOLCK, "No locks available")
-
-  monkeypatch.setattr(disk.fcntl, "flock", none)
-  ended = subprocess.Popen(["true"])
-  ended.wait()
-  path, owner = tmp_path / "lock", {"host": "here", "machine": disk._machine(), "since": 0}
-  for pid, age, refused in [
-    (os.getppid(), 0, True),
-    (os.getppid(), 60, False),
-    (ended.pid, 0, False),
-    ("x", 0, False),
-  ]:
-    disk.write_json(path, owner | {"pid": pid})
-    os.utime(path, (time.time() - age,) * 2)
-    with (
-      pytest.raises(InputError, match="in use by") if refused else contextlib.nullcontext(),
-      disk.hold(path, "it"),
-    ):
-      assert not refused
-
-
-@pytest.mark.parametrize("since", [1e300, "x", None, [1], float("nan")])
-def test_a_lock_with_an_absurd_time_is_named_and_taken_over(since, tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(disk, "_OBSERVE", 0.01)
-  disk.write_json(tmp_path / "lock", {"pid": 1, "host": "n", "machine": "other", "since": since})
-  with disk.hold(tmp_path / "lock", "it"):
-    assert "process 1 on n since " in capsys.readouterr().err
-
-
-def test_a_lock_of_another_machine_is_taken_over_when_it_shows_no_life(tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(disk, "_OBSERVE", 0.4)
-  path = tmp_path / "lock"
-  disk.write_json(path, {"pid": 1, "host": "node7", "machine": "node7 boot", "since": 0})
-  alive = threading.Event()
-
-  def beat():
-    while not alive.wait(0.02):
-      os.utime(path)
-
-  thread = threading.Thread(target=beat)
-  thread.start()
-  with pytest.raises(InputError, match="in use by process 1 on node7 since"), disk.hold(path, "it"):
-    pass
-  alive.set()
-  thread.join()
-  with disk.hold(path, "it"), disk.hold(path, "what it holds it may hold again"):
-    assert disk.read_object(path)["pid"] == os.getpid()
-  assert path.read_text() == "" and "node7" in capsys.readouterr().err
 
 
 def test_a_run_that_is_asked_saves_before_it_evaluates(dataset, tmp_path):

@@ -1,0 +1,65 @@
+"""Locks of folders whose file system has none, or whose owner is on another machine or gone."""
+
+import contextlib
+import errno
+import os
+import subprocess
+import threading
+import time
+
+import pytest
+
+from moe_jax import disk
+from moe_jax.errors import InputError
+
+
+def test_without_locks_of_the_file_system_an_owner_lives_while_its_process_does(tmp_path, monkeypatch):
+  def none(*arguments):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+  monkeypatch.setattr(disk.fcntl, "flock", none)
+  ended = subprocess.Popen(["true"])
+  ended.wait()
+  path, owner = tmp_path / "lock", {"host": "here", "machine": disk._machine(), "since": 0}
+  for pid, age, refused in [
+    (os.getppid(), 0, True),
+    (os.getppid(), 60, False),
+    (ended.pid, 0, False),
+    ("x", 0, False),
+  ]:
+    disk.write_json(path, owner | {"pid": pid})
+    os.utime(path, (time.time() - age,) * 2)
+    with (
+      pytest.raises(InputError, match="in use by") if refused else contextlib.nullcontext(),
+      disk.hold(path, "it"),
+    ):
+      assert not refused
+
+
+@pytest.mark.parametrize("since", [1e300, "x", None, [1], float("nan")])
+def test_a_lock_with_an_absurd_time_is_named_and_taken_over(since, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(disk, "_OBSERVE", 0.01)
+  disk.write_json(tmp_path / "lock", {"pid": 1, "host": "n", "machine": "other", "since": since})
+  with disk.hold(tmp_path / "lock", "it"):
+    assert "process 1 on n since " in capsys.readouterr().err
+
+
+def test_a_lock_of_another_machine_is_taken_over_when_it_shows_no_life(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(disk, "_OBSERVE", 0.4)
+  path = tmp_path / "lock"
+  disk.write_json(path, {"pid": 1, "host": "node7", "machine": "node7 boot", "since": 0})
+  alive = threading.Event()
+
+  def beat():
+    while not alive.wait(0.02):
+      os.utime(path)
+
+  thread = threading.Thread(target=beat)
+  thread.start()
+  with pytest.raises(InputError, match="in use by process 1 on node7 since"), disk.hold(path, "it"):
+    pass
+  alive.set()
+  thread.join()
+  with disk.hold(path, "it"), disk.hold(path, "what it holds it may hold again"):
+    assert disk.read_object(path)["pid"] == os.getpid()
+  assert path.read_text() == "" and "node7" in capsys.readouterr().err
