@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Any, TextIO
 
-from moe_jax.errors import InputError
+from moe_jax.errors import InputError, is_of_the_machine
 
 DIGEST = "digest"  # the key of a JSON object under which its own digest is
 LOCK = ".lock"  # of a run, in its folder; of the config.json of a comparison, beside it
@@ -90,10 +90,19 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def read_object(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-  """Returns the JSON object in a file; None if the file is absent, torn, unreadable or holds something else."""
+  """Returns the JSON object in a file; None if the file is absent, torn or holds something else.
+
+  Raises:
+    OSError: with the name of the file, if the machine cannot read it now. The file may be whole, so nothing may be
+      written in its place.
+  """
+  path = pathlib.Path(path)
   try:
-    value = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-  except (OSError, ValueError, RecursionError):
+    with _named(path):
+      value = json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError, RecursionError) as error:
+    if is_of_the_machine(error):
+      raise
     return None
   return value if isinstance(value, dict) else None
 

@@ -3,6 +3,7 @@
 import difflib
 import errno
 import os
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -59,6 +60,36 @@ def of_the_system(error: OSError) -> InputError | None:
   named = isinstance(error.filename, str | bytes) and error.strerror is not None
   name = _short(error.filename) if named else "the disk"
   return of_the_disk(error, name) or (InputError(f"{name}: {error.strerror}") if named else None)
+
+
+# Errors of a machine, its memory, its rights or its network. They say nothing about the bytes on the disk.
+_OF_THE_MACHINE = (
+  *(errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT),
+  *(errno.ENOMEM, errno.EINTR, errno.EAGAIN, errno.EBUSY, errno.ENODEV, errno.ENXIO, errno.EROFS),
+  *(errno.ENOSPC, errno.EDQUOT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH),
+  *(errno.ENOTCONN, errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED),
+)
+_IN_WORDS = (
+  *("RESOURCE_EXHAUSTED", "Out of memory", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED"),
+  *(os.strerror(number) for number in _OF_THE_MACHINE),  # TensorStore has them in its texts
+)
+
+
+def is_of_the_machine(error: BaseException) -> bool:
+  """Returns whether an error says nothing about the bytes that were read: it may pass, and they may be whole."""
+  errors: list[BaseException | None] = [error]
+  for found in errors:  # grows with what led to each
+    if found is None:
+      continue
+    if isinstance(found, MemoryError) or (isinstance(found, OSError) and found.errno in _OF_THE_MACHINE):
+      return True
+    text = str(found)
+    number = re.search(r"OS error (\d+)", text)
+    if (number and int(number[1]) in _OF_THE_MACHINE) or any(words in text for words in _IN_WORDS):
+      return True
+    more = (found.__cause__, found.__context__, *getattr(found, "exceptions", ()))
+    errors += [other for other in more if not any(other is known for known in errors)]
+  return False
 
 
 def _short(name: str | bytes) -> str:

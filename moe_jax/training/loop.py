@@ -23,7 +23,7 @@ from moe_jax.training.compiled import check_run, compile_steps
 from moe_jax.training.digests import all_finite
 from moe_jax.training.identity import check_same_run, hold, write_identity
 from moe_jax.training.load import CHECKPOINTS, Loaded, load_run
-from moe_jax.training.memory import check_memory
+from moe_jax.training.memory import check_memory, make_room_for_programs
 from moe_jax.training.metric_writer import JsonlWriter, MetricWriter, MultiWriter, TensorBoardWriter
 from moe_jax.training.progress import TrainingProgress
 from moe_jax.training.protocol import trace_header
@@ -62,6 +62,7 @@ class Run:
     show: str = "",
     stop: Callable[[dict[str, Any]], bool] | None = None,
   ):
+    make_room_for_programs()
     self.stop = stop
     self.dataset, self.label, self.show = dataset, label, show or label
     self.folder = pathlib.Path(folder)

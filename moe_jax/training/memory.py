@@ -1,6 +1,10 @@
-"""Whether a run can fit into memory, before anything is allocated: a host that runs out of it hangs without a word."""
+"""Whether a run can fit into memory, before anything is allocated: a host that runs out of it hangs without a word.
+
+Also, room for the programs of many runs in one process.
+"""
 
 import dataclasses
+import gc
 import math
 import os
 import pathlib
@@ -15,6 +19,8 @@ from moe_jax.training.compiled import CompiledSteps
 from moe_jax.types import PyTree
 
 GIB = 2**30
+# Of the 65,530 memory mappings that Linux lets a process have. The programs of one run take 1,000 to 2,000.
+_MANY_MAPPINGS = 45_000
 
 
 class Need(NamedTuple):
@@ -133,3 +139,18 @@ def sizes_of(config: Config) -> Config:
   """Returns what decides about the memory of a configuration, up to routers and balancers, which have little."""
   moe = dataclasses.replace(config.model.moe, router="", balancers="", dispatcher="", jitter=0.0)
   return dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
+
+
+def make_room_for_programs() -> None:
+  """Forgets what JAX has compiled if this process has many memory mappings.
+
+  A compiled program keeps its mappings, and XLA ends a process that gets no more, which a comparison of some forty
+  arms would reach. What is used again is compiled again.
+  """
+  try:
+    mappings = pathlib.Path("/proc/self/maps").read_bytes().count(b"\n")
+  except OSError:  # only Linux says
+    return
+  if mappings > _MANY_MAPPINGS:
+    jax.clear_caches()
+    gc.collect()

@@ -1,13 +1,10 @@
 """Reads one checkpoint. Tells bytes that are damaged from a machine that cannot read them now."""
 
 import contextlib
-import errno
 import gc
 import json
 import logging
-import os
 import pathlib
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -16,21 +13,9 @@ from typing import Any, NamedTuple
 import orbax.checkpoint as ocp
 
 from moe_jax import disk
-from moe_jax.errors import InputError
+from moe_jax.errors import InputError, is_of_the_machine
 from moe_jax.training import digests
 from moe_jax.types import PyTree
-
-# Errors of a machine, its memory, its rights or its network. They say nothing about the bytes on the disk.
-_OF_THE_MACHINE = (
-  *(errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT),
-  *(errno.ENOMEM, errno.EINTR, errno.EAGAIN, errno.EBUSY, errno.ENODEV, errno.ENXIO, errno.EROFS),
-  *(errno.ENOSPC, errno.EDQUOT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH),
-  *(errno.ENOTCONN, errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED),
-)
-_IN_WORDS = (
-  *("RESOURCE_EXHAUSTED", "Out of memory", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED"),
-  *(os.strerror(number) for number in _OF_THE_MACHINE),  # TensorStore has them in its texts
-)
 
 
 class Found(NamedTuple):
@@ -96,23 +81,6 @@ def differing(saved: dict[str, list], restored: dict[str, list]) -> str:
   return (
     f"{len(different)} of {len(saved)} arrays do not have the digest that was saved, such as {different[0]}"
   )
-
-
-def is_of_the_machine(error: BaseException) -> bool:
-  """Returns whether an error says nothing about the bytes that were read: it may pass, and they may be whole."""
-  errors: list[BaseException | None] = [error]
-  for found in errors:  # grows with what led to each
-    if found is None:
-      continue
-    if isinstance(found, MemoryError) or (isinstance(found, OSError) and found.errno in _OF_THE_MACHINE):
-      return True
-    text = str(found)
-    number = re.search(r"OS error (\d+)", text)
-    if (number and int(number[1]) in _OF_THE_MACHINE) or any(words in text for words in _IN_WORDS):
-      return True
-    more = (found.__cause__, found.__context__, *getattr(found, "exceptions", ()))
-    errors += [other for other in more if not any(other is known for known in errors)]
-  return False
 
 
 def _of(error: Exception, what: str) -> Found:

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from moe_jax.comparison.comparison import Comparison
+from moe_jax.data import load_dataset
 from moe_jax.errors import InputError
 from moe_jax.sharding import batch_sharding, make_mesh
 from moe_jax.training import memory
 from moe_jax.training.compiled import compile_steps, resolve_config
+from moe_jax.training.loop import Run
 from tests import tiny
 
 CONFIG = resolve_config(tiny.change(tiny.CONFIG, num_layers=1))
@@ -98,3 +100,15 @@ def test_the_check_can_be_turned_off(monkeypatch):
   with pytest.raises(InputError, match="the activations alone do not fit"):
     memory.check_memory(CONFIG, steps, tiny.VOCAB, mesh)
   memory.check_memory(tiny.change(CONFIG, ignore_memory_check=True), steps, tiny.VOCAB, mesh)
+
+
+def test_a_process_of_many_programs_forgets_them_before_its_next_run(tmp_path, monkeypatch):
+  """Linux gives a process 65,530 memory mappings, and XLA ends one that wants more."""
+  double = jax.jit(lambda x: 2 * x)
+  double(1.0)
+  dataset = load_dataset(CONFIG.data)
+  Run(CONFIG, dataset, tmp_path / "few")
+  assert double._cache_size() == 1
+  monkeypatch.setattr(memory, "_MANY_MAPPINGS", 0)
+  Run(CONFIG, dataset, tmp_path / "many")
+  assert double._cache_size() == 0 and double(1.0) == 2

@@ -1,4 +1,4 @@
-"""Checkpoints that cannot be read now, for a reason that says nothing about their bytes, stay where they are."""
+"""What cannot be read now, for a reason that says nothing about its bytes, stays where it is."""
 
 import errno
 import os
@@ -10,8 +10,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from moe_jax import disk
 from moe_jax.cluster import processes
-from moe_jax.errors import InputError
+from moe_jax.errors import InputError, is_of_the_machine, of_the_system
 from moe_jax.training import reading
 from moe_jax.training.checkpoint import Checkpoints
 
@@ -52,14 +53,37 @@ def everything(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def test_errors_of_the_machine_are_told_from_damage():
-  assert [reading.is_of_the_machine(error) for error in (*PASSING, *DAMAGED)] == [True] * 13 + [False] * 3
+  assert [is_of_the_machine(error) for error in (*PASSING, *DAMAGED)] == [True] * 13 + [False] * 3
   try:
     try:
       raise OSError(errno.EIO, "Input/output error")
     except OSError as error:
       raise KeyError("w") from error
   except KeyError as error:
-    assert reading.is_of_the_machine(error)
+    assert is_of_the_machine(error)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_json_file_that_cannot_be_read_now_is_not_taken_for_damaged(number, tmp_path, monkeypatch):
+  """Neither is it taken for absent, which would let a run begin anew."""
+  path = tmp_path / "run/config.json"
+  disk.write_json(path, {"steps": 3})
+  before = everything(tmp_path)
+
+  def read_text(*args, **kwargs):
+    raise OSError(number, os.strerror(number))  # as `read` raises it, without a name
+
+  with monkeypatch.context() as patch:
+    patch.setattr(pathlib.Path, "read_text", read_text)
+    for read in (
+      disk.read_object,
+      lambda path: disk.set_aside_damaged(path, path.parent, "it is begun anew"),
+    ):
+      with pytest.raises(OSError, match=os.strerror(number)) as found:
+        read(path)
+      assert str(of_the_system(found.value)).startswith(f"{path}: ")
+  assert everything(tmp_path) == before and disk.read_object(path) == {"steps": 3}
+  assert disk.read_object(path.with_name("absent.json")) is None
 
 
 def test_an_error_that_passes_moves_nothing(checkpoints, tmp_path, monkeypatch, capsys):
