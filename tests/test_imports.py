@@ -40,7 +40,7 @@ class Part(NamedTuple):
 
 
 MODEL = "nn ops types sharding config models errors registry"
-RUN = f"training data cluster disk {MODEL}"
+RUN = f"training data cluster disk locks {MODEL}"
 
 # experiments, scripts, notebooks -> comparison, analysis -> training -> nn -> sharding -> ops -> types.
 # A new file or folder directly under moe_jax/ needs a row here; one below it may have a stricter row of its own.
@@ -51,6 +51,7 @@ GRAPH = {
   "fingerprint": Part(outside=set()),
   "registry": Part("errors fingerprint", outside=set()),
   "disk": Part("errors", outside=set()),
+  "locks": Part("disk errors", outside=set()),
   "plugins": Part("errors", outside=set()),
   "config": Part("errors registry fingerprint", outside=set()),
   "models": Part("config errors registry"),
@@ -67,7 +68,7 @@ GRAPH = {
   "nn": Part("ops types sharding config errors registry fingerprint", outside={"jax", "flax", "numpy"}),
   # around it
   "data": Part("config disk errors registry"),
-  "training": Part(f"data cluster disk {MODEL}"),
+  "training": Part(f"data cluster disk locks {MODEL}"),
   "training.step": Part(f"training {MODEL}", never={"orbax", "grain"}),
   "training.metric_writer": Part("config disk errors", never=JAX),
   "training.result_file": Part("disk", never=JAX),

@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 from scipy import special
 
-from moe_jax import disk
+from moe_jax import disk, locks
 from moe_jax.config import Config
 from moe_jax.config.plain import fingerprint, to_plain
 from moe_jax.data import Dataset, load_dataset
@@ -109,7 +109,7 @@ class Speedrun:
     with TrainingProgress(steps * sum(pair is None for pair in done.values()), console) as progress:
       for seed, pair in done.items():
         if pair is None:
-          with disk.hold(self._seed_folder(seed) / disk.LOCK, f"seed {seed} in {self.folder}"):
+          with locks.hold(self._seed_folder(seed) / locks.LOCK, f"seed {seed} in {self.folder}"):
             done[seed] = self._run_pair(seed, progress)
     pairs = [{"seed": seed, **pair} for seed, pair in done.items()]
     total, active = self.params["attempt"]
@@ -152,11 +152,11 @@ class Speedrun:
   def _start_over(self, seed: int) -> None:
     """Moves what there is of a seed aside, unless a process trains it."""
     folder = self._seed_folder(seed)
-    there = [path for path in sorted(folder.iterdir()) if path.name not in (disk.LOCK, disk.ASIDE)]
+    there = [path for path in sorted(folder.iterdir()) if path.name not in (locks.LOCK, disk.ASIDE)]
     with contextlib.ExitStack() as stack:
       for path in there:
         if path.is_dir():
-          stack.enter_context(disk.hold(path / disk.LOCK, str(path)))
+          stack.enter_context(locks.hold(path / locks.LOCK, str(path)))
       for path in there:
         if disk.move_aside(path, folder) is None:
           raise InputError(f"{path}: cannot be moved; the pair starts over, and needs a folder without it")

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from moe_jax import disk
+from moe_jax import disk, locks
 from moe_jax.comparison.arms import Arm, value_of
 from moe_jax.config import Config
 from moe_jax.config.plain import fingerprint, to_plain
@@ -90,14 +90,14 @@ class ComparisonFolder:
 
   def _is_free(self) -> bool:
     """Returns whether there is nothing in the folder, or only what a sweep tried before any run was claimed."""
-    own = (SWEEP, disk.LOCK, disk.ASIDE)
+    own = (SWEEP, locks.LOCK, disk.ASIDE)
     return self.path.is_dir() and all(
       path.name in own or path.name.startswith(disk.WRITING) for path in self.path.iterdir()
     )
 
   def claim(self, claim: Mapping[str, Any]) -> None:
     """Writes config.json, with what earlier calls claimed. Several commands may do so at the same time."""
-    with disk.hold(self.path / disk.LOCK, f"--output_dir={self.path}", wait=60.0):
+    with locks.hold(self.path / locks.LOCK, f"--output_dir={self.path}", wait=60.0):
       self._check_same(claim)  # another command may have been first
       disk.write_json(self.path / "config.json", merged_claim(self.known(), claim))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from moe_jax import disk
+from moe_jax import disk, locks
 from moe_jax.comparison import sweep
 from moe_jax.comparison.comparison import REPORT_FILE, write_report
 from moe_jax.comparison.folder import (
@@ -120,7 +120,7 @@ def _copy(
   runs: Mapping[tuple[str, int], pathlib.Path], target: ComparisonFolder, claim: Mapping[str, Any]
 ) -> None:
   for (arm, seed), path in runs.items():
-    shutil.copytree(path, target.run(arm, seed), ignore=shutil.ignore_patterns(disk.LOCK))
+    shutil.copytree(path, target.run(arm, seed), ignore=shutil.ignore_patterns(locks.LOCK))
   target.claim(claim)
 
 

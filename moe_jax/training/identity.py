@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from moe_jax import disk
+from moe_jax import disk, locks
 from moe_jax.cluster import processes
 from moe_jax.config import Config
 from moe_jax.config.plain import fingerprint, to_plain
@@ -103,7 +103,7 @@ def _known_elsewhere(folder: pathlib.Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def hold(locks: Iterable[tuple[pathlib.Path, str]]) -> Iterator[None]:
+def hold(folders: Iterable[tuple[pathlib.Path, str]]) -> Iterator[None]:
   """Holds folders, each a (folder, name), in the first process for all.
 
   Raises:
@@ -113,8 +113,8 @@ def hold(locks: Iterable[tuple[pathlib.Path, str]]) -> Iterator[None]:
     refused = ""
     if processes.is_first():
       try:
-        for folder, name in locks:
-          stack.enter_context(disk.hold(folder / disk.LOCK, name))
+        for folder, name in folders:
+          stack.enter_context(locks.hold(folder / locks.LOCK, name))
       except InputError as error:
         refused = str(error)
     refused = processes.from_first(refused)

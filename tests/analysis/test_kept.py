@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from moe_jax import disk
+from moe_jax import locks
 from moe_jax.analysis.kept import Kept
 from moe_jax.errors import InputError
 from tests import tiny
@@ -26,7 +26,7 @@ def folder(tmp_path):
 
 def test_numbers_are_measured_once(folder):
   assert Kept(folder, SETTINGS)("rows/a", never) == {"loss": 1.0}
-  assert (folder / disk.LOCK).read_text() == ""
+  assert (folder / locks.LOCK).read_text() == ""
 
 
 @pytest.mark.parametrize("content", [None, '{"form', "[]", '{"format": "int4", "seed": 7, "digest": "0"}'])
@@ -55,7 +55,7 @@ def test_damaged_numbers_are_measured_again(folder, change, capsys):
 def test_one_command_measures_at_a_time(folder, monkeypatch):
   def meanwhile():
     with monkeypatch.context() as patch:
-      patch.setattr(disk, "_held", {})  # what another process does not hold
+      patch.setattr(locks, "_held", {})  # what another process does not hold
       with pytest.raises(InputError, match=r"--output_dir=.*run: in use by process \d+ on "):
         Kept(folder, SETTINGS)("rows/b", never)
     return {"loss": 2.0}

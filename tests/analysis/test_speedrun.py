@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
-from moe_jax import disk
+from moe_jax import locks
 from moe_jax.analysis import speedrun
 from moe_jax.analysis.speedrun import ARMS, MEASURED, Rules, Speedrun, read_entries, row, score, table
 from moe_jax.config import Config
@@ -112,9 +112,9 @@ def test_a_pair_that_starts_over_is_moved_aside_and_not_while_it_is_trained(
   arm = tmp_path / "run/seed_0/reference"
   arm.mkdir(parents=True)
   (arm / "checkpoints").write_text("precious")
-  for lock in (arm / disk.LOCK, arm.parent / disk.LOCK):
-    with disk.hold(lock, "it"), monkeypatch.context() as patch:
-      patch.setattr(disk, "_held", {})  # what another process does not hold
+  for lock in (arm / locks.LOCK, arm.parent / locks.LOCK):
+    with locks.hold(lock, "it"), monkeypatch.context() as patch:
+      patch.setattr(locks, "_held", {})  # what another process does not hold
       with pytest.raises(InputError, match=r"seed_?.0.*: in use by process"):
         speed.run([0], QUIET)
   assert (arm / "checkpoints").read_text() == "precious"

@@ -8,7 +8,7 @@ import shutil
 import pytest
 from rich.console import Console
 
-from moe_jax import disk
+from moe_jax import disk, locks
 from moe_jax.comparison.comparison import Comparison
 from moe_jax.comparison.folder import ComparisonFolder
 from moe_jax.comparison.results import load_results
@@ -249,13 +249,13 @@ def test_commands_in_one_folder_have_their_runs_and_all_are_merged(finished, tmp
   folder, train, seen = tmp_path / "run", Run.train, []
 
   def other_command(self):
-    held, disk._held = disk._held, {}  # what a process of its own does not hold
+    held, locks._held = locks._held, {}  # what a process of its own does not hold
     try:
       with pytest.raises(InputError, match=r"run a seed 0 in .*run: in use by process \d+ on .* since"):
         compare(folder)
       seen.append(compare(folder, {"b": ARMS["b"]}))
     finally:
-      disk._held = held
+      locks._held = held
 
   def started(self):
     if self.label == "a":

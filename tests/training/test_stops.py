@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from jax._src import distributed
 
-from moe_jax import disk
+from moe_jax import locks
 from moe_jax.cluster import signals, watch
 from moe_jax.comparison import comparison
 from moe_jax.data import load_dataset
@@ -250,7 +250,7 @@ def test_one_process_has_a_folder_until_it_ends_or_is_gone(dataset, finished, tm
   assert said_at_once == "error: a second signal, SIGTERM: ended without saving\n"
   for folder in (asked, gone):
     assert Run(CONFIG, dataset, folder, label="arm").train()["validation"] == finished["validation"]
-    assert (folder / disk.LOCK).read_text() == ""
+    assert (folder / locks.LOCK).read_text() == ""
 
 
 def test_a_run_that_is_asked_saves_before_it_evaluates(dataset, tmp_path):
