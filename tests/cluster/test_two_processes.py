@@ -243,6 +243,26 @@ def main(argv):
       if step == 3: print("talking", flush=True)
 cli.run(distributed.on_every_process(main))
 """
+LAST_SAVE = """
+import time
+from moe_jax import cli
+from moe_jax.cluster import start as distributed
+from moe_jax.errors import Stopped
+distributed.define_flags()
+def main(argv):
+  import jax
+  from moe_jax.training.stops import Stops
+  with Stops() as stops:
+    for step in range(3):
+      assert not stops.reached(step)
+    print("talking", flush=True)
+    while jax.process_index() and not stops._agreement.reason:  # the last save; process 0 is done with its part
+      time.sleep(0.01)
+    if reason := stops.ended():
+      print(f"saved {step}", flush=True)
+      raise Stopped(f"stopped by {reason}")
+cli.run(distributed.on_every_process(main))
+"""
 GONE = (
   r"error: process {} of 2.* died, was killed or hangs \(process {}: {}.*continues from the last checkpoint\n"
 )
@@ -288,9 +308,10 @@ def test_the_other_ends_in_bounded_time_and_says_why(talk, process, sent, status
     assert sent != signal.SIGINT or pair.ends(process, SLOW) == status
 
 
-def test_a_signal_to_one_stops_both_after_the_same_step(tmp_path):
+@pytest.mark.parametrize("source", [ASKED, LAST_SAVE], ids=["between steps", "in the last save"])
+def test_a_signal_to_one_stops_both_after_the_same_step(source, tmp_path):
   script = tmp_path / "asked.py"
-  script.write_text(ASKED)
+  script.write_text(source)
   with Pair([str(script), "--heartbeat_timeout=20"], tmp_path) as pair:
     pair.wait_until(lambda: all("talking" in pair.output(i) for i in (0, 1)), SLOW, "talk")
     pair.processes[1].send_signal(signal.SIGTERM)
