@@ -2,6 +2,7 @@ r"""What a checkpoint costs: the step that it is in, the steps beside it while i
 
   python scripts/bench_checkpoint.py
   python scripts/bench_checkpoint.py --preset=default --cycles=20 --steps=10
+  python scripts/bench_checkpoint.py --spare_cores=1      # Linux: steps leave one core to the save
 
 Trains one model as a run does, in cycles of the same number of steps. Every other cycle begins with a save, so both kinds are
 measured in the same minutes. Prints medians over the cycles: seconds of a step without a save; for how long a save keeps the
@@ -20,10 +21,26 @@ from typing import Any
 from absl import flags
 
 from moe_jax import cli
+from moe_jax.errors import InputError
 
 _CYCLES = flags.DEFINE_integer("cycles", 12, "with a save, and as many without", lower_bound=2)
 _STEPS = flags.DEFINE_integer("steps", 10, "of a cycle", lower_bound=1)
+_SPARE = flags.DEFINE_integer(
+  "spare_cores", 0, "cores that steps leave to the save; 0: both use all", lower_bound=0
+)
 cli.define_flags(leave_out=("num_steps", "tensorboard", "checkpoint_every"))
+
+
+def compute_on_fewer_cores(spare: int) -> None:
+  """Starts the threads that compute on all cores but `spare`. Threads that are started later may use all."""
+  import jax
+
+  cores = sorted(os.sched_getaffinity(0))
+  if spare >= len(cores):
+    raise InputError(f"--spare_cores={spare}: this process has {len(cores)}; give fewer")
+  os.sched_setaffinity(0, cores[: len(cores) - spare])
+  jax.devices()
+  os.sched_setaffinity(0, cores)
 
 
 def main(argv: list[str]) -> None:
@@ -32,6 +49,8 @@ def main(argv: list[str]) -> None:
 
   import jax
 
+  if _SPARE.value:
+    compute_on_fewer_cores(_SPARE.value)
   from moe_jax.data import load_dataset
   from moe_jax.training.loop import Run
 

@@ -24,7 +24,7 @@ def read_numbers(folder: pathlib.Path, values: Values) -> Numbers:
   """Reads them from config.json, and `eos_token_id` from generation_config.json where that has it.
 
   Raises:
-    InputError: if a number is no integer, an id is not in [0, V), or V is missing.
+    InputError: if a number is no integer, an id is not in [0, V) and not -1, or V is missing.
   """
   check_integer(values, "vocab_size", 1, _LARGEST)
   size = values("vocab_size")
@@ -49,9 +49,9 @@ def check_integer(values: Values, name: str, least: int, most: int) -> None:
 
 
 def _token_ids(values: Values, name: str, vocab_size: int) -> tuple[int, ...] | None:
-  """The id or ids that a value holds. None: it is missing."""
+  """The id or ids that a value holds. None: it is missing, or -1, which is no id for SentencePiece, too."""
   value = values(name, None)
-  if value is None:
+  if value is None or (type(value) is int and value == -1):
     return None
   ids = value if isinstance(value, list) else [value]
   if not all(type(i) is int and 0 <= i < vocab_size for i in ids):

@@ -12,7 +12,10 @@ import pytest
 import moe_jax
 from moe_jax.errors import InputError
 from moe_jax.interop import memory
+from moe_jax.interop.families import Values
+from moe_jax.interop.folder import read_config
 from moe_jax.interop.load import read_model_config
+from moe_jax.interop.numbers import read_numbers
 from moe_jax.interop.safetensors import Pending, open_file, write_file
 from tests.interop.helpers import MIXTRAL, random_model
 
@@ -111,7 +114,8 @@ ID = r"must be an integer from 0 to 47, below vocab_size=48, or a list of such$"
     ({"eos_token_id": {"a": 1}}, rf"eos_token_id={{'a': 1}}: {ID}"),
     ({"bos_token_id": 10**6}, f"bos_token_id=1000000: {ID}"),
     ({"bos_token_id": "a"}, f"bos_token_id='a': {ID}"),
-    ({"pad_token_id": -1}, f"pad_token_id=-1: {ID}"),
+    ({"pad_token_id": -2}, f"pad_token_id=-2: {ID}"),
+    ({"eos_token_id": [2, -1]}, rf"eos_token_id=\[2, -1\]: {ID}"),
     ({"quantization_config": "x"}, "quantization_config='x': must be an object such as "),
     ({"quantization_config": [1]}, r"quantization_config=\[1\]: must be an object such as "),
     (
@@ -127,6 +131,15 @@ def test_numbers_that_are_none(fields, match, folder, monkeypatch):
   refused(folder, f"config.json: {match}")
   with pytest.raises(InputError, match=f"config.json: {match}"):
     read_model_config(folder)
+
+
+def test_an_id_of_minus_one_is_none(folder):
+  """SentencePiece has it, and older files of published models."""
+  change_config(folder, bos_token_id=-1, eos_token_id=-1, pad_token_id=-1)
+  read = lambda: read_numbers(folder, Values("config.json", read_config(folder / "config.json")))
+  found = read()
+  change_config(folder, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+  assert found == read() and found.stop_ids == ()
 
 
 @pytest.mark.parametrize("ids", [2.5, "x", 48, [2, None]])
