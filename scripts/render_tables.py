@@ -12,7 +12,7 @@ from the first arm with its verdict.
 
 Between `<!-- findings -->` and the end, a page has the claims of docs/findings.toml, tested on stored tables.
 
-docs/results/NAME/ holds summary.csv, differences.csv and about.json, at full precision.
+docs/results/NAME/ holds summary.csv, differences.csv and about.json, at full precision; of a sweep also sweep.csv.
 """
 
 import pathlib
@@ -51,6 +51,9 @@ def add(root: pathlib.Path, name: str, run_dir: pathlib.Path) -> pathlib.Path:
   folder.mkdir(parents=True, exist_ok=True)
   for file in report.FILES:
     shutil.copyfile(run_dir / file, folder / file)
+  (folder / report.TRIED).unlink(missing_ok=True)
+  if (run_dir / report.TRIED).is_file():
+    shutil.copyfile(run_dir / report.TRIED, folder / report.TRIED)
   return folder
 
 

@@ -8,7 +8,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from moe_jax.comparison import report
+from moe_jax.comparison import report, sweep
 from moe_jax.comparison.report import stored
 from moe_jax.errors import InputError
 from scripts import render_tables
@@ -153,6 +153,25 @@ def test_pages_are_rewritten_from_stored_results(tmp_path):
   lines = summary.read_text().splitlines()
   summary.write_text("\n".join([*lines[:-2], ""]))
   assert list(render_tables.stale_pages(tmp_path)) == [page]
+
+
+def test_a_page_says_what_a_sweep_tried(tmp_path):
+  store(tmp_path / "run", a_comparison())
+  page = a_page(tmp_path, "<!-- table one columns=max_vio -->\n<!-- end -->\n")
+  of = lambda arm, value, nll, chosen=False, note="": {
+    "arm": arm, "value": value, "seeds": "100 101" if value else "", "nll": nll, "max_vio": 0.5, "goal": "nll",
+    "chosen": chosen, "note": note,
+  }  # fmt: skip
+  lines = [of("a", "rate=1", 2.25), of("a", "rate=2", 2.0, True, "at the end"), of("a", "rate=3", math.nan)]
+  sweep.write_csv(tmp_path / "run" / "sweep.csv", [*lines, of("b", "", math.nan, True)])
+  folder = render_tables.add(tmp_path, "one", tmp_path / "run")
+  said = render_tables.stale_pages(tmp_path)[page]
+  assert "Tried for each arm on the seeds 100, 101, and chosen by `nll`:\n" in said
+  rows = ["| `a` | rate=2 | 2.0000 | 0.5000 | chosen, at the end |", "| `a` | rate=1 | 2.2500 | 0.5000 |  |"]
+  assert "\n".join([*rows, "| `a` | rate=3 |  | 0.5000 |  |\n"]) in said and "`b`" not in said
+  (tmp_path / "run" / "sweep.csv").unlink()  # the next results are of no sweep
+  render_tables.add(tmp_path, "one", tmp_path / "run")
+  assert not (folder / "sweep.csv").exists() and "Tried" not in render_tables.stale_pages(tmp_path)[page]
 
 
 @pytest.mark.parametrize(

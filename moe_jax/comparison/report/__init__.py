@@ -8,7 +8,7 @@ that is missing is shown as "-". Nothing here imports jax.
 from moe_jax.comparison.differences import Difference, paired_differences
 from moe_jax.comparison.report.html import write_report
 from moe_jax.comparison.report.markdown import markdown_table
-from moe_jax.comparison.report.stored import FILES, Stored, read_stored, write_csv
+from moe_jax.comparison.report.stored import FILES, TRIED, Stored, read_stored, write_csv
 from moe_jax.comparison.report.tables import print_differences, print_table
 from moe_jax.comparison.results import load_results
 from moe_jax.comparison.statistics import (
@@ -22,6 +22,7 @@ from moe_jax.comparison.statistics import (
 
 __all__ = [
   "FILES",
+  "TRIED",
   "Column",
   "Difference",
   "Row",

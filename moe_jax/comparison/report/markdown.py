@@ -22,6 +22,8 @@ _VERDICT = ":verdict"
 def markdown_table(stored: Stored, columns: Sequence[str] = ()) -> str:
   """Returns the command, the table, sentences (other sizes, nothing resolved, not comparable), and the caption.
 
+  Of a sweep, a table of what was tried follows.
+
   Args:
     stored: the table.
     columns: which columns, in order: the key of a quantity for `mean ± spread`, or, for a judged one,
@@ -49,7 +51,30 @@ def markdown_table(stored: Stored, columns: Sequence[str] = ()) -> str:
     said = [*(j.sentence for j in asked), not_comparable(stored.differences)]
     lines += ["", " ".join(filter(None, said))] if any(said) else []
     text += " " + differences_caption(stored.differences, stored.about.get("varies", ()), asked)
-  return "\n".join([*lines, "", text.strip()]) + "\n"
+  return "\n".join([*lines, "", text.strip(), *_tried(stored.tried)]) + "\n"
+
+
+def _tried(lines: Sequence[dict[str, str]]) -> list[str]:
+  """Returns the lines that say what a sweep tried for each arm, best first."""
+  swept = [line for line in lines if line["value"]]
+  if not swept:
+    return []
+  seeds, goal = swept[0]["seeds"].replace(" ", ", "), swept[0]["goal"]
+  said = [
+    "",
+    f"Tried for each arm on the seeds {seeds}, and chosen by `{goal}`:",
+    "",
+    _line(["Arm", "Values", "NLL", "MaxVio global", ""]),
+    "|---" * 5 + "|",
+  ]
+  for arm in dict.fromkeys(line["arm"] for line in swept):
+    of_arm = [line for line in swept if line["arm"] == arm]
+    number = lambda line, key: f"{float(line[key]):.4f}" if line[key] else ""  # diverged: none
+    for line in sorted(of_arm, key=lambda line: float(line["nll"] or "inf")):
+      chosen = "chosen" if line["chosen"] == "True" else ""
+      notes = ", ".join(filter(None, [chosen, line["note"]]))
+      said.append(_line([f"`{arm}`", line["value"], number(line, "nll"), number(line, "max_vio"), notes]))
+  return said
 
 
 def _with_verdicts(

@@ -1,4 +1,4 @@
-"""A table as files: summary.csv, differences.csv and about.json, and back.
+"""A table as files: summary.csv, differences.csv and about.json, and back. That of a sweep also has sweep.csv.
 
 The CSV files have every number at full precision. about.json has what else the table says: columns, facts of the
 caption, yardsticks, command, commit, versions and minutes.
@@ -19,6 +19,7 @@ from moe_jax.comparison.statistics import Column, Row, Stat, Summary
 from moe_jax.errors import InputError
 
 SUMMARY, DIFFERENCES, ABOUT = FILES = ("summary.csv", "differences.csv", "about.json")
+TRIED = "sweep.csv"  # what a sweep tried; see `moe_jax.comparison.sweep`
 _COLUMN_FIELDS = ("key", "title", "unit", "format", "lower_is_better", "judged")
 
 
@@ -28,6 +29,7 @@ class Stored(NamedTuple):
   summary: Summary
   differences: list[Difference]
   about: dict[str, Any]
+  tried: Sequence[dict[str, str]] = ()  # the lines of sweep.csv
 
 
 def write_stored(folder: pathlib.Path, stored: Stored) -> None:
@@ -65,7 +67,8 @@ def read_stored(folder: str | os.PathLike[str]) -> Stored:
   columns = {entry["key"]: Column(**entry) for entry in about.pop("columns")}
   rows = tuple(_row(line, columns) for line in _lines(folder / SUMMARY))
   summary = Summary(tuple(columns.values()), rows, about.pop("yardsticks"), about.pop("facts"))
-  return Stored(summary, [_difference(line, columns) for line in _lines(folder / DIFFERENCES)], about)
+  tried = _lines(folder / TRIED) if (folder / TRIED).is_file() else ()
+  return Stored(summary, [_difference(line, columns) for line in _lines(folder / DIFFERENCES)], about, tried)
 
 
 def about_of(results: Sequence[Result], command: str, varies: Sequence[str]) -> dict[str, Any]:
