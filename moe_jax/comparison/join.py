@@ -68,12 +68,14 @@ def _joined_claim(sources: Sequence[ComparisonFolder]) -> dict[str, Any]:
     known = source.known()
     if "arms" not in known or "config" not in known:
       raise InputError(f"{source.path}: holds no comparison (no config.json of one)")
-    changed = claim_differences(claim, known) if claim else []
-    if changed:
-      raise InputError(
-        f"{source.path}: is another comparison than {sources[0].path} ({'; '.join(changed[:3])}); join folders of "
-        "one command and one version of the code"
-      )
+    # Both ways: a longer run may continue a shorter one in its folder, and the order of folders says nothing.
+    for old, new in ((claim, known), (known, claim)) if claim else ():
+      changed = claim_differences(old, new)
+      if changed:
+        raise InputError(
+          f"{source.path}: is another comparison than {sources[0].path} ({'; '.join(changed[:3])}); join folders of "
+          "one command and one version of the code"
+        )
     claim = merged_claim(claim, known)
   return claim
 
