@@ -154,6 +154,29 @@ def test_the_files_have_every_number(finished, tmp_path):
   assert "trained at 0.75 and evaluated at 2: ST-MoE top-1 +0.026; ST-MoE top-2 +0.027." in notes[0]
 
 
+def test_a_diverged_run_and_fewer_evaluations_of_one_seed_leave_the_rest(finished, tmp_path):
+  """As `diverged_result` writes it; and a second seed that was evaluated at fewer factors."""
+  _, plan, results = finished
+  arm, switch = "gshard_top2 0.5 sequence", "switch_top1 0.5 sequence"
+  infinite = dict.fromkeys(("nll", "perplexity", "bits_per_byte"), "Infinity")
+  diverged = {"arm": switch, "seed": 1, "config": {}, "diverged": "a reason", "validation": infinite}
+  second = results[arm] | {"seed": 1, "evaluations": {"none": results[arm]["evaluations"]["none"]}}
+  notes = report.write(tmp_path, [second, *results.values(), diverged], plan, "command")
+  lines = list(csv.DictReader((tmp_path / "capacity.csv").open()))
+  num_seeds = {(x["method"], x["train_factor"], x["eval_factor"]): int(x["num_seeds"]) for x in lines}
+  assert len(lines) == 3 * 3 and {num_seeds["gshard_top2", "0.5", factor] for factor in ("0.5", "none")} == {
+    2
+  }
+  assert num_seeds["gshard_top2", "0.5", "1"] == 1 and num_seeds["switch_top1", "0.5", "none"] == 1
+  said = [
+    f"Diverged, left out of capacity.csv and capacity.md: {switch} seed 1.",
+    f"Not all seeds have these evaluations: {arm} at 1 sequence (seeds 0 of 0, 1).",
+  ]
+  page = (tmp_path / "capacity.md").read_text()
+  assert notes[:2] == said and " ".join(said) in page and "inf" not in page and "Bits per token" in page
+  assert report.write(tmp_path, [diverged], plan, "command")[0] == said[0]  # nothing else is there
+
+
 def cell(trained, evaluated, **nll):
   by_seed = {int(seed[1:]): x for seed, x in nll.items()}
   return tables.Cell(
