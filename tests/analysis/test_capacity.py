@@ -1,16 +1,21 @@
 """The capacity study: one model evaluated at many factors, the same numbers on eight devices, and its files."""
 
 import csv
+import shutil
 
 import numpy as np
 import pytest
 
+from moe_jax import locks
 from moe_jax.analysis.capacity import report, study, tables
 from moe_jax.analysis.capacity.study import Setting
+from moe_jax.comparison import comparison
 from moe_jax.comparison.comparison import Comparison
+from moe_jax.comparison.folder import ComparisonFolder
 from moe_jax.config import MeshConfig
 from moe_jax.errors import InputError
 from moe_jax.training import loop as train_loop
+from moe_jax.training.result_file import read_result, write_result
 from tests import tiny
 
 CONFIG = tiny.change(
@@ -82,6 +87,36 @@ def test_a_further_factor_needs_no_training(finished, monkeypatch):
   changed = {arm: {name: plan.evaluations[arm][name] | {"eval_capacity_factor": 0.7}}}
   with pytest.raises(InputError, match=f"evaluation {arm}: {name}: eval_capacity_factor was 0.5, now 0.7"):
     Comparison(plan.arms, [0], CONFIG, folder, evaluations=changed)
+
+
+def test_a_name_with_other_fields_is_another_evaluation(finished, tmp_path, monkeypatch):
+  """Also where config.json is lost, which says what a name meant. Numbers under the same fields are kept."""
+  folder, plan, results = finished
+  arm, evaluations = "switch_top1 0.5 sequence", plan.evaluations["switch_top1 0.5 sequence"]
+  run_of = ComparisonFolder(tmp_path).run(arm, 0)
+  shutil.copytree(ComparisonFolder(folder).run(arm, 0), run_of)
+  other = {arm: evaluations | {"0.5 sequence": evaluations["none"]}}
+  calls, evaluate_as = [], train_loop.Run.evaluate_as
+  monkeypatch.setattr(train_loop.Run, "train", None)
+  monkeypatch.setattr(
+    train_loop.Run, "evaluate_as", lambda self, of: (calls.append([*of]), evaluate_as(self, of))[1]
+  )
+  again = lambda: Comparison({arm: plan.arms[arm]}, [0], CONFIG, tmp_path, evaluations=other).run()[0]
+  # A run that is not among those locked from the start on, while another command has it.
+  monkeypatch.setattr(comparison, "_LOCKED_AHEAD", 0)
+  with locks.hold(run_of / locks.LOCK, ""), monkeypatch.context() as of_another_process:
+    of_another_process.setattr(locks, "_held", {})
+    with pytest.raises(InputError, match="seed_0: in use by process"):
+      again()
+  found = again()["evaluations"]
+  assert calls == [["0.5 sequence"]] * 2 and again()["evaluations"] == found and len(calls) == 2
+  before = results[arm]["evaluations"]
+  assert found == before | {"0.5 sequence": before["none"]} and before["none"] != before["0.5 sequence"]
+  # A result of older code does not say under what it was evaluated.
+  result = read_result(run_of / "result.json")
+  del result["evaluation_digests"]
+  write_result(run_of / "result.json", result)
+  assert again() == result and len(calls) == 2
 
 
 def test_another_model_is_no_evaluation(finished):
