@@ -275,9 +275,12 @@ class Comparison:
           self.console.print(said, soft_wrap=True, highlight=False, markup=False)
 
   def _report(self, results: list[Result], **texts: Any) -> None:
-    finished = load_results(self.folder.path)  # also those of other commands in this folder
-    self.folder.merge_metrics((result["arm"], result["seed"]) for result in finished)
-    write_report(self.folder, finished if len(finished) > len(results) else results, self.console, **texts)
+    own = {(result["arm"], result["seed"]): result for result in results}
+    stored = {(result["arm"], result["seed"]): result for result in load_results(self.folder.path)}
+    self.folder.merge_metrics(stored)
+    if stored.keys() - own.keys():  # of other commands in this folder; what `results` have besides stays
+      results = list((stored | own).values())
+    write_report(self.folder, results, self.console, **texts)
 
   def _claim(self) -> None:
     with processes.first_writes("claim") as mine:

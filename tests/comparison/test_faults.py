@@ -1,5 +1,6 @@
 """The folder of a comparison with damaged files, diverged arms, other flags, and several commands at a time."""
 
+import csv
 import io
 import json
 import pathlib
@@ -17,7 +18,7 @@ from moe_jax.errors import InputError, of_the_system
 from moe_jax.training.loop import Run
 from moe_jax.training.metric_writer import read_jsonl
 from moe_jax.training.progress import TrainingProgress
-from moe_jax.training.result_file import read_result
+from moe_jax.training.result_file import read_result, write_result
 from tests import tiny
 
 CONFIG = tiny.change(
@@ -270,3 +271,19 @@ def test_commands_in_one_folder_have_their_runs_and_all_are_merged(finished, tmp
   assert by_arm == {r["arm"]: r["validation"] for r in finished[1]}
   assert {line["arm"] for line in read_jsonl(folder / "metrics.jsonl")} == {"a", "b"}
   assert set(json.loads((folder / "config.json").read_text())["arms"]) == {"a", "b"}
+
+
+def test_a_report_keeps_what_results_have_besides_those_that_are_stored(copy, tmp_path):
+  """A quantity that an experiment adds after training, where an earlier command has trained more arms."""
+  disk.write_json(copy / "config.json", json.loads((copy / "config.json").read_text()) | {"seeds": [0, 1]})
+  later = copy / "arms/b/seed_1"
+  result = read_result(copy / "arms/b/seed_0/result.json")
+  write_result(later / "result.json", result | {"seed": 1, "metric_lines": 0, "num_steps": 0})
+  comparison = Comparison(ARMS, [0], CONFIG, copy)
+  gain = {"key": "gain", "title": "Gain", "part": "kept", "name": "gain", "unit": "", "format": ".1f"}
+  gain |= {"lower_is_better": False, "of_experts": False}
+  results = [r | {"kept": {"gain": 7.0}, "columns": [*r["columns"], gain]} for r in comparison.run()]
+  comparison.report(results, **TEXTS)
+  lines = {line["arm"]: line for line in csv.DictReader((copy / "summary.csv").open())}
+  assert [float(lines[arm]["gain_mean"]) for arm in "ab"] == [7.0, 7.0]
+  assert lines["b"]["seeds"].split() == ["0", "1"]
