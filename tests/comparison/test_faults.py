@@ -206,6 +206,33 @@ def test_a_claim_that_is_gone_is_written_again(tmp_path, capsys):
   )
 
 
+def test_a_claim_that_another_command_has_just_mended_is_not_moved(tmp_path, monkeypatch):
+  """This one finds it damaged. Before it acts, the other one moves it aside and writes its own."""
+  folder, claim = ComparisonFolder(tmp_path), {"arms": {"a": {}}, "seeds": [0], "config": CONFIG.to_dict()}
+  path, read, move_aside, found = tmp_path / "config.json", disk.read_object, disk.move_aside, []
+  path.write_text("{")
+
+  def read_before_the_other_acts(of):
+    value = read(of)
+    if not found:
+      found.append(value)
+      move_aside(path, tmp_path)
+      disk.write_json(path, claim)
+    return value
+
+  with monkeypatch.context() as patched:
+    patched.setattr(disk, "read_object", read_before_the_other_acts)
+    folder.check(claim)
+  assert found == [None] and read(path) == claim
+  assert [p.name for p in (tmp_path / disk.ASIDE).iterdir()] == ["config.json-1"]
+  # Where it still is damaged, nobody can write it meanwhile.
+  path.write_text("{")
+  held = lambda: (tmp_path / locks.LOCK).absolute() in locks._held
+  monkeypatch.setattr(disk, "move_aside", lambda *of: (found.append(held()), move_aside(*of))[1])
+  folder.check(claim)
+  assert found == [None, True] and not path.exists()
+
+
 def test_a_diverged_arm_is_kept_and_the_others_go_on(tmp_path, trained, capsys):
   arms = {"a": {"jitter": 0.1}, "wild": {"learning_rate": 1e30, "clip_norm": 0.0}, "b": {"jitter": 0.2}}
   for _ in range(2):  # also when it is started again
