@@ -25,6 +25,7 @@ PROTOCOL = {
   "inputs": "router input",
   "tail_steps": "tail window",
   "max_vio_range": "range of MaxVio (E/K)",
+  "init_from": "content of --init_from",  # of one folder; arms may start from different ones
 }
 # The quantities that a key of the protocol is about. The other keys are about all.
 OF_QUANTITIES = {"max_vio_range": ("max_vio", "max_vio_training")}
@@ -119,8 +120,15 @@ def _differing(results: Sequence[Result], quantity: str) -> list[str]:
   """Returns the keys of the protocol, of those about a quantity, in which results differ that record them."""
   compared = [_compared(result) for result in results]
   asked = [key for key in PROTOCOL if quantity in OF_QUANTITIES.get(key, (quantity,))]
-  values = {key: [r[key] for r in compared if r.get(key) is not None] for key in asked}
-  return [key for key, of_key in values.items() if any(value != of_key[0] for value in of_key)]
+  return [key for key in asked if _differ(key, [r[key] for r in compared if r.get(key) is not None])]
+
+
+def _differ(key: str, values: Sequence[Any]) -> bool:
+  """Returns whether values of a key contradict each other: for starts, one folder with several digests."""
+  if key == "init_from":  # older code wrote no digest
+    starts = {(start.get("folder"), start["digest"]) for start in values if start and start.get("digest")}
+    return len(starts) > len({folder for folder, _ in starts})
+  return any(value != values[0] for value in values)
 
 
 def _compared(result: Result) -> Result:
@@ -146,9 +154,10 @@ def warnings(
     if key in varies:
       continue
     # Results without the key are of an experiment that does not record it, which is no contradiction.
-    values = {json.dumps(r[key], sort_keys=True) for r in compared if key in r}
-    if len(values) > 1:
-      found.append(f"The {words} differs between results: {', '.join(sorted(values))}.")
+    values = [r[key] for r in compared if key in r]
+    if _differ(key, values):
+      each = sorted({json.dumps(value, sort_keys=True) for value in values})
+      found.append(f"The {words} differs between results: {', '.join(each)}.")
   seeds = {arm: tuple(r["seed"] for r in of_arm) for arm, of_arm in group_by_arm(results).items()}
   if len(set(seeds.values())) > 1:
     each = "; ".join(f"{arm}: {', '.join(map(str, s))}" for arm, s in seeds.items())

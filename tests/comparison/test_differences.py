@@ -10,6 +10,7 @@ import scipy.stats
 
 from moe_jax.comparison import differences, report
 from moe_jax.comparison.report import tables, words
+from moe_jax.comparison.results import warnings
 from tests.comparison.made_results import make_result
 
 
@@ -120,6 +121,33 @@ def test_runs_that_break_the_protocol_have_no_verdict(fields, words):
   (difference,) = [d for d in report.paired_differences(of_a + of_b) if d.key == "perplexity"]
   assert difference.verdict == f"not comparable: {words}" and not difference.resolved
   assert difference.broken == words and difference.p_holm is None
+
+
+@pytest.mark.parametrize(
+  ("start_of", "comparable"),
+  [
+    (lambda arm, s: {"folder": f"dense/seed_{s}", "digest": f"of {s}"}, True),
+    (lambda arm, s: {"folder": f"dense/seed_{s}", "digest": f"of {arm if s == 2 else s}"}, False),
+    (lambda arm, s: {"folder": "dense", "digest": "of both"}, True),
+    (lambda arm, s: {"folder": "dense", "digest": f"of {s}"}, False),  # it was written anew between seeds
+    (lambda arm, s: {"folder": f"{arm}/seed_{s}", "digest": f"of {arm} {s}"}, True),  # the question, or arms
+    (lambda arm, s: {"folder": "dense"} | ({"digest": f"of {s}"} if arm == "b" and s == 1 else {}), True),
+  ],
+)
+def test_arms_that_name_one_folder_to_start_from_must_have_found_the_same_parameters(
+  start_of, comparable, tmp_path
+):
+  results = [
+    make_result(arm, s, perplexity=x) | {"init_from": start_of(arm, s)}
+    for arm, x in (("a", 1.0), ("b", 2.0))
+    for s in range(3)
+  ]
+  found = {d.key: d for d in report.paired_differences(results)}["perplexity"]
+  said = [
+    line for line in warnings(tmp_path, results) if line.startswith("The content of --init_from differs")
+  ]
+  assert found.resolved == comparable and len(said) == (not comparable)
+  assert comparable or found.broken.startswith("content of --init_from")
 
 
 def test_speed_has_no_verdict():
