@@ -78,8 +78,13 @@ def lasting(config: Config) -> dict[str, Any]:
 
 
 def is_shorter(folder: pathlib.Path, config: Config) -> bool:
-  """Returns whether the folder holds the same run with fewer steps."""
-  return _num_steps(_known(folder), config.train.num_steps) < config.train.num_steps
+  """Returns whether the result in the folder is that of the same run with fewer steps.
+
+  config.json may already say more steps: that of a longer run which was stopped. And a run that its `stop` ended has fewer
+  steps than it was asked for.
+  """
+  result, steps = read_result(folder / RESULT_FILE), config.train.num_steps
+  return _num_steps(result.get("config", {}), steps) < steps
 
 
 def _known(folder: pathlib.Path) -> dict[str, Any]:

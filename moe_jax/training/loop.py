@@ -15,14 +15,14 @@ from moe_jax.cluster import processes
 from moe_jax.cluster.signals import Between
 from moe_jax.config import Config
 from moe_jax.data import Dataset
-from moe_jax.errors import InputError, Stopped
+from moe_jax.errors import Stopped
 from moe_jax.nn.leaks import sees_later_tokens
 from moe_jax.training import continuing
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import check_run, compile_steps
 from moe_jax.training.digests import all_finite
 from moe_jax.training.identity import check_same_run, hold, write_identity
-from moe_jax.training.load import CHECKPOINTS, Loaded, load_run
+from moe_jax.training.load import CHECKPOINTS, Loaded, check_step, load_run
 from moe_jax.training.memory import check_memory, make_room_for_programs
 from moe_jax.training.metric_writer import JsonlWriter, MetricWriter, MultiWriter, TensorBoardWriter
 from moe_jax.training.progress import TrainingProgress
@@ -278,7 +278,7 @@ class Run:
       `sees_later_tokens`.
 
     Raises:
-      InputError: if a configuration has other parameters than the run.
+      InputError: if a configuration has other parameters than the run, or the last checkpoint is not whole.
     """
     path = self.folder / RESULT_FILE
     result = read_result(path)
@@ -291,10 +291,7 @@ class Run:
       for (name, config), of_config in zip(configs.items(), steps, strict=True):
         # Restored for each: checked against its arrays, and laid out for its program.
         state, _ = checkpoints.restore(of_config.abstract_state, of_config.state_shardings)
-        if int(state.step) != result["num_steps"]:
-          raise InputError(
-            f"{self.folder}: the checkpoint of the last step is damaged; remove result.json to train it again"
-          )
+        check_step(self.folder, result, int(state.step))
         sees_later = sees_later_tokens(check_run(config, self.mesh).model)
         found[name] = {"sees_later_tokens": sees_later} | _scalars(self.evaluate(state, of_config.evaluate))
     result["evaluations"] = result.get("evaluations", {}) | found
