@@ -11,7 +11,7 @@ from moe_jax import disk, sharding
 from moe_jax.config import Config, DataConfig
 from moe_jax.data.bpe import load_bpe
 from moe_jax.data.tokenizers import Tokenizer, load_tokenizer
-from moe_jax.errors import InputError
+from moe_jax.errors import InputError, is_of_the_machine
 from moe_jax.nn.transformer import Transformer
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import abstract_model, make_init, resolve_config
@@ -109,7 +109,9 @@ def _tokenizer(folder: pathlib.Path, data: DataConfig) -> Tokenizer:
     return load_tokenizer(data.tokenizer)
   try:
     return load_bpe((folder / TOKENIZER_FILE).read_bytes())
-  except OSError:
+  except OSError as error:
+    if is_of_the_machine(error):
+      raise
     right = f"copy it from another run of --tokenizer={data.tokenizer} with the same fingerprint, or from the data folder"
     raise InputError(f"{folder}: {TOKENIZER_FILE} is missing; {right}") from None
 
