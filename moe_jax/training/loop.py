@@ -146,7 +146,8 @@ class Run:
     self.metrics = JsonlWriter(path, resume_step=step, expected=self.lines)
     writers: list[MetricWriter] = [self.metrics]
     if self.config.train.tensorboard:
-      writers.append(TensorBoardWriter(self.folder / "tensorboard", resume_step=step))
+      events, again = self.folder / "tensorboard", self.metrics.again
+      writers.append(TensorBoardWriter(events, resume_step=step, again=again))
     return MultiWriter(writers)
 
   def _recorder(self, step: int) -> contextlib.AbstractContextManager[TraceWriter | None]:
