@@ -290,6 +290,7 @@ class Run:
       stack.callback(checkpoints.close)
       found = {}
       for (name, config), of_config in zip(configs.items(), steps, strict=True):
+        make_room_for_programs()
         # Restored for each: checked against its arrays, and laid out for its program.
         state, _ = checkpoints.restore(of_config.abstract_state, of_config.state_shardings)
         check_step(self.folder, result, int(state.step))
