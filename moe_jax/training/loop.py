@@ -279,7 +279,7 @@ class Run:
       `sees_later_tokens`.
 
     Raises:
-      InputError: if a configuration has other parameters than the run, or the last checkpoint is not whole.
+      InputError: if a configuration has other parameters than the run.
     """
     path = self.folder / RESULT_FILE
     result = read_result(path)
