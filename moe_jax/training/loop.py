@@ -15,14 +15,14 @@ from moe_jax.cluster import processes
 from moe_jax.cluster.signals import Between
 from moe_jax.config import Config
 from moe_jax.data import Dataset
-from moe_jax.errors import InputError, Stopped
+from moe_jax.errors import Stopped
 from moe_jax.nn.leaks import sees_later_tokens
 from moe_jax.training import continuing
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import check_run, compile_steps
 from moe_jax.training.digests import all_finite
 from moe_jax.training.identity import check_same_run, hold, write_identity
-from moe_jax.training.load import CHECKPOINTS, Loaded, load_run
+from moe_jax.training.load import CHECKPOINTS, Loaded, check_step, load_run
 from moe_jax.training.memory import check_memory, make_room_for_programs
 from moe_jax.training.metric_writer import JsonlWriter, MetricWriter, MultiWriter, TensorBoardWriter
 from moe_jax.training.progress import TrainingProgress
@@ -146,7 +146,8 @@ class Run:
     self.metrics = JsonlWriter(path, resume_step=step, expected=self.lines)
     writers: list[MetricWriter] = [self.metrics]
     if self.config.train.tensorboard:
-      writers.append(TensorBoardWriter(self.folder / "tensorboard", resume_step=step))
+      events, again = self.folder / "tensorboard", self.metrics.again
+      writers.append(TensorBoardWriter(events, resume_step=step, again=again))
     return MultiWriter(writers)
 
   def _recorder(self, step: int) -> contextlib.AbstractContextManager[TraceWriter | None]:
@@ -291,12 +292,10 @@ class Run:
       steps = [compile_steps(c, info.vocab_size, len(info.domains), self.mesh) for c in configs.values()]
       found, digests = {}, {name: evaluation_digest(config) for name, config in configs.items()}
       for (name, config), of_config in zip(configs.items(), steps, strict=True):
+        make_room_for_programs()
         # Restored for each: checked against its arrays, and laid out for its program.
         state, _ = checkpoints.restore(of_config.abstract_state, of_config.state_shardings)
-        if int(state.step) != result["num_steps"]:
-          raise InputError(
-            f"{self.folder}: the checkpoint of the last step is damaged; remove result.json to train it again"
-          )
+        check_step(self.folder, result, int(state.step))
         sees_later = sees_later_tokens(config.model)
         found[name] = {"sees_later_tokens": sees_later} | _scalars(self.evaluate(state, of_config.evaluate))
       for part, new in (("evaluations", found), ("evaluation_digests", digests)):

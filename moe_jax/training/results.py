@@ -19,7 +19,7 @@ from moe_jax.nn.moe import MoE
 from moe_jax.nn.transformer import Transformer
 from moe_jax.ops.metrics import METRICS, Metric
 from moe_jax.training.identity import FREE, lasting
-from moe_jax.training.protocol import protocol_of
+from moe_jax.training.protocol import protocol_of, slots_of_mesh
 from moe_jax.training.step import EvalSums
 from moe_jax.types import Array, PyTree
 
@@ -151,14 +151,15 @@ def evaluation_digest(config: Config) -> str:
   """Returns 16 hexadecimal digits that are another for an evaluation under another configuration.
 
   Args:
-    config: resolved. Fields that may change when a run continues do not count.
+    config: resolved. Fields that may change when a run continues do not count, and the mesh only where it decides
+      which tokens share slots.
   """
   plain = to_plain(config, fingerprint)
   parts = {
     part: {name: value for name, value in values.items() if name not in FREE.get(part, ())}
     for part, values in plain.items()
   }
-  return disk.digest_of_json(parts)
+  return disk.digest_of_json(parts | {"slots": slots_of_mesh(config)})
 
 
 class TailMeans:
