@@ -28,7 +28,7 @@ from moe_jax.training.metric_writer import JsonlWriter, MetricWriter, MultiWrite
 from moe_jax.training.progress import TrainingProgress
 from moe_jax.training.protocol import trace_header
 from moe_jax.training.result_file import RESULT_FILE, is_result, read_result, write_result
-from moe_jax.training.results import TailMeans, result_of, validation_summary
+from moe_jax.training.results import TailMeans, evaluation_digest, result_of, validation_summary
 from moe_jax.training.router_trace import FOLDER, TraceWriter
 from moe_jax.training.step import EvalSums, TrainState
 from moe_jax.training.stops import Stops, in_words, not_finite
@@ -276,29 +276,32 @@ class Run:
 
     Returns:
       The result, with `evaluations[name]`: the numbers of `validation`, and whether that model
-      `sees_later_tokens`.
+      `sees_later_tokens`; and with `evaluation_digests[name]`, which tell configurations apart.
 
     Raises:
-      InputError: if a configuration has other parameters than the run.
+      InputError: if another process has the folder, or a configuration has other parameters than the run.
     """
     path = self.folder / RESULT_FILE
-    result = read_result(path)
-    with jax.set_mesh(self.mesh), contextlib.ExitStack() as stack:
-      info = self.dataset.info
+    with (
+      hold([(self.folder, str(self.folder))]),
+      jax.set_mesh(self.mesh),
+      contextlib.closing(Checkpoints(self.folder / CHECKPOINTS)) as checkpoints,
+    ):
+      result, info = read_result(path), self.dataset.info
+      configs = {name: check_run(config, self.mesh) for name, config in configs.items()}
       steps = [compile_steps(c, info.vocab_size, len(info.domains), self.mesh) for c in configs.values()]
-      checkpoints = Checkpoints(self.folder / CHECKPOINTS)
-      stack.callback(checkpoints.close)
-      found = {}
+      found, digests = {}, {name: evaluation_digest(config) for name, config in configs.items()}
       for (name, config), of_config in zip(configs.items(), steps, strict=True):
         make_room_for_programs()
         # Restored for each: checked against its arrays, and laid out for its program.
         state, _ = checkpoints.restore(of_config.abstract_state, of_config.state_shardings)
         check_step(self.folder, result, int(state.step))
-        sees_later = sees_later_tokens(check_run(config, self.mesh).model)
+        sees_later = sees_later_tokens(config.model)
         found[name] = {"sees_later_tokens": sees_later} | _scalars(self.evaluate(state, of_config.evaluate))
-    result["evaluations"] = result.get("evaluations", {}) | found
-    if processes.is_first():
-      write_result(path, result)
+      for part, new in (("evaluations", found), ("evaluation_digests", digests)):
+        result[part] = result.get(part, {}) | new
+      if processes.is_first():
+        write_result(path, result)
     return result
 
   def _on_devices(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
