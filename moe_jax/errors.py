@@ -66,7 +66,8 @@ def of_the_system(error: OSError) -> InputError | None:
 # rights or its network, and say nothing about the bytes on the disk.
 _OF_THE_FILE = (
   *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
-  *(errno.EINVAL, errno.EOVERFLOW),  # an offset or a size that no file has
+  *(errno.EINVAL, errno.EOVERFLOW, errno.ESPIPE),  # an offset or a size that the file does not have
+  *(errno.EEXIST, errno.ENOTEMPTY),  # not of a read; may be handled on the way to another error
 )
 # Those of the machine that TensorStore has in its texts without the number. Not every system has every name.
 _NAMES = (

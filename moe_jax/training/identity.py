@@ -14,7 +14,7 @@ from moe_jax.errors import InputError
 from moe_jax.training.load import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE
 from moe_jax.training.protocol import slots_of_mesh
 from moe_jax.training.reading import read_beside
-from moe_jax.training.result_file import RESULT_FILE, read_result
+from moe_jax.training.result_file import RESULT_FILE, read_result, steps_asked
 
 # What may change when a run continues: none of it changes what is trained. Another mesh sums in another order. Where it
 # would drop other tokens, `refusal` says so.
@@ -90,11 +90,10 @@ def lasting(config: Config) -> dict[str, Any]:
 def is_shorter(folder: pathlib.Path, config: Config) -> bool:
   """Returns whether the result in the folder is that of the same run with fewer steps.
 
-  config.json may already say more steps: that of a longer run which was stopped. And a run that its `stop` ended has fewer
-  steps than it was asked for.
+  config.json may already say more steps: that of a longer run which was stopped.
   """
-  result, steps = read_result(folder / RESULT_FILE), config.train.num_steps
-  return _num_steps(result.get("config", {}), steps) < steps
+  asked = steps_asked(read_result(folder / RESULT_FILE))
+  return asked is not None and asked < config.train.num_steps
 
 
 def _known(folder: pathlib.Path) -> dict[str, Any]:
@@ -152,11 +151,6 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
   if constant and before <= now and min(warmup, before // 2) == min(warmup, now // 2):
     old["train"]["num_steps"] = now
   return differences(old, new)
-
-
-def _num_steps(config: Mapping[str, Any], default: int) -> int:
-  train = config.get("train")
-  return train.get("num_steps", default) if isinstance(train, Mapping) else default
 
 
 def _without_free(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from moe_jax.errors import InputError, is_of_the_machine
 from moe_jax.nn.transformer import Transformer
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import abstract_model, make_init, resolve_config
-from moe_jax.training.result_file import RESULT_FILE, Result, read_result
+from moe_jax.training.result_file import RESULT_FILE, Result, read_result, steps_asked
 from moe_jax.training.step import TrainState
 
 # In the folder of a run. The tokenizer is only there if the data set trained its own.
@@ -83,7 +83,7 @@ def restore_run(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[Config, 
     checkpoints.close()
   result = read_result(folder / RESULT_FILE)
   # One of fewer steps is left from before the run was extended, and the longer run is under way.
-  if result.get("config", {}).get("train", {}).get("num_steps") == config.train.num_steps:
+  if steps_asked(result) == config.train.num_steps:
     check_step(folder, result, int(state.step))
   return config, vocab_size, state
 

@@ -23,6 +23,16 @@ def read_result(path: str | os.PathLike[str]) -> Result:
   return {k: v for k, v in result.items() if k != disk.DIGEST} if result and is_result(result) else {}
 
 
+def steps_asked(result: Mapping[str, Any]) -> int | None:
+  """Returns the `num_steps` that the run of a result was asked for; None if it does not say.
+
+  The run has fewer if its `stop` ended it.
+  """
+  train = result.get("config", {}).get("train")
+  steps = train.get("num_steps") if isinstance(train, Mapping) else None
+  return steps if type(steps) is int else None
+
+
 def is_result(value: Mapping[str, Any]) -> bool:
   """Returns whether a JSON object is the result of a run, as it was written.
 

@@ -167,6 +167,8 @@ def test_a_run_that_its_stop_ended_is_finished(tmp_path):
   result = {"arm": "arm", "seed": 0, "num_steps": 4, "validation": {"nll": 1.0}}
   write_result(tmp_path / "result.json", result | {"config": EXTENSIBLE.to_dict()})
   assert not is_shorter(tmp_path, EXTENSIBLE) and is_shorter(tmp_path, LONGER)
+  write_result(tmp_path / "result.json", result | {"config": {"train": "wrong"}})  # of another program
+  assert not is_shorter(tmp_path, LONGER)
 
 
 def test_a_finished_run_without_its_last_step_is_not_taken_for_an_earlier_one(extended, dataset, tmp_path):

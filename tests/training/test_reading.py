@@ -66,7 +66,8 @@ def test_errors_of_the_machine_are_told_from_damage():
 
 def test_a_number_of_the_system_is_of_the_machine_unless_it_says_what_a_file_is():
   """All numbers there are: a list of those that pass would lack those of the next file system."""
-  of_the_file = ["ENOENT", "ENOTDIR", "EISDIR", "ENAMETOOLONG", "ELOOP", "EINVAL", "EOVERFLOW"]
+  of_the_file = ["ENOENT", "ENOTDIR", "EISDIR", "ENAMETOOLONG", "ELOOP", "EINVAL", "EOVERFLOW", "ESPIPE"]
+  of_the_file += ["EEXIST", "ENOTEMPTY"]
   for number, name in errno.errorcode.items():
     expected = name not in of_the_file
     assert is_of_the_machine(OSError(number, os.strerror(number), "/x")) == expected, name
