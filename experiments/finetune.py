@@ -70,7 +70,7 @@ def main(argv: list[str]) -> None:
   from moe_jax.interop.load import load
   from moe_jax.training.load import load_run
   from moe_jax.training.loop import Run
-  from moe_jax.training.made import is_made, source_of
+  from moe_jax.training.made import is_current, is_made, source_of
   from moe_jax.training.progress import TrainingProgress
   from moe_jax.training.start import save_model
 
@@ -98,7 +98,7 @@ def main(argv: list[str]) -> None:
   if _RANK.value:
     final = adapt.merge_adapters(final)
   source = source_of(tuned.model, tuned.step)
-  if not is_result(folder / "model", source):
+  if not is_current(folder / "model", source):
     save_model(folder / "model", final, tuned.config, loaded.tokenizer, dataset.info.domains, source)
   report = report_of(folder, before, final, run.config, dataset, result)
   disk.write_json(folder / "report.json", report)
@@ -162,21 +162,6 @@ def adapted(model):
   if _RESIDUAL_DROPOUT.value:
     model = adapt.set_dropout(model, _RESIDUAL_DROPOUT.value)
   return model
-
-
-def is_result(folder: pathlib.Path, source) -> bool:
-  """Returns whether the folder holds what was made of the run as it is now. That of a shorter run is moved aside."""
-  from moe_jax import disk
-  from moe_jax.cluster import processes
-  from moe_jax.training.made import differences, made_of
-
-  found = made_of(folder)
-  if found is None or not (changed := differences(found, source)):
-    return found is not None
-  if processes.is_first():
-    place = disk.move_aside(folder, folder.parent)
-    disk.note(f"{folder}: is of another run ({'; '.join(changed)}), moved to {place}; it is written again")
-  return False
 
 
 def report_of(folder, before, final, config, dataset, result) -> dict:

@@ -22,15 +22,16 @@ MADE_OF = "made_of.json"  # in the folder of a model
 ONLY_MODEL = {"model": True}  # saved beside the arrays of a model that was not trained in its folder
 
 
-def source_of(model: Transformer, step: int, **settings: Any) -> dict[str, Any]:
+def source_of(model: Transformer, step: int | None = None, **settings: Any) -> dict[str, Any]:
   """Returns what another model is made of, for `is_made` and `save_model`: JSON values.
 
   Args:
     model: of which it is made.
-    step: of that model.
+    step: of that model; None: not known.
     settings: of the making that the configuration of what is made does not have.
   """
-  return {"step": step, "digest": tree_digest(nnx.state(model, nnx.Param)), **settings}
+  of_step = {} if step is None else {"step": step}
+  return {**of_step, "digest": tree_digest(nnx.state(model, nnx.Param)), **settings}
 
 
 def is_made(folder: pathlib.Path, source: Mapping[str, Any]) -> bool:
@@ -43,36 +44,35 @@ def is_made(folder: pathlib.Path, source: Mapping[str, Any]) -> bool:
   Raises:
     InputError: if it was made of another source, or does not say of which.
   """
-  found = made_of(folder)
-  if found is None:
-    return False
-  if changed := differences(found, source):
-    raise InputError(f"{folder}: was made of another model ({'; '.join(changed)}); choose another folder")
-  return True
-
-
-def made_of(folder: pathlib.Path) -> dict[str, Any] | None:
-  """Returns what the model in the folder was made of, in all processes. None: there is no whole model.
-
-  Raises:
-    InputError: if it does not say.
-  """
   is_whole, found = processes.from_first(_read(folder) if processes.is_first() else None)
   if not is_whole:
-    return None
+    return False
   if found is None:
     raise InputError(
       f"{folder}: does not say which model it was made of ({MADE_OF} is missing or not whole); choose another folder"
     )
-  return found
+  if changed := _differences(found, source):
+    raise InputError(f"{folder}: was made of another model ({'; '.join(changed)}); choose another folder")
+  return True
 
 
-def differences(found: Mapping[str, Any], source: Mapping[str, Any]) -> list[str]:
+def is_current(folder: pathlib.Path, source: Mapping[str, Any]) -> bool:
+  """Returns what `is_made` does for the result of a command, which is written again where `source` is another: it is moved aside."""
+  is_whole, found = processes.from_first(_read(folder) if processes.is_first() else None)
+  changed = _differences(found or {}, source)
+  if is_whole and changed and processes.is_first():
+    place = disk.move_aside(folder, folder.parent)
+    disk.note(f"{folder}: is of another model ({'; '.join(changed)}), moved to {place}; it is written again")
+  return is_whole and not changed
+
+
+def _differences(found: Mapping[str, Any], source: Mapping[str, Any]) -> list[str]:
   """Returns a text for each part of `source` that is another one in `found`."""
   return identity.differences({name: found.get(name) for name in source}, dict(source))
 
 
 def _read(folder: pathlib.Path) -> tuple[bool, dict[str, Any] | None]:
+  """Returns whether there is a whole model, and what it was made of."""
   return disk.read_object(folder / CONFIG_FILE) is not None, disk.read_object(folder / MADE_OF)
 
 

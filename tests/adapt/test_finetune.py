@@ -97,7 +97,7 @@ def test_a_published_model_is_tuned_with_its_template_and_arms_are_paired(folder
   )
   start = tmp_path / "arms" / "start" / "expert_dropout" / "seed_0"
   assert_one_line(other_base, f"{start}: was made of another model (digest was")
-  assert "model: is of another run (step was 2, now 3;" in longer.stderr
+  assert "model: is of another model (step was 2, now 3;" in longer.stderr
   run, model, shorter = (tmp_path / "tuned" / name for name in ("run", "model", "damaged/model-1"))
   assert json.loads((model / "made_of.json").read_text())["step"] == moe_jax.load(run).step == 3
   assert json.loads((shorter / "made_of.json").read_text())["step"] == 2

@@ -23,7 +23,7 @@ from moe_jax.training.compiled import abstract_model, compile_steps, resolve_con
 from moe_jax.training.digests import tree_digest
 from moe_jax.training.load import load_run
 from moe_jax.training.loop import Run
-from moe_jax.training.made import is_made, source_of
+from moe_jax.training.made import is_current, is_made, source_of
 from moe_jax.training.selection import dotted, select_trained
 from moe_jax.training.start import save_model, start_from
 from tests import tiny
@@ -124,6 +124,9 @@ def test_a_model_says_what_it_was_made_of(folder, upcycled, tmp_path):
       is_made(made, other)
   with pytest.raises(InputError, match="does not say which model it was made of"):
     is_made(folder, source)
+  assert is_current(made, source) and made.exists()
+  assert not is_current(made, {"step": 1200}) and not made.exists()  # it is moved aside
+  assert is_made(tmp_path / "damaged" / "model-1", source)
 
 
 def test_a_run_trains_from_it_what_is_chosen_and_nothing_else(folder, upcycled, tmp_path):
