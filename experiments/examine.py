@@ -97,14 +97,13 @@ def _methods() -> list[str]:
 
 
 def _output_dir(model: pathlib.Path) -> pathlib.Path:
-  """Returns a new folder, or one that an examination has written."""
+  """Returns a new folder, or one that an examination has written, without its router logits."""
+  from moe_jax.analysis.examine import report
+
   # Of a run in a comparison, the arm and the seed name it.
   name = "-".join(part for part in model.resolve().parts[-2:] if part != "arms")
   folder = pathlib.Path(_OUTPUT_DIR.value or f"runs/examine/{name}").expanduser()
-  if folder.exists() and not folder.is_dir():
-    raise InputError(f"--output_dir={folder}: is a file")
-  if folder.is_dir() and any(folder.iterdir()) and not (folder / "examination.npz").exists():
-    raise InputError(f"--output_dir={folder}: holds something else; choose another folder")
+  report.check_folder(folder)
   for old in folder.glob("router_logits/*") if folder.is_dir() else ():
     old.unlink()  # of an earlier examination
   return folder

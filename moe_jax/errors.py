@@ -62,16 +62,34 @@ def of_the_system(error: OSError) -> InputError | None:
   return of_the_disk(error, name) or (InputError(f"{name}: {error.strerror}") if named else None)
 
 
-# Errors of a machine, its memory, its rights or its network. They say nothing about the bytes on the disk.
-_OF_THE_MACHINE = (
-  *(errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT),
-  *(errno.ENOMEM, errno.EINTR, errno.EAGAIN, errno.EBUSY, errno.ENODEV, errno.ENXIO, errno.EROFS),
-  *(errno.ENOSPC, errno.EDQUOT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH),
-  *(errno.ENOTCONN, errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED),
+# Errors of a file: it is not there, or what is read is no name or place of one. All others are of a machine, its memory, its
+# rights or its network, and say nothing about the bytes on the disk.
+_OF_THE_FILE = (
+  *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+  *(errno.EINVAL, errno.EOVERFLOW),  # an offset or a size that no file has
+)
+# Those of the machine that TensorStore has in its texts without the number. Not every system has every name.
+_NAMES = (
+  *(
+    "EACCES",
+    "EPERM",
+    "EIO",
+    "EMFILE",
+    "ENFILE",
+    "ESTALE",
+    "ETIMEDOUT",
+    "ENOMEM",
+    "EINTR",
+    "EAGAIN",
+    "EBUSY",
+  ),
+  *("ENODEV", "ENXIO", "EROFS", "ENOSPC", "EDQUOT", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH"),
+  *("ENOTCONN", "ECONNRESET", "ECONNREFUSED", "ECONNABORTED", "ESHUTDOWN", "EREMOTEIO", "EUCLEAN", "EBADMSG"),
+  *("ENOLINK", "ENODATA", "ENOKEY", "EPIPE", "EDEADLK", "ENOLCK"),
 )
 _IN_WORDS = (
   *("RESOURCE_EXHAUSTED", "Out of memory", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED"),
-  *(os.strerror(number) for number in _OF_THE_MACHINE),  # TensorStore has them in its texts
+  *(os.strerror(getattr(errno, name)) for name in _NAMES if hasattr(errno, name)),
 )
 
 
@@ -81,12 +99,16 @@ def is_of_the_machine(error: BaseException) -> bool:
   for found in errors:  # grows with what led to each
     if found is None:
       continue
-    if isinstance(found, MemoryError) or (isinstance(found, OSError) and found.errno in _OF_THE_MACHINE):
+    if isinstance(found, MemoryError):
       return True
-    text = str(found)
-    number = re.search(r"OS error (\d+)", text)
-    if (number and int(number[1]) in _OF_THE_MACHINE) or any(words in text for words in _IN_WORDS):
-      return True
+    if isinstance(found, OSError) and found.errno:
+      if found.errno not in _OF_THE_FILE:
+        return True
+    else:  # of a library
+      text = str(found)
+      number = re.search(r"OS error (\d+)", text)
+      if (number and int(number[1]) not in _OF_THE_FILE) or any(words in text for words in _IN_WORDS):
+        return True
     more = (found.__cause__, found.__context__, *getattr(found, "exceptions", ()))
     errors += [other for other in more if not any(other is known for known in errors)]
   return False

@@ -6,6 +6,8 @@
 
 The joined folder equals that of one process. Runs that no shard has finished are named; the command of the shards, with
 --output_dir=runs/joined and without --shard, trains them.
+
+All is copied into a folder .writing-joined-... beside, which then gets the name. A kill leaves such a folder; remove it.
 """
 
 from absl import flags

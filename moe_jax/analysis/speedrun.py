@@ -232,10 +232,14 @@ class Speedrun:
           f"--output_dir={self.folder}: holds runs with other {', '.join(other)}; choose another folder or remove "
           "this one"
         )
-    elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+    elif self.folder.exists() and not self._is_free():
       raise InputError(
         f"--output_dir={self.folder}: is not empty and holds no attempt; choose another folder"
       )
+
+  def _is_free(self) -> bool:
+    """Returns whether the folder holds nothing but a file that a kill has left half written."""
+    return self.folder.is_dir() and all(p.name.startswith(disk.WRITING) for p in self.folder.iterdir())
 
 
 def _to_run(config: Config) -> Config:

@@ -13,7 +13,7 @@ from moe_jax.cluster.signals import Between
 from moe_jax.comparison import report, sweep
 from moe_jax.comparison.arms import Arm, with_arm
 from moe_jax.comparison.folder import SWEEP, ComparisonFolder, Result, described
-from moe_jax.comparison.results import load_results
+from moe_jax.comparison.results import load_results, lookup
 from moe_jax.comparison.shard import Shard
 from moe_jax.config import Config, DataConfig
 from moe_jax.config.plain import fingerprint, to_plain
@@ -24,7 +24,7 @@ from moe_jax.training.compiled import check_run, compile_steps
 from moe_jax.training.loop import Run
 from moe_jax.training.memory import check_memory, sizes_of
 from moe_jax.training.progress import TrainingProgress
-from moe_jax.training.results import diverged_result
+from moe_jax.training.results import diverged_result, evaluation_digest
 
 _LOCKED_AHEAD = 200  # runs that are locked from the start on: each takes an open file
 REPORT_FILE = "report.json"  # title, question, command and notes, from which joined folders have theirs
@@ -189,10 +189,16 @@ class Comparison:
     return self._is_trained(arm, seed) and not self._lacking(arm, seed)
 
   def _lacking(self, arm: str, seed: int) -> list[str]:
-    """Returns the names of the evaluations that a finished run lacks."""
+    """Returns the names of the evaluations that a finished run lacks, or has of another configuration."""
     result = self.folder.result(arm, seed)
-    has = result.get("evaluations", {})
-    return [] if "diverged" in result else [name for name in self.evaluations.get(arm, {}) if name not in has]
+    if "diverged" in result:
+      return []
+    has, lacking = result.get("evaluations", {}), []
+    for name, config in self.evaluations.get(arm, {}).items():
+      known = lookup(result, "evaluation_digests", name)  # None: of older code, which config.json tells apart
+      if name not in has or known not in (None, evaluation_digest(_with_seed(config, seed))):
+        lacking.append(name)
+    return lacking
 
   def _run_one(self, arm: str, seed: int, dataset: Dataset, progress: TrainingProgress) -> None:
     """Trains and evaluates one run, as far as it is not done."""
@@ -265,19 +271,16 @@ class Comparison:
         if self.is_whole:
           self._report(results, **texts)
         else:
-          self.console.print(self._shard_in_words(results), soft_wrap=True, highlight=False, markup=False)
+          said = self.shard.in_words(len(results), self.folder.path)
+          self.console.print(said, soft_wrap=True, highlight=False, markup=False)
 
   def _report(self, results: list[Result], **texts: Any) -> None:
-    finished = load_results(self.folder.path)  # also those of other commands in this folder
-    self.folder.merge_metrics((result["arm"], result["seed"]) for result in finished)
-    write_report(self.folder, finished if len(finished) > len(results) else results, self.console, **texts)
-
-  def _shard_in_words(self, results: list[Result]) -> str:
-    return (
-      f"shard {self.shard} is done, number of runs: {len(results)}, in {self.folder.path}. When all shards are done: "
-      "python scripts/join.py FOLDER... --output_dir=JOINED. Where all shards have written one folder: this command "
-      "without --shard."
-    )
+    own = {(result["arm"], result["seed"]): result for result in results}
+    stored = {(result["arm"], result["seed"]): result for result in load_results(self.folder.path)}
+    self.folder.merge_metrics(stored)
+    if stored.keys() - own.keys():  # of other commands in this folder; what `results` have besides stays
+      results = list((stored | own).values())
+    write_report(self.folder, results, self.console, **texts)
 
   def _claim(self) -> None:
     with processes.first_writes("claim") as mine:

@@ -8,7 +8,13 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import special
 
-from moe_jax.comparison.results import Result, broken_protocol, check_varies, group_by_arm
+from moe_jax.comparison.results import (
+  Result,
+  broken_protocol,
+  check_varies,
+  group_by_arm,
+  uneven_protocol,
+)
 from moe_jax.comparison.statistics import Column, columns_of, stat
 
 UNRESOLVED = "no difference resolved"
@@ -66,9 +72,10 @@ def paired_differences(
   """Returns arm minus baseline per seed, for every other arm and every quantity that both have.
 
   Pairing by seed removes what the seeds share (data order, initialisation). A cell is judged if its column is
-  (see `columns_of`), if the arms share at least 3 seeds, and if their runs share at every seed what `PROTOCOL`
-  lists for its quantity. All judged cells are one family: their paired t tests are corrected by Holm's method, and a verdict
-  needs a corrected p below 0.05. So the chance of one or more wrong verdicts in a table is at most 5%.
+  (see `columns_of`), if the arms share at least 3 seeds, if their runs share at every seed what `PROTOCOL` lists
+  for its quantity, and if the seeds of each arm do so among themselves, whatever `varies` says. All judged cells
+  are one family: their paired t tests are corrected by Holm's method, and a verdict needs a corrected p below
+  0.05. So the chance of one or more wrong verdicts in a table is at most 5%.
 
   Args:
     results: as from `load_results`.
@@ -94,10 +101,21 @@ def paired_differences(
     for column in columns_of(results):
       values = {r["seed"]: (column.value(r), column.value(other)) for r, other in pairs}
       per_seed = {seed: a - b for seed, (a, b) in values.items() if a is not None and b is not None}
-      broken = "; ".join(sorted({broken_protocol(*pair, column.key, varies) for pair in pairs} - {""}))
       if per_seed:
+        broken = _broken(arm, baseline, pairs, column.key, varies)
         differences.append(difference_of(arm, baseline, column, per_seed, broken))
   return judged(differences)
+
+
+def _broken(
+  arm: str, baseline: str, pairs: Sequence[tuple[Result, Result]], quantity: str, varies: Sequence[str]
+) -> str:
+  """Returns what pairs of results do not share and should: between the arms, or between the seeds of one."""
+  found = sorted({broken_protocol(*pair, quantity, varies) for pair in pairs} - {""})
+  for name, of_arm in zip((arm, baseline), zip(*pairs, strict=True), strict=True):
+    if uneven := uneven_protocol(of_arm, quantity):
+      found.append(f"{uneven} between seeds of {name}")
+  return "; ".join(found)
 
 
 def difference_of(

@@ -1,5 +1,6 @@
 """The folder of a comparison: its config.json, where its runs are, and whether it may be used again."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -54,6 +55,14 @@ class ComparisonFolder:
     known = disk.read_object(self.path / "config.json") or {}
     return known if _is_claim(known) else {}
 
+  def _can_be_read(self) -> bool:
+    known = disk.read_object(self.path / "config.json")
+    return known is not None and _is_claim(known)
+
+  def _held(self) -> contextlib.AbstractContextManager[None]:
+    """Keeps other commands from writing config.json."""
+    return locks.hold(self.path / locks.LOCK, f"--output_dir={self.path}", wait=60.0)
+
   def sees_claim(self) -> bool:
     """Returns whether this process can read what process 0 claimed. A network file system may need some time."""
     deadline = time.monotonic() + 10.0
@@ -71,7 +80,9 @@ class ComparisonFolder:
     # One that an earlier start moved aside was there, too, whatever that start then ended with.
     was_there = path.exists() or is_lost or any((self.path / disk.ASIDE).glob(f"{path.name}-*"))
     consequence = "it is written again from the flags, and runs are checked by their own"
-    disk.set_aside_damaged(path, self.path, consequence, _is_claim)
+    if path.exists() and not self._can_be_read():
+      with self._held():  # it is read again there: another command may have put a new one in its place
+        disk.set_aside_damaged(path, self.path, consequence, _is_claim)
     if is_lost:
       disk.note(f"{path}: is missing; {consequence}")
     if was_there:
@@ -97,7 +108,7 @@ class ComparisonFolder:
 
   def claim(self, claim: Mapping[str, Any]) -> None:
     """Writes config.json, with what earlier calls claimed. Several commands may do so at the same time."""
-    with locks.hold(self.path / locks.LOCK, f"--output_dir={self.path}", wait=60.0):
+    with self._held():
       self._check_same(claim)  # another command may have been first
       disk.write_json(self.path / "config.json", merged_claim(self.known(), claim))
 

@@ -1,9 +1,11 @@
 """Joins the folders of shards into the folder that one process would have written."""
 
+import contextlib
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -37,7 +39,8 @@ def join(
 
   Raises:
     InputError: if a folder holds no comparison, if two have another configuration, other code or other text, if
-      two have different results of one run, or if `output_dir` is not empty. Nothing is written then.
+      two have different results of one run, if `output_dir` is not empty, or a file cannot be copied. Nothing is
+      written then.
   """
   sources, target = [ComparisonFolder(folder) for folder in folders], ComparisonFolder(output_dir)
   if not sources:
@@ -46,19 +49,37 @@ def join(
     raise InputError(f"--output_dir={target.path}: is not empty; choose another folder")
   claim = _joined_claim(sources)
   runs = _runs(sources)
-  tried = [ComparisonFolder(source.path / SWEEP) for source in sources if (source.path / SWEEP).is_dir()]
+  tried: list[ComparisonFolder] = []
+  if "planned" in claim:  # what was tried for a sweep that this comparison is not of stays where it is
+    tried = [ComparisonFolder(source.path / SWEEP) for source in sources if (source.path / SWEEP).is_dir()]
   claim_of_tried, runs_of_tried = (_joined_claim(tried), _runs(tried)) if tried else ({}, {})
-  _copy(runs, target, claim)
-  if tried:
-    _copy(runs_of_tried, ComparisonFolder(target.path / SWEEP), claim_of_tried)
-    sweep.write_csv(target.path / "sweep.csv", _sweep_lines(sources, claim))
-  results = load_results(target.path)
   texts = _report_texts(sources)
+  with _whole_folder(target.path) as folder:
+    _copy(runs, ComparisonFolder(folder), claim)
+    if tried:
+      _copy(runs_of_tried, ComparisonFolder(folder / SWEEP), claim_of_tried)
+      sweep.write_csv(folder / "sweep.csv", _sweep_lines(sources, claim))
+    if texts:
+      disk.write_json(folder / REPORT_FILE, texts)
+  results = load_results(target.path)
   if results and texts:
-    disk.write_json(target.path / REPORT_FILE, texts)
     target.merge_metrics((result["arm"], result["seed"]) for result in results)
     write_report(target, results, console, **texts)
   return _missing(claim, target)
+
+
+@contextlib.contextmanager
+def _whole_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A folder to write, which gets its name when it is whole. A kill leaves it beside, under a name of its own."""
+  path = path.resolve()  # what a link names is replaced, and not the link
+  path.parent.mkdir(parents=True, exist_ok=True)
+  folder = pathlib.Path(tempfile.mkdtemp(prefix=f"{disk.WRITING}{path.name}-", dir=path.parent))
+  try:
+    yield folder
+    folder.chmod(0o755)  # mkdtemp's folders are only for their owner
+    folder.rename(path)
+  finally:
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _joined_claim(sources: Sequence[ComparisonFolder]) -> dict[str, Any]:
@@ -68,12 +89,14 @@ def _joined_claim(sources: Sequence[ComparisonFolder]) -> dict[str, Any]:
     known = source.known()
     if "arms" not in known or "config" not in known:
       raise InputError(f"{source.path}: holds no comparison (no config.json of one)")
-    changed = claim_differences(claim, known) if claim else []
-    if changed:
-      raise InputError(
-        f"{source.path}: is another comparison than {sources[0].path} ({'; '.join(changed[:3])}); join folders of "
-        "one command and one version of the code"
-      )
+    # Both ways: a longer run may continue a shorter one in its folder, and the order of folders says nothing.
+    for old, new in ((claim, known), (known, claim)) if claim else ():
+      changed = claim_differences(old, new)
+      if changed:
+        raise InputError(
+          f"{source.path}: is another comparison than {sources[0].path} ({'; '.join(changed[:3])}); join folders of "
+          "one command and one version of the code"
+        )
     claim = merged_claim(claim, known)
   return claim
 
@@ -81,7 +104,8 @@ def _joined_claim(sources: Sequence[ComparisonFolder]) -> dict[str, Any]:
 def _runs(sources: Sequence[ComparisonFolder]) -> dict[tuple[str, int], pathlib.Path]:
   """Returns the folder of every finished run, by arm and seed.
 
-  A run that several folders hold must have one result. Its first folder is taken.
+  A run that several folders hold must have one result. The folder with the most evaluations of it is taken, the first
+  of several.
   """
   found: dict[tuple[str, int], tuple[pathlib.Path, Result]] = {}
   for source in sources:
@@ -91,15 +115,24 @@ def _runs(sources: Sequence[ComparisonFolder]) -> dict[tuple[str, int], pathlib.
         disk.note(f"{path}: is damaged and left out")
         continue
       key = result["arm"], result["seed"]
-      if found:
-        first, other = next(iter(found.values()))
-        _check_same_code(source.path, result, first.parents[2], other)
+      if found:  # one that diverged has no versions
+        known = [other for other in found.values() if _version(other[1])] or list(found.values())
+        _check_same_code(source.path, result, known[0][0].parents[2], known[0][1])
       if key in found and lookup(found[key][1], "validation") != lookup(result, "validation"):
         raise InputError(
           f"{path.parent}: has another result than {found[key][0]}, of the same run; remove one of them"
         )
-      found.setdefault(key, (path.parent, result))
+      if key not in found or _num_evaluations(result) > _num_evaluations(found[key][1]):
+        found[key] = path.parent, result
   return {key: path for key, (path, _) in found.items()}
+
+
+def _num_evaluations(result: Result) -> int:
+  return len(result.get("evaluations", {}))
+
+
+def _version(result: Result) -> str | None:
+  return lookup(result, "versions", "moe_jax")
 
 
 def _check_same_code(own: pathlib.Path, result: Result, first: pathlib.Path, other: Result) -> None:
@@ -109,7 +142,7 @@ def _check_same_code(own: pathlib.Path, result: Result, first: pathlib.Path, oth
       f"{own}: has results on other text than {first} (fingerprint {texts[0]} and {texts[1]}); use the same "
       f"files and the same Python version on all machines"
     )
-  versions = [lookup(r, "versions", "moe_jax") for r in (result, other)]
+  versions = [_version(result), _version(other)]
   if None not in versions and versions[0] != versions[1]:
     raise InputError(
       f"{own}: has results of moe_jax {versions[0]}, and {first} of {versions[1]}; train both with one version"
@@ -119,8 +152,15 @@ def _check_same_code(own: pathlib.Path, result: Result, first: pathlib.Path, oth
 def _copy(
   runs: Mapping[tuple[str, int], pathlib.Path], target: ComparisonFolder, claim: Mapping[str, Any]
 ) -> None:
+  ignore = shutil.ignore_patterns(locks.LOCK, f"{disk.WRITING}*")
   for (arm, seed), path in runs.items():
-    shutil.copytree(path, target.run(arm, seed), ignore=shutil.ignore_patterns(locks.LOCK))
+    try:
+      shutil.copytree(path, target.run(arm, seed), ignore=ignore)
+    except shutil.Error as error:  # of all files that could not be copied; it has no number
+      file, _, why = error.args[0][0]
+      raise InputError(
+        f"{file}: cannot be copied ({why}); mend that, and join again. Number of such files: {len(error.args[0])}"
+      ) from error
   target.claim(claim)
 
 

@@ -104,10 +104,23 @@ def broken_protocol(one: Result, other: Result, quantity: str, varies: Sequence[
 
   Keys in `varies` may differ, and what a sweep chose. A key that one of the two does not record is no contradiction.
   """
-  one, other = _compared(one), _compared(other)
+  return ", ".join(PROTOCOL[key] for key in _differing([one, other], quantity) if key not in varies)
+
+
+def uneven_protocol(results: Sequence[Result], quantity: str) -> str:
+  """Returns what the results of one arm do not share and should, in words; empty if they are seeds of one setting.
+
+  An arm is one setting, also where a question varies keys between arms.
+  """
+  return ", ".join(PROTOCOL[key] for key in _differing(results, quantity))
+
+
+def _differing(results: Sequence[Result], quantity: str) -> list[str]:
+  """Returns the keys of the protocol, of those about a quantity, in which results differ that record them."""
+  compared = [_compared(result) for result in results]
   asked = [key for key in PROTOCOL if quantity in OF_QUANTITIES.get(key, (quantity,))]
-  known = [key for key in asked if one.get(key) is not None and other.get(key) is not None]
-  return ", ".join(PROTOCOL[key] for key in known if key not in varies and one[key] != other[key])
+  values = {key: [r[key] for r in compared if r.get(key) is not None] for key in asked}
+  return [key for key, of_key in values.items() if any(value != of_key[0] for value in of_key)]
 
 
 def _compared(result: Result) -> Result:

@@ -1,6 +1,7 @@
 """A comparison over several machines: which part one process trains."""
 
 import dataclasses
+import pathlib
 import re
 from collections.abc import Sequence
 from typing import TypeVar
@@ -35,6 +36,14 @@ class Shard:
   def part(self, items: Sequence[T]) -> list[T]:
     """Returns every `count`-th item, which depends on nothing but their order."""
     return list(items[self.index - 1 :: self.count])
+
+  def in_words(self, num_runs: int, folder: pathlib.Path) -> str:
+    """Returns how to go on when this part of `num_runs` is done in `folder`."""
+    return (
+      f"shard {self} is done, number of runs: {num_runs}, in {folder}. When all shards are done: "
+      "python scripts/join.py FOLDER... --output_dir=JOINED. Where all shards have written one folder: this command "
+      "without --shard."
+    )
 
   def __str__(self) -> str:
     return f"{self.index}/{self.count}"

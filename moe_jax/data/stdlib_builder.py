@@ -16,6 +16,7 @@ import tensorflow_datasets as tfds
 from moe_jax import disk
 from moe_jax.data import stdlib_text
 from moe_jax.data.windows import Text
+from moe_jax.errors import InputError, is_of_the_machine
 
 _SPLITS = ("train", "validation")
 _DIGEST = "digest.txt"  # in the folder of the corpus: of its text, as it was built
@@ -64,6 +65,9 @@ def read_stdlib(data_dir: Path, root: Path | None = None) -> tuple[dict[str, lis
   Args:
     data_dir: the cache folder, created if missing. Several processes may build at the same time.
     root: the library to read; None: that of the running interpreter.
+
+  Raises:
+    InputError: if the corpus is there and the machine cannot read it now.
   """
   root = root or stdlib_text.stdlib_root()
   folder = data_dir / "stdlib" / _cache_key(root)
@@ -72,6 +76,11 @@ def read_stdlib(data_dir: Path, root: Path | None = None) -> tuple[dict[str, lis
   try:
     return _read(folder)
   except Exception as error:  # whatever damaged bytes lead to
+    if is_of_the_machine(error):
+      raise InputError(
+        f"{folder}: cannot be read now ({_first_line(error)}), which does not say that it is damaged; nothing was changed, "
+        "and the same command reads it when it can be read"
+      ) from error
     place = disk.move_aside(folder, folder.parent)
     disk.note(f"{folder}: is damaged ({_first_line(error)}), moved to {place}; it is built again")
   _build(root, folder)

@@ -10,6 +10,7 @@ from moe_jax.training import identity
 from moe_jax.training.compiled import objective_of
 from moe_jax.training.digests import tree_digest
 from moe_jax.training.metric_writer import read_lines
+from moe_jax.training.protocol import slots_of_mesh
 from moe_jax.training.result_file import RESULT_FILE, read_result
 from moe_jax.training.start import start_from
 from moe_jax.training.step import TrainState
@@ -26,6 +27,7 @@ def kept_beside(run: "Run") -> dict[str, Any]:
     "config": identity.lasting(run.config),
     "data": run.share.state_to_save(run.batches.get_state()),
     "text": run.dataset.info.fingerprint,
+    "slots": slots_of_mesh(run.config),
     "tail": run.tail.to_json(),
     "seconds": run.seconds,
     "timed_steps": run.timed_steps,

@@ -12,10 +12,12 @@ from moe_jax.config.plain import fingerprint, to_plain
 from moe_jax.data import Dataset
 from moe_jax.errors import InputError
 from moe_jax.training.load import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE
+from moe_jax.training.protocol import slots_of_mesh
 from moe_jax.training.reading import read_beside
 from moe_jax.training.result_file import RESULT_FILE, read_result
 
-# What may change when a run continues: none of it changes what is trained. Another mesh sums in another order.
+# What may change when a run continues: none of it changes what is trained. Another mesh sums in another order. Where it
+# would drop other tokens, `refusal` says so.
 FREE = {
   "train": (
     "log_every",
@@ -37,7 +39,8 @@ def write_identity(folder: pathlib.Path, config: Config, dataset: Dataset) -> No
     disk.write_whole(folder / TOKENIZER_FILE, tokenizer.content)
   info = dataset.info
   of_text = {"vocab_size": info.vocab_size, "domains": list(info.domains), "fingerprint": info.fingerprint}
-  disk.write_json(folder / CONFIG_FILE, config.to_dict() | of_text)
+  shared = {"slots": slots} if (slots := slots_of_mesh(config)) else {}
+  disk.write_json(folder / CONFIG_FILE, config.to_dict() | of_text | shared)
 
 
 def check_same_run(folder: pathlib.Path, config: Config, text: str) -> None:
@@ -69,6 +72,13 @@ def refusal(folder: pathlib.Path, config: Config, text: str) -> str:
     return (
       f"{folder}: holds a run with another configuration ({'; '.join(changed[:3])}); choose another folder"
     )
+  slots = slots_of_mesh(config)
+  before = known.get("slots", slots)
+  if slots and before != slots:
+    return (
+      f"{folder}: holds a run on a mesh on which other groups share slots, so other tokens would be dropped (then: "
+      f"{before!r}; now: {slots!r}); use a mesh that splits the batch and the experts as before, or choose another folder"
+    )
   return ""
 
 
@@ -78,8 +88,13 @@ def lasting(config: Config) -> dict[str, Any]:
 
 
 def is_shorter(folder: pathlib.Path, config: Config) -> bool:
-  """Returns whether the folder holds the same run with fewer steps."""
-  return _num_steps(_known(folder), config.train.num_steps) < config.train.num_steps
+  """Returns whether the result in the folder is that of the same run with fewer steps.
+
+  config.json may already say more steps: that of a longer run which was stopped. And a run that its `stop` ended has fewer
+  steps than it was asked for.
+  """
+  result, steps = read_result(folder / RESULT_FILE), config.train.num_steps
+  return _num_steps(result.get("config", {}), steps) < steps
 
 
 def _known(folder: pathlib.Path) -> dict[str, Any]:
@@ -95,10 +110,13 @@ def _known_elsewhere(folder: pathlib.Path) -> dict[str, Any]:
     with contextlib.suppress(InputError):  # of another version: restoring it says so, in all processes
       kept = read_beside(path).kept
       if kept and isinstance(kept["extra"].get("config"), dict):
-        return {**kept["extra"]["config"], "fingerprint": kept["extra"]["text"]}
+        extra = kept["extra"]
+        of_mesh = {"slots": extra["slots"]} if extra.get("slots") else {}
+        return {**extra["config"], "fingerprint": extra["text"]} | of_mesh
   result = read_result(folder / RESULT_FILE)
   if "config" in result:
-    return {name: value for name, value in result.items() if name == "fingerprint"} | result["config"]
+    of_run = {name: result[name] for name in ("fingerprint", "slots") if name in result}
+    return of_run | result["config"]
   return {}
 
 

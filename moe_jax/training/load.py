@@ -11,15 +11,17 @@ from moe_jax import disk, sharding
 from moe_jax.config import Config, DataConfig
 from moe_jax.data.bpe import load_bpe
 from moe_jax.data.tokenizers import Tokenizer, load_tokenizer
-from moe_jax.errors import InputError
+from moe_jax.errors import InputError, is_of_the_machine
 from moe_jax.nn.transformer import Transformer
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import abstract_model, make_init, resolve_config
+from moe_jax.training.result_file import RESULT_FILE, Result, read_result
 from moe_jax.training.step import TrainState
 
 # In the folder of a run. The tokenizer is only there if the data set trained its own.
 CONFIG_FILE, TOKENIZER_FILE, CHECKPOINTS = "config.json", "tokenizer.json", "checkpoints"
-NOT_CONFIG = ("vocab_size", "domains", "fingerprint")  # what it holds of the text, beside the configuration
+# What it holds of the text and the mesh, beside the configuration.
+NOT_CONFIG = ("vocab_size", "domains", "fingerprint", "slots")
 
 
 class Loaded(NamedTuple):
@@ -42,8 +44,8 @@ def load_run(folder: str | os.PathLike[str]) -> Loaded:
     folder: the folder of a run. In the folder of a comparison, this is arms/ARM/seed_SEED.
 
   Raises:
-    InputError: if the folder has no run or no checkpoint, if a method of the run is not registered, or if
-      another version of moe_jax wrote it.
+    InputError: if the folder has no run or no checkpoint, if the run is finished and the checkpoint of its last step is
+      not whole, if a method of the run is not registered, or if another version of moe_jax wrote it.
   """
   folder = pathlib.Path(folder)
   mesh = jax.sharding.Mesh([[[[[jax.devices()[0]]]]]], sharding.MESH_AXES)
@@ -79,7 +81,21 @@ def restore_run(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[Config, 
     state, _ = checkpoints.restore(abstract, sharding.state_shardings(mesh, abstract))
   finally:
     checkpoints.close()
+  result = read_result(folder / RESULT_FILE)
+  # One of fewer steps is left from before the run was extended, and the longer run is under way.
+  if result.get("config", {}).get("train", {}).get("num_steps") == config.train.num_steps:
+    check_step(folder, result, int(state.step))
   return config, vocab_size, state
+
+
+def check_step(folder: pathlib.Path, result: Result, step: int) -> None:
+  """Raises `InputError` if the newest whole checkpoint in `folder` is not that of the step that `result` is of."""
+  of_result = result.get("num_steps", step)  # one that diverged has none
+  if step != of_result:
+    raise InputError(
+      f"{folder}: the result is of step {of_result}, and the newest whole checkpoint of step {step}; remove result.json: "
+      f"then the same command of this run trains from step {step} on, and who reads the run gets that step"
+    )
 
 
 def tokenizer_name(loaded: Loaded) -> str:
@@ -94,7 +110,9 @@ def _tokenizer(folder: pathlib.Path, data: DataConfig) -> Tokenizer:
     return load_tokenizer(data.tokenizer)
   try:
     return load_bpe((folder / TOKENIZER_FILE).read_bytes())
-  except OSError:
+  except OSError as error:
+    if is_of_the_machine(error):
+      raise
     right = f"copy it from another run of --tokenizer={data.tokenizer} with the same fingerprint, or from the data folder"
     raise InputError(f"{folder}: {TOKENIZER_FILE} is missing; {right}") from None
 

@@ -15,20 +15,20 @@ from moe_jax.cluster import processes
 from moe_jax.cluster.signals import Between
 from moe_jax.config import Config
 from moe_jax.data import Dataset
-from moe_jax.errors import InputError, Stopped
+from moe_jax.errors import Stopped
 from moe_jax.nn.leaks import sees_later_tokens
 from moe_jax.training import continuing
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import check_run, compile_steps
 from moe_jax.training.digests import all_finite
 from moe_jax.training.identity import check_same_run, hold, write_identity
-from moe_jax.training.load import CHECKPOINTS, Loaded, load_run
+from moe_jax.training.load import CHECKPOINTS, Loaded, check_step, load_run
 from moe_jax.training.memory import check_memory, make_room_for_programs
 from moe_jax.training.metric_writer import JsonlWriter, MetricWriter, MultiWriter, TensorBoardWriter
 from moe_jax.training.progress import TrainingProgress
 from moe_jax.training.protocol import trace_header
 from moe_jax.training.result_file import RESULT_FILE, is_result, read_result, write_result
-from moe_jax.training.results import TailMeans, result_of, validation_summary
+from moe_jax.training.results import TailMeans, evaluation_digest, result_of, validation_summary
 from moe_jax.training.router_trace import FOLDER, TraceWriter
 from moe_jax.training.step import EvalSums, TrainState
 from moe_jax.training.stops import Stops, in_words, not_finite
@@ -146,7 +146,8 @@ class Run:
     self.metrics = JsonlWriter(path, resume_step=step, expected=self.lines)
     writers: list[MetricWriter] = [self.metrics]
     if self.config.train.tensorboard:
-      writers.append(TensorBoardWriter(self.folder / "tensorboard", resume_step=step))
+      events, again = self.folder / "tensorboard", self.metrics.again
+      writers.append(TensorBoardWriter(events, resume_step=step, again=again))
     return MultiWriter(writers)
 
   def _recorder(self, step: int) -> contextlib.AbstractContextManager[TraceWriter | None]:
@@ -275,31 +276,32 @@ class Run:
 
     Returns:
       The result, with `evaluations[name]`: the numbers of `validation`, and whether that model
-      `sees_later_tokens`.
+      `sees_later_tokens`; and with `evaluation_digests[name]`, which tell configurations apart.
 
     Raises:
-      InputError: if a configuration has other parameters than the run.
+      InputError: if another process has the folder, or a configuration has other parameters than the run.
     """
     path = self.folder / RESULT_FILE
-    result = read_result(path)
-    with jax.set_mesh(self.mesh), contextlib.ExitStack() as stack:
-      info = self.dataset.info
+    with (
+      hold([(self.folder, str(self.folder))]),
+      jax.set_mesh(self.mesh),
+      contextlib.closing(Checkpoints(self.folder / CHECKPOINTS)) as checkpoints,
+    ):
+      result, info = read_result(path), self.dataset.info
+      configs = {name: check_run(config, self.mesh) for name, config in configs.items()}
       steps = [compile_steps(c, info.vocab_size, len(info.domains), self.mesh) for c in configs.values()]
-      checkpoints = Checkpoints(self.folder / CHECKPOINTS)
-      stack.callback(checkpoints.close)
-      found = {}
+      found, digests = {}, {name: evaluation_digest(config) for name, config in configs.items()}
       for (name, config), of_config in zip(configs.items(), steps, strict=True):
+        make_room_for_programs()
         # Restored for each: checked against its arrays, and laid out for its program.
         state, _ = checkpoints.restore(of_config.abstract_state, of_config.state_shardings)
-        if int(state.step) != result["num_steps"]:
-          raise InputError(
-            f"{self.folder}: the checkpoint of the last step is damaged; remove result.json to train it again"
-          )
-        sees_later = sees_later_tokens(check_run(config, self.mesh).model)
+        check_step(self.folder, result, int(state.step))
+        sees_later = sees_later_tokens(config.model)
         found[name] = {"sees_later_tokens": sees_later} | _scalars(self.evaluate(state, of_config.evaluate))
-    result["evaluations"] = result.get("evaluations", {}) | found
-    if processes.is_first():
-      write_result(path, result)
+      for part, new in (("evaluations", found), ("evaluation_digests", digests)):
+        result[part] = result.get(part, {}) | new
+      if processes.is_first():
+        write_result(path, result)
     return result
 
   def _on_devices(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:

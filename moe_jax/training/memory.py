@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 
+from moe_jax.cluster import processes
 from moe_jax.config import Config
 from moe_jax.errors import InputError
 from moe_jax.sharding import BATCH_AXES
@@ -142,15 +143,16 @@ def sizes_of(config: Config) -> Config:
 
 
 def make_room_for_programs() -> None:
-  """Forgets what JAX has compiled if this process has many memory mappings.
+  """Forgets what JAX has compiled if this process, or another one of the run, has many memory mappings.
 
   A compiled program keeps its mappings, and XLA ends a process that gets no more, which a comparison of some forty
-  arms would reach. What is used again is compiled again.
+  arms would reach. What is used again is compiled again, in all processes, for some of the programs are compiled together.
+  All processes must call it.
   """
   try:
     mappings = pathlib.Path("/proc/self/maps").read_bytes().count(b"\n")
   except OSError:  # only Linux says
-    return
-  if mappings > _MANY_MAPPINGS:
+    mappings = 0
+  if any(processes.from_all(mappings > _MANY_MAPPINGS)):
     jax.clear_caches()
     gc.collect()

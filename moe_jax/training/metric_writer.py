@@ -12,7 +12,7 @@ import os
 import pathlib
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -57,10 +57,12 @@ class JsonlWriter(MetricWriter):
     path: the file; it and its folders are created if absent.
     resume_step: the step of the restored checkpoint. Lines of later steps are removed, because the run will
       write them again. None: keep every complete line.
-    expected: the number of lines up to that step. If fewer are there, one line says so.
+    expected: the number of lines that were there when that step was saved. If fewer are there, one line says so. Later
+      ones of that step are removed: those of an evaluation that was left to a process which ended before it saved.
 
   Attributes:
     lines: how many there are, or should be.
+    again: the lines of `resume_step` if later ones of that step were removed, for `TensorBoardWriter`.
   """
 
   def __init__(
@@ -68,7 +70,8 @@ class JsonlWriter(MetricWriter):
   ):
     self.path = pathlib.Path(path)
     self.path.parent.mkdir(parents=True, exist_ok=True)
-    self.lines = max(_truncate(self.path, resume_step, expected), expected or 0)
+    count, self.again = _truncate(self.path, resume_step, expected)
+    self.lines = max(count, expected or 0)
     self._file = self.path.open("a", encoding="utf-8", newline="\n")
 
   def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -96,9 +99,17 @@ class TensorBoardWriter(MetricWriter):
   Args:
     directory: the folder of the event files.
     resume_step: as in `JsonlWriter`; TensorBoard discards events of later steps.
+    again: metrics of `resume_step`, with their "step", where TensorBoard is to discard the events of that step, too. They
+      are written again.
   """
 
-  def __init__(self, directory: str | os.PathLike[str], *, resume_step: int | None = None):
+  def __init__(
+    self,
+    directory: str | os.PathLike[str],
+    *,
+    resume_step: int | None = None,
+    again: Sequence[Mapping[str, Any]] = (),
+  ):
     # Here, so that reading JSON lines does not need it. Not its SummaryWriter, whose thread keeps events that a kill
     # then loses, and whose `flush` does not wait for them.
     from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -108,7 +119,10 @@ class TensorBoardWriter(MetricWriter):
     self._events = RecordWriter(os.path.join(os.fspath(directory), _event_file(directory)))
     self._write(Event(file_version="brain.Event:2"))
     if resume_step is not None:
-      self._write(Event(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START)))
+      first = resume_step if again else resume_step + 1
+      self._write(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
+    for line in again:
+      self.write(line["step"], {name: value for name, value in line.items() if name != "step"})
 
   def _write(self, event: Any) -> None:
     event.wall_time = time.time()
@@ -263,15 +277,21 @@ def _lines(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
   return lines
 
 
-def _truncate(path: pathlib.Path, resume_step: int | None, expected: int | None) -> int:
-  """Removes an incomplete last line and the lines of steps after `resume_step`. Returns the number of the others.
+def _truncate(
+  path: pathlib.Path, resume_step: int | None, expected: int | None
+) -> tuple[int, list[dict[str, Any]]]:
+  """Removes an incomplete last line, the lines of steps after `resume_step`, and those after the first `expected`.
 
   One line says so where lines are damaged, or there are fewer than `expected`. The file is moved aside then if something
   in it cannot be read, and its whole lines are kept.
+
+  Returns:
+    The number of lines that are kept, and the last step of them, if later lines of it were removed and none is damaged.
   """
   was_there = path.exists()
   lines, lost = read_lines(path)
-  kept = [text for text, line in lines if resume_step is None or line["step"] <= resume_step]
+  reached = [(text, line) for text, line in lines if resume_step is None or line["step"] <= resume_step]
+  kept = reached[:expected]
   missing = expected is not None and len(kept) < expected
   if lost or missing:
     torn = was_there and path.stat().st_size > sum(len(text.encode()) for text, _ in lines)
@@ -280,5 +300,6 @@ def _truncate(path: pathlib.Path, resume_step: int | None, expected: int | None)
     unread = f"{lost} lines cannot be read{place}; its {len(lines)} whole lines are kept"
     disk.note(f"{path}: {counts}{place}" if missing else f"{path}: {unread}")
   if was_there:
-    disk.write_whole(path, "".join(kept).encode())
-  return len(kept)
+    disk.write_whole(path, "".join(text for text, _ in kept).encode())
+  more = len(kept) < len(reached) and not lost
+  return len(kept), [_restore(line) for _, line in kept if more and line["step"] == resume_step]

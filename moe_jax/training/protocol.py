@@ -6,6 +6,7 @@ from typing import Any
 
 from flax import nnx
 
+from moe_jax import sharding
 from moe_jax.config import BlockConfig, Config, ModelConfig, Segment
 from moe_jax.config.plain import to_plain
 from moe_jax.data import DatasetInfo
@@ -15,6 +16,7 @@ from moe_jax.nn.leaks import sees_later_tokens
 from moe_jax.nn.moe import MoE
 from moe_jax.nn.variables import abstract
 from moe_jax.ops.dispatch import expert_capacity
+from moe_jax.registry import Method
 
 
 def protocol_of(config: Config) -> dict[str, Any]:
@@ -29,7 +31,8 @@ def protocol_of(config: Config) -> dict[str, Any]:
   max_vio_range: E / K of the layers with experts, which bounds MaxVio. E counts experts without work, too, where
     tokens may choose them; Soft MoE has K = 1. A list if layers differ; None if there are none.
   slots: what bounds the tokens of an expert, e.g. "capacity 1.25/2 per group of 128" (training/evaluation), or
-    "dropless" if nothing does.
+    "dropless" if nothing does. Where the mesh decides which groups of a micro-batch share slots or a buffer, their number
+    on the mesh of the configuration, on the devices here.
   inputs: what routers read beside hidden states and token ids, which a language model does not know when it
     generates: "domain", or "".
   model: sizes for captions.
@@ -41,7 +44,6 @@ def protocol_of(config: Config) -> dict[str, Any]:
   with_experts = [b for b, found in parts.items() if any(isinstance(p, MoE | SoftMoE) for p in found)]
   widths = sorted({_active_width(block, found, length) for block, found in parts.items()} - {0})
   ranges = sorted({_max_vio_range(part) for found in parts.values() for part in found} - {0.0})
-  slots = sorted({_slots(block, layer, length) for block, layer in layers.items()})
   sizes = ("num_experts", "num_experts_per_token", "expert_dim")
   return {
     "num_steps": config.train.num_steps,
@@ -52,7 +54,7 @@ def protocol_of(config: Config) -> dict[str, Any]:
     "schedule": to_plain(config.optimizer),
     "active_width": (widths[0] if len(widths) == 1 else widths) or None,
     "max_vio_range": (ranges[0] if len(ranges) == 1 else ranges) or None,
-    "slots": "; ".join(slots) or "dropless",
+    "slots": _slots(config, layers),
     "inputs": "domain" if any(layer.router.num_tasks for layer in layers.values()) else "",
     "model": {
       "num_layers": sum(len(segment.pattern) * segment.repeats for segment in config.model.blocks),
@@ -61,6 +63,14 @@ def protocol_of(config: Config) -> dict[str, Any]:
     },
     "cpu_cores": os.cpu_count(),
   }
+
+
+def slots_of_mesh(config: Config) -> str:
+  """Returns `slots` of `protocol_of` if the mesh of a resolved configuration may decide what is dropped, otherwise ""."""
+  if not any(_shared_over(moe.dispatcher) for moe in config.model.moe_configs):
+    return ""
+  parts = {block: routed_part(block) for block in different_blocks(config.model)}
+  return _slots(config, {block: part for block, part in parts.items() if part is not None})
 
 
 def trace_header(config: Config, info: DatasetInfo) -> dict[str, Any]:
@@ -109,18 +119,42 @@ def _max_vio_range(part: nnx.Module) -> float:
   return part.num_scored_experts / part.num_experts_per_token if isinstance(part, MoE) else 0.0
 
 
-def _slots(block: BlockConfig, layer: MoE, length: int) -> str:
+def _slots(config: Config, layers: dict[BlockConfig, MoE]) -> str:
+  return "; ".join(sorted({_slots_of(config, block, layer) for block, layer in layers.items()})) or "dropless"
+
+
+def _slots_of(config: Config, block: BlockConfig, layer: MoE) -> str:
   if layer.dispatcher.never_drops:
     return "dropless"
+  length = config.data.sequence_length
   group, k = layer.tokens_per_group(length), layer.num_experts_per_token
   factors = layer.capacity_factor, layer.eval_capacity_factor
+  shared_over = _shared_over(block.moe.dispatcher)
+  if shared_over:
+    sizes = sharding.make_mesh(config.mesh).shape
+    parts = math.prod(sizes[axis] for axis in sharding.BATCH_AXES)
+    (exchanging,) = (sizes[axis] for axis in sharding.RULES["expert"])
+    groups = config.data.batch_size // config.train.accumulation * length // group // parts  # of one device
   options = dict(block.moe.dispatcher.options)
   buffer = options.get("buffer_factor", 0)
   scope = options.get("capacity", "none" if buffer else "group")
   bounds = []
   if scope != "none" and min(expert_capacity(group, k, f, layer.num_experts) for f in factors) < group:
-    shared = "" if scope == "group" else f" ({scope})"
+    shared = ""
+    if "capacity" in shared_over:
+      shared = f" ({scope}: {groups * (exchanging if scope == 'global' else 1)} groups)"
     bounds.append(f"capacity {factors[0]:g}/{factors[1]:g} per group of {group}{shared}")
-  if buffer:
-    bounds.append(f"device buffers of {buffer:g}")
+  if buffer:  # nothing is sent between the devices of a group of one
+    of = f"{groups} groups, {exchanging} devices" if exchanging > 1 else "1 device"
+    bounds.append(f"device buffers of {buffer:g} ({of})")
   return ", ".join(bounds) or "dropless"  # also where an expert has a slot for every token
+
+
+def _shared_over(dispatcher: Method) -> tuple[str, ...]:
+  """Returns the options of a dispatcher by which the groups of a device, or of several, share slots or a buffer."""
+  options = dict(dispatcher.options)
+  over = {
+    "capacity": options.get("capacity") in ("device", "global"),
+    "buffer_factor": bool(options.get("buffer_factor")),
+  }
+  return tuple(name for name, shared in over.items() if shared)

@@ -11,14 +11,15 @@ import jax
 import numpy as np
 from flax import nnx
 
-from moe_jax import __version__
+from moe_jax import __version__, disk
 from moe_jax.config import Config
+from moe_jax.config.plain import fingerprint, to_plain
 from moe_jax.nn.aux import by_layer
 from moe_jax.nn.moe import MoE
 from moe_jax.nn.transformer import Transformer
 from moe_jax.ops.metrics import METRICS, Metric
-from moe_jax.training.identity import lasting
-from moe_jax.training.protocol import protocol_of
+from moe_jax.training.identity import FREE, lasting
+from moe_jax.training.protocol import protocol_of, slots_of_mesh
 from moe_jax.training.step import EvalSums
 from moe_jax.types import Array, PyTree
 
@@ -144,6 +145,21 @@ def diverged_result(run: "Run", reason: str) -> dict[str, Any]:
     "diverged": reason,
     "validation": {"nll": "Infinity", "perplexity": "Infinity", "bits_per_byte": "Infinity"},
   }
+
+
+def evaluation_digest(config: Config) -> str:
+  """Returns 16 hexadecimal digits that are another for an evaluation under another configuration.
+
+  Args:
+    config: resolved. Fields that may change when a run continues do not count, and the mesh only where it decides
+      which tokens share slots.
+  """
+  plain = to_plain(config, fingerprint)
+  parts = {
+    part: {name: value for name, value in values.items() if name not in FREE.get(part, ())}
+    for part, values in plain.items()
+  }
+  return disk.digest_of_json(parts | {"slots": slots_of_mesh(config)})
 
 
 class TailMeans:

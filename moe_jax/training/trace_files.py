@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax import disk
-from moe_jax.errors import InputError
+from moe_jax.errors import InputError, is_of_the_machine
 
 FORMAT = 3
 HEADER = "header.json"
@@ -69,10 +69,14 @@ def open_file(path: pathlib.Path, every: int) -> np.ndarray:
 
   Raises:
     InputError: it is not a file of records, or their steps do not follow from its name.
+    OSError: with the name of the file, if the machine cannot read it now. It may be whole.
   """
   try:
-    records = np.load(path, mmap_mode="r", allow_pickle=False)
-  except Exception:  # whatever damaged bytes lead to
+    with disk.named(path):
+      records = np.load(path, mmap_mode="r", allow_pickle=False)
+  except Exception as error:  # whatever damaged bytes lead to
+    if is_of_the_machine(error):
+      raise
     records = np.empty(0)
   fields = (*FIELDS, "digest")
   whole = records.ndim == 1 and records.dtype.names == fields

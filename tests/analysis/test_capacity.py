@@ -1,16 +1,21 @@
 """The capacity study: one model evaluated at many factors, the same numbers on eight devices, and its files."""
 
 import csv
+import shutil
 
 import numpy as np
 import pytest
 
+from moe_jax import locks
 from moe_jax.analysis.capacity import report, study, tables
 from moe_jax.analysis.capacity.study import Setting
+from moe_jax.comparison import comparison
 from moe_jax.comparison.comparison import Comparison
+from moe_jax.comparison.folder import ComparisonFolder
 from moe_jax.config import MeshConfig
 from moe_jax.errors import InputError
 from moe_jax.training import loop as train_loop
+from moe_jax.training.result_file import read_result, write_result
 from tests import tiny
 
 CONFIG = tiny.change(
@@ -84,6 +89,36 @@ def test_a_further_factor_needs_no_training(finished, monkeypatch):
     Comparison(plan.arms, [0], CONFIG, folder, evaluations=changed)
 
 
+def test_a_name_with_other_fields_is_another_evaluation(finished, tmp_path, monkeypatch):
+  """Also where config.json is lost, which says what a name meant. Numbers under the same fields are kept."""
+  folder, plan, results = finished
+  arm, evaluations = "switch_top1 0.5 sequence", plan.evaluations["switch_top1 0.5 sequence"]
+  run_of = ComparisonFolder(tmp_path).run(arm, 0)
+  shutil.copytree(ComparisonFolder(folder).run(arm, 0), run_of)
+  other = {arm: evaluations | {"0.5 sequence": evaluations["none"]}}
+  calls, evaluate_as = [], train_loop.Run.evaluate_as
+  monkeypatch.setattr(train_loop.Run, "train", None)
+  monkeypatch.setattr(
+    train_loop.Run, "evaluate_as", lambda self, of: (calls.append([*of]), evaluate_as(self, of))[1]
+  )
+  again = lambda: Comparison({arm: plan.arms[arm]}, [0], CONFIG, tmp_path, evaluations=other).run()[0]
+  # A run that is not among those locked from the start on, while another command has it.
+  monkeypatch.setattr(comparison, "_LOCKED_AHEAD", 0)
+  with locks.hold(run_of / locks.LOCK, ""), monkeypatch.context() as of_another_process:
+    of_another_process.setattr(locks, "_held", {})
+    with pytest.raises(InputError, match="seed_0: in use by process"):
+      again()
+  found = again()["evaluations"]
+  assert calls == [["0.5 sequence"]] * 2 and again()["evaluations"] == found and len(calls) == 2
+  before = results[arm]["evaluations"]
+  assert found == before | {"0.5 sequence": before["none"]} and before["none"] != before["0.5 sequence"]
+  # A result of older code does not say under what it was evaluated.
+  result = read_result(run_of / "result.json")
+  del result["evaluation_digests"]
+  write_result(run_of / "result.json", result)
+  assert again() == result and len(calls) == 2
+
+
 def test_another_model_is_no_evaluation(finished):
   folder, plan, _ = finished
   wider = {arm: {"wide": {"expert_dim": 64}} for arm in plan.arms}
@@ -152,6 +187,29 @@ def test_the_files_have_every_number(finished, tmp_path):
   page = (tmp_path / "capacity.md").read_text()
   assert f"{nll / np.log(2):.4f}" in page and "`switch_top1`, groups of a sequence:" in page
   assert "trained at 0.75 and evaluated at 2: ST-MoE top-1 +0.026; ST-MoE top-2 +0.027." in notes[0]
+
+
+def test_a_diverged_run_and_fewer_evaluations_of_one_seed_leave_the_rest(finished, tmp_path):
+  """As `diverged_result` writes it; and a second seed that was evaluated at fewer factors."""
+  _, plan, results = finished
+  arm, switch = "gshard_top2 0.5 sequence", "switch_top1 0.5 sequence"
+  infinite = dict.fromkeys(("nll", "perplexity", "bits_per_byte"), "Infinity")
+  diverged = {"arm": switch, "seed": 1, "config": {}, "diverged": "a reason", "validation": infinite}
+  second = results[arm] | {"seed": 1, "evaluations": {"none": results[arm]["evaluations"]["none"]}}
+  notes = report.write(tmp_path, [second, *results.values(), diverged], plan, "command")
+  lines = list(csv.DictReader((tmp_path / "capacity.csv").open()))
+  num_seeds = {(x["method"], x["train_factor"], x["eval_factor"]): int(x["num_seeds"]) for x in lines}
+  assert len(lines) == 3 * 3 and {num_seeds["gshard_top2", "0.5", factor] for factor in ("0.5", "none")} == {
+    2
+  }
+  assert num_seeds["gshard_top2", "0.5", "1"] == 1 and num_seeds["switch_top1", "0.5", "none"] == 1
+  said = [
+    f"Diverged, left out of capacity.csv and capacity.md: {switch} seed 1.",
+    f"Not all seeds have these evaluations: {arm} at 1 sequence (seeds 0 of 0, 1).",
+  ]
+  page = (tmp_path / "capacity.md").read_text()
+  assert notes[:2] == said and " ".join(said) in page and "inf" not in page and "Bits per token" in page
+  assert report.write(tmp_path, [diverged], plan, "command")[0] == said[0]  # nothing else is there
 
 
 def cell(trained, evaluated, **nll):

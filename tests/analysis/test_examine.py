@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import moe_jax
-from moe_jax import Context
+from moe_jax import Context, disk
 from moe_jax.analysis.examine import replays, report, tables
 from moe_jax.analysis.examine.examination import examine
 from moe_jax.analysis.examine.sums import NUM_BINS, reached_devices
@@ -260,6 +260,27 @@ def test_what_cannot_be_examined():
     examine(dense, [tiny.make_batch()], TEXTS, DEVICES)
   with pytest.raises(InputError, match="examine: the data set has no text"):
     examine(make_model(((SMALL,), 1)), [], TEXTS, DEVICES)
+
+
+def test_a_folder_of_a_stopped_examination_is_used_again(tmp_path):
+  """With recorded router logits and tables, before the numbers. Logits of a training run are something else."""
+  path = tmp_path / "router_logits/header.json"
+  report.check_folder(tmp_path)
+  disk.write_json(path, {"router": "softmax_topk"})
+  for name in ("layers.csv", f"{disk.WRITING}abc", f"router_logits/{disk.WRITING}abc"):
+    (tmp_path / name).touch()
+  report.check_folder(tmp_path)
+  disk.write_json(path, {"router": "softmax_topk", "fingerprint": "abc"})
+  with pytest.raises(InputError, match="holds something else; choose another folder"):
+    report.check_folder(tmp_path)
+  disk.write_json(path, {})
+  (tmp_path / "thesis.tex").touch()
+  with pytest.raises(InputError, match="holds something else; choose another folder"):
+    report.check_folder(tmp_path)
+  (tmp_path / "examination.npz").touch()
+  report.check_folder(tmp_path)
+  with pytest.raises(InputError, match=r"thesis\.tex: is a file"):
+    report.check_folder(tmp_path / "thesis.tex")
 
 
 def test_the_script(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
-from moe_jax import locks
+from moe_jax import disk, locks
 from moe_jax.analysis import speedrun
 from moe_jax.analysis.speedrun import ARMS, MEASURED, Rules, Speedrun, read_entries, row, score, table
 from moe_jax.config import Config
@@ -163,6 +163,14 @@ def test_a_folder_of_another_attempt_is_refused(finished, reference):
   folder, _ = finished
   with pytest.raises(InputError, match="holds runs with other attempt; choose"):
     Speedrun(reference, reference, RULES, folder, ABOUT, MACHINE)
+
+
+def test_a_folder_with_a_file_that_was_not_written_whole_is_free(reference, tmp_path):
+  (tmp_path / f"{disk.WRITING}abc").write_text("{")
+  Speedrun(_slower(reference), reference, RULES, tmp_path, ABOUT, MACHINE)
+  (tmp_path / "thesis.tex").write_text("precious")
+  with pytest.raises(InputError, match="is not empty and holds no attempt"):
+    Speedrun(_slower(reference), reference, RULES, tmp_path, ABOUT, MACHINE)
 
 
 def _pair(seed: int, ratio: float, reached: bool = True) -> dict:

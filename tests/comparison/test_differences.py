@@ -75,8 +75,25 @@ def test_one_seed_that_breaks_the_protocol_makes_the_difference_not_comparable(b
   assert verdict().resolved
   of_b[broken]["num_steps"] += 1
   for _ in range(2):
-    assert verdict().verdict == "not comparable: number of steps" and not verdict().resolved
+    reason = "number of steps; number of steps between seeds of b"
+    assert verdict().verdict == f"not comparable: {reason}" and not verdict().resolved
     of_b[broken]["validation"].pop("perplexity", None)
+
+
+@pytest.mark.parametrize("uneven", ["a", "b", "ab"])
+def test_seeds_of_one_arm_that_differ_in_the_protocol_are_one_setting_to_nobody(uneven):
+  """A longer run of later seeds, in the same folder. Pairs are alike where both arms have it."""
+  results = [make_result(arm, s, perplexity=x) for arm, x in (("a", 1.0), ("b", 2.0)) for s in range(6)]
+  verdict = lambda: {d.key: d.verdict for d in report.paired_differences(results, varies=("num_steps",))}
+  assert verdict()["perplexity"] == "higher (worse)"
+  for result in results:
+    if result["arm"] in uneven and result["seed"] > 2:
+      result["num_steps"] = 60
+  within = "; ".join(f"number of steps between seeds of {arm}" for arm in reversed(uneven))
+  assert verdict()["perplexity"] == f"not comparable: {within}"
+  # Of seeds that are in no pair, nothing is compared.
+  results = [r for r in results if r["arm"] == "b" or r["seed"] < 3]
+  assert verdict()["perplexity"] == "higher (worse)"
 
 
 @pytest.mark.parametrize(

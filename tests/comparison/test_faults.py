@@ -1,5 +1,6 @@
 """The folder of a comparison with damaged files, diverged arms, other flags, and several commands at a time."""
 
+import csv
 import io
 import json
 import pathlib
@@ -17,7 +18,7 @@ from moe_jax.errors import InputError, of_the_system
 from moe_jax.training.loop import Run
 from moe_jax.training.metric_writer import read_jsonl
 from moe_jax.training.progress import TrainingProgress
-from moe_jax.training.result_file import read_result
+from moe_jax.training.result_file import read_result, write_result
 from tests import tiny
 
 CONFIG = tiny.change(
@@ -205,6 +206,33 @@ def test_a_claim_that_is_gone_is_written_again(tmp_path, capsys):
   )
 
 
+def test_a_claim_that_another_command_has_just_mended_is_not_moved(tmp_path, monkeypatch):
+  """This one finds it damaged. Before it acts, the other one moves it aside and writes its own."""
+  folder, claim = ComparisonFolder(tmp_path), {"arms": {"a": {}}, "seeds": [0], "config": CONFIG.to_dict()}
+  path, read, move_aside, found = tmp_path / "config.json", disk.read_object, disk.move_aside, []
+  path.write_text("{")
+
+  def read_before_the_other_acts(of):
+    value = read(of)
+    if not found:
+      found.append(value)
+      move_aside(path, tmp_path)
+      disk.write_json(path, claim)
+    return value
+
+  with monkeypatch.context() as patched:
+    patched.setattr(disk, "read_object", read_before_the_other_acts)
+    folder.check(claim)
+  assert found == [None] and read(path) == claim
+  assert [p.name for p in (tmp_path / disk.ASIDE).iterdir()] == ["config.json-1"]
+  # Where it still is damaged, nobody can write it meanwhile.
+  path.write_text("{")
+  held = lambda: (tmp_path / locks.LOCK).absolute() in locks._held
+  monkeypatch.setattr(disk, "move_aside", lambda *of: (found.append(held()), move_aside(*of))[1])
+  folder.check(claim)
+  assert found == [None, True] and not path.exists()
+
+
 def test_a_diverged_arm_is_kept_and_the_others_go_on(tmp_path, trained, capsys):
   arms = {"a": {"jitter": 0.1}, "wild": {"learning_rate": 1e30, "clip_norm": 0.0}, "b": {"jitter": 0.2}}
   for _ in range(2):  # also when it is started again
@@ -270,3 +298,19 @@ def test_commands_in_one_folder_have_their_runs_and_all_are_merged(finished, tmp
   assert by_arm == {r["arm"]: r["validation"] for r in finished[1]}
   assert {line["arm"] for line in read_jsonl(folder / "metrics.jsonl")} == {"a", "b"}
   assert set(json.loads((folder / "config.json").read_text())["arms"]) == {"a", "b"}
+
+
+def test_a_report_keeps_what_results_have_besides_those_that_are_stored(copy, tmp_path):
+  """A quantity that an experiment adds after training, where an earlier command has trained more arms."""
+  disk.write_json(copy / "config.json", json.loads((copy / "config.json").read_text()) | {"seeds": [0, 1]})
+  later = copy / "arms/b/seed_1"
+  result = read_result(copy / "arms/b/seed_0/result.json")
+  write_result(later / "result.json", result | {"seed": 1, "metric_lines": 0, "num_steps": 0})
+  comparison = Comparison(ARMS, [0], CONFIG, copy)
+  gain = {"key": "gain", "title": "Gain", "part": "kept", "name": "gain", "unit": "", "format": ".1f"}
+  gain |= {"lower_is_better": False, "of_experts": False}
+  results = [r | {"kept": {"gain": 7.0}, "columns": [*r["columns"], gain]} for r in comparison.run()]
+  comparison.report(results, **TEXTS)
+  lines = {line["arm"]: line for line in csv.DictReader((copy / "summary.csv").open())}
+  assert [float(lines[arm]["gain_mean"]) for arm in "ab"] == [7.0, 7.0]
+  assert lines["b"]["seeds"].split() == ["0", "1"]

@@ -1,5 +1,6 @@
 """The standard-library corpus: a small made-up library, then this interpreter's own."""
 
+import errno
 import os
 import re
 import subprocess
@@ -155,6 +156,24 @@ def test_a_damaged_corpus_is_built_again(library, tmp_path, monkeypatch, capsys)
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
     assert len(notes) == 1 and "is damaged" in notes[0] and "built again" in notes[0]
     assert len(list((tmp_path / "stdlib/damaged").iterdir())) == count
+
+
+def test_a_corpus_that_cannot_be_read_now_stays_where_it_is(library, tmp_path, monkeypatch):
+  monkeypatch.setitem(read_documents.__kwdefaults__, "min_bytes", 1)
+  expected = builder.read_stdlib(tmp_path, library)
+  (folder,) = (tmp_path / "stdlib").iterdir()
+
+  def read(*args):
+    raise OSError(errno.EIO, "Input/output error")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(builder, "_read", read)
+    with pytest.raises(
+      InputError, match=r"cannot be read now \(OSError: .*Input/output error\), which does not"
+    ):
+      builder.read_stdlib(tmp_path, library)
+  assert list((tmp_path / "stdlib").iterdir()) == [folder]
+  assert builder.read_stdlib(tmp_path, library) == expected
 
 
 def test_a_build_appears_whole_in_one_rename(library, tmp_path, monkeypatch):

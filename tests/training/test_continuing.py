@@ -1,6 +1,7 @@
 """What a run says and keeps when its folder has lost something, or a save fails; and that bad numbers are not saved."""
 
 import errno
+import json
 import os
 import pathlib
 import shutil
@@ -17,6 +18,7 @@ from moe_jax.training import loop, objectives
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import compile_steps, make_model, resolve_config
 from moe_jax.training.digests import all_finite
+from moe_jax.training.identity import is_shorter
 from moe_jax.training.loop import Run
 from moe_jax.training.metric_writer import read_jsonl
 from moe_jax.training.result_file import write_result
@@ -24,6 +26,8 @@ from moe_jax.training.start import save_model
 from tests import tiny
 
 CONFIG = tiny.change(tiny.CONFIG, num_steps=6, eval_batches=2, num_layers=1, checkpoint_every=2)
+EXTENSIBLE = tiny.change(CONFIG, schedule="constant", warmup_steps=1)
+LONGER = tiny.change(EXTENSIBLE, num_steps=7, checkpoint_every=0)
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +161,57 @@ def test_a_run_without_its_checkpoints_says_that_it_begins_anew(dataset, left, c
     Run(CONFIG, dataset, left, tiny.StopsAt(1), label="arm").train()
   (note,) = said(capsys)
   assert note.endswith("begins anew, although result.json says step 6, damaged/ says step 4")
+
+
+@pytest.fixture(scope="module")
+def extended(dataset, tmp_path_factory):
+  """(finished, extended): the folder of a finished run with checkpoints of steps 4 and 6, and that folder after the same
+  run with more steps was stopped at its first, before it saved anything."""
+  finished = tmp_path_factory.mktemp("extensible") / "run"
+  Run(EXTENSIBLE, dataset, finished, label="arm").train()
+  extended = pathlib.Path(shutil.copytree(finished, finished.with_name("extended")))
+  with pytest.raises(KeyboardInterrupt):
+    Run(LONGER, dataset, extended, tiny.StopsAt(7), label="arm").train()
+  return finished, extended
+
+
+def test_a_stopped_extension_is_not_finished_and_keeps_the_result_of_the_shorter_run(
+  extended, dataset, tmp_path
+):
+  finished, folder = extended[0], pathlib.Path(shutil.copytree(extended[1], tmp_path / "run"))
+  config = lambda path: json.loads((path / "config.json").read_text())["train"]["num_steps"]
+  result = (finished / "result.json").read_text()
+  assert (config(finished), config(folder), (folder / "result.json").read_text()) == (6, 7, result)
+  assert is_shorter(finished, LONGER) and not is_shorter(finished, EXTENSIBLE)
+  assert is_shorter(folder, LONGER)
+  assert Run(LONGER, dataset, folder, label="arm").train()["num_steps"] == 7
+  assert not is_shorter(folder, LONGER)
+
+
+def test_a_run_that_its_stop_ended_is_finished(tmp_path):
+  result = {"arm": "arm", "seed": 0, "num_steps": 4, "validation": {"nll": 1.0}}
+  write_result(tmp_path / "result.json", result | {"config": EXTENSIBLE.to_dict()})
+  assert not is_shorter(tmp_path, EXTENSIBLE) and is_shorter(tmp_path, LONGER)
+
+
+def test_a_finished_run_without_its_last_step_is_not_taken_for_an_earlier_one(extended, dataset, tmp_path):
+  """As a start of other runs, either. One whose extension is under way is at whatever step it has."""
+  folders = [pathlib.Path(shutil.copytree(f, tmp_path / f.name)) for f in extended]
+  assert [Run.load(folder).step for folder in folders] == [6, 6]
+  for folder in folders:
+    (folder / "checkpoints/6/extra/metadata").write_text("{}x")
+  line = r"run: the result is of step 6, and the newest whole checkpoint of step 4; remove result.json: "
+  for use in (
+    lambda: Run.load(folders[0]),
+    lambda: Run(tiny.change(EXTENSIBLE, init_from=str(folders[0])), dataset, tmp_path / "other").train(),
+    lambda: Run(EXTENSIBLE, dataset, folders[0]).evaluate_as({"same": EXTENSIBLE}),
+  ):
+    with pytest.raises(InputError, match=line) as error:
+      use()
+    assert "\n" not in str(error.value)
+  assert Run.load(folders[1]).step == 4
+  (folders[0] / "result.json").unlink()
+  assert Run.load(folders[0]).step == 4
 
 
 def test_a_damaged_checkpoint_that_cannot_be_moved_ends_the_run(dataset, left):

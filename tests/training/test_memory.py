@@ -3,19 +3,22 @@
 import contextlib
 import dataclasses
 import math
+import types
 from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
 
+from moe_jax.cluster import processes
 from moe_jax.comparison.comparison import Comparison
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError
 from moe_jax.sharding import batch_sharding, make_mesh
-from moe_jax.training import memory
+from moe_jax.training import loop, memory
 from moe_jax.training.compiled import compile_steps, resolve_config
 from moe_jax.training.loop import Run
+from moe_jax.training.result_file import write_result
 from tests import tiny
 
 CONFIG = resolve_config(tiny.change(tiny.CONFIG, num_layers=1))
@@ -112,3 +115,27 @@ def test_a_process_of_many_programs_forgets_them_before_its_next_run(tmp_path, m
   monkeypatch.setattr(memory, "_MANY_MAPPINGS", 0)
   Run(CONFIG, dataset, tmp_path / "many")
   assert double._cache_size() == 0 and double(1.0) == 2
+
+
+def test_a_process_forgets_its_programs_where_another_one_has_many(monkeypatch):
+  """Otherwise that one alone would compile again what all compile together."""
+  double = jax.jit(lambda x: 2 * x)
+  for others, kept in (([False], 1), ([False, True], 0)):
+    double(1.0)
+    with monkeypatch.context() as patch:
+      patch.setattr(processes, "from_all", lambda value, others=others: [value, *others])
+      memory.make_room_for_programs()
+    assert double._cache_size() == kept
+
+
+def test_room_is_made_before_each_evaluation_of_a_finished_run(tmp_path, monkeypatch):
+  run, events = Run(CONFIG, load_dataset(CONFIG.data), tmp_path), []
+  write_result(tmp_path / "result.json", {"arm": "a", "seed": 0, "num_steps": 1, "validation": {"nll": 1.0}})
+  steps = types.SimpleNamespace(abstract_state=None, state_shardings=None, evaluate=None)
+  state = types.SimpleNamespace(step=1)
+  monkeypatch.setattr(loop, "compile_steps", lambda *args: steps)
+  monkeypatch.setattr(loop.Checkpoints, "restore", lambda *args: (state, {}))
+  monkeypatch.setattr(loop, "make_room_for_programs", lambda: events.append("room"))
+  monkeypatch.setattr(Run, "evaluate", lambda *args: events.append("evaluation") or {"nll": 1.0})
+  run.evaluate_as({"one": CONFIG, "two": CONFIG})
+  assert events == ["room", "evaluation"] * 2

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from moe_jax.config import BlockConfig, MoEConfig, Segment
+from moe_jax.config import BlockConfig, MeshConfig, MoEConfig, Segment
 from moe_jax.nn.build import resolve
 from moe_jax.training.protocol import protocol_of
 from tests.tiny import CONFIG, change
@@ -65,17 +65,42 @@ def test_range_of_max_vio(fields, bound):
   assert of(**fields)["max_vio_range"] == bound
 
 
+CAPACITY = "capacity 1/2 per group of 8"
+OF_MESHES = [  # a batch of 8 sequences of 2 groups; 8 devices
+  ("all_to_all:capacity=device", {"data": -1}, {}, f"{CAPACITY} (device: 2 groups)"),
+  ("all_to_all:capacity=device", {"data": 2, "expert": 2}, {}, f"{CAPACITY} (device: 4 groups)"),
+  ("all_gather:capacity=global", {"data": 2, "expert": 2}, {}, f"{CAPACITY} (global: 8 groups)"),
+  ("all_gather:capacity=global", {"data": 2, "expert": 4}, {}, f"{CAPACITY} (global: 8 groups)"),
+  ("all_gather:capacity=global", {"data": 2}, {"accumulation": 2}, f"{CAPACITY} (global: 4 groups)"),
+  (
+    "dropless:buffer_factor=1.5",
+    {"data": 1, "fsdp": 2, "expert": 2},
+    {},
+    "device buffers of 1.5 (4 groups, 2 devices)",
+  ),
+  ("dropless:buffer_factor=1.5", {"data": 4}, {}, "device buffers of 1.5 (1 device)"),
+  ("all_to_all", {"data": 4}, {}, CAPACITY),
+]
+
+
 @pytest.mark.parametrize(
   ("fields", "slots"),
   [
     ({}, "capacity 1/2 per group of 16"),
     ({"dispatcher": "einsum"}, "capacity 1/2 per group of 16"),
     ({"dispatcher": "all_to_all"}, "capacity 1/2 per group of 16"),
-    ({"dispatcher": "all_to_all:capacity=device"}, "capacity 1/2 per group of 16 (device)"),
-    ({"dispatcher": "all_to_all:buffer_factor=1.5"}, "capacity 1/2 per group of 16, device buffers of 1.5"),
+    ({"dispatcher": "all_to_all:capacity=device"}, "capacity 1/2 per group of 16 (device: 8 groups)"),
+    (
+      {"dispatcher": "all_to_all:buffer_factor=1.5"},
+      "capacity 1/2 per group of 16, device buffers of 1.5 (1 device)",
+    ),
     ({"dispatcher": "dropless"}, "dropless"),
-    ({"dispatcher": "dropless:buffer_factor=1.5"}, "device buffers of 1.5"),
+    ({"dispatcher": "dropless:buffer_factor=1.5"}, "device buffers of 1.5 (1 device)"),
     ({"dispatcher": "all_gather"}, "dropless"),
+    *(
+      ({"dispatcher": dispatcher, "mesh": MeshConfig(**mesh), "group_size": 8} | more, slots)
+      for dispatcher, mesh, more, slots in OF_MESHES
+    ),
     ({"capacity_factor": 1.25, "group_size": 32}, "capacity 1.25/2 per group of 32"),
     ({"capacity_factor": 4.0, "eval_capacity_factor": 4.0}, "dropless"),  # E/K: a slot for every token
     ({"capacity_factor": 3.9, "eval_capacity_factor": 3.75}, "capacity 3.9/3.75 per group of 16"),

@@ -3,6 +3,7 @@
 import errno
 import os
 import pathlib
+import runpy
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from moe_jax import disk
+from moe_jax import disk, errors
 from moe_jax.cluster import processes
 from moe_jax.errors import InputError, is_of_the_machine, of_the_system
 from moe_jax.training import reading
@@ -63,7 +64,31 @@ def test_errors_of_the_machine_are_told_from_damage():
     assert is_of_the_machine(error)
 
 
-@pytest.mark.parametrize("number", NUMBERS)
+def test_a_number_of_the_system_is_of_the_machine_unless_it_says_what_a_file_is():
+  """All numbers there are: a list of those that pass would lack those of the next file system."""
+  of_the_file = ["ENOENT", "ENOTDIR", "EISDIR", "ENAMETOOLONG", "ELOOP", "EINVAL", "EOVERFLOW"]
+  for number, name in errno.errorcode.items():
+    expected = name not in of_the_file
+    assert is_of_the_machine(OSError(number, os.strerror(number), "/x")) == expected, name
+    assert is_of_the_machine(ValueError(f"UNKNOWN: Error reading [OS error {number}: {name}]")) == expected
+  for name in {"EREMOTEIO", "EUCLEAN", "ESHUTDOWN"} & set(
+    errno.errorcode.values()
+  ):  # TensorStore, without the number
+    words = os.strerror(getattr(errno, name))
+    assert is_of_the_machine(
+      ValueError(f'UNKNOWN: Error opening "zarr" driver: Failed to open: "/x": {words}')
+    )
+  assert not is_of_the_machine(OSError("Not a gzipped file"))  # of a library, without a number
+
+
+def test_a_system_that_lacks_names_of_errors_has_the_others(monkeypatch):
+  for name in ("EREMOTEIO", "EUCLEAN", "ENOKEY", "ENODATA"):  # macOS has no such names
+    monkeypatch.delattr(errno, name, raising=False)
+  elsewhere = runpy.run_path(errors.__file__)
+  assert elsewhere["is_of_the_machine"](ValueError("x: Stale file handle"))
+
+
+@pytest.mark.parametrize("number", [*NUMBERS, errno.ESHUTDOWN])
 def test_a_json_file_that_cannot_be_read_now_is_not_taken_for_damaged(number, tmp_path, monkeypatch):
   """Neither is it taken for absent, which would let a run begin anew."""
   path = tmp_path / "run/config.json"

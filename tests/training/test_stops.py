@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from moe_jax.training.loop import Run
 from moe_jax.training.metric_writer import read_jsonl
 from moe_jax.training.stops import Stops
 from tests import tiny
+from tests.training.test_faults import tensorboard_events
 
 CONFIG = tiny.change(tiny.CONFIG, num_steps=6, eval_batches=2, num_layers=1)
 
@@ -202,6 +204,7 @@ from moe_jax import cli
 from moe_jax.data import load_dataset
 from moe_jax.training.loop import Run
 from tests import tiny
+from tests.training.test_faults import tensorboard_events
 from tests.training.test_stops import CONFIG
 
 class Waits(tiny.StopsAt):
@@ -254,8 +257,11 @@ def test_one_process_has_a_folder_until_it_ends_or_is_gone(dataset, finished, tm
 
 
 def test_a_run_that_is_asked_saves_before_it_evaluates(dataset, tmp_path):
-  """The time that is left may be shorter than an evaluation. The next process evaluates, and the lines are the same."""
-  config = tiny.change(CONFIG, eval_every=2)
+  """The time that is left may be shorter than an evaluation. The next process evaluates, and the lines are the same.
+
+  So are they, and what TensorBoard shows, if that one is killed before it saves, and a third one evaluates again.
+  """
+  config = tiny.change(CONFIG, eval_every=2, tensorboard=True)
   evaluated = []
 
   class Evaluates(Run):
@@ -270,12 +276,30 @@ def test_a_run_that_is_asked_saves_before_it_evaluates(dataset, tmp_path):
     with pytest.raises(Stopped, match=f"step {asked + 1} of 6 is saved"):
       Evaluates(config, dataset, tmp_path / "run", Sends(asked, signal.SIGTERM), label="arm").train()
     evaluated.append("stopped")
-  Evaluates(config, dataset, tmp_path / "run", label="arm").train()
-  assert evaluated == ["stopped", 2, "stopped", 4, 6]
+    if asked == 1:
+      with pytest.raises(KeyboardInterrupt):
+        Evaluates(config, dataset, tmp_path / "run", tiny.StopsAt(3), label="arm").train()
+      evaluated.append("killed")
+  assert Evaluates(config, dataset, tmp_path / "run", label="arm").train()["metric_lines"] == 8
+  assert evaluated == ["stopped", 2, "killed", 2, "stopped", 4, 6]
   lines = [read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("whole", "run")]
   for line in [*lines[0], *lines[1]]:
     line.pop("tokens_per_second", None)
   assert lines[0] == lines[1]
+  shown = [_shown(tmp_path / name / "tensorboard") for name in ("whole", "run")]
+  assert shown[0] == shown[1] and [step for step, _ in shown[0]["eval_nll"]] == [2, 4]
+
+
+def _shown(folder: pathlib.Path) -> dict[str, list]:
+  """(step, value) of each tag, as TensorBoard reads the files: a later one forgets what comes after its start."""
+  shown: dict[str, list] = {}
+  for event in (event for path in sorted(folder.iterdir()) for event in tensorboard_events(path)):
+    if event.HasField("session_log"):
+      shown = {tag: [(s, x) for s, x in found if s < event.step] for tag, found in shown.items()}
+    for value in event.summary.value:
+      shown.setdefault(value.tag, []).append((event.step, str(value)))
+  shown.pop("tokens_per_second", None)
+  return shown
 
 
 class Notified:

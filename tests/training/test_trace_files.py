@@ -1,5 +1,6 @@
 """Traces of router logits on disk: what is written is what is read, whole steps survive a kill, and damage is noticed."""
 
+import errno
 import tracemalloc
 
 import jax
@@ -8,7 +9,7 @@ import pytest
 
 from moe_jax import disk
 from moe_jax.analysis.replay.replay import replay
-from moe_jax.errors import InputError
+from moe_jax.errors import InputError, of_the_system
 from moe_jax.training import router_trace
 from moe_jax.training.router_trace import Steps, Trace, TraceWriter, write_by_layer
 
@@ -243,3 +244,23 @@ def test_steps_of_another_shape_are_refused(tmp_path):
     InputError, match=r"holds steps of float16 \(2, 4, 3, 5\), and the run now makes float16"
   ):
     write(tmp_path, make_steps(1, rows=8), first=3, resume_step=2)
+
+
+def test_a_file_that_cannot_be_read_now_stays_where_it_is(tmp_path, monkeypatch):
+  """A run that continues ends, and so does a program that reads the trace."""
+  steps = make_steps(3)
+  write(tmp_path, steps)
+  before = sorted(path.name for path in tmp_path.iterdir())
+
+  def load(*args, **kwargs):
+    raise OSError(errno.EIO, "Input/output error")  # as `read` raises it, without a name
+
+  with monkeypatch.context() as patch:
+    patch.setattr(np, "load", load)
+    for use in (lambda: write(tmp_path, [], resume_step=3), lambda: Trace(tmp_path)):
+      with pytest.raises(OSError, match="Input/output error") as found:
+        use()
+      assert str(of_the_system(found.value)).startswith(f"{tmp_path}/steps_000000000001.npy: ")
+  assert sorted(path.name for path in tmp_path.iterdir()) == before
+  write(tmp_path, [], resume_step=3)
+  assert_holds(Trace(tmp_path), steps)

@@ -64,7 +64,8 @@ def _plot(
     ax.set_xticks(range(len(factors)), factors)
     ax.set_xlabel("capacity factor of training")
   axes[0].set_ylabel(label)
-  axes[-1].legend(**_LEGEND)
+  if lines:
+    axes[-1].legend(**_LEGEND)
   return canvas.save(figure, path, f"{caption} {_SIGNS}", wide=True)
 
 

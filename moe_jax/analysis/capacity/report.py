@@ -18,11 +18,11 @@ def write(folder: pathlib.Path, results: Sequence[Result], plan: Plan, command: 
     command: what reproduces it.
 
   Returns:
-    Sentences for the notes of the report: ST-MoE's figures beside ours.
+    Sentences for the notes of the report: what is left out, and ST-MoE's figures beside ours.
   """
-  found = tables.cells(results, plan.settings)
+  found, missing = tables.cells(results, plan.settings), tables.left_out(results, plan.settings)
   tables.write_csv(folder / "capacity.csv", found)
   unit = tables.unit(results)
-  tables.write_markdown(folder / "capacity.md", found, unit, command)
+  tables.write_markdown(folder / "capacity.md", found, unit, command, missing)
   plots.write_plots(folder, found, unit)
-  return tables.st_moe_in_words(found)
+  return missing + tables.st_moe_in_words(found)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from moe_jax import disk
 from moe_jax.analysis.capacity.study import NONE, Setting
-from moe_jax.comparison.results import Result, lookup
+from moe_jax.comparison.results import Result
 from moe_jax.comparison.statistics import number, stat
 
 # ST-MoE (2202.08906), Table 8: negative log perplexity by capacity factor of training and of evaluation.
@@ -52,24 +52,52 @@ class Cell(NamedTuple):
 def cells(results: Sequence[Result], settings: Mapping[str, Setting]) -> list[Cell]:
   """Returns a cell for each arm and evaluation, in the order of the results.
 
-  The first of each arm is its `validation`: at the factor and in the groups of training.
+  The first of each arm is its `validation`: at the factor and in the groups of training. Runs that diverged are left
+  out: they have none of these numbers. A cell has the seeds that have the evaluation. `left_out` says both in words.
   """
-  of_arm: dict[str, dict[int, Result]] = {}
-  for result in results:
-    of_arm.setdefault(result["arm"], {})[result["seed"]] = result
   found = []
-  for arm, by_seed in of_arm.items():
+  for arm, by_seed in _by_arm(results).items():
     setting = settings[arm]
     own = {
       seed: {**r["validation"], "sees_later_tokens": r["sees_later_tokens"]} for seed, r in by_seed.items()
     }
     found.append(_cell(setting, (setting.factor, setting.group), own, by_seed))
-    for name in lookup(next(iter(by_seed.values())), "evaluations") or ():
+    for at, further in _further(by_seed, setting).items():
+      found.append(_cell(setting, at, further, by_seed))
+  return found
+
+
+def _by_arm(results: Sequence[Result]) -> dict[str, dict[int, Result]]:
+  """Returns the results that have numbers, by arm and seed."""
+  found: dict[str, dict[int, Result]] = {}
+  for result in results:
+    if "diverged" not in result:
+      found.setdefault(result["arm"], {})[result["seed"]] = result
+  return found
+
+
+def _further(by_seed: Mapping[int, Result], setting: Setting) -> dict[tuple[str, str], dict[int, Any]]:
+  """Returns the evaluations of one arm other than its own, by (factor, group) and seed."""
+  found: dict[tuple[str, str], dict[int, Any]] = {}
+  for seed, result in by_seed.items():
+    for name, evaluation in result.get("evaluations", {}).items():
       factor, _, group = name.partition(" ")
       if (factor, group) != (setting.factor, setting.group):
-        further = {seed: r["evaluations"][name] for seed, r in by_seed.items()}
-        found.append(_cell(setting, (factor, group), further, by_seed))
+        found.setdefault((factor, group), {})[seed] = evaluation
   return found
+
+
+def left_out(results: Sequence[Result], settings: Mapping[str, Setting]) -> list[str]:
+  """Returns a sentence on the runs that diverged, and one on evaluations that not all seeds have, where there are any."""
+  diverged = [f"{r['arm']} seed {r['seed']}" for r in results if "diverged" in r]
+  fewer = [
+    f"{arm} at {' '.join(filter(None, at))} (seeds {', '.join(map(str, sorted(of)))} of {', '.join(map(str, sorted(by_seed)))})"
+    for arm, by_seed in _by_arm(results).items()
+    for at, of in _further(by_seed, settings[arm]).items()
+    if len(of) < len(by_seed)
+  ]
+  found = [f"Diverged, left out of capacity.csv and capacity.md: {', '.join(diverged)}."] if diverged else []
+  return found + ([f"Not all seeds have these evaluations: {', '.join(fewer)}."] if fewer else [])
 
 
 def _cell(
@@ -81,7 +109,7 @@ def _cell(
     nll={seed: number(e["nll"]) for seed, e in evaluations.items()},
     bits={seed: _bits(e) for seed, e in evaluations.items()},
     dropped={seed: _mean(e["dropped_fraction"]) for seed, e in evaluations.items()},
-    dropped_in_training={seed: _mean(r["training"]["dropped_fraction"]) for seed, r in results.items()},
+    dropped_in_training={seed: _mean(results[seed]["training"]["dropped_fraction"]) for seed in evaluations},
     sees_later_tokens=any(e["sees_later_tokens"] for e in evaluations.values()),
   )
 
@@ -92,7 +120,8 @@ def _bits(evaluation: Mapping[str, Any]) -> float:
 
 def unit(results: Sequence[Result]) -> str:
   """Returns the unit of `Cell.bits`."""
-  return "bits per byte" if all("bits_per_byte" in r["validation"] for r in results) else "bits per token"
+  known = ["bits_per_byte" in r["validation"] for r in results if "diverged" not in r]
+  return "bits per byte" if all(known) else "bits per token"
 
 
 def _mean(layers: Sequence[Any]) -> float:
@@ -129,13 +158,20 @@ def in_order(factors: Iterable[str]) -> list[str]:
   return sorted({*factors}, key=lambda factor: math.inf if factor == NONE else float(factor))
 
 
-def write_markdown(path: pathlib.Path, found: Sequence[Cell], unit: str, command: str) -> None:
-  """Writes the bits by factor of training and evaluation, and ST-MoE's comparison with ours beside it."""
-  lines = [
-    f"`{command}`",
-    "",
-    f"{unit.capitalize()} on the validation set: mean ± sample standard deviation over seeds.",
-  ]
+def write_markdown(
+  path: pathlib.Path, found: Sequence[Cell], unit: str, command: str, missing: Sequence[str] = ()
+) -> None:
+  """Writes the bits by factor of training and evaluation, and ST-MoE's comparison with ours beside it.
+
+  Args:
+    path: of the file.
+    found: as from `cells`.
+    unit: of the bits.
+    command: what reproduces it.
+    missing: sentences as from `left_out`.
+  """
+  what = f"{unit.capitalize()} on the validation set: mean ± sample standard deviation over seeds."
+  lines = [f"`{command}`", "", " ".join([what, *missing])]
   for (method, group), own in series(found).items():
     by_factors = {(c.setting.factor, c.factor): c for c in own}
     trained, evaluated = (in_order(pair[i] for pair in by_factors) for i in (0, 1))

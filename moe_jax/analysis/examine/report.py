@@ -11,6 +11,8 @@ from moe_jax import disk
 from moe_jax.analysis.examine import plots, tables
 from moe_jax.analysis.examine.examination import Examination
 from moe_jax.comparison.report.html import picture
+from moe_jax.errors import InputError
+from moe_jax.training import router_trace, trace_files
 
 REPLAY_COLUMNS = (
   ("method", "Method", "s"),
@@ -18,6 +20,24 @@ REPLAY_COLUMNS = (
   ("max_vio_std", "± over updates", ".3f"),
   ("max_vio_summed", "summed", ".3f"),
 )
+
+
+ARRAYS = "examination.npz"
+# What is there before it, where an examination was stopped.
+_BEFORE = (router_trace.FOLDER, "layers.csv", "experts.csv", "replays.csv")
+
+
+def check_folder(folder: pathlib.Path) -> None:
+  """Raises `InputError` unless a folder is new, empty, or written by an examination, which may have been stopped."""
+  if folder.exists() and not folder.is_dir():
+    raise InputError(f"--output_dir={folder}: is a file")
+  if not folder.exists() or (folder / ARRAYS).exists():
+    return
+  header = disk.read_object(folder / router_trace.FOLDER / trace_files.HEADER) or {}
+  is_of_run = "fingerprint" in header  # router logits that training recorded, which nothing may remove
+  others = (p.name for p in folder.iterdir() if p.name not in _BEFORE and not p.name.startswith(disk.WRITING))
+  if is_of_run or any(others):
+    raise InputError(f"--output_dir={folder}: holds something else; choose another folder")
 
 
 def write(
@@ -52,7 +72,7 @@ def write(
   tables.write_csv(folder / "experts.csv", experts)
   if replays:
     tables.write_csv(folder / "replays.csv", replays)
-  write_arrays(folder / "examination.npz", found)
+  write_arrays(folder / ARRAYS, found)
   drawn = plots.write_plots(folder, found)
   page = _page().render(
     title=title,
@@ -79,14 +99,15 @@ def write_arrays(path: pathlib.Path, found: Examination) -> None:
     for i, sums in enumerate(found.layers)
     for name, value in sums._asdict().items()
   }
-  np.savez_compressed(
-    path,
-    **arrays,
-    num_tokens_B=found.num_tokens_B,
-    named_ids=found.named_ids,
-    named_counts=found.named_counts,
-    domains=np.array(found.domains),
-  )
+  with disk.whole_file(path) as file:
+    np.savez_compressed(
+      file,
+      **arrays,
+      num_tokens_B=found.num_tokens_B,
+      named_ids=found.named_ids,
+      named_counts=found.named_counts,
+      domains=np.array(found.domains),
+    )
 
 
 def print_layers(found: Examination, console: Any) -> None:

@@ -1,0 +1,99 @@
+"""Joining folders of made results, without training: what is refused, and which results are taken."""
+
+import itertools
+import shutil
+
+import pytest
+from rich.console import Console
+
+from moe_jax import disk
+from moe_jax.comparison.join import join
+from moe_jax.comparison.results import load_results
+from moe_jax.errors import InputError
+from tests import tiny
+from tests.comparison.made_results import make_result
+
+CONFIG = tiny.change(tiny.CONFIG, num_steps=30, schedule="constant", warmup_steps=1)
+QUIET = Console(quiet=True)
+
+
+def write(folder, results, config=CONFIG, **claim):
+  """The folder of a comparison with these results."""
+  arms, seeds = {r["arm"]: {} for r in results}, sorted({r["seed"] for r in results})
+  claim = {"arms": arms, "seeds": seeds, "config": config.to_dict()} | claim
+  disk.write_json(folder / "config.json", claim)
+  for result in results:
+    path = folder / "arms" / result["arm"] / f"seed_{result['seed']}"
+    disk.write_json(path / "result.json", result)
+  return folder
+
+
+def test_a_longer_run_is_another_comparison_whichever_folder_comes_first(tmp_path):
+  """Though it may continue a shorter one, in its folder."""
+  short = write(tmp_path / "short", [make_result("a", 0)])
+  long = write(tmp_path / "long", [make_result("a", 1)], tiny.change(CONFIG, num_steps=60))
+  for one, other in itertools.permutations((short, long)):
+    with pytest.raises(InputError, match=r"is another comparison than .*\(num_steps was 60, now 30\)"):
+      join([one, other], tmp_path / "joined", QUIET)
+  assert not (tmp_path / "joined").exists()
+
+
+@pytest.fixture
+def parts(tmp_path):
+  """Two folders with one run each."""
+  return [write(tmp_path / f"part_{seed}", [make_result("a", seed)]) for seed in (0, 1)]
+
+
+def test_a_file_that_cannot_be_copied_is_named_and_nothing_is_left(parts, tmp_path):
+  (parts[1] / "arms/a/seed_1/lost").symlink_to(tmp_path / "nowhere")
+  with pytest.raises(InputError, match=r"arms/a/seed_1/lost: cannot be copied \(.*No such file.* files: 1$"):
+    join(parts, tmp_path / "joined", QUIET)
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["part_0", "part_1"]
+
+
+def test_a_kill_while_it_copies_leaves_the_name_free(parts, tmp_path, monkeypatch):
+  (tmp_path / "joined").mkdir()  # an empty one is as good as none
+  copytree = shutil.copytree
+
+  def killed(source, *arguments, **options):
+    if "part_1" in str(source):
+      raise KeyboardInterrupt
+    return copytree(source, *arguments, **options)
+
+  with monkeypatch.context() as kill, pytest.raises(KeyboardInterrupt):
+    kill.setattr(shutil, "copytree", killed)
+    kill.setattr(shutil, "rmtree", lambda *_, **options: None)  # kill -9 leaves no time for that
+    join(parts, tmp_path / "joined", QUIET)
+  assert [*tmp_path.glob(f"{disk.WRITING}joined-*/arms/a/seed_0/result.json")]
+  assert join(parts, tmp_path / "joined", QUIET) == []
+  assert len([*(tmp_path / "joined").glob("arms/a/*/result.json")]) == 2
+  assert (tmp_path / "joined").stat().st_mode & 0o777 == 0o755
+
+
+def test_what_a_sweep_tried_is_left_where_the_comparison_is_of_none(parts, tmp_path):
+  """A sweep that was stopped before it chose, in a folder that was then used without one."""
+  write(parts[0] / "sweep", [make_result("a weight=1", 100)])
+  assert join(parts, tmp_path / "joined", QUIET) == []
+  assert not (tmp_path / "joined/sweep").exists() and not (tmp_path / "joined/sweep.csv").exists()
+
+
+def test_of_two_results_of_one_run_the_one_with_more_evaluations_is_taken(tmp_path):
+  evaluations = [{"1": {"nll": 2.0}}, {"1": {"nll": 2.0}, "2": {"nll": 1.0}}]
+  folders = [
+    write(tmp_path / f"part_{i}", [make_result("a", 0) | {"evaluations": of}])
+    for i, of in enumerate(evaluations)
+  ]
+  for order in itertools.permutations(folders):
+    joined = tmp_path / f"joined_{order[0].name}"
+    assert join(order, joined, QUIET) == []
+    assert load_results(joined)[0]["evaluations"] == evaluations[1]
+
+
+def test_versions_are_compared_where_the_first_run_diverged(tmp_path):
+  diverged = {k: v for k, v in make_result("a", 0).items() if k != "versions"} | {"diverged": "at step 1"}
+  first, second = (
+    make_result(arm, 1) | {"versions": {"moe_jax": version}} for arm, version in (("b", "1.0"), ("c", "2.0"))
+  )
+  folders = [write(tmp_path / name, of) for name, of in (("one", [diverged, first]), ("two", [second]))]
+  with pytest.raises(InputError, match=r"two: has results of moe_jax 2.0, and .*one of 1.0; train both"):
+    join(folders, tmp_path / "joined", QUIET)

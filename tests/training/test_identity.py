@@ -1,0 +1,72 @@
+"""Which meshes a run may continue on: those on which the same tokens are dropped."""
+
+import shutil
+
+import pytest
+
+from moe_jax.config import MeshConfig
+from moe_jax.data import load_dataset
+from moe_jax.errors import InputError
+from moe_jax.training.identity import refusal, write_identity
+from moe_jax.training.loop import Run
+from tests import tiny
+
+CONFIG = tiny.change(tiny.CONFIG, num_steps=1, eval_batches=1, num_layers=1)
+
+
+@pytest.fixture(scope="module")
+def dataset():
+  return load_dataset(CONFIG.data)
+
+
+def test_a_mesh_on_which_other_groups_share_slots_is_refused(dataset, tmp_path):
+  """From config.json, from a checkpoint and from the result. A mesh that only orders sums in another way is not."""
+  on = lambda *sizes: MeshConfig(**dict(zip(("data", "fsdp", "expert"), sizes, strict=True)))
+  shared = tiny.change(CONFIG, num_steps=1, dispatcher="all_to_all:capacity=device", mesh=on(2, 1, 1))
+  Run(shared, dataset, tmp_path).train()
+  text = dataset.info.fingerprint
+  refused = lambda config: refusal(tmp_path, Run(config, dataset, tmp_path).config, text)
+  losses = (lambda: (tmp_path / "config.json").unlink(), lambda: shutil.rmtree(tmp_path / "checkpoints"))
+  for lose in (*losses, None):
+    for mesh in (on(1, 1, 2), on(1, 2, 1)):
+      assert refused(tiny.change(shared, mesh=mesh)) == ""
+    for mesh in (on(1, 1, 1), on(4, 1, 1), on(2, 1, 2)):
+      line = refused(tiny.change(shared, mesh=mesh))
+      parts = mesh.data * mesh.expert
+      assert "(then: 'capacity 1/2 per group of 16 (device: 4 groups)'; now: " in line
+      assert (
+        f"now: 'capacity 1/2 per group of 16 (device: {8 // parts} groups)'); use a mesh that splits" in line
+      )
+      with pytest.raises(InputError, match="holds a run on a mesh on which other groups share slots"):
+        Run(tiny.change(shared, mesh=mesh), dataset, tmp_path).train()
+    if lose:
+      lose()
+
+
+@pytest.mark.parametrize(
+  ("dispatcher", "before", "same", "other"),
+  [
+    (
+      "all_gather:capacity=global",
+      {"data": 2, "expert": 1},
+      {"data": 2, "expert": 2},
+      {"data": 1, "expert": 2},
+    ),
+    (
+      "dropless:buffer_factor=1.5",
+      {"data": 2, "expert": 2},
+      {"fsdp": 2, "expert": 2},
+      {"data": 1, "expert": 4},
+    ),
+    ("dropless:buffer_factor=1.5", {"data": 2}, {"data": 4}, {"data": 2, "expert": 2}),
+    ("all_to_all", {"data": 2}, {"data": 4, "expert": 2}, None),
+  ],
+)
+def test_which_meshes_drop_the_same_tokens(dispatcher, before, same, other, dataset, tmp_path):
+  of = lambda sizes: tiny.change(CONFIG, dispatcher=dispatcher, mesh=MeshConfig(**{"data": 1} | sizes))
+  write_identity(tmp_path, Run(of(before), dataset, tmp_path).config, dataset)
+  refused = lambda sizes: refusal(
+    tmp_path, Run(of(sizes), dataset, tmp_path).config, dataset.info.fingerprint
+  )
+  assert refused(before) == refused(same) == ""
+  assert other is None or "other groups share slots" in refused(other)
