@@ -59,17 +59,21 @@ def main(argv: list[str]) -> None:
   from moe_jax.comparison.comparison import Comparison
   from moe_jax.data import load_dataset
   from moe_jax.training.load import load_run
+  from moe_jax.training.made import is_made, source_of
   from moe_jax.training.start import save_model
   from moe_jax.training.validate import validate
 
   folder, config = pathlib.Path(_OUTPUT_DIR.value), cli.config_from_flags()
-  teacher = load_run(_MODEL.value)
+  teacher, start = load_run(_MODEL.value), folder / "start"
+  making = {"student_experts": _STUDENT.value}
+  making |= {"calibration": _CALIBRATION.value} if _STUDENT.value else {}
+  source = source_of(teacher.model, teacher.step, **making)
+  has_start = is_made(start, source)
   student = student_of(teacher)
   data = dataclasses.replace(teacher.config.data, batch_size=config.data.batch_size)
   config = dataclasses.replace(config, model=student.config, data=data)
-  start = folder / "start"
-  if not (start / "config.json").exists():
-    save_model(start, student, config, teacher.tokenizer)
+  if not has_start:
+    save_model(start, student, config, teacher.tokenizer, source=source)
   soft = lambda share: {
     "objective": f"distil:teacher={_MODEL.value}:temperature={_TEMPERATURE.value}:soft={share}"
   }

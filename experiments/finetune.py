@@ -70,6 +70,7 @@ def main(argv: list[str]) -> None:
   from moe_jax.interop.load import load
   from moe_jax.training.load import load_run
   from moe_jax.training.loop import Run
+  from moe_jax.training.made import is_current, is_made, source_of
   from moe_jax.training.progress import TrainingProgress
   from moe_jax.training.start import save_model
 
@@ -82,8 +83,9 @@ def main(argv: list[str]) -> None:
     train=dataclasses.replace(config.train, init_from=str(folder / "start")),
     optimizer=dataclasses.replace(config.optimizer, trained=trained()),
   )
-  if not (folder / "start" / "config.json").exists():
-    save_model(folder / "start", before, config, loaded.tokenizer, dataset.info.domains)
+  source = source_of(loaded.model, loaded.step)
+  if not is_made(folder / "start", source):
+    save_model(folder / "start", before, config, loaded.tokenizer, dataset.info.domains, source)
   with TrainingProgress(config.train.num_steps) as progress:
     run = Run(config, dataset, folder / "run", progress, show="fine-tuning")
     result = run.train()
@@ -95,8 +97,9 @@ def main(argv: list[str]) -> None:
     final = adapt.set_dropout(final, 0.0)
   if _RANK.value:
     final = adapt.merge_adapters(final)
-  if not (folder / "model" / "config.json").exists():
-    save_model(folder / "model", final, tuned.config, loaded.tokenizer, dataset.info.domains)
+  source = source_of(tuned.model, tuned.step)
+  if not is_current(folder / "model", source):
+    save_model(folder / "model", final, tuned.config, loaded.tokenizer, dataset.info.domains, source)
   report = report_of(folder, before, final, run.config, dataset, result)
   disk.write_json(folder / "report.json", report)
   print(json.dumps(report, indent=1))

@@ -170,22 +170,26 @@ def configured(loaded):
 
 
 def arm(folder: pathlib.Path, name: str, config, seeds) -> dict:
-  """Returns the fields of an arm. Writes the models that it starts from, if they have more than the run's."""
+  """Returns the fields of an arm. Writes the models that it starts from, if they have more than the run's.
+
+  Raises:
+    InputError: if one is there that was made of another model.
+  """
   from moe_jax.comparison.arms import value_of
   from moe_jax.training.load import load_run
+  from moe_jax.training.made import is_made, source_of
   from moe_jax.training.start import save_model
 
   if name in FIELDS:
     return FIELDS[name]
   if name in PACES:
     return pace(name, config)
+  rank = {"adapter_rank": _RANK.value} if name == "adapters" else {}
   for seed in seeds:
-    start = folder / "start" / name / f"seed_{seed}"
-    loaded = load_run(start if (start / "config.json").exists() else folder_of(seed))
-    model = loaded.model
-    if loaded.folder != start:
-      model = with_more(model, name, seed)
-      save_model(start, model, dataclasses.replace(loaded.config, model=model.config), loaded.tokenizer)
+    start, loaded = folder / "start" / name / f"seed_{seed}", load_run(folder_of(seed))
+    source, model = source_of(loaded.model, loaded.step, **rank), with_more(loaded.model, name, seed)
+    if not is_made(start, source):
+      save_model(start, model, loaded.config, loaded.tokenizer, source=source)
   made = dataclasses.replace(config, model=model.config)
   own = {
     field: value_of(made, field) for field in CHANGED if value_of(made, field) != value_of(config, field)

@@ -182,12 +182,23 @@ class Gains:
         )
 
   def __call__(self, result: dict) -> dict[str, float]:
-    """Returns the mean losses of a result before and after, and their differences."""
+    """Returns the mean losses of a result before and after, and their differences.
+
+    Raises:
+      InputError: if the loss before is not of the model that was tuned.
+    """
+    from moe_jax.errors import InputError
+
     arm, seed = result["arm"], result["seed"]
     kind = DENSE if arm == DENSE else SPARSE
     tuned = self.comparison.folder.run(arm, seed)
     before = self.kept(f"before/{kind}/seed_{seed}", lambda: self.losses(folder_of(kind, seed)))
     after = self.kept(f"after/{arm}/seed_{seed}", lambda: self.losses(tuned))
+    if before["parameters"] != result["init_from"]["digest"]:
+      raise InputError(
+        f"--{kind}={_FOLDERS[kind].value}: arm {arm} seed {seed} was tuned from another model than the one whose loss before is "
+        "measured, so its run has changed since; choose another folder"
+      )
     found = {}
     for gain, tasks in GAINS.items():
       if tasks in before:
@@ -195,9 +206,15 @@ class Gains:
         found |= losses | {gain: before[tasks] - after[tasks]}
     return found
 
-  def losses(self, folder: pathlib.Path) -> dict[str, float]:
-    """Returns the loss of a run in nats per token of responses, for tasks that are trained and for those that are not."""
+  def losses(self, folder: pathlib.Path) -> dict[str, float | str]:
+    """Returns the loss of a run in nats per token of responses, for tasks that are trained and for those that are not.
+
+    And `parameters`, a digest of them.
+    """
+    from flax import nnx
+
     from moe_jax.training.compiled import resolve_config
+    from moe_jax.training.digests import tree_digest
     from moe_jax.training.load import load_run
     from moe_jax.training.validate import sums_by_domain
 
@@ -208,7 +225,8 @@ class Gains:
     for task, of_task in sums.items():
       parts["held_out" if task in self.held_out else "trained"].append(of_task)
     total = {name: [sum(x) for x in zip(*found, strict=True)] for name, found in parts.items() if found}
-    return {name: nll / number for name, (nll, number) in total.items()}
+    losses = {name: nll / number for name, (nll, number) in total.items()}
+    return losses | {"parameters": tree_digest(nnx.state(model, nnx.Param))}
 
 
 def with_gain(result: dict, gains: dict[str, float]) -> dict:

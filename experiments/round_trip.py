@@ -116,9 +116,9 @@ def products(trip: "Trip", formats: dict):
 
   before, steps = trip.dense_steps, trip.config.train.num_steps
   yield DENSE, before, trip.dense
-  yield "dense_longer", before + steps, lambda: trip.train("dense_longer", steps, trip.dense())
+  yield "dense_longer", before + steps, lambda: trip.train("dense_longer", steps, trip.dense(), trip.dense())
   yield "upcycled", before, trip.upcycled
-  sparse = lambda: trip.train(SPARSE, steps, trip.upcycled())
+  sparse = lambda: trip.train(SPARSE, steps, trip.upcycled(), trip.dense())
   yield SPARSE, before + steps, sparse
   yield "distilled", before + steps + _DISTIL_STEPS.value, lambda: distilled(trip, sparse())
   half = trip.config.model.moe.num_experts // 2
@@ -145,7 +145,7 @@ def distilled(trip: "Trip", teacher):
 
   student = adapt.to_dense(teacher, trip.config.model.dense_dim)
   objective = f"distil:teacher={trip.folder / 'runs' / SPARSE}:soft=0.25"
-  return trip.train("distilled", _DISTIL_STEPS.value, student, objective)
+  return trip.train("distilled", _DISTIL_STEPS.value, student, teacher, objective)
 
 
 class Trip:
@@ -153,6 +153,7 @@ class Trip:
 
   def __init__(self, folder: pathlib.Path, config, dataset, loaded, domain: str):
     from moe_jax.analysis.kept import Kept
+    from moe_jax.training.made import source_of
 
     self.folder, self.config, self.dataset, self.domain = folder, config, dataset, domain
     self.loaded, self._made = loaded, {}
@@ -160,22 +161,27 @@ class Trip:
     names = ("model", "dense_steps", "distil_steps", "calibration", "balancers")
     settings = {name: flags.FLAGS[name].value for name in names}
     settings |= {"domain": domain, "fingerprint": dataset.info.fingerprint}
+    if loaded:
+      settings["start"] = source_of(loaded.model, loaded.step)
     self.kept = Kept(folder, settings, config)
 
   def row(self, name: str, steps: int, make) -> dict:
     """Returns the line of the model `name`, from what an earlier command measured if it did."""
     from moe_jax.analysis.deployment import measure
+    from moe_jax.training.made import is_current, source_of
 
     def numbers() -> dict:
       with cli.said(name):
         model = make()
-        self.save(self.folder / "models" / name.replace(":", "_"), model)
+        folder, source = self.folder / "models" / name.replace(":", "_"), source_of(model, steps)
+        if not is_current(folder, source):
+          self.save(folder, model, source)
         return {"model": name, "steps": steps} | measure(model, self.dataset, self.config.train.eval_batches)
 
     return self.kept(f"rows/{name.replace(':', '_')}", numbers)
 
   def dense(self):
-    return self.loaded.model if self.loaded else self.train(DENSE, self.dense_steps, None)
+    return self.loaded.model if self.loaded else self.train(DENSE, self.dense_steps)
 
   def upcycled(self):
     """Returns the dense model with experts."""
@@ -187,17 +193,22 @@ class Trip:
     moe: MoEConfig = dataclasses.replace(own.moe, balancers=flags.FLAGS.balancers, **spec)
     return adapt.upcycle(self.dense(), moe, seed=self.config.train.seed)
 
-  def save(self, folder: pathlib.Path, model) -> None:
-    """Writes a model, unless it is there."""
+  def save(self, folder: pathlib.Path, model, source) -> None:
+    """Writes a model that was made of `source`."""
     from moe_jax.training.start import save_model
 
-    if not (folder / "config.json").exists():
-      save_model(folder, model, self.config, self.dataset.tokenizer, self.dataset.info.domains)
+    save_model(folder, model, self.config, self.dataset.tokenizer, self.dataset.info.domains, source)
 
-  def train(self, name: str, steps: int, start, objective: str = "next_token"):
-    """Returns the model `start`, or a new one, trained for `steps`. What is trained already is loaded."""
+  def train(self, name: str, steps: int, start=None, base=None, objective: str = "next_token"):
+    """Returns the model `start`, which was made of `base`, or a new one, trained for `steps`. What is trained already is loaded.
+
+    Raises:
+      InputError: if what is there was trained otherwise, or from what was made of another model.
+    """
+    from moe_jax.training import identity
     from moe_jax.training.load import load_run
     from moe_jax.training.loop import Run
+    from moe_jax.training.made import is_made, source_of
     from moe_jax.training.progress import TrainingProgress
     from moe_jax.training.result_file import RESULT_FILE, read_result
 
@@ -205,11 +216,16 @@ class Trip:
       return self._made[name]
     folder, init_from = self.folder / "runs" / name, ""
     if start is not None:
-      init_from = str(self.folder / "start" / name)
-      self.save(pathlib.Path(init_from), start)
+      place, source = self.folder / "start" / name, source_of(base)
+      init_from = str(place)
+      if not is_made(place, source):
+        self.save(place, start, source)
     train = dataclasses.replace(self.config.train, num_steps=steps, init_from=init_from, objective=objective)
     config = dataclasses.replace(self.config, train=train, model=start.config if start else self.config.model)
-    if not read_result(folder / RESULT_FILE):
+    if read_result(folder / RESULT_FILE) and not identity.is_shorter(folder, config):
+      resolved = Run(config, self.dataset, folder).config
+      identity.check_same_run(folder, resolved, self.dataset.info.fingerprint)
+    else:
       with TrainingProgress(steps) as progress:
         Run(config, self.dataset, folder, progress, show=name).train()
     self._made[name] = load_run(folder).model

@@ -18,11 +18,11 @@ batches:
 
 All arms compute the same per token, except for the router. The learning rate warms up again and then is constant,
 so that every point of a curve is the result of a training of that length. Writes a comparison's folder, and beside it
-dense/ and start/ with the models, and curves.csv. The same command continues where it was.
+dense/ and start/ with the models, and curves.csv. The same command continues where it was. What was made of the dense models
+stays what it is, so other --dense_steps need another folder.
 """
 
 import csv
-import dataclasses
 import pathlib
 import shlex
 import sys
@@ -77,7 +77,9 @@ def main(argv: list[str]) -> None:
   }
   before = with_arm(config, {"num_steps": _DENSE_STEPS.value, "eval_every": 0})
   arguments = comparison_flags.arguments()
-  Comparison({"dense": dense}, config=before, output_dir=folder / "dense", **arguments).run()
+  dense_comparison = Comparison({"dense": dense}, config=before, output_dir=folder / "dense", **arguments)
+  check_starts(folder, arguments["seeds"])
+  dense_comparison.run()
   dense_folder = folder / "dense" / "arms" / "dense"
   make_starts(folder, dense_folder, with_arm(config, sparse).model.moe, arguments["seeds"])
   start = lambda arm: {"init_from": str(folder / "start" / arm / "seed_{seed}")}
@@ -99,59 +101,81 @@ def main(argv: list[str]) -> None:
     report_curves(folder, list(arms), list(arguments["seeds"]))
 
 
+def check_starts(folder: pathlib.Path, seeds) -> None:
+  """Raises `InputError` if models are there that were made of a dense one of other steps, before that is trained on."""
+  from moe_jax.training.made import is_made
+
+  for arm in UPCYCLED:
+    for seed in seeds:
+      is_made(folder / "start" / arm / f"seed_{seed}", {"step": _DENSE_STEPS.value})
+
+
 def make_starts(folder: pathlib.Path, dense: pathlib.Path, moe, seeds) -> None:
-  """Writes the upcycled models that are not there yet."""
+  """Writes the upcycled models that are not there yet.
+
+  Raises:
+    InputError: if one is there that was made of another dense model.
+  """
   from moe_jax.adapt import upcycle
   from moe_jax.training.load import load_run
+  from moe_jax.training.made import is_made, source_of
   from moe_jax.training.start import save_model
 
   for seed in seeds:
-    todo = [arm for arm in UPCYCLED if not (folder / "start" / arm / f"seed_{seed}" / "config.json").exists()]
-    loaded = load_run(dense / f"seed_{seed}") if todo else None
-    for arm in todo:
-      model = upcycle(loaded.model, moe, seed=seed, **UPCYCLED[arm])
-      config = dataclasses.replace(loaded.config, model=model.config)
-      save_model(folder / "start" / arm / f"seed_{seed}", model, config, loaded.tokenizer)
+    loaded = load_run(dense / f"seed_{seed}")
+    source = source_of(loaded.model, loaded.step)
+    for arm, options in UPCYCLED.items():
+      start = folder / "start" / arm / f"seed_{seed}"
+      if not is_made(start, source):
+        model = upcycle(loaded.model, moe, seed=seed, **options)
+        save_model(start, model, loaded.config, loaded.tokenizer, source=source)
 
 
 def report_curves(folder: pathlib.Path, arms: list[str], seeds: list[int]) -> None:
-  """Writes curves.csv, and prints the means over seeds and where curves cross."""
+  """Writes curves.csv, and prints the means over seeds and where curves cross. What a run has not, such as one that diverged, is empty."""
   import numpy as np
 
   from moe_jax.training.metric_writer import read_jsonl
 
-  curves, steps = {}, []
+  found = {}  # of arm, seed and step
   for arm in arms:
-    of_seeds = []
     for seed in seeds:
-      lines = read_jsonl(folder / "arms_after" / "arms" / arm / f"seed_{seed}" / "metrics.jsonl")
-      points = {
-        line["step"]: line.get("eval_bits_per_byte", line.get("eval_nll"))
-        for line in lines
-        if "eval_nll" in line
-      }
-      steps = list(points)
-      of_seeds.append(list(points.values()))
-    curves[arm] = np.array(of_seeds)  # [seeds, points]
+      for line in read_jsonl(folder / "arms_after" / "arms" / arm / f"seed_{seed}" / "metrics.jsonl"):
+        if "eval_nll" in line:
+          found[arm, seed, line["step"]] = line.get("eval_bits_per_byte", line["eval_nll"])
+  steps = sorted({step for _, _, step in found})
+  point = lambda *key: found.get(key, np.nan)
+  curves = {
+    arm: np.array([[point(arm, seed, x) for x in steps] for seed in seeds]) for arm in arms
+  }  # [seeds, points]
   with disk.whole_text(folder / "curves.csv") as file:
     writer = csv.writer(file)
     writer.writerow(["arm", "seed", *steps])
-    writer.writerows(
-      [arm, seed, *row] for arm in arms for seed, row in zip(seeds, curves[arm].tolist(), strict=True)
-    )
+    rows = [(arm, seed) for arm in arms for seed in seeds]
+    writer.writerows([*row, *(found.get((*row, step), "") for step in steps)] for row in rows)
   print(f"\nmean over {len(seeds)} seeds, bits per byte (nats per token without text), after steps:")
   print(f"{'':<20}" + "".join(f"{step:>9}" for step in steps))
   for arm in arms:
-    print(f"{arm:<20}" + "".join(f"{x:9.4f}" for x in curves[arm].mean(axis=0)))
+    means = curves[arm].mean(axis=0)
+    print(f"{arm:<20}" + "".join(f"{'-':>9}" if np.isnan(x) else f"{x:9.4f}" for x in means))
   for arm in UPCYCLED:
     for other in ("continued", "scratch"):
       print(f"{other} against {arm}: {crossing(steps, curves[arm], curves[other])}")
 
 
 def crossing(steps: list[int], own, other) -> str:
-  """Says from which evaluation on `other` is below `own` in the mean over seeds, and in how many seeds at the end."""
+  """Says from which evaluation on `other` is below `own` in the mean over seeds, and in how many seeds at the last one.
+
+  Only evaluations that all seeds of both have count.
+  """
+  import numpy as np
+
+  whole = ~np.isnan(own + other).any(axis=0)
+  if not whole.any():
+    return "no evaluation that all seeds have"
+  steps, own, other = np.array(steps)[whole], own[:, whole], other[:, whole]
   below = other.mean(axis=0) < own.mean(axis=0)
-  seeds = f"{int((other[:, -1] < own[:, -1]).sum())} of {len(own)} seeds at the end"
+  seeds = f"{int((other[:, -1] < own[:, -1]).sum())} of {len(own)} seeds at step {steps[-1]}"
   if not below[-1]:
     return f"higher at step {steps[-1]}; lower in {seeds}"
   first = next(i for i in range(len(below)) if below[i:].all())

@@ -1,7 +1,8 @@
 """Numbers that are measured once: a command that was interrupted goes on where it was, and refuses those of other settings."""
 
+import contextlib
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from moe_jax import disk
@@ -47,12 +48,28 @@ class Kept:
     with identity.hold([(self.folder, f"--output_dir={self.folder}")]):
       found = processes.from_first(self._found(path) if processes.is_first() else None)
       if found is None:
-        made = make()
+        with self._said():
+          made = make()
         if processes.is_first():
-          disk.write_json(self.path, disk.with_digest(self.settings))
           disk.write_json(path, disk.with_digest(made | {_SETTINGS: self.settings}))
         found = processes.from_first(self._found(path) if processes.is_first() else None)
     return found
+
+  @contextlib.contextmanager
+  def _said(self) -> Iterator[None]:
+    """The folder says its settings while the first number is made, too: a kill may leave what they made.
+
+    Wrong input leaves none, so it can be corrected.
+    """
+    is_new = processes.is_first() and not self.path.exists()
+    if processes.is_first():
+      disk.write_json(self.path, disk.with_digest(self.settings))
+    try:
+      yield
+    except InputError:
+      if is_new:
+        self.path.unlink(missing_ok=True)
+      raise
 
   def _found(self, path: pathlib.Path) -> dict[str, Any] | None:
     """Returns the numbers in a file; None if there is none that is whole."""

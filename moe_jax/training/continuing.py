@@ -7,6 +7,7 @@ from moe_jax import disk
 from moe_jax.cluster import processes
 from moe_jax.errors import InputError
 from moe_jax.training import identity
+from moe_jax.training.compiled import objective_of
 from moe_jax.training.digests import tree_digest
 from moe_jax.training.metric_writer import read_lines
 from moe_jax.training.protocol import slots_of_mesh
@@ -33,6 +34,7 @@ def kept_beside(run: "Run") -> dict[str, Any]:
     "start": run.start_digest,
     "lines": run.metrics.lines if run.metrics else 0,
     "evaluated": run.evaluated,
+    "teacher": objective_of(run.config).digest,
   }
 
 
@@ -40,7 +42,7 @@ def start(run: "Run") -> TrainState:
   """Returns the state of the newest whole checkpoint, or that before the first step.
 
   Raises:
-    InputError: if the checkpoint is of other text, or of a version that kept less beside it.
+    InputError: if the checkpoint is of other text or another teacher, or of a version that kept less beside it.
   """
   if run.checkpoints.latest_step is None:
     return _new(run)
@@ -48,7 +50,8 @@ def start(run: "Run") -> TrainState:
     run.steps.abstract_state, run.steps.state_shardings, move_damaged=True
   )
   step, text = int(state.step), run.dataset.info.fingerprint
-  if not {"config", "lines", "evaluated"} <= extra.keys():
+  teacher = objective_of(run.config).digest
+  if not {"config", "lines", "evaluated", *(["teacher"] if teacher else [])} <= extra.keys():
     raise InputError(
       f"{run.folder}: step {step} was saved by another version of moe_jax; continue with that one, or choose another folder"
     )
@@ -56,6 +59,11 @@ def start(run: "Run") -> TrainState:
     raise InputError(
       f"{run.folder}: step {step} was reached on other text (fingerprint {extra['text'][:12]}, now "
       f"{text[:12]}); bring back the files, or choose another folder"
+    )
+  if teacher and extra["teacher"] != teacher:
+    raise InputError(
+      f"{run.folder}: step {step} was reached with another teacher (digest {extra['teacher']}, now {teacher}); bring it "
+      "back, or choose another folder"
     )
   run.batches.set_state(run.share.state_to_load(extra["data"]))
   run.tail.from_json(extra["tail"])

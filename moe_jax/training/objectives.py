@@ -17,6 +17,7 @@ from moe_jax.errors import InputError
 from moe_jax.nn.context import Context
 from moe_jax.nn.mtp import ahead
 from moe_jax.registry import Registry
+from moe_jax.training.digests import tree_digest
 from moe_jax.types import Array, MoEAux, PyTree
 
 Batch = dict[str, Array]  # tokens_BL, targets_BL int32; mask_BL bool; domain_B int32; what `prepare` adds
@@ -47,6 +48,11 @@ class Objective:
   def looks_ahead(self) -> bool:
     """Whether it trains the modules of multi-token prediction of a model (`ModelConfig.mtp_depth`)."""
     return False
+
+  @property
+  def digest(self) -> str:
+    """A digest of the parameters that it has beside the model, such as a teacher's, which may not change. Empty: none."""
+    return ""
 
   def prepare(self, batch: Batch, key_B: Array, vocab_size: int) -> Batch:
     """Returns the batch of the whole step, before it is cut into micro-batches, with what the objective adds.
@@ -187,6 +193,10 @@ class Distil(NextToken):
     if not 0 <= self.soft <= 1:
       raise InputError(f"objective distil: soft must be in [0, 1], got {self.soft}")
 
+  @property
+  def digest(self) -> str:
+    return _digest_of_teacher(self.teacher)
+
   def __call__(self, model: nnx.Module, batch: Batch, context: Context) -> Terms:
     graphdef, state = _teacher(self.teacher)
     teacher = nnx.merge(graphdef, jax.tree.map(jnp.asarray, state))
@@ -217,6 +227,11 @@ def _teacher(folder: str) -> tuple[nnx.GraphDef, PyTree]:
   with jax.ensure_compile_time_eval():
     graphdef, state = nnx.split(load_run(folder).model)
     return graphdef, jax.device_get(state)
+
+
+@functools.lru_cache(maxsize=2)
+def _digest_of_teacher(folder: str) -> str:
+  return tree_digest(nnx.filter_state(_teacher(folder)[1], nnx.Param))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,14 +1,17 @@
 """Starts a run from the parameters of another one, and writes a model as the folder of a run to start from."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 from flax import nnx
 
 from moe_jax import disk
+from moe_jax.cluster import processes
 from moe_jax.config import Config
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import InputError
@@ -16,6 +19,7 @@ from moe_jax.nn.transformer import Transformer
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import CompiledSteps, make_init, make_init_from, objective_of, resolve_config
 from moe_jax.training.load import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE, restore_run
+from moe_jax.training.made import MADE_OF, ONLY_MODEL, whole_folder
 from moe_jax.training.selection import Path, dotted
 from moe_jax.training.step import TrainState
 
@@ -26,23 +30,26 @@ def save_model(
   config: Config,
   tokenizer: Tokenizer | None = None,
   domains: Sequence[str] = ("all",),
+  source: Mapping[str, Any] | None = None,
 ) -> pathlib.Path:
   """Writes a model as the folder of a run without steps, which `load_run` and `--init_from` read.
 
-  There is no optimizer state in it: its config.json says `trained: none`.
+  There is no optimizer state in it: its config.json says `trained: none`. The folder gets its name when it is whole. One whose
+  config.json is damaged is moved to `damaged/` beside it.
 
   Args:
-    folder: new, or without a checkpoint.
+    folder: new, or empty.
     model: with its parameters and balancer states. Its own configuration is the one that is written.
     config: what is around the model.
     tokenizer: written if it was trained on the data set, as runs do.
     domains: of the text.
+    source: what it was made of, as `moe_jax.training.made.source_of` says it; None: nothing that another call asks for.
 
   Returns:
     The folder.
 
   Raises:
-    InputError: if the folder has a checkpoint.
+    InputError: if the folder has a run or a model, or the disk is full.
   """
   folder = pathlib.Path(folder)
   config = resolve_config(
@@ -55,23 +62,20 @@ def save_model(
   )
   vocab_size = model.embedding_VD.get_value().shape[0] - objective_of(config).num_extra_ids
   abstract = jax.eval_shape(make_init(config, vocab_size), 0)
-  checkpoints = Checkpoints(folder / CHECKPOINTS)
-  try:
-    if checkpoints.latest_step is not None:
-      raise InputError(f"{folder}: has a run or a model already; choose another folder")
+  with whole_folder(folder) as new:
     params, variables = nnx.state(model, nnx.Param, ...)
     params = with_values(abstract.params, params, str(folder))
     variables = with_values(abstract.variables, variables, str(folder))
-    checkpoints.save(
-      0, make_init_from(config, vocab_size)(params, variables, config.train.seed), {"model": True}
-    )
-  finally:
-    checkpoints.close()
-  if tokenizer is not None and tokenizer.content is not None:
-    disk.write_whole(folder / TOKENIZER_FILE, tokenizer.content)
-  disk.write_json(
-    folder / CONFIG_FILE, config.to_dict() | {"vocab_size": vocab_size, "domains": list(domains)}
-  )
+    state = make_init_from(config, vocab_size)(params, variables, config.train.seed)
+    with contextlib.closing(Checkpoints(new / CHECKPOINTS)) as checkpoints:
+      checkpoints.save(0, state, ONLY_MODEL)
+    if processes.is_first():
+      if tokenizer is not None and tokenizer.content is not None:
+        disk.write_whole(new / TOKENIZER_FILE, tokenizer.content)
+      if source is not None:
+        disk.write_json(new / MADE_OF, source)
+      of_text = {"vocab_size": vocab_size, "domains": list(domains)}
+      disk.write_json(new / CONFIG_FILE, config.to_dict() | of_text)
   return folder
 
 

@@ -13,6 +13,7 @@ from moe_jax.comparison.report import read_stored
 from moe_jax.data.prompts import Example, write_jsonl
 from moe_jax.training.compiled import make_model, resolve_config
 from moe_jax.training.digests import tree_digest
+from moe_jax.training.made import source_of
 from moe_jax.training.start import save_model
 from tests import tiny
 from tests.data.test_chat import CHATML
@@ -28,6 +29,12 @@ CONFIG = tiny.change(
 )
 EXAMPLES = [Example(f"{a}+{b}=", str(a + b), "ab"[a % 2]) for a in range(8) for b in range(8)]
 TRAIN = ["--num_steps=2", "--batch_size=4", "--eval_batches=2", "--tensorboard=false", "--data_parallelism=1"]
+SWAP = """
+import pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+for old, new in (("seed_0", "other"), ("seed_1", "seed_0"), ("other", "seed_1")):
+  (folder / old).rename(folder / new)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -54,24 +61,53 @@ def folder(tmp_path_factory):
 def test_a_published_model_is_tuned_with_its_template_and_arms_are_paired(folder, tmp_path):
   jsonl = [f"--train_jsonl={folder}/train.jsonl", f"--validation_jsonl={folder}/held_out.jsonl"]
   script = ["experiments/finetune.py", f"--model={folder}/published", *TRAIN, "--sequence_length=128"]
-  tune = [*script, *jsonl, "--adapter_rank=2", "--pack_examples", f"--output_dir={tmp_path}/tuned"]
+  tune = [
+    *script,
+    *jsonl,
+    "--schedule=constant",
+    "--warmup_steps=1",
+    "--adapter_rank=2",
+    "--pack_examples",
+    f"--output_dir={tmp_path}/tuned",
+  ]
   arms = ["experiments/finetune_arms.py", f"--model={folder}/seed_{{seed}}", *TRAIN, "--sequence_length=160"]
   arms += ["--arms=all,expert_dropout", "--seeds=2", f"--output_dir={tmp_path}/arms"]
   wrong = f"--output_dir={tmp_path}/none"
-  tuned, compared, *refused = run_scripts(
+  teacher = moe_jax.load(folder / "seed_0").model
+  made = source_of(teacher, 0, student_experts=4, calibration=16)
+  save_model(tmp_path / "distilled" / "start", teacher, CONFIG, source=made)
+  distil = ["experiments/distil.py", f"--model={folder}/seed_0", f"--output_dir={tmp_path}/distilled"]
+  swap = tmp_path / "swap.py"  # other models in the same folders
+  swap.write_text(SWAP)
+  tuned, longer, compared, *refused, swapped, other_base = run_scripts(
     tune,
+    [*tune, "--num_steps=3"],
     arms,
+    [*tune, f"--model={folder}/seed_1"],
     [*script, f"--train_jsonl={folder}/broken.jsonl", jsonl[1], wrong],
     [*script, *jsonl, "--trained=expert", wrong],
     [*script, *jsonl, "--adapter_rank=99", wrong],
     [*arms[:2], "--arms=al", wrong],
+    [*distil, "--student_experts=4", "--calibration=1"],
+    [str(swap), str(folder)],
+    [*arms, "--seeds=1"],
   )
-  assert tuned.status == compared.status == 0, tuned.stderr + compared.stderr
+  assert tuned.status == longer.status == compared.status == swapped.status == 0, (
+    tuned.stderr + longer.stderr + compared.stderr + swapped.stderr
+  )
+  start = tmp_path / "arms" / "start" / "expert_dropout" / "seed_0"
+  assert_one_line(other_base, f"{start}: was made of another model (digest was")
+  assert "model: is of another model (step was 2, now 3;" in longer.stderr
+  run, model, shorter = (tmp_path / "tuned" / name for name in ("run", "model", "damaged/model-1"))
+  assert json.loads((model / "made_of.json").read_text())["step"] == moe_jax.load(run).step == 3
+  assert json.loads((shorter / "made_of.json").read_text())["step"] == 2
   messages = [
+    f"{tmp_path}/tuned/start: was made of another model (digest was",
     "broken.jsonl:2: response is missing",
     "--trained=expert: matches no parameter; did you mean experts",
   ]
   messages += ["rank=99: at most", "unknown arm 'al': did you mean all"]
+  messages += ["distilled/start: was made of another model (calibration was 16, now 1)"]
   for ended, message in zip(refused, messages, strict=True):
     assert_one_line(ended, message)
 
@@ -91,7 +127,8 @@ def test_a_published_model_is_tuned_with_its_template_and_arms_are_paired(folder
   assert len(set(digests.values())) == 4
   start = moe_jax.load(tmp_path / "arms" / "start" / "expert_dropout" / "seed_1").model
   assert digests["expert_dropout", 1] == tree_digest(nnx.state(start, nnx.Param))
-  assert digests["all", 1] == tree_digest(nnx.state(moe_jax.load(folder / "seed_1").model, nnx.Param))
+  # The folders are swapped.
+  assert digests["all", 1] == tree_digest(nnx.state(moe_jax.load(folder / "seed_0").model, nnx.Param))
   assert all(result["objective"] == "response" for result in results.values())
   assert len({result["fingerprint"] for result in results.values()}) == 1
   differences = [d for d in read_stored(tmp_path / "arms" / "tuned").differences if d.key == "perplexity"]

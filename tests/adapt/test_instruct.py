@@ -25,6 +25,13 @@ FLAGS = [
   "--num_steps=2", "--batch_size=8", "--eval_batches=2", f"--sequence_length={LENGTH}", "--tensorboard=false",
   "--data_parallelism=1", "--learning_rate=0.01", "--held_out_tasks=name",
 ]  # fmt: skip
+RETRAIN = """
+import pathlib, shutil, sys
+folder, before = map(pathlib.Path, sys.argv[1:])
+shutil.rmtree(folder / "seed_0")
+shutil.copytree(folder / "seed_1", folder / "seed_0")
+before.unlink()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +79,9 @@ def test_gains_are_losses_before_minus_after_and_differences_are_paired(folder, 
     f"--output_dir={tmp_path}/out",
   ]
   wrong = ["experiments/instruct.py", *FLAGS, "--seeds=1", f"--output_dir={tmp_path}/wrong"]
-  first, again, *refused = run_scripts(
+  retrain = tmp_path / "retrain.py"
+  retrain.write_text(RETRAIN)
+  first, again, *refused, retrained, changed = run_scripts(
     command,
     command,
     [*wrong, *kinds("sparse", "sparse")],
@@ -80,7 +89,11 @@ def test_gains_are_losses_before_minus_after_and_differences_are_paired(folder, 
     [*command, "--learning_rate=0.02"],
     [*wrong, *kinds("dense", "sparse"), "--sequence_length=24"],
     [*wrong, *kinds("dense", "sparse"), "--seeds=5"],
+    [str(retrain), str(folder / "dense"), f"{tmp_path}/out/before/dense/seed_0.json"],
+    command,
   )
+  assert (retrained.status, changed.status) == (0, 2) and changed.stderr.count("\n") == 1, changed.stderr
+  assert "arm dense seed 0 was tuned from another model than the one whose loss before is" in changed.stderr
   assert first.status == again.status == 0, first.stderr + again.stderr
   assert "has no effect" not in first.stderr and "6 of 6 runs" in again.stdout
   messages = ["has layers with routed experts"]

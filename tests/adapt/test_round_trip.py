@@ -27,6 +27,14 @@ NAMES = [
   "extracted_b",
   "int4:4",
 ]
+FORGET = """
+import pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+names = ["rows", "settings.json", "models"]
+for name in names:
+  old, new = folder / name, folder.parent / name
+  new.rename(old) if sys.argv[2:] else old.rename(new)
+"""
 
 
 def test_a_dense_model_goes_all_ways_and_the_command_resumes(tmp_path):
@@ -37,8 +45,19 @@ def test_a_dense_model_goes_all_ways_and_the_command_resumes(tmp_path):
   out = tmp_path / "out"
   text = ["--dataset=text_folder", f"--text_folder={tmp_path / 'text'}", "--domain=b"]
   command = ["experiments/round_trip.py", *SIZES, *text, f"--output_dir={out}"]
-  first, again, other = run_scripts(command, command, [*command, "--num_steps=3"])
-  assert first.status == 0, first.stderr
+  forget = tmp_path / "forget.py"  # as a kill left it while the first model was measured
+  forget.write_text(FORGET)
+  first, again, other, forgotten, seed, restored = run_scripts(
+    command,
+    command,
+    [*command, "--num_steps=3"],
+    [str(forget), str(out)],
+    [*command, "--seed=1"],
+    [str(forget), str(out), "back"],
+  )
+  assert first.status == forgotten.status == restored.status == 0, first.stderr
+  line = f"error: {out}/runs/dense: holds a run with another configuration (seed was 0, now 1); "
+  assert seed.status == 2 and line in seed.stderr and seed.stderr.count("\n") == 1, seed.stderr
   # Nothing is made or measured again.
   assert again.stdout and first.stdout.endswith(again.stdout) and "..." not in again.stderr
   assert_one_line(other, f"{out}: holds numbers of other settings (num_steps was 2, now 3)")

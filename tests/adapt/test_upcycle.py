@@ -1,6 +1,8 @@
 """An upcycled model computes what the dense one computes, and changes nothing that it does not name."""
 
+import csv
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from moe_jax.adapt.layers import take_apart
 from moe_jax.errors import InputError
 from tests.adapt import models
 from tests.adapt.models import SPARSE, hashes, logits
+from tests.scripts import assert_one_line, run_scripts
 
 change = dataclasses.replace
 
@@ -111,3 +114,47 @@ def test_what_is_wrong_is_said_in_one_line(dense, fields, options, match):
 def test_a_model_without_dense_layers_is_refused():
   with pytest.raises(InputError, match="no layer with a dense"):
     upcycle(models.model(), SPARSE)
+
+
+SIZES = [
+  "--preset=tiny", "--dataset=markov", "--num_layers=1", "--model_dim=16", "--head_dim=8", "--dense_dim=16",
+  "--num_experts=4", "--remat=none", "--sequence_length=16", "--batch_size=8", "--tensorboard=false",
+  "--data_parallelism=1", "--num_steps=3", "--eval_every=1", "--eval_batches=1", "--seeds=2", "--warmup_steps=1",
+]  # fmt: skip
+LOSES_A_LINE = """
+import pathlib, sys
+path = pathlib.Path(sys.argv[1])
+lines = path.read_text().splitlines(keepends=True)
+path.write_text("".join(line for line in lines if '"step": 2,' not in line))
+"""
+
+
+def test_the_script_keeps_what_it_made_of_the_dense_models(tmp_path):
+  out, loses = tmp_path / "out", tmp_path / "loses.py"
+  loses.write_text(LOSES_A_LINE)
+  run = out / "arms_after" / "arms" / "upcycled" / "seed_1"
+  command = ["experiments/upcycle.py", *SIZES, f"--output_dir={out}"]
+  first, longer, lost, again = run_scripts(
+    [*command, "--dense_steps=2"],
+    [*command, "--dense_steps=4"],
+    [str(loses), str(run / "metrics.jsonl")],
+    [*command, "--dense_steps=2"],
+  )
+  assert first.status == lost.status == again.status == 0, first.stderr + lost.stderr + again.stderr
+  start = out / "start" / "upcycled" / "seed_0"
+  assert_one_line(longer, f"{start}: was made of another model (step was 2, now 4); choose another folder")
+  of_dense = json.loads((out / "dense" / "arms" / "dense" / "seed_0" / "result.json").read_text())
+  assert of_dense["num_steps"] == 2  # was not trained on
+
+  assert first.stdout.count("lower in") == 4 and "seeds at step 2" in first.stdout
+  # A run that lacks a line, as one that diverged does, leaves its cell empty.
+  with open(out / "curves.csv", newline="") as file:
+    rows = {(row["arm"], row["seed"]): row for row in csv.DictReader(file)}
+  empty = {(*row, step) for row, cells in rows.items() for step in ("1", "2") if not cells[step]}
+  assert len(rows) == 8 and empty == {("upcycled", "1", "2")}
+  printed = again.stdout.partition("mean over 2 seeds")[2].splitlines()
+  means = next(line for line in printed if line.startswith("upcycled  ")).split()
+  np.testing.assert_allclose(
+    float(means[1]), np.mean([float(rows["upcycled", seed]["1"]) for seed in "01"]), atol=1e-4
+  )
+  assert means[2] == "-" and "scratch against upcycled: " in again.stdout

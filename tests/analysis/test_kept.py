@@ -29,6 +29,30 @@ def test_numbers_are_measured_once(folder):
   assert (folder / locks.LOCK).read_text() == ""
 
 
+def test_settings_are_there_while_the_first_number_is_made(tmp_path):
+  def killed():
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    Kept(tmp_path, SETTINGS)("a", killed)
+  with pytest.raises(InputError, match=r"settings \(format was 'int8', now 'int4'\); choose another folder"):
+    Kept(tmp_path, SETTINGS | {"format": "int4"})
+  assert Kept(tmp_path, SETTINGS)("a", dict) == {}
+
+
+def test_settings_that_are_wrong_can_be_corrected(tmp_path):
+  def wrong():
+    raise InputError("--format=int5: unknown")
+
+  with pytest.raises(InputError, match="int5"):
+    Kept(tmp_path, SETTINGS | {"format": "int5"})("a", wrong)
+  assert Kept(tmp_path, SETTINGS)("a", dict) == {}
+  with pytest.raises(InputError, match="int5"):
+    Kept(tmp_path, SETTINGS)("b", wrong)
+  with pytest.raises(InputError, match="holds numbers of other settings"):  # as "a" is there
+    Kept(tmp_path, SETTINGS | {"format": "int4"})
+
+
 @pytest.mark.parametrize("content", [None, '{"form', "[]", '{"format": "int4", "seed": 7, "digest": "0"}'])
 def test_numbers_of_other_settings_are_refused_without_settings_json(folder, content, capsys):
   path = folder / "settings.json"

@@ -14,14 +14,15 @@ import pytest
 
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError
-from moe_jax.training import loop
+from moe_jax.training import loop, objectives
 from moe_jax.training.checkpoint import Checkpoints
-from moe_jax.training.compiled import compile_steps
+from moe_jax.training.compiled import compile_steps, make_model, resolve_config
 from moe_jax.training.digests import all_finite
 from moe_jax.training.identity import is_shorter
 from moe_jax.training.loop import Run
 from moe_jax.training.metric_writer import read_jsonl
 from moe_jax.training.result_file import write_result
+from moe_jax.training.start import save_model
 from tests import tiny
 
 CONFIG = tiny.change(tiny.CONFIG, num_steps=6, eval_batches=2, num_layers=1, checkpoint_every=2)
@@ -72,6 +73,30 @@ def test_another_configuration_is_refused_without_config_json(how, dataset, left
   assert (left / "metrics.jsonl").read_text() == before
   free = tiny.change(CONFIG, log_every=3, checkpoint_minutes=1.0)
   assert Run(free, dataset, left, label="arm").train()["num_steps"] == 6
+
+
+def test_a_run_does_not_continue_with_another_teacher(dataset, tmp_path):
+  teacher, other, run = tmp_path / "teacher", tmp_path / "other", tmp_path / "run"
+  for seed, folder in enumerate((teacher, other)):
+    save_model(folder, make_model(resolve_config(CONFIG), tiny.VOCAB, seed=seed), CONFIG)
+  config = tiny.change(CONFIG, objective=f"distil:teacher={teacher}", num_steps=3, checkpoint_every=1)
+  with pytest.raises(KeyboardInterrupt):
+    Run(config, dataset, run, tiny.StopsAt(2)).train()
+
+  def in_its_place(old, new):
+    teacher.rename(old)
+    new.rename(teacher)
+    objectives._teacher.cache_clear()  # as in another process
+    objectives._digest_of_teacher.cache_clear()
+
+  in_its_place(tmp_path / "first", other)
+  with pytest.raises(
+    InputError, match=r"run: step 1 was reached with another teacher \(digest \w+, now \w+\)"
+  ):
+    Run(config, dataset, run).train()
+  assert steps_of(run) == [1, 2]  # as it was left
+  in_its_place(other, tmp_path / "first")
+  assert Run(config, dataset, run).train()["num_steps"] == 3
 
 
 def test_a_checkpoint_of_a_version_that_kept_less_is_refused(dataset, left, monkeypatch):

@@ -1,12 +1,16 @@
 """A run that starts from a saved model, and the choice of what it trains."""
 
 import dataclasses
+import errno
+import os
+import shutil
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
+from moe_jax import disk
 from moe_jax.adapt import upcycle
 from moe_jax.adapt.experts import merged
 from moe_jax.adapt.layers import put_together, take_apart
@@ -14,10 +18,12 @@ from moe_jax.config import MeshConfig
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError
 from moe_jax.sharding import make_mesh
+from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import abstract_model, compile_steps, resolve_config
 from moe_jax.training.digests import tree_digest
 from moe_jax.training.load import load_run
 from moe_jax.training.loop import Run
+from moe_jax.training.made import is_current, is_made, source_of
 from moe_jax.training.selection import dotted, select_trained
 from moe_jax.training.start import save_model, start_from
 from tests import tiny
@@ -53,6 +59,74 @@ def test_a_saved_model_loads_bit_equal_and_without_an_optimizer(upcycled, folder
   assert stored < 1.5 * sum(x.nbytes for x in jax.tree.leaves(params)) + 100_000
   with pytest.raises(InputError, match="has a run or a model already"):
     save_model(folder, upcycled, CONFIG)
+
+
+@pytest.mark.parametrize("when", ["parameters", "configuration"])
+def test_a_kill_while_it_is_written_leaves_no_model(upcycled, tmp_path, monkeypatch, when):
+  def killed(*args):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(*((Checkpoints, "_write") if when == "parameters" else (disk, "write_json")), killed)
+    save_model(tmp_path / "model", upcycled, CONFIG)
+  assert not is_made(tmp_path / "model", {"step": 1})
+  save_model(tmp_path / "model", upcycled, CONFIG, source={"step": 1})
+  assert is_made(tmp_path / "model", {"step": 1})
+  assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_room(upcycled, tmp_path, monkeypatch):
+  def full(*args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  with (
+    monkeypatch.context() as patch,
+    pytest.raises(InputError, match="model: no space left to write") as error,
+  ):
+    patch.setattr(Checkpoints, "_write", full)
+    save_model(tmp_path / "model", upcycled, CONFIG)
+  assert "\n" not in str(error.value) and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", [None, "", '{"mod'])
+def test_a_model_whose_configuration_is_damaged_is_written_again(folder, upcycled, tmp_path, capsys, content):
+  model = shutil.copytree(folder, tmp_path / "model")
+  (model / "config.json").unlink()
+  if content is not None:
+    (model / "config.json").write_text(content)
+  assert not is_made(model, {})
+  save_model(model, upcycled, CONFIG, source={})
+  assert is_made(model, {}) and models.hashes(load_run(model).model) == models.hashes(upcycled)
+  assert (tmp_path / "damaged" / "model-1" / "checkpoints" / "0").is_dir()
+  assert capsys.readouterr().err.count("its config.json is missing or not whole, moved to") == 1
+
+
+def test_what_is_in_the_way_is_never_moved(upcycled, tmp_path):
+  for name in ("notes.txt", "checkpoints"):  # of a user; of a run, whose configuration is lost
+    folder = tmp_path / name
+    (folder / name / "3").mkdir(parents=True)
+    with pytest.raises(InputError, match="has a run or a model already"):
+      save_model(folder, upcycled, CONFIG)
+    assert [path.name for path in folder.iterdir()] == [name]
+
+
+def test_a_model_says_what_it_was_made_of(folder, upcycled, tmp_path):
+  source = source_of(upcycled, 600, share=0.5)
+  assert source["digest"] == tree_digest(nnx.state(upcycled, nnx.Param))
+  made = save_model(tmp_path / "model", upcycled, CONFIG, source=source)
+  assert is_made(made, source) and is_made(made, {"step": 600})
+  for other, match in (
+    ({"step": 1200}, r"was made of another model \(step was 600, now 1200\); choose another folder"),
+    (source_of(models.model(), 600), r"\(digest was '\w+', now '\w+'\)"),
+    (source | {"share": 0.25}, r"\(share was 0.5, now 0.25\)"),
+  ):
+    with pytest.raises(InputError, match=match):
+      is_made(made, other)
+  with pytest.raises(InputError, match="does not say which model it was made of"):
+    is_made(folder, source)
+  assert is_current(made, source) and made.exists()
+  assert not is_current(made, {"step": 1200}) and not made.exists()  # it is moved aside
+  assert is_made(tmp_path / "damaged" / "model-1", source)
 
 
 def test_a_run_trains_from_it_what_is_chosen_and_nothing_else(folder, upcycled, tmp_path):
