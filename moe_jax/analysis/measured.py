@@ -10,8 +10,8 @@ from rich.console import Console
 
 from moe_jax.analysis.accounting.parameters import count
 from moe_jax.analysis.kept import Kept
-from moe_jax.comparison.comparison import write_report
 from moe_jax.comparison.folder import ComparisonFolder
+from moe_jax.comparison.reporting import write_report
 from moe_jax.data import Dataset
 from moe_jax.errors import InputError
 from moe_jax.inference.evaluate import ALL, Score

@@ -10,9 +10,10 @@ from rich.console import Console
 from moe_jax import disk, sharding
 from moe_jax.cluster import processes
 from moe_jax.cluster.signals import Between
-from moe_jax.comparison import report, sweep
+from moe_jax.comparison import sweep
 from moe_jax.comparison.arms import Arm, with_arm
 from moe_jax.comparison.folder import SWEEP, ComparisonFolder, Result, described
+from moe_jax.comparison.reporting import REPORT_FILE, write_report
 from moe_jax.comparison.results import load_results, lookup
 from moe_jax.comparison.shard import Shard
 from moe_jax.config import Config, DataConfig
@@ -27,7 +28,6 @@ from moe_jax.training.progress import TrainingProgress
 from moe_jax.training.results import diverged_result, evaluation_digest
 
 _LOCKED_AHEAD = 200  # runs that are locked from the start on: each takes an open file
-REPORT_FILE = "report.json"  # title, question, command and notes, from which joined folders have theirs
 
 
 class Comparison:
@@ -326,22 +326,6 @@ class Comparison:
       shares = f", {sum(counts) / 1e6:.1f}M training tokens: {shares}"
     line = f"data: {info.name} (fingerprint {info.fingerprint[:12]}){shares}"
     self.console.print(line, soft_wrap=True, markup=False)
-
-
-def write_report(
-  folder: ComparisonFolder,
-  results: list[Result],
-  console: Console,
-  varies: Sequence[str] = (),
-  swept: Mapping[str, Any] | None = None,
-  **texts: Any,
-) -> None:
-  """Prints the table and writes the report of `results` into the folder. The first arm is the baseline."""
-  results = sweep.marked(results, swept or {})
-  report.print_table(report.summarise(results), console)
-  report.print_differences(report.paired_differences(results, varies=varies), console, varies)
-  paths = report.write_report(folder.path, results, varies=varies, **texts)
-  console.print(f"report: {paths['html']}", soft_wrap=True, markup=False)
 
 
 def _with_seed(config: Config, seed: int) -> Config:

@@ -12,13 +12,13 @@ from rich.console import Console
 
 from moe_jax import disk, locks
 from moe_jax.comparison import sweep
-from moe_jax.comparison.comparison import REPORT_FILE, write_report
 from moe_jax.comparison.folder import (
   SWEEP,
   ComparisonFolder,
   claim_differences,
   merged_claim,
 )
+from moe_jax.comparison.reporting import REPORT_FILE, write_report
 from moe_jax.comparison.results import load_results, lookup
 from moe_jax.errors import InputError
 from moe_jax.training.result_file import Result, read_result
