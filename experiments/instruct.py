@@ -194,7 +194,7 @@ class Gains:
     tuned = self.comparison.folder.run(arm, seed)
     before = self.kept(f"before/{kind}/seed_{seed}", lambda: self.losses(folder_of(kind, seed)))
     after = self.kept(f"after/{arm}/seed_{seed}", lambda: self.losses(tuned))
-    if before["parameters"] != result["init_from"]["digest"]:
+    if before.get("parameters") != result["init_from"]["digest"]:
       raise InputError(
         f"--{kind}={_FOLDERS[kind].value}: arm {arm} seed {seed} was tuned from another model than the one whose loss before is "
         "measured, so its run has changed since; choose another folder"

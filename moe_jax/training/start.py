@@ -49,9 +49,11 @@ def save_model(
     The folder.
 
   Raises:
-    InputError: if the folder has a run or a model, or the disk is full.
+    InputError: if the folder has a run or a model, the disk is full, or there are several processes.
   """
   folder = pathlib.Path(folder)
+  if jax.process_count() > 1:  # `model` is on the devices of one
+    raise InputError(f"{folder}: a model is written by one process, not by {jax.process_count()}; start one")
   config = resolve_config(
     dataclasses.replace(
       config,

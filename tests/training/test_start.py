@@ -248,3 +248,10 @@ def test_a_merged_model_keeps_the_table_of_its_router(tmp_path):
   started = nnx.merge(nnx.graphdef(abstract_model(config, tiny.VOCAB)), state.params, state.variables)
   changed = models.hashes(started).items() ^ models.hashes(small).items()
   assert {path.partition(".")[2] for path, _ in changed} <= {"ffn.balancer_state"}
+
+
+def test_several_processes_do_not_write_a_model(tmp_path, monkeypatch):
+  monkeypatch.setattr("moe_jax.training.start.jax.process_count", lambda: 2)
+  with pytest.raises(InputError, match="a model is written by one process, not by 2; start one"):
+    save_model(tmp_path / "model", None, None)
+  assert not (tmp_path / "model").exists()
