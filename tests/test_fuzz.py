@@ -31,7 +31,7 @@ from moe_jax.interop.load import read_model_config
 from moe_jax.models import PRESETS, VOCAB_SIZES
 from moe_jax.nn.build import resolve
 from moe_jax.training import identity
-from moe_jax.training.compiled import check_run
+from moe_jax.training.compiled import check_run, resolve_config
 from moe_jax.training.load import load_run
 from moe_jax.training.metric_writer import JsonlWriter, read_jsonl, read_lines
 from moe_jax.training.router_trace import Trace, TraceWriter
@@ -44,7 +44,8 @@ pytestmark = pytest.mark.timeout(3600)  # of five hundred cases
 LIMIT = 30.0  # seconds that a case may take
 SETTINGS = tiny.change(tiny.CONFIG, balancers="loss_free_bias:0.01", num_layers=1)
 MESH = sharding.make_mesh(SETTINGS.mesh)
-RUN = SETTINGS.to_dict() | {"vocab_size": 32, "domains": ["a", "b"], "fingerprint": "0" * 64}
+RESOLVED = resolve_config(SETTINGS)
+RUN = RESOLVED.to_dict() | {"vocab_size": 32, "domains": ["a", "b"], "fingerprint": "0" * 64}
 CLAIM = {"arms": {"a": {"jitter": 0.1}, "b": {}}, "seeds": [0, 1], "config": SETTINGS.to_dict()}
 METRICS = [{"step": i, "loss": 1.5, "max_vio": [0.1, "NaN"]} for i in (1, 2, 3)]
 
@@ -80,7 +81,7 @@ def folder(tmp_path_factory):
 def test_config_json_of_a_run(folder, content):
   (folder / "config.json").write_bytes(content)
   assert refused(load_run, folder)  # at the latest because it has no checkpoint
-  refused(identity.check_same_run, folder, SETTINGS, RUN["fingerprint"])
+  refused(identity.check_same_run, folder, RESOLVED, RUN["fingerprint"])
 
 
 @given(content=files(CLAIM))

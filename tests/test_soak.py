@@ -14,6 +14,7 @@ import pytest
 from moe_jax import disk
 from moe_jax.comparison.folder import ComparisonFolder
 from moe_jax.errors import InputError
+from moe_jax.training.compiled import resolve_config
 from moe_jax.training.identity import check_same_run
 from moe_jax.training.metric_writer import TensorBoardWriter
 from tests import tiny
@@ -69,11 +70,12 @@ def test_times_above_the_stated_one_are_counted(monkeypatch):
 def test_the_remedy_is_what_the_line_names(soak_start, tmp_path, capfd):
   """A number in either configuration has changed. After the remedy the folder is accepted, and the other file is as it was."""
   folder, own = ComparisonFolder(tmp_path), tmp_path / "arms/arm/seed_0"
-  claim = {"arms": {"arm": {}}, "seeds": [0], "config": tiny.CONFIG.to_dict()}
-  run = tiny.CONFIG.to_dict() | {"fingerprint": "0"}
+  config = resolve_config(tiny.CONFIG)
+  claim = {"arms": {"arm": {}}, "seeds": [0], "config": config.to_dict()}
+  run = config.to_dict() | {"fingerprint": "0"}
   checks = {
     tmp_path: lambda: folder.check(claim),
-    own: lambda: check_same_run(own, tiny.CONFIG, "0"),
+    own: lambda: check_same_run(own, config, "0"),
   }
   for damaged, check in checks.items():
     disk.write_json(tmp_path / "config.json", claim)
