@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pathlib
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -54,6 +55,24 @@ def named(path: pathlib.Path) -> Iterator[None]:
     if other or error.strerror is None:
       raise
     raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+  """A new folder to fill, which gets its name when it is whole. A kill leaves it beside, under a name of its own.
+
+  Args:
+    path: absent, or an empty folder.
+  """
+  path = pathlib.Path(path).resolve()  # what a link names is replaced, and not the link
+  path.parent.mkdir(parents=True, exist_ok=True)
+  folder = pathlib.Path(tempfile.mkdtemp(prefix=f"{WRITING}{path.name}-", dir=path.parent))
+  try:
+    yield folder
+    folder.chmod(0o755)  # mkdtemp's folders are only for their owner
+    folder.rename(path)
+  finally:
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -1,11 +1,9 @@
 """Joins the folders of shards into the folder that one process would have written."""
 
-import contextlib
 import os
 import pathlib
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -54,7 +52,7 @@ def join(
     tried = [ComparisonFolder(source.path / SWEEP) for source in sources if (source.path / SWEEP).is_dir()]
   claim_of_tried, runs_of_tried = (_joined_claim(tried), _runs(tried)) if tried else ({}, {})
   texts = _report_texts(sources)
-  with _whole_folder(target.path) as folder:
+  with disk.whole_folder(target.path) as folder:
     _copy(runs, ComparisonFolder(folder), claim)
     if tried:
       _copy(runs_of_tried, ComparisonFolder(folder / SWEEP), claim_of_tried)
@@ -66,20 +64,6 @@ def join(
     target.merge_metrics((result["arm"], result["seed"]) for result in results)
     write_report(target, results, console, **texts)
   return _missing(claim, target)
-
-
-@contextlib.contextmanager
-def _whole_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A folder to write, which gets its name when it is whole. A kill leaves it beside, under a name of its own."""
-  path = path.resolve()  # what a link names is replaced, and not the link
-  path.parent.mkdir(parents=True, exist_ok=True)
-  folder = pathlib.Path(tempfile.mkdtemp(prefix=f"{disk.WRITING}{path.name}-", dir=path.parent))
-  try:
-    yield folder
-    folder.chmod(0o755)  # mkdtemp's folders are only for their owner
-    folder.rename(path)
-  finally:
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _joined_claim(sources: Sequence[ComparisonFolder]) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 import contextlib
 import pathlib
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -77,42 +75,24 @@ def _read(folder: pathlib.Path) -> tuple[bool, dict[str, Any] | None]:
 
 
 @contextlib.contextmanager
-def whole_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A folder to fill, the same in all processes, which gets its name when it is whole.
+def new_model(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A folder to fill with a model, which gets its name when it is whole. In one process.
 
   Raises:
     InputError: if the name is taken, or the disk is full.
   """
-  folder = folder.resolve() if folder.is_symlink() else folder
-  refused, temporary = processes.from_first(_begin(folder) if processes.is_first() else None)
-  if refused:
-    raise InputError(refused)
-  temporary = pathlib.Path(temporary)
+  if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    place = disk.move_aside(folder, folder.parent) if _is_unfinished(folder) else None
+    if place is None:
+      raise InputError(f"{folder}: has a run or a model already; choose another folder")
+    disk.note(f"{folder}: its {CONFIG_FILE} is missing or not whole, moved to {place}; it is written again")
   try:
-    yield temporary
-    processes.wait_for_all("whole folder")
-    if processes.is_first():
-      temporary.rename(folder)
+    with disk.whole_folder(folder) as new:
+      yield new
   except Exception as error:
     if line := of_the_disk(error, str(folder), "begins it anew"):
       raise line from error
     raise
-  finally:
-    if processes.is_first():
-      shutil.rmtree(temporary, ignore_errors=True)
-  processes.wait_for_all("named folder")
-
-
-def _begin(folder: pathlib.Path) -> tuple[str, str]:
-  """Returns why the folder cannot be written, in words, and the folder to fill."""
-  if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-    place = disk.move_aside(folder, folder.parent) if _is_unfinished(folder) else None
-    if place is None:
-      return f"{folder}: has a run or a model already; choose another folder", ""
-    disk.note(f"{folder}: its {CONFIG_FILE} is missing or not whole, moved to {place}; it is written again")
-  temporary = folder.parent / f"{disk.WRITING}{uuid.uuid4().hex[:8]}"
-  temporary.mkdir(parents=True)
-  return "", str(temporary)
 
 
 def _is_unfinished(folder: pathlib.Path) -> bool:

@@ -11,7 +11,6 @@ import jax
 from flax import nnx
 
 from moe_jax import disk
-from moe_jax.cluster import processes
 from moe_jax.config import Config
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import InputError
@@ -19,7 +18,7 @@ from moe_jax.nn.transformer import Transformer
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import CompiledSteps, make_init, make_init_from, objective_of, resolve_config
 from moe_jax.training.load import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE, restore_run
-from moe_jax.training.made import MADE_OF, ONLY_MODEL, whole_folder
+from moe_jax.training.made import MADE_OF, ONLY_MODEL, new_model
 from moe_jax.training.selection import Path, dotted
 from moe_jax.training.step import TrainState
 
@@ -64,20 +63,19 @@ def save_model(
   )
   vocab_size = model.embedding_VD.get_value().shape[0] - objective_of(config).num_extra_ids
   abstract = jax.eval_shape(make_init(config, vocab_size), 0)
-  with whole_folder(folder) as new:
+  with new_model(folder) as new:
     params, variables = nnx.state(model, nnx.Param, ...)
     params = with_values(abstract.params, params, str(folder))
     variables = with_values(abstract.variables, variables, str(folder))
     state = make_init_from(config, vocab_size)(params, variables, config.train.seed)
     with contextlib.closing(Checkpoints(new / CHECKPOINTS)) as checkpoints:
       checkpoints.save(0, state, ONLY_MODEL)
-    if processes.is_first():
-      if tokenizer is not None and tokenizer.content is not None:
-        disk.write_whole(new / TOKENIZER_FILE, tokenizer.content)
-      if source is not None:
-        disk.write_json(new / MADE_OF, source)
-      of_text = {"vocab_size": vocab_size, "domains": list(domains)}
-      disk.write_json(new / CONFIG_FILE, config.to_dict() | of_text)
+    if tokenizer is not None and tokenizer.content is not None:
+      disk.write_whole(new / TOKENIZER_FILE, tokenizer.content)
+    if source is not None:
+      disk.write_json(new / MADE_OF, source)
+    of_text = {"vocab_size": vocab_size, "domains": list(domains)}
+    disk.write_json(new / CONFIG_FILE, config.to_dict() | of_text)
   return folder
 
 
