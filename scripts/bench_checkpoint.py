@@ -43,6 +43,23 @@ def compute_on_fewer_cores(spare: int) -> None:
   os.sched_setaffinity(0, cores)
 
 
+def show(found: dict[str, list[float]], beside: list[list[float]], interval: float) -> None:
+  """Prints medians of the seconds that were measured. `interval`: seconds between saves; 0: none are due by time."""
+  median = {name: statistics.median(values) for name, values in found.items()}
+  more = statistics.median(a - b for a, b in zip(found["cycle with a save"], found["cycle"], strict=True))
+  print(f"a step without a save: {1e3 * median['step']:.0f} ms")
+  print(
+    f"a save keeps the loop for {1e3 * median['save']:.0f} ms: {median['save'] / median['step']:+.1%} of a step"
+  )
+  after = [1e3 * (statistics.median(x) - median["step"]) for x in beside]
+  print(f"steps after a save take longer by {', '.join(f'{ms:.0f}' for ms in after)} ms")
+  print(
+    f"a cycle with a save takes {1e3 * more:.0f} ms more than one without: {more / median['step']:+.1%} of a step"
+  )
+  if interval:
+    print(f"of a run that saves every {interval:g} s: {max(more, median['save']) / interval:.2%}")
+
+
 def main(argv: list[str]) -> None:
   del argv
   import dataclasses
@@ -96,25 +113,12 @@ def main(argv: list[str]) -> None:
     params = sum(x.size for x in jax.tree.leaves(run.steps.abstract_state.params))
     arrays = jax.tree.leaves(run.steps.abstract_state)
     size = sum(x.size * x.dtype.itemsize for x in arrays)
-  median = {name: statistics.median(values) for name, values in found.items()}
-  more = statistics.median(a - b for a, b in zip(found["cycle with a save"], found["cycle"], strict=True))
-  interval = 60 * config.train.checkpoint_minutes
   print(
     f"jax {jax.__version__}, {jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores, load "
     f"{os.getloadavg()[0]:.1f}; {params:,} parameters, {len(arrays)} arrays, {size / 1e6:.1f} MB; medians of "
     f"{_CYCLES.value} cycles of {_STEPS.value} steps"
   )
-  print(f"a step without a save: {1e3 * median['step']:.0f} ms")
-  print(
-    f"a save keeps the loop for {1e3 * median['save']:.0f} ms: {median['save'] / median['step']:+.1%} of a step"
-  )
-  after = [1e3 * (statistics.median(x) - median["step"]) for x in beside]
-  print(f"steps after a save take longer by {', '.join(f'{ms:.0f}' for ms in after)} ms")
-  print(
-    f"a cycle with a save takes {1e3 * more:.0f} ms more than one without: {more / median['step']:+.1%} of a step"
-  )
-  if interval:
-    print(f"of a run that saves every {interval:g} s: {max(more, median['save']) / interval:.2%}")
+  show(found, beside, 60 * config.train.checkpoint_minutes)
 
 
 if __name__ == "__main__":
