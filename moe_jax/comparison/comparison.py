@@ -75,7 +75,7 @@ class Comparison:
     self.console = Console(quiet=not processes.is_first())
     self.folder = ComparisonFolder(output_dir)
     # Resolved here, once: a method that is defined anew later is another arm.
-    self.configs = {name: check_run(with_arm(self.config, arm), self.mesh) for name, arm in arms.items()}
+    self.configs = {name: self._configured(name, arm) for name, arm in arms.items()}
     if sweep:
       arms = self._plan(arms, output_dir)
     self.arms = {name: described(arm, self.configs[name]) for name, arm in arms.items()}
@@ -93,6 +93,18 @@ class Comparison:
     if processes.is_first():  # where it fails, the others are stopped with its message
       self.folder.check(self._claimed())
 
+  def _configured(self, name: str, arm: Arm) -> Config:
+    """Returns the checked configuration of an arm. An error says which arm, where the flags alone do not have it."""
+    try:
+      return check_run(with_arm(self.config, arm), self.mesh)
+    except InputError as error:
+      try:
+        check_run(self.config, self.mesh)
+      except InputError as of_flags:
+        if str(of_flags) == str(error):
+          raise
+      raise InputError(f"arm {name}: {error}") from error
+
   def _plan(self, arms: Mapping[str, Arm], output_dir: str | os.PathLike[str]) -> dict[str, Arm]:
     """Makes the comparison that selects. Returns the arms with every value that may be chosen."""
     self.sweep.check(self.seeds)
@@ -101,7 +113,7 @@ class Comparison:
     if not self.tried:
       raise InputError(f"--shard={self.shard}: a sweep is split by arms, and there are {len(self.planned)}")
     candidates = {c.name: {**arms[arm], **c.fields} for arm, tried in self.planned.items() for c in tried}
-    self.configs = {n: check_run(with_arm(self.config, arm), self.mesh) for n, arm in candidates.items()}
+    self.configs = {name: self._configured(name, arm) for name, arm in candidates.items()}
     to_try = {c.name: candidates[c.name] for tried in self.tried.values() for c in tried if c.value}
     folder = os.path.join(output_dir, SWEEP)
     self.selection = Comparison(to_try, self.sweep.seeds, self.config, folder)

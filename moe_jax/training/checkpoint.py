@@ -216,4 +216,12 @@ def _host_copy(tree: PyTree) -> PyTree:
     if not digests.in_host_memory(leaf):
       leaf.copy_to_host_async()
   # NumPy's view of an array on a CPU is the array itself.
-  return jax.tree.map(lambda x: np.array(x) if digests.in_host_memory(x) else np.asarray(x), tree)
+  copies = jax.tree.map(lambda x: np.array(x) if digests.in_host_memory(x) else np.asarray(x), tree)
+  return jax.tree.map(lambda x: x.view(_Unshared), copies)
+
+
+class _Unshared(np.ndarray):
+  """An array that nobody changes. Orbax copies each array before it writes, in case somebody does."""
+
+  def __deepcopy__(self, memo: dict[int, Any]) -> np.ndarray:
+    return self

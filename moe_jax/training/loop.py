@@ -118,7 +118,7 @@ class Run:
           self.folder / RESULT_FILE, self.folder, "it is made again from the last checkpoint", is_result
         )
       if self.progress:
-        self.progress.start_run(self.show, self.config.train.num_steps)
+        self.progress.start_run(self.show, self.config.train.num_steps, int(state.step))
       writer = stack.enter_context(self._writer(int(state.step)))
       recorder = stack.enter_context(self._recorder(int(state.step)))
       state = self._loop(state, writer, recorder)

@@ -28,8 +28,8 @@ class TrainingProgress:
     )
     self._total = total_steps
     self._task = self._bar.add_task("", total=total_steps, numbers="")
-    self._done_before = 0
-    self._label, self._steps = "", 0
+    self._done_before = 0  # steps of finished runs
+    self._label, self._steps, self._first = "", 0, 0
     self._last_line = 0.0
     self._started = time.monotonic()
 
@@ -40,19 +40,20 @@ class TrainingProgress:
   def __exit__(self, *unused_exception) -> None:
     self._bar.stop()
 
-  def start_run(self, label: str, num_steps: int) -> None:
-    """Starts the next run, which has `num_steps` steps."""
-    self._label, self._steps = label, num_steps
-    self._bar.update(self._task, description=label, numbers="compiling")
+  def start_run(self, label: str, num_steps: int, first_step: int = 0) -> None:
+    """Starts the next run, which trains from `first_step` to `num_steps`. Steps before it took no time here."""
+    self._label, self._steps, self._first = label, num_steps, first_step
+    self._total -= first_step
+    self._bar.update(self._task, description=label, numbers="compiling", total=self._total)
 
   def finish_run(self) -> None:
     """Ends the run. The next run continues the step count."""
-    self._done_before += self._steps
+    self._done_before += self._steps - self._first
     self._bar.update(self._task, completed=self._done_before)
 
   def update(self, step: int, loss: float, max_vio: float, tokens_per_second: float) -> None:
     """Shows the numbers of `step`; `max_vio` is the mean over layers."""
-    done = self._done_before + step
+    done = self._done_before + step - self._first
     numbers = f"step {step}/{self._steps}  loss {loss:.3f}  MaxVio {max_vio:.2f}"
     if tokens_per_second:
       numbers += f"  {tokens_per_second:,.0f} tok/s"

@@ -94,11 +94,20 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
 @pytest.mark.parametrize(
   ("arms", "fields", "message"),
   [
-    (["none", "switch_los:0.1"], {}, "unknown balancer 'switch_los': did you mean switch_loss"),
+    (
+      ["none", "switch_los:0.1"],
+      {},
+      "^arm switch_los:0.1: .*unknown balancer 'switch_los': did you mean switch_loss",
+    ),
+    (
+      ["none", "z_loss@switch_top1"],
+      {},
+      "^arm z_loss@switch_top1: --num_experts_per_token=2: router switch_top1",
+    ),
     (
       ["none"],
       {"num_experts_per_token": 9},
-      "--num_experts_per_token=9: must be between 1 and num_experts=8",
+      "^--num_experts_per_token=9: must be between 1 and num_experts=8",
     ),
     (["none"], {"capacity_factor": 0.0}, "--capacity_factor=0.0: must be above 0"),
     (["none"], {"router": "softmax_top"}, "unknown router 'softmax_top': did you mean softmax_topk"),

@@ -4,6 +4,7 @@ import errno
 import resource
 import threading
 import time
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +83,22 @@ def test_what_is_saved_is_what_was_there(tmp_path, monkeypatch):
   assert extra == {"place": 3}
   copy = checkpoint._host_copy(STATE)  # NumPy's view of an array keeps the next step from reusing it
   assert not np.shares_memory(copy["w"], np.asarray(STATE["w"]))
+
+
+def test_a_save_holds_one_copy_of_the_state(tmp_path):
+  """Orbax makes another one of NumPy arrays, in case somebody changes them."""
+  state = {f"w{i}": jnp.full(2**18, i, jnp.float32) for i in range(32)}
+  num_bytes = sum(x.nbytes for x in state.values())
+  checkpoints = Checkpoints(tmp_path / "run")
+  tracemalloc.start()
+  try:
+    checkpoints.save(1, state, {})
+    checkpoints.wait()
+    peak = tracemalloc.get_traced_memory()[1]
+  finally:
+    tracemalloc.stop()
+  checkpoints.close()
+  assert num_bytes <= peak < 1.5 * num_bytes
 
 
 def test_a_save_does_not_keep_the_loop(tmp_path, monkeypatch):
