@@ -12,11 +12,12 @@ from moe_jax.cluster import processes
 from moe_jax.cluster.signals import Between
 from moe_jax.comparison import sweep
 from moe_jax.comparison.arms import Arm, with_arm
+from moe_jax.comparison.datasets import datasets_of_arms, in_words
 from moe_jax.comparison.folder import SWEEP, ComparisonFolder, Result, described
 from moe_jax.comparison.reporting import REPORT_FILE, write_report
 from moe_jax.comparison.results import load_results, lookup
 from moe_jax.comparison.shard import Shard
-from moe_jax.config import Config, DataConfig
+from moe_jax.config import Config
 from moe_jax.config.plain import fingerprint, to_plain
 from moe_jax.data import Dataset, load_dataset
 from moe_jax.errors import InputError, NonFiniteLoss
@@ -131,7 +132,7 @@ class Comparison:
     """
     with Between():
       dataset = load_dataset(self.config.data)
-      self._describe(dataset.info)
+      self.console.print(in_words(dataset.info), soft_wrap=True, markup=False)
       processes.check_agree(
         dataset.info.fingerprint,
         "--dataset: fingerprint of the text",
@@ -140,7 +141,7 @@ class Comparison:
       return self._run(dataset)
 
   def _run(self, dataset: Dataset) -> list[Result]:
-    datasets = self._datasets(dataset)
+    datasets = datasets_of_arms(self.configs, self.config.data, dataset)
     with processes.first_writes("check") as mine:
       if mine:
         self.folder.check_text(dataset.info.fingerprint)
@@ -311,33 +312,6 @@ class Comparison:
       claim["sweep"] = {"goal": self.sweep.goal, "selection seeds": list(self.sweep.seeds), "values": values}
       claim["planned"] = {arm: [c.name for c in tried] for arm, tried in self.planned.items()}
     return claim
-
-  def _datasets(self, dataset: Dataset) -> dict[DataConfig, Dataset]:
-    """Returns the data set for every data configuration of an arm, such as one with another batch size.
-
-    Raises:
-      InputError: if an arm reads other text or other tokens.
-    """
-    found = {self.config.data: dataset}
-    for name, config in self.configs.items():
-      if config.data not in found:
-        found[config.data] = load_dataset(config.data)
-      if found[config.data].info.fingerprint != dataset.info.fingerprint:
-        raise InputError(
-          f"arm {name}: reads other text or tokens than the comparison; compare texts in folders of their own"
-        )
-    return found
-
-  def _describe(self, info: Any) -> None:
-    shares = ""
-    if "train" in info.targets_per_domain:
-      counts = info.targets_per_domain["train"]
-      shares = ", ".join(
-        f"{name} {n / sum(counts):.0%}" for name, n in zip(info.domains, counts, strict=True)
-      )
-      shares = f", {sum(counts) / 1e6:.1f}M training tokens: {shares}"
-    line = f"data: {info.name} (fingerprint {info.fingerprint[:12]}){shares}"
-    self.console.print(line, soft_wrap=True, markup=False)
 
 
 def _with_seed(config: Config, seed: int) -> Config:

@@ -13,7 +13,8 @@ from scipy import stats
 
 from moe_jax import disk, locks
 from moe_jax.analysis import speedrun
-from moe_jax.analysis.speedrun import ARMS, MEASURED, Rules, Speedrun, read_entries, row, score, table
+from moe_jax.analysis.leaderboard import ARMS, MEASURED, read_entries, row, score, table
+from moe_jax.analysis.speedrun import Rules, Speedrun
 from moe_jax.config import Config
 from moe_jax.errors import InputError, Stopped
 from moe_jax.training.progress import TrainingProgress
