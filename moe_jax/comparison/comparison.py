@@ -21,7 +21,7 @@ from moe_jax.config import Config
 from moe_jax.config.plain import fingerprint, to_plain
 from moe_jax.data import Dataset, load_dataset
 from moe_jax.errors import InputError, NonFiniteLoss
-from moe_jax.training import identity
+from moe_jax.training import evaluation, identity
 from moe_jax.training.compiled import check_run, compile_steps
 from moe_jax.training.loop import Run
 from moe_jax.training.memory import check_memory, sizes_of
@@ -230,7 +230,7 @@ class Comparison:
     processes.wait_for_all("result")
     lacking = self._lacking(arm, seed)
     if lacking:
-      run.evaluate_as({name: _with_seed(self.evaluations[arm][name], seed) for name in lacking})
+      evaluation.evaluate_as(run, {name: _with_seed(self.evaluations[arm][name], seed) for name in lacking})
 
   def _select(self, dataset: Dataset) -> None:
     """Tries the values of the sweep, and keeps the best of every arm of this process."""

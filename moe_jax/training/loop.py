@@ -4,7 +4,7 @@ import contextlib
 import os
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,19 +16,18 @@ from moe_jax.cluster.signals import Between
 from moe_jax.config import Config
 from moe_jax.data import Dataset
 from moe_jax.errors import Stopped
-from moe_jax.nn.leaks import sees_later_tokens
 from moe_jax.training import continuing
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import check_run, compile_steps
 from moe_jax.training.digests import all_finite
 from moe_jax.training.identity import check_same_run, hold, write_identity
-from moe_jax.training.load import CHECKPOINTS, Loaded, check_step, load_run
+from moe_jax.training.load import CHECKPOINTS, Loaded, load_run
 from moe_jax.training.memory import check_memory, make_room_for_programs
 from moe_jax.training.metric_writer import JsonlWriter, MetricWriter, MultiWriter, TensorBoardWriter
 from moe_jax.training.progress import TrainingProgress
 from moe_jax.training.protocol import trace_header
-from moe_jax.training.result_file import RESULT_FILE, is_result, read_result, write_result
-from moe_jax.training.results import TailMeans, evaluation_digest, result_of, validation_summary
+from moe_jax.training.result_file import RESULT_FILE, is_result, write_result
+from moe_jax.training.results import TailMeans, result_of, scalars, validation_summary
 from moe_jax.training.router_trace import FOLDER, TraceWriter
 from moe_jax.training.step import EvalSums, TrainState
 from moe_jax.training.stops import Stops, in_words, not_finite
@@ -204,7 +203,7 @@ class Run:
       return False
     validation = self.evaluate(state)
     if self.evaluated < step:
-      writer.write(step, {f"eval_{k}": v for k, v in _scalars(validation).items()})
+      writer.write(step, {f"eval_{k}": v for k, v in scalars(validation).items()})
       self.evaluated = step
     return self.stop is not None and self.stop(validation)
 
@@ -267,43 +266,6 @@ class Run:
   def tokens_per_step(self) -> int:
     return self.config.data.batch_size * self.config.data.sequence_length
 
-  def evaluate_as(self, configs: Mapping[str, Config]) -> dict[str, Any]:
-    """Evaluates the finished run under other configurations, without training, and adds that to result.json.
-
-    Args:
-      configs: by name. They may differ from the run's in what only evaluation reads: capacity, dispatcher,
-        routing groups, the objective.
-
-    Returns:
-      The result, with `evaluations[name]`: the numbers of `validation`, and whether that model
-      `sees_later_tokens`; and with `evaluation_digests[name]`, which tell configurations apart.
-
-    Raises:
-      InputError: if another process has the folder, or a configuration has other parameters than the run.
-    """
-    path = self.folder / RESULT_FILE
-    with (
-      hold([(self.folder, str(self.folder))]),
-      jax.set_mesh(self.mesh),
-      contextlib.closing(Checkpoints(self.folder / CHECKPOINTS)) as checkpoints,
-    ):
-      result, info = read_result(path), self.dataset.info
-      configs = {name: check_run(config, self.mesh) for name, config in configs.items()}
-      steps = [compile_steps(c, info.vocab_size, len(info.domains), self.mesh) for c in configs.values()]
-      found, digests = {}, {name: evaluation_digest(config) for name, config in configs.items()}
-      for (name, config), of_config in zip(configs.items(), steps, strict=True):
-        make_room_for_programs()
-        # Restored for each: checked against its arrays, and laid out for its program.
-        state, _ = checkpoints.restore(of_config.abstract_state, of_config.state_shardings)
-        check_step(self.folder, result, int(state.step))
-        sees_later = sees_later_tokens(config.model)
-        found[name] = {"sees_later_tokens": sees_later} | _scalars(self.evaluate(state, of_config.evaluate))
-      for part, new in (("evaluations", found), ("evaluation_digests", digests)):
-        result[part] = result.get(part, {}) | new
-      if processes.is_first():
-        write_result(path, result)
-    return result
-
   def _on_devices(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     layout = sharding.batch_sharding(self.mesh)
     whole = self.config.data.batch_size
@@ -331,8 +293,3 @@ class Run:
     if self.config.model.causal:
       num_bytes = self.dataset.validation_bytes(float(total.num_targets), limit)
     return validation_summary(total, num_bytes)
-
-
-def _scalars(validation: dict[str, Any]) -> dict[str, Any]:
-  """Numbers and numbers per layer, as a line of metrics takes them."""
-  return {name: value for name, value in validation.items() if np.ndim(value) < 2}

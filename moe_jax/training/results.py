@@ -4,6 +4,7 @@ import base64
 import functools
 import math
 import platform
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import flax
@@ -218,3 +219,8 @@ def _to_text(array: np.ndarray) -> list:
 def _from_text(saved: list) -> np.ndarray:
   dtype, shape, text = saved
   return np.frombuffer(base64.b64decode(text), dtype).reshape(shape)
+
+
+def scalars(validation: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the numbers and the numbers per layer of a validation, as a line of metrics takes them."""
+  return {name: value for name, value in validation.items() if np.ndim(value) < 2}

@@ -14,6 +14,7 @@ from moe_jax.comparison.comparison import Comparison
 from moe_jax.comparison.folder import ComparisonFolder
 from moe_jax.config import MeshConfig
 from moe_jax.errors import InputError
+from moe_jax.training import evaluation
 from moe_jax.training import loop as train_loop
 from moe_jax.training.result_file import read_result, write_result
 from tests import tiny
@@ -96,10 +97,10 @@ def test_a_name_with_other_fields_is_another_evaluation(finished, tmp_path, monk
   run_of = ComparisonFolder(tmp_path).run(arm, 0)
   shutil.copytree(ComparisonFolder(folder).run(arm, 0), run_of)
   other = {arm: evaluations | {"0.5 sequence": evaluations["none"]}}
-  calls, evaluate_as = [], train_loop.Run.evaluate_as
+  calls, evaluate_as = [], evaluation.evaluate_as
   monkeypatch.setattr(train_loop.Run, "train", None)
   monkeypatch.setattr(
-    train_loop.Run, "evaluate_as", lambda self, of: (calls.append([*of]), evaluate_as(self, of))[1]
+    evaluation, "evaluate_as", lambda run, of: (calls.append([*of]), evaluate_as(run, of))[1]
   )
   again = lambda: Comparison({arm: plan.arms[arm]}, [0], CONFIG, tmp_path, evaluations=other).run()[0]
   # A run that is not among those locked from the start on, while another command has it.

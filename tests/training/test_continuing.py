@@ -18,6 +18,7 @@ from moe_jax.training import loop, objectives
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import compile_steps, make_model, resolve_config
 from moe_jax.training.digests import all_finite
+from moe_jax.training.evaluation import evaluate_as
 from moe_jax.training.identity import is_shorter
 from moe_jax.training.loop import Run
 from moe_jax.training.metric_writer import read_jsonl
@@ -206,7 +207,7 @@ def test_a_finished_run_without_its_last_step_is_not_taken_for_an_earlier_one(ex
   for use in (
     lambda: Run.load(folders[0]),
     lambda: Run(tiny.change(EXTENSIBLE, init_from=str(folders[0])), dataset, tmp_path / "other").train(),
-    lambda: Run(EXTENSIBLE, dataset, folders[0]).evaluate_as({"same": EXTENSIBLE}),
+    lambda: evaluate_as(Run(EXTENSIBLE, dataset, folders[0]), {"same": EXTENSIBLE}),
   ):
     with pytest.raises(InputError, match=line) as error:
       use()

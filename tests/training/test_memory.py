@@ -15,7 +15,7 @@ from moe_jax.comparison.comparison import Comparison
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError
 from moe_jax.sharding import batch_sharding, make_mesh
-from moe_jax.training import loop, memory
+from moe_jax.training import evaluation, memory
 from moe_jax.training.compiled import compile_steps, resolve_config
 from moe_jax.training.loop import Run
 from moe_jax.training.result_file import write_result
@@ -133,9 +133,9 @@ def test_room_is_made_before_each_evaluation_of_a_finished_run(tmp_path, monkeyp
   write_result(tmp_path / "result.json", {"arm": "a", "seed": 0, "num_steps": 1, "validation": {"nll": 1.0}})
   steps = types.SimpleNamespace(abstract_state=None, state_shardings=None, evaluate=None)
   state = types.SimpleNamespace(step=1)
-  monkeypatch.setattr(loop, "compile_steps", lambda *args: steps)
-  monkeypatch.setattr(loop.Checkpoints, "restore", lambda *args: (state, {}))
-  monkeypatch.setattr(loop, "make_room_for_programs", lambda: events.append("room"))
+  monkeypatch.setattr(evaluation, "compile_steps", lambda *args: steps)
+  monkeypatch.setattr(evaluation.Checkpoints, "restore", lambda *args: (state, {}))
+  monkeypatch.setattr(evaluation, "make_room_for_programs", lambda: events.append("room"))
   monkeypatch.setattr(Run, "evaluate", lambda *args: events.append("evaluation") or {"nll": 1.0})
-  run.evaluate_as({"one": CONFIG, "two": CONFIG})
+  evaluation.evaluate_as(run, {"one": CONFIG, "two": CONFIG})
   assert events == ["room", "evaluation"] * 2

@@ -1,0 +1,60 @@
+"""Evaluates finished runs under other configurations, without training."""
+
+import contextlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from moe_jax.cluster import processes
+from moe_jax.config import Config
+from moe_jax.nn.leaks import sees_later_tokens
+from moe_jax.training.checkpoint import Checkpoints
+from moe_jax.training.compiled import check_run, compile_steps
+from moe_jax.training.identity import hold
+from moe_jax.training.load import CHECKPOINTS, check_step
+from moe_jax.training.memory import make_room_for_programs
+from moe_jax.training.result_file import RESULT_FILE, read_result, write_result
+from moe_jax.training.results import evaluation_digest, scalars
+
+if TYPE_CHECKING:
+  from moe_jax.training.loop import Run
+
+
+def evaluate_as(run: "Run", configs: Mapping[str, Config]) -> dict[str, Any]:
+  """Evaluates the finished run under other configurations, and adds that to result.json.
+
+  Args:
+    run: of a folder that has a result.
+    configs: by name. They may differ from the run's in what only evaluation reads: capacity, dispatcher, routing groups,
+      the objective.
+
+  Returns:
+    The result, with `evaluations[name]`: the numbers of `validation`, and whether that model `sees_later_tokens`; and
+    with `evaluation_digests[name]`, which tell configurations apart.
+
+  Raises:
+    InputError: if another process has the folder, or a configuration has other parameters than the run.
+  """
+  path = run.folder / RESULT_FILE
+  with (
+    hold([(run.folder, str(run.folder))]),
+    jax.set_mesh(run.mesh),
+    contextlib.closing(Checkpoints(run.folder / CHECKPOINTS)) as checkpoints,
+  ):
+    result, info = read_result(path), run.dataset.info
+    configs = {name: check_run(config, run.mesh) for name, config in configs.items()}
+    steps = [compile_steps(c, info.vocab_size, len(info.domains), run.mesh) for c in configs.values()]
+    found, digests = {}, {name: evaluation_digest(config) for name, config in configs.items()}
+    for (name, config), of_config in zip(configs.items(), steps, strict=True):
+      make_room_for_programs()
+      # Restored for each: checked against its arrays, and laid out for its program.
+      state, _ = checkpoints.restore(of_config.abstract_state, of_config.state_shardings)
+      check_step(run.folder, result, int(state.step))
+      sees_later = sees_later_tokens(config.model)
+      found[name] = {"sees_later_tokens": sees_later} | scalars(run.evaluate(state, of_config.evaluate))
+    for part, new in (("evaluations", found), ("evaluation_digests", digests)):
+      result[part] = result.get(part, {}) | new
+    if processes.is_first():
+      write_result(path, result)
+  return result
