@@ -56,6 +56,11 @@ def test_published_weights_are_converted():
     assert len(published_notes(["none", "olmoe"], config)) == len(PUBLISHED["olmoe"]) == 2
 
 
+def test_a_model_without_routers_has_arms_without_weights_to_convert():
+  config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, ffn="mlp"))
+  assert set(BALANCING) - set(balancing(config)) == set(PUBLISHED)
+
+
 def test_routers_have_equal_active_width():
   moe = CONFIG.model.moe
   for name, arm in ROUTING.items():

@@ -95,7 +95,7 @@ def _judgement(differences: Sequence[Difference], column: Column) -> Judgement:
     least = smallest_resolvable(differences, column.key)
     seeds = min(len(d.per_seed) for d in tested)
     arms = f"{len(tested)} arm{'s' if len(tested) > 1 else ''} against {tested[0].baseline}"
-    could = "" if least is None else f"; a difference of {two_digits(least)} would have been"
+    could = "" if least is None else f"; a true difference of {two_digits(least)} would be, with 80% power"
     return Judgement(column, (), f"No difference in {quantity} is resolved ({arms}, {seeds} seeds{could}).")
   if any(not d.broken for d in cells):
     why = f"an arm needs at least {MIN_SEEDS_FOR_VERDICT} seeds that the baseline has"
