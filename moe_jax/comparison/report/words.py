@@ -2,7 +2,8 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -161,3 +162,9 @@ def in_sentence(column: Column) -> str:
 def two_digits(x: float) -> str:
   """Returns a positive number with two significant digits, without an exponent."""
   return np.format_float_positional(x, precision=2, fractional=False, trim="-")
+
+
+def of_balancers(arms: Mapping[str, Mapping[str, Any]], otherwise: str) -> str:
+  """Returns a sentence on the balancers of arms that are routers: those of all, and those that an arm brings."""
+  own = [f"{name} has {arm['balancers']}" for name, arm in arms.items() if "balancers" in arm]
+  return f"The balancers are {otherwise}" + (f", except that {', '.join(own)}." if own else ".")
