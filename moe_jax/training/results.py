@@ -72,6 +72,8 @@ def table_columns() -> list[dict[str, Any]]:
 def count_params(model: Transformer) -> tuple[int, int]:
   """(all parameters, those that one token uses: K of E routed experts), embeddings included in both.
 
+  Of a router that decides how many experts a token gets, it is the most that it may choose.
+
   Args:
     model: may be abstract.
   """
@@ -80,7 +82,8 @@ def count_params(model: Transformer) -> tuple[int, int]:
   for _, layer in nnx.iter_modules(model):
     if isinstance(layer, MoE):
       routed = sum(w.size for w in jax.tree.leaves(nnx.state(layer.experts, nnx.Param)))
-      unused += routed - routed * layer.num_experts_per_token // layer.num_experts
+      most = layer.router.most or layer.num_experts_per_token
+      unused += routed - routed * most // layer.num_experts
   return total, total - unused
 
 
