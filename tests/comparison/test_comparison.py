@@ -109,6 +109,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
       {"num_experts_per_token": 9},
       "^--num_experts_per_token=9: must be between 1 and num_experts=8",
     ),
+    (["none"], {"seed": -1}, "^--seed=-1: must be 0 or more"),
     (["none"], {"capacity_factor": 0.0}, "--capacity_factor=0.0: must be above 0"),
     (["none"], {"router": "softmax_top"}, "unknown router 'softmax_top': did you mean softmax_topk"),
     (["none"], {"router": "switch_top1"}, "--num_experts_per_token=2: router switch_top1 takes 1"),
