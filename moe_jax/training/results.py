@@ -15,6 +15,7 @@ from flax import nnx
 from moe_jax import __version__, disk
 from moe_jax.config import Config
 from moe_jax.config.plain import fingerprint, to_plain
+from moe_jax.fingerprint import of_package
 from moe_jax.nn.aux import by_layer
 from moe_jax.nn.moe import MoE
 from moe_jax.nn.transformer import Transformer
@@ -91,6 +92,7 @@ def versions() -> dict[str, str]:
   """Of what a result depends on."""
   return {
     "moe_jax": __version__,
+    "code": of_package(),  # of moe_jax
     "jax": jax.__version__,
     "flax": flax.__version__,
     "numpy": np.__version__,
