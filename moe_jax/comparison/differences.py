@@ -21,6 +21,7 @@ UNRESOLVED = "no difference resolved"
 NOT_JUDGED = "not judged"
 NOT_COMPARABLE = "not comparable: "
 MIN_SEEDS_FOR_VERDICT = 3
+TOO_FEW_SEEDS = f"no verdict: fewer than {MIN_SEEDS_FOR_VERDICT} shared seeds"
 LEVEL = 0.05  # of the errors of a whole table; intervals are of 1 - LEVEL, for one cell each
 POWER = 0.8
 
@@ -33,7 +34,8 @@ class Difference:
   p_value: two-sided, of the paired t test. Like the interval, None with fewer than two seeds, and NaN if a
     seed diverged.
   p_holm: the p-value after Holm's correction over the judged cells of the table; None if this is not one.
-  verdict: e.g. "lower (better)", "no difference resolved", "not comparable: number of steps", "not judged".
+  verdict: e.g. "lower (better)", "no difference resolved", "no verdict: fewer than 3 shared seeds", "not comparable:
+    number of steps", "not judged".
   """
 
   arm: str
@@ -139,12 +141,9 @@ def difference_of(
 
 def judged(differences: Sequence[Difference]) -> list[Difference]:
   """Returns the differences of one table with corrected p-values and verdicts."""
-  family = [
-    i
-    for i, d in enumerate(differences)
-    if d.verdict == UNRESOLVED and len(d.per_seed) >= MIN_SEEDS_FOR_VERDICT
-  ]
-  found = list(differences)
+  too_few = lambda d: d.verdict == UNRESOLVED and len(d.per_seed) < MIN_SEEDS_FOR_VERDICT
+  found = [dataclasses.replace(d, verdict=TOO_FEW_SEEDS) if too_few(d) else d for d in differences]
+  family = [i for i, d in enumerate(found) if d.verdict == UNRESOLVED]
   for i, p in zip(family, holm([differences[i].p_value for i in family]), strict=True):
     d = differences[i]
     verdict = UNRESOLVED

@@ -12,6 +12,7 @@ from flax import nnx
 from moe_jax.config import BlockConfig, ModelConfig, MoEConfig, Segment, spec_text
 from moe_jax.errors import InputError
 from moe_jax.nn.block import Block
+from moe_jax.nn.checks import check_balancer
 from moe_jax.nn.experts import EXPERTS
 from moe_jax.nn.ffn import FFNS, SHARED_EXPERTS
 from moe_jax.nn.mixers import MIXERS
@@ -139,7 +140,13 @@ def abstract_ffn(block: BlockConfig) -> nnx.Module:
   """
   sizes = {"dim": 8, "dense_dim": 8, "activation": "swiglu", "init_scale": 1.0}
   with _naming_of(block.moe):
-    return abstract(lambda: block.ffn(moe=block.moe, rngs=nnx.Rngs(0), **sizes))
+    ffn = abstract(lambda: block.ffn(moe=block.moe, rngs=nnx.Rngs(0), **sizes))
+    for _, layer in nnx.iter_modules(ffn):
+      if isinstance(layer, MoE):
+        for method in block.moe.balancers:
+          if method.source:  # a user's; tests check those of this package
+            check_balancer(method.name, method(), layer.num_scored_experts, layer.num_experts_per_token)
+    return ffn
 
 
 def routed_part(block: BlockConfig) -> MoE | None:

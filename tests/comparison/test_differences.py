@@ -40,7 +40,8 @@ def test_difference_is_paired_by_seed():
     ([1.0, 1.1, 0.9], "higher (worse)"),
     ([-1.0, -1.1, -0.9], "lower (better)"),
     ([1.0, 3.0, 2.0], differences.UNRESOLVED),  # 3.5 standard errors, p = 0.07
-    ([1.0, 1.0], differences.UNRESOLVED),  # two seeds, however equal
+    ([1.0], "no verdict: fewer than 3 shared seeds"),
+    ([1.0, 1.0], "no verdict: fewer than 3 shared seeds"),  # two seeds, however equal
     ([0.0, 0.0, 0.0], differences.UNRESOLVED),
   ],
 )

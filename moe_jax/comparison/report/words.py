@@ -11,6 +11,7 @@ from moe_jax.comparison.differences import (
   LEVEL,
   MIN_SEEDS_FOR_VERDICT,
   POWER,
+  TOO_FEW_SEEDS,
   UNRESOLVED,
   Difference,
   family_of,
@@ -142,7 +143,7 @@ def differences_caption(
     )
     text += f"judged cell{'s' if len(family) > 1 else ''}."
   shown = judgements(differences) if shown is None else shown
-  if any(d.verdict == UNRESOLVED for judgement in shown for d in judgement.differences):
+  if any(d.verdict in (UNRESOLVED, TOO_FEW_SEEDS) for judgement in shown for d in judgement.differences):
     text += " Differences without a verdict are not resolved."
   columns = {d.key: d.column for d in family}
   least = {key: smallest_resolvable(differences, key) for key in columns}

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from moe_jax.errors import InputError
 from moe_jax.ops.balancing.adaptive import adaptive_loss
 from moe_jax.ops.balancing.bias import loss_free_bias, multiplicative_bias
 from moe_jax.ops.balancing.common import Balancer, combine
@@ -69,8 +70,22 @@ def _combined(*methods: tuple[str, Method]) -> Balancer:
   parts: dict[str, Balancer] = {}
   for name, method in methods:
     number = sum(known.split("#")[0] == name for known in parts) + 1
-    parts[name if number == 1 else f"{name}#{number}"] = method()
+    part = _made(name, method)
+    if not isinstance(part, Balancer):
+      raise InputError(
+        f"balancer {name}: its factory returned {type(part).__name__}; it must return a Balancer"
+      )
+    parts[name if number == 1 else f"{name}#{number}"] = part
   return combine(parts)
+
+
+def _made(name: str, method: Method) -> Balancer:
+  """Makes one balancer. The message of an `InputError` about its options begins with its name."""
+  try:
+    return method()
+  except InputError as error:
+    text = str(error)
+    raise error if text.startswith("balancer ") else InputError(f"balancer {name}: {text}") from None
 
 
 def balancer_of(balancer: Spec | Sequence[Spec] | Balancer) -> Balancer:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from moe_jax.errors import require_option
+from moe_jax.errors import InputError
 from moe_jax.ops.balancing.common import Balancer, normalized_scores, token_mean
 from moe_jax.types import Array, BatchRouting, PyTree
 
@@ -54,7 +54,8 @@ def load_balancing(
     load: the sums of these counts over units, [U, ...] -> load_UX, each 1/X at balance.
     importance: routing -> [B, L, X], differentiable; padding may hold any value.
   """
-  require_option("load-balancing loss", "scope", scope, SCOPES)
+  if scope not in SCOPES:  # who makes the balancer adds its name
+    raise InputError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}")
 
   def losses(state, routing, step_stats):
     unit = units(routing, scope)
