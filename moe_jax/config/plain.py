@@ -42,6 +42,18 @@ def to_plain(value: Any, text: Callable[[Any], str] = spec_text) -> Any:
   return value
 
 
+def own_code(config: Any) -> list[str]:
+  """Returns the fingerprints of what a configuration has of a user's code, which may change under one name. Sorted."""
+  plain = zip(_leaves(to_plain(config)), _leaves(to_plain(config, fingerprint)), strict=True)
+  return sorted({code for name, code in plain if name != code})
+
+
+def _leaves(value: Any) -> list[Any]:
+  if isinstance(value, dict):
+    value = list(value.values())
+  return [leaf for part in value for leaf in _leaves(part)] if isinstance(value, list) else [value]
+
+
 def from_fields(cls: type, values: dict[str, Any]) -> Any:
   """Returns `cls(**values)`. Raises `InputError` for fields that this version does not have, and for no fields at all."""
   if not isinstance(values, dict):

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_jax import disk
 from moe_jax.cluster import processes
+from moe_jax.config.plain import own_code
 from moe_jax.errors import InputError
 from moe_jax.fingerprint import of_package
 from moe_jax.training import identity
@@ -29,6 +30,7 @@ def kept_beside(run: "Run") -> dict[str, Any]:
     "data": run.share.state_to_save(run.batches.get_state()),
     "text": run.dataset.info.fingerprint,
     "slots": slots_of_mesh(run.config),
+    "own_code": own_code(run.config),
     "tail": run.tail.to_json(),
     "seconds": run.seconds,
     "timed_steps": run.timed_steps,

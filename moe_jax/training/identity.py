@@ -8,7 +8,7 @@ from typing import Any
 from moe_jax import disk, locks
 from moe_jax.cluster import processes
 from moe_jax.config import Config
-from moe_jax.config.plain import fingerprint, to_plain
+from moe_jax.config.plain import fingerprint, own_code, to_plain
 from moe_jax.data import Dataset
 from moe_jax.errors import InputError
 from moe_jax.training.load import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE
@@ -40,7 +40,8 @@ def write_identity(folder: pathlib.Path, config: Config, dataset: Dataset) -> No
   info = dataset.info
   of_text = {"vocab_size": info.vocab_size, "domains": list(info.domains), "fingerprint": info.fingerprint}
   shared = {"slots": slots} if (slots := slots_of_mesh(config)) else {}
-  disk.write_json(folder / CONFIG_FILE, config.to_dict() | of_text | shared)
+  own = {"own_code": code} if (code := own_code(config)) else {}
+  disk.write_json(folder / CONFIG_FILE, config.to_dict() | of_text | shared | own)
 
 
 def check_same_run(folder: pathlib.Path, config: Config, text: str) -> None:
@@ -71,6 +72,13 @@ def refusal(folder: pathlib.Path, config: Config, text: str) -> str:
   if changed:
     return (
       f"{folder}: holds a run with another configuration ({'; '.join(changed[:3])}); choose another folder"
+    )
+  own = own_code(config)
+  then = known.get("own_code", own)  # a folder of before does not have it
+  if then != own:
+    return (
+      f"{folder}: holds a run with other code of {'; '.join(map(str, then))} (now: {'; '.join(own)}); bring it back, or "
+      "choose another folder"
     )
   slots = slots_of_mesh(config)
   before = known.get("slots", slots)
@@ -110,11 +118,11 @@ def _known_elsewhere(folder: pathlib.Path) -> dict[str, Any]:
       kept = read_beside(path).kept
       if kept and isinstance(kept["extra"].get("config"), dict):
         extra = kept["extra"]
-        of_mesh = {"slots": extra["slots"]} if extra.get("slots") else {}
-        return {**extra["config"], "fingerprint": extra["text"]} | of_mesh
+        more = {name: extra[name] for name in ("slots", "own_code") if extra.get(name)}
+        return {**extra["config"], "fingerprint": extra["text"]} | more
   result = read_result(folder / RESULT_FILE)
   if "config" in result:
-    of_run = {name: result[name] for name in ("fingerprint", "slots") if name in result}
+    of_run = {name: result[name] for name in ("fingerprint", "slots", "own_code") if name in result}
     return of_run | result["config"]
   return {}
 

@@ -14,7 +14,7 @@ from flax import nnx
 
 from moe_jax import __version__, disk
 from moe_jax.config import Config
-from moe_jax.config.plain import fingerprint, to_plain
+from moe_jax.config.plain import fingerprint, own_code, to_plain
 from moe_jax.fingerprint import of_package
 from moe_jax.nn.aux import by_layer
 from moe_jax.nn.moe import MoE
@@ -112,6 +112,7 @@ def result_of(run: "Run", validation: dict[str, Any], num_steps: int) -> dict[st
     "metric_lines": run.metrics.lines if run.metrics else 0,
     "num_steps": num_steps,
     **({"init_from": init_from(run)} if config.train.init_from else {}),
+    **({"own_code": code} if (code := own_code(config)) else {}),
     "num_params": num_params,
     "num_active_params": num_active,
     "dataset": info.name,

@@ -1,12 +1,15 @@
-"""Which meshes a run may continue on: those on which the same tokens are dropped."""
+"""Where a run may continue: on meshes on which the same tokens are dropped, with the same code of a user's methods."""
 
+import re
 import shutil
 
 import pytest
 
 from moe_jax.config import MeshConfig
+from moe_jax.config.plain import own_code
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError
+from moe_jax.ops.balancing import Balancer
 from moe_jax.training.identity import refusal, write_identity
 from moe_jax.training.loop import Run
 from tests import tiny
@@ -41,6 +44,33 @@ def test_a_mesh_on_which_other_groups_share_slots_is_refused(dataset, tmp_path):
         Run(tiny.change(shared, mesh=mesh), dataset, tmp_path).train()
     if lose:
       lose()
+
+
+def test_other_code_under_the_name_of_a_users_method_is_refused(dataset, tmp_path):
+  """From config.json, from a checkpoint and from the result."""
+
+  def mine():
+    return Balancer()
+
+  def other():
+    return Balancer(init=lambda num_experts: num_experts)
+
+  other.__name__ = other.__qualname__ = "mine"
+  of = lambda method: tiny.change(CONFIG, balancers=method)
+  Run(of(mine), dataset, tmp_path).train()
+  refused = lambda method: refusal(
+    tmp_path, Run(of(method), dataset, tmp_path).config, dataset.info.fingerprint
+  )
+  losses = (lambda: (tmp_path / "config.json").unlink(), lambda: shutil.rmtree(tmp_path / "checkpoints"))
+  for lose in (*losses, None):
+    assert refused(mine) == ""
+    assert re.search(
+      r"holds a run with other code of mine \[\w{12}\] \(now: mine \[\w{12}\]\); bring it back",
+      refused(other),
+    )
+    if lose:
+      lose()
+  assert own_code(Run(CONFIG, dataset, tmp_path / "b").config) == []
 
 
 @pytest.mark.parametrize(
