@@ -11,7 +11,8 @@ Minutes    a minute or two a run on two CPU cores: about 20 for the default. Mos
            docs/comparisons.md are from one H200
 Result     see docs/comparisons.md
 
-An arm is a router. Its own balancers follow @; arms without them use --balancers. Routers that look at later tokens
+An arm is a router. Its own balancers follow @. Of the names in moe_jax/comparison/arms.py, some bring their own; all
+other arms use --balancers. The report says which arm has which. Routers that look at later tokens
 leak them to the model. Their perplexity cannot be reached when text is generated, so they get no verdict against the
 others. With --objective=masked_lm the model is bidirectional: every position may see all others, and such routers
 compare fairly with token choice. Writes the same folder as load_balancing.py, and resumes in the same way.
@@ -34,7 +35,8 @@ ROUTERS = {
 _ROUTERS = flags.DEFINE_string(
   "routers",
   "",
-  "all, or arms separated by commas: a name in moe_jax/comparison/arms.py, or ROUTER[@BALANCERS]; empty: "
+  "all, or arms separated by commas: a name in moe_jax/comparison/arms.py, which may bring its own balancers, or "
+  "ROUTER[@BALANCERS]; empty: "
   f"{ROUTERS[True]}, and with --objective=masked_lm {ROUTERS[False]}",
 )
 _BALANCERS = flags.DEFINE_string(
@@ -53,6 +55,7 @@ def main(argv: list[str]) -> None:
   # Imported here so that --help and invalid flags respond immediately.
   from moe_jax.comparison.arms import arms_from_flag, routers, routing_arm
   from moe_jax.comparison.comparison import Comparison
+  from moe_jax.comparison.report.words import of_balancers
   from moe_jax.training.compiled import resolve_config
 
   config = cli.config_from_flags()
@@ -71,7 +74,7 @@ def main(argv: list[str]) -> None:
     title="Routers",
     question="Which router gives the lowest loss at equal active compute?",
     command=shlex.join(["python", *sys.argv]),
-    notes=[WIDTH, LEAKS if causal else MASKED, EVALUATION],
+    notes=[WIDTH, LEAKS if causal else MASKED, EVALUATION, of_balancers(arms, _BALANCERS.value)],
   )
 
 

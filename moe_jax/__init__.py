@@ -13,6 +13,7 @@ The public names below are imported when they are first used, so `import moe_jax
   Config, ModelConfig, MoEConfig, ...                         frozen dataclasses, see `moe_jax.config`
   Run, Comparison, load_dataset      one training run; several arms over several seeds
   generate, stream, Sampling         text that follows a prompt
+  evaluate                           bits per byte and perplexity of a validation split
   preset                             a named configuration
   load, save                         a published checkpoint or a run; a checkpoint that transformers loads
   LayerStream                        a published checkpoint of which one layer is in memory at a time
@@ -62,6 +63,7 @@ _PUBLIC = {
   "Comparison": "moe_jax.comparison.comparison",
   "load_dataset": "moe_jax.data",
   **dict.fromkeys(("generate", "stream", "Sampling"), "moe_jax.inference.generate"),
+  "evaluate": "moe_jax.inference.evaluate",
   "preset": "moe_jax.models",
   "load": "moe_jax.interop.load",
   "save": "moe_jax.interop.save",

@@ -68,7 +68,7 @@ GRAPH = {
   "nn": Part("ops types sharding config errors registry fingerprint", outside={"jax", "flax", "numpy"}),
   # around it
   "data": Part("config disk errors registry"),
-  "training": Part(f"data cluster disk locks {MODEL}"),
+  "training": Part(f"data cluster disk fingerprint locks {MODEL}"),
   "training.step": Part(f"training {MODEL}", never={"orbax", "grain"}),
   "training.metric_writer": Part("config disk errors", never=JAX),
   "training.result_file": Part("disk", never=JAX),
@@ -83,7 +83,7 @@ GRAPH = {
   "inference": Part(f"interop {RUN}"),
   # model in, model out
   "adapt": Part(f"data disk {MODEL}", outside={"jax", "flax", "numpy", "scipy"}),
-  "comparison": Part(RUN),
+  "comparison": Part(f"fingerprint {RUN}"),
   "comparison.arms": Part("config errors registry nn ops"),
   "comparison.report": Part("comparison training.metric_writer disk config errors", never=JAX),
   "comparison.results": Part("training.metric_writer training.result_file disk errors", never=JAX),

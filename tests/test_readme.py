@@ -3,10 +3,13 @@
 import os
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 
 import pytest
+
+from tests.fuzz.commands import Child
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # The same programs on less: two steps instead of sixty.
@@ -36,6 +39,7 @@ assert [(r["arm"], r["seed"]) for r in results] == [(arm, s) for arm in arms for
 assert run.step == 2 and str(run.config.model.moe.router) == "cosine:0.1"
 assert type(run.model.segments[0].pattern.blocks[0].ffn.router) is CosineRouter
 assert all((layer_BLE.sum(-1) == 2).all() for layer_BLE in chosen)
+assert set(scores) == {"all", *moe_jax.load_dataset(run.config.data).info.domains} and scores["all"].num_bytes > 0
 print("every block ran")
 """
 
@@ -60,6 +64,44 @@ def test_every_python_block_of_the_readme_runs(tmp_path):
     check=False,
   )
   assert done.stdout.strip().endswith("every block ran"), done.stderr
+
+
+COMPARISONS = ("load_balancing", "routers", "capacity", "granularity")
+
+
+def commands(markdown: str) -> list[tuple[str, list[str], int]]:
+  """(script, arguments, devices) of the comparisons that need nothing from before."""
+  prefix = (
+    r"(?:XLA_FLAGS=\S+count=(\d) )?(?:bash scripts/(quickstart)\.sh|\.venv/bin/python experiments/(\w+)\.py)"
+  )
+  found = []
+  for line in markdown.splitlines():
+    if match := re.match(prefix, line):
+      devices, quick, name = match.groups()
+      given = shlex.split(line[match.end() :], comments=True)
+      if quick:  # what it runs
+        name, given = "load_balancing", ["--preset=quick", *given]
+      if name in COMPARISONS and not {"--help"} & set(given) and "$" not in line:
+        found.append((f"experiments/{name}.py", given, int(devices or 1)))
+  return found
+
+
+def test_every_comparison_of_the_readme_is_accepted(tmp_path):
+  """Up to the first step, on a text that is made at once."""
+  children = {devices: Child(tmp_path / str(devices), devices) for devices in (1, 8)}
+  every = commands((ROOT / "README.md").read_text())
+  try:
+    for i, (script, given, devices) in enumerate(every):
+      given = [
+        re.sub("^--plugins=", f"--plugins={ROOT}/", a) for a in given if not a.startswith("--output_dir=")
+      ]
+      text = [] if any(a.startswith("--dataset=") for a in given) else ["--dataset=markov"]
+      ended = children[devices].ask(script, [*given, *text, f"--output_dir={tmp_path}/run_{i}"])
+      assert ended["status"] == 0, (script, given, ended["err"])
+  finally:
+    for child in children.values():
+      child.close()
+  assert len(every) > 12 and any(devices == 8 for _, _, devices in every)
 
 
 def test_the_router_of_the_readme_is_the_example():

@@ -99,11 +99,11 @@ def _is_part(rows: list[int], batch_size: int) -> bool:
 def merge_states(states: Mapping[int, Any]) -> Any:
   """One state of the data from those of all parts. Lists, which have an entry per row, follow each other."""
   parts = [states[i] for i in sorted(states)]
-  if all(part == parts[0] for part in parts):
-    return parts[0]
-  if all(isinstance(part, list) for part in parts):
+  if all(isinstance(part, list) for part in parts):  # also where they are equal: each is of other rows
     return [row for part in parts for row in part]
-  return {name: merge_states({i: part[name] for i, part in enumerate(parts)}) for name in parts[0]}
+  if all(isinstance(part, dict) for part in parts):
+    return {name: merge_states({i: part[name] for i, part in enumerate(parts)}) for name in parts[0]}
+  return parts[0]
 
 
 def _map_rows(state: Any, function: Callable[[list], list]) -> Any:

@@ -180,9 +180,11 @@ BALANCING: dict[str, Arm] = {
 def balancing(config: Config) -> dict[str, Arm]:
   """Returns the arms of `experiments/load_balancing.py` that have names, `--methods=all`."""
   moe, layers = config.model.moe, num_routed_layers(resolve(config.model))
-  published = {
-    name: {"balancers": ",".join(p.spec(moe, layers) for p in losses)} for name, losses in PUBLISHED.items()
-  }
+  published = {}
+  if layers:  # a model without routers has no loss whose weight could be converted
+    published = {
+      name: {"balancers": ",".join(p.spec(moe, layers) for p in losses)} for name, losses in PUBLISHED.items()
+    }
   return BALANCING | published | {"hash_topk": routing_arm("hash_topk@none")} | dense_models(moe)
 
 

@@ -54,7 +54,7 @@ class Comparison:
       evaluation differs from the arm. Results have them under `evaluations`. Not with a sweep, which renames arms.
 
   Raises:
-    InputError: if a field is wrong, or if the folder has results of another configuration or of other code.
+    InputError: if a field is wrong, or if the folder has results of another configuration or of a method with other code.
       It is raised before any training.
   """
 
@@ -145,6 +145,7 @@ class Comparison:
     with processes.first_writes("check") as mine:
       if mine:
         self.folder.check_text(dataset.info.fingerprint)
+        self.folder.note_other_code()
     if self.sweep:
       self._select(dataset)
     runs = self._runs()

@@ -11,9 +11,11 @@ from typing import Any
 
 from moe_jax import disk, locks
 from moe_jax.comparison.arms import Arm, value_of
+from moe_jax.comparison.results import lookup
 from moe_jax.config import Config
 from moe_jax.config.plain import fingerprint, to_plain
 from moe_jax.errors import InputError
+from moe_jax.fingerprint import of_package
 from moe_jax.registry import Method
 from moe_jax.training import identity
 from moe_jax.training.metric_writer import read_lines
@@ -121,6 +123,20 @@ class ComparisonFolder:
           f"--output_dir={self.path}: holds results on other text (fingerprint {other[:12]}, now "
           f"{fingerprint[:12]}: another Python version or changed files); choose another folder"
         )
+
+  def note_other_code(self) -> None:
+    """Says in one line that finished runs were trained by other code of this package, if they were."""
+    here, others = of_package(), {}
+    for path in sorted(self.path.glob(f"arms/*/seed_*/{RESULT_FILE}")):
+      code = lookup(read_result(path), "versions", "code")
+      if code not in (None, here):  # None: of a version that did not store it
+        others[path.parent] = code
+    if others:
+      first, code = next(iter(others.items()))
+      disk.note(
+        f"{self.path}: was trained by other code of moe_jax, number of runs: {len(others)}, such as {first} (digest {code}, "
+        f"now {here}); they are kept, and the report names both. For one code throughout, choose another folder"
+      )
 
   def merge_metrics(self, runs: Iterable[tuple[str, int]]) -> None:
     """Writes the metrics of the (arm, seed) runs to one file. Each line starts with its arm and seed.

@@ -99,9 +99,9 @@ def _runs(sources: Sequence[ComparisonFolder]) -> dict[tuple[str, int], pathlib.
         disk.note(f"{path}: is damaged and left out")
         continue
       key = result["arm"], result["seed"]
-      if found:  # one that diverged has no versions
-        known = [other for other in found.values() if _version(other[1])] or list(found.values())
-        _check_same_code(source.path, result, known[0][0].parents[2], known[0][1])
+      if found:  # one that diverged has no versions, and one of before no digest of the code
+        first, other = max(found.values(), key=lambda known: len(lookup(known[1], "versions") or {}))
+        _check_same_code(source.path, result, first.parents[2], other)
       if key in found and lookup(found[key][1], "validation") != lookup(result, "validation"):
         raise InputError(
           f"{path.parent}: has another result than {found[key][0]}, of the same run; remove one of them"
@@ -115,10 +115,6 @@ def _num_evaluations(result: Result) -> int:
   return len(result.get("evaluations", {}))
 
 
-def _version(result: Result) -> str | None:
-  return lookup(result, "versions", "moe_jax")
-
-
 def _check_same_code(own: pathlib.Path, result: Result, first: pathlib.Path, other: Result) -> None:
   texts = [str(r.get("fingerprint"))[:12] for r in (result, other)]
   if result.get("fingerprint") != other.get("fingerprint"):
@@ -126,11 +122,12 @@ def _check_same_code(own: pathlib.Path, result: Result, first: pathlib.Path, oth
       f"{own}: has results on other text than {first} (fingerprint {texts[0]} and {texts[1]}); use the same "
       f"files and the same Python version on all machines"
     )
-  versions = [_version(result), _version(other)]
-  if None not in versions and versions[0] != versions[1]:
-    raise InputError(
-      f"{own}: has results of moe_jax {versions[0]}, and {first} of {versions[1]}; train both with one version"
-    )
+  for name, what in (("moe_jax", "moe_jax"), ("code", "code of moe_jax with digest")):
+    versions = [lookup(r, "versions", name) for r in (result, other)]
+    if None not in versions and versions[0] != versions[1]:
+      raise InputError(
+        f"{own}: has results of {what} {versions[0]}, and {first} of {versions[1]}; train both with one version"
+      )
 
 
 def _copy(

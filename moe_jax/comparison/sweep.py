@@ -168,8 +168,16 @@ class Sweep:
     if diverged:
       return f"diverged with seed {', '.join(diverged)}"
     values = candidate.values
-    ends = [f for f, texts in self.grid if is_best and values.get(f) in (texts[0], texts[-1])]
+    ends = [f for f, texts in self.grid if is_best and values.get(f) in _ends_of(texts)]
     return f"at the end of what was tried of {', '.join(ends)}" if ends else ""
+
+
+def _ends_of(texts: Sequence[str]) -> set[str]:
+  """Returns the smallest and the largest value; none if they are not numbers, which have an order."""
+  try:
+    return {min(texts, key=float), max(texts, key=float)}
+  except ValueError:
+    return set()
 
 
 class _Place(NamedTuple):

@@ -143,7 +143,7 @@ class TrainConfig:
   def check(self) -> None:
     representable(self)
     positive(self, "num_steps", "accumulation", "log_every")
-    for name in ("eval_every", "eval_batches", "checkpoint_every", "record_router_logits"):
+    for name in ("seed", "eval_every", "eval_batches", "checkpoint_every", "record_router_logits"):
       require(getattr(self, name) >= 0, name, getattr(self, name), "must be 0 or more")
     one_of(self, "router_logits_dtype", "float16", "float32")
     for name in ("checkpoint_minutes", "max_minutes"):

@@ -88,6 +88,20 @@ def _bytes_tokenizer() -> Tokenizer:
   return tokenizer._replace(token_bytes=(np.arange(tokenizer.vocab_size) < 256).astype(np.int64))
 
 
+def bytes_file() -> bytes:
+  """Returns a tokenizer.json whose ids are the bytes of utf-8, for those who have no `--tokenizer=bytes`."""
+  import tokenizers
+
+  # GPT-2's characters for bytes: those that can be printed stand for themselves, the others for 256 and up.
+  printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+  others = [byte for byte in range(256) if byte not in printed]
+  vocab = {chr(b): b for b in printed} | {chr(256 + i): b for i, b in enumerate(others)}
+  model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+  model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  model.decoder = tokenizers.decoders.ByteLevel()
+  return model.to_str(pretty=True).encode()
+
+
 def _sentencepiece_tokenizer(path: Path, ids: ModelIds | None) -> Tokenizer:
   try:
     import sentencepiece

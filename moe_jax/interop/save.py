@@ -14,6 +14,7 @@ from flax import nnx
 from moe_jax import disk
 from moe_jax.cluster.processes import first_writes, from_first
 from moe_jax.config import ModelConfig
+from moe_jax.data.tokenizers import bytes_file
 from moe_jax.errors import InputError, require_option
 from moe_jax.interop.describe import balancers_line, describe
 from moe_jax.interop.families import Family
@@ -168,9 +169,14 @@ def _write(folder: pathlib.Path, tensors: Mapping[str, Pending], shard_bytes: in
 
 
 def _copy_files(loaded: Loaded | None, folder: pathlib.Path) -> None:
-  """Copies the files around the weights of a checkpoint, or the tokenizer that was trained for a run."""
+  """Copies the files around the weights of a checkpoint, or the tokenizer that was trained for a run.
+
+  A run on bytes has no file of a tokenizer, and gets one.
+  """
   if loaded is None:
     return
+  if loaded.tokenizer and loaded.tokenizer.fingerprint == "bytes":
+    disk.write_whole(folder / "tokenizer.json", bytes_file())
   for file in (file for pattern in _FILES for file in sorted(loaded.folder.glob(pattern))):
     if file.is_file() and not (folder / file.name).exists():
       disk.write_whole(folder / file.name, file.read_bytes())

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from moe_jax import disk
 from moe_jax.cluster import processes
 from moe_jax.errors import InputError
+from moe_jax.fingerprint import of_package
 from moe_jax.training import identity
 from moe_jax.training.compiled import objective_of
 from moe_jax.training.digests import tree_digest
@@ -35,6 +36,7 @@ def kept_beside(run: "Run") -> dict[str, Any]:
     "lines": run.metrics.lines if run.metrics else 0,
     "evaluated": run.evaluated,
     "teacher": objective_of(run.config).digest,
+    "code": of_package(),
   }
 
 
@@ -71,7 +73,9 @@ def start(run: "Run") -> TrainState:
   run.evaluated = extra["evaluated"]
   run.seconds, run.timed_steps = extra["seconds"], extra["timed_steps"]
   if run.progress:
-    run.progress.note(f"{run.show}: continues from step {step}")
+    here, code = of_package(), extra.get("code")
+    other = "" if code in (None, here) else f", which other code of moe_jax saved (digest {code}, now {here})"
+    run.progress.note(f"{run.show}: continues from step {step}{other}")
   return state
 
 

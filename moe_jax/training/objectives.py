@@ -159,15 +159,19 @@ class Response(NextToken):
   """Next-token prediction of the responses only, for data with `is_target_BL`: `moe_jax.data.prompts`."""
 
   def num_targets(self, batch: Batch) -> Array:
-    return batch["is_target_BL"].sum()
+    return self._is_target(batch).sum()
 
-  def _terms(self, model: nnx.Module, batch: Batch, context: Context, token_losses: Any) -> Terms:
+  def _is_target(self, batch: Batch) -> Array:
     if "is_target_BL" not in batch:
       raise InputError(
         "objective response: the data has no responses; train on prompts, or choose next_token"
       )
+    return batch["is_target_BL"]
+
+  def _terms(self, model: nnx.Module, batch: Batch, context: Context, token_losses: Any) -> Terms:
+    is_target_BL = self._is_target(batch)
     logits_BLV, aux = model(batch["tokens_BL"], context)
-    return Terms(jnp.sum(token_losses(logits_BLV, batch["targets_BL"]) * batch["is_target_BL"]), aux)
+    return Terms(jnp.sum(token_losses(logits_BLV, batch["targets_BL"]) * is_target_BL), aux)
 
 
 @dataclasses.dataclass(frozen=True)

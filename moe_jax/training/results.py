@@ -15,6 +15,7 @@ from flax import nnx
 from moe_jax import __version__, disk
 from moe_jax.config import Config
 from moe_jax.config.plain import fingerprint, to_plain
+from moe_jax.fingerprint import of_package
 from moe_jax.nn.aux import by_layer
 from moe_jax.nn.moe import MoE
 from moe_jax.nn.transformer import Transformer
@@ -72,6 +73,8 @@ def table_columns() -> list[dict[str, Any]]:
 def count_params(model: Transformer) -> tuple[int, int]:
   """(all parameters, those that one token uses: K of E routed experts), embeddings included in both.
 
+  Of a router that decides how many experts a token gets, it is the most that it may choose.
+
   Args:
     model: may be abstract.
   """
@@ -80,7 +83,8 @@ def count_params(model: Transformer) -> tuple[int, int]:
   for _, layer in nnx.iter_modules(model):
     if isinstance(layer, MoE):
       routed = sum(w.size for w in jax.tree.leaves(nnx.state(layer.experts, nnx.Param)))
-      unused += routed - routed * layer.num_experts_per_token // layer.num_experts
+      most = layer.router.most or layer.num_experts_per_token
+      unused += routed - routed * most // layer.num_experts
   return total, total - unused
 
 
@@ -88,6 +92,7 @@ def versions() -> dict[str, str]:
   """Of what a result depends on."""
   return {
     "moe_jax": __version__,
+    "code": of_package(),  # of moe_jax
     "jax": jax.__version__,
     "flax": flax.__version__,
     "numpy": np.__version__,

@@ -233,16 +233,17 @@ def test_scattered_rows_are_picked_from_the_whole_batch(monkeypatch):
     np.testing.assert_array_equal(batch[share.rows], expected)
 
 
-def test_the_position_in_the_data_goes_from_one_number_of_processes_to_another():
+@pytest.mark.parametrize("used", [([0, 2], [1, 0]), ([3, 3], [3, 3])], ids=["different", "equal"])
+def test_the_position_in_the_data_goes_from_one_number_of_processes_to_another(used):
   parts = {
-    1: {"step": 3, "rows": {"group": [7, 8], "used": [1, 0]}},
-    0: {"step": 3, "rows": {"group": [5, 6], "used": [0, 2]}},
+    1: {"step": 3, "rows": {"group": [7, 8], "used": used[1]}},
+    0: {"step": 3, "rows": {"group": [5, 6], "used": used[0]}},
   }
   whole = processes.merge_states(parts)
-  assert whole == {"step": 3, "rows": {"group": [5, 6, 7, 8], "used": [0, 2, 1, 0]}}
+  assert whole == {"step": 3, "rows": {"group": [5, 6, 7, 8], "used": used[0] + used[1]}}
   for index, part in parts.items():
     assert processes.BatchShare(index, 2).state_to_load(whole) == part
-  assert processes.BatchShare(3, 4).state_to_load(whole)["rows"] == {"group": [8], "used": [0]}
+  assert processes.BatchShare(3, 4).state_to_load(whole)["rows"] == {"group": [8], "used": used[1][1:]}
   assert processes.BatchShare(0, 1).state_to_load(whole) == whole
 
 

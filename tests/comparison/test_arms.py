@@ -16,6 +16,7 @@ from moe_jax.comparison.arms import (
   routing_arm,
   with_arm,
 )
+from moe_jax.comparison.report import words
 from moe_jax.config import Config, MeshConfig
 from moe_jax.errors import InputError
 from moe_jax.nn.routers import ROUTERS
@@ -54,6 +55,22 @@ def test_published_weights_are_converted():
     name, weight = balancing(config)["mixtral"]["balancers"].split(":")
     assert name == "switch_loss" and float(weight) == pytest.approx(0.02 * 2 / layers, rel=1e-5)
     assert len(published_notes(["none", "olmoe"], config)) == len(PUBLISHED["olmoe"]) == 2
+
+
+def test_the_report_says_which_balancers_an_arm_brings():
+  arms = {name: ROUTING[name] for name in ("softmax_topk", "sigmoid_topk")} | {
+    "a@none": routing_arm("a@none")
+  }
+  said = words.of_balancers(arms, "switch_loss:0.01")
+  assert said == (
+    "The balancers are switch_loss:0.01, except that sigmoid_topk has loss_free_bias:0.001, a@none has none."
+  )
+  assert words.of_balancers({"a": {}}, "z_loss") == "The balancers are z_loss."
+
+
+def test_a_model_without_routers_has_arms_without_weights_to_convert():
+  config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, ffn="mlp"))
+  assert set(BALANCING) - set(balancing(config)) == set(PUBLISHED)
 
 
 def test_routers_have_equal_active_width():

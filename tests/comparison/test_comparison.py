@@ -1,9 +1,12 @@
 """Comparisons: paired arms, one output folder, resumed work, and one-line errors for invalid input."""
 
 import json
+import re
 
 import pytest
 
+from moe_jax import fingerprint
+from moe_jax.comparison import folder as comparison_folder
 from moe_jax.comparison.arms import balancing_arm
 from moe_jax.comparison.comparison import Comparison
 from moe_jax.comparison.folder import ComparisonFolder
@@ -64,6 +67,29 @@ def test_finished_runs_are_kept_and_arms_can_be_added(finished, monkeypatch):
   assert list(json.loads((folder / "config.json").read_text())["arms"]) == NAMES
 
 
+def test_runs_that_other_code_trained_are_kept_with_a_word(finished, monkeypatch, capsys):
+  folder, results = finished
+  assert {r["versions"]["code"] for r in results} == {fingerprint.of_package()}
+  ComparisonFolder(folder).note_other_code()
+  assert capsys.readouterr().err == ""
+  monkeypatch.setattr(comparison_folder, "of_package", lambda: "0" * 12)
+  ComparisonFolder(folder).note_other_code()
+  (line,) = capsys.readouterr().err.splitlines()
+  assert re.search(
+    rf"was trained by other code .* runs: \d+, such as .*digest {fingerprint.of_package()}, now 0{{12}}", line
+  )
+
+
+def test_the_digest_of_the_package_changes_with_its_files(tmp_path, monkeypatch):
+  monkeypatch.setattr(fingerprint, "__file__", str(tmp_path / "fingerprint.py"))
+  digests = set()
+  for name, text in (("a.py", "1"), ("a.py", "2"), ("b/a.py", "2"), ("c.txt", "2")):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(text)
+    digests.add(fingerprint.of_package.__wrapped__())
+  assert len(digests) == 3  # a file of another kind is not code
+
+
 def test_another_configuration_text_or_meaning_of_an_arm_is_refused(finished):
   folder, _ = finished
   with pytest.raises(InputError, match=r"holds a run with another configuration \(num_steps was 3, now 4\)"):
@@ -109,6 +135,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
       {"num_experts_per_token": 9},
       "^--num_experts_per_token=9: must be between 1 and num_experts=8",
     ),
+    (["none"], {"seed": -1}, "^--seed=-1: must be 0 or more"),
     (["none"], {"capacity_factor": 0.0}, "--capacity_factor=0.0: must be above 0"),
     (["none"], {"router": "softmax_top"}, "unknown router 'softmax_top': did you mean softmax_topk"),
     (["none"], {"router": "switch_top1"}, "--num_experts_per_token=2: router switch_top1 takes 1"),

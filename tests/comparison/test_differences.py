@@ -215,7 +215,8 @@ def test_one_sentence_where_nothing_is_resolved():
     differences.smallest_resolvable(table_of(("b", 8.01, {}), ("c", 7.99, {})), "perplexity")
   )
   assert judgement.differences == () and judgement.sentence == (
-    f"No difference in perplexity is resolved (2 arms against none, 5 seeds; a difference of {least} would have been)."
+    f"No difference in perplexity is resolved (2 arms against none, 5 seeds; a true difference of "
+    f"{least} would be, with 80% power)."
   )
   (judgement,) = words.judgements(table_of(("b", 9.0, {}), ("c", 7.99, {})))
   assert judgement.sentence == "" and [d.arm for d in judgement.differences] == ["b", "c"]

@@ -97,3 +97,16 @@ def test_versions_are_compared_where_the_first_run_diverged(tmp_path):
   folders = [write(tmp_path / name, of) for name, of in (("one", [diverged, first]), ("two", [second]))]
   with pytest.raises(InputError, match=r"two: has results of moe_jax 2.0, and .*one of 1.0; train both"):
     join(folders, tmp_path / "joined", QUIET)
+
+
+def test_code_is_compared_where_it_is_known(tmp_path):
+  of_code = lambda arm, code: make_result(arm, 1) | {"versions": {"moe_jax": "1.0"} | code}
+  codes = {"one": {"code": "a" * 12}, "two": {"code": "b" * 12}, "before": {}}
+  folders = {name: write(tmp_path / name, [of_code(name, code)]) for name, code in codes.items()}
+  line = (
+    r"two: has results of code of moe_jax with digest b{12}, and .*one of a{12}; train both with one version"
+  )
+  with pytest.raises(InputError, match=line):
+    join([folders["one"], folders["two"]], tmp_path / "joined", QUIET)
+  join([folders["one"], folders["before"]], tmp_path / "joined", QUIET)
+  assert len(load_results(tmp_path / "joined")) == 2

@@ -182,11 +182,13 @@ def test_a_picture_of_several_tables_has_every_arm_once_and_explains_itself(tmp_
       pareto.plot_tables(tmp_path / "pareto.png", {"one": stored(one), "two": stored(found)})
 
 
-@pytest.mark.parametrize("in_bytes", [True, False])
-def test_axes_are_in_bits_per_byte_where_bytes_are_known(tmp_path, in_bytes, saved):
-  results = [make_result(arm, 0, nll=2.0) for arm in "ab"]
-  if in_bytes:
-    results = [make_result(arm, 0, bits_per_byte=2.0) | {"bytes_per_token": 2.0} for arm in "ab"]
+@pytest.mark.parametrize(
+  ("known", "in_bytes"), [("bits_per_byte", True), ("bytes_per_token", False), ("", False)]
+)
+def test_axes_are_in_bits_per_byte_where_the_loss_is_one_of_bytes(tmp_path, known, in_bytes, saved):
+  """A loss of masked tokens is not, though the bytes of a token are known."""
+  numbers = {"bits_per_byte": 2.0} if in_bytes else {"nll": 2.0}
+  results = [make_result(arm, 0, **numbers) | ({"bytes_per_token": 2.0} if known else {}) for arm in "ab"]
   metrics = {(arm, 0): [{"step": s, "loss": 3.0} for s in (1, 2)] for arm in "ab"}
   plots.write_plots(tmp_path, results, report.summarise(results), [], metrics)
   assert ("bits per byte" in saved["loss"].get_ylabel()) == in_bytes

@@ -245,6 +245,12 @@ def test_the_best_mean_is_chosen_and_a_diverged_run_never():
   assert chosen([(2, 2), (2, 2), (1, "Infinity")]) == (0, [
     "at the end of what was tried of learning_rate", "", "diverged with seed 101"])  # fmt: skip
   assert chosen([(2, 2), (1, 1), (3, 3)], goal="max_vio")[0] == 2
+  # The ends are those of the values, in whatever order they are given.
+  for texts, best, at_the_end in (("2,3,1", "2", False), ("1,3,2", "3", True)):
+    unordered = Sweep.parse([f"learning_rate:{texts}"], ["100"])
+    candidates = unordered.candidates({"a": config})
+    results = [result(c.name, 1 + (c.values["learning_rate"] != best), 100) for c in candidates["a"]]
+    assert any(line["note"] for line in unordered.choose(candidates, results)[1]) == at_the_end
   with pytest.raises(InputError, match="arm a diverged with every value that was tried"):
     chosen([("Infinity", 1)] * 3)
 

@@ -48,9 +48,13 @@ def test_the_loss_is_the_sum_over_responses():
         count += 1
   np.testing.assert_allclose(terms.loss, expected, rtol=1e-5)
   assert Response().num_targets(batch) == count
-  with pytest.raises(InputError, match="objective response: the data has no responses"):
-    without = {name: x for name, x in batch.items() if name != "is_target_BL"}
-    Response()(lambda tokens, context: (jnp.asarray(logits), ()), without, Context())
+  without = {name: x for name, x in batch.items() if name != "is_target_BL"}
+  for use in (
+    lambda: Response()(lambda tokens, context: (jnp.asarray(logits), ()), without, Context()),
+    lambda: Response().num_targets(without),  # what a step calls first
+  ):
+    with pytest.raises(InputError, match="objective response: the data has no responses"):
+      use()
 
 
 @pytest.mark.parametrize(

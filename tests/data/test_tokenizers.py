@@ -7,6 +7,7 @@ import pytest
 import tokenizers
 
 from moe_jax.data import load_dataset, load_tokenizer
+from moe_jax.data.tokenizers import bytes_file
 from moe_jax.errors import InputError
 from tests.data.helpers import config, window_texts, write_files
 
@@ -19,6 +20,13 @@ def test_bytes():
   assert tokens.tolist() == list("aé€\n".encode()) and tokens.dtype == np.int32
   assert tokenizer.decode(np.array([tokenizer.bos_id, *tokens, tokenizer.pad_id])) == "aé€\n"
   assert (tokenizer.bos_id, tokenizer.pad_id, tokenizer.vocab_size) == (256, 257, 264)
+
+
+def test_the_file_of_bytes_has_every_byte():
+  model = tokenizers.Tokenizer.from_buffer(bytes_file())
+  assert set(model.get_vocab()) == set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  for text in ("".join(map(chr, range(0x800))), "\U0001f600 \u4e2d"):
+    assert model.encode(text).ids == list(text.encode())
 
 
 @pytest.fixture(scope="module")

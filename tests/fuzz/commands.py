@@ -47,7 +47,8 @@ LIMIT = 120.0  # seconds that an answer may take
 class Child:
   """Runs command lines in a folder of its own."""
 
-  def __init__(self, folder: pathlib.Path):
+  def __init__(self, folder: pathlib.Path, devices: int = 1):
+    self.devices = devices
     self.folder = folder / "a" / "b" / "c"  # of which ../.. is still the test's
     self.folder.mkdir(parents=True)
     self.process = None
@@ -55,7 +56,8 @@ class Child:
 
   def ask(self, script: str, arguments: list[str] | None) -> dict:
     if self.process is None:
-      environment = os.environ | {"PYTHONPATH": str(ROOT), "HOME": str(self.folder), "XLA_FLAGS": ""}
+      xla = f"--xla_force_host_platform_device_count={self.devices}"
+      environment = os.environ | {"PYTHONPATH": str(ROOT), "HOME": str(self.folder), "XLA_FLAGS": xla}
       self.process = subprocess.Popen(
         [sys.executable, str(ROOT / "tests/fuzz/child.py")],
         stdin=subprocess.PIPE,

@@ -229,4 +229,9 @@ def test_the_model_of_a_run_becomes_a_checkpoint(tmp_path):
   moe_jax.save(Loaded(model, config, tokenizer, 3, tmp_path), tmp_path / "hf")
   values = read_config(tmp_path / "hf/config.json")
   assert (values["model_type"], values["bos_token_id"], values["pad_token_id"]) == ("mixtral", 256, 257)
-  assert_same_model(moe_jax.load(tmp_path / "hf").model, model)
+  loaded = moe_jax.load(tmp_path / "hf")
+  assert_same_model(loaded.model, model)
+  text = "aé€\n\t\0 def f(x):  return  x\r\x7f\xad"  # ids of bytes are a file, too
+  tokens = loaded.tokenizer.encode(text)
+  assert tokens.tolist() == list(text.encode()) and loaded.tokenizer.decode(tokens) == text
+  assert (loaded.tokenizer.bos_id, loaded.tokenizer.pad_id) == (256, 257)

@@ -156,7 +156,7 @@ def test_positions_are_written(tmp_path):
   """Of a checkpoint, as they were; of YaRN, its factor times the length before; of a run, the length of its texts."""
   run = dataclasses.replace(moe_jax.Config(), model=MIXTRAL)
   (tmp_path / "config.json").write_text(json.dumps(run.to_dict() | {"vocab_size": 48, "domains": []}))
-  tokenizer = moe_jax.data.tokenizers.load_tokenizer("bytes")._replace(bos_id=1, pad_id=0)
+  tokenizer = moe_jax.data.tokenizers.load_tokenizer("bytes")._replace(bos_id=1, pad_id=0, fingerprint="own")
   yarn = FAMILIES["deepseek_v3"].read(Values("config.json", CASES["deepseek_v3"][0]))
   cases = {
     "plain": (random_model(MIXTRAL), 0),

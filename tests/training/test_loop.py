@@ -15,7 +15,7 @@ from moe_jax.config import MeshConfig
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError
 from moe_jax.sharding import make_mesh
-from moe_jax.training import loop
+from moe_jax.training import continuing, loop
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import check_run, compile_steps
 from moe_jax.training.loop import Run
@@ -254,10 +254,12 @@ def test_a_run_stopped_within_a_save_continues_at_once(finished_run, dataset, tm
     with pytest.raises(KeyboardInterrupt):
       Run(tiny.change(CONFIG, checkpoint_every=2), dataset, tmp_path).train()
   assert closed == [tmp_path / "checkpoints"]
-  progress = tiny.StopsAt(0)
+  progress, saved_by = tiny.StopsAt(0), continuing.of_package()
+  monkeypatch.setattr(continuing, "of_package", lambda: "0" * 12)
   continued = KeepsState(CONFIG, dataset, tmp_path, progress, show="mine")
   continued.train()
-  assert progress.notes == ["mine: continues from step 4"]
+  other = f", which other code of moe_jax saved (digest {saved_by}, now {'0' * 12})"
+  assert progress.notes == [f"mine: continues from step 4{other}"]
   assert [line["step"] for line in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
   jax.tree.map(np.testing.assert_array_equal, continued.state, run.state)
 

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from moe_jax.training.results import TailMeans
+from moe_jax.training.compiled import abstract_model, resolve_config
+from moe_jax.training.results import TailMeans, count_params
 from tests import tiny
 
 
@@ -51,3 +52,15 @@ def test_other_schedules_keep_sums_only(rng):
   again = tail_of(10, 1.0, "cosine")
   again.from_json(json.loads(json.dumps(tail.to_json())))
   assert again.means() == tail.means()
+
+
+@pytest.mark.parametrize(("router", "fields", "used"), [
+  ("softmax_topk", {}, 2), ("remoe", {"balancers": "remoe_loss"}, 8), ("top_p", {"num_experts_per_token": 4}, 4),
+])  # fmt: skip
+def test_active_parameters_are_those_of_the_most_experts_that_a_token_may_get(router, fields, used):
+  fields = {"router": router, "num_experts": 8, "dispatcher": "dropless", **fields}
+  config = resolve_config(tiny.change(tiny.CONFIG, **fields))
+  total, active = count_params(abstract_model(config, 16))
+  moe = config.model.moe
+  of_an_expert = 3 * config.model.model_dim * moe.expert_dim  # gate, up, down
+  assert total - active == config.model.num_layers * (8 - used) * of_an_expert

@@ -142,12 +142,13 @@ def _plot_max_vio(directory: pathlib.Path, rows: Sequence[Row], metrics: Metrics
   return canvas.save(figure, directory / "max_vio.png", text + _seeds_words(rows))
 
 
-def _bits_per_byte(results: Sequence[Result], arms: Sequence[str]) -> list[float] | None:
-  """What a loss in nats per token of each arm is multiplied with; None if bytes are not known for all."""
+def _bits_per_byte(results: Sequence[Result], summary: Summary) -> list[float] | None:
+  """What a loss in nats per token of each arm is multiplied with; None if it is not one of bytes in all arms."""
   sizes = {str(r["arm"]): r.get("bytes_per_token") for r in results}
-  if any(not sizes[arm] for arm in arms):
-    return None
-  return [1 / (math.log(2) * sizes[arm]) for arm in arms]
+  known = all(
+    row.cells.get("bits_per_byte") and sizes[row.arm] for row in summary.rows
+  )  # not of masked tokens
+  return [1 / (math.log(2) * sizes[row.arm]) for row in summary.rows] if known else None
 
 
 def _plot_loss(
@@ -157,7 +158,7 @@ def _plot_loss(
   curves = _curves(metrics, arms, "loss")
   if not curves:
     return None
-  factors = _bits_per_byte(results, arms)
+  factors = _bits_per_byte(results, summary)
   if factors:
     curves = {i: (steps, values * factors[i]) for i, (steps, values) in curves.items()}
   figure = canvas.figure(8.6, max(3.2, 0.15 * len(arms)))

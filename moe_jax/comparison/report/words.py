@@ -2,7 +2,8 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -101,7 +102,7 @@ def _judgement(differences: Sequence[Difference], column: Column) -> Judgement:
     least = smallest_resolvable(differences, column.key)
     seeds = min(len(d.per_seed) for d in tested)
     arms = f"{len(tested)} arm{'s' if len(tested) > 1 else ''} against {tested[0].baseline}"
-    could = "" if least is None else f"; a difference of {two_digits(least)} would have been"
+    could = "" if least is None else f"; a true difference of {two_digits(least)} would be, with 80% power"
     return Judgement(column, (), f"No difference in {quantity} is resolved ({arms}, {seeds} seeds{could}).")
   if any(not d.broken for d in cells):
     why = f"an arm needs at least {MIN_SEEDS_FOR_VERDICT} seeds that the baseline has"
@@ -167,3 +168,9 @@ def in_sentence(column: Column) -> str:
 def two_digits(x: float) -> str:
   """Returns a positive number with two significant digits, without an exponent."""
   return np.format_float_positional(x, precision=2, fractional=False, trim="-")
+
+
+def of_balancers(arms: Mapping[str, Mapping[str, Any]], otherwise: str) -> str:
+  """Returns a sentence on the balancers of arms that are routers: those of all, and those that an arm brings."""
+  own = [f"{name} has {arm['balancers']}" for name, arm in arms.items() if "balancers" in arm]
+  return f"The balancers are {otherwise}" + (f", except that {', '.join(own)}." if own else ".")

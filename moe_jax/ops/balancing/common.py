@@ -21,6 +21,7 @@ class Balancer(NamedTuple):
   bias: state -> bias_E that changes the choice of experts (or an `ExpertScale`), or None.
   losses: (state, routing, step_stats) -> name -> scalar, including the weight. Each is a mean over the valid
     tokens of `routing`, so the train step can weight micro-batches by their number of tokens.
+    `routing` is a `moe_jax.types.BatchRouting`, with `logits_BLE`, `scores_BLE`, `selected_BLE`, `weights_BLE` and `mask_BL`.
   observe: (state, routing) -> stats that can be added over micro-batches and devices. Has no gradient.
   update: (state, stats of the whole step) -> state. Called once per optimizer step, never in evaluation.
   needs_whole_step: `losses` reads `step_stats.whole`. With several micro-batches per step, the train step
