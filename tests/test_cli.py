@@ -190,11 +190,18 @@ def test_a_reader_that_is_gone_is_no_traceback(command):
 
 
 def test_flags_without_effect_are_said(tmp_path):
-  flags = ["--dataset=markov", "--tokenizer=nope", "--capacity_factor=2", "--num_experts=0"]
+  flags = [
+    "--dataset=markov",
+    "--tokenizer=nope",
+    "--capacity_factor=2",
+    "--shard=9/2",
+    "--sweep_goal=nll",
+  ]
   (ended,) = run_scripts(["experiments/load_balancing.py", f"--output_dir={tmp_path}/run", *flags])
-  assert ended.stderr.splitlines()[:2] == [
+  assert ended.stderr.splitlines()[:3] == [
     "note: --tokenizer has no effect without a data set of text",
     "note: --capacity_factor has no effect without a dispatcher with a capacity",
+    "note: --sweep_goal has no effect without --sweep",
   ]
 
 

@@ -23,6 +23,7 @@ def facts_of(results: Sequence[Result]) -> dict[str, Any]:
     "hardware": _different(_hardware(r) for r in results),
     "seeds": _different(r["seed"] for r in results),
     "swept": _different(_swept(r) for r in results),
+    "eval_batches": _different(_eval_batches(r) for r in results),
   }
   for name in ("num_layers", "model_dim", "num_experts", "num_experts_per_token", "expert_dim"):
     values = [lookup(r, "model", name) for r in results]
@@ -81,6 +82,12 @@ def short(value: float) -> str:
 
 def _different(values: Iterable[Any]) -> list[Any]:
   return sorted({value for value in values if value is not None})
+
+
+def _eval_batches(result: Result) -> int | None:
+  """The limit of an evaluation, or None where it was over the whole validation set or the result does not say."""
+  limit = lookup(result, "config", "train", "eval_batches")
+  return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def _tokens(result: Result) -> int | None:

@@ -46,12 +46,17 @@ def arguments() -> dict[str, Any]:
   # Imported here, so that --help answers at once.
   from moe_jax.comparison.shard import Shard
   from moe_jax.comparison.sweep import Sweep
+  from moe_jax.disk import note
 
   values = flags.FLAGS
+  with_sweep = "sweep" in values and bool(values.sweep)
+  for name in () if with_sweep else ("sweep_seeds", "sweep_goal"):
+    if name in values and values[name].present:
+      note(f"--{name} has no effect without --sweep")
   found = {
     "seeds": range(values.first_seed, values.first_seed + values.seeds),
     "shard": Shard.parse(values.shard),
   }
-  if "sweep" in values and values.sweep:
+  if with_sweep:
     found["sweep"] = Sweep.parse(values.sweep, values.sweep_seeds, values.sweep_goal)
   return found

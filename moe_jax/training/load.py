@@ -36,6 +36,12 @@ class Loaded(NamedTuple):
   skipped: tuple[str, ...] = ()  # tensors of the checkpoint that the model has no part for
   max_positions: int = 0  # of a text that the model was made for; 0: not known
 
+  def __repr__(self) -> str:
+    """One line instead of every array."""
+    sizes = [leaf.size for leaf in jax.tree.leaves(nnx.state(self.model, nnx.Param))]
+    step = f", step {self.step:,}" if self.step else ""
+    return f"<Loaded {type(self.model).__name__} from {self.folder}{step}: {sum(sizes):,} parameters>"
+
 
 def load_run(folder: str | os.PathLike[str]) -> Loaded:
   """Loads the newest checkpoint of the run in `folder`, on one device.

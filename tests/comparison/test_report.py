@@ -10,6 +10,8 @@ from rich.console import Console
 
 from moe_jax.comparison import report
 from moe_jax.comparison.report import canvas, tables, words
+from moe_jax.training.identity import lasting
+from tests import tiny
 from tests.comparison.made_results import LONG, Page, make_result, write, write_run
 
 
@@ -164,3 +166,12 @@ def test_bare_results_without_metrics_or_config(tmp_path):
   paths = write(tmp_path, bare, notes=[])
   assert set(paths) == {"csv", "differences", "about", "markdown", "html"}
   assert [line[:2] for line in Page(paths["html"].read_text()).tables[0][1:]] == [["a", "-"], ["b", "-"]]
+
+
+@pytest.mark.parametrize(
+  ("limit", "said"), [(0, "over the whole validation set."), (3, "over all evaluated tokens.")]
+)
+def test_caption_says_over_what_the_load_was_counted(limit, said):
+  config = lasting(tiny.change(tiny.CONFIG, eval_batches=limit))  # what a run writes
+  summary = report.summarise([make_result() | {"config": config}])
+  assert f"Global: load counted {said}" in words.caption(summary, summary.columns)

@@ -6,11 +6,17 @@ import pytest
 from moe_jax import MoEConfig
 from moe_jax.errors import InputError
 from moe_jax.nn.build import routed_layer
-from moe_jax.ops.balancing import Balancer
+from moe_jax.nn.checks import check_balancer
+from moe_jax.ops.balancing import BALANCERS, Balancer
 
 E = 8
 counts = lambda state, routing: routing.selected_BLE.sum((0, 1))
 zeros = lambda num_experts: jnp.zeros(num_experts, jnp.int32)
+
+
+@pytest.mark.parametrize("name", sorted(BALANCERS.builtin))
+def test_those_of_the_package_pass(name):
+  check_balancer(name, BALANCERS.resolve(name)(), 16, 2)  # longcat_bias has 8 of them without a network
 
 
 def test_a_right_one_passes():

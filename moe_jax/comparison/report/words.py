@@ -43,7 +43,12 @@ def caption(summary: Summary, columns: Sequence[Column]) -> str:
     spread = f"Mean ± sample standard deviation over {n} seeds."
   swept = [f"Each arm is at its best of {chosen}." for chosen in summary.facts.get("swept", ())]
   sentences = [facts_sentence(summary.facts), *swept, spread]
-  sentences += [_MEANINGS[column.key] for column in columns if column.key in _MEANINGS]
+  meanings = [_MEANINGS[column.key] for column in columns if column.key in _MEANINGS]
+  if "eval_batches" in summary.facts:
+    meanings = [
+      text.replace("over the whole validation set", "over all evaluated tokens") for text in meanings
+    ]
+  sentences += meanings
   if shown_yardsticks(summary, columns):
     names = ", ".join(summary.yardsticks)
     sentences.append(f"Byte {names}: smoothed models counted on the training text.")

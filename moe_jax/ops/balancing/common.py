@@ -23,7 +23,8 @@ class Balancer(NamedTuple):
     tokens of `routing`, so the train step can weight micro-batches by their number of tokens.
     `routing` is a `moe_jax.types.BatchRouting`, with `logits_BLE`, `scores_BLE`, `selected_BLE`, `weights_BLE` and `mask_BL`.
   observe: (state, routing) -> stats that can be added over micro-batches and devices. Has no gradient.
-  update: (state, stats of the whole step) -> state. Called once per optimizer step, never in evaluation.
+  update: (state, stats of the whole step) -> state, with the structure, shapes and types of `init`. Called once per
+    optimizer step, never in evaluation.
   needs_whole_step: `losses` reads `step_stats.whole`. With several micro-batches per step, the train step
     then runs a first pass that only observes.
   needs_sequences: `losses` or `observe` treats each sequence separately, so it cannot use a flat list of tokens.
