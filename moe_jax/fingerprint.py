@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 _PACKAGE = __name__.partition(".")[0]
+_OF_LIBRARIES = ("__", "_pytree__", "_object__")  # attributes that Python and Flax give to classes
 
 
 def is_builtin(code: Callable[..., Any]) -> bool:
@@ -40,7 +41,8 @@ def place(code: Callable[..., Any]) -> str:
 def digest(code: Callable[..., Any]) -> str:
   """Returns a digest of the source of `code`, and of what it uses of its module.
 
-  That is functions, classes and plain constants. What it imports from other modules is not included.
+  That is functions, also decorated ones, classes, and constants: numbers, text, arrays, and tuples, lists and dicts of
+  them. What it imports from other modules, and the attributes of other objects, are not included.
 
   A comparison folder stores it, to notice that the code behind a name has changed. For code without source,
   such as a function typed into an interpreter, the digest is of its instructions.
@@ -61,12 +63,42 @@ def _collect(code: Any, parts: list[str], seen: set[int]) -> None:
   for function in _functions(code):
     if function is not code:
       parts.append(_source(function))
-    for name, value in _used(function):
-      if isinstance(value, types.FunctionType | type):
-        if value.__module__ == code.__module__:
-          _collect(value, parts, seen)
-      elif _is_plain(value):
-        parts.append(f"{name}={value!r}")
+    defaults = {"defaults": function.__defaults__, "kwdefaults": function.__kwdefaults__}
+    for name, found in [*((k, v) for k, v in defaults.items() if v), *_used(function)]:
+      value, constants = _inside(found)
+      for constant in (value, *constants):
+        if isinstance(constant, types.FunctionType | type):
+          if constant.__module__ == code.__module__:
+            _collect(constant, parts, seen)
+        elif _is_plain(constant):
+          parts.append(f"{name}={_text(constant)}")
+
+
+def _inside(value: Any) -> tuple[Any, list[Any]]:
+  """Returns what decorators and partial applications stand for, and the arguments that these have."""
+  arguments: list[Any] = []
+  while True:
+    if isinstance(value, functools.partial | functools.partialmethod):
+      arguments += [*value.args, *value.keywords.items()]
+      value = value.func
+    elif isinstance(value, functools.cached_property):
+      value = value.func
+    elif isinstance(value, property):
+      value = value.fget
+    elif isinstance(value, staticmethod | classmethod):
+      value = value.__func__
+    elif not isinstance(value, type) and callable(getattr(value, "__wrapped__", None)):
+      if isinstance(value, types.FunctionType) and _file(value) == _file(value.__wrapped__):
+        arguments.append(value.__wrapped__)  # a decorator of the same file counts, too
+        return value, arguments
+      value = value.__wrapped__
+    else:
+      return value, arguments
+
+
+def _file(function: Any) -> str:
+  code = getattr(function, "__code__", None)
+  return code.co_filename if code else ""
 
 
 def _source(code: Any) -> str:
@@ -75,7 +107,7 @@ def _source(code: Any) -> str:
   For a class, its plain attributes; its functions follow.
   """
   if isinstance(code, type):
-    plain = {k: v for k, v in vars(code).items() if isinstance(v, int | float | str) and k[:2] != "__"}
+    plain = {k: _text(v) for k, v in vars(code).items() if _is_plain(v) and not k.startswith(_OF_LIBRARIES)}
     return f"{code.__qualname__} {[base.__qualname__ for base in code.__bases__]} {plain}"
   # Not inspect.getsource: where a cell names a module, it reads the module's file instead.
   lines = linecache.getlines(code.__code__.co_filename, code.__globals__)
@@ -89,10 +121,23 @@ def _instructions(code: types.CodeType) -> str:
 
 
 def _is_plain(value: Any) -> bool:
-  """Returns whether `repr(value)` is the same in every process."""
-  if isinstance(value, tuple):
+  """Returns whether `_text(value)` is the same in every process."""
+  if isinstance(value, tuple | list):
     return all(map(_is_plain, value))
-  return isinstance(value, int | float | str | bytes | None)
+  if isinstance(value, dict):
+    return all(map(_is_plain, [*value, *value.values()]))
+  return isinstance(value, int | float | str | bytes | None) or hasattr(value, "__array_interface__")
+
+
+def _text(value: Any) -> str:
+  """Returns `repr(value)`, with every number of an array, which `repr` may leave out."""
+  if isinstance(value, tuple | list):
+    return f"{type(value).__name__}{[_text(part) for part in value]}"
+  if isinstance(value, dict):
+    return str({_text(key): _text(part) for key, part in value.items()})
+  if hasattr(value, "__array_interface__"):
+    return f"{value.dtype}{list(value.shape)} {hashlib.sha256(value.tobytes()).hexdigest()}"
+  return repr(value)
 
 
 def _functions(code: Any) -> list[types.FunctionType]:
@@ -100,8 +145,8 @@ def _functions(code: Any) -> list[types.FunctionType]:
   if isinstance(code, types.FunctionType):
     return [code]
   members = vars(code).values() if isinstance(code, type) else ()
-  inner = [getattr(m, "__func__", getattr(m, "fget", m)) for m in members]  # of static methods and properties
-  return [f for f in inner if isinstance(f, types.FunctionType)]
+  inner = [_inside(member) for member in members]
+  return [f for value, more in inner for f in (value, *more) if isinstance(f, types.FunctionType)]
 
 
 def _used(function: types.FunctionType) -> list[tuple[str, Any]]:
