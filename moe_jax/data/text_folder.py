@@ -60,8 +60,13 @@ def read_text_folder(folder: str) -> tuple[dict[str, list[Text]], tuple[str, ...
 
 
 def _cut_in_two(text: str) -> list[tuple[str, str]]:
-  """Returns two documents, the shorter first: about the last tenth of the lines, and everything before it."""
-  cut = text.rfind("\n", 0, int(len(text) * (1 - VALIDATION_FRACTION)) + 1) + 1
+  """Returns two documents, the shorter first: about the last tenth of the lines, and everything before it.
+
+  Where lines are so long that less than half of the text would be before it, a line is cut.
+  """
+  wanted = int(len(text) * (1 - VALIDATION_FRACTION))
+  cut = text.rfind("\n", 0, wanted + 1) + 1
+  cut = cut if 2 * cut >= len(text) else wanted
   return [("end", text[cut:]), ("beginning", text[:cut])]
 
 

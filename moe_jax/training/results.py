@@ -118,8 +118,9 @@ def result_of(run: "Run", validation: dict[str, Any], num_steps: int) -> dict[st
     "dataset": info.name,
     "fingerprint": info.fingerprint,
     "domains": list(info.domains),
-    "entropy_rate": info.entropy_rate,
-    "validation_floor": info.validation_floor,
+    # Of next tokens, so no floor of a model that sees both sides.
+    "entropy_rate": info.entropy_rate if config.model.causal else None,
+    "validation_floor": info.validation_floor if config.model.causal else None,
     "bytes_per_token": info.bytes_per_token,
     **({"yardsticks": info.yardsticks} if info.yardsticks and config.model.causal else {}),
     "columns": table_columns(),

@@ -29,6 +29,14 @@ def test_domains_are_subfolders_and_files_go_whole_to_one_split(tmp_path):
   assert read_text_folder(str(folder)) == (splits, domains)
 
 
+def test_a_domain_of_one_file_has_training_text_however_long_its_lines_are(tmp_path):
+  files = {"a/one.txt": "x" * 1000, "b/one.txt": "y\n" + "x" * 1000, "c/one.txt": "line\n" * 200}
+  splits, domains = read_text_folder(str(write_files(tmp_path, files)))
+  size = lambda split, domain: sum(len(text) for text, i in splits[split] if domains[i] == domain)
+  assert {d: (size("train", d), size("validation", d)) for d in domains} == {
+    "a": (900, 100), "b": (901, 101), "c": (900, 100)}  # fmt: skip
+
+
 def test_splits_do_not_depend_on_other_domains(tmp_path):
   write_files(tmp_path, {f"a/{i}": f"a {i}" for i in range(20)})
   before = {t for t, _ in read_text_folder(str(tmp_path))[0]["validation"]}

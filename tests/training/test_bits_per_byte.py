@@ -137,3 +137,9 @@ def test_where_bits_per_byte_have_no_meaning(load, tmp_path):
     validation = run.evaluate(None)
     assert "bits_per_byte" not in validation and validation["nll"] > 0
     assert "yardsticks" not in result_of(run, validation, num_steps=1)
+  both_sides = run_of(
+    load("ascii", "bytes", dataset="markov", markov_states=16), tmp_path, objective="masked_lm"
+  )
+  for run, has_floor in ((markov, True), (both_sides, False)):
+    result = result_of(run, {"nll": 1.0}, num_steps=1)
+    assert [result[name] is not None for name in ("entropy_rate", "validation_floor")] == [has_floor] * 2
