@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 from moe_jax.errors import InputError
@@ -26,14 +27,19 @@ _TYPES = {  # of a default -> (what the value may be, in words)
 }
 
 
-def representable(part: Any) -> None:
-  """Raises `InputError` unless every value has the type of its default, numbers are finite, integers fit into 32 bits."""
+def representable(part: Any, any_size: Sequence[str] = ()) -> None:
+  """Raises `InputError` unless every value has the type of its default, numbers are finite, integers fit into 32 bits.
+
+  Args:
+    part: of a configuration.
+    any_size: names of integers that need not fit.
+  """
   for field in dataclasses.fields(part):
     value = getattr(part, field.name)
     _check_type(field, value)
     if isinstance(value, float):
       require(math.isfinite(value), field.name, value, "must be a finite number")
-    elif isinstance(value, int):
+    elif isinstance(value, int) and field.name not in any_size:
       require(abs(value) < 1 << 31, field.name, _short(value), "must be below 2^31")
 
 

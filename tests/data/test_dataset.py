@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from moe_jax.config import DataConfig
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError
 from tests.data.helpers import config, folder_dataset, join_rows, same, take, window_texts, write_files
@@ -35,6 +36,14 @@ def make(tmp_path_factory):
     return StreamedDataset(config(**flags), info, documents[:30], documents[30:], load_tokenizer("bytes"))
 
   return build
+
+
+@pytest.mark.parametrize("seed", [1.5, "1", None, True], ids=repr)
+def test_a_seed_of_the_data_is_an_integer_of_any_size(seed):
+  for right in (-(2**70), 2**70):
+    DataConfig(data_seed=right).check()
+  with pytest.raises(InputError, match=f"^--data_seed={seed!r}: must be an integer$"):
+    DataConfig(data_seed=seed).check()
 
 
 @pytest.mark.parametrize("kind", KINDS)

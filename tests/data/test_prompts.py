@@ -61,6 +61,7 @@ def test_the_loss_is_the_sum_over_responses():
   ("line", "match"),
   [
     ("{", r"data.jsonl:2: is no JSON"),
+    pytest.param("[" * 200_000, r"data.jsonl:2: is no JSON", id="deep"),
     ("[1]", r"data.jsonl:2: must be an object with prompt and response, got \[1\]"),
     (json.dumps({"prompt": "a"}), r"data.jsonl:2: response is missing or no text"),
     (json.dumps({"prompt": 1, "response": "b"}), r"data.jsonl:2: prompt is missing or no text"),
