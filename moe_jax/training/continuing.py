@@ -83,7 +83,7 @@ def start(run: "Run") -> TrainState:
 
 def _new(run: "Run") -> TrainState:
   if run.config.train.init_from:
-    state = start_from(run.steps, run.config, run.mesh)
+    state = start_from(run.steps, run.config, run.mesh, run.dataset.tokenizer)
     run.start_digest = tree_digest(state.params)
   else:
     state = run.steps.init(run.config.train.seed)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -79,7 +80,9 @@ def save_model(
   return folder
 
 
-def start_from(steps: CompiledSteps, config: Config, mesh: jax.sharding.Mesh) -> TrainState:
+def start_from(
+  steps: CompiledSteps, config: Config, mesh: jax.sharding.Mesh, tokenizer: Tokenizer | None = None
+) -> TrainState:
   """Returns the state before the first step of a run, with the parameters and balancer states of `init_from`.
 
   The step is 0 and the optimizer is new. A balancer that the other run did not have begins anew.
@@ -88,10 +91,11 @@ def start_from(steps: CompiledSteps, config: Config, mesh: jax.sharding.Mesh) ->
     steps: of the run.
     config: of the run.
     mesh: of the run.
+    tokenizer: of the text of the run; None: its ids stand for no text.
 
   Raises:
-    InputError: if `init_from` holds no run or another model, or its balancers have states that the run has no
-      place for.
+    InputError: if `init_from` holds no run, another model or one of another tokenizer, or its balancers have states
+      that the run has no place for.
   """
   seed = config.train.seed
   source = config.train.init_from.replace("{seed}", str(seed))
@@ -100,6 +104,8 @@ def start_from(steps: CompiledSteps, config: Config, mesh: jax.sharding.Mesh) ->
     other, _, saved = restore_run(pathlib.Path(source), mesh)
   except InputError as error:
     raise InputError(f"{where}: {error}") from None
+  if tokenizer is not None:
+    _check_tokenizer(pathlib.Path(source), tokenizer, where)
   params = with_values(steps.abstract_state.params, saved.params, where)
   variables = steps.abstract_state.variables
   if jax.tree.leaves(saved.variables):
@@ -112,6 +118,20 @@ def start_from(steps: CompiledSteps, config: Config, mesh: jax.sharding.Mesh) ->
   elif jax.tree.leaves(variables):  # there was nothing to keep; to compile the initialisers takes a while
     variables = steps.init(seed).variables
   return steps.init_from(params, variables, seed)
+
+
+def _check_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, where: str) -> None:
+  """Raises `InputError` if the folder has the tokenizer that was trained for its model, and it is not `tokenizer`."""
+  path = folder / TOKENIZER_FILE
+  try:
+    fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
+  except FileNotFoundError:
+    return
+  if fingerprint != tokenizer.fingerprint:
+    raise InputError(
+      f"{where}: its model has another tokenizer (fingerprint {fingerprint[:12]}, here {tokenizer.fingerprint[:12]}), so "
+      f"the same ids stand for other text; choose --tokenizer={path}"
+    )
 
 
 def with_values(target: nnx.State, source: nnx.State, where: str) -> nnx.State:

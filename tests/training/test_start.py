@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import os
+import re
 import shutil
 
 import jax
@@ -16,6 +17,8 @@ from moe_jax.adapt.experts import merged
 from moe_jax.adapt.layers import put_together, take_apart
 from moe_jax.config import MeshConfig
 from moe_jax.data import load_dataset
+from moe_jax.data.bpe import load_bpe, train_bpe
+from moe_jax.data.tokenizers import load_tokenizer
 from moe_jax.errors import InputError
 from moe_jax.sharding import make_mesh
 from moe_jax.training.checkpoint import Checkpoints
@@ -174,6 +177,25 @@ def test_what_cannot_be_started_from_is_said_in_one_line(folder, fields, match):
   with jax.set_mesh(mesh), pytest.raises(InputError, match=match) as error:
     start_from(compile_steps(config, tiny.VOCAB, 2, mesh), config, mesh)
   assert "\n" not in str(error.value) and str(error.value).startswith("--init_from=")
+
+
+def test_a_model_of_another_tokenizer_is_refused(upcycled, tmp_path):
+  own, other = (load_bpe(train_bpe([text * 9], 262)) for text in ("abc ", "xyz "))
+  assert own.vocab_size == other.vocab_size
+  folder = save_model(tmp_path / "model", upcycled, CONFIG, own)
+  config = resolve_config(tiny.change(CONFIG, init_from=str(folder)))
+  dataset = load_dataset(config.data)
+  dataset.tokenizer = other
+  own_file = re.escape(f"{folder}/tokenizer.json")
+  with pytest.raises(
+    InputError, match=f"^--init_from=.*another tokenizer .*; choose --tokenizer={own_file}$"
+  ):
+    Run(config, dataset, tmp_path / "run").train()
+  mesh = make_mesh(config.mesh)
+  same = load_tokenizer(f"{folder}/tokenizer.json")  # as that flag loads it
+  with jax.set_mesh(mesh):
+    state = start_from(compile_steps(config, tiny.VOCAB, 2, mesh), config, mesh, same)
+  assert tree_digest(state.params) == tree_digest(nnx.state(upcycled, nnx.Param))
 
 
 def test_a_balancer_that_the_saved_model_does_not_have_begins_anew(upcycled, tmp_path):
