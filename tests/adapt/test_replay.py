@@ -12,6 +12,10 @@ from moe_jax.adapt.replay import record, report
 from moe_jax.adapt.routes import selected
 from moe_jax.errors import InputError
 from moe_jax.nn.context import Context
+from moe_jax.nn.routers import ROUTERS
+from moe_jax.nn.variables import abstract
+from moe_jax.ops.routing import selected_experts
+from moe_jax.types import RouterContext
 from tests import tiny
 from tests.adapt import models
 
@@ -75,7 +79,38 @@ def test_choices_of_another_model_are_taken_and_the_router_is_trained():
   assert not said.log_ratio[~BATCH["mask_BL"]].any()
 
 
-def test_a_router_whose_choices_cannot_be_given_says_so():
-  model = models.model(config_of("remoe"))
+def test_routers_that_replay_take_what_was_recorded():
+  """In training, too, where some draw; what is recorded are their choices for other inputs, without drawing."""
+  one, other = np.random.default_rng(0).normal(size=(2, 1, 16, 8)).astype(np.float32)
+  mask_GT, sequence_GT = np.arange(16)[None] < 13, np.zeros((1, 16), np.int32)
+  skipped = {"switch_top1", "base_assignment", "merged_topk"}  # two take K = 1, one wraps another
+  specs = (*sorted(set(ROUTERS) - skipped), "topology_aware_topk:max_remote_fraction=0")
+  sizes = {"dim": 8, "num_experts": 16, "num_experts_per_token": 2}
+  make = lambda spec: ROUTERS.resolve(spec)(**sizes, rngs=nnx.Rngs(0))
+  replay = [spec for spec in specs if abstract(lambda s=spec: make(s)).replays]
+
+  @jax.jit
+  def run():
+    chosen = lambda router, x, context: jax.vmap(selected_experts)(router(x, context))
+    found = {}
+    for spec in replay:
+      router = make(spec)
+      context = RouterContext(mask_GT, sequence=sequence_GT)
+      recorded = chosen(router, other, context)
+      drawing = context._replace(key=jax.random.split(jax.random.key(0), 1), train=True, routes=recorded)
+      found[spec] = recorded, chosen(router, one, drawing)
+    return found
+
+  for spec, (recorded, taken) in run().items():
+    np.testing.assert_array_equal(taken, recorded, err_msg=spec)
+    assert recorded.sum() == 2 * mask_GT.sum(), spec
+  refusing = set(specs) - set(replay)
+  assert {"top_p", "gshard_top2", "st_moe_topn", "token_rounding", "topology_aware_topk", "remoe"} <= refusing
+  assert {"softmax_topk", "batch_prioritized", "noisy_topk", "moe_plus_plus", "grouped_topk"} <= set(replay)
+
+
+@pytest.mark.parametrize("router", ["remoe", "top_p"])
+def test_a_router_whose_choices_cannot_be_given_says_so(router):
+  model = models.model(config_of(router))
   with pytest.raises(InputError, match="router LinearRouter: its choices cannot be given"):
     model(BATCH["tokens_BL"], Context(routes_XBLE=np.zeros((2, 8, 16, 8), np.float32)))

@@ -25,7 +25,8 @@ class ChoiceRouter(Router):
     self.weighs, self.has_threshold = choice.weighs, choice.has_threshold
     self.sparse_weights, self.most = choice.sparse_weights, choice.most
     # A choice that a bias moves is a top-k of scores, and choices that are given stand for the bias.
-    self.replays = choice.takes_bias and not choice.has_threshold and not choice.sparse_weights
+    by_bias = choice.takes_bias and not choice.has_threshold and not choice.sparse_weights
+    self.replays = by_bias and choice.replays
 
   def logits(self, x_GTD: Array) -> Array:
     """Returns logits_GTE in float32."""

@@ -55,7 +55,6 @@ class HierarchicalTopK(LinearRouter):
       num_experts, num_experts_per_token, groups, groups_per_token, noise, min_std
     )
     super().__init__(choice, dim, num_experts, init_scale, rngs=rngs)
-    self.replays = False  # it also chooses groups
     further = lambda width: matrix(rngs, (dim, width), ("embed", "router"), init_scale, zero=choice.zero_init)
     self.w_group_DP = further(groups)
     is_noisy = noise == "learned"

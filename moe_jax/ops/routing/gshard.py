@@ -49,4 +49,4 @@ def gshard_top2(
     assignment = choice_major(expert_TK, weight_TK, valid_TK, holds_slot_TK)
     return Routing(logits_TE, log_scores_TE, mask_T, assignment)
 
-  return Choice(choose, leaks="drops")
+  return Choice(choose, leaks="drops", replays=False)

@@ -62,9 +62,11 @@ def hierarchical_topk(
     parts, experts = (_noisy(real_tokens(x, context.mask), None, None) for x in (logits_TP, logits_TE))
     return _two_levels(logits_TE, logits_TP, experts, parts, inner_k, groups_per_token, context)
 
+  # Given choices are of experts, and it also chooses parts.
   if noise == "none":
-    return Choice(quiet)  # not zero_init: without noise, equal logits send every token to the first experts
-  return Choice(noisy, gives_smooth_load=True, zero_init=True)
+    # Not zero_init: without noise, equal logits send every token to the first experts.
+    return Choice(quiet, replays=False)
+  return Choice(noisy, gives_smooth_load=True, zero_init=True, replays=False)
 
 
 class _NoisyLogits(NamedTuple):

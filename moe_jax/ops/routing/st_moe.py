@@ -35,4 +35,4 @@ def st_moe_topn(num_experts: int, num_experts_per_token: int, threshold: float =
     assignment = choice_major(expert_TK, weight_TK, valid_TK, holds_slot_TK=valid_TK)
     return Routing(logits_TE, log_scores_TE, context.mask, assignment)
 
-  return Choice(choose, leaks="drops" if num_further else "")
+  return Choice(choose, leaks="drops" if num_further else "", replays=not num_further)

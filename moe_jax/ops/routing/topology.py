@@ -66,7 +66,7 @@ def topology_aware_topk(
     return Routing(logits_TE, log_scores_TE, context.mask, token_major(expert_TK, weight_TK, context.mask))
 
   ranks = nodes > 1 and 0 < max_remote_fraction < 1
-  return Choice(choose, leaks="always" if ranks else "")
+  return Choice(choose, leaks="always" if ranks else "", replays=not ranks)
 
 
 def _rank_in_node(score_T: Array, counts_T: Array, node_T: np.ndarray) -> Array:
