@@ -14,7 +14,7 @@ from moe_jax.comparison import sweep
 from moe_jax.comparison.arms import Arm, with_arm
 from moe_jax.comparison.datasets import datasets_of_arms, in_words
 from moe_jax.comparison.folder import SWEEP, ComparisonFolder, Result, described
-from moe_jax.comparison.reporting import REPORT_FILE, write_report
+from moe_jax.comparison.reporting import REPORT_FILE, joined_commands, read_texts, write_report
 from moe_jax.comparison.results import load_results, lookup
 from moe_jax.comparison.shard import Shard
 from moe_jax.config import Config
@@ -275,7 +275,7 @@ class Comparison:
         texts = {
           "title": title,
           "question": question,
-          "command": command,
+          "commands": self._commands(command, results),
           "notes": notes,
           "varies": [*varies],
         }
@@ -287,6 +287,13 @@ class Comparison:
         else:
           said = self.shard.in_words(len(results), self.folder.path)
           self.console.print(said, soft_wrap=True, highlight=False, markup=False)
+
+  def _commands(self, command: str, results: list[Result]) -> list[str]:
+    """Returns the commands that the folder's results come from: `command`, and earlier ones if it has others."""
+    own = {(result["arm"], result["seed"]) for result in results}
+    if {(result["arm"], result["seed"]) for result in load_results(self.folder.path)} <= own:
+      return [command]
+    return joined_commands([read_texts(self.folder.path).get("commands", []), [command]])
 
   def _report(self, results: list[Result], **texts: Any) -> None:
     own = {(result["arm"], result["seed"]): result for result in results}
