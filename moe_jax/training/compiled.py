@@ -87,6 +87,11 @@ def check_run(config: Config, mesh: jax.sharding.Mesh) -> Config:
     raise InputError(
       f"--record_router_logits={config.train.record_router_logits}: --ffn={config.model.ffn} has no router"
     )
+  if config.train.record_router_logits and len({layer.num_scored_experts for layer in routed if layer}) > 1:
+    raise InputError(
+      f"--record_router_logits={config.train.record_router_logits}: layers have different numbers of experts, and a trace "
+      "has one; use 0"
+    )
   groups = {length}
   for layer in filter(None, routed):
     with naming("group_size", layer.group_size):
@@ -290,14 +295,12 @@ def _plain(config: Config) -> Config:
     moe = dataclasses.replace(
       model.moe,
       balancers="none",
-      dispatcher="sorted",
+      dispatcher="dropless",  # a router that leaks where capacity drops assignments is causal with it
       capacity_factor=1.0,
       eval_capacity_factor=1.0,
       jitter=0.0,
     )
-    # Not causal: a router that is causal only with `config`'s own dispatcher is none with this one, and parameters are
-    # the same either way.
-    model = resolve(dataclasses.replace(model, moe=moe, causal=False))
+    model = resolve(dataclasses.replace(model, moe=moe))
   return dataclasses.replace(config, model=model, train=train, data=DataConfig(), mesh=MeshConfig())
 
 
