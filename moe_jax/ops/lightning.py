@@ -10,11 +10,12 @@ def decay_rates(num_heads: int, layer: Array | int, num_layers: int) -> Array:
   """Returns the rate of each head: it forgets by exp(-rate) per position, float32 [N].
 
   rate = 2^(-8 (h + 1) / N) * (1 - l / (L - 1 + 1e-5) + 1e-5) for head h of N and layer l of L, as in the
-  released code of MiniMax-01 (2501.08313). Later layers forget more slowly.
+  released code of MiniMax-01 (2501.08313). Later layers forget more slowly. A module of multi-token prediction is behind
+  the last layer, where the formula would be negative, and has the rates of the last layer.
   """
   head_N = jnp.arange(1, num_heads + 1, dtype=jnp.float32)
   # The quotient is (L - 1 - l + 1e-5) / (L - 1 + 1e-5): in the last layers 1 - l / ... would cancel in float32.
-  left = jnp.asarray(num_layers - 1 - layer, jnp.float32) + 1e-5
+  left = jnp.maximum(jnp.asarray(num_layers - 1 - layer, jnp.float32), 0) + 1e-5
   return 2.0 ** (-8.0 * head_N / num_heads) * (left / (num_layers - 1 + 1e-5) + 1e-5)
 
 

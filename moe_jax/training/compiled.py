@@ -295,14 +295,12 @@ def _plain(config: Config) -> Config:
     moe = dataclasses.replace(
       model.moe,
       balancers="none",
-      dispatcher="sorted",
+      dispatcher="dropless",  # a router that leaks where capacity drops assignments is causal with it
       capacity_factor=1.0,
       eval_capacity_factor=1.0,
       jitter=0.0,
     )
-    # Not causal: a router that is causal only with `config`'s own dispatcher is none with this one, and parameters are
-    # the same either way.
-    model = resolve(dataclasses.replace(model, moe=moe, causal=False))
+    model = resolve(dataclasses.replace(model, moe=moe))
   return dataclasses.replace(config, model=model, train=train, data=DataConfig(), mesh=MeshConfig())
 
 

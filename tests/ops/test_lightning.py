@@ -78,3 +78,11 @@ def test_rates_of_decay_are_those_of_minimax():
     np.testing.assert_allclose(
       jax.jit(decay_rates, static_argnums=(0, 2))(64, layer, 80), expected, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_behind_the_last_layer_rates_are_those_of_the_last_one(num_layers):
+  """Modules of multi-token prediction have the layer numbers L, L + 1, ..., where the formula is negative."""
+  expected = [mixers.decay_rate(head, 4, num_layers - 1, num_layers) for head in range(4)]
+  for layer in (num_layers, num_layers + 1):
+    np.testing.assert_allclose(decay_rates(4, layer, num_layers), expected, rtol=1e-5)

@@ -148,6 +148,14 @@ def test_a_router_that_needs_dropless_starts_without_accepting_leaks():
     assert steps.init(0).params["embedding_VD"].shape == (tiny.VOCAB, 16)
 
 
+def test_a_mixer_that_is_causal_only_trains():
+  """With a module of multi-token prediction, whose mixer is behind the last layer."""
+  plain = {"num_layers": 1, "balancers": "none", "jitter": 0.0, "mtp_depth": 1, "objective": "next_tokens"}
+  step = tiny.one_step(tiny.change(tiny.CONFIG, mixer="lightning:chunk=4", **plain), tiny.make_batch())
+  assert np.isfinite(step["metrics"]["total_loss"])
+  assert all(np.isfinite(g).all() for g in jax.tree.leaves(step["gradients"]))
+
+
 def test_frozen_layers_stay_in_a_step_of_ones_own():
   """`make_step` from parts: the embedding, norms and balancers still move."""
   moe = dataclasses.replace(tiny.CONFIG.model.moe, jitter=0.0)
