@@ -79,7 +79,8 @@ class QKClip(Hook):
   as they are. Only the parameters change, and not the state of the optimizer.
 
   Raises:
-    InputError: if `tau` is not above 0, or the queries or keys of an attention are normalised or clipped.
+    InputError: if `tau` is not above 0, the queries or keys of an attention are normalised or clipped, or parameters
+      of it are frozen, as they are under low-rank adapters.
   """
 
   reads_scores = True
@@ -98,6 +99,11 @@ class QKClip(Hook):
         "hook qk_clip: a mixer normalises or clips queries and keys (qk_norm, clip_qkv), which limits its scores by "
         "other means; leave out one of the two"
       )
+    if any(_has_frozen(mixer) for mixer in mixers):
+      raise InputError(
+        "hook qk_clip: scales queries and keys of every mixer, and one has frozen parameters (low_rank, --trained); "
+        "leave out one of the two"
+      )
     return ()
 
   def __call__(self, model: nnx.Module, state: PyTree, aux: PyTree) -> PyTree:
@@ -109,6 +115,11 @@ class QKClip(Hook):
   def _mixers(self, model: nnx.Module) -> list[Any]:
     """Those with scores, in the order in which flax walks the model, which is that of its aux."""
     return [module for _, module in nnx.iter_modules(model) if hasattr(module, "scale_scores")]
+
+
+def _has_frozen(module: nnx.Module) -> bool:
+  params = jax.tree.leaves(nnx.state(module, nnx.Param), is_leaf=lambda x: isinstance(x, nnx.Variable))
+  return any(param.get_metadata().get("group") == "frozen" for param in params)
 
 
 HOOKS = Registry("hook", {"average_parameters": AverageParameters, "qk_clip": QKClip})

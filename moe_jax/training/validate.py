@@ -33,7 +33,10 @@ def validate(model: Transformer, config: Config, dataset: Dataset) -> dict[str, 
     sums = _sums(graphdef, objective_of(config), len(info.domains), info.vocab_size, state, batch)
     sums = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(sums))
     total = sums if total is None else jax.tree.map(np.add, total, sums)
-  return validation_summary(total, dataset.validation_bytes(float(total.num_targets), limit))
+  # The likelihood of a text is a product over its tokens in order, which a masked objective does not give.
+  causal = config.model.causal
+  num_bytes = dataset.validation_bytes(float(total.num_targets), limit) if causal else None
+  return validation_summary(total, num_bytes)
 
 
 def losses_by_domain(model: Transformer, config: Config, dataset: Dataset) -> dict[str, float]:

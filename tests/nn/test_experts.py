@@ -13,6 +13,7 @@ from moe_jax.config import MeshConfig
 from moe_jax.errors import InputError
 from moe_jax.nn import Context, MoE
 from moe_jax.nn.experts import EXPERTS
+from moe_jax.ops.experts import Batched, WithRowBits
 from moe_jax.sharding.dispatchers import DISPATCHERS
 from tests import tiny
 from tests.nn.layer import initialised, randomized
@@ -219,6 +220,42 @@ def test_units_drop_in_a_training_step():
     assert np.any(gradient.get_value()) == ("experts" not in path), path
 
 
+class Silenced(EXPERTS["relu"]):
+  """Draws that it adds nothing."""
+
+  def for_step(self, key):
+    drawn = nnx.clone(self)
+    drawn.draws = key is not None
+    return drawn if drawn.draws else self
+
+  def __call__(self, rows, product):
+    return super().__call__(rows, product) * (0 if self.draws else 1)
+
+
+@pytest.mark.parametrize(
+  "wrapper", ["expert_dropout", "low_rank", "fp8_products", "quantised", "quantised_training"]
+)
+def test_networks_around_another_one_draw_what_it_draws(wrapper):
+  network = initialised(lambda: EXPERTS[wrapper](E, D, F, experts=Silenced, rngs=nnx.Rngs(0)))
+  drawn, rows = network.for_step(STEP_KEY), WithRowBits(Batched(), jnp.zeros((E, 1), jnp.uint32))
+  assert (network.draws, drawn.draws) == (False, True) and network.for_step(None) is network
+  assert np.any(network(X_BLD[:E, :1], rows)) and not np.any(drawn(X_BLD[:E, :1], rows))
+
+
+def test_units_drop_inside_fp8_products_as_outside():
+  inside, outside = (
+    randomized(lambda s=spec: EXPERTS.resolve(s)(num_experts=E, dim=D, expert_dim=F, rngs=nnx.Rngs(0)))
+    for spec in (
+      "fp8_products:experts=expert_dropout;rate=0.4",
+      "expert_dropout:rate=0.4:experts=fp8_products",
+    )
+  )
+  product = WithRowBits(Batched(), jax.random.bits(KEYS[0], (E, L), jnp.uint32))
+  found, expected = (network.for_step(STEP_KEY)(X_BLD[:E], product) for network in (inside, outside))
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+  assert np.abs(found - inside(X_BLD[:E], product)).max() > 0.1
+
+
 # --- low-rank adapters ---
 
 
@@ -255,9 +292,11 @@ def test_three_steps_move_the_adapters_and_not_what_is_frozen():
   np.testing.assert_allclose(metrics["grad_norm"], np.sqrt(sum(norms)), rtol=1e-5)
 
 
-def test_adapters_go_inside():
-  with pytest.raises(InputError, match="expert_dropout:experts=low_rank"):
-    EXPERTS.resolve("low_rank:experts=expert_dropout")(num_experts=2, dim=4, expert_dim=4, rngs=nnx.Rngs(0))
+@pytest.mark.parametrize("wrapper", ["low_rank", "quantised", "quantised_training"])
+@pytest.mark.parametrize("inner", ["expert_dropout", "fp8_products"])
+def test_what_changes_matrices_goes_inside(wrapper, inner):
+  with pytest.raises(InputError, match=f"has no matrices of its own.* expert_dropout:experts={wrapper}"):
+    EXPERTS.resolve(f"{wrapper}:experts={inner}")(num_experts=2, dim=4, expert_dim=4, rngs=nnx.Rngs(0))
 
 
 # --- bounded ---

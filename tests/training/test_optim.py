@@ -9,6 +9,7 @@ from flax import nnx
 
 from moe_jax.config import OptimizerConfig
 from moe_jax.nn.experts import EXPERTS
+from moe_jax.nn.routers.zero_computation import ZeroComputation
 from moe_jax.nn.variables import freeze
 from moe_jax.training.optim import learning_rate_schedule, make_optimizer, trained
 from tests import tiny
@@ -120,11 +121,18 @@ def test_frozen_parameters_stay_and_count_in_no_norm(name, held, state_max):
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_biases_of_experts_and_heads_do_not_decay(name):
+@pytest.mark.parametrize(
+  ("make", "decaying"),
+  [
+    (lambda rngs: EXPERTS["clipped_swiglu"](2, 4, 6, rngs=rngs), {"w_gate_EDF", "w_up_EDF", "w_down_EFD"}),
+    (lambda rngs: ZeroComputation(("constant", "constant"), 4, rngs=rngs), {"w_mix_DZ2"}),
+  ],
+  ids=["biases of experts", "vectors of MoE++"],
+)
+def test_vectors_do_not_decay(name, make, decaying):
   """Their shapes are those of matrices. Without gradients, only what decays moves."""
-  experts = EXPERTS["clipped_swiglu"](2, 4, 6, rngs=nnx.Rngs(0))
-  params = jax.tree.map(jnp.ones_like, nnx.state(experts, nnx.Param))
+  params = jax.tree.map(jnp.ones_like, nnx.state(make(nnx.Rngs(0)), nnx.Param))
   optimizer = make_optimizer(OptimizerConfig(name, weight_decay=0.5, warmup_steps=0), 10)
   updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
   moved = {path for path, update in nnx.to_flat_state(updates) if np.any(update.get_value() != 0)}
-  assert moved == {("w_gate_EDF",), ("w_up_EDF",), ("w_down_EFD",)}
+  assert moved == {(w,) for w in decaying}

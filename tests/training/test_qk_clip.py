@@ -162,6 +162,11 @@ def test_wrong_settings_are_one_line_errors():
     ({"qk_norm": True}, "a mixer normalises or clips queries and keys"),
     ({"mixer": "attention:clip_qkv=3"}, "a mixer normalises or clips queries and keys"),
     ({"mixer": "lightning"}, "no mixer of the model has attention scores"),
+    (
+      {"mixer": "low_rank:mixer=attention"},
+      "scales queries and keys of every mixer, and one has frozen parameters",
+    ),
+    ({"trained": "router"}, "scales queries and keys of every mixer, and one has frozen parameters"),
   ):
     with pytest.raises(InputError, match=f"hook qk_clip: {message}"):
       tiny._steps(tiny.change(tiny.CONFIG, hooks="qk_clip", **fields))

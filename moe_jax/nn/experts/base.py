@@ -1,4 +1,4 @@
-"""The base class of experts: a module whose parameters have a leading expert axis."""
+"""The base classes of experts: modules whose parameters have a leading expert axis."""
 
 from typing import Any
 
@@ -34,6 +34,20 @@ class ExpertNetwork(nnx.Module):
     """
     del key
     return self
+
+
+class WrappingNetwork(ExpertNetwork):
+  """The base class of networks around another one, `self.experts`, for which they draw what that one draws."""
+
+  experts: ExpertNetwork
+
+  def for_step(self, key: Array | None) -> ExpertNetwork:
+    inner = self.experts.for_step(key)
+    if inner is self.experts:
+      return self
+    drawn = nnx.clone(self)
+    drawn.experts, drawn.draws = inner, inner.draws
+    return drawn
 
 
 def as_experts(module: ExpertNetwork, dtype: jnp.dtype, gather: bool) -> Experts:

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.errors import InputError
-from moe_jax.nn.experts.base import ExpertNetwork, inner_experts
+from moe_jax.nn.experts.base import ExpertNetwork, WrappingNetwork, inner_experts
 from moe_jax.ops.experts import Activation, Product, Wrapper
 from moe_jax.registry import Spec
 from moe_jax.types import Array
 
 
-class ExpertDropout(ExpertNetwork):
+class ExpertDropout(WrappingNetwork):
   """The network `experts` with dropout: in training, hidden units are set to 0 with probability `rate`.
 
   The other units are divided by 1 - rate. Switch uses 0.4 inside experts and 0.1 elsewhere. Which units of a
@@ -41,10 +41,10 @@ class ExpertDropout(ExpertNetwork):
     self.experts = inner_experts(experts, num_experts, dim, expert_dim, init_scale=init_scale, rngs=rngs)
     self.salt_EF = nnx.data(None)
 
-  def for_step(self, key: Array | None) -> "ExpertDropout":
+  def for_step(self, key: Array | None) -> ExpertNetwork:
     if key is None or self.rate == 0:
-      return self
-    drawn = nnx.clone(self)
+      return super().for_step(key)
+    drawn = nnx.clone(super().for_step(jax.random.fold_in(key, 1)))
     drawn.draws = True
     drawn.salt_EF = nnx.Variable(jax.random.bits(key, self.shape, jnp.uint32), logical_axes=("expert", "mlp"))
     return drawn

@@ -4,14 +4,14 @@ from collections.abc import Sequence
 
 from flax import nnx
 
-from moe_jax.nn.experts.base import ExpertNetwork, inner_experts
+from moe_jax.nn.experts.base import WrappingNetwork, inner_experts
 from moe_jax.ops.experts import Activation, Product, Wrapper
 from moe_jax.ops.fp8 import TILE, fp8_product
 from moe_jax.registry import Spec
 from moe_jax.types import Array
 
 
-class FP8Products(ExpertNetwork):
+class FP8Products(WrappingNetwork):
   """The network `experts` with every matrix product in FP8, as DeepSeek-V3 trains (2412.19437, section 3.3).
 
   Rows, hidden units and the gradients of outputs are E4M3 in tiles of 1 x 128, matrices in blocks of 128 x 128. The

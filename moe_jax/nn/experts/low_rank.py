@@ -2,14 +2,14 @@
 
 from flax import nnx
 
-from moe_jax.nn.experts.base import ExpertNetwork, inner_experts
+from moe_jax.nn.experts.base import WrappingNetwork, inner_experts
 from moe_jax.nn.low_rank import Adapters
 from moe_jax.ops.experts import Product
 from moe_jax.registry import Spec
 from moe_jax.types import Array
 
 
-class LowRankExperts(ExpertNetwork):
+class LowRankExperts(WrappingNetwork):
   """The network `experts`, frozen, with a trained addition to the matrices of every expert: see `Adapters`.
 
   Raises:

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.nn.experts.base import ExpertNetwork, inner_experts
+from moe_jax.errors import InputError
+from moe_jax.nn.experts.base import ExpertNetwork, WrappingNetwork, inner_experts
 from moe_jax.ops.experts import Product
 from moe_jax.ops.quantisation import dequantise, format_of, quantise
 from moe_jax.registry import Spec
@@ -21,8 +22,10 @@ def _matrices(network: ExpertNetwork) -> dict[str, nnx.Param]:
   }
 
 
-class _InFormat(ExpertNetwork):
-  """A network whose matrices are in a format, stored or computed."""
+class _InFormat(WrappingNetwork):
+  """A network whose matrices are in a format, stored or computed. `name` is the registered one, for errors."""
+
+  name: str
 
   def __init__(
     self,
@@ -38,6 +41,11 @@ class _InFormat(ExpertNetwork):
   ):
     self.format = format_of(format, group)
     self.experts = inner_experts(experts, num_experts, dim, expert_dim, init_scale=init_scale, rngs=rngs)
+    if not _matrices(self.experts):
+      raise InputError(
+        f"experts {self.name}:experts={experts}: has no matrices of its own; the format goes inside, e.g. "
+        f"expert_dropout:experts={self.name}"
+      )
     self._store()
 
   def _store(self) -> None:
@@ -53,8 +61,10 @@ class QuantisedExperts(_InFormat):
   With `factors`, each row of a matrix has one, by which it was multiplied before it was rounded.
 
   Raises:
-    InputError: if the format is unknown or has no groups of the given size.
+    InputError: if the format is unknown or has no groups of the given size, or `experts` has no matrices of its own.
   """
+
+  name = "quantised"
 
   def __init__(
     self,
@@ -103,8 +113,14 @@ class QuantisedExperts(_InFormat):
 class QuantisedTraining(_InFormat):
   """The network `experts`, computed as if its matrices were in `format`, and trained through the rounding.
 
-  The gradient passes the rounding unchanged (straight-through, 1308.3432). `moe_jax.adapt.quantise` then changes nothing.
+  The gradient passes the rounding unchanged (straight-through, 1308.3432). In float32, `moe_jax.adapt.quantise`
+  then changes nothing. With a compute type of bfloat16, what is rounded here is the matrix in bfloat16.
+
+  Raises:
+    InputError: as `QuantisedExperts`.
   """
+
+  name = "quantised_training"
 
   def __call__(self, rows: Array, product: Product) -> Array:
     network = nnx.merge(*nnx.split(self.experts))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.nn.routers.linear import LinearRouter
-from moe_jax.nn.variables import matrix, weight
+from moe_jax.nn.variables import matrix, vector, weight
 from moe_jax.ops.routing.base_assignment import base_assignment
 from moe_jax.ops.routing.common import Choice, in_groups
 from moe_jax.ops.routing.zero_computation import longcat_topk, moe_plus_plus, zero_computation_kinds
@@ -27,7 +27,7 @@ class ZeroComputation(nnx.Module):
     self.constants = tuple(z for z, kind in enumerate(kinds) if kind == "constant")
     num = len(self.constants)
     draw = lambda: jax.random.normal(rngs.params(), (num, dim), jnp.float32)
-    self.vector_ZD = nnx.Param(draw(), logical_axes=("zero_computation", "embed")) if num else None
+    self.vector_ZD = vector(draw(), ("zero_computation", "embed")) if num else None
     self.w_mix_DZ2 = matrix(rngs, (dim, num, 2), ("embed", "zero_computation", "mix")) if num else None
 
   def __call__(self, x_GTD: Array, weight_GTZ: Array) -> Array:
