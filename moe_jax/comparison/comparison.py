@@ -133,11 +133,7 @@ class Comparison:
     with Between():
       dataset = load_dataset(self.config.data)
       self.console.print(in_words(dataset.info), soft_wrap=True, markup=False)
-      processes.check_agree(
-        dataset.info.fingerprint,
-        "--dataset: fingerprint of the text",
-        "all processes must read the same text",
-      )
+      identity.check_same_text(dataset.info.fingerprint)
       return self._run(dataset)
 
   def _run(self, dataset: Dataset) -> list[Result]:

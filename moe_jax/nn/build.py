@@ -185,4 +185,9 @@ def routed_layers(config: ModelConfig) -> tuple[int, ...]:
 
 def num_routed_layers(config: ModelConfig) -> int:
   """Returns R, the number of layers of a resolved model that have routed experts."""
-  return len(routed_layers(config))
+  return sum(  # without a list, which a wrong number of layers would make too long
+    segment.repeats
+    for segment in config.blocks
+    for block in segment.pattern
+    if routed_part(block) is not None
+  )
