@@ -264,4 +264,4 @@ def test_the_experiment_records_once_and_replays_any_run(tmp_path):
   assert (two / "summary.csv").read_text() == (one / "summary.csv").read_text()
 
   status, _, line = other
-  assert status == 2 and "the run in it has another configuration (num_experts)" in line
+  assert status == 2 and "holds a run with another configuration (num_experts was 4, now 16)" in line
