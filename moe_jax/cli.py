@@ -87,27 +87,41 @@ def config_from_flags(said: Mapping[str, Any] | None = None) -> Config:
   return config
 
 
+# What mixers do not read: their factories have no parameter of that name, which `tests/test_cli.py` checks.
+_UNREAD = {"mla": ("num_kv_heads", "qk_norm"), "lightning": ("num_kv_heads", "rope_theta", "qk_norm")}
+
+
 def _note_without_effect(config: Config) -> None:
   """Prints a line for each flag that was given and changes nothing beside the others."""
   data, train = config.data, config.train
+  mixer = spec_text(config.model.mixer).partition(":")[0]
   dropless = spec_text(config.model.moe.dispatcher).startswith("dropless")
   needs = {
+    "--ffn with experts": (
+      spec_text(config.model.ffn) != "mlp",
+      "router balancers experts dispatcher num_experts num_experts_per_token expert_dim num_shared_experts "
+      "shared_experts shared_expert_dim shared_expert_gate group_size jitter capacity_factor eval_capacity_factor",
+    ),
     "--dataset=markov": (data.dataset == "markov", "markov_domains markov_states markov_temperature"),
     "--dataset=text_folder": (data.dataset == "text_folder", "text_folder"),
     "--dataset=stdlib_tasks": (data.dataset == "stdlib_tasks", "held_out_tasks"),
     "a data set of text": (data.dataset != "markov", "tokenizer data_dir"),
     "a dispatcher with a capacity": (not dropless, "capacity_factor eval_capacity_factor"),
     "a schedule that decays": (config.optimizer.schedule != "constant", "final_learning_rate_fraction"),
+    "a mixer that reads it": (mixer not in _UNREAD, " ".join(_UNREAD.get(mixer, ()))),
     "--record_router_logits": (train.record_router_logits > 0, "router_logits_dtype"),
-    "--ffn with experts": (
-      spec_text(config.model.ffn) != "mlp",
-      "router balancers experts dispatcher num_experts num_experts_per_token",
-    ),
   }
+  said = set()
   for need, (is_met, names) in needs.items():
     for name in () if is_met else names.split():
-      if name in flags.FLAGS and flags.FLAGS[name].present:
+      if _given(name) and name not in said:
         note(f"--{name} has no effect without {need}")
+        said.add(name)
+
+
+def _given(name: str) -> bool:
+  """Returns whether a flag is on the command line."""
+  return name in flags.FLAGS and flags.FLAGS[name].present
 
 
 def run(main: Callable[[list[str]], None], takes_arguments: bool = False) -> None:

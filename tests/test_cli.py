@@ -11,6 +11,7 @@ import pytest
 
 from moe_jax import cli
 from moe_jax.config import Config
+from moe_jax.nn.mixers import MIXERS
 from tests.scripts import ROOT, assert_one_line, run_scripts
 
 EXPERIMENTS = (
@@ -191,18 +192,37 @@ def test_a_reader_that_is_gone_is_no_traceback(command):
 
 def test_flags_without_effect_are_said(tmp_path):
   flags = [
-    "--dataset=markov",
     "--tokenizer=nope",
     "--capacity_factor=2",
-    "--shard=9/2",
+    "--mixer=mla",
+    "--qk_norm",
+    "--head_dim=8",
     "--sweep_goal=nll",
   ]
-  (ended,) = run_scripts(["experiments/load_balancing.py", f"--output_dir={tmp_path}/run", *flags])
-  assert ended.stderr.splitlines()[:3] == [
+  script = [
+    "experiments/load_balancing.py",
+    f"--output_dir={tmp_path}/run",
+    "--dataset=markov",
+    "--shard=9/2",
+  ]
+  dense = ["--ffn=mlp", "--expert_dim=32", "--capacity_factor=2"]
+  with_experts, without = run_scripts([*script, *flags], [*script, *dense])
+  assert with_experts.stderr.splitlines()[:4] == [
     "note: --tokenizer has no effect without a data set of text",
     "note: --capacity_factor has no effect without a dispatcher with a capacity",
+    "note: --qk_norm has no effect without a mixer that reads it",
     "note: --sweep_goal has no effect without --sweep",
   ]
+  assert without.stderr.splitlines()[:2] == [
+    "note: --expert_dim has no effect without --ffn with experts",
+    "note: --capacity_factor has no effect without --ffn with experts",
+  ]
+
+
+def test_what_mixers_do_not_read_is_known():
+  names = ("num_heads", "num_kv_heads", "head_dim", "rope_theta", "qk_norm")
+  unread = {mixer: tuple(n for n in names if not MIXERS.resolve(mixer).takes(n)) for mixer in MIXERS}
+  assert {mixer: found for mixer, found in unread.items() if found} == cli._UNREAD
 
 
 def test_every_flag_has_a_help_and_its_default():

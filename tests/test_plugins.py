@@ -43,6 +43,10 @@ def test_what_a_plugin_registers_has_a_name(tmp_path):
     ),
     ('moe_jax.register("metric", "x", mine)\n', "metric 'x': .* is no Metric"),
     ('moe_jax.register("metric", "max_vio", None)\n', "metric 'max_vio'"),
+    (
+      'moe_jax.register("metric", "nll", moe_jax.Metric(mine, mine))\n',
+      "metric 'nll': the name is taken by moe_jax",
+    ),
   ],
 )
 def test_a_plugin_that_fails_is_named_with_its_line(tmp_path, code, message):

@@ -85,11 +85,11 @@ class Measured:
     self.results.append(found)
     return Numbers({name: Score(*score) for name, score in found["scores"].items()}, found["others"])
 
-  def report(self, **texts: Any) -> None:
+  def report(self, command: str, **texts: Any) -> None:
     """Prints the table, and writes the report of a comparison, whose baseline is the first arm."""
     names: Sequence[str] = list(dict.fromkeys(result["arm"] for result in self.results))
     ordered = sorted(self.results, key=lambda result: (names.index(result["arm"]), result["seed"]))
-    write_report(self.folder, ordered, Console(), **texts)
+    write_report(self.folder, ordered, Console(), commands=[command], **texts)
 
 
 def _result(

@@ -1,11 +1,10 @@
 """The run whose router logits a study reads: trained and recorded once in its folder, and kept."""
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
-from moe_jax import disk, sharding
+from moe_jax import sharding
 from moe_jax.cluster import processes
 from moe_jax.config import Config, MoEConfig, spec_text
 from moe_jax.config.plain import from_fields
@@ -13,9 +12,11 @@ from moe_jax.data import load_dataset
 from moe_jax.errors import InputError
 from moe_jax.nn.build import num_routed_layers, routed_layer
 from moe_jax.training.compiled import check_run
+from moe_jax.training.identity import check_same_run, is_shorter
 from moe_jax.training.loop import Run
 from moe_jax.training.progress import TrainingProgress
-from moe_jax.training.router_trace import FOLDER, Trace
+from moe_jax.training.result_file import RESULT_FILE, read_result
+from moe_jax.training.router_trace import Trace
 
 
 def with_recording(config: Config, num_steps: int) -> Config:
@@ -59,37 +60,20 @@ def record(config: Config, folder: pathlib.Path, console: Any, show: str = "the 
 
   Args:
     config: as from `with_recording`.
-    folder: of the run, new or holding a run of the same configuration.
+    folder: of the run, new or holding the same run.
     console: a rich Console.
     show: what the progress bar calls the run.
 
   Raises:
-    InputError: the folder holds a run of another configuration.
+    InputError: the folder holds a run of another configuration, on other text, or with other code of a method.
   """
-  _check_same(folder, config)
-  if processes.from_first((folder / "result.json").exists()):
+  dataset = load_dataset(config.data)
+  check_same_run(folder, config, dataset.info.fingerprint)
+  if processes.from_first(bool(read_result(folder / RESULT_FILE)) and not is_shorter(folder, config)):
     console.print(f"the run in {folder} is done and kept", soft_wrap=True)
   else:
     label = spec_text(config.model.moe.balancers)
     with TrainingProgress(config.train.num_steps, console) as progress:
-      Run(config, load_dataset(config.data), folder, progress, label=label, show=show).train()
+      Run(config, dataset, folder, progress, label=label, show=show).train()
     processes.wait_for_all("recorded")
   return Trace(folder)
-
-
-def _check_same(folder: pathlib.Path, config: Config) -> None:
-  header = folder / FOLDER / "header.json"  # there from the run's first step on
-  if not header.exists():
-    return
-  known = (disk.read_object(header) or {}).get("config")
-  if not isinstance(known, dict):
-    raise InputError(f"{header}: is damaged; remove the folder of the trace")
-  for part, fields in json.loads(json.dumps(config.to_dict())).items():
-    for name, value in fields.items():
-      was = known.get(part, {}).get(name)
-      if was != value:
-        changed = ", ".join(k for k in value if value[k] != was.get(k)) if name == "moe" and was else name
-        raise InputError(
-          f"--output_dir={folder.parent}: the run in it has another configuration ({changed}); choose another "
-          "folder, or read that run with --trace"
-        )

@@ -22,6 +22,7 @@ from moe_jax.errors import InputError, Stopped
 from moe_jax.nn.leaks import sees_later_tokens
 from moe_jax.sharding import make_mesh
 from moe_jax.training.compiled import abstract_model, check_run
+from moe_jax.training.identity import changes, check_same_run
 from moe_jax.training.loop import Run
 from moe_jax.training.progress import TrainingProgress
 from moe_jax.training.result_file import RESULT_FILE, read_result
@@ -65,7 +66,7 @@ class Speedrun:
 
   Raises:
     InputError: if a configuration is wrong, looks at later tokens, has too many active parameters or no bits per
-      byte, or if the folder holds runs of another attempt. It is raised before any training.
+      byte, or if the folder holds runs of another attempt or, when they run, on other text. It is raised before any training.
   """
 
   def __init__(
@@ -97,9 +98,13 @@ class Speedrun:
 
   def run(self, seeds: Sequence[int], console: Console | None = None) -> dict[str, Any]:
     """Trains what is missing and returns the entry of the leaderboard."""
+    done = {seed: self._finished(seed) for seed in seeds}
+    for seed in (seed for seed, pair in done.items() if pair):
+      for arm in ARMS:
+        text = self.data[arm].info.fingerprint
+        check_same_run(self._seed_folder(seed) / arm, self._of_seed(arm, seed), text)
     self.folder.mkdir(parents=True, exist_ok=True)
     disk.write_json(self.folder / "config.json", self.claim)
-    done = {seed: self._finished(seed) for seed in seeds}
     steps = sum(config.train.num_steps for config in self.configs.values())
     with TrainingProgress(steps * sum(pair is None for pair in done.values()), console) as progress:
       for seed, pair in done.items():
@@ -158,15 +163,17 @@ class Speedrun:
     if there:
       disk.note(f"{folder}: is no whole pair and starts over; what was there is in {folder / disk.ASIDE}")
 
-  def _train(self, arm: str, seed: int, progress: TrainingProgress) -> dict[str, Any]:
+  def _of_seed(self, arm: str, seed: int) -> Config:
     config = self.configs[arm]
     data, train = (
       dataclasses.replace(config.data, data_seed=seed),
       dataclasses.replace(config.train, seed=seed),
     )
-    config = dataclasses.replace(config, data=data, train=train)
+    return dataclasses.replace(config, data=data, train=train)
+
+  def _train(self, arm: str, seed: int, progress: TrainingProgress) -> dict[str, Any]:
     run = Run(
-      config,
+      self._of_seed(arm, seed),
       self.data[arm],
       self._seed_folder(seed) / arm,
       progress,
@@ -221,7 +228,7 @@ class Speedrun:
       known = disk.read_object(path)
       if known is None:
         raise InputError(f"{path}: is damaged; restore it, or choose another folder")
-      other = [key for key in self.claim if known.get(key) != self.claim[key]]
+      other = [key for key, value in self.claim.items() if _is_other(key, known.get(key), value)]
       if other:
         raise InputError(
           f"--output_dir={self.folder}: holds runs with other {', '.join(other)}; choose another folder or remove "
@@ -235,6 +242,14 @@ class Speedrun:
   def _is_free(self) -> bool:
     """Returns whether the folder holds nothing but a file that a kill has left half written."""
     return self.folder.is_dir() and all(p.name.startswith(disk.WRITING) for p in self.folder.iterdir())
+
+
+def _is_other(key: str, known: Any, value: Any) -> bool:
+  """Returns whether what a folder says under a key differs. Of a configuration, only what changes the run or its seconds counts."""
+  if key not in ARMS or not isinstance(known, Mapping):
+    return known != value
+  strict = lambda config: (config.get("mesh"), config.get("train", {}).get("num_steps"))
+  return strict(known) != strict(value) or bool(changes(known, value))
 
 
 def _to_run(config: Config) -> Config:

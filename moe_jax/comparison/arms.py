@@ -12,6 +12,8 @@ from typing import Any
 from moe_jax.config import Config, MoEConfig
 from moe_jax.errors import InputError, unknown_name
 from moe_jax.nn.build import num_routed_layers, resolve
+from moe_jax.nn.routers import ROUTERS
+from moe_jax.ops.balancing import BALANCERS
 from moe_jax.ops.balancing.conventions import convert
 
 Arm = Mapping[str, Any]
@@ -54,12 +56,16 @@ def _part_of(config: Config, field: str) -> str:
 def balancing_arm(text: str) -> Arm:
   """Returns the arm for `"switch_loss:0.01+z_loss:0.001"` or, with a router, `"load_loss:0.1@noisy_topk"`."""
   balancers, at, router = text.partition("@")
+  if not at and (name := text.partition(":")[0]) in ROUTERS and name not in BALANCERS:
+    raise InputError(f"arm {text}: {name} is a router; with no balancer, it is none@{text}")
   return {"balancers": balancers} | ({"router": router} if at else {})
 
 
 def routing_arm(text: str) -> Arm:
   """Returns the arm for `"sigmoid_topk:normalize=true"` or, with its own balancers, `"sinkhorn@none"`."""
   router, at, balancers = text.partition("@")
+  if not at and (name := text.partition(":")[0]) in BALANCERS and name not in ROUTERS:
+    raise InputError(f"arm {text}: {name} is a balancer; behind a router, it is ROUTER@{text}")
   return {"router": router} | ({"balancers": balancers} if at else {})
 
 

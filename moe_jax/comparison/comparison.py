@@ -14,7 +14,7 @@ from moe_jax.comparison import sweep
 from moe_jax.comparison.arms import Arm, with_arm
 from moe_jax.comparison.datasets import datasets_of_arms, in_words
 from moe_jax.comparison.folder import SWEEP, ComparisonFolder, Result, described
-from moe_jax.comparison.reporting import REPORT_FILE, write_report
+from moe_jax.comparison.reporting import REPORT_FILE, joined_commands, read_texts, write_report
 from moe_jax.comparison.results import load_results, lookup
 from moe_jax.comparison.shard import Shard
 from moe_jax.config import Config
@@ -133,11 +133,7 @@ class Comparison:
     with Between():
       dataset = load_dataset(self.config.data)
       self.console.print(in_words(dataset.info), soft_wrap=True, markup=False)
-      processes.check_agree(
-        dataset.info.fingerprint,
-        "--dataset: fingerprint of the text",
-        "all processes must read the same text",
-      )
+      identity.check_same_text(dataset.info.fingerprint)
       return self._run(dataset)
 
   def _run(self, dataset: Dataset) -> list[Result]:
@@ -275,7 +271,7 @@ class Comparison:
         texts = {
           "title": title,
           "question": question,
-          "command": command,
+          "commands": self._commands(command, results),
           "notes": notes,
           "varies": [*varies],
         }
@@ -287,6 +283,13 @@ class Comparison:
         else:
           said = self.shard.in_words(len(results), self.folder.path)
           self.console.print(said, soft_wrap=True, highlight=False, markup=False)
+
+  def _commands(self, command: str, results: list[Result]) -> list[str]:
+    """Returns the commands that the folder's results come from: `command`, and earlier ones if it has others."""
+    own = {(result["arm"], result["seed"]) for result in results}
+    if {(result["arm"], result["seed"]) for result in load_results(self.folder.path)} <= own:
+      return [command]
+    return joined_commands([read_texts(self.folder.path).get("commands", []), [command]])
 
   def _report(self, results: list[Result], **texts: Any) -> None:
     own = {(result["arm"], result["seed"]): result for result in results}

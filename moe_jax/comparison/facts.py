@@ -20,6 +20,7 @@ def facts_of(results: Sequence[Result]) -> dict[str, Any]:
     "bytes": _different(_bytes(r) for r in results),
     "num_params": _different(r.get("num_params") for r in results),
     "num_active_params": _different(r.get("num_active_params") for r in results),
+    "learning_rate": _different(lookup(r, "schedule", "learning_rate") for r in results),
     "hardware": _different(_hardware(r) for r in results),
     "seeds": _different(r["seed"] for r in results),
     "swept": _different(_swept(r) for r in results),

@@ -16,10 +16,10 @@ from moe_jax.comparison.folder import (
   claim_differences,
   merged_claim,
 )
-from moe_jax.comparison.reporting import REPORT_FILE, write_report
+from moe_jax.comparison.reporting import REPORT_FILE, joined_commands, read_texts, write_report
 from moe_jax.comparison.results import load_results, lookup
 from moe_jax.errors import InputError
-from moe_jax.training.result_file import Result, read_result
+from moe_jax.training.result_file import Result, read_result, steps_asked
 
 
 def join(
@@ -63,6 +63,9 @@ def join(
   if results and texts:
     target.merge_metrics((result["arm"], result["seed"]) for result in results)
     write_report(target, results, console, **texts)
+  elif results:
+    said = "no report: no folder has a report.json of this version; the command without --shard, with --output_dir="
+    console.print(f"{said}{target.path}, writes one", soft_wrap=True, highlight=False, markup=False)
   return _missing(claim, target)
 
 
@@ -155,13 +158,19 @@ def _sweep_lines(sources: Sequence[ComparisonFolder], claim: Mapping[str, Any]) 
 
 def _report_texts(sources: Sequence[ComparisonFolder]) -> dict[str, Any]:
   """Returns title, question, commands and notes of the shards. {} if none has come to its report."""
-  paths = [source.path / REPORT_FILE for source in sources]
-  each = [texts for texts in map(disk.read_object, paths) if texts]
+  each = [texts for texts in (read_texts(source.path) for source in sources) if texts]
   if not each:
     return {}
-  commands = dict.fromkeys(texts["command"] for texts in each)
+  commands = joined_commands([texts["commands"] for texts in each])
   notes = dict.fromkeys(note for texts in each for note in texts["notes"])
-  return each[0] | {"command": "; ".join(commands), "notes": list(notes)}
+  return each[0] | {"commands": commands, "notes": list(notes)}
+
+
+def _is_shorter(result: Result, arm: str, claim: Mapping[str, Any]) -> bool:
+  """Returns whether a longer run was asked for since, and no shard has finished it."""
+  asked = {**claim["config"].get("train", {}), **dict(claim["arms"])[arm]}.get("num_steps")
+  had = steps_asked(result)
+  return had is not None and isinstance(asked, int) and had < asked
 
 
 def _missing(claim: Mapping[str, Any], target: ComparisonFolder) -> list[str]:
@@ -169,7 +178,7 @@ def _missing(claim: Mapping[str, Any], target: ComparisonFolder) -> list[str]:
     f"{arm} seed {seed}"
     for arm in claim["arms"]
     for seed in claim["seeds"]
-    if not target.has_result(arm, seed)
+    if not (result := target.result(arm, seed)) or _is_shorter(result, arm, claim)
   ]
   undecided = [arm for arm, names in claim.get("planned", {}).items() if not {*names} & claim["arms"].keys()]
   return missing + [f"{arm} (what the sweep would choose)" for arm in undecided]

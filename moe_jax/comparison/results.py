@@ -24,6 +24,7 @@ PROTOCOL = {
   "slots": "expert capacity",
   "inputs": "router input",
   "tail_steps": "tail window",
+  "eval_sequences": "sequences of an evaluation",
   "max_vio_range": "range of MaxVio (E/K)",
   "init_from": "content of --init_from",  # of one folder; arms may start from different ones
 }
@@ -134,8 +135,9 @@ def _differ(key: str, values: Sequence[Any]) -> bool:
 def _compared(result: Result) -> Result:
   """Returns a result with the protocol by which it is compared.
 
-  That of a sweep's arm has the first values that were tried in place of the chosen ones. So arms may differ in what
-  the sweep changed, and in nothing else. What bounds a quantity stays as it is: nothing is said of different ranges.
+  That of a sweep's arm has the first values that were tried in place of the chosen ones, where a value changes the
+  protocol. So arms may differ in what the sweep changed, and in nothing else. What bounds a quantity stays as it is:
+  nothing is said of different ranges.
   """
   tail = lookup(result, "training", "tail_steps")
   own = result if tail is None else result | {"tail_steps": tail}

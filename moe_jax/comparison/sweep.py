@@ -151,14 +151,17 @@ class Sweep:
       candidates: of every arm.
       configs: the resolved configuration of every candidate.
     """
-    first = {arm: protocol_of(configs[tried[0].name]) for arm, tried in candidates.items()}
-    keys = [key for key in PROTOCOL if key not in OF_QUANTITIES]
-    kept = {arm: {key: found[key] for key in keys if key in found} for arm, found in first.items()}
+    keys = [key for key in PROTOCOL if key not in OF_QUANTITIES and key != "eval_sequences"]
+    first_values: dict[str, dict[str, Any]] = {}
+    for tried in candidates.values():
+      protocols = [protocol_of(configs[candidate.name]) for candidate in tried]
+      for candidate, own in zip(tried, protocols, strict=True):
+        first_values[candidate.name] = {k: protocols[0][k] for k in keys if own.get(k) != protocols[0].get(k)}
     return {
       "fields": [field for field, _ in self.grid],
       "goal": self.goal,
       "seeds": list(self.seeds),
-      "protocols": {c.name: kept[arm] for arm, tried in candidates.items() for c in tried},
+      "protocols": first_values,
     }
 
   def _note(self, candidate: Candidate, is_best: bool, results: Sequence[Result]) -> str:
@@ -196,6 +199,9 @@ def _place(name: str, config: Config, swept: str) -> _Place | None:
     why = ignored(config, swept)
     if why:
       raise InputError(f"arm {name} ignores {swept}: {why}; leave the arm or the sweep out")
+    if swept == "batch_size" and config.train.eval_batches:
+      why = f"--eval_batches={config.train.eval_batches} would evaluate other text with each"
+      raise InputError(f"{swept}: {why}; use --eval_batches=0")
     return _Place(swept)
   method_name, _, option = swept.rpartition(".")
   has = lambda m: option in dict(m.options) and method_name in ("", m.name)

@@ -217,6 +217,8 @@ def prompt_dataset(
   digest.update(json.dumps({name: list(examples) for name, examples in splits.items()}).encode())
   digest.update(template.source.encode() if template else b"")
   end = tokenizer.bos_id if end_id is None else end_id
+  if end != tokenizer.bos_id and template is None:
+    digest.update(f" end {end}".encode())
   windows = {}
   for split, examples in splits.items():
     encoded = [encode_example(example, tokenizer, end, template) for example in examples]

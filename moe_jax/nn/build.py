@@ -177,9 +177,15 @@ def routed_layer(moe: MoEConfig) -> MoE:
   return abstract_ffn(BlockConfig(ffn=FFNS.resolve("moe"), moe=resolve_moe(moe)))
 
 
+def routed_layers(config: ModelConfig) -> tuple[int, ...]:
+  """Returns the numbers, in the stack of a resolved model, of the R blocks that have routed experts."""
+  blocks = [block for segment in config.blocks for block in segment.pattern * segment.repeats]
+  return tuple(i for i, block in enumerate(blocks) if routed_part(block) is not None)
+
+
 def num_routed_layers(config: ModelConfig) -> int:
   """Returns R, the number of layers of a resolved model that have routed experts."""
-  return sum(
+  return sum(  # without a list, which a wrong number of layers would make too long
     segment.repeats
     for segment in config.blocks
     for block in segment.pattern

@@ -99,16 +99,20 @@ def register(name: str, metric: Metric) -> None:
   """Adds a metric. It is measured from now on, and has a column in every table.
 
   Raises:
-    InputError: if the name belongs to a metric of this package, or `metric` is not a `Metric`.
+    InputError: if the name belongs to a metric of this package or to another number that it writes beside them, or
+      `metric` is not a `Metric`.
   """
   if not isinstance(metric, Metric):
     raise InputError(f"metric {name!r}: {metric!r} is no Metric")
-  if name in METRICS and name in _BUILTIN:
+  if name in _BUILTIN:
     raise InputError(f"metric {name!r}: the name is taken by moe_jax; choose another")
   METRICS[name] = metric
 
 
-_BUILTIN = frozenset(METRICS)
+_BUILTIN = frozenset(METRICS) | {
+  *("loss", "total_loss", "grad_norm", "learning_rate", "attention_score", "tokens_per_second"),
+  *("nll", "perplexity", "bits_per_byte", "excess_nll", "num_tokens", "num_targets", "step", "arm", "seed"),
+}
 
 
 def observe(layer: LayerRecord) -> dict[str, PyTree]:

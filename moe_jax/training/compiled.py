@@ -87,6 +87,11 @@ def check_run(config: Config, mesh: jax.sharding.Mesh) -> Config:
     raise InputError(
       f"--record_router_logits={config.train.record_router_logits}: --ffn={config.model.ffn} has no router"
     )
+  if config.train.record_router_logits and len({layer.num_scored_experts for layer in routed if layer}) > 1:
+    raise InputError(
+      f"--record_router_logits={config.train.record_router_logits}: layers have different numbers of experts, and a trace "
+      "has one; use 0"
+    )
   groups = {length}
   for layer in filter(None, routed):
     with naming("group_size", layer.group_size):

@@ -44,8 +44,13 @@ def write_identity(folder: pathlib.Path, config: Config, dataset: Dataset) -> No
   disk.write_json(folder / CONFIG_FILE, config.to_dict() | of_text | shared | own)
 
 
+def check_same_text(text: str) -> None:
+  """Raises `InputError`, in all processes, if they read different texts. `text`: the fingerprint."""
+  processes.check_agree(text, "--dataset: fingerprint of the text", "all processes must read the same text")
+
+
 def check_same_run(folder: pathlib.Path, config: Config, text: str) -> None:
-  """Raises `InputError`, in all processes, if the folder holds a run of another configuration or text.
+  """Raises `InputError`, in all processes, if the folder holds a run of another configuration or text, or texts differ.
 
   A config.json that cannot be read is moved aside. What it says is in every checkpoint and in the result, too.
 
@@ -54,6 +59,7 @@ def check_same_run(folder: pathlib.Path, config: Config, text: str) -> None:
     config: resolved.
     text: the fingerprint.
   """
+  check_same_text(text)
   refused = processes.from_first(refusal(folder, config, text) if processes.is_first() else "")
   if refused:
     raise InputError(refused)

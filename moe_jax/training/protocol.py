@@ -10,7 +10,7 @@ from moe_jax import sharding
 from moe_jax.config import BlockConfig, Config, ModelConfig, Segment
 from moe_jax.config.plain import to_plain
 from moe_jax.data import DatasetInfo
-from moe_jax.nn.build import different_blocks, make_blocks, routed_part
+from moe_jax.nn.build import different_blocks, make_blocks, routed_layers, routed_part
 from moe_jax.nn.ffn import MLP, LatentMoE, SoftMoE
 from moe_jax.nn.leaks import sees_later_tokens
 from moe_jax.nn.moe import MoE
@@ -24,6 +24,7 @@ def protocol_of(config: Config) -> dict[str, Any]:
 
   schedule: the configuration of the optimizer.
   tail_steps: the last steps of training, over which noisy metrics are averaged.
+  eval_sequences: sequences of the validation set that are evaluated; 0: all.
   active_width: the hidden width that a token meets in a feed-forward part: K * F of the routed experts, and that
     of shared experts and parallel parts. K is the maximum if a router chooses how many. Where experts read a
     narrower space of width X, K * F * X / D, so that it stays in proportion to the work of the experts. For Soft
@@ -48,6 +49,7 @@ def protocol_of(config: Config) -> dict[str, Any]:
   return {
     "num_steps": config.train.num_steps,
     "tail_steps": math.ceil(config.train.num_steps * config.train.tail_fraction),
+    "eval_sequences": config.train.eval_batches * config.data.batch_size,
     "tokens_per_step": config.data.batch_size * length,
     "objective": str(config.train.objective),
     "sees_later_tokens": sees_later_tokens(config.model),
@@ -74,12 +76,20 @@ def slots_of_mesh(config: Config) -> str:
 
 
 def trace_header(config: Config, info: DatasetInfo) -> dict[str, Any]:
-  """Returns what a recorded trace says of the run of a resolved configuration on the text of `info`."""
+  """Returns what a recorded trace says of the run of a resolved configuration on the text of `info`.
+
+  Of it, `layers` are the numbers of the R layers in the model, on which their random keys depend. Modules of multi-token
+  prediction come behind the stack.
+  """
+  layers = list(routed_layers(config.model))
+  if routed_part(config.model.last_block) is not None:
+    layers += range(config.model.total_layers, config.model.total_layers + config.model.mtp_depth)
   block = next(b for b in different_blocks(config.model) if routed_part(b) is not None)
   layer, k = routed_part(block), block.moe.num_experts_per_token
   group = layer.tokens_per_group(config.data.sequence_length)
   return {
     "every": config.train.record_router_logits,
+    "layers": layers,
     "router": str(block.moe.router),
     "num_experts": layer.num_experts,
     "num_scored_experts": layer.num_scored_experts,

@@ -16,12 +16,14 @@ from flax import nnx
 from moe_jax.nn.aux import (
   added,
   balancing_loss,
+  by_layer,
   losses_by_name,
   mixer_auxes,
   moe_auxes,
   nothing,
   num_moe_layers,
   read_metrics,
+  segments_of,
 )
 from moe_jax.nn.context import Context
 from moe_jax.nn.moe import MoE
@@ -205,8 +207,10 @@ def _without_logits(aux: PyTree) -> PyTree:
   return _map_moe(lambda layer: layer._replace(logits_BLE=None, selected_BLE=None), aux)
 
 
-def _logits(aux: PyTree) -> list[Array]:
-  return [layer.logits_BLE for layer in moe_auxes(aux) if layer.logits_BLE is not None]
+def _logits(aux: PyTree) -> list[list[Array]]:
+  """Returns those of each segment and block of its pattern, as `by_layer` takes them; [] if none are recorded."""
+  found = [[b.logits_BLE for b in blocks if b.logits_BLE is not None] for blocks in segments_of(aux)]
+  return [blocks for blocks in found if blocks]
 
 
 def _cut(batch: Batch, pieces: int) -> Batch:
@@ -259,7 +263,7 @@ def _metrics(loss: Array, aux: PyTree) -> dict[str, Array]:
   return {"loss": loss, "total_loss": loss + balancing_loss(aux), **losses, **shown}
 
 
-def _router_trace(logits_J: list[Array], batch: Batch, dtype: str) -> dict[str, Array]:
+def _router_trace(logits_J: list[list[Array]], batch: Batch, dtype: str) -> dict[str, Array]:
   """Returns what a replay needs of a step, in the order of the batch before `_cut`."""
 
   def in_order(logits_JRBLE: Array) -> Array:
@@ -267,7 +271,7 @@ def _router_trace(logits_J: list[Array], batch: Batch, dtype: str) -> dict[str, 
     return logits_RBJLE.reshape(logits_RBJLE.shape[0], -1, *logits_RBJLE.shape[3:])
 
   limit = float(jnp.finfo(dtype).max)  # the largest number of the type, not infinity, which has no softmax
-  logits_RBLE = jnp.concatenate([in_order(x) for x in logits_J])
+  logits_RBLE = by_layer(jax.tree.map(in_order, logits_J))
   return {
     "logits_RBLE": jnp.clip(logits_RBLE, -limit, limit).astype(dtype),
     **{name: batch[name] for name in ("mask_BL", "domain_B", "key_B")},

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import types
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,8 @@ from moe_jax import sharding
 from moe_jax.analysis.replay.replay import bias_methods, replay
 from moe_jax.errors import InputError
 from moe_jax.ops import stats
-from moe_jax.training.compiled import compile_steps
+from moe_jax.training.compiled import check_run, compile_steps
+from moe_jax.training.protocol import trace_header
 from moe_jax.training.router_trace import Trace, TraceWriter
 from tests import tiny
 from tests.analysis import studies
@@ -34,7 +36,8 @@ def train(folder, **fields) -> Recorded:
   config = tiny.change(CONFIG, **fields)
   mesh = sharding.make_mesh(config.mesh)
   metrics = []
-  with jax.set_mesh(mesh), TraceWriter(folder, {"config": config.to_dict()}) as writer:
+  header = trace_header(check_run(config, mesh), types.SimpleNamespace(domains=(), fingerprint=""))
+  with jax.set_mesh(mesh), TraceWriter(folder, header) as writer:
     steps = compile_steps(config, tiny.VOCAB, tiny.DOMAINS, mesh)
     state = steps.init(0)
     leaves = [jax.device_get(jax.tree.leaves(state.variables))]
@@ -62,8 +65,13 @@ def recorded(tmp_path_factory):
     {"router": "sigmoid_topk", "balancers": "loss_free_bias:0.02", "jitter": 0.0},
     {"balancers": "multiplicative_bias:0.05"},
     {"balancers": "quantile_balancing:bins=50"},
-    # draws the second expert by the run's keys
-    {"router": "gshard_top2", "balancers": "loss_free_bias:0.02", "accept_leaks": "gshard_top2"},
+    # draws the second expert by the run's keys, which depend on the block's number
+    {
+      "router": "gshard_top2",
+      "balancers": "loss_free_bias:0.02",
+      "accept_leaks": "gshard_top2",
+      "moe_every": 2,
+    },
     {"balancers": "none"},
   ],
   ids=lambda fields: "-".join(str(v) for v in fields.values()) or "all-at-once",
@@ -85,6 +93,20 @@ def test_replaying_a_runs_own_balancer_is_the_run(tmp_path, fields):
     (expected_RE,) = [leaf for leaf in leaves if leaf.shape == found_RE.shape]
     # The sums are exact; how the compiler rounds the update itself may differ.
     np.testing.assert_allclose(found_RE, expected_RE, rtol=1e-5, atol=1e-7)
+
+
+def test_a_trace_of_before_is_replayed_where_all_blocks_have_experts(recorded, tmp_path):
+  """Its layers are those of the model, in order. Which blocks they are of another model is not known."""
+  steps = recorded.trace.read(0, 1)
+  arrays = dict(zip(("logits_RBLE", "mask_BL", "domain_B", "key_B"), (x[0] for x in steps[1:]), strict=True))
+  for folder, fields in (("alike", {}), ("other", {"num_layers": 3, "num_dense_first": 1})):
+    header = {"config": tiny.change(CONFIG, **fields).to_dict()}
+    with TraceWriter(tmp_path / folder, header) as writer:
+      writer.add(1, arrays)
+  found = replay(Trace(tmp_path / "alike"), "loss_free_bias:0.01").tokens_per_expert_IRE[0]
+  np.testing.assert_array_equal(found, recorded.tokens_per_expert_IRE[0])
+  with pytest.raises(InputError, match="did not record which blocks its layers are"):
+    replay(Trace(tmp_path / "other"), "loss_free_bias:0.01")
 
 
 def loops(trace: Trace, rate: float, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -242,4 +264,4 @@ def test_the_experiment_records_once_and_replays_any_run(tmp_path):
   assert (two / "summary.csv").read_text() == (one / "summary.csv").read_text()
 
   status, _, line = other
-  assert status == 2 and "the run in it has another configuration (num_experts)" in line
+  assert status == 2 and "holds a run with another configuration (num_experts was 4, now 16)" in line

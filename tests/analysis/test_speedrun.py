@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ from moe_jax import disk, locks
 from moe_jax.analysis import speedrun
 from moe_jax.analysis.leaderboard import ARMS, MEASURED, read_entries, row, score, table
 from moe_jax.analysis.speedrun import Rules, Speedrun
-from moe_jax.config import Config
+from moe_jax.config import Config, MeshConfig
 from moe_jax.errors import InputError, Stopped
 from moe_jax.training.progress import TrainingProgress
 from tests import tiny
@@ -164,6 +165,24 @@ def test_a_folder_of_another_attempt_is_refused(finished, reference):
   folder, _ = finished
   with pytest.raises(InputError, match="holds runs with other attempt; choose"):
     Speedrun(reference, reference, RULES, folder, ABOUT, MACHINE)
+  for fields in ({"num_steps": 13}, {"mesh": MeshConfig(data=2, expert=1)}):  # they change what is timed
+    with pytest.raises(InputError, match="holds runs with other attempt; choose"):
+      Speedrun(tiny.change(_slower(reference), **fields), reference, RULES, folder, ABOUT, MACHINE)
+
+
+def test_finished_pairs_are_kept_under_flags_that_change_nothing_and_not_on_other_text(
+  finished, reference, monkeypatch, tmp_path
+):
+  folder, entry = finished
+  other = str(shutil.copytree(reference.data.text_folder, tmp_path / "text"))
+  attempt = tiny.change(_slower(reference), log_every=5, max_minutes=9.0, text_folder=other)
+  start = lambda: Speedrun(attempt, reference, RULES, folder, ABOUT, MACHINE)
+  monkeypatch.setattr(speedrun.Run, "train", None)  # nothing is trained
+  (pair,) = start().run([0], QUIET)["seeds"]
+  assert all(pair[arm]["seconds"] == entry["seeds"][0][arm]["seconds"] for arm in ARMS)
+  write_files(tmp_path / "text", {"news/3.txt": "other words\n" * 20})
+  with pytest.raises(InputError, match="holds a run on other text"):
+    start().run([0], QUIET)
 
 
 def test_a_folder_with_a_file_that_was_not_written_whole_is_free(reference, tmp_path):

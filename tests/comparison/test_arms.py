@@ -110,3 +110,16 @@ def test_arms_by_name_by_spec_and_all():
   for text, message in ((" ,", "--methods=: name at least one arm"), ("none,none", "an arm is named twice")):
     with pytest.raises(InputError, match=message):
       read(text)
+
+
+def test_a_router_in_place_of_a_balancer_says_how_it_is_written():
+  with pytest.raises(
+    InputError, match="sigmoid_topk is a router; with no balancer, it is none@sigmoid_topk:sc"
+  ):
+    balancing_arm("sigmoid_topk:scale=2")
+  with pytest.raises(
+    InputError, match="switch_loss is a balancer; behind a router, it is ROUTER@switch_loss:1"
+  ):
+    routing_arm("switch_loss:1")
+  both = "expert_threshold"  # has this name in both registries
+  assert balancing_arm(both) == {"balancers": both} and routing_arm(both) == {"router": both}

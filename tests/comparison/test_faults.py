@@ -12,6 +12,7 @@ from rich.console import Console
 from moe_jax import disk, locks
 from moe_jax.comparison.comparison import Comparison
 from moe_jax.comparison.folder import ComparisonFolder
+from moe_jax.comparison.reporting import joined_commands
 from moe_jax.comparison.results import load_results
 from moe_jax.config import MeshConfig
 from moe_jax.errors import InputError, of_the_system
@@ -35,10 +36,10 @@ ARMS = {"a": {"jitter": 0.1}, "b": {"jitter": 0.2}}
 TEXTS = {"title": "t", "question": "q", "command": "c"}
 
 
-def compare(folder, arms=ARMS, config=CONFIG):
+def compare(folder, arms=ARMS, config=CONFIG, **texts):
   comparison = Comparison(arms, [0], config, folder)
   results = comparison.run()
-  comparison.report(results, **TEXTS)
+  comparison.report(results, **TEXTS | texts)
   return results
 
 
@@ -82,6 +83,25 @@ def test_damaged_json_files_are_made_again(finished, copy, trained, capsys):
   for path, content in damaged.items():
     assert (path.parent / f"damaged/{path.name}-1").read_bytes() == content
   assert capsys.readouterr().err.count("note: ") == len(damaged)
+
+
+def test_a_report_names_all_commands_that_its_results_come_from(copy, trained):
+  commands = lambda: json.loads((copy / "about.json").read_text())["command"]
+  compare(copy, {"a": ARMS["a"]}, command="d")  # b is of "c"
+  assert commands() == "c; d" and json.loads((copy / "report.json").read_text())["commands"] == ["c", "d"]
+  compare(copy, {"b": ARMS["b"]}, command="d")
+  assert commands() == "c; d"
+  compare(copy, command="e")
+  assert commands() == "e"
+  (copy / "report.json").write_text('{"commands": 1}')
+  compare(copy, {"a": ARMS["a"]}, command="d")
+  assert commands() == "d" and trained == []
+
+
+def test_a_command_stands_for_its_shards():
+  shards = ["x --n=1 --shard=1/2", "x --shard 2/2 --n=1", "y -shard=1/2", "don't"]
+  assert joined_commands([shards[:2], shards[1:]]) == shards
+  assert joined_commands([shards, ["x --n=1"]]) == [*shards[2:], "x --n=1"]
 
 
 def test_results_with_another_digit_or_wrong_types_are_damaged(finished, tmp_path):

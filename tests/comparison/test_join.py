@@ -1,5 +1,6 @@
 """Joining folders of made results, without training: what is refused, and which results are taken."""
 
+import io
 import itertools
 import shutil
 
@@ -36,6 +37,16 @@ def test_a_longer_run_is_another_comparison_whichever_folder_comes_first(tmp_pat
     with pytest.raises(InputError, match=r"is another comparison than .*\(num_steps was 60, now 30\)"):
       join([one, other], tmp_path / "joined", QUIET)
   assert not (tmp_path / "joined").exists()
+
+
+def test_a_run_that_has_not_been_made_longer_yet_is_missing(tmp_path):
+  """A shard was stopped after the command had been given with more steps."""
+  of = lambda seed, steps: make_result("a", seed) | {"config": {"train": {"num_steps": steps}}}
+  config = tiny.change(CONFIG, num_steps=60)
+  folders = [write(tmp_path / str(seed), [of(seed, steps)], config) for seed, steps in enumerate((60, 30))]
+  out = io.StringIO()
+  assert join(folders, tmp_path / "joined", Console(file=out, width=500)) == ["a seed 1"]
+  assert out.getvalue().startswith("no report: no folder has a report.json of this version")
 
 
 @pytest.fixture

@@ -100,6 +100,13 @@ def test_a_key_that_one_result_does_not_record_is_no_contradiction():
   assert not any(d.broken for d in report.paired_differences(of_a + of_b))
 
 
+def test_evaluations_of_other_text_are_not_compared():
+  of_a = [make_result("a", s) | {"eval_sequences": 0} for s in range(3)]
+  of_b = [make_result("b", s, perplexity=9.0 + s) | {"eval_sequences": 16} for s in range(3)]
+  found = report.paired_differences(of_a + of_b)
+  assert {d.broken for d in found} == {"sequences of an evaluation"}
+
+
 def test_arms_that_are_not_comparable_are_listed_once():
   with_slots = [
     make_result("none", s, perplexity=8.0, max_vio=[1.0]) | {"slots": "dropless"} for s in range(3)

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from moe_jax import sharding
 from moe_jax.comparison import sweep
 from moe_jax.comparison.arms import with_arm
@@ -9,6 +11,7 @@ from moe_jax.comparison.differences import paired_differences
 from moe_jax.comparison.report import words
 from moe_jax.comparison.results import warnings
 from moe_jax.comparison.statistics import summarise
+from moe_jax.errors import InputError
 from moe_jax.training.compiled import check_run
 from moe_jax.training.protocol import protocol_of
 from tests import tiny
@@ -60,6 +63,23 @@ def test_arms_may_differ_in_what_the_sweep_chose_and_in_nothing_else():
   }
   assert not any("number of steps" in text or "tail" in text for text in warnings("none", marked))
   assert any("number of steps" in text for text in warnings("none", found))
+
+
+def test_a_result_of_fewer_steps_is_not_hidden_by_a_sweep_of_another_field():
+  """As of an arm that an earlier, shorter command chose in the same folder."""
+  found, described = results(["learning_rate:0.1,0.2"], [0, 1, 0, 0])
+  earlier = [r | {"num_steps": 1} if r["arm"].startswith("b") else r for r in found]
+  assert verdicts(sweep.marked(found, described))["b"] == "higher (worse)"
+  assert verdicts(sweep.marked(earlier, described))["b"] == "not comparable: number of steps"
+
+
+def test_batch_sizes_are_not_chosen_on_other_text():
+  mesh = sharding.make_mesh(CONFIG.mesh)
+  whole, part = (check_run(tiny.change(CONFIG, eval_batches=n), mesh) for n in (0, 2))
+  asked = sweep.Sweep.parse(["batch_size:8,16"], ["100"])
+  assert asked.candidates({"a": whole})
+  with pytest.raises(InputError, match="batch_size: --eval_batches=2 would evaluate other text with each"):
+    asked.candidates({"a": part})
 
 
 def test_the_caption_says_what_was_chosen_and_how():

@@ -102,3 +102,5 @@ def test_the_fingerprint_follows_the_examples_and_the_split():
   assert a == prompt_dataset(CONFIG, list(TRAIN), HELD_OUT, TOKENIZER).info.fingerprint
   assert a != prompt_dataset(CONFIG, TRAIN[:2], HELD_OUT, TOKENIZER).info.fingerprint
   assert a != prompt_dataset(CONFIG, HELD_OUT, TRAIN, TOKENIZER).info.fingerprint
+  assert a != prompt_dataset(CONFIG, TRAIN, HELD_OUT, TOKENIZER, end_id=3).info.fingerprint
+  assert a == prompt_dataset(CONFIG, TRAIN, HELD_OUT, TOKENIZER, end_id=TOKENIZER.bos_id).info.fingerprint

@@ -5,12 +5,13 @@ import shutil
 
 import pytest
 
+from moe_jax.cluster import processes
 from moe_jax.config import MeshConfig
 from moe_jax.config.plain import own_code
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError
 from moe_jax.ops.balancing import Balancer
-from moe_jax.training.identity import refusal, write_identity
+from moe_jax.training.identity import check_same_run, refusal, write_identity
 from moe_jax.training.loop import Run
 from tests import tiny
 
@@ -20,6 +21,12 @@ CONFIG = tiny.change(tiny.CONFIG, num_steps=1, eval_batches=1, num_layers=1)
 @pytest.fixture(scope="module")
 def dataset():
   return load_dataset(CONFIG.data)
+
+
+def test_processes_that_read_other_text_are_refused(dataset, tmp_path, monkeypatch):
+  monkeypatch.setattr(processes, "from_all", lambda value: [value, "other"])
+  with pytest.raises(InputError, match="fingerprint of the text: process 1 has 'other', process 0 '"):
+    check_same_run(tmp_path, CONFIG, dataset.info.fingerprint)
 
 
 def test_a_mesh_on_which_other_groups_share_slots_is_refused(dataset, tmp_path):

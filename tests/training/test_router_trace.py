@@ -1,5 +1,6 @@
 """Recorded router logits of a run are what the model computed, and how the step was cut changes nothing."""
 
+import dataclasses
 import json
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax import sharding
-from moe_jax.config import MeshConfig
+from moe_jax.config import BlockConfig, MeshConfig, Segment
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError
 from moe_jax.ops.routing.common import select_top_k
@@ -124,13 +125,23 @@ def test_the_trace_does_not_depend_on_how_the_step_is_cut(fields):
   assert np.abs(rows[1:] - rows[:-1]).max(axis=(1, 2)).min() > 0.1
 
 
-def test_the_logits_are_those_of_the_choices():
-  """Without jitter, bias and drops the K highest logits of each valid token are its experts."""
-  metrics = recorded_step(balancers="none")
+def test_the_logits_are_those_of_the_choices_of_each_layer():
+  """Without a bias the K highest logits of each valid token are its experts. A segment repeats two blocks with experts."""
+  segments = (Segment((BlockConfig(), BlockConfig()), 2),)
+  metrics = recorded_step(balancers="none", num_layers=3, segments=segments)
   trace = metrics["router_trace"]
   order = np.argsort(-trace["logits_RBLE"], axis=-1)[..., :2]
   chosen_RBLE = np.any(order[..., None] == np.arange(8), axis=-2) & trace["mask_BL"][None, :, :, None]
+  assert len(chosen_RBLE) == 4
   np.testing.assert_array_equal(chosen_RBLE.sum(axis=(1, 2)), metrics["tokens_per_expert"])
+
+
+def test_layers_with_other_numbers_of_experts_are_refused():
+  """They would be one array."""
+  blocks = tuple(BlockConfig(moe=dataclasses.replace(CONFIG.model.moe, num_experts=e)) for e in (4, 8))
+  config = tiny.change(CONFIG, num_layers=3, segments=(Segment(blocks),))
+  with pytest.raises(InputError, match="--record_router_logits=1: layers have different numbers of experts"):
+    check_run(config, sharding.make_mesh(config.mesh))
 
 
 def test_without_recording_the_step_gives_no_logits():
@@ -163,5 +174,5 @@ def test_logits_beyond_float16_stay_numbers():
 
   logits = np.array([1e30, -1e30, 3.0, 1e-30], np.float32).reshape(1, 1, 1, 1, 4)
   batch = {"mask_BL": None, "domain_B": None, "key_B": None}
-  found = np.asarray(_router_trace(jax.numpy.asarray(logits), batch, "float16")["logits_RBLE"])
+  found = np.asarray(_router_trace([[jax.numpy.asarray(logits)]], batch, "float16")["logits_RBLE"])
   assert found.ravel().tolist() == [65504.0, -65504.0, 3.0, 0.0]

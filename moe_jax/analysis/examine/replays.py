@@ -14,7 +14,7 @@ from moe_jax.config import Config
 from moe_jax.config.plain import to_plain
 from moe_jax.data import Batch
 from moe_jax.errors import InputError
-from moe_jax.nn.build import different_blocks, num_routed_layers, routed_part
+from moe_jax.nn.build import different_blocks, routed_layers, routed_part
 from moe_jax.training.router_trace import Trace, write_by_layer
 
 TAIL = 0.25  # of the updates
@@ -36,13 +36,14 @@ def recording(
   """
   block = next(b for b in different_blocks(config.model) if routed_part(b) is not None)
   moe = to_plain(block.moe)
-  header = {"router": str(block.moe.router), "config": {"model": {"moe": moe}}}
+  layers = routed_layers(config.model)
+  header = {"router": str(block.moe.router), "layers": layers, "config": {"model": {"moe": moe}}}
   steps = []
   for i, batch in enumerate(batches):
     key_B = jax.random.split(jax.random.key(i + 1), len(batch["domain_B"]))
     data = np.asarray(jax.random.key_data(key_B))
     steps.append({"mask_BL": batch["mask_BL"], "domain_B": batch["domain_B"], "key_B": data})
-  with write_by_layer(folder, header, steps, num_routed_layers(config.model)) as add:
+  with write_by_layer(folder, header, steps, len(layers)) as add:
     limit = float(np.finfo(np.float16).max)
     to_float16 = lambda logits_BLE: np.asarray(jnp.clip(logits_BLE, -limit, limit).astype(jnp.float16))
     yield lambda batch, layer, logits_BLE: add(batch, layer, to_float16(logits_BLE))

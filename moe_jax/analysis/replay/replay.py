@@ -102,7 +102,7 @@ def replay(
   Raises:
     InputError: balancers that act only through a loss or do not suit the router, a router that reads what
       is not recorded or has another number of experts, a batch size that is none, or a trace in which steps are
-      missing, for a bias depends on all steps before.
+      missing, for a bias depends on all steps before, or of a version that did not record what keys depend on.
   """
   if trace.missing:
     raise InputError(f"{trace.folder}: {trace.missing}; a replay needs all: record the run in a new folder")
@@ -199,7 +199,7 @@ def _run(
   num_layers, recorded, _, num_scored = trace.shape
   balancer = make_balancer(moe.balancers)
   state = jax.tree.map(lambda leaf: jnp.stack([leaf] * num_layers), balancer.init(num_scored))
-  start, run_chunk = _compiled(moe, num_layers)
+  start, run_chunk = _compiled(moe, _layers_of(trace))
   chunk_steps = min(chunk_steps or max(1, CHUNK_BYTES // trace.bytes_per_step), len(trace))
   carry, outputs, done = None, [], 0
   for steps in trace.chunks(chunk_steps):
@@ -222,6 +222,19 @@ def _run(
   return counts_JRE, bias_JRE, None if final_bias_RE is None else np.asarray(final_bias_RE)
 
 
+def _layers_of(trace: Trace) -> tuple[int, ...]:
+  """The numbers of the trace's layers in the model, which `Context.of_layer` folds into keys."""
+  if "layers" in trace.header:
+    return tuple(trace.header["layers"])
+  model = trace.header["config"]["model"]  # a trace of before
+  if model.get("num_dense_first") or model.get("moe_every", 1) > 1 or model.get("segments"):
+    raise InputError(
+      f"{trace.folder}: is of a version that did not record which blocks its layers are, and not all may have "
+      "experts; record the run in a new folder"
+    )
+  return tuple(range(trace.shape[0]))
+
+
 def _pieces(steps: Steps, piece: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """(logits, mask, keys) of consecutive pieces of `piece` sequences; logits [pieces, R, piece, L, E]."""
   cut = lambda x: x.reshape(-1, piece, *x.shape[2:])
@@ -230,7 +243,7 @@ def _pieces(steps: Steps, piece: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 @functools.lru_cache(maxsize=64)
-def _compiled(moe: MoEConfig, num_layers: int) -> tuple[Callable, Callable]:
+def _compiled(moe: MoEConfig, layers: tuple[int, ...]) -> tuple[Callable, Callable]:
   """Jitted: (state per layer, first piece) -> carry; (carry, pieces) -> (carry, (counts_JRE, bias_JRE)).
 
   The carry is the state and the statistics so far of the update under way. That pieces of an update may be
@@ -240,7 +253,7 @@ def _compiled(moe: MoEConfig, num_layers: int) -> tuple[Callable, Callable]:
   balancer = layer.balancer
   one_layer = jax.vmap(functools.partial(_one_layer, layer), (0, 0, 0, None, None))
   update_layer = jax.vmap(lambda layer, state, stats: balancer.update(state, stats))
-  layer_R = jnp.arange(num_layers)
+  layer_R = jnp.array(layers)
 
   def start(state, *first_piece):
     observed, _ = jax.eval_shape(one_layer, layer_R, state, *first_piece)

@@ -22,6 +22,7 @@ _SAME = (
   "dataset",
   "num_steps",
   "tokens",
+  "learning_rate",
   "num_layers",
   "model_dim",
 )  # facts of tables that one plot may show
