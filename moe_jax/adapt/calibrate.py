@@ -117,7 +117,8 @@ def _of_layer(layer: MoE, x_BLD: Array, context: Context) -> dict[str, Array]:
   routing = layer.router(x_GTD.astype(jnp.float32), own._replace(layer_input=x_GTD))
   flat = lambda x: x.reshape(batch * length, -1)[:, : layer.num_experts]
   weight_TE = flat(jax.vmap(expert_weights)(routing))
-  is_sent_TE = flat(jax.vmap(selected_experts)(routing))
+  entries_TE = flat(jax.vmap(selected_experts)(routing))
+  is_sent_TE = jnp.minimum(entries_TE, 1)  # two choices of a token may stand for one merged expert
   rows_ETD = jnp.broadcast_to(x_BLD.reshape(1, -1, dim), (layer.num_experts, batch * length, dim))
   y_ETD = as_experts(layer.experts, x_BLD.dtype, gather=True)(rows_ETD, Batched())
   norm_TE = jnp.linalg.norm(y_ETD.astype(jnp.float32), axis=-1).T

@@ -17,7 +17,15 @@ from moe_jax.types import Array
 
 
 def selected(model: Transformer, batch: Batch) -> np.ndarray:
-  """Returns where the tokens of a batch are sent, before any capacity: [R, B, L, E] with ones."""
+  """Returns where the tokens of a batch are sent, before any capacity: [R, B, L, E] with ones.
+
+  Where experts were merged, several choices of a token may stand for one expert, which is one here, too.
+  """
+  return np.minimum(_entries(model, batch), 1)
+
+
+def _entries(model: Transformer, batch: Batch) -> np.ndarray:
+  """Returns how many entries of its assignment a token has for each expert: [R, B, L, E]."""
   return np.asarray(_selected(*nnx.split(model), batch))
 
 
@@ -50,6 +58,9 @@ def changed_routes(one: Transformer, other: Transformer, batches: Iterable[Batch
 
 
 def max_vio(model: Transformer, batches: Iterable[Batch]) -> np.ndarray:
-  """Returns max(load) / mean(load) - 1 over the experts of each layer, counted over all batches, [R]."""
-  tokens_RE = sum(selected(model, batch).sum(axis=(1, 2)) for batch in batches)
+  """Returns max(load) / mean(load) - 1 over the experts of each layer, counted over all batches, [R].
+
+  Two choices that stand for one merged expert count twice, as in the layer, because the expert computes both.
+  """
+  tokens_RE = sum(_entries(model, batch).sum(axis=(1, 2)) for batch in batches)
   return tokens_RE.max(axis=1) / tokens_RE.mean(axis=1) - 1

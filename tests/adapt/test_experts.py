@@ -11,6 +11,7 @@ from flax import nnx
 from moe_jax.adapt import calibrate, losses, merge, prune
 from moe_jax.adapt.experts import groups_of, merged, select
 from moe_jax.adapt.layers import put_together, take_apart
+from moe_jax.adapt.routes import changed_routes, max_vio, selected
 from moe_jax.errors import InputError
 from tests import tiny
 from tests.adapt import models
@@ -184,6 +185,23 @@ def test_merging_equal_experts_with_the_mass_of_the_router_kept_changes_nothing(
     equal, lambda i, layer: merged(layer, PAIRS, usage, usage, align=False, keep_router=True)
   )
   assert np.abs(logits(unaligned) - logits(equal)).max() > 1e-3
+
+
+def test_a_token_counts_once_for_an_expert_that_both_its_choices_stand_for():
+  """In the first layer, whose choices are those before experts 2 e and 2 e + 1 were merged into e."""
+  model = models.model(dataclasses.replace(BIASED, moe=dataclasses.replace(MOE, balancers="none")))
+  usage = np.ones(E)
+  small = with_layers(
+    model, lambda i, layer: merged(layer, PAIRS, usage, usage, align=False, keep_router=True)
+  )
+  of_pairs_BLEX = selected(model, BATCH)[0].reshape(8, 16, 4, 2)
+  chosen_BLE = of_pairs_BLEX.max(axis=-1)
+  assert of_pairs_BLEX.sum(axis=-1).max() == 2
+  np.testing.assert_array_equal(selected(small, BATCH)[0], chosen_BLE)
+  np.testing.assert_array_equal(changed_routes(small, small, [BATCH]), [0, 0])
+  np.testing.assert_array_equal(calibrate(small, [BATCH])[0].tokens_E, chosen_BLE.sum(axis=(0, 1)))
+  computed_E = of_pairs_BLEX.sum(axis=(0, 1, 3))
+  np.testing.assert_allclose(max_vio(small, [BATCH])[0], computed_E.max() / computed_E.mean() - 1, rtol=1e-6)
 
 
 def test_a_merged_expert_is_the_weighted_mean_of_its_group(model):
