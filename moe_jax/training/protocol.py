@@ -29,8 +29,9 @@ def protocol_of(config: Config) -> dict[str, Any]:
     of shared experts and parallel parts. K is the maximum if a router chooses how many. Where experts read a
     narrower space of width X, K * F * X / D, so that it stays in proportion to the work of the experts. For Soft
     MoE, F * slots of all experts / tokens of a sequence. A list if blocks differ; None if no part is known.
-  max_vio_range: E / K of the layers with experts, which bounds MaxVio. E counts experts without work, too, where
-    tokens may choose them; Soft MoE has K = 1. A list if layers differ; None if there are none.
+  max_vio_range: E / K of the layers with experts, which bounds MaxVio: it is at most E / K - 1. E counts experts without work,
+    too, where tokens may choose them. K is the fewest experts that a token may get, but at least 1, so it is 1 for a
+    router that gives some tokens one expert or none; Soft MoE has K = 1. A list if layers differ; None if there are none.
   slots: what bounds the tokens of an expert, e.g. "capacity 1.25/2 per group of 128" (training/evaluation), or
     "dropless" if nothing does. Where the mesh decides which groups of a micro-batch share slots or a buffer, their number
     on the mesh of the configuration, on the devices here.
@@ -126,7 +127,10 @@ def _active_width(block: BlockConfig, parts: list[nnx.Module], length: int) -> i
 def _max_vio_range(part: nnx.Module) -> float:
   if isinstance(part, SoftMoE):
     return float(part.w_slots_DEC.shape[1])
-  return part.num_scored_experts / part.num_experts_per_token if isinstance(part, MoE) else 0.0
+  if not isinstance(part, MoE):
+    return 0.0
+  fewest = part.num_experts_per_token if part.router.fewest is None else part.router.fewest
+  return part.num_scored_experts / max(fewest, 1)
 
 
 def _slots(config: Config, layers: dict[BlockConfig, MoE]) -> str:

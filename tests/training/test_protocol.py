@@ -53,6 +53,14 @@ def test_active_width(fields, width):
     ({"num_experts_per_token": 1, "expert_dim": 32}, 8),  # of one active width with the first
     ({"ffn": "latent_moe", "num_experts": 12}, 12 / 2),
     ({"router": "moe_plus_plus", "balancers": "heterogeneous_loss"}, 12 / 2),  # 4 have no work
+    # all tokens may be sent to one expert alone
+    ({"router": "top_p"}, 8),
+    ({"router": "remoe", "balancers": "remoe_loss"}, 8),
+    ({"router": "expert_threshold", "balancers": "expert_threshold"}, 8),
+    ({"router": "token_rounding", "accept_leaks": "token_rounding"}, 8),
+    ({"router": "merged_topk:logits=16"}, 8),
+    ({"router": "merged_topk"}, 8 / 2),
+    ({"router": "gshard_top2", "accept_leaks": "gshard_top2"}, 8 / 2),  # in evaluation, both are sent
     (
       {"ffn": "soft_moe:slots=3", "accept_leaks": "soft_moe"},
       8,

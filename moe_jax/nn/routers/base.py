@@ -29,6 +29,7 @@ class Router(nnx.Module):
   sparse_weights: whether an expert is used where its weight is above 0, so that a loss on weights sets how many
     are used.
   most: the largest number of experts of a token; None: K.
+  fewest: the smallest number of them in evaluation; None: K.
   replays: whether the router takes `context.routes` in place of its own choices.
   """
 
@@ -42,6 +43,7 @@ class Router(nnx.Module):
   has_threshold: bool = False
   sparse_weights: bool = False
   most: int | None = None
+  fewest: int | None = None
   replays: bool = False
 
   def __call__(self, x_GTD: Array, context: RouterContext) -> Routing:

@@ -23,7 +23,7 @@ class ChoiceRouter(Router):
     self.leaks, self.takes_bias = choice.leaks, choice.takes_bias
     self.gives_smooth_load, self.whole_sequences = choice.gives_smooth_load, choice.whole_sequences
     self.weighs, self.has_threshold = choice.weighs, choice.has_threshold
-    self.sparse_weights, self.most = choice.sparse_weights, choice.most
+    self.sparse_weights, self.most, self.fewest = choice.sparse_weights, choice.most, choice.fewest
     # A choice that a bias moves is a top-k of scores, and choices that are given stand for the bias.
     by_bias = choice.takes_bias and not choice.has_threshold and not choice.sparse_weights
     self.replays = by_bias and choice.replays

@@ -45,6 +45,8 @@ class MergedTopK(Router):
     self.router = ROUTERS.resolve(inner_spec(router))(**sizes, init_scale=init_scale, rngs=rngs)
     for name in ("leaks", "whole_sequences", "num_tasks", "weighs", "most"):
       setattr(self, name, getattr(self.router, name))
+    # All choices of a token may stand for one expert.
+    self.fewest = 1 if num_logits > num_experts else self.router.fewest
     self.expert_X = RouterTable(
       jnp.arange(num_logits, dtype=jnp.int32) % num_experts, logical_axes=("router",)
     )

@@ -27,6 +27,7 @@ class Choice(NamedTuple):
   has_threshold: compares logits with the bias of balancer `expert_threshold`.
   sparse_weights: an expert is used where its weight is above 0, so a loss on weights sets how many are used.
   most: the largest number of experts of a token; None: K.
+  fewest: the smallest number of them in evaluation; None: K.
   replays: False where a token may be sent to other experts than those that the bias prefers, or to more or fewer, so
     that recorded choices cannot be given in place of a bias.
   """
@@ -42,6 +43,7 @@ class Choice(NamedTuple):
   has_threshold: bool = False
   sparse_weights: bool = False
   most: int | None = None
+  fewest: int | None = None
   replays: bool = True
 
 

@@ -47,4 +47,5 @@ def remoe(num_experts: int, num_experts_per_token: int, max_experts: int = 0) ->
     assignment = token_major(expert_TX, weight_TX, context.mask, valid_TK=weight_TX > 0)
     return Routing(logits_TE, log_scores_TE, context.mask, assignment)
 
-  return Choice(choose, takes_bias=False, sparse_weights=True, most=max_experts or num_experts)
+  most = max_experts or num_experts
+  return Choice(choose, takes_bias=False, sparse_weights=True, most=most, fewest=0)

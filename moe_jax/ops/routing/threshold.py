@@ -44,4 +44,4 @@ def expert_threshold(num_experts: int, num_experts_per_token: int, most: int = 0
     assignment = token_major(expert_TY, weight_TY, context.mask, wants_TY)
     return Routing(logits_TE, log_scores_TE, context.mask, assignment)
 
-  return Choice(choose, has_threshold=True, most=most)
+  return Choice(choose, has_threshold=True, most=most, fewest=0)

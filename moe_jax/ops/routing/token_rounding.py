@@ -66,7 +66,7 @@ def token_rounding(
     assignment = jax.tree.map(lambda *fields: jnp.concatenate(fields), chosen, added)
     return Routing(logits_TE, log_scores_TE, context.mask, assignment)
 
-  return Choice(choose, leaks="always", replays=False)
+  return Choice(choose, leaks="always", fewest=0, replays=False)
 
 
 def _ranked(scores_TE: Array, expert_TK: Array, weight_TK: Array, mask_T: Array) -> tuple[Array, Array]:

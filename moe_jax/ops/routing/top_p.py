@@ -38,4 +38,4 @@ def top_p(num_experts: int, num_experts_per_token: int, p: float = 0.4) -> Choic
       logits_TE, log_scores_TE, context.mask, token_major(expert_TK, weight_TK, context.mask, before_TK <= p)
     )
 
-  return Choice(choose, replays=False)
+  return Choice(choose, fewest=1, replays=False)
