@@ -77,6 +77,9 @@ def main(argv: list[str]) -> None:
   for text in _EXPERTS.value:
     if not text.isdecimal():
       raise InputError(f"--experts={text}: must be numbers of experts, joined by commas")
+  for flag, given in (("experts", _EXPERTS.value), ("methods", methods)):
+    if len(set(given)) < len(given):
+      raise InputError(f"--{flag}={','.join(given)}: one of them is named twice")
   folders, folder = models_of(_MODEL.value, _SEEDS.value), pathlib.Path(_OUTPUT_DIR.value)
   names = ("model", "calibration", "domain", "batches", "text_folder")
   measured = Measured(folder, {name: flags.FLAGS[name].value for name in names})

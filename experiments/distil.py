@@ -46,7 +46,7 @@ _OUTPUT_DIR = flags.DEFINE_string("output_dir", "runs/distil", "the folder to wr
 _OF_MODEL = {field.name for cls in (ModelConfig, MoEConfig) for field in dataclasses.fields(cls)}
 _OF_TEXT = ("dataset", "text_folder", "tokenizer", "sequence_length")  # the teacher's
 cli.define_flags(leave_out=(*_OF_MODEL, *_OF_TEXT, "objective", "init_from", "seed", "data_seed"))
-comparison_flags.define_flags(sweep=False)
+comparison_flags.define_flags(sweep=False, shard=False)
 distributed.define_flags()
 for module in (cli, comparison_flags, distributed):
   flags.adopt_module_key_flags(module)  # shown by --help
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> None:
   results = comparison.run()
   train = dataclasses.replace(teacher.config.train, eval_batches=config.train.eval_batches)
   whole = validate(teacher.model, dataclasses.replace(teacher.config, train=train), load_dataset(data))
-  rows = kept(results, whole["nll"]) if comparison.is_whole else []
+  rows = kept(results, whole["nll"])
   comparison.report(
     [with_kept(*pair) for pair in zip(results, rows, strict=True)] if rows else results,
     title="Distillation",

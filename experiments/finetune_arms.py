@@ -89,10 +89,12 @@ def main(argv: list[str]) -> None:
   del argv
   # Imported here, so that --help and wrong flags answer at once.
   from moe_jax.comparison.comparison import Comparison
-  from moe_jax.errors import unknown_name
+  from moe_jax.errors import InputError, unknown_name
   from moe_jax.training.load import load_run
 
   names = ARMS if _ARMS.value == ["all_arms"] else tuple(_ARMS.value)
+  if not names or len(set(names)) < len(names):
+    raise InputError(f"--arms={','.join(names)}: must be different arms, e.g. {','.join(ARMS[:2])}")
   for name in names:
     if name not in ARMS:
       raise unknown_name("arm", name, ARMS)

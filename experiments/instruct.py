@@ -45,7 +45,7 @@ flags.DEFINE_string("held_out_tasks", "name,reorder", "tasks that are not traine
 _OF_MODEL = {field.name for cls in (ModelConfig, MoEConfig) for field in dataclasses.fields(cls)}
 _SAID_HERE = ("tokenizer", "objective", "init_from", "seed", "data_seed", "dataset", "held_out_tasks")
 cli.define_flags(leave_out=(*_OF_MODEL, *_SAID_HERE, "text_folder"))
-comparison_flags.define_flags(sweep=False)
+comparison_flags.define_flags(sweep=False, shard=False)
 distributed.define_flags()
 for module in (cli, comparison_flags, distributed):
   flags.adopt_module_key_flags(module)  # shown by --help
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
     notes=[f"The models are those of {_FOLDERS[DENSE].value} and {_FOLDERS[SPARSE].value}."],
   )
   rows = [{"arm": r["arm"], "seed": r["seed"]} | r["gains"] for r in results if "gains" in r]
-  if comparison.is_whole and rows:
+  if rows:
     write_table(folder / "gains.csv", rows)
 
 

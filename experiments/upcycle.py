@@ -48,7 +48,7 @@ _SAID_HERE += ("balancers", "eval_every")
 flags.DEFINE_string("balancers", "switch_loss:0.01", "of the sparse arms; several are joined by +")
 flags.DEFINE_integer("eval_every", 0, "steps between the points of a curve; 0: a tenth of num_steps")
 cli.define_flags(leave_out=(*_SAID_HERE, "seed", "data_seed"))
-comparison_flags.define_flags(sweep=False)
+comparison_flags.define_flags(sweep=False, shard=False)
 distributed.define_flags()
 for module in (cli, comparison_flags, distributed):
   flags.adopt_module_key_flags(module)  # shown by --help
@@ -97,8 +97,7 @@ def main(argv: list[str]) -> None:
     command=shlex.join(["python", *sys.argv]),
     notes=[f"All arms but scratch start from a dense model of {_DENSE_STEPS.value} steps."],
   )
-  if comparison.is_whole:
-    report_curves(folder, list(arms), list(arguments["seeds"]))
+  report_curves(folder, list(arms), list(arguments["seeds"]))
 
 
 def check_starts(folder: pathlib.Path, seeds) -> None:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.errors import InputError
 from moe_jax.types import Array
 
 CLOSING = {"(": ")", "[": "]", "{": "}", "<": ">"}
@@ -16,6 +17,7 @@ class Task(NamedTuple):
 
   question: Callable[[np.random.Generator, int], str]  # (rng, number of characters) -> a question
   answer: Callable[[str], str]
+  symbols: int  # that a character may be
 
 
 def _brackets(rng: np.random.Generator, number: int) -> str:
@@ -27,8 +29,8 @@ def _digits(rng: np.random.Generator, number: int) -> str:
 
 
 TASKS = {
-  "brackets": Task(_brackets, lambda text: "".join(CLOSING[c] for c in reversed(text))),
-  "digits": Task(_digits, lambda text: "".join(sorted(text))),
+  "brackets": Task(_brackets, lambda text: "".join(CLOSING[c] for c in reversed(text)), len(CLOSING)),
+  "digits": Task(_digits, lambda text: "".join(sorted(text)), 10),
 }
 
 
@@ -77,7 +79,15 @@ def clipped_loss(
 def split_questions(
   task: Task, length: int, held_out: int, seed: int
 ) -> tuple[list[str], Callable[[int, int], Sequence[str]]]:
-  """Returns (held-out questions, a function from (number, step) to questions that are none of those)."""
+  """Returns (held-out questions, a function from (number, step) to questions that are none of those).
+
+  Raises:
+    InputError: if the task has not at least twice as many questions of this length as are held out.
+  """
+  if task.symbols**length < 2 * held_out:
+    raise InputError(
+      f"--length={length}: there are {task.symbols**length} questions of it, and {held_out} are held out; use a longer one"
+    )
   rng = np.random.default_rng((seed, 0))
   held = list(dict.fromkeys(task.question(rng, length) for _ in range(held_out)))
   forbidden = set(held)

@@ -5,8 +5,8 @@ from typing import Any
 from absl import flags
 
 
-def define_flags(sweep: bool = True) -> None:
-  """Defines `--seeds`, `--first_seed`, `--shard` and, with `sweep`, `--sweep`, `--sweep_seeds` and `--sweep_goal`."""
+def define_flags(sweep: bool = True, shard: bool = True) -> None:
+  """Defines `--seeds`, `--first_seed`, with `shard` `--shard`, and with `sweep` `--sweep`, `--sweep_seeds` and `--sweep_goal`."""
   flags.DEFINE_integer("seeds", 3, "runs per arm, with seeds 0, 1, ...", lower_bound=1, upper_bound=10_000)
   flags.DEFINE_integer(
     "first_seed",
@@ -15,12 +15,13 @@ def define_flags(sweep: bool = True) -> None:
     lower_bound=0,
     upper_bound=2**31 - 10_001,
   )
-  flags.DEFINE_string(
-    "shard",
-    "",
-    "i/n, from 1/n to n/n: train only this part of the runs, in a folder of its own or one that all share; "
-    "scripts/join.py joins folders",
-  )
+  if shard:
+    flags.DEFINE_string(
+      "shard",
+      "",
+      "i/n, from 1/n to n/n: train only this part of the runs, in a folder of its own or one that all share; "
+      "scripts/join.py joins folders",
+    )
   if not sweep:
     return
   flags.DEFINE_multi_string(
@@ -55,7 +56,7 @@ def arguments() -> dict[str, Any]:
       note(f"--{name} has no effect without --sweep")
   found = {
     "seeds": range(values.first_seed, values.first_seed + values.seeds),
-    "shard": Shard.parse(values.shard),
+    "shard": Shard.parse(values.shard if "shard" in values else ""),
   }
   if with_sweep:
     found["sweep"] = Sweep.parse(values.sweep, values.sweep_seeds, values.sweep_goal)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax.adapt.reinforce import TASKS, clipped_loss, group_advantages, reward, split_questions
+from moe_jax.errors import InputError
 from tests.scripts import run_scripts
 
 
@@ -18,6 +19,8 @@ def test_tasks_have_the_answers_that_they_say():
   held, draw = split_questions(TASKS["digits"], 2, 20, seed=3)
   assert draw(50, 7) == draw(50, 7) != draw(50, 8) and not set(draw(500, 0)) & set(held)
   assert len(set(held)) == len(held)
+  with pytest.raises(InputError, match="--length=2: there are 16 questions of it, and 20 are held out"):
+    split_questions(TASKS["brackets"], 2, 20, seed=3)
 
 
 def test_the_clipped_loss_and_its_gradient_are_those_of_a_loop():
@@ -61,7 +64,7 @@ def test_the_script_compares_both_arms_and_resumes(tmp_path):
     "--head_dim=8",
     "--num_experts=4",
   ]
-  command += ["--num_steps=2", "--rl_steps=2", "--questions=2", "--answers=4", "--length=3", "--seeds=1"]
+  command += ["--num_steps=2", "--rl_steps=2", "--questions=2", "--answers=4", "--length=4", "--seeds=1"]
   command += ["--tensorboard=false", "--data_parallelism=1", "--remat=none", f"--output_dir={tmp_path}/out"]
   first, again = run_scripts(command, command)
   assert first.status == again.status == 0, first.stderr
