@@ -5,6 +5,7 @@ whole step, each balancing loss is weighted by its micro-batch's share of the to
 the summed aux of the whole step.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -121,7 +122,8 @@ def make_step(
   def step_fn(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
     batch = prepared(state, batch, objective, options.vocab_size)
     of_step = {"tokens": _at_least_1(batch["mask_BL"]), "targets": _at_least_1(objective.num_targets(batch))}
-    micros = _cut(batch, options.accumulation)
+    together = _sequences_per_group(model, batch["tokens_BL"].shape[1])
+    micros = _cut(batch, options.accumulation, together)
     whole = None
     if needs_whole_step:
       observe = lambda micro, _: (
@@ -148,7 +150,7 @@ def make_step(
     if options.gradients:
       metrics["gradients"] = gradients
     if options.record_logits:
-      metrics["router_trace"] = _router_trace(logits_J, batch, options.record_logits)
+      metrics["router_trace"] = _router_trace(logits_J, batch, together, options.record_logits)
     return TrainState(state.step + 1, state.key, params, variables, opt_state, hook_states), metrics
 
   return step_fn
@@ -213,12 +215,23 @@ def _logits(aux: PyTree) -> list[list[Array]]:
   return [blocks for blocks in found if blocks]
 
 
-def _cut(batch: Batch, pieces: int) -> Batch:
-  """[B, ...] -> [pieces, B / pieces, ...]. Sequence b goes to piece b % pieces.
+def _sequences_per_group(model: nnx.Module, length: int) -> int:
+  """Returns how many neighbouring sequences must stay together, so that each layer's groups are those of the whole step."""
+  layers = [layer for _, layer in nnx.iter_modules(model) if isinstance(layer, MoE)]
+  return math.lcm(*(max(layer.tokens_per_group(length) // length, 1) for layer in layers))
 
-  The batch is split over devices in contiguous blocks, so every device has its part of each piece.
+
+def _cut(batch: Batch, pieces: int, together: int) -> Batch:
+  """[B, ...] -> [pieces, B / pieces, ...]. `together` neighbouring sequences are a block; block b goes to piece b % pieces.
+
+  The batch is split over devices in contiguous parts of whole groups, so every device has its part of each piece.
   """
-  return jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch)
+
+  def cut(x: Array) -> Array:
+    blocks = x.reshape(-1, pieces, together, *x.shape[1:]).swapaxes(0, 1)
+    return blocks.reshape(pieces, -1, *x.shape[1:])
+
+  return jax.tree.map(cut, batch)
 
 
 def _scan_sum(
@@ -263,12 +276,15 @@ def _metrics(loss: Array, aux: PyTree) -> dict[str, Array]:
   return {"loss": loss, "total_loss": loss + balancing_loss(aux), **losses, **shown}
 
 
-def _router_trace(logits_J: list[list[Array]], batch: Batch, dtype: str) -> dict[str, Array]:
+def _router_trace(
+  logits_J: list[list[Array]], batch: Batch, together: int, dtype: str
+) -> dict[str, Array]:
   """Returns what a replay needs of a step, in the order of the batch before `_cut`."""
 
   def in_order(logits_JRBLE: Array) -> Array:
-    logits_RBJLE = jnp.moveaxis(logits_JRBLE, 0, 2)
-    return logits_RBJLE.reshape(logits_RBJLE.shape[0], -1, *logits_RBJLE.shape[3:])
+    pieces, layers, _, *rest = logits_JRBLE.shape
+    blocks = jnp.moveaxis(logits_JRBLE.reshape(pieces, layers, -1, together, *rest), 0, 2)
+    return blocks.reshape(layers, -1, *rest)
 
   limit = float(jnp.finfo(dtype).max)  # the largest number of the type, not infinity, which has no softmax
   logits_RBLE = by_layer(jax.tree.map(in_order, logits_J))

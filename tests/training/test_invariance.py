@@ -49,10 +49,10 @@ def test_some_assignments_drop_and_balancers_act():
     ({}, {"mesh": MeshConfig(data=1, expert=4), "accumulation": 2, "remat": "full"}),
     ({"dispatcher": "einsum"}, {"mesh": MeshConfig(data=2, expert=2), "accumulation": 2, "remat": "full"}),
     ({"dispatcher": "dropless"}, {"mesh": MeshConfig(data=2, expert=2), "accumulation": 2, "remat": "full"}),
-    # draws
+    # draws, and two sequences share the slots of a group
     (
-      {"router": "gshard_top2", "accept_leaks": "gshard_top2"},
-      {"mesh": MeshConfig(data=2, expert=1), "accumulation": 4, "remat": "full"},
+      {"router": "gshard_top2", "accept_leaks": "gshard_top2", "group_size": 32},
+      {"mesh": MeshConfig(data=2, expert=1), "accumulation": 2, "remat": "full"},
     ),
   ],
   ids=lambda fields: "-".join(f"{k}={v}" for k, v in fields.items()),

@@ -169,10 +169,21 @@ def test_how_many_choices_rounding_flips():
   assert 4 < brain / half < 16
 
 
+def test_a_group_of_sequences_stays_together_and_the_trace_is_in_order():
+  from moe_jax.training.step import _cut, _router_trace
+
+  cut = _cut({"x": np.arange(12)}, pieces=2, together=3)["x"]
+  assert cut.tolist() == [[0, 1, 2, 6, 7, 8], [3, 4, 5, 9, 10, 11]]
+  logits_JRBLE = np.stack([cut, 100 + cut], axis=1)[..., None, None].astype(np.float32)
+  batch = {"mask_BL": None, "domain_B": None, "key_B": None}
+  found = np.asarray(_router_trace([[jax.numpy.asarray(logits_JRBLE)]], batch, 3, "float32")["logits_RBLE"])
+  np.testing.assert_array_equal(found[..., 0, 0], [np.arange(12), 100 + np.arange(12)])
+
+
 def test_logits_beyond_float16_stay_numbers():
   from moe_jax.training.step import _router_trace
 
   logits = np.array([1e30, -1e30, 3.0, 1e-30], np.float32).reshape(1, 1, 1, 1, 4)
   batch = {"mask_BL": None, "domain_B": None, "key_B": None}
-  found = np.asarray(_router_trace([[jax.numpy.asarray(logits)]], batch, "float16")["logits_RBLE"])
+  found = np.asarray(_router_trace([[jax.numpy.asarray(logits)]], batch, 1, "float16")["logits_RBLE"])
   assert found.ravel().tolist() == [65504.0, -65504.0, 3.0, 0.0]

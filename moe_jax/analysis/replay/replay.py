@@ -96,8 +96,7 @@ def replay(
       step have in common. Changes no result; one number for several batch sizes is compiled once.
     chunk_steps: recorded steps in memory at a time; 0: about 64 MiB. Changes no result.
 
-  Routers that draw get the run's own keys; groups of more than one sequence are made of neighbours in
-  `batch_size`, while training makes them within its micro-batches.
+  Routers that draw get the run's own keys, and groups of several sequences are made of neighbours, as in training.
 
   Raises:
     InputError: balancers that act only through a loss or do not suit the router, a router that reads what
