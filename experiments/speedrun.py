@@ -193,6 +193,8 @@ def leaderboard() -> str:
 
 def what_is_wrong(entry: dict[str, Any]) -> str:
   """Returns why an entry cannot be in the table; empty if it can."""
+  from moe_jax.analysis.speedrun import learned_before
+
   rules = {
     "target_bits_per_byte": TARGET_BITS_PER_BYTE,
     "max_active_params": MAX_ACTIVE_PARAMS,
@@ -207,6 +209,8 @@ def what_is_wrong(entry: dict[str, Any]) -> str:
     return f"has {len(entry['seeds'])} seeds; run it with --seeds={NUM_SEEDS}"
   if entry["attempt"]["data"]["dataset"] != "stdlib":
     return f"was trained on {entry['attempt']['data']['dataset']}; leave out --dataset"
+  if learned := learned_before(entry["attempt"]):
+    return f"was run with {learned}, so others trained it, too; leave that out"
   if cores := {pair["machine"]["cores"] for pair in entry["seeds"]} - {NUM_CORES}:
     return f"was run on {min(cores)} cores; run it on {NUM_CORES}"
   if entry["commit"].endswith(CHANGED):

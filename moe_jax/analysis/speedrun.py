@@ -252,8 +252,20 @@ def _is_other(key: str, known: Any, value: Any) -> bool:
   return strict(known) != strict(value) or bool(changes(known, value))
 
 
+def learned_before(attempt: Mapping[str, Any]) -> str:
+  """Returns the flag by which an attempt, as JSON values, has what other training learned; empty if it has nothing."""
+  train = attempt["train"]
+  flags = [
+    ("init_from", bool(train["init_from"])),
+    ("objective", str(train["objective"]).startswith("distil")),
+  ]
+  return next((f"--{name}={train[name]}" for name, learned in flags if learned), "")
+
+
 def _to_run(config: Config) -> Config:
   """Returns the configuration, checked, evaluated on the whole validation split and saved only at the end."""
+  if learned := learned_before(config.to_dict()):
+    raise InputError(f"{learned}: an attempt starts from nothing; what was learned before is training, too")
   same = {
     "seed": 0,
     "eval_batches": 0,

@@ -276,9 +276,7 @@ def _metrics(loss: Array, aux: PyTree) -> dict[str, Array]:
   return {"loss": loss, "total_loss": loss + balancing_loss(aux), **losses, **shown}
 
 
-def _router_trace(
-  logits_J: list[list[Array]], batch: Batch, together: int, dtype: str
-) -> dict[str, Array]:
+def _router_trace(logits_J: list[list[Array]], batch: Batch, together: int, dtype: str) -> dict[str, Array]:
   """Returns what a replay needs of a step, in the order of the batch before `_cut`."""
 
   def in_order(logits_JRBLE: Array) -> Array:

@@ -152,6 +152,8 @@ def test_an_attempt_that_misses_target_or_balance_has_no_score(reference, tmp_pa
     ),
     ({"objective": "masked_lm"}, "--objective=masked_lm: must be next_token"),
     ({"dataset": "markov"}, "--dataset=markov.*: has no bytes"),
+    ({"init_from": "runs/x"}, "--init_from=runs/x: an attempt starts from nothing"),
+    ({"objective": "distil:teacher=x"}, "--objective=distil:teacher=x: an attempt starts from nothing"),
     ({"num_steps": 1}, "--num_steps=1: must be 2 or more"),
   ],
 )
@@ -259,6 +261,7 @@ entry["rules"] = {"target_bits_per_byte": s.TARGET_BITS_PER_BYTE, "max_active_pa
 entry["rules"] |= {"max_vio": s.MAX_VIO, "evaluate_bytes": s.EVALUATE_BYTES}
 other = s.REFERENCE | {"data": s.REFERENCE["data"] | {"dataset": "lm1b"}}
 cases = [{}, {"seeds": [on(2)]}, {"seeds": [*[on(2)] * 4, on(16)]}, {"commit": "c" + s.CHANGED}, {"reference": other}, {"attempt": other},
+  {"attempt": s.REFERENCE | {"train": s.REFERENCE["train"] | {"init_from": "x"}}},
   {"rules": entry["rules"] | {"max_vio": 9.0}}]
 print(json.dumps([s.REFERENCE, entry["rules"], [s.what_is_wrong(entry | case) for case in cases]]))
 """
@@ -285,5 +288,13 @@ def test_the_reference_pins_every_field_and_entries_must_meet_the_rules():
     and f"every {rules['evaluate_bytes']:,} bytes" in page
   )
   assert fine == ""
-  words = ["--seeds=5", "16 cores", "not committed", "another reference", "lm1b", "other rules"]
+  words = [
+    "--seeds=5",
+    "16 cores",
+    "not committed",
+    "another reference",
+    "lm1b",
+    "--init_from=x",
+    "other rules",
+  ]
   assert all(word in text for word, text in zip(words, wrong, strict=True)), wrong
