@@ -69,6 +69,7 @@ def main(argv: list[str]) -> None:
 
   folder, arguments = pathlib.Path(_OUTPUT_DIR.value), comparison_flags.arguments()
   check_folders(arguments["seeds"])
+  check_alike(arguments["seeds"])
   config, arms = plan(arguments["seeds"][0])
   comparison = Comparison(arms, config=config, output_dir=folder / "tuned", **arguments)
   gains = Gains(folder, config, load_dataset(config.data), comparison)
@@ -117,7 +118,6 @@ def plan(seed: int):
       raise InputError(
         f"--{kind}={_FOLDERS[kind].value}: has {'no ' if kind == SPARSE else ''}layers with routed experts"
       )
-  check_alike(*loaded.values())
   config = cli.config_from_flags({"dataset": "stdlib_tasks"})
   dense, sparse = (run.config.model for run in loaded.values())
   text = {"held_out_tasks": flags.FLAGS.held_out_tasks, "tokenizer": tokenizer_name(loaded[DENSE])}
@@ -136,22 +136,27 @@ def plan(seed: int):
   return config, arms
 
 
-def check_alike(dense, sparse) -> None:
-  """Raises `InputError` unless two runs were trained on the same text for as many steps."""
+def check_alike(seeds) -> None:
+  """Raises `InputError` unless the runs of all seeds were trained on the same text for as many steps."""
   from moe_jax import disk
   from moe_jax.errors import InputError
+  from moe_jax.training.load import load_run
 
-  def of(run) -> dict:
-    text = str((disk.read_object(run.folder / "config.json") or {}).get("fingerprint"))
+  def of(folder: pathlib.Path) -> dict:
+    run = load_run(folder)
+    text = str((disk.read_object(folder / "config.json") or {}).get("fingerprint"))
     found = {name: getattr(run.config.data, name) for name in SAME} | {"steps": run.step, "text": text[:12]}
     return found | {"start": "trained parameters" if run.config.train.init_from else "random parameters"}
 
-  for name, other in of(sparse).items():
-    if other != of(dense)[name]:
-      raise InputError(
-        f"--sparse={_FOLDERS[SPARSE].value}: was not trained as --dense was ({name} {other}, there {of(dense)[name]}), so "
-        "their gains cannot be compared"
-      )
+  first, *others = [folder_of(kind, seed) for seed in seeds for kind in (DENSE, SPARSE)]
+  expected = of(first)
+  for folder in others:
+    for name, other in of(folder).items():
+      if other != expected[name]:
+        raise InputError(
+          f"{folder}: was not trained as {first} was ({name} {other}, there {expected[name]}), so their gains cannot be "
+          "compared"
+        )
 
 
 class Gains:

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -42,6 +43,8 @@ def folder(tmp_path_factory):
     config = resolve_config(tiny.change(CONFIG, **fields))
     for seed in (0, 1):
       save_model(folder / kind / f"seed_{seed}", make_model(config, 264, seed=seed), config)
+  shutil.copytree(folder / "sparse/seed_0", folder / "mixed/seed_0")
+  shutil.copytree(folder / "other/seed_1", folder / "mixed/seed_1")
   return folder
 
 
@@ -86,6 +89,7 @@ def test_gains_are_losses_before_minus_after_and_differences_are_paired(folder, 
     command,
     [*wrong, *kinds("sparse", "sparse")],
     [*wrong, *kinds("dense", "other")],
+    [*wrong, *kinds("dense", "mixed"), "--seeds=2"],
     [*command, "--learning_rate=0.02"],
     [*wrong, *kinds("dense", "sparse"), "--sequence_length=24"],
     [*wrong, *kinds("dense", "sparse"), "--seeds=5"],
@@ -97,7 +101,9 @@ def test_gains_are_losses_before_minus_after_and_differences_are_paired(folder, 
   assert first.status == again.status == 0, first.stderr + again.stderr
   assert "has no effect" not in first.stderr and "6 of 6 runs" in again.stdout
   messages = ["has layers with routed experts"]
-  messages += ["was not trained as --dense was (sequence_length 32, there 16)", "learning_rate"]
+  messages += [f"other/seed_0: was not trained as {folder}/dense/seed_0 was (sequence_length 32, there 16)"]
+  messages += [f"mixed/seed_1: was not trained as {folder}/dense/seed_0 was (sequence_length 32, there 16)"]
+  messages += ["learning_rate"]
   messages += ["--sequence_length=24: ", "dense/seed_2: holds no run"]
   for ended, message in zip(refused, messages, strict=True):
     assert_one_line(ended, message)
