@@ -92,6 +92,7 @@ GRAPH = {
   "comparison.statistics": Part("comparison.facts comparison.results errors", never=JAX),
   "comparison.differences": Part("comparison.statistics comparison.results errors", never=JAX),
   "analysis": Part(RUN),
+  "analysis.kept": Part(f"fingerprint {RUN}"),
   "analysis.accounting": Part(f"analysis interop {RUN}"),
   "analysis.capacity": Part(f"analysis comparison {RUN}"),
   "analysis.measured": Part(f"analysis comparison inference interop {RUN}"),

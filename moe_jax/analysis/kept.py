@@ -8,10 +8,14 @@ from typing import Any
 from moe_jax import disk
 from moe_jax.cluster import processes
 from moe_jax.config import Config
+from moe_jax.config.plain import own_code
 from moe_jax.errors import InputError
+from moe_jax.fingerprint import of_package
 from moe_jax.training import identity
+from moe_jax.training.compiled import resolve_config
 
 _SETTINGS = "settings"  # in a kept file, those of its numbers
+_CODE = "code"  # the digest of moe_jax that measured them
 
 
 class Kept:
@@ -24,6 +28,8 @@ class Kept:
     folder: new, or that of an earlier command. While something is measured, no other command may.
     settings: JSON values that the numbers depend on.
     config: of trainings that they depend on, too. What may change when a run continues may change here, but for more steps.
+      With it, numbers by other code of a user's method are refused. Numbers by other code of moe_jax are kept, and one
+      line says so.
 
   Raises:
     InputError: if the folder has numbers of other settings.
@@ -35,6 +41,9 @@ class Kept:
     self.settings = dict(settings)
     if config:
       self.settings |= {"config": config.to_dict(), "num_steps": config.train.num_steps}
+      if own := own_code(resolve_config(config)):
+        self.settings["own code"] = own
+    self._noted = False
     if processes.is_first():  # where it fails, the others are stopped with its message
       self._check(self._read(self.path, "each of the numbers has its settings, too"))
 
@@ -51,7 +60,7 @@ class Kept:
         with self._said():
           made = make()
         if processes.is_first():
-          disk.write_json(path, disk.with_digest(made | {_SETTINGS: self.settings}))
+          disk.write_json(path, disk.with_digest(made | {_SETTINGS: self.settings, _CODE: of_package()}))
         found = processes.from_first(self._found(path) if processes.is_first() else None)
     return found
 
@@ -77,6 +86,10 @@ class Kept:
     if found is None:
       return None
     self._check(found.pop(_SETTINGS))
+    code, here = found.pop(_CODE, None), of_package()
+    if code not in (None, here) and not self._noted:
+      self._noted = True
+      disk.note(f"{path}: was measured by other code of moe_jax (digest {code}, now {here}), and is kept")
     return found
 
   def _read(self, path: pathlib.Path, consequence: str) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ import pytest
 from moe_jax import locks
 from moe_jax.analysis.kept import Kept
 from moe_jax.errors import InputError
+from moe_jax.ops.balancing import Balancer
 from tests import tiny
 
 SETTINGS = {"format": "int8", "seed": 0}
@@ -93,3 +94,25 @@ def test_numbers_of_a_shorter_run_are_not_those_of_a_longer(tmp_path):
   Kept(tmp_path, {}, tiny.change(config, log_every=3))("a", never)
   with pytest.raises(InputError, match=r"\(num_steps was 4, now 6\)"):
     Kept(tmp_path, {}, tiny.change(config, num_steps=6))
+
+
+def test_other_code_is_refused_or_said(tmp_path, monkeypatch, capsys):
+  """That of a user's method is refused. That of moe_jax is said once."""
+
+  def with_balancer(rate):
+    def mine():
+      return Balancer() if rate else None
+
+    return tiny.change(tiny.CONFIG, balancers=mine)
+
+  def numbers(name, config):
+    return Kept(tmp_path, SETTINGS, config)(name, lambda: {"loss": 1.0})
+
+  numbers("a", with_balancer(1.0))
+  assert numbers("a", with_balancer(1.0)) == {"loss": 1.0}
+  with pytest.raises(InputError, match=r"holds numbers of other settings .*own code"):
+    numbers("b", with_balancer(2.0))
+  monkeypatch.setattr("moe_jax.analysis.kept.of_package", lambda: "another")
+  kept = Kept(tmp_path, SETTINGS, with_balancer(1.0))
+  assert kept("a", never) == kept("a", never) == {"loss": 1.0}
+  assert capsys.readouterr().err.count("a.json: was measured by other code of moe_jax (digest ") == 1
