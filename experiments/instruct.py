@@ -190,7 +190,7 @@ class Gains:
     """Returns the mean losses of a result before and after, and their differences.
 
     Raises:
-      InputError: if the loss before is not of the model that was tuned.
+      InputError: if the loss before is not of the model that was tuned, or the loss after not of the tuned one.
     """
     from moe_jax.errors import InputError
 
@@ -198,7 +198,13 @@ class Gains:
     kind = DENSE if arm == DENSE else SPARSE
     tuned = self.comparison.folder.run(arm, seed)
     before = self.kept(f"before/{kind}/seed_{seed}", lambda: self.losses(folder_of(kind, seed)))
-    after = self.kept(f"after/{arm}/seed_{seed}", lambda: self.losses(tuned))
+    of_run = {"nll": result["validation"]["nll"]}  # tells a run from one that was tuned anew
+    after = self.kept(f"after/{arm}/seed_{seed}", lambda: self.losses(tuned) | of_run)
+    if after.get("nll", of_run["nll"]) != of_run["nll"]:
+      raise InputError(
+        f"{tuned}: was tuned anew since its loss was measured; remove {self.kept.folder}/after/{arm}/seed_{seed}.json, and "
+        "the same command measures it again"
+      )
     if before.get("parameters") != result["init_from"]["digest"]:
       raise InputError(
         f"--{kind}={_FOLDERS[kind].value}: arm {arm} seed {seed} was tuned from another model than the one whose loss before is "

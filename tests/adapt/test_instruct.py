@@ -33,6 +33,14 @@ shutil.rmtree(folder / "seed_0")
 shutil.copytree(folder / "seed_1", folder / "seed_0")
 before.unlink()
 """
+RETUNE = """
+import sys
+from moe_jax.training.result_file import read_result, write_result
+path, change = sys.argv[1:]
+result = read_result(path)
+result["validation"]["nll"] += float(change)
+write_result(path, result)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +92,10 @@ def test_gains_are_losses_before_minus_after_and_differences_are_paired(folder, 
   wrong = ["experiments/instruct.py", *FLAGS, "--seeds=1", f"--output_dir={tmp_path}/wrong"]
   retrain = tmp_path / "retrain.py"
   retrain.write_text(RETRAIN)
-  first, again, *refused, retrained, changed = run_scripts(
+  retune = tmp_path / "retune.py"
+  retune.write_text(RETUNE)
+  tune = lambda change: [str(retune), f"{tmp_path}/out/tuned/arms/dense/seed_1/result.json", change]
+  first, again, *refused, _, retuned, _, retrained, changed = run_scripts(
     command,
     command,
     [*wrong, *kinds("sparse", "sparse")],
@@ -93,9 +104,14 @@ def test_gains_are_losses_before_minus_after_and_differences_are_paired(folder, 
     [*command, "--learning_rate=0.02"],
     [*wrong, *kinds("dense", "sparse"), "--sequence_length=24"],
     [*wrong, *kinds("dense", "sparse"), "--seeds=5"],
+    tune("1.0"),
+    command,
+    tune("-1.0"),
     [str(retrain), str(folder / "dense"), f"{tmp_path}/out/before/dense/seed_0.json"],
     command,
   )
+  assert retuned.status == 2 and retuned.stderr.count("\n") == 1, retuned.stderr
+  assert "arms/dense/seed_1: was tuned anew since its loss was measured; remove " in retuned.stderr
   assert (retrained.status, changed.status) == (0, 2) and changed.stderr.count("\n") == 1, changed.stderr
   assert "arm dense seed 0 was tuned from another model than the one whose loss before is" in changed.stderr
   assert first.status == again.status == 0, first.stderr + again.stderr
