@@ -68,7 +68,10 @@ def main(argv: list[str]) -> None:
       title="Experts in few bits",
       question=__doc__.splitlines()[0],
       command=shlex.join(["python", *sys.argv]),
-      notes=["Rounded to nearest after training. An arm is a format."],
+      notes=[
+        "Rounded to nearest after training. An arm is a format.",
+        f"MaxVio is counted over at most {_ROUTES.value} batches (--route_batches).",
+      ],
     )
 
 
@@ -82,7 +85,8 @@ def rows_of(measured, seed: int, path: str, formats: dict) -> list[dict]:
 
   loaded = load(path)
   dataset = text_of(loaded, _TEXT_FOLDER.value)
-  batches = list(dataset.validation_batches(limit=_ROUTES.value))
+  limit = min(_ROUTES.value, _BATCHES.value or _ROUTES.value)
+  batches = list(dataset.validation_batches(limit=limit))
   whole, rows = loaded.model, []
   calibration = (
     calibration_batches(dataset, _CALIBRATION.value) if any(f.aware for f in formats.values()) else []

@@ -44,7 +44,7 @@ class Measured:
 
   Args:
     folder: new, or that of an earlier command.
-    settings: what the numbers depend on beside the arms and seeds.
+    settings: what the numbers depend on beside the arms and seeds. `batches` is the limit of an evaluation; 0: none.
 
   Raises:
     InputError: if the folder has numbers of other settings.
@@ -52,6 +52,7 @@ class Measured:
 
   def __init__(self, folder: pathlib.Path, settings: Mapping[str, Any]):
     self.folder, self.kept = ComparisonFolder(folder), Kept(folder, settings)
+    self.eval_batches = settings.get("batches", 0)
     self.results: list[dict[str, Any]] = []
 
   def __call__(
@@ -74,7 +75,7 @@ class Measured:
     Raises:
       InputError: if the folder has a result on other text or of another model.
     """
-    make = lambda: _result(arm, seed, loaded, dataset, *measure())
+    make = lambda: _result(arm, seed, loaded, dataset, *measure()) | {"eval_batches": self.eval_batches}
     path = self.folder.run(arm, seed).relative_to(self.folder.path) / "result"
     found = self.kept(str(path), make)
     known = found["fingerprint"], found["init_from"]["digest"]

@@ -87,7 +87,7 @@ def _different(values: Iterable[Any]) -> list[Any]:
 
 def _eval_batches(result: Result) -> int | None:
   """The limit of an evaluation, or None where it was over the whole validation set or the result does not say."""
-  limit = lookup(result, "config", "train", "eval_batches")
+  limit = result.get("eval_batches", lookup(result, "config", "train", "eval_batches"))
   return limit if isinstance(limit, int) and limit > 0 else None
 
 

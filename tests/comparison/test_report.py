@@ -174,4 +174,6 @@ def test_bare_results_without_metrics_or_config(tmp_path):
 def test_caption_says_over_what_the_load_was_counted(limit, said):
   config = lasting(tiny.change(tiny.CONFIG, eval_batches=limit))  # what a run writes
   summary = report.summarise([make_result() | {"config": config}])
-  assert f"Global: load counted {said}" in words.caption(summary, summary.columns)
+  caption = words.caption(summary, summary.columns)
+  assert f"Global: load counted {said}" in caption
+  assert ("Bits per byte: of 3 batches of the validation text." in caption) == bool(limit)

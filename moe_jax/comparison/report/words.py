@@ -45,8 +45,12 @@ def caption(summary: Summary, columns: Sequence[Column]) -> str:
   sentences = [facts_sentence(summary.facts), *swept, spread]
   meanings = [_MEANINGS[column.key] for column in columns if column.key in _MEANINGS]
   if "eval_batches" in summary.facts:
+    limits = " or ".join(str(n) for n in summary.facts["eval_batches"])
     meanings = [
-      text.replace("over the whole validation set", "over all evaluated tokens") for text in meanings
+      text.replace("over the whole validation set", "over all evaluated tokens").replace(
+        "of the validation text", f"of {limits} batches of the validation text"
+      )
+      for text in meanings
     ]
   sentences += meanings
   if shown_yardsticks(summary, columns):
