@@ -173,7 +173,7 @@ def test_bare_results_without_metrics_or_config(tmp_path):
 )
 def test_caption_says_over_what_the_load_was_counted(limit, said):
   config = lasting(tiny.change(tiny.CONFIG, eval_batches=limit))  # what a run writes
-  summary = report.summarise([make_result() | {"config": config}])
+  summary = report.summarise([make_result(bits_per_byte=2.0) | {"config": config}])
   caption = words.caption(summary, summary.columns)
   assert f"Global: load counted {said}" in caption
   assert ("Bits per byte: of 3 batches of the validation text." in caption) == bool(limit)
