@@ -44,7 +44,15 @@ _CALIBRATION = flags.DEFINE_integer(
 )
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", "runs/distil", "the folder to write")
 _OF_MODEL = {field.name for cls in (ModelConfig, MoEConfig) for field in dataclasses.fields(cls)}
-_OF_TEXT = ("dataset", "text_folder", "tokenizer", "sequence_length")  # the teacher's
+_OF_TEXT = (
+  "dataset",
+  "text_folder",
+  "data_dir",
+  "held_out_tasks",
+  "pack_examples",
+  "tokenizer",
+  "sequence_length",
+)  # the teacher's
 cli.define_flags(leave_out=(*_OF_MODEL, *_OF_TEXT, "objective", "init_from", "seed", "data_seed"))
 comparison_flags.define_flags(sweep=False, shard=False)
 distributed.define_flags()
