@@ -24,7 +24,7 @@ from typing import Any
 
 from absl import flags
 
-from moe_jax import cli
+from moe_jax import cli, disk
 from moe_jax.analysis.communication import flags as machine_flags
 from moe_jax.cluster import start as distributed
 from moe_jax.config import Config
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
   console = Console(quiet=not processes.is_first())
   folder = pathlib.Path(_OUTPUT_DIR.value)
   if _TRACE.value:
-    if cli.config_from_flags() != preset("default"):
+    if cli.config_from_flags() != preset("default") or flags.FLAGS["num_steps"].present:
       raise InputError(
         f"--trace={_TRACE.value}: that run is recorded already; leave out --preset and the run's flags"
       )
@@ -104,6 +104,8 @@ def _plan(moe: Any, shape: tuple[int, int, int, int], num_steps: int) -> Any:
   machine = machine_flags.machine()
   k = moe.num_experts_per_token
   if _ROUTERS.value:
+    if flags.FLAGS["limits"].present:
+      disk.note("--limits has no effect with --routers")
     arms = study.named_arms(_ROUTERS.value)
   else:
     arms = study.default_arms(machine, shape[3], k, _limits())

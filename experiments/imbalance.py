@@ -31,6 +31,7 @@ from moe_jax import cli
 from moe_jax.analysis.communication import flags as machine_flags
 from moe_jax.cluster import start as distributed
 from moe_jax.errors import InputError
+from moe_jax.models import preset
 
 RUN = {"num_experts": 32, "num_experts_per_token": 4, "expert_dim": 32}
 
@@ -86,6 +87,12 @@ def _traces(check: Any, console: Any) -> Iterator[tuple[Any, int]]:
   from moe_jax.training.router_trace import Trace
 
   if _TRACES.value:
+    own = any(flags.FLAGS[name].present for name in ("methods", "num_steps"))
+    if own or cli.config_from_flags() != preset("default"):
+      raise InputError(
+        f"--traces={','.join(_TRACES.value)}: these runs are recorded already; leave out --preset, --methods and the "
+        "runs' flags"
+      )
     traces = [Trace(folder) for folder in _TRACES.value]
     for trace in traces:
       check(trace.shape, len(trace))

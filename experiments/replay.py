@@ -61,7 +61,7 @@ def main(unused_argv: list[str]) -> None:
   console = Console(quiet=not processes.is_first())
   folder = pathlib.Path(_OUTPUT_DIR.value)
   if _TRACE.value:
-    if cli.config_from_flags() != preset("default"):
+    if cli.config_from_flags() != preset("default") or flags.FLAGS["num_steps"].present:
       raise InputError(
         f"--trace={_TRACE.value}: that run is recorded already; leave out --preset and the run's flags"
       )

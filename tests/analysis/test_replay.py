@@ -227,6 +227,7 @@ WRONG = [
   (["--batch_sizes=0"], "--batch_size=0: must be 1 or more"),
   (["--trace=nowhere"], "nowhere: holds no router logits; train with --record_router_logits=1"),
   (["--trace=nowhere", "--num_experts=4"], "leave out --preset and the run's flags"),
+  (["--trace=nowhere", "--num_steps=4"], "leave out --preset and the run's flags"),
   (["--router=hash_topk"], "--router=hash_topk: router by table: reads token ids"),
   (["--record=1"], "unknown flag '--record'"),
 ]
@@ -264,4 +265,4 @@ def test_the_experiment_records_once_and_replays_any_run(tmp_path):
   assert (two / "summary.csv").read_text() == (one / "summary.csv").read_text()
 
   status, _, line = other
-  assert status == 2 and "holds a run with another configuration (num_experts was 4, now 16)" in line
+  assert status == 2 and "holds a run with another configuration (num_experts was 8, now 16)" in line
