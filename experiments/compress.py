@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
   for text in _EXPERTS.value:
     if not text.isdecimal():
       raise InputError(f"--experts={text}: must be numbers of experts, joined by commas")
-  for flag, given in (("experts", _EXPERTS.value), ("methods", methods)):
+  for flag, given in (("experts", [str(int(n)) for n in _EXPERTS.value]), ("methods", methods)):
     if len(set(given)) < len(given):
       raise InputError(f"--{flag}={','.join(given)}: one of them is named twice")
   folders, folder = models_of(_MODEL.value, _SEEDS.value), pathlib.Path(_OUTPUT_DIR.value)
@@ -105,7 +105,7 @@ def rows_of(measured, seed: int, path: str, methods) -> list[dict]:
   loaded = load(path)
   parts = take_apart(loaded.model)
   e = parts.layers[moe_layers(parts)[0]].block.moe.num_experts
-  numbers = [int(n) for n in _EXPERTS.value] or [e * 3 // 4, e // 2, e // 4]
+  numbers = [int(n) for n in _EXPERTS.value] or sorted({e * 3 // 4, e // 2, e // 4} - {0}, reverse=True)
   dataset = text_of(loaded, _TEXT_FOLDER.value)
   batches = calibration_batches(dataset, _CALIBRATION.value, _DOMAIN.value)
   compressed = Compressor(loaded.model, batches)

@@ -99,15 +99,14 @@ def main(argv: list[str]) -> None:
   whole = validate(teacher.model, dataclasses.replace(teacher.config, train=train), load_dataset(data))
   rows = kept(results, whole["nll"])
   comparison.report(
-    [with_kept(*pair) for pair in zip(results, rows, strict=True)] if rows else results,
+    [with_kept(*pair) for pair in zip(results, rows, strict=True)],
     title="Distillation",
     question=__doc__.splitlines()[0],
     command=shlex.join(["python", *sys.argv]),
     notes=[f"The teacher is {_MODEL.value}. It is one model for all seeds, and saw other batches."],
     varies=["objective"],
   )
-  if rows:
-    write_table(folder / "kept.csv", rows)
+  write_table(folder / "kept.csv", rows)
 
 
 def student_of(teacher):

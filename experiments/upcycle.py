@@ -61,6 +61,7 @@ def main(argv: list[str]) -> None:
   # Imported here, so that --help and wrong flags answer at once.
   from moe_jax.comparison.arms import with_arm
   from moe_jax.comparison.comparison import Comparison
+  from moe_jax.errors import InputError
 
   config = cli.config_from_flags()
   folder = pathlib.Path(_OUTPUT_DIR.value)
@@ -79,7 +80,9 @@ def main(argv: list[str]) -> None:
   arguments = comparison_flags.arguments()
   dense_comparison = Comparison({"dense": dense}, config=before, output_dir=folder / "dense", **arguments)
   check_starts(folder, arguments["seeds"])
-  dense_comparison.run()
+  for result in dense_comparison.run():
+    if "diverged" in result:
+      raise InputError(f"{result['diverged']}. Nothing can be made of such a model")
   dense_folder = folder / "dense" / "arms" / "dense"
   make_starts(folder, dense_folder, with_arm(config, sparse).model.moe, arguments["seeds"])
   start = lambda arm: {"init_from": str(folder / "start" / arm / "seed_{seed}")}

@@ -106,7 +106,7 @@ WRONG_OF_OTHERS = [
   ("experiments/upcycle.py", ["--trained=expert"], "--trained=expert: matches no parameter; did you mean experts"),
   ("experiments/compress.py", ["--model=x", "--methods=usag"], "unknown method 'usag': did you mean usage"),
   ("experiments/compress.py", ["--model=x", "--experts=8,four"], "--experts=four: must be numbers of experts"),
-  ("experiments/compress.py", ["--model=x", "--experts=4,4"], "--experts=4,4: one of them is named twice"),
+  ("experiments/compress.py", ["--model=x", "--experts=4,04"], "--experts=4,4: one of them is named twice"),
   ("experiments/finetune_arms.py", ["--model=x", "--arms="], "--arms=: must be different arms, e.g. all,all_but_experts"),
   ("experiments/upcycle.py", ["--shard=1/2"], "unknown flag '--shard'"),
   ("experiments/compress.py", ["--model=x", "--seeds=2"], "--seeds=2: --model=x names one model; put {seed}"),

@@ -115,7 +115,7 @@ def test_config_json_of_a_published_model(folder, content):
 def trace(tmp_path_factory):
   """The folder of a trace, and what its header should hold."""
   folder = tmp_path_factory.mktemp("trace")
-  header = {"router": "softmax_topk", "config": SETTINGS.to_dict()}
+  header = {"router": "softmax_topk", "moe": SETTINGS.to_dict()["model"]["moe"], "layers": [0]}
   with TraceWriter(folder, header) as writer:
     arrays = {"logits_RBLE": np.zeros((1, 2, 4, 8), np.float16), "mask_BL": np.ones((2, 4), bool)}
     writer.add(1, arrays | {"domain_B": np.zeros(2, np.int32), "key_B": np.zeros((2, 2), np.uint32)})

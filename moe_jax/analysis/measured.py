@@ -12,6 +12,7 @@ from moe_jax.analysis.accounting.parameters import count
 from moe_jax.analysis.kept import Kept
 from moe_jax.comparison.folder import ComparisonFolder
 from moe_jax.comparison.reporting import write_report
+from moe_jax.config.plain import own_code
 from moe_jax.data import Dataset
 from moe_jax.errors import InputError
 from moe_jax.inference.evaluate import ALL, Score
@@ -73,15 +74,21 @@ class Measured:
         `max_vio` is a column of the table.
 
     Raises:
-      InputError: if the folder has a result on other text or of another model.
+      InputError: if the folder has a result on other text, of another model, or with other code of a user's method.
     """
-    make = lambda: _result(arm, seed, loaded, dataset, *measure()) | {"eval_batches": self.eval_batches}
+    own = {"eval_batches": self.eval_batches, "own_code": own_code(loaded.config)}
+    make = lambda: _result(arm, seed, loaded, dataset, *measure()) | own
     path = self.folder.run(arm, seed).relative_to(self.folder.path) / "result"
     found = self.kept(str(path), make)
     known = found["fingerprint"], found["init_from"]["digest"]
     if known != (dataset.info.fingerprint, _digest(loaded.model)):
       raise InputError(
         f"--output_dir={self.folder.path}: {arm} seed {seed} is of another model or text; choose another folder"
+      )
+    if found.get("own_code", own["own_code"]) != own["own_code"]:
+      raise InputError(
+        f"--output_dir={self.folder.path}: {arm} seed {seed} was measured with other code of "
+        f"{'; '.join(map(str, found['own_code']))} (now: {'; '.join(own['own_code'])}); choose another folder"
       )
     self.results.append(found)
     return Numbers({name: Score(*score) for name, score in found["scores"].items()}, found["others"])

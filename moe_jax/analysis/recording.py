@@ -47,12 +47,14 @@ def recorded_config(trace: Trace) -> MoEConfig:
   """The layer's configuration of the recorded run.
 
   Raises:
-    InputError: the trace is of a version with other fields.
+    InputError: the trace is of a version with other fields, or its layers differ.
   """
   try:
-    return from_fields(MoEConfig, trace.header["config"]["model"]["moe"])
+    if trace.header["moe"] is not None:
+      return from_fields(MoEConfig, trace.header["moe"])
   except (KeyError, TypeError, InputError) as error:
     raise InputError(f"{trace.folder}: its configuration is not one of this version ({error})") from None
+  raise InputError(f"{trace.folder}: its layers have no configuration in common, and a replay has one")
 
 
 def record(config: Config, folder: pathlib.Path, console: Any, show: str = "the recorded run") -> Trace:

@@ -10,7 +10,7 @@ import numpy as np
 from moe_jax import disk
 from moe_jax.errors import InputError, is_of_the_machine
 
-FORMAT = 3
+FORMAT = 4
 HEADER = "header.json"
 FIELDS = ("step", "logits_RBLE", "mask_BL", "domain_B", "key_B2")  # of a record, in the order of `Steps`
 DIGEST = np.dtype("uint32")  # of the last field of a record

@@ -33,6 +33,12 @@ shutil.rmtree(folder / "seed_0")
 shutil.copytree(folder / "seed_1", folder / "seed_0")
 before.unlink()
 """
+UNFINISH = """
+import pathlib, shutil, sys
+tuned, copy = map(pathlib.Path, sys.argv[1:])
+shutil.copytree(tuned, copy)
+(copy / "seed_1/result.json").unlink()
+"""
 RETUNE = """
 import sys
 from moe_jax.training.result_file import read_result, write_result
@@ -92,12 +98,17 @@ def test_gains_are_losses_before_minus_after_and_differences_are_paired(folder, 
   wrong = ["experiments/instruct.py", *FLAGS, "--seeds=1", f"--output_dir={tmp_path}/wrong"]
   retrain = tmp_path / "retrain.py"
   retrain.write_text(RETRAIN)
+  unfinish = tmp_path / "unfinish.py"
+  unfinish.write_text(UNFINISH)
+  half = tmp_path / "half"
   retune = tmp_path / "retune.py"
   retune.write_text(RETUNE)
   tune = lambda change: [str(retune), f"{tmp_path}/out/tuned/arms/dense/seed_1/result.json", change]
-  first, again, *refused, _, retuned, _, retrained, changed = run_scripts(
+  first, again, _, *refused, _, retuned, _, retrained, changed = run_scripts(
     command,
     command,
+    [str(unfinish), f"{tmp_path}/out/tuned/arms/dense", str(half)],
+    [*wrong, f"--dense={half}/seed_{{seed}}", f"--sparse={half}/seed_{{seed}}", "--seeds=2"],
     [*wrong, *kinds("sparse", "sparse")],
     [*wrong, *kinds("dense", "other")],
     [*wrong, *kinds("dense", "mixed"), "--seeds=2"],
@@ -116,7 +127,8 @@ def test_gains_are_losses_before_minus_after_and_differences_are_paired(folder, 
   assert "arm dense seed 0 was tuned from another model than the one whose loss before is" in changed.stderr
   assert first.status == again.status == 0, first.stderr + again.stderr
   assert "has no effect" not in first.stderr and "6 of 6 runs" in again.stdout
-  messages = ["has layers with routed experts"]
+  messages = [f"{half}/seed_1: is not finished (step 2); the command that trains it continues it"]
+  messages += ["has layers with routed experts"]
   messages += [f"other/seed_0: was not trained as {folder}/dense/seed_0 was (sequence_length 32, there 16)"]
   messages += [f"mixed/seed_1: was not trained as {folder}/dense/seed_0 was (sequence_length 32, there 16)"]
   messages += ["learning_rate"]

@@ -1,6 +1,7 @@
 """Models that are made without training, measured for several seeds: what a claim of docs/findings.toml needs."""
 
 import csv
+import dataclasses
 
 import numpy as np
 import pytest
@@ -9,9 +10,12 @@ from flax import nnx
 from moe_jax import disk
 from moe_jax.adapt.compress import Compressor
 from moe_jax.adapt.table import calibration_batches, text_of
+from moe_jax.analysis.measured import Measured
 from moe_jax.comparison import findings
 from moe_jax.comparison.report import read_stored
-from moe_jax.inference.evaluate import evaluate
+from moe_jax.errors import InputError
+from moe_jax.inference.evaluate import ALL, Score, evaluate
+from moe_jax.ops.balancing import BALANCERS
 from moe_jax.training.digests import tree_digest
 from moe_jax.training.load import load_run
 from moe_jax.training.start import save_model
@@ -70,3 +74,27 @@ def test_compression_and_quantisation_are_paired_by_seed_and_resume(folder, tmp_
   assert sorted(difference.per_seed) == sorted(vio.per_seed) == [0, 1] and not difference.broken
   of = lambda method: np.exp(float(rows[1, method]["all"]))
   np.testing.assert_allclose(difference.per_seed[1], of("merge_usage") - of("usage"), rtol=1e-2, atol=1e-4)
+
+
+def test_other_code_of_a_users_method_is_refused(folder, tmp_path):
+  loaded = load_run(folder / "seed_0")
+
+  def with_balancer(given):
+    def mine():
+      return given
+
+    moe = dataclasses.replace(loaded.config.model.moe, balancers=BALANCERS.resolve_all(mine))
+    model = dataclasses.replace(loaded.config.model, moe=moe)
+    return loaded._replace(config=dataclasses.replace(loaded.config, model=model))
+
+  def measured(given):
+    scores = {ALL: Score(1.0, 1, 0)}
+    return Measured(tmp_path, {})(
+      "a", 0, with_balancer(given), text_of(loaded), lambda: (loaded.model, scores, {})
+    )
+
+  assert measured(1).scores == measured(1).scores
+  with pytest.raises(
+    InputError, match=r"a seed 0 was measured with other code of mine \[\w+\] \(now: mine \["
+  ):
+    measured(2)

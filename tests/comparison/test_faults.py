@@ -16,6 +16,7 @@ from moe_jax.comparison.reporting import joined_commands
 from moe_jax.comparison.results import load_results
 from moe_jax.config import MeshConfig
 from moe_jax.errors import InputError, of_the_system
+from moe_jax.ops import metrics
 from moe_jax.training.loop import Run
 from moe_jax.training.metric_writer import read_jsonl
 from moe_jax.training.progress import TrainingProgress
@@ -61,6 +62,15 @@ def trained(monkeypatch):
   labels, train = [], Run.train
   monkeypatch.setattr(Run, "train", lambda self: (labels.append(self.label), train(self))[1])
   return labels
+
+
+def test_no_metric_of_a_user_can_have_a_name_that_runs_write(finished):
+  folder, results = finished
+  lines = read_jsonl(folder / "metrics.jsonl")
+  written = {name.removeprefix("eval_") for line in lines for name in line} | set(results[0]["validation"])
+  for name in written:
+    with pytest.raises(InputError, match=f"metric '{name}': the name is taken by moe_jax"):
+      metrics.register(name, metrics.Metric(max, max))
 
 
 def test_damaged_json_files_are_made_again(finished, copy, trained, capsys):

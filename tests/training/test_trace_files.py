@@ -233,8 +233,8 @@ def test_a_damaged_file_is_moved_aside_when_the_run_goes_on(three_files, capfd):
 
 
 def test_a_trace_of_another_version_is_not_mixed(tmp_path):
-  disk.write_json(tmp_path / "header.json", {"format": 2})
-  with pytest.raises(InputError, match="of format 2, this writes 3"):
+  disk.write_json(tmp_path / "header.json", {"format": 3})
+  with pytest.raises(InputError, match="of format 3, this writes 4"):
     TraceWriter(tmp_path, {}, resume_step=2)
 
 

@@ -68,7 +68,7 @@ def points(
       even = imbalance.even_seconds(routed, machine, layer)
       count_E = np.bincount(routed.expert_A, minlength=num_experts)
       of_routing = {
-        "balancers": trace.header["config"]["model"]["moe"]["balancers"],
+        "balancers": trace.header["moe"]["balancers"],
         "step": int(steps.step_I[0]),
         "layer": r,
         "max_vio": imbalance.max_vio(count_E),

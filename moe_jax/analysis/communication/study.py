@@ -143,7 +143,7 @@ def run(plan: Plan, trace: Trace, folder: pathlib.Path, console: Any) -> None:
   machine, layer = plan.machine, plan.layer
   console.print(
     f"trace: {trace.folder}, router {trace.header['router']}, balancers "
-    f"{trace.header['config']['model']['moe']['balancers']} while training; {trace.shape[3]} experts\n"
+    f"{trace.header['moe']['balancers']} while training; {trace.shape[3]} experts\n"
     f"machine: {machine.nodes} nodes of {machine.devices_per_node} devices with "
     f"{plan.sequences_per_device * trace.shape[2]} tokens each, "
     f"{layer.row_bytes / 1e3:.1f} kB per token, {layer.expert_bytes / 1e6:.1f} MB per expert",

@@ -35,9 +35,8 @@ def recording(
     What `examine` takes as `see`.
   """
   block = next(b for b in different_blocks(config.model) if routed_part(b) is not None)
-  moe = to_plain(block.moe)
   layers = routed_layers(config.model)
-  header = {"router": str(block.moe.router), "layers": layers, "config": {"model": {"moe": moe}}}
+  header = {"router": str(block.moe.router), "layers": layers, "moe": to_plain(block.moe)}
   steps = []
   for i, batch in enumerate(batches):
     key_B = jax.random.split(jax.random.key(i + 1), len(batch["domain_B"]))

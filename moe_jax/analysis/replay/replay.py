@@ -101,7 +101,7 @@ def replay(
   Raises:
     InputError: balancers that act only through a loss or do not suit the router, a router that reads what
       is not recorded or has another number of experts, a batch size that is none, or a trace in which steps are
-      missing, for a bias depends on all steps before, or of a version that did not record what keys depend on.
+      missing, for a bias depends on all steps before.
   """
   if trace.missing:
     raise InputError(f"{trace.folder}: {trace.missing}; a replay needs all: record the run in a new folder")
@@ -198,7 +198,7 @@ def _run(
   num_layers, recorded, _, num_scored = trace.shape
   balancer = make_balancer(moe.balancers)
   state = jax.tree.map(lambda leaf: jnp.stack([leaf] * num_layers), balancer.init(num_scored))
-  start, run_chunk = _compiled(moe, _layers_of(trace))
+  start, run_chunk = _compiled(moe, tuple(trace.header["layers"]))
   chunk_steps = min(chunk_steps or max(1, CHUNK_BYTES // trace.bytes_per_step), len(trace))
   carry, outputs, done = None, [], 0
   for steps in trace.chunks(chunk_steps):
@@ -219,19 +219,6 @@ def _run(
     np.arange(num_layers), carry[0]
   )
   return counts_JRE, bias_JRE, None if final_bias_RE is None else np.asarray(final_bias_RE)
-
-
-def _layers_of(trace: Trace) -> tuple[int, ...]:
-  """The numbers of the trace's layers in the model, which `Context.of_layer` folds into keys."""
-  if "layers" in trace.header:
-    return tuple(trace.header["layers"])
-  model = trace.header["config"]["model"]  # a trace of before
-  if model.get("num_dense_first") or model.get("moe_every", 1) > 1 or model.get("segments"):
-    raise InputError(
-      f"{trace.folder}: is of a version that did not record which blocks its layers are, and not all may have "
-      "experts; record the run in a new folder"
-    )
-  return tuple(range(trace.shape[0]))
 
 
 def _pieces(steps: Steps, piece: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

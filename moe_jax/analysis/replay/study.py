@@ -77,7 +77,7 @@ def run(plan: Plan, trace: Trace, folder: pathlib.Path, console: Any) -> None:
   """Replays the plan; writes summary.csv and three plots into `folder` and prints two tables."""
   console.print(
     f"trace: {trace.folder}, {len(trace)} steps of {trace.bytes_per_step / 1e3:.0f} kB, router "
-    f"{trace.header['router']}, balancers {trace.header['config']['model']['moe']['balancers']} while training",
+    f"{trace.header['router']}, balancers {trace.header['moe']['balancers']} while training",
     soft_wrap=True,
   )
   started = time.monotonic()
