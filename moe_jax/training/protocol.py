@@ -79,19 +79,16 @@ def slots_of_mesh(config: Config) -> str:
 def trace_header(config: Config, info: DatasetInfo) -> dict[str, Any]:
   """Returns what a recorded trace says of the run of a resolved configuration on the text of `info`.
 
-  Of it, `layers` are the numbers of the R layers in the model, on which their random keys depend. Modules of multi-token
-  prediction come behind the stack. `moe` is the configuration that all R layers share; None if they differ.
+  Of it, `layers` are the numbers of the R layers in the model, on which their random keys depend; those of modules of
+  multi-token prediction are not recorded. `moe` is the configuration that all R layers share; None if they differ.
   """
-  layers = list(routed_layers(config.model))
-  if routed_part(config.model.last_block) is not None:
-    layers += range(config.model.total_layers, config.model.total_layers + config.model.mtp_depth)
   blocks = [block for block in different_blocks(config.model) if routed_part(block) is not None]
   block, alike = blocks[0], len({block.moe for block in blocks}) == 1
   layer, k = routed_part(block), block.moe.num_experts_per_token
   group = layer.tokens_per_group(config.data.sequence_length)
   return {
     "every": config.train.record_router_logits,
-    "layers": layers,
+    "layers": list(routed_layers(config.model)),
     "moe": to_plain(block.moe) if alike else None,
     "router": str(block.moe.router),
     "num_experts": layer.num_experts,

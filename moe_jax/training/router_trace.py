@@ -45,7 +45,8 @@ class TraceWriter:
 
   Args:
     folder: of the trace; made if absent.
-    header: JSON values that say what was recorded. `every`: steps from one record to the next; by default 1.
+    header: JSON values that say what was recorded. `every`: steps from one record to the next; by default 1. `layers`: the
+      number of each of the R layers in the model; by default 0 to R - 1.
     resume_step: the last step that the restored checkpoint holds. Later steps are removed, for the run will
       make them again. Damaged files are moved aside, and one line says which steps are missing.
 
@@ -232,6 +233,20 @@ class Trace:
   def shape(self) -> tuple[int, int, int, int]:
     """(R, B, L, E) of one step; E is the number of experts that the router scores."""
     return self._files[0].dtype["logits_RBLE"].shape
+
+  @property
+  def layers(self) -> tuple[int, ...]:
+    """The number of each of the R layers in the model, on which its random keys depend.
+
+    Raises:
+      InputError: the header has another number of them.
+    """
+    layers = tuple(self.header.get("layers", range(self.shape[0])))
+    if len(layers) != self.shape[0]:
+      raise InputError(
+        f"{self.folder}: its header names {len(layers)} layers, and the steps have {self.shape[0]}; record the run again"
+      )
+    return layers
 
   @property
   def bytes_per_step(self) -> int:

@@ -13,7 +13,7 @@ import moe_jax
 from moe_jax import Context, disk
 from moe_jax.analysis.examine import replays, report, tables
 from moe_jax.analysis.examine.examination import examine
-from moe_jax.analysis.examine.sums import NUM_BINS, reached_devices
+from moe_jax.analysis.examine.sums import NUM_BINS, Tokens, reached_devices, sums_of_layer
 from moe_jax.config import BlockConfig, ModelConfig, Segment
 from moe_jax.data.bpe import train_bpe
 from moe_jax.errors import InputError
@@ -159,6 +159,20 @@ def test_padding_and_the_cut_into_batches_change_nothing(examined):
   for one, two, whole in zip(first.layers, second.layers, found.layers, strict=True):
     for name in ("by_domain_SE", "together_XE", "before_XE", "reached_X"):
       np.testing.assert_array_equal(getattr(one, name) + getattr(two, name), getattr(whole, name))
+
+
+def test_two_choices_of_one_merged_expert_are_one_of_its_tokens(examined):
+  model, batches, *_ = examined
+  batch = batches[0]
+  _, aux = model(batch["tokens_BL"], Context(batch["mask_BL"], record_logits=True))
+  layer = jax.tree.map(lambda x: x[0], moe_auxes(aux)[0])
+  selected_BLE = np.zeros(layer.selected_BLE.shape, np.int8)
+  selected_BLE[:, :, 1], selected_BLE[:, ::2, 3] = 2, 1
+  tokens = Tokens(batch["mask_BL"], np.ones((8, 1)), np.zeros(batch["tokens_BL"].shape, np.int32))
+  sums = sums_of_layer(layer._replace(selected_BLE=selected_BLE), selected_BLE, tokens, 1, 1)
+  pairs = {(1, 1): 8 * 16, (1, 3): 8 * 8, (3, 1): 8 * 8, (3, 3): 8 * 8}
+  for found_XE in (sums.together_XE, sums.before_XE):
+    assert {(int(x), int(e)): int(found_XE[x, e]) for x, e in np.argwhere(found_XE)} == pairs
 
 
 class Page(html.parser.HTMLParser):

@@ -17,7 +17,7 @@ class Sums(NamedTuple):
   by_domain_SE: Array  # tokens of the domain that are sent to the expert, before capacity
   by_position_XE: Array  # the same by position, in `NUM_BINS` equal parts of a window
   by_token_XE: Array  # the same by token id: those that are named, and the others together
-  together_XE: Array  # tokens that are sent to both experts; the diagonal has the load
+  together_XE: Array  # tokens that are sent to both experts; the diagonal has those of each
   before_XE: Array  # tokens that are sent to one expert, and in the layer before to the other
   entropy: Array  # [], nats, of the router's scores divided by their sum
   reached_X: Array  # tokens that reach 0, 1, ... devices; NaN where the devices do not divide the experts
@@ -47,15 +47,16 @@ def sums_of_layer(
   """
   selected_BLE, length = layer.selected_BLE.astype(jnp.float32), layer.selected_BLE.shape[1]
   num_experts = selected_BLE.shape[-1]
+  is_sent_BLE = jnp.minimum(selected_BLE, 1)  # two choices of a token may stand for one merged expert
   bin_LX = jax.nn.one_hot(jnp.arange(length) * NUM_BINS // length, NUM_BINS)
   by_token_XE = jnp.zeros((num_named + 1, num_experts))
-  before = jnp.zeros((*selected_BLE.shape[:2], 0)) if before_BLE is None else before_BLE
+  before = jnp.zeros((*selected_BLE.shape[:2], 0)) if before_BLE is None else jnp.minimum(before_BLE, 1)
   return Sums(
     by_domain_SE=jnp.einsum("BLE,BS->SE", selected_BLE, tokens.domain_BS),
     by_position_XE=jnp.einsum("BLE,LX->XE", selected_BLE, bin_LX),
     by_token_XE=by_token_XE.at[tokens.place_BL.reshape(-1)].add(selected_BLE.reshape(-1, num_experts)),
-    together_XE=jnp.einsum("BLX,BLE->XE", selected_BLE, selected_BLE),
-    before_XE=jnp.einsum("BLX,BLE->XE", before.astype(jnp.float32), selected_BLE),
+    together_XE=jnp.einsum("BLX,BLE->XE", is_sent_BLE, is_sent_BLE),
+    before_XE=jnp.einsum("BLX,BLE->XE", before.astype(jnp.float32), is_sent_BLE),
     entropy=layer.metrics["router_entropy"][0],
     reached_X=reached_devices(selected_BLE, tokens.mask_BL, num_devices),
     per_sequence_BE=selected_BLE.sum(axis=1),

@@ -198,7 +198,7 @@ def _run(
   num_layers, recorded, _, num_scored = trace.shape
   balancer = make_balancer(moe.balancers)
   state = jax.tree.map(lambda leaf: jnp.stack([leaf] * num_layers), balancer.init(num_scored))
-  start, run_chunk = _compiled(moe, tuple(trace.header["layers"]))
+  start, run_chunk = _compiled(moe, trace.layers)
   chunk_steps = min(chunk_steps or max(1, CHUNK_BYTES // trace.bytes_per_step), len(trace))
   carry, outputs, done = None, [], 0
   for steps in trace.chunks(chunk_steps):
