@@ -39,7 +39,8 @@ assert [(r["arm"], r["seed"]) for r in results] == [(arm, s) for arm in arms for
 assert run.step == 2 and str(run.config.model.moe.router) == "cosine:0.1"
 assert type(run.model.segments[0].pattern.blocks[0].ffn.router) is CosineRouter
 assert all((layer_BLE.sum(-1) == 2).all() for layer_BLE in chosen)
-assert set(scores) == {"all", *moe_jax.load_dataset(run.config.data).info.domains} and scores["all"].num_bytes > 0
+domains = moe_jax.load_dataset(run.config.data).info.domains  # one batch need not have a window of each
+assert {"all"} < set(scores) <= {"all", *domains} and scores["all"].num_bytes > 0
 print("every block ran")
 """
 
