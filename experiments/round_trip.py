@@ -153,9 +153,14 @@ class Trip:
 
   def __init__(self, folder: pathlib.Path, config, dataset, loaded, domain: str):
     from moe_jax.analysis.kept import Kept
+    from moe_jax.config.plain import own_code
+    from moe_jax.nn.build import resolve_moe
     from moe_jax.training.made import source_of
 
     self.folder, self.config, self.dataset, self.domain = folder, config, dataset, domain
+    own = config.model
+    spec = {"num_experts_per_token": 2, "expert_dim": own.dense_dim // 2, "experts": own.activation}
+    self.moe = dataclasses.replace(own.moe, balancers=flags.FLAGS.balancers, **spec)
     self.loaded, self._made = loaded, {}
     self.dense_steps = loaded.step if loaded else _DENSE_STEPS.value
     names = ("model", "dense_steps", "distil_steps", "calibration", "balancers")
@@ -163,6 +168,8 @@ class Trip:
     settings |= {"domain": domain, "fingerprint": dataset.info.fingerprint}
     if loaded:
       settings["start"] = source_of(loaded.model, loaded.step)
+    if code := own_code(resolve_moe(self.moe)):  # the configuration, of the dense model, has no balancers
+      settings["code of experts"] = code
     self.kept = Kept(folder, settings, config)
 
   def row(self, name: str, steps: int, make) -> dict:
@@ -186,12 +193,8 @@ class Trip:
   def upcycled(self):
     """Returns the dense model with experts."""
     from moe_jax import adapt
-    from moe_jax.config import MoEConfig
 
-    own = self.config.model
-    spec = {"num_experts_per_token": 2, "expert_dim": own.dense_dim // 2, "experts": own.activation}
-    moe: MoEConfig = dataclasses.replace(own.moe, balancers=flags.FLAGS.balancers, **spec)
-    return adapt.upcycle(self.dense(), moe, seed=self.config.train.seed)
+    return adapt.upcycle(self.dense(), self.moe, seed=self.config.train.seed)
 
   def save(self, folder: pathlib.Path, model, source) -> None:
     """Writes a model that was made of `source`."""

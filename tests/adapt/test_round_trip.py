@@ -8,6 +8,8 @@ import numpy as np
 import moe_jax
 from moe_jax.adapt.table import text_of
 from moe_jax.inference.evaluate import evaluate
+from moe_jax.ops.balancing import BALANCERS
+from moe_jax.plugins import import_plugins
 from tests.adapt import models
 from tests.scripts import assert_one_line, run_scripts
 
@@ -27,6 +29,13 @@ NAMES = [
   "extracted_b",
   "int4:4",
 ]
+OWN = """
+import moe_jax
+from moe_jax.ops.balancing import make_balancer
+def mine():
+  return make_balancer("switch_loss:0.01")  # 1
+moe_jax.register("balancer", "mine", mine)
+"""
 FORGET = """
 import pathlib, sys
 folder = pathlib.Path(sys.argv[1])
@@ -37,14 +46,17 @@ for name in names:
 """
 
 
-def test_a_dense_model_goes_all_ways_and_the_command_resumes(tmp_path):
+def test_a_dense_model_goes_all_ways_and_the_command_resumes(tmp_path, monkeypatch):
   for domain in "ab":
     (tmp_path / "text" / domain).mkdir(parents=True)
     for i in range(30):
       (tmp_path / "text" / domain / f"{i}.txt").write_text(f"{domain} {i} of many words " * 4)
   out = tmp_path / "out"
   text = ["--dataset=text_folder", f"--text_folder={tmp_path / 'text'}", "--domain=b"]
-  command = ["experiments/round_trip.py", *SIZES, *text, f"--output_dir={out}"]
+  own = tmp_path / "own.py"
+  own.write_text(OWN)
+  with_own = [f"--plugins={own}", "--balancers=mine"]
+  command = ["experiments/round_trip.py", *SIZES, *text, *with_own, f"--output_dir={out}"]
   forget = tmp_path / "forget.py"  # as a kill left it while the first model was measured
   forget.write_text(FORGET)
   first, again, other, forgotten, seed, restored = run_scripts(
@@ -61,6 +73,9 @@ def test_a_dense_model_goes_all_ways_and_the_command_resumes(tmp_path):
   # Nothing is made or measured again.
   assert again.stdout and first.stdout.endswith(again.stdout) and "..." not in again.stderr
   assert_one_line(other, f"{out}: holds numbers of other settings (num_steps was 2, now 3)")
+  own.write_text(OWN.replace("# 1", "or 1"))
+  (edited,) = run_scripts(command)
+  assert_one_line(edited, f"{out}: holds numbers of other settings (code of experts was ")
 
   with open(out / "round_trip.csv", newline="") as file:
     rows = {row["model"]: row for row in csv.DictReader(file)}
@@ -75,6 +90,8 @@ def test_a_dense_model_goes_all_ways_and_the_command_resumes(tmp_path):
     columns = 0 if smaller == "merged" else 2 * 16  # of the router, which is kept where experts are merged
     assert number("sparse", "parameters") - number(smaller, "parameters") == gone + columns
   assert [rows[name]["steps"] for name in ("dense", "sparse", "distilled")] == ["3", "5", "7"]
+  monkeypatch.setattr(BALANCERS, "_factories", dict(BALANCERS))
+  import_plugins([str(own)])
   for name in ("sparse", "merged", "int4:4"):
     loaded = moe_jax.load(out / "models" / name.replace(":", "_"))
     score = evaluate(loaded.model, text_of(loaded), 8, 2)
