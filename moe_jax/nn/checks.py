@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from moe_jax.errors import InputError, require_option
 from moe_jax.nn.routers import Router
 from moe_jax.ops.balancing import Balancer
+from moe_jax.ops.metrics import is_taken
 from moe_jax.types import BatchRouting, ExpertOutputs, ExpertScale, PyTree
 
 
@@ -44,8 +45,11 @@ def check_flat(router: Router, balancer: Balancer) -> None:
 def check_balancer(name: str, balancer: Balancer, num_experts: int, num_experts_per_token: int) -> None:
   """Raises `InputError` if a bias is not [E], or if `update` changes the structure, shapes or types of the state.
 
+  So does a name that another number in the logs has, because its loss would hide that number.
   Such a state would train, and its checkpoint could not be loaded. Nothing is computed. E is `num_experts`.
   """
+  if is_taken(name):
+    raise InputError(f"balancer {name}: another number in the logs has this name; choose another")
   state = jax.eval_shape(lambda: balancer.init(num_experts))
   bias = jax.eval_shape(balancer.bias, state)
   bias = bias.factor_E if isinstance(bias, ExpertScale) else bias

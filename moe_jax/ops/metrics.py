@@ -115,6 +115,11 @@ _BUILTIN = frozenset(METRICS) | {
 }
 
 
+def is_taken(name: str) -> bool:
+  """Returns whether logs have a number of this name that is no balancing loss."""
+  return name in _BUILTIN or name in METRICS
+
+
 def observe(layer: LayerRecord) -> dict[str, PyTree]:
   """Returns the sums of every metric, by name."""
   return {name: metric.sums(layer) for name, metric in METRICS.items()}

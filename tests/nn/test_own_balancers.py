@@ -57,6 +57,15 @@ def test_a_wrong_one_is_named(fields, message):
   assert text.startswith("--balancers=bad: balancer bad: ") and message in text and "\n" not in text
 
 
+def test_a_loss_does_not_hide_another_number_of_the_logs():
+  def loss():
+    return Balancer()
+
+  message = r"^--balancers=loss: balancer loss: another number in the logs has this name"
+  with pytest.raises(InputError, match=message):
+    routed_layer(MoEConfig(E, 2, 8, balancers=loss))
+
+
 def test_a_factory_that_returns_no_balancer_is_named():
   def bad():
     return None
