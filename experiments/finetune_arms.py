@@ -90,7 +90,7 @@ def main(argv: list[str]) -> None:
   # Imported here, so that --help and wrong flags answer at once.
   from moe_jax.comparison.comparison import Comparison
   from moe_jax.errors import InputError, unknown_name
-  from moe_jax.training.load import load_run
+  from moe_jax.training.load import check_finished, load_run
 
   names = ARMS if _ARMS.value == ["all_arms"] else tuple(_ARMS.value)
   if not names or len(set(names)) < len(names):
@@ -99,6 +99,9 @@ def main(argv: list[str]) -> None:
     if name not in ARMS:
       raise unknown_name("arm", name, ARMS)
   arguments = comparison_flags.arguments()
+  if len(arguments["seeds"]) > 1:  # a mean of shorter and longer runs says nothing
+    for seed in arguments["seeds"]:
+      check_finished(folder_of(seed))
   folder, loaded = pathlib.Path(_OUTPUT_DIR.value), load_run(folder_of(arguments["seeds"][0]))
   config = configured(loaded)
   comparison = Comparison(

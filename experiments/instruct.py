@@ -140,15 +140,11 @@ def check_alike(seeds) -> None:
   """Raises `InputError` unless the runs of all seeds are finished, and were trained on the same text for as many steps."""
   from moe_jax import disk
   from moe_jax.errors import InputError
-  from moe_jax.training.load import load_run
-  from moe_jax.training.result_file import RESULT_FILE, read_result, steps_asked
+  from moe_jax.training.load import check_finished, load_run
 
   def of(folder: pathlib.Path) -> dict:
+    check_finished(folder)
     run = load_run(folder)
-    if run.step and steps_asked(read_result(folder / RESULT_FILE)) != run.config.train.num_steps:
-      raise InputError(
-        f"{folder}: is not finished (step {run.step}); the command that trains it continues it"
-      )
     text = str((disk.read_object(folder / "config.json") or {}).get("fingerprint"))
     found = {name: getattr(run.config.data, name) for name in SAME} | {"steps": run.step, "text": text[:12]}
     return found | {"start": "trained parameters" if run.config.train.init_from else "random parameters"}

@@ -12,6 +12,7 @@ from moe_jax.config.plain import own_code
 from moe_jax.errors import InputError
 from moe_jax.fingerprint import of_package
 from moe_jax.training import identity
+from moe_jax.training.changes import changes, differences
 from moe_jax.training.compiled import resolve_config
 
 _SETTINGS = "settings"  # in a kept file, those of its numbers
@@ -105,8 +106,8 @@ class Kept:
     if not known:
       return
     known, own = dict(known), dict(self.settings)
-    changed = identity.changes(known.pop("config", {}), own.pop("config")) if "config" in own else []
-    changed = list(dict.fromkeys([*changed, *identity.differences(known, own)]))
+    changed = changes(known.pop("config", {}), own.pop("config")) if "config" in own else []
+    changed = list(dict.fromkeys([*changed, *differences(known, own)]))
     if changed:
       raise InputError(
         f"--output_dir={self.folder}: holds numbers of other settings ({'; '.join(changed[:3])}); choose another folder"

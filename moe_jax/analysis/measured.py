@@ -18,7 +18,7 @@ from moe_jax.errors import InputError
 from moe_jax.inference.evaluate import ALL, Score
 from moe_jax.nn.transformer import Transformer
 from moe_jax.training.digests import tree_digest
-from moe_jax.training.load import Loaded
+from moe_jax.training.load import Loaded, check_finished
 from moe_jax.training.results import table_columns, versions
 
 
@@ -26,11 +26,15 @@ def models_of(model: str, seeds: int) -> list[str]:
   """Returns the folder of each seed.
 
   Raises:
-    InputError: if there are several seeds and one folder.
+    InputError: if there are several seeds and one folder, or one of several runs is not finished.
   """
   if seeds > 1 and "{seed}" not in model:
     raise InputError(f"--seeds={seeds}: --model={model} names one model; put {{seed}} where the seed is")
-  return [model.replace("{seed}", str(seed)) for seed in range(seeds)]
+  folders = [model.replace("{seed}", str(seed)) for seed in range(seeds)]
+  if seeds > 1:  # a mean of shorter and longer runs says nothing
+    for folder in folders:
+      check_finished(pathlib.Path(folder))
+  return folders
 
 
 class Numbers(NamedTuple):

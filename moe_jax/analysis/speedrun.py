@@ -21,8 +21,9 @@ from moe_jax.data import Dataset, load_dataset
 from moe_jax.errors import InputError, Stopped
 from moe_jax.nn.leaks import sees_later_tokens
 from moe_jax.sharding import make_mesh
+from moe_jax.training.changes import changes
 from moe_jax.training.compiled import abstract_model, check_run
-from moe_jax.training.identity import changes, check_same_run
+from moe_jax.training.identity import check_same_run
 from moe_jax.training.loop import Run
 from moe_jax.training.progress import TrainingProgress
 from moe_jax.training.result_file import RESULT_FILE, read_result

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -79,6 +79,7 @@ class Comparison:
     self.configs = {name: self._configured(name, arm) for name, arm in arms.items()}
     if sweep:
       arms = self._plan(arms, output_dir)
+    self.folder.check_names(arms)
     self.arms = {name: described(arm, self.configs[name]) for name, arm in arms.items()}
     self.evaluations = {
       arm: {
@@ -170,16 +171,23 @@ class Comparison:
 
   def _check_runs(self, runs: list[tuple[str, int]], text: str) -> None:
     """Raises `InputError` if a run is of another configuration, whatever the folder's config.json says."""
-    refused = ""
-    if processes.is_first():
-      lines = (
-        identity.refusal(self.folder.run(arm, seed), _with_seed(self.configs[arm], seed), text)
-        for arm, seed in runs
-      )
-      refused = next(filter(None, lines), "")
+    refused = next(filter(None, self._refusals(runs, text)), "") if processes.is_first() else ""
     refused = processes.from_first(refused)
     if refused:
       raise InputError(refused)
+
+  def _refusals(self, runs: list[tuple[str, int]], text: str) -> Iterator[str]:
+    """Yields a line, or "", for each of `runs`. If config.json is lost, also for all finished ones: they come into one table."""
+    for arm, seed in runs:
+      yield identity.refusal(self.folder.run(arm, seed), _with_seed(self.configs[arm], seed), text)
+    arms = {self.folder.run(arm, 0).parent: arm for arm in self.configs}
+    for path, seed in () if self.folder.known() else self.folder.finished():
+      if path.parent not in arms:
+        yield (
+          f"--output_dir={self.folder.path}: config.json is lost, so nothing says how {path} is configured; name its arm and "
+          "the others in one command, bring config.json back, or choose another folder"
+        )
+      yield identity.refusal(path, _with_seed(self.configs[arms[path.parent]], seed), text)
 
   def _check_memory(self, arms: set[str], dataset: Dataset) -> None:
     """Raises `InputError` if an arm is too large, before the first one is trained."""

@@ -17,7 +17,7 @@ from moe_jax.config.plain import fingerprint, to_plain
 from moe_jax.errors import InputError
 from moe_jax.fingerprint import of_package
 from moe_jax.registry import Method
-from moe_jax.training import identity
+from moe_jax.training.changes import changes, differences
 from moe_jax.training.metric_writer import read_lines
 from moe_jax.training.result_file import RESULT_FILE, Result, read_result, write_result
 
@@ -39,6 +39,23 @@ class ComparisonFolder:
   def run(self, arm: str, seed: int) -> pathlib.Path:
     """Returns the folder of one run."""
     return self.path / "arms" / re.sub(r"[^\w.=+-]", "_", arm) / f"seed_{seed}"
+
+  def check_names(self, arms: Iterable[str]) -> None:
+    """Raises `InputError` if two arms, of these and of earlier calls, would have one folder."""
+    names: dict[pathlib.Path, str] = {}
+    for arm in (*self.known().get("arms", {}), *arms):
+      other = names.setdefault(self.run(arm, 0).parent, arm)
+      if other != arm:
+        raise InputError(
+          f"arms {other!r} and {arm!r}: both would be in {self.run(arm, 0).parent}; use names that differ in letters, digits "
+          "or one of _ . = + -"
+        )
+
+  def finished(self) -> list[tuple[pathlib.Path, int]]:
+    """Returns (folder, seed) of every run with a result, whichever call trained it."""
+    folders = sorted(path.parent for path in self.path.glob(f"arms/*/seed_*/{RESULT_FILE}"))
+    seeds = [(folder, folder.name.removeprefix("seed_")) for folder in folders]
+    return [(folder, int(seed)) for folder, seed in seeds if seed.isdecimal()]
 
   def has_result(self, arm: str, seed: int) -> bool:
     """Returns whether the run is finished: it has a whole result."""
@@ -215,16 +232,16 @@ def merged_claim(known: Mapping[str, Any], claim: Mapping[str, Any]) -> dict[str
 def claim_differences(known: Mapping[str, Any], claim: Mapping[str, Any]) -> list[str]:
   """Returns a text for everything that two claims say differently: of arms and evaluations, what both have.
 
-  Fields that change no run may differ: `moe_jax.training.identity`.
+  Fields that change no run may differ: `moe_jax.training.changes.FREE`.
   """
   fixed = lambda parts: {
     name: value for name, value in parts.items() if name not in GROWING and name != "config"
   }
-  found = identity.differences(fixed(known), fixed(claim))
-  found += identity.changes(known.get("config", {}), claim.get("config", {}))
+  found = differences(fixed(known), fixed(claim))
+  found += changes(known.get("config", {}), claim.get("config", {}))
   for part, word in (("arms", "arm"), ("evaluations", "evaluation")):
     for name in claim.get(part, {}):
       if name in known.get(part, {}):
-        changed = identity.differences(known[part][name], claim[part][name])
+        changed = differences(known[part][name], claim[part][name])
         found += [f"{word} {name}: {line}" for line in changed]
   return found

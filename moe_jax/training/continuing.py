@@ -9,6 +9,7 @@ from moe_jax.config.plain import own_code
 from moe_jax.errors import InputError
 from moe_jax.fingerprint import of_package
 from moe_jax.training import identity
+from moe_jax.training.changes import lasting
 from moe_jax.training.compiled import objective_of
 from moe_jax.training.digests import tree_digest
 from moe_jax.training.metric_writer import read_lines
@@ -26,7 +27,7 @@ METRICS_FILE = "metrics.jsonl"
 def kept_beside(run: "Run") -> dict[str, Any]:
   """Returns the JSON values that are saved with the state of a step. All processes must call it."""
   return {
-    "config": identity.lasting(run.config),
+    "config": lasting(run.config),
     "data": run.share.state_to_save(run.batches.get_state()),
     "text": run.dataset.info.fingerprint,
     "slots": slots_of_mesh(run.config),
@@ -46,7 +47,8 @@ def start(run: "Run") -> TrainState:
   """Returns the state of the newest whole checkpoint, or that before the first step.
 
   Raises:
-    InputError: if the checkpoint is of other text or another teacher, or of a version that kept less beside it.
+    InputError: if the checkpoint is of another run, whatever config.json says, on other text, or of another teacher, or of
+      a version that kept less beside it.
   """
   if run.checkpoints.latest_step is None:
     return _new(run)
@@ -59,11 +61,11 @@ def start(run: "Run") -> TrainState:
     raise InputError(
       f"{run.folder}: step {step} was saved by another version of moe_jax; continue with that one, or choose another folder"
     )
-  if extra["text"] != text:
-    raise InputError(
-      f"{run.folder}: step {step} was reached on other text (fingerprint {extra['text'][:12]}, now "
-      f"{text[:12]}); bring back the files, or choose another folder"
-    )
+  other = identity.difference(
+    f"{run.folder}: step {step} is of a run", identity.said_by(extra), run.config, text
+  )
+  if other:
+    raise InputError(other)
   if teacher and extra["teacher"] != teacher:
     raise InputError(
       f"{run.folder}: step {step} was reached with another teacher (digest {extra['teacher']}, now {teacher}); bring it "

@@ -8,28 +8,14 @@ from typing import Any
 from moe_jax import disk, locks
 from moe_jax.cluster import processes
 from moe_jax.config import Config
-from moe_jax.config.plain import fingerprint, own_code, to_plain
+from moe_jax.config.plain import own_code
 from moe_jax.data import Dataset
 from moe_jax.errors import InputError
+from moe_jax.training.changes import changes
 from moe_jax.training.load import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE
 from moe_jax.training.protocol import slots_of_mesh
 from moe_jax.training.reading import read_beside
 from moe_jax.training.result_file import RESULT_FILE, read_result, steps_asked
-
-# What may change when a run continues: none of it changes what is trained. Another mesh sums in another order. Where it
-# would drop other tokens, `refusal` says so.
-FREE = {
-  "train": (
-    "log_every",
-    "checkpoint_every",
-    "checkpoint_minutes",
-    "max_minutes",
-    "ignore_memory_check",
-    "tensorboard",
-  ),
-  "data": ("data_dir", "text_folder"),  # the fingerprint of the text must stay
-  "mesh": ("slice", "data", "fsdp", "expert", "tensor"),
-}
 
 
 def write_identity(folder: pathlib.Path, config: Config, dataset: Dataset) -> None:
@@ -67,38 +53,42 @@ def check_same_run(folder: pathlib.Path, config: Config, text: str) -> None:
 
 def refusal(folder: pathlib.Path, config: Config, text: str) -> str:
   """Returns the line with which `check_same_run` refuses; empty if it does not."""
-  known = _known(folder)
+  return difference(f"{folder}: holds a run", _known(folder), config, text)
+
+
+def difference(what: str, known: Mapping[str, Any], config: Config, text: str) -> str:
+  """Returns a line that says how `config` on `text` is another run than the known one; empty if it is not.
+
+  Args:
+    what: begins the line: "FOLDER: holds a run".
+    known: as config.json has it; {}: nothing is known.
+    config: resolved.
+    text: the fingerprint.
+  """
   was = str(known.get("fingerprint", text))
   if was != text:
     return (
-      f"{folder}: holds a run on other text (fingerprint {was[:12]}, now {text[:12]}: another Python version or "
+      f"{what} on other text (fingerprint {was[:12]}, now {text[:12]}: another Python version or "
       "changed files); bring back the files, or choose another folder"
     )
   changed = changes(known, config.to_dict()) if known else []
   if changed:
-    return (
-      f"{folder}: holds a run with another configuration ({'; '.join(changed[:3])}); choose another folder"
-    )
+    return f"{what} with another configuration ({'; '.join(changed[:3])}); choose another folder"
   own = own_code(config)
   then = known.get("own_code", own)  # a folder of before does not have it
   if then != own:
     return (
-      f"{folder}: holds a run with other code of {'; '.join(map(str, then))} (now: {'; '.join(own)}); bring it back, or "
+      f"{what} with other code of {'; '.join(map(str, then))} (now: {'; '.join(own)}); bring it back, or "
       "choose another folder"
     )
   slots = slots_of_mesh(config)
   before = known.get("slots", slots)
   if slots and before != slots:
     return (
-      f"{folder}: holds a run on a mesh on which other groups share slots, so other tokens would be dropped (then: "
+      f"{what} on a mesh on which other groups share slots, so other tokens would be dropped (then: "
       f"{before!r}; now: {slots!r}); use a mesh that splits the batch and the experts as before, or choose another folder"
     )
   return ""
-
-
-def lasting(config: Config) -> dict[str, Any]:
-  """Returns the JSON values of a configuration that may not change when a run continues."""
-  return _without_free(config.to_dict())
 
 
 def is_shorter(folder: pathlib.Path, config: Config) -> bool:
@@ -116,6 +106,12 @@ def _known(folder: pathlib.Path) -> dict[str, Any]:
   return disk.read_object(path) or _known_elsewhere(folder)
 
 
+def said_by(extra: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns what a checkpoint says of its run, as config.json has it. `extra`: what is kept beside its arrays."""
+  more = {name: extra[name] for name in ("slots", "own_code") if extra.get(name)}
+  return {**extra["config"], "fingerprint": extra["text"]} | more
+
+
 def _known_elsewhere(folder: pathlib.Path) -> dict[str, Any]:
   """Returns what the newest checkpoint that can be read, or else the result, says of configuration and text."""
   steps = [p for p in (folder / CHECKPOINTS).glob("*") if p.name.isdecimal()]
@@ -123,9 +119,7 @@ def _known_elsewhere(folder: pathlib.Path) -> dict[str, Any]:
     with contextlib.suppress(InputError):  # of another version: restoring it says so, in all processes
       kept = read_beside(path).kept
       if kept and isinstance(kept["extra"].get("config"), dict):
-        extra = kept["extra"]
-        more = {name: extra[name] for name in ("slots", "own_code") if extra.get(name)}
-        return {**extra["config"], "fingerprint": extra["text"]} | more
+        return said_by(kept["extra"])
   result = read_result(folder / RESULT_FILE)
   if "config" in result:
     of_run = {name: result[name] for name in ("fingerprint", "slots", "own_code") if name in result}
@@ -152,45 +146,3 @@ def hold(folders: Iterable[tuple[pathlib.Path, str]]) -> Iterator[None]:
     if refused:
       raise InputError(refused)
     yield
-
-
-def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-  """Returns a text for every field of two configurations of JSON values that makes them different runs.
-
-  A missing field has its default. More steps than before on a constant schedule are the same run, longer.
-  """
-  old, new = _without_free(old), _without_free(new)
-  before, now = old["train"]["num_steps"], new["train"]["num_steps"]
-  warmup, constant = new["optimizer"]["warmup_steps"], new["optimizer"]["schedule"] == "constant"
-  if constant and before <= now and min(warmup, before // 2) == min(warmup, now // 2):
-    old["train"]["num_steps"] = now
-  return differences(old, new)
-
-
-def _without_free(config: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns a configuration of JSON values without the fields that may change. Missing fields have their defaults."""
-  defaults = to_plain(Config(), fingerprint)
-  filled = {part: _with_defaults(config.get(part, {}), defaults[part]) for part in defaults}
-  for part, names in FREE.items():
-    filled[part] = {name: value for name, value in filled[part].items() if name not in names}
-  return filled
-
-
-def _with_defaults(values: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
-  filled = dict(defaults)
-  for name, value in (values if isinstance(values, Mapping) else {}).items():
-    nested = isinstance(value, Mapping) and isinstance(filled.get(name), Mapping)
-    filled[name] = _with_defaults(value, filled[name]) if nested else value
-  return filled
-
-
-def differences(old: Any, new: Any, name: str = "") -> list[str]:
-  """Returns a text for every leaf of JSON values that differs: its field, its old value and its new value."""
-  if isinstance(old, dict) and isinstance(new, dict):
-    keys = [*old, *(key for key in new if key not in old)]
-    return [line for key in keys for line in differences(old.get(key), new.get(key), key)]
-  if old == new:
-    return []
-  if isinstance(old, str) and isinstance(new, str) and old.partition(" [")[0] == new.partition(" [")[0]:
-    return [f"the code of {name} {old.partition(' [')[0]!r} has changed"]
-  return [f"{name} was {old!r}, now {new!r}"]

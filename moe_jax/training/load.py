@@ -8,11 +8,13 @@ import jax
 from flax import nnx
 
 from moe_jax import disk, sharding
+from moe_jax.cluster import processes
 from moe_jax.config import Config, DataConfig
 from moe_jax.data.bpe import load_bpe
 from moe_jax.data.tokenizers import Tokenizer, load_tokenizer
 from moe_jax.errors import InputError, is_of_the_machine
 from moe_jax.nn.transformer import Transformer
+from moe_jax.training.changes import changes
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import abstract_model, make_init, resolve_config
 from moe_jax.training.result_file import RESULT_FILE, Result, read_result, steps_asked
@@ -44,18 +46,20 @@ class Loaded(NamedTuple):
 
 
 def load_run(folder: str | os.PathLike[str]) -> Loaded:
-  """Loads the newest checkpoint of the run in `folder`, on one device.
+  """Loads the newest checkpoint of the run in `folder`, on one device. One line says so if the run is not finished.
 
   Args:
     folder: the folder of a run. In the folder of a comparison, this is arms/ARM/seed_SEED.
 
   Raises:
-    InputError: if the folder has no run or no checkpoint, if the run is finished and the checkpoint of its last step is
-      not whole, if a method of the run is not registered, or if another version of moe_jax wrote it.
+    InputError: if the folder has no run or no checkpoint, if the checkpoint is of a run with another configuration than
+      config.json has, if the run is finished and the checkpoint of its last step is not whole, if a method of the run is not registered, or if another version of moe_jax wrote it.
   """
   folder = pathlib.Path(folder)
   mesh = jax.sharding.Mesh([[[[[jax.devices()[0]]]]]], sharding.MESH_AXES)
   config, vocab_size, state = restore_run(folder, mesh)
+  if processes.is_first() and (state_of_run := unfinished(folder)):
+    disk.note(state_of_run)
   model = abstract_model(config, vocab_size)
   # Values only: what was frozen in training is not frozen in the model.
   fill = lambda own, saved: own.replace(saved.get_value())
@@ -84,14 +88,51 @@ def restore_run(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[Config, 
   try:
     if checkpoints.latest_step is None:
       raise InputError(f"{folder}: has no checkpoint yet")
-    state, _ = checkpoints.restore(abstract, sharding.state_shardings(mesh, abstract))
+    state, extra = checkpoints.restore(abstract, sharding.state_shardings(mesh, abstract))
   finally:
     checkpoints.close()
+  if changed := _changes(extra.get("config"), config):
+    raise InputError(
+      f"{folder}: {CONFIG_FILE} is not that of the run which saved step {int(state.step)} ({'; '.join(changed[:3])}); bring "
+      "back the file, or the checkpoints"
+    )
   result = read_result(folder / RESULT_FILE)
   # One of fewer steps is left from before the run was extended, and the longer run is under way.
   if steps_asked(result) == config.train.num_steps:
     check_step(folder, result, int(state.step))
   return config, vocab_size, state
+
+
+def _changes(saved: dict[str, Any] | None, config: Config) -> list[str]:
+  """Returns how `config` differs from what a checkpoint says; None: a model that was saved without a run says nothing."""
+  if saved is None:
+    return []
+  now = config.to_dict()
+  now["data"] = saved["data"] | {
+    "data_seed": now["data"]["data_seed"]
+  }  # files of the text may be elsewhere now
+  return changes(saved, now)
+
+
+def unfinished(folder: pathlib.Path) -> str:
+  """Returns a line if the newest checkpoint in `folder` is not the end of a finished run; empty if it is.
+
+  A model that was saved without a run is finished.
+  """
+  steps = [int(p.name) for p in (folder / CHECKPOINTS).glob("*") if p.name.isdecimal()]
+  step, result = max(steps, default=0), read_result(folder / RESULT_FILE)
+  if "diverged" in result:
+    return f"{folder}: diverged, and its newest checkpoint is of step {step}, before that"
+  asked = steps_asked({"config": disk.read_object(folder / CONFIG_FILE) or {}})
+  if step and steps_asked(result) != asked:
+    return f"{folder}: is not finished (step {step} of {asked}); the command that trains it continues it"
+  return ""
+
+
+def check_finished(folder: pathlib.Path) -> None:
+  """Raises `InputError` if the run in `folder` is not finished, or has diverged."""
+  if line := unfinished(folder):
+    raise InputError(line)
 
 
 def check_step(folder: pathlib.Path, result: Result, step: int) -> None:

@@ -11,7 +11,7 @@ from moe_jax import disk
 from moe_jax.cluster import processes
 from moe_jax.errors import InputError, of_the_disk
 from moe_jax.nn.transformer import Transformer
-from moe_jax.training import identity
+from moe_jax.training.changes import differences
 from moe_jax.training.digests import tree_digest
 from moe_jax.training.load import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE
 from moe_jax.training.reading import read_beside
@@ -66,7 +66,7 @@ def is_current(folder: pathlib.Path, source: Mapping[str, Any]) -> bool:
 
 def _differences(found: Mapping[str, Any], source: Mapping[str, Any]) -> list[str]:
   """Returns a text for each part of `source` that is another one in `found`."""
-  return identity.differences({name: found.get(name) for name in source}, dict(source))
+  return differences({name: found.get(name) for name in source}, dict(source))
 
 
 def _read(folder: pathlib.Path) -> tuple[bool, dict[str, Any] | None]:

@@ -20,7 +20,7 @@ from moe_jax.nn.aux import by_layer
 from moe_jax.nn.moe import MoE
 from moe_jax.nn.transformer import Transformer
 from moe_jax.ops.metrics import METRICS, Metric
-from moe_jax.training.identity import FREE, lasting
+from moe_jax.training.changes import FREE, lasting
 from moe_jax.training.protocol import protocol_of, slots_of_mesh
 from moe_jax.training.step import EvalSums
 from moe_jax.types import Array, PyTree

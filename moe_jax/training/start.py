@@ -12,13 +12,14 @@ import jax
 from flax import nnx
 
 from moe_jax import disk
+from moe_jax.cluster import processes
 from moe_jax.config import Config
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import InputError
 from moe_jax.nn.transformer import Transformer
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import CompiledSteps, make_init, make_init_from, objective_of, resolve_config
-from moe_jax.training.load import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE, restore_run
+from moe_jax.training.load import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE, restore_run, unfinished
 from moe_jax.training.made import MADE_OF, ONLY_MODEL, new_model
 from moe_jax.training.selection import Path, dotted
 from moe_jax.training.step import TrainState
@@ -104,6 +105,8 @@ def start_from(
     other, _, saved = restore_run(pathlib.Path(source), mesh)
   except InputError as error:
     raise InputError(f"{where}: {error}") from None
+  if processes.is_first() and (line := unfinished(pathlib.Path(source))):
+    disk.note(f"{where}: {line}")
   if tokenizer is not None:
     _check_tokenizer(pathlib.Path(source), tokenizer, where)
   params = with_values(steps.abstract_state.params, saved.params, where)

@@ -205,6 +205,23 @@ def test_finished_runs_of_another_configuration_are_noticed_without_any_config(c
   assert trained == []
 
 
+def test_without_config_json_the_arms_of_other_commands_are_named_too(copy, trained):
+  """Nothing else says that all arms of a table have one configuration in common."""
+  (copy / "config.json").unlink()
+  with pytest.raises(
+    InputError, match=r"config.json is lost, so nothing says how \S*arms/b/seed_0 is configured"
+  ):
+    compare(copy, {"a": ARMS["a"]})
+  with pytest.raises(InputError, match=r"b/seed_0: holds a run with another .*\(jitter was 0.2, now 0.3\)"):
+    compare(copy, ARMS | {"b": {"jitter": 0.3}})
+  assert len(compare(copy)) == 2 and trained == []
+
+
+def test_two_arms_do_not_share_a_folder(tmp_path):
+  with pytest.raises(InputError, match=r"arms 'bias>0' and 'bias<0': both would be in .*arms/bias_0; use"):
+    Comparison({"bias>0": {}, "bias<0": {"jitter": 0.9}}, [0], CONFIG, tmp_path / "run")
+
+
 def test_damaged_metrics_leave_no_silent_hole(copy, capsys):
   paths = [copy / f"arms/{arm}/seed_0/metrics.jsonl" for arm in "ab"]
   paths[0].write_text("{damaged}\n" + paths[0].read_text()[:-30])

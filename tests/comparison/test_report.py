@@ -10,7 +10,7 @@ from rich.console import Console
 
 from moe_jax.comparison import report
 from moe_jax.comparison.report import canvas, tables, words
-from moe_jax.training.identity import lasting
+from moe_jax.training.changes import lasting
 from tests import tiny
 from tests.comparison.made_results import LONG, Page, make_result, write, write_run
 

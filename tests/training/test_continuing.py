@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import time
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from moe_jax.analysis.measured import models_of
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError
 from moe_jax.training import loop, objectives
@@ -23,6 +25,7 @@ from moe_jax.training.identity import is_shorter
 from moe_jax.training.loop import Run
 from moe_jax.training.metric_writer import read_jsonl
 from moe_jax.training.result_file import write_result
+from moe_jax.training.results import diverged_result
 from moe_jax.training.start import save_model
 from tests import tiny
 
@@ -74,6 +77,34 @@ def test_another_configuration_is_refused_without_config_json(how, dataset, left
   assert (left / "metrics.jsonl").read_text() == before
   free = tiny.change(CONFIG, log_every=3, checkpoint_minutes=1.0)
   assert Run(free, dataset, left, label="arm").train()["num_steps"] == 6
+
+
+@pytest.mark.parametrize(
+  ("part", "field", "value"), [("optimizer", "learning_rate", 0.5), ("train", "seed", 1)]
+)
+def test_a_checkpoint_of_another_run_is_refused_whatever_config_json_says(part, field, value, dataset, left):
+  """As where the file was edited, or checkpoints of another seed were put there."""
+  values = json.loads((left / "config.json").read_text())
+  was = values[part][field]
+  values[part][field] = value
+  (left / "config.json").write_text(json.dumps(values))
+  differs = rf"\({field} was {was}, now {value}\)"
+  with pytest.raises(InputError, match=rf"run: step 4 is of a run with another configuration {differs}"):
+    Run(tiny.change(CONFIG, **{field: value}), dataset, left).train()
+  with pytest.raises(InputError, match=rf"config.json is not that of the run which saved step 4 {differs}"):
+    Run.load(left)
+
+
+def test_a_model_of_a_run_that_did_not_end_is_said_and_averaged_with_no_other(dataset, left, capsys):
+  Run.load(left)
+  line = f"{left}: is not finished (step 4 of 6); the command that trains it continues it"
+  assert said(capsys) == [f"note: {line}"]
+  with pytest.raises(InputError, match=re.escape(line.replace("/run:", "/0:"))):
+    models_of(str(left.rename(left.parent / "0").parent / "{seed}"), 2)
+  left = left.parent / "0"
+  write_result(left / "result.json", diverged_result(Run(CONFIG, dataset, left, label="arm"), "nan"))
+  Run.load(left)
+  assert said(capsys) == [f"note: {left}: diverged, and its newest checkpoint is of step 4, before that"]
 
 
 def test_a_run_does_not_continue_with_another_teacher(dataset, tmp_path):
