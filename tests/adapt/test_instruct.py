@@ -127,7 +127,7 @@ def test_gains_are_losses_before_minus_after_and_differences_are_paired(folder, 
   assert "arm dense seed 0 was tuned from another model than the one whose loss before is" in changed.stderr
   assert first.status == again.status == 0, first.stderr + again.stderr
   assert "has no effect" not in first.stderr and "6 of 6 runs" in again.stdout
-  messages = [f"{half}/seed_1: is not finished (step 2); the command that trains it continues it"]
+  messages = [f"{half}/seed_1: is not finished (step 2 of 2); the command that trains it continues it"]
   messages += ["has layers with routed experts"]
   messages += [f"other/seed_0: was not trained as {folder}/dense/seed_0 was (sequence_length 32, there 16)"]
   messages += [f"mixed/seed_1: was not trained as {folder}/dense/seed_0 was (sequence_length 32, there 16)"]

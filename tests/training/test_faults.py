@@ -109,7 +109,7 @@ def test_other_text_is_refused(config, left, tmp_path):
   with pytest.raises(InputError, match=r"holds a run on other text \(fingerprint"):
     Run(other, data, left).train()
   disk.write_json(left / "config.json", other.to_dict())
-  with pytest.raises(InputError, match=r"step 4 was reached on other text \(fingerprint"):
+  with pytest.raises(InputError, match=r"step 4 is of a run on other text \(fingerprint"):
     Run(other, data, left).train()
 
 
