@@ -176,8 +176,9 @@ class Transformer(nnx.Module):
     return x_BLD, Cache(cache.start + length, cache.pad_B, tuple(layers))
 
   def _embedded(self, tokens_BL: Array) -> Array:
-    embedding_VD = weight(self.embedding_VD, jnp.dtype(self.config.compute_dtype))
-    return constrain(embedding_VD[tokens_BL], ("batch", None, None))
+    # Rounded behind the lookup: the gradient of a row is a sum over its tokens, and a sum of ones in bfloat16 ends at 256.
+    x_BLD = weight(self.embedding_VD)[tokens_BL].astype(self.config.compute_dtype)
+    return constrain(x_BLD, ("batch", None, None))
 
   def _logits(self, x_BLD: Array) -> Array:
     return self._head(self.final_norm(x_BLD))

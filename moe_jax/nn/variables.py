@@ -33,6 +33,15 @@ def weight(param: nnx.Param, dtype: jnp.dtype = jnp.float32) -> jax.Array:
   return gathered(param[...].astype(dtype), param.get_metadata()["logical_axes"])
 
 
+def plus(x: jax.Array, bias: jax.Array) -> jax.Array:
+  """Returns `x` plus a float32 bias of its last axes, in the type of `x`.
+
+  The sum is in float32, so the gradient of the bias is, too: it is a sum over all tokens.
+  """
+  axes = range(x.ndim - bias.ndim)
+  return (x + jnp.expand_dims(bias, tuple(axes))).astype(x.dtype)
+
+
 def per_variable(function: Callable[[nnx.Variable], object]) -> Callable[[nnx.State], nnx.State]:
   """Returns a function that maps a state to `function(variable)`, for the masks and labels of optax."""
   is_variable = lambda leaf: isinstance(leaf, nnx.Variable)

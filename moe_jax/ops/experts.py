@@ -98,7 +98,11 @@ class Sorted(NamedTuple):
     return grouped_matmul(rows_MX, w_EXY, self.group_sizes_E, self.block)
 
   def per_row(self, values_EX: Array) -> Array:
-    return values_EX[jnp.minimum(self._expert_M(), values_EX.shape[0] - 1)]
+    dtype, expert_M = values_EX.dtype, jnp.minimum(self._expert_M(), values_EX.shape[0] - 1)
+    if not jnp.issubdtype(dtype, jnp.floating):
+      return values_EX[expert_M]
+    # The gradient is a sum over the rows of an expert, and a sum of ones in bfloat16 ends at 256.
+    return values_EX.astype(jnp.promote_types(dtype, jnp.float32))[expert_M].astype(dtype)
 
   def row_tiles(self, rows: Array, size: int) -> tuple[Array, int]:
     del rows

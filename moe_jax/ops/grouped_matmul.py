@@ -193,11 +193,12 @@ def _matmul_fwd(rows_MX, w_EXY, group_sizes_E, block):
 def _matmul_bwd(block, saved, d_out_MY):
   rows_MX, w_EXY, group_sizes_E = saved
   d_rows = functools.partial(_block_rows, _ROWS_BY_TRANSPOSED, block)
-  d_w = functools.partial(_block_w, block)
+  d_w = lambda *inputs: _block_w(block, *inputs).astype(w_EXY.dtype)
   ragged = lambda d_out, w, sizes: _ragged_rows(d_out, w.swapaxes(1, 2), sizes)
   d_rows_MX = lax.platform_dependent(d_out_MY, w_EXY, group_sizes_E, cpu=d_rows, default=ragged)
-  d_w_EXY = lax.platform_dependent(rows_MX, d_out_MY, group_sizes_E, cpu=d_w, default=_ragged_w)
-  return d_rows_MX.astype(rows_MX.dtype), d_w_EXY.astype(w_EXY.dtype), None
+  ragged_w = lambda *inputs: _ragged_w(*inputs).astype(w_EXY.dtype)
+  d_w_EXY = lax.platform_dependent(rows_MX, d_out_MY, group_sizes_E, cpu=d_w, default=ragged_w)
+  return d_rows_MX.astype(rows_MX.dtype), d_w_EXY, None
 
 
 grouped_matmul.defvjp(_matmul_fwd, _matmul_bwd)

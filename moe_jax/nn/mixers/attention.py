@@ -7,7 +7,7 @@ from moe_jax.errors import InputError, require_option
 from moe_jax.nn.context import Context
 from moe_jax.nn.mixers.positions import make_yarn, sequence_positions
 from moe_jax.nn.norm import RMSNorm
-from moe_jax.nn.variables import matrix, vector, weight
+from moe_jax.nn.variables import matrix, plus, vector, weight
 from moe_jax.ops.attention import attend_cached
 from moe_jax.ops.cache import append, ring_append, ring_columns
 from moe_jax.ops.largest_scores import largest_scores
@@ -187,7 +187,7 @@ class Attention(nnx.Module):
     def project(w, b, norm=None):
       y_BLNH = jnp.einsum("BLD,DNH->BLNH", x_BLD, weight(w, dtype))
       if b is not None:
-        y_BLNH += weight(b, dtype)[None, None]
+        y_BLNH = plus(y_BLNH, weight(b))
       if norm is not None:
         flat = y_BLNH.reshape(*y_BLNH.shape[:2], -1) if self.norm_projection else y_BLNH
         y_BLNH = norm(flat).reshape(y_BLNH.shape)
@@ -201,7 +201,7 @@ class Attention(nnx.Module):
   def _out(self, mixed_BLNH: Array) -> Array:
     dtype = mixed_BLNH.dtype
     y_BLD = jnp.einsum("BLNH,NHD->BLD", mixed_BLNH, weight(self.w_out_NHD, dtype))
-    return y_BLD if self.b_out_D is None else y_BLD + weight(self.b_out_D, dtype)[None, None]
+    return y_BLD if self.b_out_D is None else plus(y_BLD, weight(self.b_out_D))
 
 
 def _check(window: int, clip_qkv: float, rotary_fraction: float, head_dim: int) -> None:
