@@ -158,8 +158,7 @@ class Speedrun:
         if path.is_dir():
           stack.enter_context(locks.hold(path / locks.LOCK, str(path)))
       for path in there:
-        if disk.move_aside(path, folder) is None:
-          raise InputError(f"{path}: cannot be moved; the pair starts over, and needs a folder without it")
+        disk.move_aside(path, folder, "is of a pair that starts over")
     if there:
       disk.note(f"{folder}: is no whole pair and starts over; what was there is in {folder / disk.ASIDE}")
 

@@ -170,16 +170,11 @@ class Comparison:
 
   def _check_runs(self, runs: list[tuple[str, int]], text: str) -> None:
     """Raises `InputError` if a run is of another configuration, whatever the folder's config.json says."""
-    refused = ""
-    if processes.is_first():
-      lines = (
-        identity.refusal(self.folder.run(arm, seed), _with_seed(self.configs[arm], seed), text)
-        for arm, seed in runs
-      )
-      refused = next(filter(None, lines), "")
-    refused = processes.from_first(refused)
-    if refused:
-      raise InputError(refused)
+    with processes.refused_together():
+      for arm, seed in runs if processes.is_first() else ():
+        config = _with_seed(self.configs[arm], seed)
+        if refused := identity.refusal(self.folder.run(arm, seed), config, text):
+          raise InputError(refused)
 
   def _check_memory(self, arms: set[str], dataset: Dataset) -> None:
     """Raises `InputError` if an arm is too large, before the first one is trained."""

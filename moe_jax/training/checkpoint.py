@@ -190,15 +190,11 @@ class Checkpoints:
     self._steps.remove(step)
     if not move:
       return ""
-    place = None
-    if processes.is_first():
-      place = disk.move_aside(self.folder / str(step), self.folder.parent)
-    place = processes.from_first(str(place or ""))
-    if not place:  # its step could not be saved again
-      raise InputError(
-        f"{self.folder / str(step)}: is damaged, and cannot be moved to {self.folder.parent / disk.ASIDE}; move it away"
-      )
-    return f", moved to {place}"
+    place = ""
+    with processes.refused_together():  # where it stays, its step could not be saved again
+      if processes.is_first():
+        place = str(disk.move_aside(self.folder / str(step), self.folder.parent))
+    return f", moved to {processes.from_first(place)}"
 
   def close(self) -> None:
     """Waits for pending saves to finish and closes the manager."""

@@ -52,7 +52,7 @@ def check_same_text(text: str) -> None:
 def check_same_run(folder: pathlib.Path, config: Config, text: str) -> None:
   """Raises `InputError`, in all processes, if the folder holds a run of another configuration or text, or texts differ.
 
-  A config.json that cannot be read is moved aside. What it says is in every checkpoint and in the result, too.
+  A config.json that cannot be read is moved aside, or refused where it cannot be moved. What it says is in every checkpoint and in the result, too.
 
   Args:
     folder: of the run; may be new.
@@ -60,9 +60,9 @@ def check_same_run(folder: pathlib.Path, config: Config, text: str) -> None:
     text: the fingerprint.
   """
   check_same_text(text)
-  refused = processes.from_first(refusal(folder, config, text) if processes.is_first() else "")
-  if refused:
-    raise InputError(refused)
+  with processes.refused_together():
+    if processes.is_first() and (refused := refusal(folder, config, text)):
+      raise InputError(refused)
 
 
 def refusal(folder: pathlib.Path, config: Config, text: str) -> str:
@@ -141,16 +141,9 @@ def hold(folders: Iterable[tuple[pathlib.Path, str]]) -> Iterator[None]:
     InputError: in all processes, if another command has one of them.
   """
   with contextlib.ExitStack() as stack:
-    refused = ""
-    if processes.is_first():
-      try:
-        for folder, name in folders:
-          stack.enter_context(locks.hold(folder / locks.LOCK, name))
-      except InputError as error:
-        refused = str(error)
-    refused = processes.from_first(refused)
-    if refused:
-      raise InputError(refused)
+    with processes.refused_together():
+      for folder, name in folders if processes.is_first() else ():
+        stack.enter_context(locks.hold(folder / locks.LOCK, name))
     yield
 
 

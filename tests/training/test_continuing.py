@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from moe_jax import locks
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError
 from moe_jax.training import loop, objectives
@@ -221,10 +222,23 @@ def test_a_damaged_checkpoint_that_cannot_be_moved_ends_the_run(dataset, left):
   (left / "damaged").write_text("a file")
   (left / "checkpoints/4/extra/metadata").write_text("{}x")
   with pytest.raises(
-    InputError, match=r"checkpoints/4: is damaged, and cannot be moved to .*damaged; move it away"
+    InputError,
+    match=r"checkpoints/4: is damaged, and cannot be moved to .*damaged which is no folder; move it away",
   ):
     Run(CONFIG, dataset, left).train()
   assert sorted(os.listdir(left / "checkpoints")) == ["2", "4"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "result.json", "metrics.jsonl"])
+def test_a_damaged_file_that_cannot_be_moved_ends_the_run_and_is_not_written_over(name, dataset, left):
+  (left / "damaged").write_text("a file")
+  (left / name).write_text('{"arm\n')
+  before = {path: path.read_bytes() for path in left.rglob("*") if path.is_file() and path.name != locks.LOCK}
+  line = rf"^{left / name}: is damaged, and cannot be moved to .*damaged which is no folder; move it away$"
+  for _ in range(2):
+    with pytest.raises(InputError, match=line):
+      Run(CONFIG, dataset, left).train()
+  assert before == {path: path.read_bytes() for path in before}
 
 
 def test_only_who_moves_damaged_checkpoints_says_that_the_run_begins_anew(left):
