@@ -120,8 +120,8 @@ class ComparisonFolder:
       other = read_result(path).get("fingerprint", fingerprint)
       if other != fingerprint:
         raise InputError(
-          f"--output_dir={self.path}: holds results on other text (fingerprint {other[:12]}, now "
-          f"{fingerprint[:12]}: another Python version or changed files); choose another folder"
+          f"--output_dir={self.path}: holds results on other text ({identity.other_fingerprint(other, fingerprint)}); bring "
+          "that text back, or choose another folder"
         )
 
   def note_other_code(self) -> None:

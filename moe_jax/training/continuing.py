@@ -61,8 +61,8 @@ def start(run: "Run") -> TrainState:
     )
   if extra["text"] != text:
     raise InputError(
-      f"{run.folder}: step {step} was reached on other text (fingerprint {extra['text'][:12]}, now "
-      f"{text[:12]}); bring back the files, or choose another folder"
+      f"{run.folder}: step {step} was reached on other text ({identity.other_fingerprint(extra['text'], text)}); bring "
+      "that text back, or choose another folder"
     )
   if teacher and extra["teacher"] != teacher:
     raise InputError(

@@ -49,6 +49,14 @@ def check_same_text(text: str) -> None:
   processes.check_agree(text, "--dataset: fingerprint of the text", "all processes must read the same text")
 
 
+def other_fingerprint(was: str, now: str) -> str:
+  """Says that a text has another fingerprint, and what may be the reason."""
+  return (
+    f"fingerprint {was[:12]}, now {now[:12]}: other files, another Python version, or another name of --text_folder, "
+    "which is the domain of the files at its top"
+  )
+
+
 def check_same_run(folder: pathlib.Path, config: Config, text: str) -> None:
   """Raises `InputError`, in all processes, if the folder holds a run of another configuration or text, or texts differ.
 
@@ -70,10 +78,7 @@ def refusal(folder: pathlib.Path, config: Config, text: str) -> str:
   known = _known(folder)
   was = str(known.get("fingerprint", text))
   if was != text:
-    return (
-      f"{folder}: holds a run on other text (fingerprint {was[:12]}, now {text[:12]}: another Python version or "
-      "changed files); bring back the files, or choose another folder"
-    )
+    return f"{folder}: holds a run on other text ({other_fingerprint(was, text)}); bring that text back, or choose another folder"
   changed = changes(known, config.to_dict()) if known else []
   if changed:
     return (
