@@ -24,7 +24,7 @@ import pathlib
 
 from absl import flags
 
-from moe_jax import cli
+from moe_jax import cli, disk
 from moe_jax.cluster import start as distributed
 from moe_jax.config import ModelConfig, MoEConfig
 
@@ -66,7 +66,7 @@ for module in (cli, distributed):
 def main(argv: list[str]) -> None:
   del argv
   # Imported here, so that --help and wrong flags answer at once.
-  from moe_jax import adapt, disk
+  from moe_jax import adapt
   from moe_jax.interop.load import load
   from moe_jax.training.load import load_run
   from moe_jax.training.loop import Run
@@ -74,7 +74,9 @@ def main(argv: list[str]) -> None:
   from moe_jax.training.progress import TrainingProgress
   from moe_jax.training.start import save_model
 
-  folder, loaded = pathlib.Path(_OUTPUT_DIR.value), load(_MODEL.value)
+  folder = pathlib.Path(_OUTPUT_DIR.value)
+  disk.check_folder(folder)
+  loaded = load(_MODEL.value)
   dataset, config = data_of(loaded)
   before = adapted(loaded.model)
   config = dataclasses.replace(
@@ -145,7 +147,7 @@ def data_of(loaded):
 
 def adapted(model):
   """Returns the model with what the flags change and add."""
-  from moe_jax import adapt, disk
+  from moe_jax import adapt
 
   for name in ("adapter_parts", "adapter_alpha"):
     if flags.FLAGS[name].present and not _RANK.value:
@@ -169,7 +171,6 @@ def report_of(folder, before, final, config, dataset, result) -> dict:
   import jax
   import numpy as np
 
-  from moe_jax import disk
   from moe_jax.training.compiled import make_init, resolve_config
   from moe_jax.training.metric_writer import read_jsonl, read_lines
   from moe_jax.training.validate import losses_by_domain, validate

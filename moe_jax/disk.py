@@ -201,6 +201,11 @@ def check_folder(path: str | os.PathLike[str], flag: str = "output_dir") -> None
   try:
     above = pathlib.Path(path).absolute()
     while not above.exists():
+      if above.is_symlink():
+        raise InputError(
+          f"--{flag}={text}: {above} is a link to {os.readlink(above)}, which is not there; make that folder, or choose "
+          "another one"
+        )
       above = above.parent
   except OSError as error:
     raise InputError(f"--{flag}={text[:60]}...: cannot be a folder ({error.strerror})") from None
@@ -212,3 +217,10 @@ def check_folder(path: str | os.PathLike[str], flag: str = "output_dir") -> None
     raise InputError(
       f"--{flag}={text}: {above} cannot be written ({error.strerror}); choose another folder"
     ) from None
+
+
+def check_file(path: str | os.PathLike[str], flag: str) -> None:
+  """Raises `InputError` for a file that cannot be written, before what it is to hold is made. Nothing is written."""
+  if pathlib.Path(path).is_dir():
+    raise InputError(f"--{flag}={os.fspath(path)}: is a folder; name a file")
+  check_folder(pathlib.Path(path).parent, flag)

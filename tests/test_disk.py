@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax import disk
+from moe_jax.analysis.examine import report
 from moe_jax.data import cache
 from moe_jax.errors import InputError
 from moe_jax.training import router_trace, trace_files
@@ -104,6 +105,35 @@ def test_a_damaged_cache_that_cannot_be_written_costs_time_and_nothing_else(tmp_
   monkeypatch.setattr(cache.os, "access", lambda *of: False)
   assert cache.read(path) is None and path.read_text() == "1 2 ?"
   assert f"{path}: is damaged, and stays where it is" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
+  link, loop = tmp_path / "link", tmp_path / "loop"
+  link.symlink_to(tmp_path / "gone")
+  loop.symlink_to(loop)
+  for path, target in ((link, "gone"), (link / "run", "gone"), (loop, "loop")):
+    with pytest.raises(
+      InputError, match=rf"^--output_dir={path}: .*is a link to {tmp_path}/{target}, which is"
+    ):
+      disk.check_folder(path)
+  with pytest.raises(InputError, match=rf"^--json={tmp_path}: is a folder; name a file$"):
+    disk.check_file(tmp_path, "json")
+  (tmp_path / "gone").mkdir()
+  disk.check_folder(link)
+  disk.check_file(link / "new/scores.json", "json")
+  assert list((tmp_path / "gone").iterdir()) == []
+
+  def read_only(**kwargs):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+  monkeypatch.setattr(disk.tempfile, "TemporaryFile", read_only)
+  for check in (
+    disk.check_folder,
+    report.check_folder,
+    lambda path: disk.check_file(path / "x", "output_dir"),
+  ):
+    with pytest.raises(InputError, match=rf"^--output_dir={tmp_path}.* cannot be written \(Read-only file"):
+      check(tmp_path / "new")
 
 
 def test_damaged_files_of_one_name_have_names_of_their_own(tmp_path):

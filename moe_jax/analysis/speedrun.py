@@ -222,6 +222,7 @@ class Speedrun:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, eval_every=every))
 
   def _check_folder(self) -> None:
+    disk.check_folder(self.folder)
     path = self.folder / "config.json"
     if path.exists():
       known = disk.read_object(path)

@@ -6,6 +6,7 @@ every mesh and costs one pass over the state.
 """
 
 import contextlib
+import functools
 import os
 import pathlib
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -104,7 +105,9 @@ class Checkpoints:
     if self._manager is None:
       handlers = {"state": ocp.StandardCheckpointHandler(), "extra": ocp.JsonCheckpointHandler()}
       background.silence()
-      in_threads = ocp.options.AsyncOptions(barrier_sync_fn=background.barrier)
+      in_threads = ocp.options.AsyncOptions(
+        barrier_sync_fn=functools.partial(background.barrier, self.folder)
+      )
       options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True, async_options=in_threads)
       self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
     kept = {"arrays": digests.array_digests(state), "extra": extra}

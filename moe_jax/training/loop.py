@@ -89,7 +89,7 @@ class Run:
       with Between(), jax.set_mesh(self.mesh), hold([(self.folder, str(self.folder))]):
         return self._train()
     except Exception as error:
-      line = in_words(error, self.show, self._what_continues())
+      line = in_words(error, self.show, self.folder, self._what_continues())
       if line is None:
         raise
       raise line from error

@@ -274,7 +274,7 @@ def test_a_save_that_fails_is_noticed_at_the_next_step_which_is_saved(step, data
 
   monkeypatch.setattr(Checkpoints, "_write", full)
   monkeypatch.setattr(Checkpoints, "save", until_failed)
-  line = r"no space left to write .*; make room, and the same command continues from step 3$"
+  line = rf"^arm: {tmp_path}/run: no space left to write .*; make room, and the same command continues from step 3$"
   with pytest.raises(InputError, match=line):
     Run(CONFIG, dataset, tmp_path / "run", Signalled(step), label="arm").train()
   assert steps == [2, 3] and os.listdir(tmp_path / "run/checkpoints") == ["3"]
