@@ -29,7 +29,6 @@ from moe_jax.analysis.communication import flags as machine_flags
 from moe_jax.cluster import start as distributed
 from moe_jax.config import Config
 from moe_jax.errors import InputError
-from moe_jax.models import preset
 
 # Of the run that is recorded, unless flags say otherwise: as much active width per token as the default preset.
 RUN = {"num_experts": 32, "num_experts_per_token": 4, "expert_dim": 32, "balancers": "switch_loss:0.01"}
@@ -74,11 +73,10 @@ def main(argv: list[str]) -> None:
 
   console = Console(quiet=not processes.is_first())
   folder = pathlib.Path(_OUTPUT_DIR.value)
+  disk.check_folder(folder)
   if _TRACE.value:
-    if cli.config_from_flags() != preset("default") or flags.FLAGS["num_steps"].present:
-      raise InputError(
-        f"--trace={_TRACE.value}: that run is recorded already; leave out --preset and the run's flags"
-      )
+    if unread := cli.given():
+      raise InputError(f"--trace={_TRACE.value}: that run is recorded already; leave out {', '.join(unread)}")
     trace = Trace(_TRACE.value)
     plan = _plan(recording.recorded_config(trace), trace.shape, len(trace))
   else:

@@ -29,7 +29,7 @@ import sys
 
 from absl import flags
 
-from moe_jax import cli
+from moe_jax import cli, disk
 from moe_jax.cluster import start as distributed
 from moe_jax.comparison import flags as comparison_flags
 from moe_jax.config import ModelConfig, MoEConfig
@@ -72,6 +72,7 @@ def main(argv: list[str]) -> None:
   from moe_jax.training.validate import validate
 
   folder, config = pathlib.Path(_OUTPUT_DIR.value), cli.config_from_flags()
+  disk.check_folder(folder)
   teacher, start = load_run(_MODEL.value), folder / "start"
   making = {"student_experts": _STUDENT.value}
   making |= {"calibration": _CALIBRATION.value} if _STUDENT.value else {}

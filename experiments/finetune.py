@@ -24,7 +24,7 @@ import pathlib
 
 from absl import flags
 
-from moe_jax import cli
+from moe_jax import cli, disk
 from moe_jax.cluster import start as distributed
 from moe_jax.config import ModelConfig, MoEConfig
 
@@ -66,7 +66,7 @@ for module in (cli, distributed):
 def main(argv: list[str]) -> None:
   del argv
   # Imported here, so that --help and wrong flags answer at once.
-  from moe_jax import adapt, disk
+  from moe_jax import adapt
   from moe_jax.interop.load import load
   from moe_jax.training.load import load_run
   from moe_jax.training.loop import Run
@@ -74,7 +74,9 @@ def main(argv: list[str]) -> None:
   from moe_jax.training.progress import TrainingProgress
   from moe_jax.training.start import save_model
 
-  folder, loaded = pathlib.Path(_OUTPUT_DIR.value), load(_MODEL.value)
+  folder = pathlib.Path(_OUTPUT_DIR.value)
+  disk.check_folder(folder)
+  loaded = load(_MODEL.value)
   dataset, config = data_of(loaded)
   before = adapted(loaded.model)
   config = dataclasses.replace(
@@ -145,7 +147,7 @@ def data_of(loaded):
 
 def adapted(model):
   """Returns the model with what the flags change and add."""
-  from moe_jax import adapt, disk
+  from moe_jax import adapt
 
   for name in ("adapter_parts", "adapter_alpha"):
     if flags.FLAGS[name].present and not _RANK.value:
@@ -170,7 +172,7 @@ def report_of(folder, before, final, config, dataset, result) -> dict:
   import numpy as np
 
   from moe_jax.training.compiled import make_init, resolve_config
-  from moe_jax.training.metric_writer import read_jsonl
+  from moe_jax.training.metric_writer import read_jsonl, read_lines
   from moe_jax.training.validate import losses_by_domain, validate
 
   measured = {}
@@ -180,8 +182,12 @@ def report_of(folder, before, final, config, dataset, result) -> dict:
     measured[name] = {"nll": found["nll"], "by_task": by_task} | {
       key: float(np.mean(found[key])) for key in ("max_vio",) if key in found
     }
-  lines = [line for line in read_jsonl(folder / "run" / "metrics.jsonl") if "eval_nll" in line]
-  points = [(line["eval_nll"], line["step"]) for line in lines]
+  path = folder / "run" / "metrics.jsonl"
+  lines = read_jsonl(path, skip_damaged=True)
+  lost = max(result.get("metric_lines", 0) - len(lines), read_lines(path)[1])
+  if lost:
+    disk.note(f"{path}: {lost} lines are missing or cannot be read; the best step is that of the others")
+  points = [(line["eval_nll"], line["step"]) for line in lines if "eval_nll" in line]
   best = min([*points, (measured["after"]["nll"], result["num_steps"])])
   state = jax.eval_shape(make_init(config, dataset.info.vocab_size), 0)
   size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
@@ -190,7 +196,7 @@ def report_of(folder, before, final, config, dataset, result) -> dict:
     **measured,
     "training_loss": result["training"]["loss"],
     "gap": measured["after"]["nll"] - result["training"]["loss"],
-    "best": {"step": best[1], "nll": best[0]},
+    "best": {"step": best[1], "nll": best[0]} | ({"lines_missing": lost} if lost else {}),
     "optimizer_bytes": size(state.opt_state),
     "parameter_bytes": size(state.params),
     "fingerprint": dataset.info.fingerprint,

@@ -27,11 +27,10 @@ from typing import Any
 
 from absl import flags
 
-from moe_jax import cli
+from moe_jax import cli, disk
 from moe_jax.analysis.communication import flags as machine_flags
 from moe_jax.cluster import start as distributed
 from moe_jax.errors import InputError
-from moe_jax.models import preset
 
 RUN = {"num_experts": 32, "num_experts_per_token": 4, "expert_dim": 32}
 
@@ -66,6 +65,7 @@ def main(argv: list[str]) -> None:
   from moe_jax.analysis.communication.imbalance import Exchange
   from moe_jax.cluster import processes
 
+  disk.check_folder(_OUTPUT_DIR.value)
   console = Console(quiet=not processes.is_first())
   machine, layer = machine_flags.machine(), machine_flags.layer()
   exchanges = [Exchange("dropless")]
@@ -87,11 +87,9 @@ def _traces(check: Any, console: Any) -> Iterator[tuple[Any, int]]:
   from moe_jax.training.router_trace import Trace
 
   if _TRACES.value:
-    own = any(flags.FLAGS[name].present for name in ("methods", "num_steps"))
-    if own or cli.config_from_flags() != preset("default"):
+    if unread := cli.given("methods"):
       raise InputError(
-        f"--traces={','.join(_TRACES.value)}: these runs are recorded already; leave out --preset, --methods and the "
-        "runs' flags"
+        f"--traces={','.join(_TRACES.value)}: these runs are recorded already; leave out {', '.join(unread)}"
       )
     traces = [Trace(folder) for folder in _TRACES.value]
     for trace in traces:

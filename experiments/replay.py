@@ -22,10 +22,9 @@ from typing import Any
 
 from absl import flags
 
-from moe_jax import cli
+from moe_jax import cli, disk
 from moe_jax.cluster import start as distributed
 from moe_jax.errors import InputError
-from moe_jax.models import preset
 
 _TRACE = flags.DEFINE_string(
   "trace", "", "a run with recorded router logits; empty: make one in OUTPUT_DIR/run"
@@ -60,11 +59,10 @@ def main(unused_argv: list[str]) -> None:
 
   console = Console(quiet=not processes.is_first())
   folder = pathlib.Path(_OUTPUT_DIR.value)
+  disk.check_folder(folder)
   if _TRACE.value:
-    if cli.config_from_flags() != preset("default") or flags.FLAGS["num_steps"].present:
-      raise InputError(
-        f"--trace={_TRACE.value}: that run is recorded already; leave out --preset and the run's flags"
-      )
+    if unread := cli.given():
+      raise InputError(f"--trace={_TRACE.value}: that run is recorded already; leave out {', '.join(unread)}")
     trace = Trace(_TRACE.value)
     plan = _plan(recording.recorded_config(trace), trace.shape, len(trace))
   else:

@@ -142,7 +142,9 @@ def report_curves(folder: pathlib.Path, arms: list[str], seeds: list[int]) -> No
   found = {}  # of arm, seed and step
   for arm in arms:
     for seed in seeds:
-      for line in read_jsonl(folder / "arms_after" / "arms" / arm / f"seed_{seed}" / "metrics.jsonl"):
+      for line in read_jsonl(
+        folder / "arms_after" / "arms" / arm / f"seed_{seed}" / "metrics.jsonl", skip_damaged=True
+      ):
         if "eval_nll" in line:
           found[arm, seed, line["step"]] = line.get("eval_bits_per_byte", line["eval_nll"])
   steps = sorted({step for _, _, step in found})
@@ -168,20 +170,22 @@ def report_curves(folder: pathlib.Path, arms: list[str], seeds: list[int]) -> No
 def crossing(steps: list[int], own, other) -> str:
   """Says from which evaluation on `other` is below `own` in the mean over seeds, and in how many seeds at the last one.
 
-  Only evaluations that all seeds of both have count.
+  Only evaluations that all seeds of both have count, and which ones are left out is said.
   """
   import numpy as np
 
   whole = ~np.isnan(own + other).any(axis=0)
   if not whole.any():
     return "no evaluation that all seeds have"
+  left_out = ", ".join(f"step {step}" for step in np.array(steps)[~whole])
+  lacks = left_out and f"; of {len(steps)} evaluations, those that a run lacks are left out: {left_out}"
   steps, own, other = np.array(steps)[whole], own[:, whole], other[:, whole]
   below = other.mean(axis=0) < own.mean(axis=0)
   seeds = f"{int((other[:, -1] < own[:, -1]).sum())} of {len(own)} seeds at step {steps[-1]}"
   if not below[-1]:
-    return f"higher at step {steps[-1]}; lower in {seeds}"
+    return f"higher at step {steps[-1]}; lower in {seeds}{lacks}"
   first = next(i for i in range(len(below)) if below[i:].all())
-  return f"lower from step {steps[first]} on; lower in {seeds}"
+  return f"lower from step {steps[first]} on; lower in {seeds}{lacks}"
 
 
 if __name__ == "__main__":

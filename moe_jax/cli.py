@@ -119,6 +119,11 @@ def _note_without_effect(config: Config) -> None:
         said.add(name)
 
 
+def given(*names: str) -> list[str]:
+  """Returns which flags of a configuration, and which of `names`, are on the command line, be it with their defaults."""
+  return [f"--{name}" for name in ("preset", *names, *(flag for *_, flag in _fields())) if _given(name)]
+
+
 def _given(name: str) -> bool:
   """Returns whether a flag is on the command line."""
   return name in flags.FLAGS and flags.FLAGS[name].present

@@ -6,6 +6,7 @@ Used by data, runs, traces and comparisons alike. The digests of checkpoints are
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -137,17 +138,28 @@ def digest_of_json(value: Any) -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def move_aside(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> pathlib.Path | None:
-  """Moves a damaged file or folder to `root/damaged`, under a name of its own. None if it cannot be moved."""
+def move_aside(
+  path: str | os.PathLike[str], root: str | os.PathLike[str], what: str = "is damaged"
+) -> pathlib.Path:
+  """Moves a damaged file or folder to `root/damaged`, under a name of its own, and returns that.
+
+  Args:
+    path: of the file or folder.
+    root: the folder that has `damaged/`.
+    what: is the matter with it, for the error.
+
+  Raises:
+    InputError: if it cannot be moved. So nothing is written over it.
+  """
   path, folder = pathlib.Path(path), pathlib.Path(root) / ASIDE
-  with contextlib.suppress(OSError):
+  try:
     folder.mkdir(parents=True, exist_ok=True)
-    for number in range(1, 1000):
-      target = folder / f"{path.name}-{number}"
-      if not target.exists():
-        path.rename(target)
-        return target
-  return None
+    target = next(t for i in itertools.count(1) if not (t := folder / f"{path.name}-{i}").exists())
+    path.rename(target)
+  except OSError as error:
+    reason = "which is no folder" if folder.exists() and not folder.is_dir() else f"({error.strerror})"
+    raise InputError(f"{path}: {what}, and cannot be moved to {folder} {reason}; move it away") from error
+  return target
 
 
 def set_aside_damaged(
@@ -156,7 +168,11 @@ def set_aside_damaged(
   consequence: str,
   is_whole: Callable[[dict[str, Any]], bool] = lambda value: True,
 ) -> None:
-  """Moves a file aside that should hold a JSON object that `is_whole`, and does not, and says so. None is fine."""
+  """Moves a file aside that should hold a JSON object that `is_whole`, and does not, and says so. None is fine.
+
+  Raises:
+    InputError: if it cannot be moved.
+  """
   value = read_object(path)
   if pathlib.Path(path).exists() and (value is None or not is_whole(value)):
     note(f"{path}: is damaged, moved to {move_aside(path, root)}; {consequence}")
@@ -185,6 +201,11 @@ def check_folder(path: str | os.PathLike[str], flag: str = "output_dir") -> None
   try:
     above = pathlib.Path(path).absolute()
     while not above.exists():
+      if above.is_symlink():
+        raise InputError(
+          f"--{flag}={text}: {above} is a link to {os.readlink(above)}, which is not there; make that folder, or choose "
+          "another one"
+        )
       above = above.parent
   except OSError as error:
     raise InputError(f"--{flag}={text[:60]}...: cannot be a folder ({error.strerror})") from None
@@ -196,3 +217,10 @@ def check_folder(path: str | os.PathLike[str], flag: str = "output_dir") -> None
     raise InputError(
       f"--{flag}={text}: {above} cannot be written ({error.strerror}); choose another folder"
     ) from None
+
+
+def check_file(path: str | os.PathLike[str], flag: str) -> None:
+  """Raises `InputError` for a file that cannot be written, before what it is to hold is made. Nothing is written."""
+  if pathlib.Path(path).is_dir():
+    raise InputError(f"--{flag}={os.fspath(path)}: is a folder; name a file")
+  check_folder(pathlib.Path(path).parent, flag)

@@ -167,6 +167,9 @@ def main(argv: list[str]) -> None:
   del argv
   config = cli.config_from_flags().check()
   vocab_size = _VOCAB.value or VOCAB_SIZES[flags.FLAGS.preset]
+  for flag in (_OUT, _HLO):
+    if flag.value:
+      disk.check_file(flag.value, flag.name)
   devices = topology.devices_of(_TOPOLOGY.value, max(config.mesh.slice, 1))
   if _SEARCH.value:
     found = search(config, vocab_size, devices)

@@ -21,6 +21,8 @@ def main(argv: list[str]) -> None:
   del argv
   from moe_jax.inference.evaluate import evaluate
 
+  if _JSON.value:
+    disk.check_file(_JSON.value, "json")
   with model_flags.open_model() as loaded:
     dataset = model_flags.open_dataset(loaded)
     scores = evaluate(loaded.model, dataset, flags.FLAGS.batch_size, flags.FLAGS.eval_batches)

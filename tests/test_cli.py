@@ -92,6 +92,7 @@ WRONG = [
   (["--heartbeat_timeout=1e12", *TWO], "--heartbeat_timeout=1000000000000.0: must be seconds from 1 to"),
   (["--shard=3/2"], "--shard=3/2: must be i/n with i from 1 to n"),
 ]
+NOT_WRITABLE = ["--output_dir=/proc/x"]
 WRONG_OF_OTHERS = [
   ("experiments/capacity.py", ["--capacity_factors=1,x"], "--capacity_factors=x: must be a number above 0, or none"),
   ("experiments/capacity.py", ["--group=batch,tree"], "--group=batch,tree: must be different ones of sequence,"),
@@ -124,6 +125,13 @@ WRONG_OF_OTHERS = [
   ("experiments/round_trip.py", ["--dataset=markov", "--domain=code"], "unknown domain 'code'"),
   ("experiments/round_trip.py", ["--formats=int3"], "unknown format 'int3': did you mean int8 or int4"),
   ("experiments/distil.py", ["--model=nowhere"], "nowhere: holds no run"),
+  ("experiments/imbalance.py", ["--traces=nowhere", *NOT_WRITABLE], "/proc cannot be written"),
+  ("experiments/replay.py", ["--trace=nowhere", *NOT_WRITABLE], "/proc cannot be written"),
+  ("experiments/communication.py", ["--trace=nowhere", *NOT_WRITABLE], "/proc cannot be written"),
+  ("experiments/finetune.py", ["--model=nowhere", *NOT_WRITABLE], "/proc cannot be written"),
+  ("experiments/distil.py", ["--model=nowhere", *NOT_WRITABLE], "/proc cannot be written"),
+  ("scripts/evaluate.py", ["--model=nowhere", "--json=/proc/x"], "--json=/proc: /proc cannot be written"),
+  ("scripts/aot_compile.py", ["--output=/proc/x"], "--output=/proc: /proc cannot be written"),
   ("scripts/join.py", [], "no folders: give the folders of all shards"),
   ("scripts/join.py", ["tests"], "tests: holds no comparison"),
   ("scripts/pareto.py", ["--tables=defaults", "--output=x.png"], "defaults: has no summary.csv"),

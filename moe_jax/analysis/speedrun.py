@@ -159,8 +159,7 @@ class Speedrun:
         if path.is_dir():
           stack.enter_context(locks.hold(path / locks.LOCK, str(path)))
       for path in there:
-        if disk.move_aside(path, folder) is None:
-          raise InputError(f"{path}: cannot be moved; the pair starts over, and needs a folder without it")
+        disk.move_aside(path, folder, "is of a pair that starts over")
     if there:
       disk.note(f"{folder}: is no whole pair and starts over; what was there is in {folder / disk.ASIDE}")
 
@@ -224,6 +223,7 @@ class Speedrun:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, eval_every=every))
 
   def _check_folder(self) -> None:
+    disk.check_folder(self.folder)
     path = self.folder / "config.json"
     if path.exists():
       known = disk.read_object(path)

@@ -50,6 +50,19 @@ def check_agree(value: Any, what: str, right: str) -> None:
 
 
 @contextlib.contextmanager
+def refused_together() -> Iterator[None]:
+  """An `InputError` that one process raises inside ends this in all of them, with that line. All must come here."""
+  own = None
+  try:
+    yield
+  except InputError as error:
+    own = error
+  refused = next(filter(None, from_all(str(own or ""))), "")
+  if refused:
+    raise own or InputError(refused)
+
+
+@contextlib.contextmanager
 def first_writes(name: str) -> Iterator[bool]:
   """`with first_writes("x") as mine: if mine: ...`: process 0 writes, the others wait until it has."""
   yield is_first()

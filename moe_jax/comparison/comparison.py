@@ -171,10 +171,10 @@ class Comparison:
 
   def _check_runs(self, runs: list[tuple[str, int]], text: str) -> None:
     """Raises `InputError` if a run is of another configuration, whatever the folder's config.json says."""
-    refused = next(filter(None, self._refusals(runs, text)), "") if processes.is_first() else ""
-    refused = processes.from_first(refused)
-    if refused:
-      raise InputError(refused)
+    with processes.refused_together():
+      for refused in self._refusals(runs, text) if processes.is_first() else ():
+        if refused:
+          raise InputError(refused)
 
   def _refusals(self, runs: list[tuple[str, int]], text: str) -> Iterator[str]:
     """Yields a line, or "", for each of `runs`. If config.json is lost, also for all finished ones: they come into one table."""

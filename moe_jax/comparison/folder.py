@@ -18,6 +18,7 @@ from moe_jax.errors import InputError
 from moe_jax.fingerprint import of_package
 from moe_jax.registry import Method
 from moe_jax.training.changes import changes, differences
+from moe_jax.training.identity import other_fingerprint
 from moe_jax.training.metric_writer import read_lines
 from moe_jax.training.result_file import RESULT_FILE, Result, read_result, write_result
 
@@ -137,8 +138,8 @@ class ComparisonFolder:
       other = read_result(path).get("fingerprint", fingerprint)
       if other != fingerprint:
         raise InputError(
-          f"--output_dir={self.path}: holds results on other text (fingerprint {other[:12]}, now "
-          f"{fingerprint[:12]}: another Python version or changed files); choose another folder"
+          f"--output_dir={self.path}: holds results on other text ({other_fingerprint(other, fingerprint)}); bring "
+          "that text back, or choose another folder"
         )
 
   def note_other_code(self) -> None:

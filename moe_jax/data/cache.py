@@ -11,6 +11,7 @@ from pathlib import Path
 
 from moe_jax import disk
 from moe_jax.config import DataConfig
+from moe_jax.errors import InputError
 
 
 def data_dir(config: DataConfig) -> Path:
@@ -44,6 +45,9 @@ def read(path: Path) -> bytes | None:
   """Returns the bytes of a file that `keep` wrote; None if it is not there, cannot be read, or is damaged.
 
   A damaged file is moved aside, and is made again by the caller.
+
+  Raises:
+    InputError: if a damaged file cannot be moved, and would be overwritten.
   """
   try:
     data, digest = path.read_bytes(), _digest_file(path).read_bytes()
@@ -51,7 +55,15 @@ def read(path: Path) -> bytes | None:
     return None
   if hashlib.sha256(data).hexdigest().encode() == digest:
     return data
-  disk.note(f"{path}: is damaged, moved to {disk.move_aside(path, path.parent)}; it is made again")
+  try:
+    place = f"moved to {disk.move_aside(path, path.parent)}"
+  except InputError:
+    if path.exists() and os.access(
+      path.parent, os.W_OK
+    ):  # otherwise another process has moved it, or nothing is kept
+      raise
+    place = "and stays where it is, or was moved by another process"
+  disk.note(f"{path}: is damaged, {place}; it is made again")
   return None
 
 

@@ -67,7 +67,7 @@ def read_stdlib(data_dir: Path, root: Path | None = None) -> tuple[dict[str, lis
     root: the library to read; None: that of the running interpreter.
 
   Raises:
-    InputError: if the corpus is there and the machine cannot read it now.
+    InputError: if the corpus is there and the machine cannot read it now, or it is damaged and cannot be moved.
   """
   root = root or stdlib_text.stdlib_root()
   folder = data_dir / "stdlib" / _cache_key(root)
@@ -81,8 +81,14 @@ def read_stdlib(data_dir: Path, root: Path | None = None) -> tuple[dict[str, lis
         f"{folder}: cannot be read now ({_first_line(error)}), which does not say that it is damaged; nothing was changed, "
         "and the same command reads it when it can be read"
       ) from error
-    place = disk.move_aside(folder, folder.parent)
-    disk.note(f"{folder}: is damaged ({_first_line(error)}), moved to {place}; it is built again")
+    what = f"is damaged ({_first_line(error)})"
+    try:
+      place = f"moved to {disk.move_aside(folder, folder.parent, what)}"
+    except InputError:
+      if folder.exists():
+        raise
+      place = "moved by another process"
+    disk.note(f"{folder}: {what}, {place}; it is built again")
   _build(root, folder)
   return _read(folder)
 

@@ -17,10 +17,10 @@ def read_text_folder(folder: str) -> tuple[dict[str, list[Text]], tuple[str, ...
   """Returns all files below `folder` by split, and the domains in alphabetical order.
 
   Each file is a document, read as utf-8 with invalid bytes replaced. Its domain is the first sub-folder on
-  its path, or the folder's own name for files at the top. Links are followed. Hidden and empty files are skipped, and so
-  are pipes, devices and files with zero bytes, which are no text: one line says so. The files of each
-  domain whose paths have the lowest hashes form its validation split. If a domain is a single file, the end of
-  that file is the validation split. All text is held in memory.
+  its path, or the folder's own name for files at the top, so that name is in the fingerprint of the text.
+  Links are followed. Hidden and empty files are skipped, and so are pipes, devices and files with zero bytes, which
+  are no text: one line says so. The files of each domain whose paths have the lowest hashes form its validation split.
+  If a domain is a single file, the end of that file is the validation split. All text is held in memory.
 
   Raises:
     InputError: if the folder does not exist or contains no text, or if a part of it cannot be read or is a link in a

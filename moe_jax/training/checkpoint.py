@@ -6,6 +6,7 @@ every mesh and costs one pass over the state.
 """
 
 import contextlib
+import functools
 import os
 import pathlib
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -104,7 +105,9 @@ class Checkpoints:
     if self._manager is None:
       handlers = {"state": ocp.StandardCheckpointHandler(), "extra": ocp.JsonCheckpointHandler()}
       background.silence()
-      in_threads = ocp.options.AsyncOptions(barrier_sync_fn=background.barrier)
+      in_threads = ocp.options.AsyncOptions(
+        barrier_sync_fn=functools.partial(background.barrier, self.folder)
+      )
       options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True, async_options=in_threads)
       self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
     kept = {"arrays": digests.array_digests(state), "extra": extra}
@@ -190,15 +193,11 @@ class Checkpoints:
     self._steps.remove(step)
     if not move:
       return ""
-    place = None
-    if processes.is_first():
-      place = disk.move_aside(self.folder / str(step), self.folder.parent)
-    place = processes.from_first(str(place or ""))
-    if not place:  # its step could not be saved again
-      raise InputError(
-        f"{self.folder / str(step)}: is damaged, and cannot be moved to {self.folder.parent / disk.ASIDE}; move it away"
-      )
-    return f", moved to {place}"
+    place = ""
+    with processes.refused_together():  # where it stays, its step could not be saved again
+      if processes.is_first():
+        place = str(disk.move_aside(self.folder / str(step), self.folder.parent))
+    return f", moved to {processes.from_first(place)}"
 
   def close(self) -> None:
     """Waits for pending saves to finish and closes the manager."""

@@ -89,14 +89,18 @@ def _new(run: "Run") -> TrainState:
     run.start_digest = tree_digest(state.params)
   else:
     state = run.steps.init(run.config.train.seed)
-  refused = processes.from_first(_set_lost_aside(run.folder) if processes.is_first() else "")
-  if refused:
-    raise InputError(refused)
+  with processes.refused_together():
+    if processes.is_first():
+      _set_lost_aside(run.folder)
   return state
 
 
-def _set_lost_aside(folder: pathlib.Path) -> str:
-  """Says that a run begins anew although there were steps, and keeps their metrics. Returns why that cannot be done."""
+def _set_lost_aside(folder: pathlib.Path) -> None:
+  """Says that a run begins anew although there were steps, and keeps their metrics.
+
+  Raises:
+    InputError: if they cannot be moved.
+  """
   path = folder / METRICS_FILE
   lines, lost = read_lines(path)
   result = read_result(folder / RESULT_FILE).get("num_steps", 0)
@@ -109,11 +113,8 @@ def _set_lost_aside(folder: pathlib.Path) -> str:
   known = {name: step for name, step in reached.items() if step}
   place = ""
   if lines or lost:
-    moved = disk.move_aside(path, folder)
-    if moved is None:
-      return f"{path}: is of steps without a checkpoint, and cannot be moved to {folder / disk.ASIDE}; move it away"
+    moved = disk.move_aside(path, folder, "is of steps without a checkpoint")
     place = f"; {METRICS_FILE} is moved to {moved}"
   if known or place:
     steps = ", ".join(f"{name} says step {step}" for name, step in known.items()) or "there were steps"
     disk.note(f"{folder}: has no checkpoint, so the run begins anew, although {steps}{place}")
-  return ""

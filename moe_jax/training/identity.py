@@ -35,10 +35,18 @@ def check_same_text(text: str) -> None:
   processes.check_agree(text, "--dataset: fingerprint of the text", "all processes must read the same text")
 
 
+def other_fingerprint(was: str, now: str) -> str:
+  """Says that a text has another fingerprint, and what may be the reason."""
+  return (
+    f"fingerprint {was[:12]}, now {now[:12]}: other files, another Python version, or another name of --text_folder, "
+    "which is the domain of the files at its top"
+  )
+
+
 def check_same_run(folder: pathlib.Path, config: Config, text: str) -> None:
   """Raises `InputError`, in all processes, if the folder holds a run of another configuration or text, or texts differ.
 
-  A config.json that cannot be read is moved aside. What it says is in every checkpoint and in the result, too.
+  A config.json that cannot be read is moved aside, or refused where it cannot be moved. What it says is in every checkpoint and in the result, too.
 
   Args:
     folder: of the run; may be new.
@@ -46,9 +54,9 @@ def check_same_run(folder: pathlib.Path, config: Config, text: str) -> None:
     text: the fingerprint.
   """
   check_same_text(text)
-  refused = processes.from_first(refusal(folder, config, text) if processes.is_first() else "")
-  if refused:
-    raise InputError(refused)
+  with processes.refused_together():
+    if processes.is_first() and (refused := refusal(folder, config, text)):
+      raise InputError(refused)
 
 
 def refusal(folder: pathlib.Path, config: Config, text: str) -> str:
@@ -68,8 +76,7 @@ def difference(what: str, known: Mapping[str, Any], config: Config, text: str) -
   was = str(known.get("fingerprint", text))
   if was != text:
     return (
-      f"{what} on other text (fingerprint {was[:12]}, now {text[:12]}: another Python version or "
-      "changed files); bring back the files, or choose another folder"
+      f"{what} on other text ({other_fingerprint(was, text)}); bring that text back, or choose another folder"
     )
   changed = changes(known, config.to_dict()) if known else []
   if changed:
@@ -135,14 +142,7 @@ def hold(folders: Iterable[tuple[pathlib.Path, str]]) -> Iterator[None]:
     InputError: in all processes, if another command has one of them.
   """
   with contextlib.ExitStack() as stack:
-    refused = ""
-    if processes.is_first():
-      try:
-        for folder, name in folders:
-          stack.enter_context(locks.hold(folder / locks.LOCK, name))
-      except InputError as error:
-        refused = str(error)
-    refused = processes.from_first(refused)
-    if refused:
-      raise InputError(refused)
+    with processes.refused_together():
+      for folder, name in folders if processes.is_first() else ():
+        stack.enter_context(locks.hold(folder / locks.LOCK, name))
     yield

@@ -89,7 +89,7 @@ class Run:
       with Between(), jax.set_mesh(self.mesh), hold([(self.folder, str(self.folder))]):
         return self._train()
     except Exception as error:
-      line = in_words(error, self.show, self._what_continues())
+      line = in_words(error, self.show, self.folder, self._what_continues())
       if line is None:
         raise
       raise line from error
@@ -111,15 +111,16 @@ class Run:
         data_seed=self.config.data.data_seed,
       )
       state = continuing.start(self)
-      if processes.is_first():  # not before: a folder that is refused stays as it is
-        write_identity(self.folder, self.config, self.dataset)
-        disk.set_aside_damaged(
-          self.folder / RESULT_FILE, self.folder, "it is made again from the last checkpoint", is_result
-        )
+      with processes.refused_together():  # what is damaged, and cannot be moved aside
+        if processes.is_first():  # not before: a folder that is refused stays as it is
+          disk.set_aside_damaged(
+            self.folder / RESULT_FILE, self.folder, "it is made again from the last checkpoint", is_result
+          )
+          write_identity(self.folder, self.config, self.dataset)
+        writer = stack.enter_context(self._writer(int(state.step)))
+        recorder = stack.enter_context(self._recorder(int(state.step)))
       if self.progress:
         self.progress.start_run(self.show, self.config.train.num_steps, int(state.step))
-      writer = stack.enter_context(self._writer(int(state.step)))
-      recorder = stack.enter_context(self._recorder(int(state.step)))
       state = self._loop(state, writer, recorder)
       self.checkpoints.wait()
       if reason := self.stops.ended():  # asked for while the last step was saved

@@ -55,12 +55,19 @@ def is_made(folder: pathlib.Path, source: Mapping[str, Any]) -> bool:
 
 
 def is_current(folder: pathlib.Path, source: Mapping[str, Any]) -> bool:
-  """Returns what `is_made` does for the result of a command, which is written again where `source` is another: it is moved aside."""
+  """Returns what `is_made` does for the result of a command, which is written again where `source` is another: it is moved aside.
+
+  Raises:
+    InputError: in all processes, if it cannot be moved.
+  """
   is_whole, found = processes.from_first(_read(folder) if processes.is_first() else None)
   changed = _differences(found or {}, source)
-  if is_whole and changed and processes.is_first():
-    place = disk.move_aside(folder, folder.parent)
-    disk.note(f"{folder}: is of another model ({'; '.join(changed)}), moved to {place}; it is written again")
+  if is_whole and changed:
+    with processes.refused_together():
+      if processes.is_first():
+        what = f"is of another model ({'; '.join(changed)})"
+        place = disk.move_aside(folder, folder.parent, what)
+        disk.note(f"{folder}: {what}, moved to {place}; it is written again")
   return is_whole and not changed
 
 
@@ -79,13 +86,14 @@ def new_model(folder: pathlib.Path) -> Iterator[pathlib.Path]:
   """A folder to fill with a model, which gets its name when it is whole. In one process.
 
   Raises:
-    InputError: if the name is taken, or the disk is full.
+    InputError: if the name is taken, what is not whole there cannot be moved, or the disk is full.
   """
   if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-    place = disk.move_aside(folder, folder.parent) if _is_unfinished(folder) else None
-    if place is None:
+    if not _is_unfinished(folder):
       raise InputError(f"{folder}: has a run or a model already; choose another folder")
-    disk.note(f"{folder}: its {CONFIG_FILE} is missing or not whole, moved to {place}; it is written again")
+    what = f"its {CONFIG_FILE} is missing or not whole"
+    place = disk.move_aside(folder, folder.parent, what)
+    disk.note(f"{folder}: {what}, moved to {place}; it is written again")
   try:
     with disk.whole_folder(folder) as new:
       yield new

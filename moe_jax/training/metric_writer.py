@@ -246,7 +246,7 @@ def _restore(x: Any) -> Any:
 def read_lines(path: str | os.PathLike[str]) -> tuple[list[tuple[str, dict[str, Any]]], int]:
   """Returns (text with its newline, parsed object) for every whole line of a metrics file, and how many are not whole.
 
-  A last line without a newline, left by a killed run, counts as not written.
+  A last line without a newline, left by a killed run, counts as not written, and blank lines are none.
   """
   lines, lost = [], 0
   try:
@@ -256,6 +256,8 @@ def read_lines(path: str | os.PathLike[str]) -> tuple[list[tuple[str, dict[str, 
   for text in texts:
     if not text.endswith(b"\n"):
       break
+    if not text.strip():
+      continue
     try:
       line = json.loads(text.decode())
       if type(line["step"]) is not int or not 0 <= line["step"] < 2**63:
@@ -272,7 +274,7 @@ def _lines(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
   if lost:
     texts = path.read_bytes().splitlines(keepends=True)
     whole = {text.encode() for text, _ in lines}
-    number = next(i for i, text in enumerate(texts, start=1) if text not in whole)
+    number = next(i for i, text in enumerate(texts, start=1) if text.strip() and text not in whole)
     raise InputError(f'{path}, line {number}: not a JSON object with an integer "step"')
   return lines
 

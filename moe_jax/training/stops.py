@@ -111,18 +111,22 @@ def not_finite(show: str, step: int, what: str, good: str, learning_rate: float)
 
 
 def in_words(
-  error: BaseException, show: str, then: str = "continues from the last checkpoint, if there is one"
+  error: BaseException,
+  show: str,
+  folder: str | os.PathLike[str],
+  then: str = "continues from the last checkpoint, if there is one",
 ) -> InputError | None:
   """Returns the line for an error that the user can correct: lack of memory or of disk space; None for others.
 
   Args:
     error: what ended the run.
-    show: the run.
+    show: the run; empty: it has no name.
+    folder: in which it writes.
     then: what the same command does next.
   """
   if isinstance(error, InputError):  # it has its line, which may tell of such an error
     return None
-  if line := of_the_disk(error, show or "the run", then):
+  if line := of_the_disk(error, f"{show}: {folder}" if show else str(folder), then):
     return line
   text = " ".join(str(error).split())
   if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:

@@ -121,6 +121,9 @@ def keep_whole(folder: pathlib.Path, step: int, every: int) -> list[str]:
   """Removes what comes after `step`, and moves damaged files aside; returns a word about each of these.
 
   Backwards: a kill in between leaves no gap.
+
+  Raises:
+    InputError: if a damaged file cannot be moved.
   """
   moved = []
   for path in reversed(paths_in(folder)):

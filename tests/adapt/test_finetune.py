@@ -37,6 +37,13 @@ for old, new in (("seed_0", "other"), ("seed_1", "seed_0"), ("other", "seed_1"))
 """
 
 
+DAMAGE = """
+import pathlib, sys
+path = pathlib.Path(sys.argv[1])
+path.write_text("mine" + path.read_text()[4:])
+"""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   """Has published/, seed_0/ and seed_1/, and files of examples."""
@@ -79,8 +86,12 @@ def test_a_published_model_is_tuned_with_its_template_and_arms_are_paired(folder
   distil = ["experiments/distil.py", f"--model={folder}/seed_0", f"--output_dir={tmp_path}/distilled"]
   swap = tmp_path / "swap.py"  # other models in the same folders
   swap.write_text(SWAP)
-  tuned, longer, compared, *refused, swapped, other_base = run_scripts(
+  damage = tmp_path / "damage.py"
+  damage.write_text(DAMAGE)
+  tuned, longer, damaged, again, compared, *refused, swapped, other_base = run_scripts(
     tune,
+    [*tune, "--num_steps=3"],
+    [str(damage), f"{tmp_path}/tuned/run/metrics.jsonl"],
     [*tune, "--num_steps=3"],
     arms,
     [*tune, f"--model={folder}/seed_1"],
@@ -92,9 +103,10 @@ def test_a_published_model_is_tuned_with_its_template_and_arms_are_paired(folder
     [str(swap), str(folder)],
     [*arms, "--seeds=1"],
   )
-  assert tuned.status == longer.status == compared.status == swapped.status == 0, (
-    tuned.stderr + longer.stderr + compared.stderr + swapped.stderr
-  )
+  done = (tuned, longer, damaged, again, compared, swapped)
+  assert {run.status for run in done} == {0}, "".join(run.stderr for run in done)
+  assert "metrics.jsonl: 1 lines are missing or cannot be read; the best step is" in again.stderr
+  assert json.loads((tmp_path / "tuned" / "report.json").read_text())["best"]["lines_missing"] == 1
   start = tmp_path / "arms" / "start" / "expert_dropout" / "seed_0"
   assert_one_line(other_base, f"{start}: was made of another model (digest was")
   assert "model: is of another model (step was 2, now 3;" in longer.stderr

@@ -121,17 +121,17 @@ SIZES = [
   "--num_experts=4", "--remat=none", "--sequence_length=16", "--batch_size=8", "--tensorboard=false",
   "--data_parallelism=1", "--num_steps=3", "--eval_every=1", "--eval_batches=1", "--seeds=2", "--warmup_steps=1",
 ]  # fmt: skip
-LOSES_A_LINE = """
+DAMAGES_A_LINE = """
 import pathlib, sys
 path = pathlib.Path(sys.argv[1])
 lines = path.read_text().splitlines(keepends=True)
-path.write_text("".join(line for line in lines if '"step": 2,' not in line))
+path.write_text("".join("mine\\n" if '"step": 2,' in line else line for line in lines) + "\\r\\n \\n")
 """
 
 
 def test_the_script_keeps_what_it_made_of_the_dense_models(tmp_path):
   out, loses = tmp_path / "out", tmp_path / "loses.py"
-  loses.write_text(LOSES_A_LINE)
+  loses.write_text(DAMAGES_A_LINE)
   run = out / "arms_after" / "arms" / "upcycled" / "seed_1"
   command = ["experiments/upcycle.py", *SIZES, f"--output_dir={out}"]
   diverges = [*command[:-1], f"--output_dir={tmp_path}/other", "--learning_rate=1e30", "--dense_steps=2"]
@@ -151,7 +151,7 @@ def test_the_script_keeps_what_it_made_of_the_dense_models(tmp_path):
   assert of_dense["num_steps"] == 2  # was not trained on
 
   assert first.stdout.count("lower in") == 4 and "seeds at step 2" in first.stdout
-  # A run that lacks a line, as one that diverged does, leaves its cell empty.
+  # A run that lacks a line, as one that diverged does, leaves its cell empty. Blank lines are none.
   with open(out / "curves.csv", newline="") as file:
     rows = {(row["arm"], row["seed"]): row for row in csv.DictReader(file)}
   empty = {(*row, step) for row, cells in rows.items() for step in ("1", "2") if not cells[step]}
@@ -161,4 +161,11 @@ def test_the_script_keeps_what_it_made_of_the_dense_models(tmp_path):
   np.testing.assert_allclose(
     float(means[1]), np.mean([float(rows["upcycled", seed]["1"]) for seed in "01"]), atol=1e-4
   )
-  assert means[2] == "-" and "scratch against upcycled: " in again.stdout
+  assert means[2] == "-"
+  crossings = {line.partition(":")[0]: line for line in printed if " against " in line}
+  assert len(crossings) == 4 and "lacks" not in first.stdout
+  for what, line in crossings.items():
+    assert line.endswith("at step 1; of 2 evaluations, those that a run lacks are left out: step 2") == (
+      what.endswith(" upcycled")
+    )
+  assert f"{run}/metrics.jsonl: is damaged" in again.stderr and "and 2 cannot be read" in again.stderr

@@ -20,6 +20,10 @@ WRONG = [
   (["--limits=few"], "--limits=few: must be whole numbers"),
   (["--routers=softmax_topk+copies"], "behind + comes shadow_bytes or shadow_time"),
   (["--routers=hash_topk"], "--routers=hash_topk: router by table: reads token ids"),
+  (
+    ["--trace=nowhere", "--num_steps=400", "--data_parallelism=1"],
+    "leave out --num_steps, --data_parallelism",
+  ),
   (["--trace=nowhere"], "nowhere: holds no router logits"),
 ]
 

@@ -293,7 +293,7 @@ def test_a_folder_of_a_stopped_examination_is_used_again(tmp_path):
     report.check_folder(tmp_path)
   (tmp_path / "examination.npz").touch()
   report.check_folder(tmp_path)
-  with pytest.raises(InputError, match=r"thesis\.tex: is a file"):
+  with pytest.raises(InputError, match=r"thesis\.tex is a file; choose a folder"):
     report.check_folder(tmp_path / "thesis.tex")
 
 

@@ -120,10 +120,10 @@ def test_the_experiment_counts_recorded_runs(tmp_path):
   again = [f"--traces={folder / 'none'}", *flags[-4:], f"--output_dir={tmp_path / 'again'}"]
   wrong = [*flags, "--buffer_factors=much", f"--output_dir={tmp_path / 'no'}"]
   uneven = [*flags, "--nodes=3", f"--output_dir={tmp_path / 'no'}"]
-  ignored = [*again, "--methods=none"]
+  ignored = [*again, "--methods=none", "--learning_rate=0.003"]  # also where a flag has its default
   ended = studies.run("imbalance", [record, again, wrong, uneven, ignored])
   assert [e.status for e in ended] == [0, 0, 2, 2, 2], ended
-  assert "these runs are recorded already; leave out --preset, --methods" in ended[4].stderr
+  assert "these runs are recorded already; leave out --methods, --learning_rate\n" in ended[4].stderr
   assert "--buffer_factors=much: not a number" in ended[2].stderr
   assert "the 6 devices cannot hold equal parts of the 32 experts" in ended[3].stderr
   assert {path.name for path in folder.iterdir()} == {"none", "imbalance.csv", "imbalance.png"}

@@ -245,8 +245,8 @@ WRONG = [
   (["--rates=fast"], "--rates=fast: not a number (float)"),
   (["--batch_sizes=0"], "--batch_size=0: must be 1 or more"),
   (["--trace=nowhere"], "nowhere: holds no router logits; train with --record_router_logits=1"),
-  (["--trace=nowhere", "--num_experts=4"], "leave out --preset and the run's flags"),
-  (["--trace=nowhere", "--num_steps=4"], "leave out --preset and the run's flags"),
+  (["--trace=nowhere", "--num_experts=4", "--preset=tiny"], "already; leave out --preset, --num_experts"),
+  (["--trace=nowhere", "--num_steps=600", "--learning_rate=0.003"], "leave out --learning_rate, --num_steps"),
   (["--router=hash_topk"], "--router=hash_topk: router by table: reads token ids"),
   (["--record=1"], "unknown flag '--record'"),
 ]

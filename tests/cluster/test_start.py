@@ -233,6 +233,17 @@ def test_scattered_rows_are_picked_from_the_whole_batch(monkeypatch):
     np.testing.assert_array_equal(batch[share.rows], expected)
 
 
+@pytest.mark.parametrize(("mine", "other"), [("mine", ""), ("", "other's"), ("mine", "other's"), ("", "")])
+def test_what_one_process_refuses_all_refuse(mine, other, monkeypatch):
+  monkeypatch.setattr(processes, "from_all", lambda value: [value, other])
+  refusal = (
+    pytest.raises(InputError, match=f"^{mine or other}$") if mine + other else contextlib.nullcontext()
+  )
+  with refusal, processes.refused_together():
+    if mine:
+      raise InputError(mine)
+
+
 @pytest.mark.parametrize("used", [([0, 2], [1, 0]), ([3, 3], [3, 3])], ids=["different", "equal"])
 def test_the_position_in_the_data_goes_from_one_number_of_processes_to_another(used):
   parts = {

@@ -156,6 +156,12 @@ def test_a_damaged_corpus_is_built_again(library, tmp_path, monkeypatch, capsys)
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
     assert len(notes) == 1 and "is damaged" in notes[0] and "built again" in notes[0]
     assert len(list((tmp_path / "stdlib/damaged").iterdir())) == count
+  (tmp_path / "stdlib/damaged").rename(tmp_path / "stdlib/before")
+  (tmp_path / "stdlib/damaged").write_text("a file")
+  (folder / "digest.txt").write_text("0" * 64)
+  with pytest.raises(InputError, match=rf"^{folder}: is damaged \(ValueError.*\), and cannot be moved to"):
+    builder.read_stdlib(tmp_path, library)
+  assert (folder / "digest.txt").read_text() == "0" * 64
 
 
 def test_a_corpus_that_cannot_be_read_now_stays_where_it_is(library, tmp_path, monkeypatch):

@@ -37,6 +37,14 @@ def test_a_domain_of_one_file_has_training_text_however_long_its_lines_are(tmp_p
     "a": (900, 100), "b": (901, 101), "c": (900, 100)}  # fmt: skip
 
 
+def test_the_name_of_the_folder_is_in_the_fingerprint_only_as_the_domain_of_files_at_its_top(tmp_path):
+  """As reliability.md and the line say with which other text is refused. The place never is."""
+  top, below = {f"{i}": f"{i}" * 40 for i in range(4)}, {f"a/{i}": f"{i}" * 40 for i in range(4)}
+  found = lambda name, files: folder_dataset(write_files(tmp_path / name, files)).info.fingerprint
+  assert found("here/texts", top) == found("there/texts", top) != found("here/renamed", top)
+  assert found("here/deep", below) == found("here/renamed_deep", below)
+
+
 def test_splits_do_not_depend_on_other_domains(tmp_path):
   write_files(tmp_path, {f"a/{i}": f"a {i}" for i in range(20)})
   before = {t for t, _ in read_text_folder(str(tmp_path))[0]["validation"]}

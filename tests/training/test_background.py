@@ -41,7 +41,7 @@ def test_orbax_comes_to_its_barrier_with_the_exception(told, tmp_path, capfd):
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
   assert told and {status for _, status in told} == {2}
-  assert told[0][0].startswith("the run: no space left to write (")
+  assert told[0][0].startswith(f"{tmp_path}/run: no space left to write (")
   out, err = capfd.readouterr()
   assert "Traceback" not in out + err
 
@@ -49,8 +49,8 @@ def test_orbax_comes_to_its_barrier_with_the_exception(told, tmp_path, capfd):
 @pytest.mark.parametrize(
   ("error", "line", "status"),
   [
-    (OSError(errno.ENOSPC, "No space left on device"), "the run: no space left to write", 2),
-    (KeyError("x"), "a save failed: KeyError: 'x'", 1),
+    (OSError(errno.ENOSPC, "No space left on device"), "runs/a: no space left to write", 2),
+    (KeyError("x"), "runs/a: a save failed: KeyError: 'x'", 1),
   ],
 )
 def test_a_barrier_on_the_way_up_ends_all(told, error, line, status):
@@ -58,10 +58,10 @@ def test_a_barrier_on_the_way_up_ends_all(told, error, line, status):
     try:
       raise error
     finally:
-      background.barrier(key="save", timeout_ms=1)
+      background.barrier("runs/a", key="save", timeout_ms=1)
   assert [(told[0][0][: len(line)], told[0][1])] == [(line, status)]
   told.clear()
-  background.barrier(key="save", timeout_ms=1)
+  background.barrier("runs/a", key="save", timeout_ms=1)
   assert told == []
 
 
@@ -149,6 +149,18 @@ def test_a_save_after_one_that_failed_is_whole(tmp_path, monkeypatch):
   assert checkpoints.latest_step == 3
   checkpoints.close()
   assert Checkpoints(tmp_path / "run")._steps == [1, 3]
+
+
+def test_what_a_failed_save_has_left_is_removed_without_a_word(tmp_path, caplog):
+  left = tmp_path / "run/2.orbax-checkpoint-tmp"
+  left.mkdir(parents=True)
+  checkpoints = Checkpoints(tmp_path / "run")
+  with caplog.at_level("WARNING"):
+    checkpoints.save(2, STATE, {})
+    checkpoints.wait()
+  checkpoints.close()
+  assert not left.exists() and [p.name for p in (tmp_path / "run").iterdir()] == ["2"]
+  assert [record for record in caplog.records if "orbax" in record.pathname] == []
 
 
 def test_a_save_that_orbax_leaves_out_is_an_error(tmp_path, monkeypatch):

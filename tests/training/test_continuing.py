@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from moe_jax import locks
 from moe_jax.analysis.measured import models_of
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError
@@ -252,10 +253,23 @@ def test_a_damaged_checkpoint_that_cannot_be_moved_ends_the_run(dataset, left):
   (left / "damaged").write_text("a file")
   (left / "checkpoints/4/extra/metadata").write_text("{}x")
   with pytest.raises(
-    InputError, match=r"checkpoints/4: is damaged, and cannot be moved to .*damaged; move it away"
+    InputError,
+    match=r"checkpoints/4: is damaged, and cannot be moved to .*damaged which is no folder; move it away",
   ):
     Run(CONFIG, dataset, left).train()
   assert sorted(os.listdir(left / "checkpoints")) == ["2", "4"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "result.json", "metrics.jsonl"])
+def test_a_damaged_file_that_cannot_be_moved_ends_the_run_and_is_not_written_over(name, dataset, left):
+  (left / "damaged").write_text("a file")
+  (left / name).write_text('{"arm\n')
+  before = {path: path.read_bytes() for path in left.rglob("*") if path.is_file() and path.name != locks.LOCK}
+  line = rf"^{left / name}: is damaged, and cannot be moved to .*damaged which is no folder; move it away$"
+  for _ in range(2):
+    with pytest.raises(InputError, match=line):
+      Run(CONFIG, dataset, left).train()
+  assert before == {path: path.read_bytes() for path in before}
 
 
 def test_only_who_moves_damaged_checkpoints_says_that_the_run_begins_anew(left):
@@ -291,7 +305,7 @@ def test_a_save_that_fails_is_noticed_at_the_next_step_which_is_saved(step, data
 
   monkeypatch.setattr(Checkpoints, "_write", full)
   monkeypatch.setattr(Checkpoints, "save", until_failed)
-  line = r"no space left to write .*; make room, and the same command continues from step 3$"
+  line = rf"^arm: {tmp_path}/run: no space left to write .*; make room, and the same command continues from step 3$"
   with pytest.raises(InputError, match=line):
     Run(CONFIG, dataset, tmp_path / "run", Signalled(step), label="arm").train()
   assert steps == [2, 3] and os.listdir(tmp_path / "run/checkpoints") == ["3"]

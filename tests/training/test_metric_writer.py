@@ -81,6 +81,19 @@ def test_torn_last_line_is_skipped_then_removed(tmp_path):
   assert [x["loss"] for x in metric_writer.read_jsonl(path)] == [1.0, 2.0]
 
 
+def test_blank_lines_and_other_line_ends_are_no_damage(tmp_path, capsys):
+  path = tmp_path / "m.jsonl"
+  path.write_bytes(b'{"step": 1}\r\n\r\n \n{"step": 2}\r\n\n')
+  assert [x["step"] for x in metric_writer.read_jsonl(path)] == [1, 2]
+  with metric_writer.JsonlWriter(path, resume_step=2, expected=2) as writer:
+    writer.write(3, {"loss": 1.0})
+  assert [x["step"] for x in metric_writer.read_jsonl(path)] == [1, 2, 3] and capsys.readouterr().err == ""
+  with path.open("a") as file:
+    file.write("\nmine\n")
+  with pytest.raises(InputError, match=r"line 5: not a JSON object"):
+    metric_writer.read_jsonl(path)
+
+
 @pytest.mark.parametrize(
   "line", ["{oops", "[1]", '{"loss": 1}', '"step"', f'{{"step": 1{"0" * 400}}}', '{"step": -1}']
 )

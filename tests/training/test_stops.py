@@ -135,8 +135,8 @@ def test_a_second_signal_ends_at_once(number, monkeypatch):
 
 def test_what_is_one_line_already_stays_it():
   error = RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1073741824 bytes")
-  assert str(stops.in_words(error, "mine")).startswith("mine: out of memory (RESOURCE_EXHAUSTED")
-  assert stops.in_words(InputError(f"a checkpoint cannot be read now: {error}"), "mine") is None
+  assert str(stops.in_words(error, "mine", "runs/a")).startswith("mine: out of memory (RESOURCE_EXHAUSTED")
+  assert stops.in_words(InputError(f"a checkpoint cannot be read now: {error}"), "mine", "runs/a") is None
 
 
 @pytest.fixture

@@ -28,9 +28,8 @@ _BEFORE = (router_trace.FOLDER, "layers.csv", "experts.csv", "replays.csv")
 
 
 def check_folder(folder: pathlib.Path) -> None:
-  """Raises `InputError` unless a folder is new, empty, or written by an examination, which may have been stopped."""
-  if folder.exists() and not folder.is_dir():
-    raise InputError(f"--output_dir={folder}: is a file")
+  """Raises `InputError` unless a folder can be written and is new, empty, or written by an examination, which may have been stopped."""
+  disk.check_folder(folder)
   if not folder.exists() or (folder / ARRAYS).exists():
     return
   header = disk.read_object(folder / router_trace.FOLDER / trace_files.HEADER) or {}
