@@ -85,7 +85,8 @@ def main(argv: list[str]) -> None:
     train=dataclasses.replace(config.train, init_from=str(folder / "start")),
     optimizer=dataclasses.replace(config.optimizer, trained=trained()),
   )
-  source = source_of(loaded.model, loaded.step)
+  drawn = {"seed": config.train.seed} if _RANK.value else {}  # with which adapters begin
+  source = source_of(loaded.model, loaded.step, **drawn)
   if not is_made(folder / "start", source):
     save_model(folder / "start", before, config, loaded.tokenizer, dataset.info.domains, source)
   with TrainingProgress(config.train.num_steps) as progress:

@@ -17,6 +17,7 @@ from moe_jax.data import Dataset
 from moe_jax.errors import InputError
 from moe_jax.inference.evaluate import ALL, Score
 from moe_jax.nn.transformer import Transformer
+from moe_jax.training import identity
 from moe_jax.training.digests import tree_digest
 from moe_jax.training.load import Loaded, check_finished
 from moe_jax.training.results import table_columns, versions
@@ -78,9 +79,14 @@ class Measured:
         `max_vio` is a column of the table.
 
     Raises:
-      InputError: if the folder has a result on other text, of another model, or with other code of a user's method.
+      InputError: if the folder has a result on other text, of another model, or with other code of a user's method. What
+        a result of an older version does not say is not compared.
     """
-    own = {"eval_batches": self.eval_batches, "own_code": own_code(loaded.config)}
+    own = {
+      "eval_batches": self.eval_batches,
+      "own_code": own_code(loaded.config),
+      "made_of": _beside_parameters(loaded),
+    }
     make = lambda: _result(arm, seed, loaded, dataset, *measure()) | own
     path = self.folder.run(arm, seed).relative_to(self.folder.path) / "result"
     found = self.kept(str(path), make)
@@ -93,6 +99,11 @@ class Measured:
       raise InputError(
         f"--output_dir={self.folder.path}: {arm} seed {seed} was measured with other code of "
         f"{'; '.join(map(str, found['own_code']))} (now: {'; '.join(own['own_code'])}); choose another folder"
+      )
+    if changed := _changed(found.get("made_of", own["made_of"]), own["made_of"]):
+      raise InputError(
+        f"--output_dir={self.folder.path}: {arm} seed {seed} is of the same parameters with other settings or states "
+        f"({'; '.join(changed[:3])}); choose another folder"
       )
     self.results.append(found)
     return Numbers({name: Score(*score) for name, score in found["scores"].items()}, found["others"])
@@ -139,3 +150,18 @@ def _result(
 
 def _digest(model: Transformer) -> str:
   return tree_digest(nnx.state(model, nnx.Param))
+
+
+def _beside_parameters(loaded: Loaded) -> dict[str, Any]:
+  """Returns what else decides what a model computes: its configuration, and biases of balancers and other variables."""
+  variables = tree_digest(nnx.state(loaded.model, nnx.Not(nnx.Param)))
+  return {"model": loaded.config.to_dict()["model"], "variables": variables}
+
+
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+  """Returns a text for everything in which two values of `_beside_parameters` differ. A missing field has its default."""
+  of_states = [dict(x, model=None) for x in (old, new)]
+  return [
+    *identity.changes({"model": old["model"]}, {"model": new["model"]}),
+    *identity.differences(*of_states),
+  ]

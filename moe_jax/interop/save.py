@@ -1,10 +1,12 @@
 """Saves a model as a checkpoint in Hugging Face's form, which transformers loads."""
 
+import contextlib
 import json
 import logging
 import os
 import pathlib
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from moe_jax import disk
 from moe_jax.cluster.processes import first_writes, from_first
 from moe_jax.config import ModelConfig
 from moe_jax.data.tokenizers import bytes_file
-from moe_jax.errors import InputError, require_option
+from moe_jax.errors import InputError, of_the_disk, require_option
 from moe_jax.interop.describe import balancers_line, describe
 from moe_jax.interop.families import Family
 from moe_jax.interop.families.rope import yarn_positions
@@ -26,7 +28,7 @@ from moe_jax.interop.names import Piece, Stored, bias_of, stored_parameters
 from moe_jax.interop.place import copy
 from moe_jax.interop.safetensors import Pending, write_file
 from moe_jax.nn.transformer import Transformer
-from moe_jax.training.load import Loaded
+from moe_jax.training.load import CHECKPOINTS, Loaded
 
 SHARD_BYTES = 5_000_000_000
 _FILES = (  # of the tokenizer, and the code that config.json names for transformers; as patterns
@@ -66,21 +68,22 @@ def save(
   Args:
     model: what `moe_jax.load` returned, or a `Transformer`. With the first, tokenizer files are copied, and what only
       transformers reads of config.json stays.
-    folder: is created. It must not hold weights already.
+    folder: is created. It must not hold weights already, nor other files of a model or of a run, which would be taken
+      for this one's. If saving fails, nothing is left in it.
     format: "hf".
     dtype: of the weights, float32 or bfloat16. Default: the type that config.json of a loaded checkpoint names,
       otherwise that of the parameters.
     shard_bytes: the size that a file has at most, unless one tensor is larger.
 
   Raises:
-    InputError: if no published family is this model, or the folder holds weights.
+    InputError: if no published family is this model, the folder holds files of a model or run, or the disk is full.
   """
   require_option("save", "format", format, ("hf",))
   require_option("save", "dtype", dtype, ("", *DTYPES))
   loaded = model if isinstance(model, Loaded) else None
   folder, model = pathlib.Path(folder).expanduser(), model.model if loaded else model
-  if from_first(any((folder / name).exists() for name in (SINGLE, INDEX))):
-    raise InputError(f"save: {folder} already holds weights; choose another folder")
+  if taken := from_first(_taken(folder)):
+    raise InputError(f"save: {folder} already holds {taken}; choose another folder")
   before = _values_before(loaded)
   weights = model.embedding_VD.get_value()
   family, values = describe(model.config, weights.shape[0], before.get("model_type", ""))
@@ -97,12 +100,39 @@ def save(
       for tensor in tensors.values():  # its parts go to process 0, in the order in which that writes them
         tensor.make()
       return
-    folder.mkdir(parents=True, exist_ok=True)
-    _copy_files(loaded, folder)
-    _write(folder, tensors, shard_bytes)
-    disk.write_text(folder / CONFIG, json.dumps(values, indent=2) + "\n")
+    with _filled(folder) as new:
+      _copy_files(loaded, new)
+      _write(new, tensors, shard_bytes)
+      disk.write_text(new / CONFIG, json.dumps(values, indent=2) + "\n")
     if line := balancers_line(model.config, family, values):
       logging.getLogger(__name__).warning(line)
+
+
+def _taken(folder: pathlib.Path) -> str:
+  """Returns what the folder has of a model or a run, in words; empty if a model may be written there."""
+  if any(folder.glob("*.safetensors")) or (folder / INDEX).exists():
+    return "weights"
+  found = (path.name for name in (CONFIG, CHECKPOINTS, *_FILES) for path in sorted(folder.glob(name)))
+  return next(found, "")
+
+
+@contextlib.contextmanager
+def _filled(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A new folder in `folder` to fill, whose files get their place in `folder` when all are whole: weights first.
+
+  So a kill leaves nothing in `folder` that another call would take for its own.
+  """
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=disk.WRITING, dir=folder) as new:
+      yield pathlib.Path(new)
+      files = sorted(pathlib.Path(new).iterdir(), key=lambda path: path.suffix != ".safetensors")
+      for path in files:
+        path.rename(folder / path.name)
+  except OSError as error:
+    if line := of_the_disk(error, str(folder), "begins it anew"):
+      raise line from error
+    raise
 
 
 def _values_before(loaded: Loaded | None) -> dict[str, Any]:
@@ -178,5 +208,5 @@ def _copy_files(loaded: Loaded | None, folder: pathlib.Path) -> None:
   if loaded.tokenizer and loaded.tokenizer.fingerprint == "bytes":
     disk.write_whole(folder / "tokenizer.json", bytes_file())
   for file in (file for pattern in _FILES for file in sorted(loaded.folder.glob(pattern))):
-    if file.is_file() and not (folder / file.name).exists():
+    if file.is_file():
       disk.write_whole(folder / file.name, file.read_bytes())

@@ -77,8 +77,11 @@ def _differences(found: Mapping[str, Any], source: Mapping[str, Any]) -> list[st
 
 
 def _read(folder: pathlib.Path) -> tuple[bool, dict[str, Any] | None]:
-  """Returns whether there is a whole model, and what it was made of."""
-  return disk.read_object(folder / CONFIG_FILE) is not None, disk.read_object(folder / MADE_OF)
+  """Returns whether there is a whole model, and what it was made of. One that does not say its seed has that of its configuration."""
+  config, found = disk.read_object(folder / CONFIG_FILE), disk.read_object(folder / MADE_OF)
+  if config and found:
+    found = {"seed": config.get("train", {}).get("seed")} | found
+  return config is not None, found
 
 
 @contextlib.contextmanager

@@ -83,6 +83,8 @@ def test_a_published_model_is_tuned_with_its_template_and_arms_are_paired(folder
   teacher = moe_jax.load(folder / "seed_0").model
   made = source_of(teacher, 0, student_experts=4, calibration=16)
   save_model(tmp_path / "distilled" / "start", teacher, CONFIG, source=made)
+  published = moe_jax.load(folder / "published")
+  save_model(tmp_path / "drawn" / "start", teacher, CONFIG, source=source_of(published.model, published.step))
   distil = ["experiments/distil.py", f"--model={folder}/seed_0", f"--output_dir={tmp_path}/distilled"]
   swap = tmp_path / "swap.py"  # other models in the same folders
   swap.write_text(SWAP)
@@ -100,6 +102,7 @@ def test_a_published_model_is_tuned_with_its_template_and_arms_are_paired(folder
     [*script, *jsonl, "--adapter_rank=99", wrong],
     [*arms[:2], "--arms=al", wrong],
     [*distil, "--student_experts=4", "--calibration=1"],
+    [*tune, "--seed=7", f"--output_dir={tmp_path}/drawn"],
     [str(swap), str(folder)],
     [*arms, "--seeds=1"],
   )
@@ -120,6 +123,7 @@ def test_a_published_model_is_tuned_with_its_template_and_arms_are_paired(folder
   ]
   messages += ["rank=99: at most", "unknown arm 'al': did you mean all"]
   messages += ["distilled/start: was made of another model (calibration was 16, now 1)"]
+  messages += ["drawn/start: was made of another model (seed was 0, now 7); choose another folder"]
   for ended, message in zip(refused, messages, strict=True):
     assert_one_line(ended, message)
 

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -98,3 +99,30 @@ def test_other_code_of_a_users_method_is_refused(folder, tmp_path):
     InputError, match=r"a seed 0 was measured with other code of mine \[\w+\] \(now: mine \["
   ):
     measured(2)
+
+
+def test_numbers_of_other_settings_or_states_of_the_same_parameters_are_refused(folder, tmp_path):
+  loaded = load_run(folder / "seed_0")
+  text, scores = text_of(loaded), {ALL: Score(1.0, 1, 0)}
+
+  def measured(loaded):
+    return Measured(tmp_path, {})("a", 0, loaded, text, lambda: (loaded.model, scores, {})).scores
+
+  biased = dataclasses.replace(models.SPARSE, balancers=BALANCERS.resolve_all("loss_free_bias:0.001"))
+  biased = models.model(dataclasses.replace(models.CONFIG, moe=biased))
+  moved = nnx.clone(biased)
+  nnx.update(moved, jax.tree.map(lambda x: x + 1, nnx.state(moved, nnx.Not(nnx.Param))))
+  one = loaded._replace(model=biased)
+  assert measured(one) == measured(one) == scores
+  with pytest.raises(InputError, match=r"a seed 0 is of the same parameters with other .*\(variables was '"):
+    measured(one._replace(model=moved))
+  moe = dataclasses.replace(loaded.config.model.moe, num_experts_per_token=1)
+  model = dataclasses.replace(loaded.config.model, moe=moe)
+  more = one._replace(config=dataclasses.replace(loaded.config, model=model))
+  with pytest.raises(InputError, match=r"\(num_experts_per_token was 2, now 1\); choose another"):
+    measured(more)
+
+  path = tmp_path / "arms/a/seed_0/result.json"  # of an older version, which did not keep these
+  old = {name: value for name, value in disk.read_object(path).items() if name not in ("made_of", "digest")}
+  disk.write_json(path, disk.with_digest(old))
+  assert measured(more) == scores

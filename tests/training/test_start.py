@@ -122,6 +122,7 @@ def test_a_model_says_what_it_was_made_of(folder, upcycled, tmp_path):
     ({"step": 1200}, r"was made of another model \(step was 600, now 1200\); choose another folder"),
     (source_of(models.model(), 600), r"\(digest was '\w+', now '\w+'\)"),
     (source | {"share": 0.25}, r"\(share was 0.5, now 0.25\)"),
+    (source | {"seed": 7}, r"\(seed was 0, now 7\)"),  # of its configuration
   ):
     with pytest.raises(InputError, match=match):
       is_made(made, other)
