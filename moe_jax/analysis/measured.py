@@ -17,7 +17,7 @@ from moe_jax.data import Dataset
 from moe_jax.errors import InputError
 from moe_jax.inference.evaluate import ALL, Score
 from moe_jax.nn.transformer import Transformer
-from moe_jax.training import identity
+from moe_jax.training.changes import changes, differences
 from moe_jax.training.digests import tree_digest
 from moe_jax.training.load import Loaded, check_finished
 from moe_jax.training.results import table_columns, versions
@@ -162,6 +162,6 @@ def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
   """Returns a text for everything in which two values of `_beside_parameters` differ. A missing field has its default."""
   of_states = [dict(x, model=None) for x in (old, new)]
   return [
-    *identity.changes({"model": old["model"]}, {"model": new["model"]}),
-    *identity.differences(*of_states),
+    *changes({"model": old["model"]}, {"model": new["model"]}),
+    *differences(*of_states),
   ]
