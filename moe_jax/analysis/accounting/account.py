@@ -48,7 +48,8 @@ class Account:
   vocab_size: int
   sequence_length: int  # L
   parameters: Parameters
-  active: Active
+  active: Active  # with K experts
+  active_at_most: Active  # with the most that routers may choose
   mtp: int  # parameters of modules of multi-token prediction, which nothing else here counts
   routed: tuple[RoutedLayers, ...]
   forward: ModelFlops  # the mean over the tokens of a sequence
@@ -63,6 +64,7 @@ class Account:
     parts = {name: getattr(self, name) for name in ("name", "vocab_size", "sequence_length")}
     parts["parameters"] = {"total": self.parameters.total, **self.parameters._asdict()}
     parts["active"] = self.active._asdict()
+    parts["active_at_most"] = self.active_at_most._asdict()
     parts["mtp"] = self.mtp
     parts["routed"] = [
       row._asdict() | {"sparsity": row.sparsity, "combinations": row.combinations} for row in self.routed
@@ -121,6 +123,7 @@ def account(
     sequence_length=sequence_length,
     parameters=counted.parameters,
     active=counted.active,
+    active_at_most=counted.active_at_most,
     mtp=count_modules(built),
     routed=_routed(config),
     forward=forward,
