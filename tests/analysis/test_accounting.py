@@ -17,9 +17,11 @@ from moe_jax.analysis.positions import token_products
 from moe_jax.config import BlockConfig, ModelConfig, MoEConfig, OptimizerConfig, Segment
 from moe_jax.errors import InputError
 from moe_jax.ops.quantisation import quantise
+from moe_jax.training.compiled import resolve_config
 from moe_jax.training.optim import make_optimizer
 from moe_jax.training.results import count_params
 from scripts import models_table
+from tests import tiny
 from tests.scripts import assert_one_line, run_scripts
 
 V = 40
@@ -98,7 +100,8 @@ def test_all_experts_of_soft_moe_are_active():
 
 
 @pytest.mark.parametrize(
-  ("router", "balancers", "most"), [("remoe", "remoe_loss", 8), ("expert_threshold:most=5", "expert_threshold", 5)]
+  ("router", "balancers", "most"),
+  [("remoe", "remoe_loss", 8), ("expert_threshold:most=5", "expert_threshold", 5)],
 )
 def test_active_are_k_experts_and_at_most_those_that_a_router_may_choose(router, balancers, most):
   """The latter are those of a result."""
@@ -263,6 +266,23 @@ def test_the_config_json_of_a_checkpoint_is_enough(tmp_path):
   assert found == dataclasses.replace(moe_jax.account("mixtral_8x7b"), name=str(tmp_path))
   with pytest.raises(InputError, match=r"nowhere/here: no such folder"):
     moe_jax.account("nowhere/here")
+
+
+def test_the_config_json_of_a_run_is_enough(tmp_path):
+  """The objective of this one has an id of its own, a mask."""
+  config = tiny.change(tiny.CONFIG, objective="masked_lm")
+  values = config.to_dict() | {"vocab_size": tiny.VOCAB, "domains": ["a"], "fingerprint": "f", "own_code": []}
+  (tmp_path / "config.json").write_text(json.dumps(values))
+  found = moe_jax.account(str(tmp_path))
+  expected = moe_jax.account(resolve_config(config), tiny.VOCAB + 1)
+  assert found == dataclasses.replace(expected, name=str(tmp_path))
+  (tmp_path / "config.json").write_text(json.dumps({"a": 1}))
+  with pytest.raises(InputError, match=r"neither of a published checkpoint .* nor of a run .* arms/ARM"):
+    moe_jax.account(str(tmp_path))
+  broken = values | {"model": values["model"] | {"mixer": "mine"}}
+  (tmp_path / "config.json").write_text(json.dumps(broken))
+  with pytest.raises(InputError, match=r"unknown mixer 'mine'.*--plugins=FILE"):
+    moe_jax.account(str(tmp_path))
 
 
 def test_wrong_input_is_one_line():

@@ -88,7 +88,7 @@ def account(
   """Counts parameters, operations and bytes. Nothing is allocated, so any size takes a moment.
 
   Args:
-    model: the name of a preset, the folder of a published checkpoint, of which only config.json is read, a
+    model: the name of a preset, the folder of a published checkpoint or of a run, of which only config.json is read, a
       configuration, or a model, which may be abstract.
     vocab_size: V; 0: that of the preset, the folder or the model. A configuration has none.
     sequence_length: L, the length at which operations and caches are counted.
