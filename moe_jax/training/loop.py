@@ -1,6 +1,7 @@
 """Training with all its side effects: data, checkpoints, metrics, progress. The steps stay pure."""
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 import time
@@ -37,7 +38,7 @@ class Run:
   """One training run in one folder. `Run(...).train()` starts or continues it and gives its result.
 
   Args:
-    config: checked here, and its names resolved, before anything is compiled.
+    config: checked here, and its names resolved, before anything is compiled. The run's own says `dataset.info.name`.
     dataset: what to train and evaluate on.
     folder: gets config.json, metrics.jsonl, result.json, checkpoints/, tensorboard/, router_logits/ if asked for, and
       tokenizer.json if the data set trained one.
@@ -67,7 +68,8 @@ class Run:
     self.folder = pathlib.Path(folder)
     self.progress = progress
     self.mesh = sharding.make_mesh(config.check().mesh)
-    self.config = check_run(config, self.mesh)
+    data = dataclasses.replace(config.data, dataset=dataset.info.name)  # it may be one of the caller's
+    self.config = check_run(dataclasses.replace(config, data=data), self.mesh)
     self.share = processes.batch_share(sharding.batch_sharding(self.mesh), config.data.batch_size)
     self.tail = TailMeans(config)
     self.seconds, self.timed_steps, self.compile_seconds = 0.0, 0, 0.0
