@@ -13,7 +13,7 @@ from moe_jax.errors import InputError
 from moe_jax.fingerprint import place
 from moe_jax.nn.build import different_blocks, routed_part
 from moe_jax.nn.causality import SMALL, SMALL_EXPERTS, influence
-from moe_jax.nn.leaks import leak
+from moe_jax.nn.leaks import deciding_method, leak
 from moe_jax.registry import Method
 
 SEEN = 1e-3  # smaller changes of logits are rounding
@@ -31,18 +31,12 @@ def check_own_parts(config: ModelConfig) -> None:
   """
   for block in different_blocks(config) if config.causal else ():
     if block.mixer.source:
-      _check(
-        {"mixer": block.mixer},
-        _with_mixer(config, block.mixer),
-        "a mixer may only read what is before a token",
-      )
+      _check({"mixer": block.mixer}, _with_mixer(config, block.mixer))
     own = _own(block)
     if own and not leak(block):
-      _check(
-        own,
-        _with_ffn(config, block),
-        'mend it, or set leaks = "always" in its class and say --accept_leaks=NAME',
-      )
+      flag, text = deciding_method(block)
+      may = f', or set leaks = "always" in its class and say --accept_leaks={text.partition(":")[0]}'
+      _check(own, _with_ffn(config, block), may if flag in own else "")
 
 
 def _own(block: BlockConfig) -> dict[str, Method]:
@@ -70,7 +64,7 @@ def _with_ffn(config: ModelConfig, block: BlockConfig) -> ModelConfig:
   return ModelConfig(ffn=block.ffn, moe=moe, activation=config.activation, **SMALL)
 
 
-def _check(own: Mapping[str, Method], small: ModelConfig, advice: str) -> None:
+def _check(own: Mapping[str, Method], small: ModelConfig, may: str = "") -> None:
   names = ", ".join(f"--{flag}={method}" for flag, method in own.items())
   places = ", ".join(place(method.factory) for method in own.values())
   change, failed = _measured(small)
@@ -81,7 +75,7 @@ def _check(own: Mapping[str, Method], small: ModelConfig, advice: str) -> None:
   if change > SEEN:
     raise InputError(
       f"{names} ({places}): its output for a token depends on later tokens (measured on a small model: they change logits "
-      f"by {change:.2g}), which a causal model must not see, and it does not declare it; {advice}, or train another "
+      f"by {change:.2g}), which a causal model must not see, and it does not declare it; mend it{may}, or train another "
       "objective with --objective=masked_lm"
     )
 

@@ -73,7 +73,10 @@ def check(**fields):
   ("fields", "part"),
   [
     ({"router": Peeking}, r"--router=Peeking \(.*test_own_parts.py:\d+\)"),
-    ({"router": Peeking, "accept_leaks": "softmax_topk"}, "--router=Peeking"),
+    (
+      {"router": Peeking, "accept_leaks": "softmax_topk"},
+      "(?=.*say --accept_leaks=Peeking).*--router=Peeking",
+    ),
     ({"experts": Centred}, "--experts=Centred"),
     ({"mixer": lambda dim, rngs: Mean(dim, whole=True, rngs=rngs)}, "--mixer=<lambda>"),
   ],
