@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
   # Imported here, so that --help and wrong flags answer at once.
   from moe_jax.adapt.table import write_table
   from moe_jax.comparison.comparison import Comparison
-  from moe_jax.data import load_dataset
+  from moe_jax.data.loading import text_of_run
   from moe_jax.training.load import load_run
   from moe_jax.training.made import is_made, source_of
   from moe_jax.training.start import save_model
@@ -97,7 +97,8 @@ def main(argv: list[str]) -> None:
   comparison = Comparison(arms, config=config, output_dir=folder / "students", **comparison_flags.arguments())
   results = comparison.run()
   train = dataclasses.replace(teacher.config.train, eval_batches=config.train.eval_batches)
-  whole = validate(teacher.model, dataclasses.replace(teacher.config, train=train), load_dataset(data))
+  dataset = text_of_run(teacher.folder, data, None)
+  whole = validate(teacher.model, dataclasses.replace(teacher.config, train=train), dataset)
   rows = kept(results, whole["nll"])
   comparison.report(
     [with_kept(*pair) for pair in zip(results, rows, strict=True)],

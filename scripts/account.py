@@ -4,6 +4,7 @@
   python scripts/account.py --model=qwen3_30b_a3b --against=mixtral_8x7b
   python scripts/account.py --model=mixtral_8x7b --sequence_length=32768 --json
   python scripts/account.py --model=~/models/Qwen3-30B-A3B     # the folder of a checkpoint: reads its config.json
+  python scripts/account.py --model=runs/one/arms/none/seed_0  # that of a run
 
 `docs/models.md` has the table of all published models and explains the rows.
 """
@@ -16,7 +17,9 @@ from moe_jax import cli
 from moe_jax.models import PRESETS
 
 _MODEL = flags.DEFINE_string(
-  "model", "default", f"the folder of a published checkpoint, or one of {', '.join(sorted(PRESETS))}"
+  "model",
+  "default",
+  f"the folder of a run or of a published checkpoint, or one of {', '.join(sorted(PRESETS))}",
 )
 _AGAINST = flags.DEFINE_string("against", None, "a second model, for a column beside the first and the ratio")
 _VOCAB = flags.DEFINE_integer("vocab_size", 0, "V; 0: that of the model")

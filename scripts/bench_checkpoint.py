@@ -29,6 +29,7 @@ _SPARE = flags.DEFINE_integer(
   "spare_cores", 0, "cores that steps leave to the save; 0: both use all", lower_bound=0
 )
 cli.define_flags(leave_out=("num_steps", "tensorboard", "checkpoint_every"))
+flags.adopt_module_key_flags(cli)  # shown by --help
 
 
 def compute_on_fewer_cores(spare: int) -> None:

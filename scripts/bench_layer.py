@@ -5,6 +5,7 @@ r"""Compares the time of an MoE layer, forward and backward, with that of a dens
   python scripts/bench_layer.py --dispatchers=sorted,einsum:64,einsum:256 --capacity_factor=1.0 --json
   python scripts/bench_layer.py --balancing=all     # each method's layer against the one with plain top-k
   python scripts/bench_layer.py --routers=all
+  python scripts/bench_layer.py --routers=my_router --plugins=my_router.py
 
 The script times value_and_grad with respect to the input and all weights, including the router: router matmul,
 softmax, top-k, dispatch, experts, combine. The dense FFN is a SwiGLU of hidden width K*F. Dense and MoE steps
@@ -48,7 +49,9 @@ _EXPERT_DIM = flags.DEFINE_integer("expert_dim", 512, "F", lower_bound=1)
 _EXPERTS = flags.DEFINE_integer("num_experts", 16, "E", lower_bound=1)
 _K = flags.DEFINE_integer("num_experts_per_token", 2, "K", lower_bound=1)
 _CAPACITY = flags.DEFINE_float("capacity_factor", 1.25, "slots per expert / (T*K/E); dropless ignores it")
-_ROUTER = flags.DEFINE_string("router", "softmax_topk", "name of the router")
+_ROUTER = flags.DEFINE_string(
+  "router", "softmax_topk", "the choice from random logits; routers with parameters: --routers"
+)
 _DISPATCHERS = flags.DEFINE_list(
   "dispatchers",
   ["sorted", "buffers", "einsum:64", "einsum", "dropless"],
@@ -61,6 +64,7 @@ _BALANCING = flags.DEFINE_string(
   "balancing", "", "all, or arms as in experiments/load_balancing.py --methods"
 )
 _ROUTERS = flags.DEFINE_string("routers", "", "all, or arms as in experiments/routers.py --routers")
+flags.DEFINE_list("plugins", [], "Python files or modules that register methods of your own")
 _JSON = flags.DEFINE_bool("json", False, "print one JSON object instead of the table")
 
 

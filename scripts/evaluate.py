@@ -15,6 +15,7 @@ from moe_jax.inference import flags as model_flags
 _JSON = flags.DEFINE_string("json", "", "file to write the scores to, too")
 model_flags.define_flags()
 model_flags.define_data_flags(batch_size=16, eval_batches=0)
+flags.adopt_module_key_flags(model_flags)  # shown by --help
 
 
 def main(argv: list[str]) -> None:

@@ -28,6 +28,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "of what is drawn")
 _STOP = flags.DEFINE_list("stop_ids", None, "token ids that end a text; default: those of the model")
 _BEGIN = flags.DEFINE_bool("begin", True, "put the token that begins a document before a prompt")
 model_flags.define_flags()
+flags.adopt_module_key_flags(model_flags)  # shown by --help
 
 
 def prompts() -> list[str]:

@@ -75,4 +75,5 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
   cli.define_flags()
+  flags.adopt_module_key_flags(cli)  # shown by --help
   cli.run(main)

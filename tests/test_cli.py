@@ -246,6 +246,28 @@ def test_every_flag_has_a_help_and_its_default():
     assert "(default: '128')" in ended.stdout
 
 
+# Scripts that take no name of a method and load no model.
+WITHOUT_PLUGINS = {
+  *(
+    "bench_decoding",
+    "bench_loading",
+    "check_attention",
+    "coefficients",
+    "exchange_overlap",
+    "instructions",
+    "join",
+  ),
+  *("models_table", "pareto", "render_tables", "soak", "soak_cluster", "soak_hosts", "soak_start"),
+}
+
+
+def test_every_script_that_takes_methods_shows_plugins():
+  names = sorted({path.stem for path in (ROOT / "scripts").glob("*.py")} - WITHOUT_PLUGINS)
+  ended = run_scripts(*([f"scripts/{name}.py", "--helpshort"] for name in names))
+  shown = {name: "--plugins: Python files" in of.stdout for name, of in zip(names, ended, strict=True)}
+  assert all(shown.values()), shown
+
+
 def test_every_field_is_a_flag_or_said_to_be_none():
   no_flags = {"moe", "causal", "dense_ffn", "segments"}  # a part; the objective's; what only Python can say
   fields = [f for part in cli._PARTS.values() for f in dataclasses.fields(part)]

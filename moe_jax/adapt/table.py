@@ -9,15 +9,18 @@ from typing import Any
 
 from moe_jax import disk
 from moe_jax.data import Batch, Dataset, load_dataset
+from moe_jax.data.loading import text_of_run
 from moe_jax.errors import unknown_name
 
 
 def text_of(loaded: Any, text_folder: str = "") -> Dataset:
   """Returns the text that a loaded model was trained on, or that of a folder, with the tokenizer of the model."""
   data = loaded.config.data
-  if text_folder:
-    data = dataclasses.replace(data, dataset="text_folder", text_folder=text_folder)
-  return load_dataset(data, loaded.tokenizer)
+  if not text_folder:
+    return text_of_run(loaded.folder, data, loaded.tokenizer)
+  return load_dataset(
+    dataclasses.replace(data, dataset="text_folder", text_folder=text_folder), loaded.tokenizer
+  )
 
 
 def calibration_batches(dataset: Dataset, number: int, domain: str = "") -> list[Batch]:

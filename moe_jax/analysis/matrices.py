@@ -48,15 +48,16 @@ def of_model(config: ModelConfig, sequence_length: int) -> list[tuple[Matrices, 
 def of_block(block: Block, sequence_length: int) -> Matrices:
   """Counts one block, whose parameters may be abstract."""
   sizes = dict.fromkeys(("router", "experts", "shared_experts", "dense"), 0)
-  num_experts = 0
+  num_experts, of_router = 0, []
   for path, shape, axes, _ in _parameters(block.ffn):
     if axes[:1] == ("expert",) and len(axes) == 3:
       sizes["experts"] += math.prod(shape)
       num_experts = shape[0]
     elif "router" in path or "router" in axes:
-      sizes["router"] += math.prod(shape) if axes[:1] == ("embed",) else 0  # others are tables, not products
+      of_router.append((shape, axes))
     elif len(axes) == 2 and "expert" not in axes:
       sizes["shared_experts" if "shared" in path else "dense"] += math.prod(shape)
+  sizes["router"] = _multiplied(of_router)
   for number, rows, columns in quantised_matrices(block.ffn):
     sizes["experts"] += number * rows * columns
     num_experts = number
@@ -68,6 +69,19 @@ def of_block(block: Block, sequence_length: int) -> Matrices:
     positions=token_products(block.mixer, sequence_length),
     positions_decoding=token_products(block.mixer, sequence_length, decoding=True),
   )
+
+
+def _multiplied(parameters: list[tuple[tuple[int, ...], tuple]]) -> int:
+  """Returns the elements of the matrices among (shape, logical axes) that a token or its products are multiplied by.
+
+  The rows of such a matrix are the token, or what another of them makes. The rows of a table are looked up instead.
+  """
+  matrices = [(math.prod(shape), axes) for shape, axes in parameters if len(axes) > 1]
+  made, before = {"embed"}, set()
+  while made != before:
+    before = made
+    made = made.union(*(axes[1:] for _, axes in matrices if axes[0] in made))
+  return sum(size for size, axes in matrices if axes[0] in made)
 
 
 def quantised_matrices(module: nnx.Module) -> list[tuple[int, int, int]]:

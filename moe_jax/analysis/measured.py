@@ -137,7 +137,7 @@ def _result(
     "fingerprint": dataset.info.fingerprint,
     "domains": list(dataset.info.domains),
     "num_params": counted.parameters.total,
-    "num_active_params": counted.active.all,
+    "num_active_params": counted.active_at_most.all,
     "init_from": {"folder": str(loaded.folder), "digest": _digest(loaded.model)},
     "columns": table_columns(),
     "validation": validation,

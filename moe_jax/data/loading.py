@@ -1,8 +1,10 @@
 """`load_dataset` opens the `Dataset` that a `DataConfig` describes."""
 
 import functools
+import pathlib
 from collections.abc import Callable
 
+from moe_jax import disk
 from moe_jax.config import DataConfig
 from moe_jax.data.bpe import BpeCache
 from moe_jax.data.cache import cache_dir, data_dir
@@ -33,6 +35,31 @@ def load_dataset(config: DataConfig, tokenizer: Tokenizer | None = None) -> Data
   from moe_jax.data.tfds_text import load_tfds
 
   return load_tfds(config, config.data_dir or str(data_dir(config)), tuple(_BUILT_IN), tokenizer)
+
+
+def text_of_run(folder: pathlib.Path, config: DataConfig, tokenizer: Tokenizer | None) -> Dataset:
+  """Returns the data set that the configuration of a run names. One line says if the run was on other text.
+
+  Args:
+    folder: of the run. A published checkpoint and a run of an earlier version do not say what their text was.
+    config, tokenizer: as in `load_dataset`.
+
+  Raises:
+    InputError: if the data set cannot be opened, such as one of a user's that the run got from Python.
+  """
+  say = "say which text to read with --dataset or --text_folder"
+  was = (disk.read_object(folder / "config.json") or {}).get("fingerprint")
+  try:
+    dataset = load_dataset(config, tokenizer)
+  except InputError as error:
+    raise (InputError(f"{error}; {folder} is a run on it: {say}") if was else error) from None
+  now = dataset.info.fingerprint
+  if was and was != now:
+    disk.note(
+      f"{folder}: was on other text than {dataset.info.name}, which is read now (fingerprint {str(was)[:12]}, now "
+      f"{now[:12]}): a data set of one's own, another Python version or changed files; {say}"
+    )
+  return dataset
 
 
 def _load_stdlib(config: DataConfig, tokenizer: Tokenizer | None) -> Dataset:

@@ -49,6 +49,7 @@ def open_dataset(loaded: "Loaded") -> "Dataset":
   """
   from moe_jax.config.fields import positive
   from moe_jax.data import load_dataset
+  from moe_jax.data.loading import text_of_run
   from moe_jax.data.tokenizers import missing_tokenizer
 
   values, own = flags.FLAGS, loaded.config.data
@@ -61,7 +62,10 @@ def open_dataset(loaded: "Loaded") -> "Dataset":
     raise InputError(f"--model={missing_tokenizer(loaded.folder)}")
   # A tokenizer that was trained on this very data set comes with it, and has the tokens cached.
   is_own = own.bpe_size and (data.dataset, data.text_folder) == (own.dataset, own.text_folder)
-  return load_dataset(data, None if is_own else loaded.tokenizer)
+  tokenizer = None if is_own else loaded.tokenizer
+  if values["dataset"].value or values["text_folder"].value:
+    return load_dataset(data, tokenizer)
+  return text_of_run(loaded.folder, data, tokenizer)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """Parameters with logical axes, and the variable type of balancer state."""
 
+import contextlib
 import contextvars
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import jax
@@ -20,12 +21,19 @@ def abstract(make: Callable[[], T]) -> T:
   Tracing what draws values would take most of the time, so `matrix` draws none.
   """
   found: list[T] = []
+  with zero_matrices():
+    jax.eval_shape(lambda: found.append(make()))
+  return found[0]
+
+
+@contextlib.contextmanager
+def zero_matrices() -> Iterator[None]:
+  """Lets `matrix` draw nothing: what it makes is zero."""
   token = _without_values.set(True)
   try:
-    jax.eval_shape(lambda: found.append(make()))
+    yield
   finally:
     _without_values.reset(token)
-  return found[0]
 
 
 def weight(param: nnx.Param, dtype: jnp.dtype = jnp.float32) -> jax.Array:

@@ -25,6 +25,7 @@ from moe_jax.registry import Method
 from moe_jax.training.hooks import HOOKS, Hook
 from moe_jax.training.objectives import OBJECTIVES, Objective
 from moe_jax.training.optim import OPTIMIZERS, learning_rate_schedule, make_optimizer
+from moe_jax.training.own_parts import check_own_parts
 from moe_jax.training.selection import select_trained
 from moe_jax.training.step import EvalSums, Options, Step, TrainState, init_state, make_eval_step, make_step
 
@@ -73,7 +74,8 @@ def check_run(config: Config, mesh: jax.sharding.Mesh) -> Config:
   """Returns the resolved configuration of a run on `mesh`.
 
   Raises:
-    InputError: if `resolve_config` raises one, if a causal model would look at later tokens, if `trained` matches no
+    InputError: if `resolve_config` raises one, if a causal model would look at later tokens (a user's parts are measured
+      on a small model), if `trained` matches no
       parameter, or if groups or the mesh do not divide the batch or the model.
   """
   config = resolve_config(config)
@@ -82,6 +84,7 @@ def check_run(config: Config, mesh: jax.sharding.Mesh) -> Config:
   length = config.data.sequence_length
   micro = config.data.batch_size // config.train.accumulation
   check_causal(config.model)
+  check_own_parts(config.model)
   routed = [routed_part(block) for block in different_blocks(config.model)]
   if config.train.record_router_logits and not any(routed):
     raise InputError(

@@ -1,6 +1,7 @@
 """Training with all its side effects: data, checkpoints, metrics, progress. The steps stay pure."""
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 import time
@@ -30,14 +31,14 @@ from moe_jax.training.result_file import RESULT_FILE, is_result, write_result
 from moe_jax.training.results import TailMeans, result_of, scalars, validation_summary
 from moe_jax.training.router_trace import FOLDER, TraceWriter
 from moe_jax.training.step import EvalSums, TrainState
-from moe_jax.training.stops import Stops, in_words, not_finite
+from moe_jax.training.stops import Stops, in_words, not_finite, numbers_of_step
 
 
 class Run:
   """One training run in one folder. `Run(...).train()` starts or continues it and gives its result.
 
   Args:
-    config: checked here, and its names resolved, before anything is compiled.
+    config: checked here, and its names resolved, before anything is compiled. The run's own says `dataset.info.name`.
     dataset: what to train and evaluate on.
     folder: gets config.json, metrics.jsonl, result.json, checkpoints/, tensorboard/, router_logits/ if asked for, and
       tokenizer.json if the data set trained one.
@@ -67,7 +68,8 @@ class Run:
     self.folder = pathlib.Path(folder)
     self.progress = progress
     self.mesh = sharding.make_mesh(config.check().mesh)
-    self.config = check_run(config, self.mesh)
+    data = dataclasses.replace(config.data, dataset=dataset.info.name)  # it may be one of the caller's
+    self.config = check_run(dataclasses.replace(config, data=data), self.mesh)
     self.share = processes.batch_share(sharding.batch_sharding(self.mesh), config.data.batch_size)
     self.tail = TailMeans(config)
     self.seconds, self.timed_steps, self.compile_seconds = 0.0, 0, 0.0
@@ -242,18 +244,19 @@ class Run:
     values = jax.device_get(pending)
     for offset, metrics in enumerate(values):
       at = step - len(values) + 1 + offset
-      self._check_finite(at, {"loss": metrics["loss"], "gradient norm": metrics["grad_norm"]})
+      self._check_finite(at, numbers_of_step(metrics))
       self.tail.add(at, metrics)
     return values[-1]
 
   def _check_finite(self, step: int, numbers: dict[str, float]) -> None:
-    if all(np.isfinite(value) for value in numbers.values()):
+    wrong = {name: value for name, value in numbers.items() if not np.isfinite(value)}
+    if not wrong:
       return
     self.checkpoints.wait()
     kept = "there is no earlier checkpoint"
     if self.checkpoints.latest_step is not None:
       kept = f"the checkpoint of step {self.checkpoints.latest_step} in {self.checkpoints.folder} is good"
-    words = " and ".join(f"{name} {value:g}" for name, value in numbers.items())
+    words = " and ".join(f"{name} {value:g}" for name, value in wrong.items())
     raise not_finite(self.show, step, words, kept, self.config.optimizer.learning_rate)
 
   def _log(self, step: int, values: dict[str, np.ndarray], writer: MetricWriter) -> None:

@@ -8,14 +8,17 @@ be corrected becomes one line.
 import os
 import signal
 import time
+from collections.abc import Mapping
 from typing import Any, Self
 
 import jax
+import numpy as np
 
 from moe_jax.cluster import abort, processes
 from moe_jax.cluster.agree import Agreement
 from moe_jax.cluster.signals import Listener
 from moe_jax.errors import STOPPED_STATUS, InputError, NonFiniteLoss, of_the_disk
+from moe_jax.ops.metrics import is_taken
 
 FIRST_SAVE = 30.0  # seconds until the first checkpoint that is due by time
 _started = time.monotonic()  # of the process, from which --max_minutes counts
@@ -91,6 +94,15 @@ class Stops(Listener):
   def saved(self) -> None:
     """Notes that a checkpoint was saved."""
     self._saved, self._wait = time.monotonic(), self._interval
+
+
+def numbers_of_step(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
+  """Returns the numbers of a step that must be finite, by what they are called: losses and the gradient."""
+  # Their sum has all of them, and is only named where it overflows.
+  balancing = {f"balancing loss {name}": np.sum(x) for name, x in metrics.items() if not is_taken(name)}
+  parts = {"loss": metrics["loss"], "gradient norm": metrics["grad_norm"], **balancing}
+  whole = {"total loss": metrics["total_loss"]} if all(map(np.isfinite, parts.values())) else {}
+  return parts | whole
 
 
 def not_finite(show: str, step: int, what: str, good: str, learning_rate: float) -> NonFiniteLoss:

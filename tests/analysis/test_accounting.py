@@ -12,12 +12,16 @@ from flax import nnx
 
 import moe_jax
 from moe_jax.analysis.accounting.storage import QUANTISED, matrix_bytes
+from moe_jax.analysis.accounting.text import text
 from moe_jax.analysis.positions import token_products
 from moe_jax.config import BlockConfig, ModelConfig, MoEConfig, OptimizerConfig, Segment
 from moe_jax.errors import InputError
 from moe_jax.ops.quantisation import quantise
+from moe_jax.training.compiled import resolve_config
 from moe_jax.training.optim import make_optimizer
+from moe_jax.training.results import count_params
 from scripts import models_table
+from tests import tiny
 from tests.scripts import assert_one_line, run_scripts
 
 V = 40
@@ -93,6 +97,43 @@ def test_all_experts_of_soft_moe_are_active():
   soft = dataclasses.replace(MODEL, ffn="soft_moe", moe=dataclasses.replace(moe, accept_leaks="soft_moe"))
   found = moe_jax.account(soft, V)
   assert found.active.all == found.parameters.total and found.routed == ()
+
+
+@pytest.mark.parametrize(
+  ("router", "balancers", "most"),
+  [("remoe", "remoe_loss", 8), ("expert_threshold:most=5", "expert_threshold", 5)],
+)
+def test_active_are_k_experts_and_at_most_those_that_a_router_may_choose(router, balancers, most):
+  """The latter are those of a result."""
+  moe = dataclasses.replace(MODEL.moe, router=router, balancers=balancers)
+  config = dataclasses.replace(MODEL, moe=moe)
+  found, experts = moe_jax.account(config, V), 2 * 8 * 3 * 16 * 10
+  assert found.parameters.total - found.active.all == experts * 5 // 8
+  assert found.parameters.total - found.active_at_most.all == experts * (8 - most) // 8
+  assert count_params(built(config))[1] == found.active_at_most.all - found.parameters.expert_bias
+  line = f"active at most, with embedding and head  {found.active_at_most.all:,}"
+  assert " ".join(line.split()) in " ".join(text(found).split())
+  plain = moe_jax.account(MODEL, V)
+  assert plain.active_at_most == plain.active and "at most" not in text(plain)
+
+
+class TwoLayers(nnx.Module):
+  """A feed-forward part of two layers with experts."""
+
+  def __init__(self, dim, *, rngs):
+    make = lambda e, k: moe_jax.MoE(dim, num_experts=e, num_experts_per_token=k, expert_dim=10, rngs=rngs)
+    self.first, self.second = make(8, 3), make(4, 1)
+
+  def __call__(self, x_BLD, context):
+    raise NotImplementedError
+
+
+def test_a_block_may_have_two_layers_with_experts():
+  blocks = BlockConfig(ffn="mlp"), BlockConfig(ffn=TwoLayers)
+  plain = {"num_layers": 3, "num_dense_first": 0, "moe_every": 1}
+  found = moe_jax.account(dataclasses.replace(MODEL, segments=(Segment(blocks, 2),), **plain), V)
+  assert found.parameters.experts == 2 * (8 + 4) * 3 * 16 * 10
+  assert found.parameters.total - found.active.all == 2 * (5 + 3) * 3 * 16 * 10
 
 
 def test_a_model_and_its_configuration_have_one_account():
@@ -225,6 +266,23 @@ def test_the_config_json_of_a_checkpoint_is_enough(tmp_path):
   assert found == dataclasses.replace(moe_jax.account("mixtral_8x7b"), name=str(tmp_path))
   with pytest.raises(InputError, match=r"nowhere/here: no such folder"):
     moe_jax.account("nowhere/here")
+
+
+def test_the_config_json_of_a_run_is_enough(tmp_path):
+  """The objective of this one has an id of its own, a mask."""
+  config = tiny.change(tiny.CONFIG, objective="masked_lm")
+  values = config.to_dict() | {"vocab_size": tiny.VOCAB, "domains": ["a"], "fingerprint": "f", "own_code": []}
+  (tmp_path / "config.json").write_text(json.dumps(values))
+  found = moe_jax.account(str(tmp_path))
+  expected = moe_jax.account(resolve_config(config), tiny.VOCAB + 1)
+  assert found == dataclasses.replace(expected, name=str(tmp_path))
+  (tmp_path / "config.json").write_text(json.dumps({"a": 1}))
+  with pytest.raises(InputError, match=r"neither of a published checkpoint .* nor of a run .* arms/ARM"):
+    moe_jax.account(str(tmp_path))
+  broken = values | {"model": values["model"] | {"mixer": "mine"}}
+  (tmp_path / "config.json").write_text(json.dumps(broken))
+  with pytest.raises(InputError, match=r"unknown mixer 'mine'.*--plugins=FILE"):
+    moe_jax.account(str(tmp_path))
 
 
 def test_wrong_input_is_one_line():

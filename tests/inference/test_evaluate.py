@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from moe_jax.adapt.table import text_of
 from moe_jax.config import DataConfig
 from moe_jax.data import load_dataset
+from moe_jax.data.dataset import dataset_of_texts
 from moe_jax.errors import InputError
 from moe_jax.inference.evaluate import bytes_of_rows, evaluate
 from moe_jax.inference.flags import mesh_config
@@ -146,3 +148,32 @@ def test_the_scripts(run, folder, tmp_path):
   )
   for ended, message in zip(wrong, messages, strict=True):
     assert_one_line(ended, message)
+
+
+def test_a_run_on_text_of_ones_own_says_so_and_is_not_measured_on_another(run, tmp_path):
+  texts = {"train": [("abab" * 40, 0)] * 12, "validation": [("baba" * 40, 0)] * 4}
+  config = run[0].config
+  own = dataset_of_texts(config.data, "mine", texts, ("letters",), ("dataset", "mine"))
+  result = Run(config, own, tmp_path).train()
+  assert (result["dataset"], result["config"]["data"]["dataset"]) == ("mine", "mine")
+  loaded = Run.load(tmp_path)
+  with pytest.raises(InputError, match=rf"unknown dataset 'mine'.*{tmp_path.name} is a run on it: say which"):
+    text_of(loaded)
+
+
+def test_a_run_whose_text_has_changed_is_measured_with_one_line(run, folder, tmp_path, capsys):
+  """As of a data set of one's own in a run of before, which said the name in the configuration."""
+  loaded = Run.load(run[0].folder)
+  assert text_of(loaded).info == run[0].dataset.info and capsys.readouterr().err == ""
+  was = json.loads((run[0].folder / "config.json").read_text())
+  (tmp_path / "config.json").write_text(json.dumps(was | {"fingerprint": "f" * 64}))
+  text_of(loaded._replace(folder=tmp_path))
+  (line,) = capsys.readouterr().err.splitlines()
+  now = run[0].dataset.info.fingerprint[:12]
+  assert line.startswith(
+    f"note: {tmp_path}: was on other text than text_folder, which is read now (fingerprint ffffffffffff, now {now})"
+  )
+  text_of(loaded._replace(folder=tmp_path), str(folder))  # asked for
+  (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
+  text_of(loaded._replace(folder=tmp_path))
+  assert capsys.readouterr().err == ""

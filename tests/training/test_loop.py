@@ -14,6 +14,7 @@ from moe_jax import disk
 from moe_jax.config import MeshConfig
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError
+from moe_jax.ops.balancing import Balancer
 from moe_jax.sharding import make_mesh
 from moe_jax.training import continuing, loop
 from moe_jax.training.checkpoint import Checkpoints
@@ -156,6 +157,19 @@ def test_a_gradient_that_is_not_finite_stops_a_run_whose_loss_is(dataset, tmp_pa
   ):
     Run(config, dataset, tmp_path).train()
   assert not list(tmp_path.glob("checkpoints/*/")) and not (tmp_path / "result.json").exists()
+
+
+def of_nan():
+  return Balancer(losses=lambda state, routing, stats: {"term": jnp.float32(jnp.nan)})
+
+
+def test_a_balancing_loss_that_is_not_finite_stops_a_run_whose_loss_and_gradient_are(dataset, tmp_path):
+  """It is constant, so no other number shows it."""
+  config = tiny.change(CONFIG, balancers=of_nan, num_layers=1)
+  wanted = r"the run has balancing loss of_nan nan at step 1; there is no earlier checkpoint"
+  with pytest.raises(InputError, match=wanted):
+    Run(config, dataset, tmp_path).train()
+  assert not (tmp_path / "result.json").exists()
 
 
 class Clock:

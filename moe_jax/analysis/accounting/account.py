@@ -48,7 +48,8 @@ class Account:
   vocab_size: int
   sequence_length: int  # L
   parameters: Parameters
-  active: Active
+  active: Active  # with K experts
+  active_at_most: Active  # with the most that routers may choose
   mtp: int  # parameters of modules of multi-token prediction, which nothing else here counts
   routed: tuple[RoutedLayers, ...]
   forward: ModelFlops  # the mean over the tokens of a sequence
@@ -63,6 +64,7 @@ class Account:
     parts = {name: getattr(self, name) for name in ("name", "vocab_size", "sequence_length")}
     parts["parameters"] = {"total": self.parameters.total, **self.parameters._asdict()}
     parts["active"] = self.active._asdict()
+    parts["active_at_most"] = self.active_at_most._asdict()
     parts["mtp"] = self.mtp
     parts["routed"] = [
       row._asdict() | {"sparsity": row.sparsity, "combinations": row.combinations} for row in self.routed
@@ -86,7 +88,7 @@ def account(
   """Counts parameters, operations and bytes. Nothing is allocated, so any size takes a moment.
 
   Args:
-    model: the name of a preset, the folder of a published checkpoint, of which only config.json is read, a
+    model: the name of a preset, the folder of a published checkpoint or of a run, of which only config.json is read, a
       configuration, or a model, which may be abstract.
     vocab_size: V; 0: that of the preset, the folder or the model. A configuration has none.
     sequence_length: L, the length at which operations and caches are counted.
@@ -121,6 +123,7 @@ def account(
     sequence_length=sequence_length,
     parameters=counted.parameters,
     active=counted.active,
+    active_at_most=counted.active_at_most,
     mtp=count_modules(built),
     routed=_routed(config),
     forward=forward,

@@ -49,19 +49,31 @@ class Active(NamedTuple):
 
 
 class Counted(NamedTuple):
-  """Parameters of a model or a part of it, and of these the ones that a token uses."""
+  """Parameters of a model or a part of it, and of these the ones that a token uses.
+
+  A router may decide how many experts a token gets. K of them count as `used`, which many such routers aim at on average,
+  and the most that it may choose as `used_at_most`.
+  """
 
   parameters: Parameters = Parameters()
   used: Parameters = Parameters()
+  used_at_most: Parameters = Parameters()
 
   def __add__(self, other: tuple) -> "Counted":
     return Counted(*(a + b for a, b in zip(self, other, strict=True)))
 
   @property
   def active(self) -> Active:
-    used = self.used
-    looked_up = used.embedding if used.head else 0
-    return Active(used.total, used.total - looked_up, used.total - used.embedding - used.head)
+    return _active(self.used)
+
+  @property
+  def active_at_most(self) -> Active:
+    return _active(self.used_at_most)
+
+
+def _active(used: Parameters) -> Active:
+  looked_up = used.embedding if used.head else 0
+  return Active(used.total, used.total - looked_up, used.total - used.embedding - used.head)
 
 
 def count(model: Transformer) -> Counted:
@@ -71,7 +83,7 @@ def count(model: Transformer) -> Counted:
   for path, size, axes in parameters_of(model):
     if path[0] not in ("segments", MODULES):
       own = Parameters(**{kinds.get(path[0]) or _kind(path, axes): size})
-      found += Counted(own, own)
+      found += Counted(own, own, own)
   for segment in model.segments:
     for block in segment.pattern.blocks:
       found += count_block(block, segment.repeats)
@@ -94,12 +106,21 @@ def count_block(block: nnx.Module, repeats: int) -> Counted:
   layers = [module for _, module in nnx.iter_modules(block) if isinstance(module, MoE)]
   sizes["expert_bias"] = repeats * sum(map(_bias_size, layers))
   every = Parameters(**sizes)
-  used = every
   # Every slot of Soft MoE mixes all tokens, and every token all slots.
-  if layers and not any(isinstance(module, SoftMoE) for _, module in nnx.iter_modules(block)):
-    (layer,) = layers
-    used = every._replace(experts=every.experts * layer.num_experts_per_token // layer.num_experts)
-  return Counted(every, used)
+  if any(isinstance(module, SoftMoE) for _, module in nnx.iter_modules(block)):
+    return Counted(every, every, every)
+  without = lambda k_of: every._replace(
+    experts=every.experts - sum(_unused(layer, k_of(layer)) for layer in layers)
+  )
+  usual = without(lambda layer: layer.num_experts_per_token)
+  return Counted(every, usual, without(lambda layer: layer.router.most or layer.num_experts_per_token))
+
+
+def _unused(layer: MoE, k: int) -> int:
+  """Returns the parameters of the routed experts of a layer that a token with `k` of them does not use."""
+  size = sum(size for path, size, axes in parameters_of(layer.experts) if _kind(path, axes) == "experts")
+  size += sum(n * rows * columns for n, rows, columns in quantised_matrices(layer.experts))
+  return size - size * k // layer.num_experts
 
 
 def parameters_of(module: nnx.Module) -> Iterator[tuple[tuple, int, tuple[str, ...]]]:

@@ -41,6 +41,8 @@ def _rows(accounts: tuple[Account, ...]) -> Iterator[tuple[str, list, object]]:
   yield "active, with embedding and head", of(lambda a: a.active.all), count
   yield "active, with head", of(lambda a: a.active.head), count
   yield "active, without both", of(lambda a: a.active.none), count
+  if any(a.active_at_most != a.active for a in accounts):
+    yield "active at most, with embedding and head", of(lambda a: a.active_at_most.all), count
   yield "layers with experts", of(lambda a: sum(row.layers for row in a.routed)), count
   if all(a.routed for a in accounts):
     first = lambda get: of(lambda a: get(a.routed[0]))

@@ -1,0 +1,95 @@
+"""Before a run starts: does a part of a user's look at later tokens without saying so? Measured on a small model."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import jax
+
+from moe_jax import sharding
+from moe_jax.config import BlockConfig, ModelConfig
+from moe_jax.disk import note
+from moe_jax.errors import InputError
+from moe_jax.fingerprint import place
+from moe_jax.nn.build import different_blocks, routed_part
+from moe_jax.nn.causality import SMALL, SMALL_EXPERTS, influence
+from moe_jax.nn.leaks import deciding_method, leak
+from moe_jax.registry import Method
+
+SEEN = 1e-3  # smaller changes of logits are rounding
+_ROUTED = ("router", "experts", "shared_experts")
+
+
+def check_own_parts(config: ModelConfig) -> None:
+  """Raises `InputError` if a part of a user's shows a token what comes after it in a causal model, and declares nothing.
+
+  Each is measured in a model of one block, with parts of this package around it. Where such a model fails, one line says
+  that the part was not checked.
+
+  Args:
+    config: resolved.
+  """
+  for block in different_blocks(config) if config.causal else ():
+    if block.mixer.source:
+      _check({"mixer": block.mixer}, _with_mixer(config, block.mixer))
+    own = _own(block)
+    if own and not leak(block):
+      flag, text = deciding_method(block)
+      may = f', or set leaks = "always" in its class and say --accept_leaks={text.partition(":")[0]}'
+      _check(own, _with_ffn(config, block), may if flag in own else "")
+
+
+def _own(block: BlockConfig) -> dict[str, Method]:
+  """Returns the parts of a user's in the feed-forward part of a block, by flag."""
+  parts = {"ffn": block.ffn}
+  if routed_part(block) is not None:
+    parts |= {name: getattr(block.moe, name) for name in _ROUTED}
+  return {name: method for name, method in parts.items() if method.source}
+
+
+def _with_mixer(config: ModelConfig, mixer: Method) -> ModelConfig:
+  """A small model with the mixer, whose heads share keys and values as in `config`, and without experts."""
+  kv = min(config.num_kv_heads, 2)
+  heads = config.num_heads // config.num_kv_heads * kv
+  sizes = SMALL | {"num_heads": heads, "num_kv_heads": kv, "model_dim": heads * SMALL["head_dim"]}
+  return ModelConfig(mixer=mixer, ffn="mlp", qk_norm=config.qk_norm, **sizes)
+
+
+def _with_ffn(config: ModelConfig, block: BlockConfig) -> ModelConfig:
+  """A small model with the feed-forward part. Its experts drop assignments if they may."""
+  layer = routed_part(block)
+  dispatcher = "sorted" if layer is not None and not layer.dispatcher.never_drops else "dropless"
+  width = {"shared_expert_dim": min(block.moe.shared_expert_dim, 8)}
+  moe = dataclasses.replace(block.moe, dispatcher=dispatcher, group_size=0, **SMALL_EXPERTS, **width)
+  return ModelConfig(ffn=block.ffn, moe=moe, activation=config.activation, **SMALL)
+
+
+def _check(own: Mapping[str, Method], small: ModelConfig, may: str = "") -> None:
+  names = ", ".join(f"--{flag}={method}" for flag, method in own.items())
+  places = ", ".join(place(method.factory) for method in own.values())
+  change, failed = _measured(small)
+  if failed:
+    _say(
+      f"{names} ({places}): whether it looks at later tokens is not checked: a small model with it fails ({failed})"
+    )
+  if change > SEEN:
+    raise InputError(
+      f"{names} ({places}): its output for a token depends on later tokens (measured on a small model: they change logits "
+      f"by {change:.2g}), which a causal model must not see, and it does not declare it; mend it{may}, or train another "
+      "objective with --objective=masked_lm"
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _measured(config: ModelConfig) -> tuple[float, str]:
+  """Returns the influence of later tokens, and, if it cannot be measured, 0 and the error. On a CPU, without a mesh."""
+  cpu = jax.local_devices(backend="cpu")[0]
+  mesh = jax.sharding.Mesh([[[[[cpu]]]]], sharding.MESH_AXES)
+  try:
+    with jax.set_mesh(mesh), jax.default_device(cpu):
+      return influence(config), ""
+  except Exception as error:  # of a user's code: any
+    return 0.0, " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+_say = functools.cache(note)  # once, though every arm and seed asks

@@ -1,0 +1,108 @@
+"""Parts of a user's that look at later tokens and do not say so are refused before anything is trained."""
+
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import moe_jax
+from moe_jax import sharding
+from moe_jax.errors import InputError
+from moe_jax.training.compiled import check_run
+from tests import tiny
+
+CONFIG = tiny.change(tiny.CONFIG, balancers="none", jitter=0.0)
+
+
+class Own(moe_jax.Router):
+  def __init__(self, dim, num_experts, num_experts_per_token, *, rngs):
+    self.k = num_experts_per_token
+    self.w_DE = moe_jax.matrix(rngs, (dim, num_experts), ("embed", "router"))
+
+  def __call__(self, x_GTD, context):
+    return moe_jax.top_k(moe_jax.project(x_GTD, self.w_DE[...]), self.k, context)
+
+
+class Peeking(Own):
+  """Meant to read the token before."""
+
+  def __call__(self, x_GTD, context):
+    return super().__call__(jnp.roll(x_GTD, -1, axis=1), context)
+
+
+class Declared(Peeking):
+  leaks = "always"
+
+
+class Centred(moe_jax.ExpertNetwork):
+  """Subtracts the mean over all rows, which are those of other tokens, too."""
+
+  def __init__(self, num_experts, dim, expert_dim, *, rngs):
+    self.w_EDD = moe_jax.matrix(rngs, (num_experts, dim, dim), ("expert", "embed", "mlp"))
+
+  def __call__(self, rows, product):
+    return product(rows, self.w_EDD[...]) - jnp.mean(product(rows, self.w_EDD[...]), axis=-2, keepdims=True)
+
+
+class Mean(nnx.Module):
+  """A mixer: the mean of all tokens, or of those up to each."""
+
+  def __init__(self, dim, *, whole: bool = False, rngs):
+    self.w_DD = moe_jax.matrix(rngs, (dim, dim), ("embed", "mlp"))
+    self.whole = whole
+
+  def __call__(self, x_BLD, context):
+    sum_BLD = jnp.cumsum(x_BLD, axis=1)
+    mean = sum_BLD[:, -1:] if self.whole else sum_BLD / (1 + jnp.arange(x_BLD.shape[1]))[None, :, None]
+    return jnp.broadcast_to(mean, x_BLD.shape) @ self.w_DD[...], None
+
+
+class Fails(Own):
+  """Cannot be in a model as small as the one that it is measured on."""
+
+  def __call__(self, x_GTD, context):
+    if x_GTD.shape[-1] == 16 and x_GTD.shape[1] == 16:
+      raise ValueError("too\nsmall")
+    return super().__call__(x_GTD, context)
+
+
+def check(**fields):
+  return check_run(tiny.change(CONFIG, **fields), sharding.make_mesh(CONFIG.mesh))
+
+
+@pytest.mark.parametrize(
+  ("fields", "part"),
+  [
+    ({"router": Peeking}, r"--router=Peeking \(.*test_own_parts.py:\d+\)"),
+    (
+      {"router": Peeking, "accept_leaks": "softmax_topk"},
+      "(?=.*say --accept_leaks=Peeking).*--router=Peeking",
+    ),
+    ({"experts": Centred}, "--experts=Centred"),
+    ({"mixer": lambda dim, rngs: Mean(dim, whole=True, rngs=rngs)}, "--mixer=<lambda>"),
+  ],
+  ids=["router", "accepted", "experts", "mixer"],
+)
+def test_a_part_that_looks_at_later_tokens_is_refused(fields, part):
+  with pytest.raises(InputError, match=rf"{part}.*: its output for a token depends on later tokens"):
+    check(**fields)
+  check(**fields, objective="masked_lm")
+
+
+@pytest.mark.parametrize("dispatcher", ["sorted", "dropless"])
+def test_a_part_that_does_not_is_trained(dispatcher, capsys):
+  check(router=Own, mixer=Mean, dispatcher=dispatcher, balancers="loss_free_bias:0.01", jitter=0.1)
+  assert capsys.readouterr().err == ""
+
+
+def test_a_part_that_declares_it_is_not_measured():
+  with pytest.raises(InputError, match="say --accept_leaks=Declared"):
+    check(router=Declared)
+
+
+def test_a_part_that_cannot_be_measured_is_said_to_be_unchecked_once(capsys):
+  for _ in range(2):
+    check(router=Fails)
+  (line,) = capsys.readouterr().err.splitlines()
+  assert (
+    line.startswith("note: --router=Fails") and "is not checked" in line and "ValueError: too small" in line
+  )
