@@ -2,10 +2,13 @@
 
 import pytest
 
+from moe_jax.errors import InputError
 from moe_jax.interop.describe import describe
 from moe_jax.interop.families import FAMILIES, Values
+from moe_jax.interop.families.fields import layers_of
 from moe_jax.models import PRESETS, VOCAB_SIZES
 from moe_jax.nn.build import resolve
+from tests.interop.test_families import CASES
 
 QWEN2 = {"rms_norm_eps": 1e-6, "rope_theta": 1e6, "qkv_bias": True, "norm_topk_prob": False}
 QWEN2 |= {"vocab_size": 151_936, "router_aux_loss_coef": 0.001}
@@ -174,3 +177,39 @@ def test_the_first_release_of_minimax_names_its_fields_differently():
   old["attn_type_list"] = [0] * 7 + [1]
   read = FAMILIES["minimax"].read
   assert read(Values("config.json", values | old)) == read(Values("config.json", values | new))
+
+
+# of a config class of transformers, see tests/parity/test_config_defaults.py
+THETAS = {"mixtral": 1e6, "gpt_oss": 150_000.0, "minimax": 1e6}
+LARGER_EPS = ("mixtral", "olmoe", "gpt_oss", "minimax")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_has_its_own_theta_and_epsilon(name):
+  values = {key: value for key, value in CASES[name][0].items() if key != "rope_theta"}
+  config = FAMILIES[name].read(Values("config.json", values))
+  assert config.rope_theta == THETAS.get(name, 10_000.0)
+  assert config.norm_eps == (1e-5 if name in LARGER_EPS else 1e-6)
+  with pytest.raises(InputError, match=r"^config\.json: rms_norm_eps is missing$"):
+    FAMILIES[name].read(Values("config.json", values | {"rms_norm_eps": None}))
+
+
+def test_gpt_oss_has_yarn_and_a_window_unless_told():
+  """Files of `moe_jax.save` before this was so said nothing of positions that are not scaled."""
+  values = {key: x for key, x in CASES["gpt_oss"][0].items() if key not in ("rope_scaling", "sliding_window")}
+  mixers = lambda **more: [
+    str(block.mixer) for block in layers_of(FAMILIES["gpt_oss"].read(Values("config.json", values | more)))
+  ]
+  window, full = mixers()
+  assert "window=128" in window and "window" not in full
+  assert all("yarn_factor=32.0:yarn_length=4096" in mixer for mixer in (window, full))
+  assert mixers(rope_scaling=None) == [window, full]
+  plain = mixers(rope_scaling={"rope_type": "default"})
+  assert not any("yarn" in mixer for mixer in plain)
+  assert mixers(swiglu_alpha=1.702) == plain
+  # Its attention does not multiply scores by m(mscale_all_dim)^2, only cosines and sines by a quotient.
+  both = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 8} | dict.fromkeys(
+    ("mscale", "mscale_all_dim"), 0.7
+  )
+  assert mixers(rope_scaling=both)[0].endswith(":yarn_mscale=0.0:yarn_mscale_all_dim=0.0")
+  assert not any("window=128" in mixer for mixer in mixers(sliding_window=None))

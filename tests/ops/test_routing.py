@@ -3,9 +3,10 @@
 import jax
 import numpy as np
 
-from moe_jax.ops.routing import selected_experts, to_batch
+from moe_jax.ops.routing import make_choice, selected_experts, to_batch
 from moe_jax.ops.routing.common import in_groups
 from moe_jax.types import RouterContext
+from tests.ops.choosing import route
 from tests.ops.router_laws import MASK_T, choice_of, entries_of, key_of, logits_of, route_row
 from tests.ops.router_row import T
 from tests.ops.router_rows import ROWS
@@ -19,6 +20,16 @@ def test_selected_experts_are_the_valid_entries_and_carry_no_gradient():
     want_TE[e.token, e.expert] += e.valid
   assert 0 < want_TE.sum() < 2 * MASK_T.sum()  # some second choices are not sent
   np.testing.assert_array_equal(jax.jit(selected_experts)(routing), want_TE)
+
+
+def test_llama4_takes_the_largest_logits_also_where_sigmoids_are_equal():
+  """With a bias the sums of such sigmoids are equal, and the lower index is taken."""
+  logits_TE, choice = np.float32([[30, 18, 40, 25, -3, 50]]), make_choice("llama4_topk", 6, 3)
+  assignment = route(choice, logits_TE).assignment
+  np.testing.assert_array_equal(assignment.expert_A, [5, 2, 0])
+  np.testing.assert_allclose(assignment.weight_A, 1, rtol=1e-6)
+  biased = route(choice, logits_TE, bias_E=np.zeros(6, np.float32)).assignment
+  np.testing.assert_array_equal(biased.expert_A, [0, 1, 2])
 
 
 def test_to_batch_regroups_tokens_in_order():

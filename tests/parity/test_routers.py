@@ -123,6 +123,19 @@ def test_the_same_experts_and_weights(name):
     assert (chosen(theirs(case, bias_E=0 * BIAS_E)[2]) != chosen(their[1])).any()
 
 
+@pytest.mark.parametrize("size", [1, 30])
+def test_the_router_of_llama4(size):
+  """It chooses by logits, which differ where sigmoids are all 1."""
+  config = oracles.transformers.Llama4TextConfig(hidden_size=D, num_local_experts=E, num_experts_per_tok=K)
+  router = oracles.modeling("llama4").Llama4Router(config)
+  oracles.load(router, weight=size * W_ED)
+  weight_TE, logits_TE = oracles.call(router, X_TD)
+  assert ((weight_TE == 1).sum(axis=1) >= K).any() == (size > 1)
+  expert_TK = np.argsort(-logits_TE, axis=1)[:, :K]
+  their = np.take_along_axis(weight_TE, expert_TK, axis=1), expert_TK
+  assert_equal(ours(make_choice("llama4_topk", E, K), logits_TE), their)
+
+
 def test_the_router_of_gemma4():
   scale_D, scale_E = (np.random.default_rng(n).uniform(0.5, 3, n).astype(np.float32) for n in (D, E + 1))
   scale_E = scale_E[:E]

@@ -55,6 +55,13 @@ class Values:
       raise InputError(f"{self.where}: {name} is missing")
     return value
 
+  def assuming(self, **values: Any) -> "Values":
+    """Returns these values with others where there are none: what the config class of the family has in transformers.
+
+    Only for values that no name or shape of a tensor reveals. A null stays: it says that there is nothing.
+    """
+    return Values(self.where, values | dict(self.values))
+
   def first_of(self, *names: str) -> Any:
     """Returns the value of the first of `names` that is there: versions of transformers name some fields differently."""
     return self(next((name for name in names if self.values.get(name) is not None), names[0]))
@@ -71,7 +78,8 @@ class Values:
     """rope_parameters of transformers 5, or what stood for them before: rope_theta and rope_scaling."""
     scaling = dict(self("rope_parameters", self("rope_scaling", {})))
     scaling.setdefault("rope_type", scaling.pop("type", "default"))
-    scaling.setdefault("rope_theta", self("rope_theta", 10_000.0))
+    if scaling.get("rope_theta") is None:
+      scaling["rope_theta"] = self("rope_theta")
     return scaling
 
   @property

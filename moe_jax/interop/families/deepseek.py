@@ -26,8 +26,12 @@ from moe_jax.interop.families.fields import (
 from moe_jax.interop.families.rope import read_rope, write_rope
 from moe_jax.interop.source import Names, source
 
+# Of transformers' classes for V2 and V3, and of the classes that come with DeepSeekMoE-16B and Kimi K2.
+_DEFAULTS = {"rope_theta": 10_000.0, "rms_norm_eps": 1e-6}
+
 
 def read_moe_16b(values: Values) -> ModelConfig:
+  values = values.assuming(**_DEFAULTS)
   values.must_be("attention_bias", False)
   values.must_be("scoring_func", "softmax")
   core = read_core(values) | {"rope_theta": values.rope_theta}
@@ -36,6 +40,7 @@ def read_moe_16b(values: Values) -> ModelConfig:
 
 
 def read_v2(values: Values) -> ModelConfig:
+  values = values.assuming(**_DEFAULTS)
   values.must_be("norm_topk_prob", False)
   values.must_be("scoring_func", "softmax")
   scale = float(values("routed_scaling_factor", 1.0))
@@ -52,6 +57,7 @@ def read_v2(values: Values) -> ModelConfig:
 
 
 def read_v3(values: Values) -> ModelConfig:
+  values = values.assuming(**_DEFAULTS, n_group=8, topk_group=4)
   values.must_be("topk_method", "noaux_tc")
   values.must_be("scoring_func", "sigmoid")
   scale, normalize = float(values("routed_scaling_factor", 2.5)), values("norm_topk_prob", True)
@@ -89,7 +95,7 @@ def _mla(values: Values, interleaved: bool) -> str:
     "value_dim": values("v_head_dim"),
     "interleaved": interleaved,
   }
-  return option("mla", **sizes, **read_rope(values))
+  return option("mla", **sizes, **read_rope(values, scales_scores=True))
 
 
 def _model(values: Values, core: dict[str, Any], mixer: str, router: str, balancers: str) -> ModelConfig:

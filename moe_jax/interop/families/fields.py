@@ -12,7 +12,10 @@ from moe_jax.registry import Method
 
 
 def read_core(values: Values) -> dict[str, Any]:
-  """Returns the fields of a `ModelConfig` that have the same name in every family."""
+  """Returns the fields of a `ModelConfig` that have the same name in every family.
+
+  rope_theta and rms_norm_eps must be there, see `Values.assuming`: every family has its own.
+  """
   values.must_be("hidden_act", "silu")
   heads, dim = values("num_attention_heads"), values("hidden_size")
   return {
@@ -22,7 +25,7 @@ def read_core(values: Values) -> dict[str, Any]:
     "num_kv_heads": values("num_key_value_heads", heads),
     "head_dim": values("head_dim", dim // heads),
     "rope_theta": float(values.rope["rope_theta"]),
-    "norm_eps": values("rms_norm_eps", 1e-6),
+    "norm_eps": values("rms_norm_eps"),
     "tie_embeddings": values("tie_word_embeddings", False),
     "compute_dtype": values.compute_dtype,
   }

@@ -17,16 +17,23 @@ from moe_jax.interop.families.fields import (
 from moe_jax.interop.families.rope import read_rope, write_rope
 from moe_jax.interop.source import Names, source
 
+_YARN = {
+  "rope_type": "yarn",
+  "factor": 32.0,
+  "original_max_position_embeddings": 4096,
+  "truncate": False,
+}
 _WINDOW, _FULL = "sliding_attention", "full_attention"
 
 
 def read(values: Values) -> ModelConfig:
+  values = _positions(values.assuming(rope_theta=150_000.0, rms_norm_eps=1e-5, sliding_window=128))
   core = read_core(values)
   num_layers = core.pop("num_layers")
   num_experts = values("num_local_experts")
   k = values.first_of("num_experts_per_tok", "experts_per_token")
   bias = values("attention_bias", True)
-  mixer = {"qkv_bias": bias, "out_bias": bias, "sinks": True} | read_rope(values)
+  mixer = {"qkv_bias": bias, "out_bias": bias, "sinks": True} | read_rope(values, scales_scores=False)
   of_type = {
     _FULL: BlockConfig(option("attention", **mixer)),
     _WINDOW: BlockConfig(option("attention", window=values("sliding_window", 0), **mixer)),
@@ -54,6 +61,17 @@ def read(values: Values) -> ModelConfig:
   )
 
 
+def _positions(values: Values) -> Values:
+  """With YaRN where nothing is said of positions, as in transformers.
+
+  `moe_jax.save` once wrote nothing where positions are not scaled. These files have `swiglu_alpha`, which no release
+  has, and which transformers writes together with its positions.
+  """
+  if any(values.values.get(name) for name in ("rope_parameters", "rope_scaling", "swiglu_alpha")):
+    return values
+  return Values(values.where, dict(values.values) | {"rope_parameters": None, "rope_scaling": _YARN})
+
+
 def write(config: ModelConfig) -> dict[str, Any]:
   moe = config.moe
   mixers = [options_of(block.mixer, "attention") or {} for block in layers_of(config)]
@@ -63,7 +81,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
   windows = {options["window"] for options in mixers} - {0}
   return (
     write_core(config)
-    | write_rope(mixers[0])
+    | (write_rope(mixers[0]) or {"rope_scaling": {"rope_type": "default"}})
     | {
       "intermediate_size": moe.expert_dim,
       "num_local_experts": moe.num_experts,

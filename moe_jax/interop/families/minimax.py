@@ -21,6 +21,7 @@ _LIGHTNING, _SOFTMAX = "linear_attention", "full_attention"
 
 
 def read(values: Values) -> ModelConfig:
+  values = values.assuming(rope_theta=1e6, rms_norm_eps=1e-5)
   values.must_be("router_jitter_noise", 0.0)
   core = read_core(values) | {"rope_theta": values.rope_theta}
   num_layers, head_dim = core.pop("num_layers"), core["head_dim"]

@@ -16,6 +16,7 @@ from moe_jax.interop.source import Names, source
 
 
 def read(values: Values) -> ModelConfig:
+  values = values.assuming(rope_theta=1e6, rms_norm_eps=1e-5)
   values.must_be("router_jitter_noise", 0.0)  # there it also changes what the experts read
   core = read_core(values)
   num_experts, k = values("num_local_experts"), values("num_experts_per_tok")

@@ -16,6 +16,7 @@ from moe_jax.interop.source import Names
 
 
 def read(values: Values) -> ModelConfig:
+  values = values.assuming(rope_theta=10_000.0, rms_norm_eps=1e-5)
   values.must_be("attention_bias", False)
   values.must_be("norm_topk_prob", False, True)
   core = read_core(values)

@@ -19,6 +19,7 @@ from moe_jax.interop.source import Names, source
 
 
 def read(values: Values) -> ModelConfig:
+  values = values.assuming(rope_theta=10_000.0, rms_norm_eps=1e-6)
   values.must_be("use_sliding_window", False)
   fields = read_core(values) | {"rope_theta": values.rope_theta}
   mixer = option("attention", qkv_bias=values("qkv_bias", True))

@@ -16,6 +16,7 @@ from moe_jax.interop.source import Names
 
 
 def read(values: Values) -> ModelConfig:
+  values = values.assuming(rope_theta=10_000.0, rms_norm_eps=1e-6)
   values.must_be("use_sliding_window", False)
   values.must_be("attention_bias", False)
   fields = read_core(values) | {"rope_theta": values.rope_theta, "qk_norm": True}

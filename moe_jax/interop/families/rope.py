@@ -9,8 +9,13 @@ from moe_jax.interop.families.base import Values
 from moe_jax.interop.families.fields import layers_of
 
 
-def read_rope(values: Values) -> dict[str, Any]:
+def read_rope(values: Values, scales_scores: bool) -> dict[str, Any]:
   """Returns the YaRN options of a mixer. Without scaling there are none.
+
+  Args:
+    values: of a config.json.
+    scales_scores: whether `mscale_all_dim` also scales the scores. In transformers only the MLA of DeepSeek does so;
+      elsewhere it only divides cosines and sines.
 
   Raises:
     InputError: if positions are scaled in another way.
@@ -22,24 +27,37 @@ def read_rope(values: Values) -> dict[str, Any]:
     raise InputError(
       f"{values.where}: rope_type={rope['rope_type']!r} is not supported here, only 'default' or 'yarn'"
     )
-  factor, all_dim = float(rope["factor"]), float(rope.get("mscale_all_dim") or 0)
-  mscale = float(rope["mscale"]) if rope.get("mscale") and all_dim else 1.0  # transformers reads both or none
-  if rope.get("attention_factor") is not None:
-    if all_dim:
-      raise InputError(
-        f"{values.where}: rope has attention_factor and mscale_all_dim, of which only one is supported"
-      )
-    mscale = (rope["attention_factor"] - 1) / (0.1 * math.log(factor))
+  all_dim = float(rope.get("mscale_all_dim") or 0) if scales_scores else 0.0
   length = rope.get("original_max_position_embeddings") or values("max_position_embeddings")
   return {
-    "yarn_factor": factor,
+    "yarn_factor": float(rope["factor"]),
     "yarn_length": length,
     "yarn_beta_fast": float(rope.get("beta_fast") or 32),
     "yarn_beta_slow": float(rope.get("beta_slow") or 1),
     "yarn_truncate": rope.get("truncate", True),
-    "yarn_mscale": mscale,
+    "yarn_mscale": _mscale(values.where, rope, all_dim),
     "yarn_mscale_all_dim": all_dim,
   }
+
+
+def _mscale(where: str, rope: dict[str, Any], all_dim: float) -> float:
+  """The mscale with which m(mscale) / m(all_dim), see `Yarn`, is what transformers multiplies cosines and sines by.
+
+  That is `attention_factor`, or m(mscale) / m(mscale_all_dim) if both are there, or m(1). So with `mscale_all_dim`
+  alone only the scores of DeepSeek are scaled by it.
+  """
+  factor, given = float(rope["factor"]), rope.get("attention_factor")
+  magnitude = lambda scale: 0.1 * scale * math.log(factor) + 1
+  above, below = 1.0, 0.0
+  if rope.get("mscale") and rope.get("mscale_all_dim"):
+    above, below = float(rope["mscale"]), float(rope["mscale_all_dim"])
+  if given is None and (below == all_dim or factor == 1):
+    return above
+  if factor == 1:
+    raise InputError(f"{where}: rope has attention_factor with factor=1, which is not supported here")
+  turned = magnitude(above) / magnitude(below) if given is None else given
+  # With twelve digits it is the same after it was written and read again.
+  return float(f"{(turned * magnitude(all_dim) - 1) / (0.1 * math.log(factor)):.12g}")
 
 
 def write_rope(options: dict[str, Any]) -> dict[str, Any]:

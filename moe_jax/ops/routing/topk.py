@@ -77,11 +77,18 @@ def llama4_topk(num_experts: int, num_experts_per_token: int) -> Choice:
   """Llama 4, as in the released code (transformers, `Llama4TextMoe`): weights multiply what the experts read.
 
   The K largest logits, with weights sigmoid(x). The released models have K = 1 and one shared expert. An expert
-  reads weight * h, and its output is added without a weight. A bias moves the choice by the sigmoids.
+  reads weight * h, and its output is added without a weight. A bias moves the choice by the sigmoids: above 17 these
+  are all 1 in float32, and of equal sums the lower index is taken.
   """
-  return scored_topk("llama4_topk", num_experts_per_token, "sigmoid", normalize=False)._replace(
-    weighs="input"
-  )
+
+  def choose(logits_TE: Array, context: RouterContext) -> Routing:
+    log_scores_TE = jax.nn.log_sigmoid(logits_TE)
+    by_TE = logits_TE if context.bias_E is None else jnp.exp(log_scores_TE)
+    expert_TK = select_top_k(by_TE, context.bias_E, num_experts_per_token)
+    weight_TK = weigh(log_scores_TE, expert_TK, normalize=False, scale=1.0)
+    return Routing(logits_TE, log_scores_TE, context.mask, token_major(expert_TK, weight_TK, context.mask))
+
+  return Choice(choose, weighs="input")
 
 
 def sqrt_softplus_topk(
