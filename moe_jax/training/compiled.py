@@ -25,7 +25,7 @@ from moe_jax.registry import Method
 from moe_jax.training.hooks import HOOKS, Hook
 from moe_jax.training.objectives import OBJECTIVES, Objective
 from moe_jax.training.optim import OPTIMIZERS, learning_rate_schedule, make_optimizer
-from moe_jax.training.own_parts import check_own_parts
+from moe_jax.training.own_leaks import check_own_parts
 from moe_jax.training.selection import select_trained
 from moe_jax.training.step import EvalSums, Options, Step, TrainState, init_state, make_eval_step, make_step
 
