@@ -25,7 +25,7 @@ from moe_jax.registry import Method
 from moe_jax.training.hooks import HOOKS, Hook
 from moe_jax.training.objectives import OBJECTIVES, Objective
 from moe_jax.training.optim import OPTIMIZERS, learning_rate_schedule, make_optimizer
-from moe_jax.training.own_leaks import check_own_parts
+from moe_jax.training.own_leaks import check_own_leaks
 from moe_jax.training.selection import select_trained
 from moe_jax.training.step import EvalSums, Options, Step, TrainState, init_state, make_eval_step, make_step
 
@@ -84,7 +84,7 @@ def check_run(config: Config, mesh: jax.sharding.Mesh) -> Config:
   length = config.data.sequence_length
   micro = config.data.batch_size // config.train.accumulation
   check_causal(config.model)
-  check_own_parts(config.model)
+  check_own_leaks(config.model)
   routed = [routed_part(block) for block in different_blocks(config.model)]
   if config.train.record_router_logits and not any(routed):
     raise InputError(

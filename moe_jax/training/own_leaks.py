@@ -20,7 +20,7 @@ SEEN = 1e-3  # smaller changes of logits are rounding
 _ROUTED = ("router", "experts", "shared_experts")
 
 
-def check_own_parts(config: ModelConfig) -> None:
+def check_own_leaks(config: ModelConfig) -> None:
   """Raises `InputError` if a part of a user's shows a token what comes after it in a causal model, and declares nothing.
 
   Each is measured in a model of one block, with parts of this package around it. Where such a model fails, one line says

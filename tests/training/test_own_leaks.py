@@ -72,7 +72,7 @@ def check(**fields):
 @pytest.mark.parametrize(
   ("fields", "part"),
   [
-    ({"router": Peeking}, r"--router=Peeking \(.*test_own_parts.py:\d+\)"),
+    ({"router": Peeking}, r"--router=Peeking \(.*test_own_leaks.py:\d+\)"),
     (
       {"router": Peeking, "accept_leaks": "softmax_topk"},
       "(?=.*say --accept_leaks=Peeking).*--router=Peeking",
