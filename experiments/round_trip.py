@@ -73,10 +73,12 @@ def main(argv: list[str]) -> None:
 
 def make_trip(folder: pathlib.Path) -> "Trip":
   """Returns what the flags ask for."""
+  from moe_jax.adapt import check_upcycle
   from moe_jax.comparison.arms import with_arm
   from moe_jax.data import load_dataset
   from moe_jax.errors import unknown_name
   from moe_jax.interop.load import load
+  from moe_jax.nn.build import resolve
 
   config, loaded = cli.config_from_flags(), None
   if _MODEL.value:
@@ -88,10 +90,17 @@ def make_trip(folder: pathlib.Path) -> "Trip":
   dataset = load_dataset(config.data, loaded.tokenizer if loaded else None)
   if loaded:
     check_start(loaded, dataset)
+  check_upcycle(resolve(config.model), sparse_layers(config.model))  # before anything is trained
   domain = _DOMAIN.value or dataset.info.domains[0]
   if domain not in dataset.info.domains:
     raise unknown_name("domain", domain, dataset.info.domains)
   return Trip(folder, config, dataset, loaded, domain)
+
+
+def sparse_layers(dense):
+  """Returns the layers with experts that are made of a dense model of this configuration."""
+  spec = {"num_experts_per_token": 2, "expert_dim": dense.dense_dim // 2, "experts": dense.activation}
+  return dataclasses.replace(dense.moe, balancers=flags.FLAGS.balancers, **spec)
 
 
 def check_start(loaded, dataset) -> None:
@@ -158,9 +167,7 @@ class Trip:
     from moe_jax.training.made import source_of
 
     self.folder, self.config, self.dataset, self.domain = folder, config, dataset, domain
-    own = config.model
-    spec = {"num_experts_per_token": 2, "expert_dim": own.dense_dim // 2, "experts": own.activation}
-    self.moe = dataclasses.replace(own.moe, balancers=flags.FLAGS.balancers, **spec)
+    self.moe = sparse_layers(config.model)
     self.loaded, self._made = loaded, {}
     self.dense_steps = loaded.step if loaded else _DENSE_STEPS.value
     names = ("model", "dense_steps", "distil_steps", "calibration", "balancers")

@@ -59,9 +59,11 @@ UPCYCLED = {"upcycled": {}, "upcycled_half_new": {"reinit": 0.5}}
 def main(argv: list[str]) -> None:
   del argv
   # Imported here, so that --help and wrong flags answer at once.
+  from moe_jax.adapt import check_upcycle
   from moe_jax.comparison.arms import with_arm
   from moe_jax.comparison.comparison import Comparison
   from moe_jax.errors import InputError
+  from moe_jax.nn.build import resolve
 
   config = cli.config_from_flags()
   folder = pathlib.Path(_OUTPUT_DIR.value)
@@ -76,6 +78,8 @@ def main(argv: list[str]) -> None:
     "experts": config.model.activation,
     "balancers": flags.FLAGS.balancers,
   }
+  moe = with_arm(config, sparse).model.moe
+  check_upcycle(resolve(with_arm(config, dense).model), moe)  # before the dense models are trained
   before = with_arm(config, {"num_steps": _DENSE_STEPS.value, "eval_every": 0})
   arguments = comparison_flags.arguments()
   dense_comparison = Comparison({"dense": dense}, config=before, output_dir=folder / "dense", **arguments)
@@ -84,7 +88,7 @@ def main(argv: list[str]) -> None:
     if "diverged" in result:
       raise InputError(f"{result['diverged']}. Nothing can be made of such a model")
   dense_folder = folder / "dense" / "arms" / "dense"
-  make_starts(folder, dense_folder, with_arm(config, sparse).model.moe, arguments["seeds"])
+  make_starts(folder, dense_folder, moe, arguments["seeds"])
   start = lambda arm: {"init_from": str(folder / "start" / arm / "seed_{seed}")}
   arms = {
     "continued": dense | {"init_from": str(dense_folder / "seed_{seed}")},

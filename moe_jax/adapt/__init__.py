@@ -11,7 +11,7 @@ from moe_jax.adapt.inputs import expert_inputs
 from moe_jax.adapt.layers import drop_mtp
 from moe_jax.adapt.quantise import dequantise, expert_bytes, quantise
 from moe_jax.adapt.tasks import to_task_level
-from moe_jax.adapt.upcycle import upcycle
+from moe_jax.adapt.upcycle import check_upcycle, upcycle
 from moe_jax.adapt.wrappers import (
   ADAPTABLE,
   add_adapters,
@@ -27,6 +27,7 @@ __all__ = [
   "add_adapters",
   "calibrate",
   "change_moe",
+  "check_upcycle",
   "dequantise",
   "drop_mtp",
   "expert_bytes",

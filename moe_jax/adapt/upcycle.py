@@ -6,13 +6,18 @@ from collections.abc import Iterable
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from moe_jax.adapt.layers import Layer, put_together, take_apart
+from moe_jax.adapt.layers import Layer, put_together, take_apart, with_blocks
 from moe_jax.config import BlockConfig, ModelConfig, MoEConfig
 from moe_jax.errors import InputError
 from moe_jax.nn.build import resolve_moe, routed_layer
 from moe_jax.nn.experts import EXPERTS
 from moe_jax.nn.ffn import FFNS
+from moe_jax.nn.leaks import check_causal
+from moe_jax.nn.parts import made
+from moe_jax.nn.routers import ROUTERS
+from moe_jax.nn.routers.base import Router
 from moe_jax.nn.transformer import Transformer
 from moe_jax.types import RouterContext
 
@@ -63,8 +68,8 @@ def upcycle(
     raise InputError(f"upcycle: noise and router_scale must be 0 or more, got {noise} and {router_scale}")
   parts = take_apart(model)
   config = parts.config
-  moe = _checked(moe, config)
-  sum_of_weights = _sum_of_weights(moe)
+  moe = check_upcycle(config, moe, scale)
+  sum_of_weights = _sum_of_weights(moe) if scale is None else None
   make = functools.partial(
     _upcycled,
     moe=moe,
@@ -82,7 +87,16 @@ def upcycle(
   return put_together(parts._replace(layers=tuple(new)), seed)
 
 
-def _checked(moe: MoEConfig, config: ModelConfig) -> MoEConfig:
+def check_upcycle(config: ModelConfig, moe: MoEConfig, scale: float | None = None) -> MoEConfig:
+  """Returns `moe`, resolved, if `upcycle` makes such layers of a dense model. Needs no model, only its configuration.
+
+  Args:
+    config: of the dense model, resolved.
+    moe, scale: see `upcycle`.
+
+  Raises:
+    InputError: if they do not fit together.
+  """
   moe.check()
   moe = resolve_moe(moe)
   if moe.experts != EXPERTS.resolve(config.activation):
@@ -93,27 +107,39 @@ def _checked(moe: MoEConfig, config: ModelConfig) -> MoEConfig:
     raise InputError(
       f"--num_shared_experts={moe.num_shared_experts}: upcycle makes routed experts only; choose 0"
     )
-  routed_layer(moe)  # whether parts fit together
+  if routed_layer(moe).router.weighs == "input":  # and whether parts fit together
+    raise InputError(
+      f"--router={moe.router}: weighs what experts read, so no scale makes the layer equal; choose another"
+    )
+  if scale is None:
+    _sum_of_weights(moe)
+  sparse = {"ffn": FFNS.resolve("moe"), "moe": moe}
+  blocks = [block for segment in config.blocks for block in segment.pattern * segment.repeats]
+  blocks = [dataclasses.replace(b, **sparse) if b.ffn == config.dense_ffn else b for b in blocks]
+  check_causal(with_blocks(config, blocks))
   return moe
 
 
 def _sum_of_weights(moe: MoEConfig) -> float:
   """The mean sum of a token's combine weights while all logits are equal."""
-  router = routed_layer(moe).router
-  if router.weighs == "input":
-    raise InputError(
-      f"--router={moe.router}: weighs what experts read, so no scale makes the layer equal; choose another"
-    )
+  # With values, unlike that of `routed_layer`: some routers scale weights by a parameter.
+  sizes = {"num_experts": moe.num_experts, "num_experts_per_token": moe.num_experts_per_token}
+  router = made(ROUTERS, moe.router, Router, dim=1, init_scale=1.0, rngs=nnx.Rngs(0), **sizes)
   shape = (1, 4 * moe.num_experts)  # tokens: enough for routers whose experts choose
   index = jnp.zeros(shape, jnp.int32)
   context = RouterContext(jnp.ones(shape, bool), token_id=index, sequence=index, domain=index)
-  routing = router.from_logits(jnp.zeros((*shape, moe.num_experts)), context)
+  routing = router.from_logits(jnp.zeros((*shape, router.num_scored_experts or moe.num_experts)), context)
   if routing is None:
     raise InputError(
       f"--router={moe.router}: does not follow from logits alone; give `scale`, or choose another router"
     )
   assignment = routing.assignment
-  return float(jnp.where(assignment.valid_A, assignment.weight_A, 0).sum()) / shape[1]
+  total = float(jnp.where(assignment.valid_A, assignment.weight_A, 0).sum()) / shape[1]
+  if not total > 0:
+    raise InputError(
+      f"--router={moe.router}: its weights are 0 while all logits are equal; give `scale`, or choose another router"
+    )
+  return total
 
 
 def _chosen(layers: tuple[Layer, ...], wanted: Iterable[int] | None) -> set[int]:
@@ -156,9 +182,12 @@ def _upcycled(
     w_EFD = w_EFD * scale(dense_dim) if name == "w_down_FD" else w_EFD
     w = w_EFD if name == "w_down_FD" else w_EFD.swapaxes(1, 2)
     values[f"ffn.experts.{own}"] = np.ascontiguousarray(w, dense[name].dtype)
-  if hasattr(routed_layer(moe).router, "w_router_DE"):  # other routers begin as they do
+  router = routed_layer(moe).router
+  if hasattr(router, "w_router_DE"):  # other routers begin as they do
     copy_E = np.arange(e) * f // dense_dim if dense_dim % f == 0 else np.arange(e)
     columns = router_std * rng.standard_normal((dim, e)).astype(np.float32)
-    values["ffn.router.w_router_DE"] = columns[:, copy_E]
+    # Those that the router serves itself are copies of nothing.
+    further = router_std * rng.standard_normal((dim, (router.num_scored_experts or e) - e)).astype(np.float32)
+    values["ffn.router.w_router_DE"] = np.concatenate([columns[:, copy_E], further], axis=1)
   block: BlockConfig = dataclasses.replace(layer.block, ffn=FFNS.resolve("moe"), moe=moe)
   return Layer(block, values)

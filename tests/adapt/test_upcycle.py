@@ -7,9 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from moe_jax.adapt import upcycle
+from moe_jax.adapt import check_upcycle, upcycle
 from moe_jax.adapt.layers import take_apart
 from moe_jax.errors import InputError
+from moe_jax.nn.routers import ROUTERS
 from tests.adapt import models
 from tests.adapt.models import SPARSE, hashes, logits
 from tests.scripts import assert_one_line, run_scripts
@@ -111,6 +112,40 @@ def test_what_is_wrong_is_said_in_one_line(dense, fields, options, match):
     upcycle(dense, change(SPARSE, **fields), **options)
 
 
+OF_ONE = ("switch_top1", "base_assignment")  # expert per token
+NEEDS = {"cosine_topk": "normalize=true"}  # no logits of a new one are equal
+REFUSED = {
+  "llama4_topk": "weighs what experts read",
+  "remoe": "its weights are 0 while all logits are equal; give `scale`, or choose another router",
+  "node_limited_topk": "group_top=2 must be between 1 and the 1 experts of a group",
+}
+REFUSED |= dict.fromkeys(
+  ("noisy_topk", "hierarchical_topk", "task_level", "merged_topk"), "does not follow from logits alone"
+)
+LEAKS = ("sequence_level", "topology_aware_topk", "expert_choice", "token_rounding", "base_assignment")
+LEAKS += ("sinkhorn", "quantile_topk")
+REFUSED |= dict.fromkeys(LEAKS, "in a causal model its output depends on later tokens")
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_every_router_makes_an_equal_model_or_is_refused_beforehand(dense, name):
+  """With a router of zeros, whose logits are equal."""
+  router = f"{name}:{NEEDS[name]}" if name in NEEDS else name
+  moe = change(SPARSE, router=router, num_experts_per_token=1 if name in OF_ONE else 2)
+  if name in REFUSED:
+    with pytest.raises(InputError, match=f"^--router={name}: .*{REFUSED[name]}"):
+      check_upcycle(dense.config, moe)
+    return
+  check_upcycle(dense.config, moe)
+  close(logits(upcycle(dense, moe, router_scale=0.0)), logits(dense))
+
+
+def test_a_scale_that_is_given_needs_no_weights(dense):
+  moe = change(SPARSE, router="remoe")
+  assert check_upcycle(dense.config, moe, scale=1.0).router.name == "remoe"
+  assert np.isfinite(logits(upcycle(dense, moe, scale=1.0))).all()
+
+
 def test_a_model_without_dense_layers_is_refused():
   with pytest.raises(InputError, match="no layer with a dense"):
     upcycle(models.model(), SPARSE)
@@ -135,13 +170,25 @@ def test_the_script_keeps_what_it_made_of_the_dense_models(tmp_path):
   run = out / "arms_after" / "arms" / "upcycled" / "seed_1"
   command = ["experiments/upcycle.py", *SIZES, f"--output_dir={out}"]
   diverges = [*command[:-1], f"--output_dir={tmp_path}/other", "--learning_rate=1e30", "--dense_steps=2"]
-  first, longer, lost, again, diverged = run_scripts(
+  refused = [*command[:-1], f"--output_dir={tmp_path}/refused", "--router=remoe"]
+  first, longer, lost, again, diverged, *early = run_scripts(
     [*command, "--dense_steps=2"],
     [*command, "--dense_steps=4"],
     [str(loses), str(run / "metrics.jsonl")],
     [*command, "--dense_steps=2"],
     diverges,
+    refused,
+    [
+      "experiments/round_trip.py",
+      f"--output_dir={tmp_path}/refused",
+      "--preset=tiny",
+      "--dataset=markov",
+      "--router=remoe",
+    ],
   )
+  for script in early:  # before a dense model is trained
+    assert_one_line(script, "--router=remoe: its weights are 0 while all logits are equal")
+  assert not list((tmp_path / "refused").rglob("metrics.jsonl"))
   assert first.status == lost.status == again.status == 0, first.stderr + lost.stderr + again.stderr
   start = out / "start" / "upcycled" / "seed_0"
   assert_one_line(longer, f"{start}: was made of another model (step was 2, now 4); choose another folder")

@@ -11,6 +11,7 @@ import moe_jax
 from moe_jax.errors import InputError
 from moe_jax.interop.families import FAMILIES, Values
 from moe_jax.interop.safetensors import Pending, open_file, write_file
+from moe_jax.models import PRESETS
 from moe_jax.nn.build import resolve
 from tests.interop.helpers import assert_same_model, random_model
 from tests.reference import decoder
@@ -189,6 +190,18 @@ def test_the_module_of_multi_token_prediction(tmp_path):
     InputError, match=r"config.json: has no module of multi-token prediction; use mtp=False"
   ):
     moe_jax.load(tmp_path / "without", mtp=True)
+
+
+def test_the_module_of_a_tied_model_copies_the_embedding(tmp_path):
+  config = dataclasses.replace(PRESETS["deepseek_v3_tiny"].model, tie_embeddings=True)
+  model = random_model(config, V)
+  moe_jax.save(model, tmp_path)
+  tensors = open_file(tmp_path / "model.safetensors")
+  assert "lm_head.weight" not in tensors
+  (head,) = (np.asarray(x) for name, x in tensors.items() if name.endswith("shared_head.head.weight"))
+  np.testing.assert_array_equal(head, tensors["model.embed_tokens.weight"])
+  assert_same_model(moe_jax.load(tmp_path, mtp=True).model, model)
+  assert moe_jax.load(tmp_path).config.model.tie_embeddings
 
 
 def deepseek_checkpoint(folder):

@@ -228,7 +228,8 @@ def _copies(config: ModelConfig) -> dict[str, str]:
   first = len(layers_of(config))
   modules = [f"model.layers.{first + i}" for i in range(config.mtp_depth)]
   embeddings = {f"{module}.embed_tokens.weight": "model.embed_tokens.weight" for module in modules}
-  return embeddings | {f"{module}.shared_head.head.weight": "lm_head.weight" for module in modules}
+  head = "model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"
+  return embeddings | {f"{module}.shared_head.head.weight": head for module in modules}
 
 
 def names_v3(config: ModelConfig, block: BlockConfig) -> Names:
