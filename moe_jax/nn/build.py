@@ -17,6 +17,7 @@ from moe_jax.nn.experts import EXPERTS
 from moe_jax.nn.ffn import FFNS, SHARED_EXPERTS
 from moe_jax.nn.mixers import MIXERS
 from moe_jax.nn.moe import MoE
+from moe_jax.nn.own_parts import check_axes, check_forward, check_router
 from moe_jax.nn.residual import RESIDUALS
 from moe_jax.nn.routers import ROUTERS
 from moe_jax.nn.variables import abstract
@@ -115,9 +116,12 @@ def make_blocks(config: ModelConfig, segment: Segment, rngs: nnx.Rngs) -> list[B
 
 @functools.lru_cache(maxsize=256)
 def _check_block(config: ModelConfig, block: BlockConfig) -> None:
-  """Builds a resolved block without computing anything, so that errors about options are raised now."""
+  """Builds a resolved block without computing anything, so that errors about options and own parts are raised now."""
+  make = lambda: make_blocks(config, Segment((block,)), nnx.Rngs(0))[0]
   try:
-    abstract(lambda: make_blocks(config, Segment((block,)), nnx.Rngs(0)))
+    with _naming_of(block.moe):
+      check_axes(block, abstract(make))
+      check_forward(config, block, make)
   except InputError as error:
     kind = str(error).partition(" ")[0]
     if kind not in _BLOCK_PARTS:
@@ -146,6 +150,8 @@ def abstract_ffn(block: BlockConfig) -> nnx.Module:
         for method in block.moe.balancers:
           if method.source:  # a user's; tests check those of this package
             check_balancer(method.name, method(), layer.num_scored_experts, layer.num_experts_per_token)
+        if block.moe.router.source:
+          check_router(block.moe.router, block.moe.balancers, layer)
     return ffn
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.errors import InputError
-from moe_jax.nn.checks import check_fit, check_flat, check_sizes
+from moe_jax.nn.checks import check_fit, check_flat, check_routing, check_sizes
 from moe_jax.nn.context import DEFAULT, Context
 from moe_jax.nn.experts import EXPERTS, ExpertNetwork, as_experts
 from moe_jax.nn.parts import made
@@ -136,6 +136,8 @@ class MoE(nnx.Module):
         f"router {type(self.router).__name__}: its choices cannot be given; use a top-k router"
       )
     routing = self.router(cut(router_input_BLD), of_groups._replace(layer_input=cut(x_BLD)))
+    name = f"router {type(self.router).__name__}"
+    check_routing(name, self.router, routing, (*of_groups.mask.shape, x_BLD.shape[-1]), self.num_experts)
     served = self._experts(x_BLD, routing, context)
     y_BLD = served.y_BLD
     if self.shared is not None:

@@ -56,6 +56,12 @@ def per_variable(function: Callable[[nnx.Variable], object]) -> Callable[[nnx.St
   return lambda params: jax.tree.map(lambda v: v.replace(function(v)), params, is_leaf=is_variable)
 
 
+def values_of(module: nnx.Module) -> list[tuple[tuple, nnx.Variable, list[jax.Array]]]:
+  """Returns (path, variable, arrays now) of each variable of a module: see `moe_jax.nn.checks.check_kept`."""
+  found = ((path, leaf) for path, leaf in nnx.iter_graph(module) if isinstance(leaf, nnx.Variable))
+  return [(path, leaf, jax.tree.leaves(leaf.get_value())) for path, leaf in found]
+
+
 class BalancerState(nnx.Variable):
   """State of a balancer.
 

@@ -44,6 +44,13 @@ def test_a_right_one_passes():
       "state from int32[8] to (int32[8],); it must keep",
     ),
     ({"init": zeros, "bias": lambda state: jnp.zeros(3)}, "bias has shape [3]; it must be [E] with E = 8"),
+    ({"losses": lambda *_: jnp.zeros(())}, "losses returns a value of type Array; it must return a dict"),
+    ({"losses": lambda *_: {1: jnp.zeros(())}}, "losses returns the keys [1]; it must return a dict"),
+    (
+      {"losses": lambda s, r, t: {"own": r.scores_BLE.mean((0, 1))}},
+      "its loss 'own' is float32[8]; it must be a",
+    ),
+    ({"losses": lambda *_: {"own": jnp.int32(1)}}, "its loss 'own' is int32[]; it must be a scalar"),
     ({"init": zeros, "bias": lambda state: jnp.zeros(())}, "bias has shape []; it must be [E] with E = 8"),
   ],
 )

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.nn.variables import weight
+from moe_jax.nn.checks import check_kept
+from moe_jax.nn.variables import values_of, weight
 from moe_jax.ops.experts import Experts, Product
 from moe_jax.registry import Spec, inner_spec
 from moe_jax.types import Array
@@ -17,7 +18,8 @@ class ExpertNetwork(nnx.Module):
 
   Every parameter names its logical axes, of which the first is "expert". The layer, dispatchers, sharding and
   checkpoints assume nothing else about the parameters. `product` multiplies each row by the matrix of its
-  expert (see `moe_jax.ops.experts.Product`), so a network is written once for all dispatchers.
+  expert (see `moe_jax.ops.experts.Product`), so a network is written once for all dispatchers. What it changes in its
+  forward pass is lost: state belongs to a hook.
 
   draws: whether the network reads `product.row_bits`. The layer provides them only if it does.
   """
@@ -70,7 +72,11 @@ def as_experts(module: ExpertNetwork, dtype: jnp.dtype, gather: bool) -> Experts
 
   def compute(weights: tuple[Array, ...], rows: Array, product: Product) -> Array:
     own = [variable.replace(w) for variable, w in zip(variables, weights, strict=True)]
-    return nnx.merge(graphdef, jax.tree.unflatten(tree, own))(rows, product)
+    network = nnx.merge(graphdef, jax.tree.unflatten(tree, own))
+    before = values_of(network)
+    rows = network(rows, product)
+    check_kept(f"experts {type(module).__name__}", before)
+    return rows
 
   axes = tuple(variable.get_metadata()["logical_axes"] for variable in variables)
   return Experts(tuple(map(value, variables)), axes, compute)

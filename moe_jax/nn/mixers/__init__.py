@@ -1,7 +1,8 @@
 """Token mixers. `MIXERS` has all of them by name.
 
 A mixer is a module that maps (x_BLD, context) to (y_BLD, aux), where aux is a tree of sums and of `Maximum`s, or
-None. One that can generate also has a cache, a tree of arrays with a leading B:
+None. Its parameters are made by `moe_jax.matrix` and `moe_jax.vector`, and what it changes in its forward pass is lost:
+state belongs to a hook. One that can generate also has a cache, a tree of arrays with a leading B:
 
   init_cache(batch_size, length, dtype) -> cache       for sequences of up to `length` columns
   extend(x_BLD, context, cache) -> (y_BLD, cache)      for tokens behind those of the cache (`context.past`)

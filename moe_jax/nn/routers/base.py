@@ -13,7 +13,8 @@ class Router(nnx.Module):
   """A module that decides which experts a token is sent to: `routing = router(x_GTD, context)`.
 
   The input x_GTD is float32, with G groups of T tokens. `context` is a `RouterContext` of all groups. Every
-  field of the returned `Routing` has a leading G. A router has any parameters that it needs. The following
+  field of the returned `Routing` has a leading G. A router has any parameters that it needs, made by `moe_jax.matrix` and
+  `moe_jax.vector`. What it changes in its forward pass is lost: state belongs to a balancer or a hook. The following
   attributes say what a model must know beforehand. Their defaults are those of a plain top-k router:
 
   leaks: whether the choice for a token depends on later tokens of its sequence: "" never, "drops" only if
