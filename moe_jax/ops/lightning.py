@@ -9,9 +9,11 @@ from moe_jax.types import Array
 def decay_rates(num_heads: int, layer: Array | int, num_layers: int) -> Array:
   """Returns the rate of each head: it forgets by exp(-rate) per position, float32 [N].
 
-  rate = 2^(-8 (h + 1) / N) * (1 - l / (L - 1 + 1e-5) + 1e-5) for head h of N and layer l of L, as in the
-  released code of MiniMax-01 (2501.08313). Later layers forget more slowly. A module of multi-token prediction is behind
-  the last layer, where the formula would be negative, and has the rates of the last layer.
+  rate = 2^(-8 (h + 1) / N) * (1 - l / (L - 1 + 1e-5) + 1e-5) for head h of N and layer l of L, as in
+  transformers' code of MiniMax-01 (2501.08313). Where N is no power of two, public copies of its released code
+  (`MiniMaxText01LinearAttention`) have other rates: they interpolate those of powers of two, as ALiBi does
+  (2108.12409). Later layers forget more slowly. A module of multi-token prediction is behind the last layer, where the
+  formula would be negative, and has the rates of the last layer.
   """
   head_N = jnp.arange(1, num_heads + 1, dtype=jnp.float32)
   # The quotient is (L - 1 - l + 1e-5) / (L - 1 + 1e-5): in the last layers 1 - l / ... would cancel in float32.

@@ -12,7 +12,7 @@ from flax import nnx
 import moe_jax
 from moe_jax import Context, disk
 from moe_jax.analysis.examine import replays, report, tables
-from moe_jax.analysis.examine.examination import examine
+from moe_jax.analysis.examine.examination import Examination, examine
 from moe_jax.analysis.examine.sums import NUM_BINS, Tokens, reached_devices, sums_of_layer
 from moe_jax.config import BlockConfig, ModelConfig, Segment
 from moe_jax.data.bpe import train_bpe
@@ -173,6 +173,29 @@ def test_two_choices_of_one_merged_expert_are_one_of_its_tokens(examined):
   pairs = {(1, 1): 8 * 16, (1, 3): 8 * 8, (3, 1): 8 * 8, (3, 3): 8 * 8}
   for found_XE in (sums.together_XE, sums.before_XE):
     assert {(int(x), int(e)): int(found_XE[x, e]) for x, e in np.argwhere(found_XE)} == pairs
+  assert sums.by_domain_SE[0, 1] == 2 * 8 * 16 and sums.by_token_XE[0, 1] == 8 * 16
+  sums = jax.tree.map(np.asarray, sums)
+  found = Examination((sums,), 1, np.full(8, 16), np.arange(1), np.array([8 * 16]), ("all",))
+  rows = {row["expert"]: row for row in tables.expert_rows(found, str) if row["load"]}
+  assert {e: (row["tokens"], row["partner_share"]) for e, row in rows.items()} == {
+    1: ("0:100%", 0.5),
+    3: ("0:50%", 1.0),
+  }
+
+
+def test_shares_of_a_merged_model_are_shares_of_tokens(examined):
+  """Its router has eight logits for three experts, so that two choices of a token are often of one."""
+  _, batches, *_ = examined
+  moe = dataclasses.replace(MOE, num_experts=3, router="merged_topk:logits=8", balancers="none")
+  config = dataclasses.replace(tiny.CONFIG.model, moe=moe)
+  found = examine(Transformer(config, tiny.VOCAB, rngs=nnx.Rngs(1)), batches, TEXTS, 1)
+  for layer in found.layers:
+    sent_E = np.diagonal(layer.together_XE)
+    assert (sent_E < layer.by_domain_SE.sum(axis=0)).any()
+    np.testing.assert_array_equal(layer.by_token_XE.sum(axis=0), sent_E)
+  rows = tables.expert_rows(found, str)
+  shares = [int(part.split(":")[1][:-1]) for row in rows for part in row["tokens"].split()]
+  assert 0 < max(shares) <= 100 and 0 < max(row["partner_share"] for row in rows) <= 1
 
 
 class Page(html.parser.HTMLParser):

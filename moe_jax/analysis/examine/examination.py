@@ -54,7 +54,7 @@ class Examination:
     return int(self.num_tokens_B.sum())
 
   def load_E(self, layer: int) -> np.ndarray:
-    """Returns the tokens that are sent to each expert of a layer, before capacity."""
+    """Returns the assignments to each expert of a layer, before capacity."""
     return self.layers[layer].by_domain_SE.sum(axis=0)
 
   def rows(self) -> list[dict[str, Any]]:

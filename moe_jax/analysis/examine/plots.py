@@ -122,7 +122,8 @@ def plot_pairs(path: pathlib.Path, found: Examination) -> canvas.Plot:
 
 def _lift(found: Examination, layer: int, following: int, pairs_XE: np.ndarray) -> np.ndarray:
   """Returns observed pairs / those of independent choices with the same loads; NaN for a pair of one expert."""
-  pairs_XE, one, other = pairs_XE.copy(), found.load_E(layer), found.load_E(following)
+  one, other = (np.diagonal(found.layers[i].together_XE) for i in (layer, following))  # tokens, as pairs are
+  pairs_XE = pairs_XE.copy()
   chance_XE = one[:, None] * other[None, :]
   if layer == following:
     np.fill_diagonal(chance_XE, 0)

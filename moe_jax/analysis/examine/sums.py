@@ -12,16 +12,21 @@ NUM_BINS = 16  # of positions in a window
 
 
 class Sums(NamedTuple):
-  """Sums over tokens. All but `per_sequence_BE` add over batches."""
+  """Sums over tokens. All but `per_sequence_BE` add over batches.
 
-  by_domain_SE: Array  # tokens of the domain that are sent to the expert, before capacity
+  Several choices of a token may stand for one merged expert: these are several assignments, and one token.
+  """
+
+  by_domain_SE: Array  # assignments of tokens of the domain to the expert, before capacity
   by_position_XE: Array  # the same by position, in `NUM_BINS` equal parts of a window
-  by_token_XE: Array  # the same by token id: those that are named, and the others together
+  by_token_XE: (
+    Array  # tokens that are sent to the expert, by id: those that are named, and the others together
+  )
   together_XE: Array  # tokens that are sent to both experts; the diagonal has those of each
   before_XE: Array  # tokens that are sent to one expert, and in the layer before to the other
   entropy: Array  # [], nats, of the router's scores divided by their sum
   reached_X: Array  # tokens that reach 0, 1, ... devices; NaN where the devices do not divide the experts
-  per_sequence_BE: Array  # tokens of each sequence that are sent to the expert
+  per_sequence_BE: Array  # assignments of each sequence to the expert
 
 
 class Tokens(NamedTuple):
@@ -47,14 +52,14 @@ def sums_of_layer(
   """
   selected_BLE, length = layer.selected_BLE.astype(jnp.float32), layer.selected_BLE.shape[1]
   num_experts = selected_BLE.shape[-1]
-  is_sent_BLE = jnp.minimum(selected_BLE, 1)  # two choices of a token may stand for one merged expert
+  is_sent_BLE = jnp.minimum(selected_BLE, 1)
   bin_LX = jax.nn.one_hot(jnp.arange(length) * NUM_BINS // length, NUM_BINS)
   by_token_XE = jnp.zeros((num_named + 1, num_experts))
   before = jnp.zeros((*selected_BLE.shape[:2], 0)) if before_BLE is None else jnp.minimum(before_BLE, 1)
   return Sums(
     by_domain_SE=jnp.einsum("BLE,BS->SE", selected_BLE, tokens.domain_BS),
     by_position_XE=jnp.einsum("BLE,LX->XE", selected_BLE, bin_LX),
-    by_token_XE=by_token_XE.at[tokens.place_BL.reshape(-1)].add(selected_BLE.reshape(-1, num_experts)),
+    by_token_XE=by_token_XE.at[tokens.place_BL.reshape(-1)].add(is_sent_BLE.reshape(-1, num_experts)),
     together_XE=jnp.einsum("BLX,BLE->XE", is_sent_BLE, is_sent_BLE),
     before_XE=jnp.einsum("BLX,BLE->XE", before.astype(jnp.float32), is_sent_BLE),
     entropy=layer.metrics["router_entropy"][0],

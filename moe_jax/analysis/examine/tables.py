@@ -19,6 +19,8 @@ def expert_rows(found: Examination, text_of: Callable[[int], str]) -> list[dict[
   """Returns a line for each expert of each layer.
 
   `tokens` are those of which the expert takes the largest share, of the tokens that occur at least `LEAST` times.
+  `partner` is the expert that most of its tokens are sent to as well, and `partner_share` the share of these tokens.
+  `load` and `domain_share` are of assignments: a token may have several of one merged expert.
 
   Args:
     found: the examination.
@@ -29,7 +31,7 @@ def expert_rows(found: Examination, text_of: Callable[[int], str]) -> list[dict[
 
 def _rows_of_layer(found: Examination, layer: int, text_of: Callable[[int], str]) -> list[dict[str, Any]]:
   sums, load_E = found.layers[layer], found.load_E(layer)
-  together_XE = sums.together_XE.copy()
+  together_XE, sent_E = sums.together_XE.copy(), np.diagonal(sums.together_XE)
   np.fill_diagonal(together_XE, 0)
   taken_VE = sums.by_token_XE[: len(found.named_ids)]
   share_VE = taken_VE / found.named_counts[:, None] * (found.named_counts >= LEAST)[:, None]
@@ -47,7 +49,7 @@ def _rows_of_layer(found: Examination, layer: int, text_of: Callable[[int], str]
         "domain": found.domains[int(sums.by_domain_SE[:, expert].argmax())] if load else "",
         "domain_share": round(float(sums.by_domain_SE[:, expert].max() / load), 4) if load else 0.0,
         "partner": "" if partner is None else partner,
-        "partner_share": round(float(together_XE[expert].max() / load), 4) if load else 0.0,
+        "partner_share": round(float(together_XE[expert].max() / sent_E[expert]), 4) if load else 0.0,
         "tokens": " ".join(f"{shown(text_of(found.named_ids[v]))}:{share_VE[v, expert]:.0%}" for v in best),
       }
     )
