@@ -192,7 +192,9 @@ def test_the_script_keeps_what_it_made_of_the_dense_models(tmp_path):
   assert first.status == lost.status == again.status == 0, first.stderr + lost.stderr + again.stderr
   start = out / "start" / "upcycled" / "seed_0"
   assert_one_line(longer, f"{start}: was made of another model (step was 2, now 4); choose another folder")
-  assert diverged.status == 2 and "error: dense seed 0 has gradient norm nan at step 2" in diverged.stderr, diverged
+  assert diverged.status == 2 and "error: dense seed 0 has gradient norm nan at step 2" in diverged.stderr, (
+    diverged
+  )
   assert "in a new folder. Nothing can be made of such a model" in diverged.stderr
   of_dense = json.loads((out / "dense" / "arms" / "dense" / "seed_0" / "result.json").read_text())
   assert of_dense["num_steps"] == 2  # was not trained on
