@@ -120,6 +120,9 @@ def test_products_between_start_and_done_are_found():
 @pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler, pip install libtpu"
 )
+@pytest.mark.skipif(
+  jax.__version_info__ < (0, 12), reason="the TPU compiler of JAX 0.10 overlaps nothing here"
+)
 def test_a_tpu_program_computes_while_rows_travel():
   root = pathlib.Path(__file__).resolve().parents[2]
   command = [sys.executable, str(root / "scripts/exchange_overlap.py"), "--forward", "--chunks=1,4"]
