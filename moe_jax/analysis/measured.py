@@ -160,8 +160,5 @@ def _beside_parameters(loaded: Loaded) -> dict[str, Any]:
 
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
   """Returns a text for everything in which two values of `_beside_parameters` differ. A missing field has its default."""
-  of_states = [dict(x, model=None) for x in (old, new)]
-  return [
-    *changes({"model": old["model"]}, {"model": new["model"]}),
-    *differences(*of_states),
-  ]
+  of_models = changes({"model": old["model"]}, {"model": new["model"]})
+  return of_models + differences(old["variables"], new["variables"], "variables")

@@ -29,7 +29,7 @@ from moe_jax.nn.moe import MoE
 from moe_jax.nn.transformer import Transformer
 from moe_jax.nn.variables import BalancerState
 from moe_jax.training.compiled import abstract_model, objective_of, resolve_config
-from moe_jax.training.load import NOT_CONFIG, Loaded, load_run
+from moe_jax.training.load import Loaded, config_of_run, load_run
 
 DTYPES = ("float32", "bfloat16")
 _MOST_LAYERS = 10_000  # of a config.json that is taken seriously
@@ -103,31 +103,14 @@ def read_model_config(folder: str | os.PathLike[str]) -> tuple[Config, int]:
   path = pathlib.Path(folder).expanduser()
   read = read_config(path / CONFIG)
   if is_run(path):
-    return _config_of_run(path, read)
+    config, vocab_size = config_of_run(path)
+    return config, vocab_size + objective_of(config).num_extra_ids
   family, values = family_of(path, read), Values(str(path / CONFIG), read)
   with _naming_file(values):
     mtp = family.mtp_depth(values) > 0
   quantisation(path, read)
   config = _config(family, values, DataConfig(), "float32", mtp)
   return config, read_numbers(path, values).ids.vocab_size
-
-
-def _config_of_run(folder: pathlib.Path, values: dict[str, Any]) -> tuple[Config, int]:
-  size = values.get("vocab_size")
-  if type(size) is not int or not 0 < size < 2**31:
-    raise InputError(
-      f"{folder}: {CONFIG} is neither of a published checkpoint (model_type) nor of a run (vocab_size, an integer from 1 "
-      "to 2^31); in a comparison's folder, a run is arms/ARM/seed_SEED"
-    )
-  try:
-    config = resolve_config(Config.from_dict({k: v for k, v in values.items() if k not in NOT_CONFIG}))
-  except InputError as error:
-    raise InputError(
-      f"{folder}: {error}; register parts of your own before, e.g. with --plugins=FILE"
-    ) from None
-  except (KeyError, TypeError) as error:
-    raise InputError(f"{folder}: {CONFIG} is no configuration of this version ({error!r})") from None
-  return config, size + objective_of(config).num_extra_ids
 
 
 def family_of(folder: pathlib.Path, values: dict[str, Any]) -> Family:

@@ -46,7 +46,8 @@ def other_fingerprint(was: str, now: str) -> str:
 def check_same_run(folder: pathlib.Path, config: Config, text: str) -> None:
   """Raises `InputError`, in all processes, if the folder holds a run of another configuration or text, or texts differ.
 
-  A config.json that cannot be read is moved aside, or refused where it cannot be moved. What it says is in every checkpoint and in the result, too.
+  A config.json that cannot be read is moved aside, or refused where it cannot be moved. What it says is in every
+  checkpoint and in the result, too.
 
   Args:
     folder: of the run; may be new.

@@ -53,7 +53,8 @@ def load_run(folder: str | os.PathLike[str]) -> Loaded:
 
   Raises:
     InputError: if the folder has no run or no checkpoint, if the checkpoint is of a run with another configuration than
-      config.json has, if the run is finished and the checkpoint of its last step is not whole, if a method of the run is not registered, or if another version of moe_jax wrote it.
+      config.json has, if the run is finished and the checkpoint of its last step is not whole, if a method of the run is
+      not registered, or if another version of moe_jax wrote it.
   """
   folder = pathlib.Path(folder)
   mesh = jax.sharding.Mesh([[[[[jax.devices()[0]]]]]], sharding.MESH_AXES)
@@ -80,9 +81,7 @@ def restore_run(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[Config, 
   Raises:
     InputError: see `load_run`.
   """
-  values = _read(folder / CONFIG_FILE)
-  vocab_size = values["vocab_size"]
-  config = _config(folder, {name: value for name, value in values.items() if name not in NOT_CONFIG})
+  config, vocab_size = config_of_run(folder)
   abstract = jax.eval_shape(make_init(config, vocab_size), 0)
   checkpoints = Checkpoints(folder / CHECKPOINTS)
   try:
@@ -101,6 +100,17 @@ def restore_run(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[Config, 
   if steps_asked(result) == config.train.num_steps:
     check_step(folder, result, int(state.step))
   return config, vocab_size, state
+
+
+def config_of_run(folder: pathlib.Path) -> tuple[Config, int]:
+  """Returns the resolved configuration of the run in `folder` and its V, from config.json alone.
+
+  Raises:
+    InputError: if there is no config.json of a run of this version, or a method of the run is not registered.
+  """
+  values = _read(folder / CONFIG_FILE)
+  config = _config(folder, {name: value for name, value in values.items() if name not in NOT_CONFIG})
+  return config, values["vocab_size"]
 
 
 def _changes(saved: dict[str, Any] | None, config: Config) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import jax
 
 from moe_jax import sharding
+from moe_jax.cluster import processes
 from moe_jax.config import BlockConfig, ModelConfig
 from moe_jax.disk import note
 from moe_jax.errors import InputError
@@ -68,7 +69,7 @@ def _check(own: Mapping[str, Method], small: ModelConfig, may: str = "") -> None
   names = ", ".join(f"--{flag}={method}" for flag, method in own.items())
   places = ", ".join(place(method.factory) for method in own.values())
   change, failed = _measured(small)
-  if failed:
+  if failed and processes.is_first():
     _say(
       f"{names} ({places}): whether it looks at later tokens is not checked: a small model with it fails ({failed})"
     )
@@ -83,9 +84,9 @@ def _check(own: Mapping[str, Method], small: ModelConfig, may: str = "") -> None
 @functools.lru_cache(maxsize=256)
 def _measured(config: ModelConfig) -> tuple[float, str]:
   """Returns the influence of later tokens, and, if it cannot be measured, 0 and the error. On a CPU, without a mesh."""
-  cpu = jax.local_devices(backend="cpu")[0]
-  mesh = jax.sharding.Mesh([[[[[cpu]]]]], sharding.MESH_AXES)
   try:
+    cpu = jax.local_devices(backend="cpu")[0]  # JAX_PLATFORMS may leave it out
+    mesh = jax.sharding.Mesh([[[[[cpu]]]]], sharding.MESH_AXES)
     with jax.set_mesh(mesh), jax.default_device(cpu):
       return influence(config), ""
   except Exception as error:  # of a user's code: any

@@ -277,7 +277,7 @@ def test_the_config_json_of_a_run_is_enough(tmp_path):
   expected = moe_jax.account(resolve_config(config), tiny.VOCAB + 1)
   assert found == dataclasses.replace(expected, name=str(tmp_path))
   (tmp_path / "config.json").write_text(json.dumps({"a": 1}))
-  with pytest.raises(InputError, match=r"neither of a published checkpoint .* nor of a run .* arms/ARM"):
+  with pytest.raises(InputError, match=r"is no folder of a run; .* arms/ARM"):
     moe_jax.account(str(tmp_path))
   broken = values | {"model": values["model"] | {"mixer": "mine"}}
   (tmp_path / "config.json").write_text(json.dumps(broken))

@@ -7,6 +7,8 @@ from flax import nnx
 import moe_jax
 from moe_jax import sharding
 from moe_jax.errors import InputError
+from moe_jax.nn.build import resolve
+from moe_jax.training import own_leaks
 from moe_jax.training.compiled import check_run
 from tests import tiny
 
@@ -106,3 +108,17 @@ def test_a_part_that_cannot_be_measured_is_said_to_be_unchecked_once(capsys):
   assert (
     line.startswith("note: --router=Fails") and "is not checked" in line and "ValueError: too small" in line
   )
+
+
+def test_without_a_cpu_backend_a_part_is_not_checked_and_said_so(monkeypatch, capsys):
+  """As with JAX_PLATFORMS=cuda."""
+
+  class Unseen(Own):
+    pass
+
+  def no_cpu(backend=None):
+    raise RuntimeError("Unknown backend cpu")
+
+  monkeypatch.setattr(own_leaks.jax, "local_devices", no_cpu)
+  own_leaks.check_own_leaks(resolve(tiny.change(CONFIG, router=Unseen).model))
+  assert "whether it looks at later tokens is not checked" in capsys.readouterr().err

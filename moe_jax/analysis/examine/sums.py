@@ -19,9 +19,7 @@ class Sums(NamedTuple):
 
   by_domain_SE: Array  # assignments of tokens of the domain to the expert, before capacity
   by_position_XE: Array  # the same by position, in `NUM_BINS` equal parts of a window
-  by_token_XE: (
-    Array  # tokens that are sent to the expert, by id: those that are named, and the others together
-  )
+  by_token_XE: Array  # tokens that are sent to the expert, by id: those that are named, and all others
   together_XE: Array  # tokens that are sent to both experts; the diagonal has those of each
   before_XE: Array  # tokens that are sent to one expert, and in the layer before to the other
   entropy: Array  # [], nats, of the router's scores divided by their sum
