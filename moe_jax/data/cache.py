@@ -58,9 +58,8 @@ def read(path: Path) -> bytes | None:
   try:
     place = f"moved to {disk.move_aside(path, path.parent)}"
   except InputError:
-    if path.exists() and os.access(
-      path.parent, os.W_OK
-    ):  # otherwise another process has moved it, or nothing is kept
+    # Otherwise another process has moved it, or nothing is kept.
+    if path.exists() and os.access(path.parent, os.W_OK):
       raise
     place = "and stays where it is, or was moved by another process"
   disk.note(f"{path}: is damaged, {place}; it is made again")
