@@ -58,7 +58,7 @@ def forward_flops(
       "attention_projections": block.mixer,
       "attention_scores": block.positions_decoding if decoding else block.positions,
       "router": block.router,
-      "experts": block.expert_rows * block.experts / max(block.num_experts, 1),
+      "experts": block.experts_of_token,
       "shared_experts": block.shared_experts,
       "dense": block.dense,
     }

@@ -22,10 +22,10 @@ class Matrices(NamedTuple):
 
   mixer: int
   router: int
-  experts: int  # of all E experts together
+  experts: int  # of all routed experts together
+  experts_of_token: float  # of the K of E that work on a token; on average over a sequence
   shared_experts: int
   dense: int  # feed-forward parts without experts, and those beside experts
-  num_experts: int  # E; 0: there are none
   expert_rows: float  # rows that experts work on per token of a sequence: K
   positions: float  # multiplications of a token with other positions, on average over a sequence
   positions_decoding: float  # those of the last token of a sequence, behind a cache
@@ -48,24 +48,23 @@ def of_model(config: ModelConfig, sequence_length: int) -> list[tuple[Matrices, 
 def of_block(block: Block, sequence_length: int) -> Matrices:
   """Counts one block, whose parameters may be abstract."""
   sizes = dict.fromkeys(("router", "experts", "shared_experts", "dense"), 0)
-  num_experts, of_router = 0, []
+  of_router = []
   for path, shape, axes, _ in _parameters(block.ffn):
-    if axes[:1] == ("expert",) and len(axes) == 3:
+    if _of_experts(axes):
       sizes["experts"] += math.prod(shape)
-      num_experts = shape[0]
     elif "router" in path or "router" in axes:
       of_router.append((shape, axes))
     elif len(axes) == 2 and "expert" not in axes:
       sizes["shared_experts" if "shared" in path else "dense"] += math.prod(shape)
   sizes["router"] = _multiplied(of_router)
-  for number, rows, columns in quantised_matrices(block.ffn):
-    sizes["experts"] += number * rows * columns
-    num_experts = number
+  sizes["experts"] += _quantised_size(block.ffn)
+  layers = [part for _, part in nnx.iter_modules(block.ffn) if isinstance(part, MoE | SoftMoE)]
+  of_token = [_share_of_token(layer, sequence_length) for layer in layers]
   return Matrices(
     mixer=sum(math.prod(shape) for _, shape, _, is_matrix in _parameters(block.mixer) if is_matrix),
     **sizes,
-    num_experts=num_experts,
-    expert_rows=_expert_rows(block.ffn, sequence_length),
+    experts_of_token=sum(elements for elements, _ in of_token),
+    expert_rows=sum(rows for _, rows in of_token),
     positions=token_products(block.mixer, sequence_length),
     positions_decoding=token_products(block.mixer, sequence_length, decoding=True),
   )
@@ -109,10 +108,25 @@ def _parameters(module: nnx.Module) -> Iterator[tuple[tuple, tuple[int, ...], tu
     yield path, variable.get_value().shape, metadata["logical_axes"], "num_in" in metadata
 
 
-def _expert_rows(ffn: nnx.Module, sequence_length: int) -> float:
-  parts = [module for _, module in nnx.iter_modules(ffn)]
-  rows = sum(part.num_experts_per_token for part in parts if isinstance(part, MoE))
-  slots = sum(
-    math.prod(part.w_slots_DEC.get_value().shape[1:]) for part in parts if isinstance(part, SoftMoE)
-  )
-  return rows + slots / sequence_length
+def _of_experts(axes: tuple) -> bool:
+  return axes[:1] == ("expert",) and len(axes) == 3
+
+
+def _quantised_size(module: nnx.Module) -> int:
+  return sum(number * rows * columns for number, rows, columns in quantised_matrices(module))
+
+
+def _expert_size(layer: MoE | SoftMoE) -> int:
+  """Returns the elements of the matrices of all experts of one layer."""
+  kept = sum(math.prod(shape) for _, shape, axes, _ in _parameters(layer.experts) if _of_experts(axes))
+  return kept + _quantised_size(layer.experts)
+
+
+def _share_of_token(layer: MoE | SoftMoE, sequence_length: int) -> tuple[float, float]:
+  """Returns the elements of the experts' matrices that a token is multiplied by, and the rows that experts work on for it."""
+  if isinstance(layer, MoE):
+    num_experts, rows = layer.num_experts, layer.num_experts_per_token
+  else:
+    _, num_experts, slots = layer.w_slots_DEC.get_value().shape
+    rows = num_experts * slots / sequence_length
+  return rows * _expert_size(layer) / num_experts, rows

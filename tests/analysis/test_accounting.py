@@ -13,6 +13,7 @@ from flax import nnx
 import moe_jax
 from moe_jax.analysis.accounting.storage import QUANTISED, matrix_bytes
 from moe_jax.analysis.accounting.text import text
+from moe_jax.analysis.flops import forward_flops
 from moe_jax.analysis.positions import token_products
 from moe_jax.config import BlockConfig, ModelConfig, MoEConfig, OptimizerConfig, Segment
 from moe_jax.errors import InputError
@@ -131,9 +132,11 @@ class TwoLayers(nnx.Module):
 def test_a_block_may_have_two_layers_with_experts():
   blocks = BlockConfig(ffn="mlp"), BlockConfig(ffn=TwoLayers)
   plain = {"num_layers": 3, "num_dense_first": 0, "moe_every": 1}
-  found = moe_jax.account(dataclasses.replace(MODEL, segments=(Segment(blocks, 2),), **plain), V)
+  config = dataclasses.replace(MODEL, segments=(Segment(blocks, 2),), **plain)
+  found = moe_jax.account(config, V)
   assert found.parameters.experts == 2 * (8 + 4) * 3 * 16 * 10
   assert found.parameters.total - found.active.all == 2 * (5 + 3) * 3 * 16 * 10
+  assert forward_flops(config, V, 16).experts == 2 * 2 * (3 + 1) * 3 * 16 * 10
 
 
 def test_a_model_and_its_configuration_have_one_account():
