@@ -26,18 +26,24 @@ METRICS_FILE = "metrics.jsonl"
 
 def kept_beside(run: "Run") -> dict[str, Any]:
   """Returns the JSON values that are saved with the state of a step. All processes must call it."""
-  return {
-    "config": lasting(run.config),
+  return run.unchanging | {
     "data": run.share.state_to_save(run.batches.get_state()),
-    "text": run.dataset.info.fingerprint,
-    "slots": slots_of_mesh(run.config),
-    "own_code": own_code(run.config),
     "tail": run.tail.to_json(),
     "seconds": run.seconds,
     "timed_steps": run.timed_steps,
     "start": run.start_digest,
     "lines": run.metrics.lines if run.metrics else 0,
     "evaluated": run.evaluated,
+  }
+
+
+def unchanging(run: "Run") -> dict[str, Any]:
+  """Returns what `kept_beside` has of a run in all its steps, so that no save waits until it is made."""
+  return {
+    "config": lasting(run.config),
+    "text": run.dataset.info.fingerprint,
+    "slots": slots_of_mesh(run.config),
+    "own_code": own_code(run.config),
     "teacher": objective_of(run.config).digest,
     "code": of_package(),
   }

@@ -112,6 +112,7 @@ class Run:
         process_count=self.share.count,
         data_seed=self.config.data.data_seed,
       )
+      self.unchanging = continuing.unchanging(self)
       state = continuing.start(self)
       with processes.refused_together():  # what is damaged, and cannot be moved aside
         if processes.is_first():  # not before: a folder that is refused stays as it is
