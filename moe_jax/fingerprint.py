@@ -7,7 +7,7 @@ import inspect
 import linecache
 import pathlib
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 _PACKAGE = __name__.partition(".")[0]
@@ -50,6 +50,34 @@ def digest(code: Callable[..., Any]) -> str:
   parts: list[str] = []
   _collect(inspect.unwrap(code), parts, set())
   return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
+def digest_of_all(parts: Iterable[Any]) -> str:
+  """Returns a digest of functions, and of what partial applications and objects that can be called are made of.
+
+  What JAX, NumPy and this package define counts by its name: another version of them is no other code of the user.
+  """
+  return hashlib.sha256("\0".join(_identity(part) for part in parts).encode()).hexdigest()[:12]
+
+
+def _identity(part: Any) -> str:
+  if isinstance(part, str):
+    return part
+  value, arguments = _inside(part)
+  name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
+  if isinstance(value, types.FunctionType | type):
+    is_library = name.partition(".")[0] in (_PACKAGE, "jax", "numpy")
+    of_value = name if is_library else digest(value)
+  elif isinstance(value, tuple):
+    of_value = str([_identity(each) for each in value])
+  elif _is_plain(value):
+    of_value = _text(value)
+  elif not isinstance(value, types.BuiltinFunctionType) and hasattr(value, "__dict__"):
+    plain = {key: _text(each) for key, each in vars(value).items() if _is_plain(each)}
+    of_value = f"{_identity(type(value))} {plain}"
+  else:
+    of_value = name
+  return str([of_value, *map(_identity, arguments)])
 
 
 def _collect(code: Any, parts: list[str], seen: set[int]) -> None:

@@ -3,6 +3,8 @@
 import functools
 import importlib.util
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from moe_jax import fingerprint
@@ -209,3 +211,28 @@ class Part(Base):
 
   assert defined() == defined()  # an object's address is not what the code is
   assert len({defined(), defined(prop="3"), defined(base="3"), defined(constant="5")}) == 4
+
+
+@pytest.mark.parametrize(
+  "make",
+  [
+    lambda n: lambda x: n * x,
+    lambda n: functools.partial(bare, n),
+    lambda n: jax.jit(lambda x: n * x),
+    lambda n: functools.partial(jnp.max, axis=n),
+    lambda n: Times(n),
+    lambda n: (jnp.add, jnp.multiply, max)[n],
+  ],
+  ids=("closure", "partial", "jitted", "library", "object", "function"),
+)
+def test_a_digest_of_anything_that_can_be_called(make):
+  first, same, other = (fingerprint.digest_of_all([one, make(n)]) for n in (0, 0, 1))
+  assert first == same != other
+
+
+class Times:
+  def __init__(self, factor):
+    self.factor = factor
+
+  def __call__(self, x):
+    return self.factor * x

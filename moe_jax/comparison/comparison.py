@@ -25,6 +25,7 @@ from moe_jax.training import evaluation, identity
 from moe_jax.training.compiled import check_run, compile_steps
 from moe_jax.training.loop import Run
 from moe_jax.training.memory import check_memory, sizes_of
+from moe_jax.training.own_metrics import own_metrics
 from moe_jax.training.progress import TrainingProgress
 from moe_jax.training.results import diverged_result, evaluation_digest
 
@@ -317,6 +318,8 @@ class Comparison:
   def _claimed(self) -> dict[str, Any]:
     """Returns what config.json says of this comparison."""
     claim = {"arms": self.arms, "seeds": self.seeds, "config": to_plain(self.config, fingerprint)}
+    if metrics := own_metrics():
+      claim["own_metrics"] = metrics
     if self.evaluation_fields:
       claim["evaluations"] = self.evaluation_fields
     if self.sweep:

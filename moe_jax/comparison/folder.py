@@ -20,10 +20,11 @@ from moe_jax.registry import Method
 from moe_jax.training.changes import changes, differences
 from moe_jax.training.identity import other_fingerprint
 from moe_jax.training.metric_writer import read_lines
+from moe_jax.training.own_metrics import changed_metrics, metrics_said
 from moe_jax.training.result_file import RESULT_FILE, Result, read_result, write_result
 
 # Parts of a claim that may grow with every call. Everything else of it must stay as it is.
-GROWING = ("arms", "seeds", "evaluations", "planned")
+GROWING = ("arms", "seeds", "evaluations", "planned", "own_metrics")
 SWEEP = "sweep"  # the folder of what a sweep tried, itself the folder of a comparison
 
 
@@ -183,10 +184,13 @@ def _is_claim(value: Mapping[str, Any]) -> bool:
   """Returns whether the parts of a config.json have the types of a claim."""
   seeds = value.get("seeds", [])
   parts = [value.get(part, {}) for part in ("arms", "evaluations")]
+  metrics = value.get("own_metrics", {})
   return (
     isinstance(seeds, list)
     and all(type(seed) is int for seed in seeds)
     and isinstance(value.get("config", {}), dict)
+    and isinstance(metrics, dict)
+    and all(isinstance(digest, str) for digest in metrics.values())
     and all(isinstance(part, dict) and all(isinstance(of, dict) for of in part.values()) for part in parts)
     and _is_planned(value.get("planned", {}))
   )
@@ -240,6 +244,8 @@ def claim_differences(known: Mapping[str, Any], claim: Mapping[str, Any]) -> lis
   }
   found = differences(fixed(known), fixed(claim))
   found += changes(known.get("config", {}), claim.get("config", {}))
+  metrics = changed_metrics(metrics_said(known), metrics_said(claim))
+  found += [f"other code of the metric {metric}" for metric in metrics]
   for part, word in (("arms", "arm"), ("evaluations", "evaluation")):
     for name in claim.get(part, {}):
       if name in known.get(part, {}):

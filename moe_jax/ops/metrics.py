@@ -109,6 +109,11 @@ def register(name: str, metric: Metric) -> None:
   METRICS[name] = metric
 
 
+def own() -> dict[str, Metric]:
+  """Returns the metrics that a user has registered."""
+  return {name: metric for name, metric in METRICS.items() if name not in _BUILTIN}
+
+
 _BUILTIN = frozenset(METRICS) | {
   *("loss", "total_loss", "grad_norm", "learning_rate", "attention_score", "tokens_per_second"),
   *("nll", "perplexity", "bits_per_byte", "excess_nll", "num_tokens", "num_targets", "step", "arm", "seed"),

@@ -13,6 +13,7 @@ from moe_jax.training.changes import lasting
 from moe_jax.training.compiled import objective_of
 from moe_jax.training.digests import tree_digest
 from moe_jax.training.metric_writer import read_lines
+from moe_jax.training.own_metrics import own_metrics
 from moe_jax.training.protocol import slots_of_mesh
 from moe_jax.training.result_file import RESULT_FILE, read_result
 from moe_jax.training.start import start_from
@@ -44,6 +45,7 @@ def unchanging(run: "Run") -> dict[str, Any]:
     "text": run.dataset.info.fingerprint,
     "slots": slots_of_mesh(run.config),
     "own_code": own_code(run.config),
+    "own_metrics": own_metrics(),
     "teacher": objective_of(run.config).digest,
     "code": of_package(),
   }

@@ -13,9 +13,13 @@ from moe_jax.data import Dataset
 from moe_jax.errors import InputError
 from moe_jax.training.changes import changes
 from moe_jax.training.load import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE
+from moe_jax.training.own_metrics import changed_metrics, metrics_said, own_metrics
 from moe_jax.training.protocol import slots_of_mesh
 from moe_jax.training.reading import read_beside
 from moe_jax.training.result_file import RESULT_FILE, read_result, steps_asked
+
+# What is kept of a run where there is any, beside its configuration and its text.
+_OPTIONAL = ("slots", "own_code", "own_metrics")
 
 
 def write_identity(folder: pathlib.Path, config: Config, dataset: Dataset) -> None:
@@ -25,9 +29,11 @@ def write_identity(folder: pathlib.Path, config: Config, dataset: Dataset) -> No
     disk.write_whole(folder / TOKENIZER_FILE, tokenizer.content)
   info = dataset.info
   of_text = {"vocab_size": info.vocab_size, "domains": list(info.domains), "fingerprint": info.fingerprint}
-  shared = {"slots": slots} if (slots := slots_of_mesh(config)) else {}
-  own = {"own_code": code} if (code := own_code(config)) else {}
-  disk.write_json(folder / CONFIG_FILE, config.to_dict() | of_text | shared | own)
+  known = disk.read_object(folder / CONFIG_FILE) or {}
+  metrics = metrics_said(known) | own_metrics()  # also those that were measured before, and are not now
+  optional = dict(zip(_OPTIONAL, (slots_of_mesh(config), own_code(config), metrics), strict=True))
+  kept = {name: value for name, value in optional.items() if value}
+  disk.write_json(folder / CONFIG_FILE, config.to_dict() | of_text | kept)
 
 
 def check_same_text(text: str) -> None:
@@ -89,6 +95,11 @@ def difference(what: str, known: Mapping[str, Any], config: Config, text: str) -
       f"{what} with other code of {'; '.join(map(str, then))} (now: {'; '.join(own)}); bring it back, or "
       "choose another folder"
     )
+  if metrics := changed_metrics(metrics_said(known), own_metrics()):
+    return (
+      f"{what} with other code of the metric {'; '.join(metrics)}; bring it back, register the new one under another name, "
+      "or choose another folder"
+    )
   slots = slots_of_mesh(config)
   before = known.get("slots", slots)
   if slots and before != slots:
@@ -116,7 +127,7 @@ def _known(folder: pathlib.Path) -> dict[str, Any]:
 
 def said_by(extra: Mapping[str, Any]) -> dict[str, Any]:
   """Returns what a checkpoint says of its run, as config.json has it. `extra`: what is kept beside its arrays."""
-  more = {name: extra[name] for name in ("slots", "own_code") if extra.get(name)}
+  more = {name: extra[name] for name in _OPTIONAL if extra.get(name)}
   return {**extra["config"], "fingerprint": extra["text"]} | more
 
 
@@ -130,7 +141,7 @@ def _known_elsewhere(folder: pathlib.Path) -> dict[str, Any]:
         return said_by(kept["extra"])
   result = read_result(folder / RESULT_FILE)
   if "config" in result:
-    of_run = {name: result[name] for name in ("fingerprint", "slots", "own_code") if name in result}
+    of_run = {name: result[name] for name in ("fingerprint", *_OPTIONAL) if name in result}
     return of_run | result["config"]
   return {}
 

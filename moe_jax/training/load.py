@@ -23,7 +23,7 @@ from moe_jax.training.step import TrainState
 # In the folder of a run. The tokenizer is only there if the data set trained its own.
 CONFIG_FILE, TOKENIZER_FILE, CHECKPOINTS = "config.json", "tokenizer.json", "checkpoints"
 # What it holds of the text and the mesh, beside the configuration.
-NOT_CONFIG = ("vocab_size", "domains", "fingerprint", "slots", "own_code")
+NOT_CONFIG = ("vocab_size", "domains", "fingerprint", "slots", "own_code", "own_metrics")
 
 
 class Loaded(NamedTuple):

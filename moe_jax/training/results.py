@@ -21,6 +21,7 @@ from moe_jax.nn.moe import MoE
 from moe_jax.nn.transformer import Transformer
 from moe_jax.ops.metrics import METRICS, Metric
 from moe_jax.training.changes import FREE, lasting
+from moe_jax.training.own_metrics import own_metrics
 from moe_jax.training.protocol import protocol_of, slots_of_mesh
 from moe_jax.training.step import EvalSums
 from moe_jax.types import Array, PyTree
@@ -113,6 +114,7 @@ def result_of(run: "Run", validation: dict[str, Any], num_steps: int) -> dict[st
     "num_steps": num_steps,
     **({"init_from": init_from(run)} if config.train.init_from else {}),
     **({"own_code": code} if (code := own_code(config)) else {}),
+    **({"own_metrics": digests} if (digests := own_metrics()) else {}),
     "num_params": num_params,
     "num_active_params": num_active,
     "dataset": info.name,
@@ -204,7 +206,10 @@ class TailMeans:
     return {"first": self.first, "count": self.count, "sums": sums, "values": values}
 
   def from_json(self, saved: dict[str, Any]) -> None:
-    """Goes on with what was saved, maybe of a shorter run, whose tail began earlier."""
+    """Goes on with what was saved, maybe of a shorter run, whose tail began earlier.
+
+    A metric that was registered in a part of the tail only has no mean.
+    """
     values = {name: _from_text(text) for name, text in saved.get("values", {}).items()}
     if values:
       for i in range(max(self.first - saved["first"], 0), saved["count"]):
@@ -212,6 +217,9 @@ class TailMeans:
     elif saved["first"] == self.first:
       self.count = saved["count"]
       self.sums = {name: np.asarray(total) for name, total in saved["sums"].items()}
+    if self.count:
+      self.names = [name for name in self.names if name in self.sums]
+      self.sums = {name: self.sums[name] for name in self.names}
 
 
 def _to_text(array: np.ndarray) -> list:

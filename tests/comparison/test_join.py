@@ -110,6 +110,22 @@ def test_versions_are_compared_where_the_first_run_diverged(tmp_path):
     join(folders, tmp_path / "joined", QUIET)
 
 
+def test_other_code_of_a_users_metric_is_another_comparison(tmp_path):
+  """In any pair of folders; one that did not measure it is none."""
+  digests = [{"mine": "a" * 12}, None, {"mine": "a" * 12, "more": "c" * 12}, {"mine": "b" * 12}]
+  folders = [
+    write(tmp_path / str(seed), [make_result("a", seed)], **({"own_metrics": of} if of else {}))
+    for seed, of in enumerate(digests)
+  ]
+  assert join(folders[:3], tmp_path / "joined", QUIET) == []
+  assert disk.read_object(tmp_path / "joined/config.json")["own_metrics"] == digests[2]
+  for order in ([0, 3], [3, 0], [1, 0, 3]):
+    with pytest.raises(
+      InputError, match=r"is another comparison than .*\(other code of the metric mine \[\w{12}\]"
+    ):
+      join([folders[i] for i in order], tmp_path / "other", QUIET)
+
+
 def test_code_is_compared_where_it_is_known(tmp_path):
   of_code = lambda arm, code: make_result(arm, 1) | {"versions": {"moe_jax": "1.0"} | code}
   codes = {"one": {"code": "a" * 12}, "two": {"code": "b" * 12}, "before": {}}

@@ -5,11 +5,13 @@ import shutil
 
 import pytest
 
+import moe_jax
 from moe_jax.cluster import processes
 from moe_jax.config import MeshConfig
 from moe_jax.config.plain import own_code
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError
+from moe_jax.ops import metrics
 from moe_jax.ops.balancing import Balancer
 from moe_jax.training.identity import check_same_run, refusal, write_identity
 from moe_jax.training.loop import Run
@@ -78,6 +80,50 @@ def test_other_code_under_the_name_of_a_users_method_is_refused(dataset, tmp_pat
     if lose:
       lose()
   assert own_code(Run(CONFIG, dataset, tmp_path / "b").config) == []
+
+
+@pytest.fixture
+def registered():
+  """Registers a metric with its factor; None: none."""
+
+  def register(factor: float | None) -> None:
+    metrics.METRICS.pop("shares", None)
+    if factor is not None:
+      shares = lambda layer: layer.kept_per_expert_E
+      moe_jax.register(
+        "metric", "shares", moe_jax.Metric(shares, lambda x: factor * x.max(-1), "S", "Shares")
+      )
+
+  yield register
+  register(None)
+
+
+def test_other_code_under_the_name_of_a_users_metric_is_refused(dataset, tmp_path, registered):
+  """From config.json, from a checkpoint and from the result; also after a start that did not measure it."""
+  refused = lambda: refusal(tmp_path, Run(CONFIG, dataset, tmp_path).config, dataset.info.fingerprint)
+  registered(1.0)
+  Run(CONFIG, dataset, tmp_path).train()
+  registered(None)
+  assert refused() == ""
+  write_identity(tmp_path, Run(CONFIG, dataset, tmp_path).config, dataset)
+  losses = (lambda: (tmp_path / "config.json").unlink(), lambda: shutil.rmtree(tmp_path / "checkpoints"))
+  for lose in (*losses, None):
+    registered(1.0)
+    assert refused() == ""
+    registered(10.0)
+    assert re.search(
+      r"holds a run with other code of the metric shares \[\w{12}\] \(now: shares \[\w{12}\]\); bring it back",
+      refused(),
+    )
+    if lose:
+      lose()
+
+
+def test_a_run_without_a_metric_that_is_registered_now_is_the_same_run(dataset, tmp_path, registered):
+  result = Run(CONFIG, dataset, tmp_path).train()
+  registered(1.0)
+  assert "own_metrics" not in result and "shares" not in result["validation"]
+  assert refusal(tmp_path, Run(CONFIG, dataset, tmp_path).config, dataset.info.fingerprint) == ""
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,26 @@ def test_other_schedules_keep_sums_only(rng):
   assert again.means() == tail.means()
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+@pytest.mark.parametrize("first", ["with", "without"])
+def test_a_metric_of_a_part_of_the_tail_has_no_mean(rng, schedule, first):
+  """It was registered when the run continued, or no longer was."""
+  steps = steps_of(rng, 10)
+  without = [{name: value for name, value in of.items() if name != "max_vio"} for of in steps]
+  before, after = (steps, without) if first == "with" else (without, steps)
+  tail = tail_of(10, 1.0, schedule)
+  for step in range(1, 6):
+    tail.add(step, before[step - 1])
+  again = tail_of(10, 1.0, schedule)
+  if first == "with":
+    again.names.remove("max_vio")
+  again.from_json(json.loads(json.dumps(tail.to_json())))
+  for step in range(6, 11):
+    again.add(step, after[step - 1])
+  assert "max_vio" not in again.means()
+  np.testing.assert_allclose(again.means()["loss"], np.mean([of["loss"] for of in steps]), rtol=1e-6)
+
+
 @pytest.mark.parametrize(("router", "fields", "used"), [
   ("softmax_topk", {}, 2), ("remoe", {"balancers": "remoe_loss"}, 8), ("top_p", {"num_experts_per_token": 4}, 4),
 ])  # fmt: skip
