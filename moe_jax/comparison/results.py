@@ -21,6 +21,9 @@ PROTOCOL = {
   "fingerprint": "data fingerprint",
   "sees_later_tokens": "view of later tokens",
   "active_width": "active width",
+  "ffn_work": "feed-forward work",
+  "num_layers": "number of layers",
+  "model_dim": "width of the model",
   "slots": "expert capacity",
   "inputs": "router input",
   "tail_steps": "tail window",
@@ -30,6 +33,8 @@ PROTOCOL = {
 }
 # The quantities that a key of the protocol is about. The other keys are about all.
 OF_QUANTITIES = {"max_vio_range": ("max_vio", "max_vio_training")}
+# Where one of these differs, so does the key, which then says nothing more: a question that varies one of them varies the key, too.
+_FOLLOWS = {"ffn_work": ("active_width", "num_layers", "model_dim")}
 # The report also warns where these differ.
 _SHARED = PROTOCOL | {
   "num_params": "number of parameters",
@@ -121,7 +126,13 @@ def _differing(results: Sequence[Result], quantity: str) -> list[str]:
   """Returns the keys of the protocol, of those about a quantity, in which results differ that record them."""
   compared = [_compared(result) for result in results]
   asked = [key for key in PROTOCOL if quantity in OF_QUANTITIES.get(key, (quantity,))]
-  return [key for key in asked if _differ(key, [r[key] for r in compared if r.get(key) is not None])]
+  found = [key for key in asked if _differ(key, [r[key] for r in compared if r.get(key) is not None])]
+  return _causes(found)
+
+
+def _causes(keys: Sequence[str]) -> list[str]:
+  """Returns the keys without those that differ because another of them does."""
+  return [key for key in keys if not {*_FOLLOWS.get(key, ())} & {*keys}]
 
 
 def _differ(key: str, values: Sequence[Any]) -> bool:
@@ -152,14 +163,12 @@ def warnings(
   Keys of `PROTOCOL` in `varies` may differ.
   """
   found, compared = [], [_compared(result) for result in results]
-  for key, words in _SHARED.items():
-    if key in varies:
-      continue
-    # Results without the key are of an experiment that does not record it, which is no contradiction.
-    values = [r[key] for r in compared if key in r]
-    if _differ(key, values):
-      each = sorted({json.dumps(value, sort_keys=True) for value in values})
-      found.append(f"The {words} differs between results: {', '.join(each)}.")
+  # Results without the key are of an experiment that does not record it, which is no contradiction.
+  values = {key: [r[key] for r in compared if key in r] for key in _SHARED}
+  for key in _causes([key for key in _SHARED if _differ(key, values[key])]):
+    if key not in varies:
+      each = sorted({json.dumps(value, sort_keys=True) for value in values[key]})
+      found.append(f"The {_SHARED[key]} differs between results: {', '.join(each)}.")
   seeds = {arm: tuple(r["seed"] for r in of_arm) for arm, of_arm in group_by_arm(results).items()}
   if len(set(seeds.values())) > 1:
     each = "; ".join(f"{arm}: {', '.join(map(str, s))}" for arm, s in seeds.items())

@@ -11,6 +11,7 @@ from moe_jax.config import BlockConfig, Config, ModelConfig, Segment
 from moe_jax.config.plain import to_plain
 from moe_jax.data import DatasetInfo
 from moe_jax.nn.build import different_blocks, make_blocks, routed_layers, routed_part
+from moe_jax.nn.experts import QuantisedExperts
 from moe_jax.nn.ffn import MLP, LatentMoE, SoftMoE
 from moe_jax.nn.leaks import sees_later_tokens
 from moe_jax.nn.moe import MoE
@@ -29,6 +30,11 @@ def protocol_of(config: Config) -> dict[str, Any]:
     of shared experts and parallel parts. K is the maximum if a router chooses how many. Where experts read a
     narrower space of width X, K * F * X / D, so that it stays in proportion to the work of the experts. For Soft
     MoE, F * slots of all experts / tokens of a sequence. A list if blocks differ; None if no part is known.
+  ffn_work: the elements of the matrices by which a token is multiplied in the feed-forward parts of all layers, counted as
+    for `active_width`: those of K experts, at most, of shared experts and of parallel and dense parts. It knows how often
+    a block is repeated, and how many matrices an expert has. Routers, projections to a narrower space, adapters and
+    biases do not count. None if no part is known.
+  num_layers, model_dim: of the model; two models of equal work may differ in them.
   max_vio_range: E / K of the layers with experts, which bounds MaxVio: it is at most E / K - 1. E counts experts without work,
     too, where tokens may choose them. K is the fewest experts that a token may get, but at least 1, so it is 1 for a
     router that gives some tokens one expert or none; Soft MoE has K = 1. A list if layers differ; None if there are none.
@@ -45,6 +51,9 @@ def protocol_of(config: Config) -> dict[str, Any]:
   layers = {block: part for block, found in parts.items() for part in found if isinstance(part, MoE)}
   with_experts = [b for b, found in parts.items() if any(isinstance(p, MoE | SoftMoE) for p in found)]
   widths = sorted({_active_width(block, found, length) for block, found in parts.items()} - {0})
+  blocks = [(block, segment.repeats) for segment in config.model.blocks for block in segment.pattern]
+  work = sum(repeats * _work(parts[block], length) for block, repeats in blocks)
+  num_layers = config.model.total_layers
   ranges = sorted({_max_vio_range(part) for found in parts.values() for part in found} - {0.0})
   sizes = ("num_experts", "num_experts_per_token", "expert_dim")
   return {
@@ -56,11 +65,14 @@ def protocol_of(config: Config) -> dict[str, Any]:
     "sees_later_tokens": sees_later_tokens(config.model),
     "schedule": to_plain(config.optimizer),
     "active_width": (widths[0] if len(widths) == 1 else widths) or None,
+    "ffn_work": _short(work) or None,
+    "num_layers": num_layers,
+    "model_dim": config.model.model_dim,
     "max_vio_range": (ranges[0] if len(ranges) == 1 else ranges) or None,
     "slots": _slots(config, layers),
     "inputs": "domain" if any(layer.router.num_tasks for layer in layers.values()) else "",
     "model": {
-      "num_layers": sum(len(segment.pattern) * segment.repeats for segment in config.model.blocks),
+      "num_layers": num_layers,
       "model_dim": config.model.model_dim,
       **{name: sorted({getattr(block.moe, name) for block in with_experts}) for name in sizes},
     },
@@ -120,7 +132,39 @@ def _active_width(block: BlockConfig, parts: list[nnx.Module], length: int) -> i
       width += num_experts * slots * block.moe.expert_dim / length
     elif isinstance(part, MLP):
       width += part.w_up_DF.shape[-1]
-  return int(width) if width == int(width) else width
+  return _short(width)
+
+
+def _work(parts: list[nnx.Module], length: int) -> float:
+  work = 0.0
+  for part in parts:
+    if isinstance(part, MoE):
+      most = part.router.most or part.num_experts_per_token
+      work += most * _matrices(part.experts) / part.num_experts
+    elif isinstance(part, SoftMoE):
+      slots = part.w_slots_DEC.shape[-1]
+      work += slots * _matrices(part.experts) / length
+    elif isinstance(part, MLP):
+      work += _matrices(part)
+  return work
+
+
+def _matrices(module: nnx.Module) -> int:
+  """Returns the elements of the matrices of a module, all experts together; those of adapters do not count."""
+  total = 0
+  for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+    axes, shape = variable.get_metadata()["logical_axes"], variable.get_value().shape
+    is_matrix = len(axes) == (3 if axes[:1] == ("expert",) else 2)
+    total += math.prod(shape) if is_matrix and "adapters" not in path else 0
+  for _, part in nnx.iter_modules(module):
+    if isinstance(part, QuantisedExperts):  # a byte may hold the codes of two rows
+      shapes = {name: codes.get_value().shape for name, codes in part.codes.items()}
+      total += sum(shapes[name][0] * rows * shapes[name][-1] for name, rows, _ in part.sizes)
+  return total
+
+
+def _short(number: float) -> int | float:
+  return int(number) if number == int(number) else number
 
 
 def _max_vio_range(part: nnx.Module) -> float:

@@ -84,6 +84,7 @@ def test_arms_of_granularity_have_equal_active_width():
   arms, mesh = granularity(CONFIG.model.moe), sharding.make_mesh(CONFIG.mesh)
   protocols = [protocol_of(check_run(with_arm(CONFIG, arm), mesh)) for arm in arms.values()]
   assert {protocol["active_width"] for protocol in protocols} == {128}
+  assert len({protocol["ffn_work"] for protocol in protocols}) == 1
   assert {arm["num_experts"] for arm in arms.values()} >= {8, 16, 32, 64, 128}
   assert next(iter(arms)) == "16x64_top2"  # the baseline is the configuration itself
   # sizes that cannot be halved or quartered have fewer arms

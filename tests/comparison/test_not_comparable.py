@@ -47,12 +47,17 @@ def test_seeds_of_one_arm_that_differ_in_the_protocol_are_one_setting_to_nobody(
     ({"schedule": {"learning_rate": 1.0}}, "optimizer and schedule"),
     ({"training": {"tail_steps": 7}}, "tail window"),
     ({"active_width": 256}, "active width"),
+    ({"active_width": 256, "ffn_work": 2}, "active width"),  # which is why the work is another
+    ({"ffn_work": 2}, "feed-forward work"),
+    ({"num_layers": 4, "ffn_work": 2}, "number of layers"),
+    ({"model_dim": 32, "ffn_work": 2, "slots": "dropless"}, "width of the model, expert capacity"),
     ({"slots": "dropless", "inputs": "domain"}, "expert capacity, router input"),
   ],
 )
 def test_runs_that_break_the_protocol_have_no_verdict(fields, words):
   shared = {"schedule": {"learning_rate": 0.5}, "num_steps": 100, "tokens_per_step": 8, "fingerprint": "one"}
   shared |= {"active_width": 128, "slots": "capacity 1.25/2 per group of 64", "inputs": ""}
+  shared |= {"ffn_work": 1, "num_layers": 2, "model_dim": 16}
   of_a = [make_result("a", s, perplexity=1.0) | shared for s in range(3)]
   of_b = [make_result("b", s, perplexity=2.0) | shared for s in range(3)]
   for result in of_a:
@@ -90,6 +95,16 @@ def test_arms_that_name_one_folder_to_start_from_must_have_found_the_same_parame
   ]
   assert found.resolved == comparable and len(said) == (not comparable)
   assert comparable or found.broken.startswith("content of --init_from")
+
+
+def test_a_question_that_varies_the_width_varies_the_work(tmp_path):
+  of_a, of_b = (
+    [make_result(arm, s, perplexity=w + 0.1) | {"active_width": w, "ffn_work": 9 * w} for s in range(3)]
+    for arm, w in (("a", 16), ("b", 32))
+  )
+  found = report.paired_differences(of_a + of_b, varies=("active_width",))
+  assert not any(difference.broken for difference in found)
+  assert not any("work" in line for line in warnings(tmp_path, of_a + of_b, ("active_width",)))
 
 
 def test_a_key_that_one_result_does_not_record_is_no_contradiction():

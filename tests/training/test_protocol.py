@@ -46,6 +46,35 @@ def test_active_width(fields, width):
   assert of(**fields)["active_width"] == width
 
 
+MATRIX = 16 * 16  # D x F
+
+
+@pytest.mark.parametrize(
+  ("fields", "work"),
+  [
+    ({}, 2 * 2 * 3 * MATRIX),  # layers, K, gate and up and down
+    ({"num_layers": 4}, 4 * 2 * 3 * MATRIX),
+    ({"experts": "relu"}, 2 * 2 * 2 * MATRIX),
+    ({"num_layers": 4, "num_dense_first": 1, "dense_dim": 64}, (3 * 2 + 4) * 3 * MATRIX),
+    ({"num_layers": 4, "num_dense_first": 2, "dense_dim": 64}, (2 * 2 + 2 * 4) * 3 * MATRIX),
+    ({"num_experts_per_token": 4, "router": "top_p"}, 2 * 4 * 3 * MATRIX),
+    ({"num_shared_experts": 1, "shared_expert_dim": 48}, 2 * (2 + 3) * 3 * MATRIX),
+    ({"num_shared_experts": 1, "shared_expert_gate": True}, 2 * 3 * 3 * MATRIX),
+    ({"ffn": "latent_moe"}, 2 * 3 * MATRIX),  # without the projections
+    ({"ffn": "soft_moe:slots=3", "accept_leaks": "soft_moe"}, 2 * 8 * 3 * 3 * MATRIX / 16),
+    (
+      {"experts": "low_rank:rank=2", "num_shared_experts": 1, "shared_experts": "low_rank"},
+      2 * 3 * 3 * MATRIX,
+    ),
+    ({"experts": "quantised:format=int4"}, 2 * 2 * 3 * MATRIX),
+    ({"experts": "expert_dropout:experts=clipped_swiglu"}, 2 * 2 * 3 * MATRIX),
+  ],
+  ids=str,
+)
+def test_work_of_a_token(fields, work):
+  assert of(**fields)["ffn_work"] == work
+
+
 @pytest.mark.parametrize(
   ("fields", "bound"),
   [
