@@ -15,7 +15,7 @@ from rich.console import Console
 
 from moe_jax import disk, locks
 from moe_jax.analysis.leaderboard import ARMS, score
-from moe_jax.config import Config
+from moe_jax.config import Config, ModelConfig
 from moe_jax.config.plain import fingerprint, to_plain
 from moe_jax.data import Dataset, load_dataset
 from moe_jax.errors import InputError, Stopped
@@ -26,6 +26,7 @@ from moe_jax.training.compiled import abstract_model, check_run
 from moe_jax.training.identity import check_same_run
 from moe_jax.training.loop import Run
 from moe_jax.training.progress import TrainingProgress
+from moe_jax.training.protocol import max_vio_ranges
 from moe_jax.training.result_file import RESULT_FILE, read_result
 from moe_jax.training.results import count_params, versions
 
@@ -38,17 +39,23 @@ class Rules:
 
   target_bits_per_byte: float  # over the whole validation split
   max_active_params: int  # those that one token uses, embeddings included
-  max_vio: float  # over the whole validation split, mean over layers
+  max_vio: float  # over the whole validation split, mean over the layers with more experts than a token gets
   evaluate_bytes: int  # of training text between evaluations
 
-  def reached(self, validation: Mapping[str, Any]) -> bool:
-    """Returns whether an evaluation meets the target and is balanced. A model without experts is balanced."""
-    return validation["bits_per_byte"] <= self.target_bits_per_byte and max_vio(validation) <= self.max_vio
+  def reached(self, bits_per_byte: float, max_vio: float) -> bool:
+    """Returns whether an evaluation meets the target and is balanced."""
+    return bits_per_byte <= self.target_bits_per_byte and max_vio <= self.max_vio
 
 
-def max_vio(validation: Mapping[str, Any]) -> float:
-  """Returns MaxVio over the validation split, averaged over layers."""
-  return float(np.mean(validation.get("max_vio", [])) if validation.get("max_vio") else 0.0)
+def max_vio(validation: Mapping[str, Any], model: ModelConfig) -> float:
+  """Returns MaxVio over the validation split, averaged over the layers of a resolved model with E > K.
+
+  The others, which cannot be out of balance, would only dilute the mean. 0 if there is no such layer.
+  """
+  found, ranges = validation.get("max_vio", []), max_vio_ranges(model)
+  if len(found) == len(ranges):  # otherwise some layers are of a kind whose E and K are not known
+    found = [value for value, bound in zip(found, ranges, strict=True) if bound > 1]
+  return float(np.mean(found)) if found else 0.0
 
 
 class Speedrun:
@@ -115,6 +122,9 @@ class Speedrun:
     pairs = [{"seed": seed, **pair} for seed, pair in done.items()]
     total, active = self.params["attempt"]
     counts = {"num_params": total, "num_active_params": active}
+    counts |= {
+      "fingerprint": self.data["reference"].info.fingerprint
+    }  # with its tokenizer, so one for all attempts
     return {**self.claim, **counts, "seeds": pairs, "score": score(pairs)}
 
   def _seed_folder(self, seed: int) -> pathlib.Path:
@@ -134,7 +144,7 @@ class Speedrun:
     here, results = self._here(seed), {arm: read_result(self._result(arm, seed)) for arm in ARMS}
     if not here or not all(results.values()):
       return None
-    return here | {arm: self._numbers(result) for arm, result in results.items()}
+    return here | {arm: self._numbers(arm, result) for arm, result in results.items()}
 
   def _run_pair(self, seed: int, progress: TrainingProgress) -> dict[str, Any]:
     """Trains both runs of a seed. Where both are done, and a result is damaged, it is made again from its checkpoint."""
@@ -147,7 +157,8 @@ class Speedrun:
       disk.write_json(self._seed_folder(seed) / HERE, disk.with_digest(here))
     results = {arm: read_result(self._result(arm, seed)) for arm in ARMS}
     return here | {
-      arm: self._numbers(results[arm]) if results[arm] else self._train(arm, seed, progress) for arm in ARMS
+      arm: self._numbers(arm, results[arm]) if results[arm] else self._train(arm, seed, progress)
+      for arm in ARMS
     }
 
   def _start_over(self, seed: int) -> None:
@@ -179,30 +190,33 @@ class Speedrun:
       progress,
       label=arm,
       show=f"{arm} seed {seed}",
-      stop=self.rules.reached,
+      stop=lambda validation: self._reached(arm, validation),
     )
     try:
-      return self._numbers(run.train())
+      return self._numbers(arm, run.train())
     except Stopped as error:
       raise Stopped(
         f"{arm} seed {seed}: stopped; finished pairs are kept, and the same command starts this one over, because its two "
         "runs must see the same machine"
       ) from error
 
-  def _numbers(self, result: Mapping[str, Any]) -> dict[str, Any]:
+  def _reached(self, arm: str, validation: Mapping[str, Any]) -> bool:
+    return self.rules.reached(validation["bits_per_byte"], max_vio(validation, self.configs[arm].model))
+
+  def _numbers(self, arm: str, result: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what the leaderboard keeps of a result.
 
     The first step of a process is not timed, because it compiles. It counts as long as the others.
     """
     tokens = result["num_steps"] * result["tokens_per_step"]
     return {
-      "reached": self.rules.reached(result["validation"]),
+      "reached": self._reached(arm, result["validation"]),
       "seconds": tokens / result["training"]["tokens_per_second"],
       "tokens": tokens,
       "bytes": round(tokens * result["bytes_per_token"]),
       "num_steps": result["num_steps"],
       "bits_per_byte": result["validation"]["bits_per_byte"],
-      "max_vio": max_vio(result["validation"]),
+      "max_vio": max_vio(result["validation"], self.configs[arm].model),
       "compile_seconds": result["training"]["compile_seconds"],
     }
 

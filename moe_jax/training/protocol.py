@@ -80,6 +80,13 @@ def protocol_of(config: Config) -> dict[str, Any]:
   }
 
 
+def max_vio_ranges(config: ModelConfig) -> list[float]:
+  """Returns `max_vio_range` of each layer with experts of a resolved model, in the order of the stack. 1: it is always 0."""
+  of_block = {b: [_max_vio_range(part) for part in _parts(config, b)] for b in different_blocks(config)}
+  blocks = [block for segment in config.blocks for block in segment.pattern * segment.repeats]
+  return [bound for block in blocks for bound in of_block[block] if bound]
+
+
 def slots_of_mesh(config: Config) -> str:
   """Returns `slots` of `protocol_of` if the mesh of a resolved configuration may decide what is dropped, otherwise ""."""
   if not any(_shared_over(moe.dispatcher) for moe in config.model.moe_configs):
