@@ -44,6 +44,7 @@ MAX_VIO = 0.3
 EVALUATE_BYTES = 150_000
 NUM_CORES = 2
 NUM_SEEDS = 5
+TEXT = "7f0d9e2099f0"  # begins the fingerprint of the reference's text: the standard library of Python 3.12.1
 
 # Every field, so that it stays what it is when a default changes.
 REFERENCE: dict[str, Any] = {
@@ -140,7 +141,7 @@ _NAME = flags.DEFINE_string("name", "", "of the attempt, in the table; letters, 
 _TARGET = flags.DEFINE_float("target_bits_per_byte", TARGET_BITS_PER_BYTE, "over the validation split")
 _ACTIVE = flags.DEFINE_integer("max_active_params", MAX_ACTIVE_PARAMS, "that one token may use")
 _MAX_VIO = flags.DEFINE_float(
-  "max_vio", MAX_VIO, "largest MaxVio over the validation split, mean over layers"
+  "max_vio", MAX_VIO, "largest MaxVio over the validation split, mean over layers with E > K"
 )
 _SEEDS = flags.DEFINE_integer("seeds", NUM_SEEDS, "pairs of runs, with seeds 0, 1, ...", lower_bound=1)
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", "runs/speedrun", "the folder to write")
@@ -193,6 +194,7 @@ def leaderboard() -> str:
 
 def what_is_wrong(entry: dict[str, Any]) -> str:
   """Returns why an entry cannot be in the table; empty if it can."""
+  from moe_jax.analysis.leaderboard import contradiction
   from moe_jax.analysis.speedrun import learned_before
 
   rules = {
@@ -203,19 +205,28 @@ def what_is_wrong(entry: dict[str, Any]) -> str:
   }
   if entry["rules"] != rules:
     return f"was run with other rules ({entry['rules']}); run it with the present ones"
-  if not _agrees(entry["reference"], PRESETS["reference"].to_dict()):
+  if not _agrees(_placeless(entry["reference"]), _placeless(PRESETS["reference"].to_dict())):
     return "was run beside another reference; run it beside the present one"
-  if len(entry["seeds"]) < NUM_SEEDS:
-    return f"has {len(entry['seeds'])} seeds; run it with --seeds={NUM_SEEDS}"
+  if (seeds := [pair["seed"] for pair in entry["seeds"]]) != list(range(NUM_SEEDS)):
+    return f"has the seeds {', '.join(map(str, seeds))}; run it with --seeds={NUM_SEEDS}"
   if entry["attempt"]["data"]["dataset"] != "stdlib":
     return f"was trained on {entry['attempt']['data']['dataset']}; leave out --dataset"
+  if not (text := entry.get("fingerprint", TEXT)).startswith(TEXT):  # entries of before do not say it
+    return f"was run on other text (fingerprint {text[:12]}, not {TEXT}); run it on that of the table"
   if learned := learned_before(entry["attempt"]):
     return f"was run with {learned}, so others trained it, too; leave that out"
   if cores := {pair["machine"]["cores"] for pair in entry["seeds"]} - {NUM_CORES}:
     return f"was run on {min(cores)} cores; run it on {NUM_CORES}"
   if entry["commit"].endswith(CHANGED):
-    return "was run on code that is not committed; commit it and run it again"
-  return ""
+    return "was run on code that is not committed; commit it, and the files of --plugins, and run it again"
+  return contradiction(entry)
+
+
+def _placeless(config: dict[str, Any]) -> dict[str, Any]:
+  """Returns a configuration without the place of its text."""
+  from moe_jax.training.changes import FREE
+
+  return config | {"data": {name: x for name, x in config["data"].items() if name not in FREE["data"]}}
 
 
 def _agrees(old: Any, new: Any) -> bool:
@@ -229,16 +240,28 @@ CHANGED = " with changes"
 
 
 def _commit() -> str:
-  """Returns the commit of the code, and whether tracked files differ from it."""
+  """Returns the commit of the code, and whether tracked files, or what was imported of an attempt, differ from it."""
   git = lambda *arguments: subprocess.run(
     ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
   ).stdout.strip()
   try:
-    return git("rev-parse", "HEAD") + (
-      CHANGED if git("status", "--porcelain", "--untracked-files=no") else ""
-    )
+    tracked = {ROOT / name for name in git("ls-files", "-z").split("\0")}
+    is_changed = git("status", "--porcelain", "--untracked-files=no") or not _own_files() <= tracked
+    return git("rev-parse", "HEAD") + (CHANGED if is_changed else "")
   except (OSError, subprocess.CalledProcessError):
     return f"unknown{CHANGED}"
+
+
+def _own_files() -> set[pathlib.Path]:
+  """Returns the files of `--plugins`, of moe_jax, and of whatever else was imported from the repository."""
+  found = set()
+  for name, module in list(sys.modules.items()):
+    path = pathlib.Path(getattr(module, "__file__", None) or sys.executable).resolve()
+    is_plugin = name in flags.FLAGS.plugins or name.startswith("moe_jax_plugin_")
+    is_here = path.is_relative_to(ROOT) and path.suffix == ".py" and "site-packages" not in path.parts
+    if is_plugin or is_here or name.partition(".")[0] == "moe_jax":
+      found.add(path)
+  return found
 
 
 def _machine() -> dict[str, Any]:

@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 from scipy import special
 
+from moe_jax.config import Config
 from moe_jax.errors import InputError
+from moe_jax.training.compiled import abstract_model, resolve_config
+from moe_jax.training.results import count_params
 
 MEASURED = ("seconds", "tokens", "bytes")
 ARMS = ("reference", "attempt")  # in the order in which they run
@@ -31,6 +34,47 @@ def score(pairs: Sequence[Mapping[str, Any]]) -> dict[str, list[float]] | None:
     half = quantile * float(np.std(logs, ddof=1)) / math.sqrt(len(pairs))
     found[name] = [math.exp(x) for x in (logs.mean(), logs.mean() - half, logs.mean() + half)]
   return found
+
+
+def contradiction(entry: Mapping[str, Any]) -> str:
+  """Returns what of an entry does not follow from its own numbers and configuration; empty if nothing."""
+  for pair in entry["seeds"]:
+    for arm in ARMS:
+      if wrong := _wrong_in_run(entry, arm, pair[arm]):
+        return f"seed {pair['seed']} of the {arm}: {wrong}; run it again"
+  stored, expected = entry["score"], score(entry["seeds"])
+  if (stored is None) != (expected is None) or any(
+    not np.allclose(stored.get(name, np.nan), expected[name], rtol=1e-6, atol=0) for name in expected or ()
+  ):
+    return "has another score than its seeds say; take the file as it was written"
+  bound, active = entry["rules"]["max_active_params"], entry["num_active_params"]
+  counted = _active_params(entry["attempt"])
+  if active > bound or counted not in (None, active):
+    return f"has {counted or active:,} active parameters, and says {active:,}; at most {bound:,} are allowed"
+  return ""
+
+
+def _wrong_in_run(entry: Mapping[str, Any], arm: str, run: Mapping[str, Any]) -> str:
+  rules, data, steps = entry["rules"], entry[arm]["data"], entry[arm]["train"]["num_steps"]
+  reached = run["bits_per_byte"] <= rules["target_bits_per_byte"] and run["max_vio"] <= rules["max_vio"]
+  if reached != run["reached"]:
+    return f"says reached={run['reached']}, and its bits per byte and MaxVio do not"
+  if not (1 < run["num_steps"] <= steps if reached else run["num_steps"] == steps):
+    return f"has {run['num_steps']} of {steps} steps"
+  if run["tokens"] != run["num_steps"] * data["batch_size"] * data["sequence_length"]:
+    return f"says {run['tokens']} tokens, which are not those of its {run['num_steps']} steps"
+  return "" if run["seconds"] > 0 else f"says {run['seconds']} seconds"
+
+
+def _active_params(attempt: Mapping[str, Any]) -> int | None:
+  """Counts the active parameters of a configuration; None where it has a user's code, or the vocabulary is not known."""
+  name, _, size = attempt["data"]["tokenizer"].partition(":")
+  vocab_size = 264 if name == "bytes" else int(size) if name == "bpe" and size.isdecimal() else 0
+  try:
+    config = resolve_config(Config.from_dict(attempt))
+  except InputError:
+    return None
+  return count_params(abstract_model(config, -(-vocab_size // 8) * 8))[1] if vocab_size else None
 
 
 HEADER = (

@@ -16,8 +16,9 @@ from moe_jax import disk, locks
 from moe_jax.analysis import speedrun
 from moe_jax.analysis.leaderboard import ARMS, MEASURED, read_entries, row, score, table
 from moe_jax.analysis.speedrun import Rules, Speedrun
-from moe_jax.config import Config, MeshConfig
+from moe_jax.config import BlockConfig, Config, MeshConfig, ModelConfig, MoEConfig, Segment
 from moe_jax.errors import InputError, Stopped
+from moe_jax.nn.build import resolve
 from moe_jax.training.progress import TrainingProgress
 from tests import tiny
 from tests.data.helpers import write_files
@@ -187,6 +188,20 @@ def test_finished_pairs_are_kept_under_flags_that_change_nothing_and_not_on_othe
     start().run([0], QUIET)
 
 
+def test_layers_that_cannot_be_out_of_balance_do_not_dilute_max_vio():
+  one = MoEConfig(num_experts=1, num_experts_per_token=1)
+  of = lambda *blocks: resolve(
+    ModelConfig(segments=tuple(Segment((BlockConfig(moe=moe),), n) for moe, n in blocks))
+  )
+  four = MoEConfig(num_experts=4)
+  mean = lambda model, *found: speedrun.max_vio({"max_vio": list(found)}, model)
+  assert mean(of((four, 1), (one, 3)), 2.0, 0.0, 0.0, 0.0) == 2.0
+  assert mean(of((one, 1), (four, 2)), 0.0, 1.0, 0.5) == 0.75
+  assert mean(of((one, 2)), 0.0, 0.0) == 0.0
+  assert speedrun.max_vio({}, resolve(ModelConfig(ffn="mlp"))) == 0.0
+  assert mean(of((four, 1)), 1.0, 0.5) == 0.75  # of layers that are not known, all
+
+
 def test_a_folder_with_a_file_that_was_not_written_whole_is_free(reference, tmp_path):
   (tmp_path / f"{disk.WRITING}abc").write_text("{")
   Speedrun(_slower(reference), reference, RULES, tmp_path, ABOUT, MACHINE)
@@ -253,28 +268,39 @@ def test_the_page_shows_the_committed_entries_and_wrong_flags_are_one_line(tmp_p
 
 # In a process of its own, because a script defines its flags when it is imported.
 _LOOK = """
-import dataclasses, json
+import json, sys
+from absl import flags
 from experiments import speedrun as s
-on = lambda cores: {"machine": {"cores": cores}}
-entry = {"seeds": [on(2)] * 5, "commit": "c" * 40, "reference": s.REFERENCE, "attempt": s.REFERENCE}
-entry["rules"] = {"target_bits_per_byte": s.TARGET_BITS_PER_BYTE, "max_active_params": s.MAX_ACTIVE_PARAMS}
-entry["rules"] |= {"max_vio": s.MAX_VIO, "evaluate_bytes": s.EVALUATE_BYTES}
-other = s.REFERENCE | {"data": s.REFERENCE["data"] | {"dataset": "lm1b"}}
-cases = [{}, {"seeds": [on(2)]}, {"seeds": [*[on(2)] * 4, on(16)]}, {"commit": "c" + s.CHANGED}, {"reference": other}, {"attempt": other},
+from moe_jax.plugins import import_plugins
+entry = json.loads((s.ENTRIES / "reference.json").read_text())
+seeds = entry["seeds"]
+data = lambda **fields: s.REFERENCE | {"data": s.REFERENCE["data"] | fields}
+of = lambda **fields: {"seeds": [*seeds[:4], seeds[4] | {"attempt": seeds[4]["attempt"] | fields}]}
+cases = [{}, {"reference": data(data_dir="x", text_folder="y")}, {"fingerprint": s.TEXT + "0" * 52},
+  {"seeds": seeds[:1]}, {"seeds": [seeds[0]] * 5}, {"seeds": [*seeds[:4], seeds[4] | {"machine": {"cores": 16}}]},
+  {"commit": "c" + s.CHANGED}, {"reference": data(tokenizer="bytes")}, {"attempt": data(dataset="lm1b")},
   {"attempt": s.REFERENCE | {"train": s.REFERENCE["train"] | {"init_from": "x"}}},
-  {"rules": entry["rules"] | {"max_vio": 9.0}}]
-print(json.dumps([s.REFERENCE, entry["rules"], [s.what_is_wrong(entry | case) for case in cases]]))
+  {"rules": entry["rules"] | {"max_vio": 9.0}}, {"fingerprint": "0" * 64}, {"num_active_params": 9},
+  {"score": entry["score"] | {"seconds": [0.1, 0.1, 0.1]}}, {"score": None}, of(reached=False), of(max_vio=0.4), of(tokens=128),
+  of(num_steps=601), of(seconds=0.0)]
+flags.FLAGS(["x", "--plugins=" + sys.argv[1]])
+import_plugins(flags.FLAGS.plugins)
+own = [str(path) for path in s._own_files()]
+print(json.dumps([s.REFERENCE, entry["rules"], [s.what_is_wrong(entry | case) for case in cases], s.TEXT, own]))
 """
 
 
-def test_the_reference_pins_every_field_and_entries_must_meet_the_rules():
+def test_the_reference_pins_every_field_and_entries_must_meet_the_rules(tmp_path):
   """A field that is added later must be added to it, with the value that keeps it as it was."""
+  plugin = tmp_path / "mine.py"
+  plugin.write_text("import numpy\n")
   done = subprocess.run(
-    [sys.executable, "-c", _LOOK], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    [sys.executable, "-c", _LOOK, str(plugin)], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
     timeout=100, check=False,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
-  reference, rules, (fine, *wrong) = json.loads(done.stdout)
+  reference, rules, found, text, own = json.loads(done.stdout)
+  fine, wrong = found[:3], found[3:]
 
   def fields(values):
     return {k: fields(v) for k, v in values.items()} if isinstance(values, dict) else None
@@ -287,14 +313,28 @@ def test_the_reference_pins_every_field_and_entries_must_meet_the_rules():
     f"At most {rules['max_active_params']:,} active" in page
     and f"every {rules['evaluate_bytes']:,} bytes" in page
   )
-  assert fine == ""
+  assert f"fingerprint `{text}`" in page
+  assert fine == ["", "", ""]
   words = [
-    "--seeds=5",
+    "the seeds 0; run it with --seeds=5",
+    "the seeds 0, 0, 0, 0, 0; run it with --seeds=5",
     "16 cores",
     "not committed",
     "another reference",
     "lm1b",
     "--init_from=x",
     "other rules",
+    "other text (fingerprint 000000000000, not 7f0d9e2099f0)",
+    "376,256 active parameters, and says 9",
+    "another score",
+    "another score",
+    "seed 4 of the attempt: says reached=False",
+    "seed 4 of the attempt: says reached=True",
+    "says 128 tokens",
+    "601 of 600 steps",
+    "says 0.0 seconds",
   ]
+  # What was imported of an attempt must be committed: here a file that no repository has.
+  assert {str(plugin), str(ROOT / "moe_jax/plugins.py"), str(ROOT / "experiments/speedrun.py")} <= {*own}
+  assert not any("numpy" in path for path in own)
   assert all(word in text for word, text in zip(words, wrong, strict=True)), wrong
