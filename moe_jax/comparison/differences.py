@@ -12,6 +12,7 @@ from moe_jax.comparison.results import (
   Result,
   broken_protocol,
   check_varies,
+  diverged,
   group_by_arm,
   uneven_protocol,
 )
@@ -20,6 +21,7 @@ from moe_jax.comparison.statistics import Column, columns_of, stat
 UNRESOLVED = "no difference resolved"
 NOT_JUDGED = "not judged"
 NOT_COMPARABLE = "not comparable: "
+DIVERGED = "no verdict: diverged: "
 MIN_SEEDS_FOR_VERDICT = 3
 TOO_FEW_SEEDS = f"no verdict: fewer than {MIN_SEEDS_FOR_VERDICT} shared seeds"
 LEVEL = 0.05  # of the errors of a whole table; intervals are of 1 - LEVEL, for one cell each
@@ -34,8 +36,8 @@ class Difference:
   p_value: two-sided, of the paired t test. Like the interval, None with fewer than two seeds, and NaN if a
     seed diverged.
   p_holm: the p-value after Holm's correction over the judged cells of the table; None if this is not one.
-  verdict: e.g. "lower (better)", "no difference resolved", "no verdict: fewer than 3 shared seeds", "not comparable:
-    number of steps", "not judged".
+  verdict: e.g. "lower (better)", "no difference resolved", "no verdict: fewer than 3 shared seeds", "no verdict:
+    diverged: none seed 1", "not comparable: number of steps", "not judged".
   """
 
   arm: str
@@ -67,6 +69,11 @@ class Difference:
     """What the arms do not share and should; empty if they can be compared."""
     return self.verdict.removeprefix(NOT_COMPARABLE) if self.verdict.startswith(NOT_COMPARABLE) else ""
 
+  @property
+  def diverged(self) -> str:
+    """The diverged seeds of the arm and the baseline; empty if there are none, or the arms cannot be compared anyway."""
+    return self.verdict.removeprefix(DIVERGED) if self.verdict.startswith(DIVERGED) else ""
+
 
 def paired_differences(
   results: Sequence[Result], baseline: str | None = None, varies: Sequence[str] = ()
@@ -75,7 +82,8 @@ def paired_differences(
 
   Pairing by seed removes what the seeds share (data order, initialisation). A cell is judged if its column is
   (see `columns_of`), if the arms share at least 3 seeds, if their runs share at every seed what `PROTOCOL` lists
-  for its quantity, and if the seeds of each arm do so among themselves, whatever `varies` says. All judged cells
+  for its quantity, if the seeds of each arm do so among themselves, whatever `varies` says, and if no seed of the two
+  diverged: those that are left are not the arm, in any quantity. All judged cells
   are one family: their paired t tests are corrected by Holm's method, and a verdict needs a corrected p below
   0.05. So the chance of one or more wrong verdicts in a table is at most 5%.
 
@@ -100,12 +108,13 @@ def paired_differences(
     if arm == baseline:
       continue
     pairs = [(r, reference[r["seed"]]) for r in of_arm if r["seed"] in reference]
+    lost = ", ".join(f"{r['arm']} seed {r['seed']}" for r in (*of_arm, *arms[baseline]) if diverged(r))
     for column in columns_of(results):
       values = {r["seed"]: (column.value(r), column.value(other)) for r, other in pairs}
       per_seed = {seed: a - b for seed, (a, b) in values.items() if a is not None and b is not None}
       if per_seed:
         broken = _broken(arm, baseline, pairs, column.key, varies)
-        differences.append(difference_of(arm, baseline, column, per_seed, broken))
+        differences.append(difference_of(arm, baseline, column, per_seed, broken, lost))
   return judged(differences)
 
 
@@ -121,13 +130,15 @@ def _broken(
 
 
 def difference_of(
-  arm: str, baseline: str, column: Column, per_seed: dict[int, float], broken: str
+  arm: str, baseline: str, column: Column, per_seed: dict[int, float], broken: str, lost: str = ""
 ) -> Difference:
   """Returns a difference that is not yet tested together with those of its table: see `judged`."""
   of_seeds = stat(list(per_seed.values()))
   error = None if of_seeds.spread is None else of_seeds.spread / math.sqrt(of_seeds.num)
   if broken:
     verdict = f"{NOT_COMPARABLE}{broken}"
+  elif lost:
+    verdict = f"{DIVERGED}{lost}"
   elif not column.judged:
     verdict = NOT_JUDGED
   else:
@@ -147,7 +158,7 @@ def judged(differences: Sequence[Difference]) -> list[Difference]:
   for i, p in zip(family, holm([differences[i].p_value for i in family]), strict=True):
     d = differences[i]
     verdict = UNRESOLVED
-    if p < LEVEL:  # False for NaN: a diverged seed resolves nothing
+    if p < LEVEL:  # False for NaN
       verdict = "lower" if d.mean < 0 else "higher"
       if d.column.lower_is_better is not None:
         verdict += " (better)" if (d.mean < 0) == d.column.lower_is_better else " (worse)"

@@ -5,13 +5,14 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from moe_jax.comparison.results import Result, lookup
+from moe_jax.comparison.results import Result, diverged, lookup
 
 
 def facts_of(results: Sequence[Result]) -> dict[str, Any]:
   """Returns what the results say about their runs, as JSON values. A fact that no result has is left out.
 
-  Each fact is a list of its different values, sorted; `tokens_per_second` is one number, the median over runs.
+  Each fact is a list of its different values, sorted; `tokens_per_second` is one number, the median over runs, and
+  `diverged` has [arm, seed, reason] of each run that did.
   """
   known = {
     "dataset": _different(r.get("dataset") for r in results),
@@ -25,6 +26,7 @@ def facts_of(results: Sequence[Result]) -> dict[str, Any]:
     "seeds": _different(r["seed"] for r in results),
     "swept": _different(_swept(r) for r in results),
     "eval_batches": _different(_eval_batches(r) for r in results),
+    "diverged": [[str(r["arm"]), r["seed"], _reason(r)] for r in results if diverged(r)],
   }
   for name in ("num_layers", "model_dim", "num_experts", "num_experts_per_token", "expert_dim"):
     values = [lookup(r, "model", name) for r in results]
@@ -83,6 +85,11 @@ def short(value: float) -> str:
 
 def _different(values: Iterable[Any]) -> list[Any]:
   return sorted({value for value in values if value is not None})
+
+
+def _reason(result: Result) -> str:
+  """Why a run diverged, without its name, and without what may help: `loss nan at step 7`."""
+  return diverged(result).removeprefix(f"{result['arm']} seed {result['seed']} has ").partition(";")[0]
 
 
 def _eval_batches(result: Result) -> int | None:

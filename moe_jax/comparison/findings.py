@@ -84,6 +84,7 @@ def _difference(finding: Finding, stored: Stored) -> Difference:
   )
   per_seed = {seed: one[seed] - other[seed] for seed in one if seed in other}
   reasons = {of_quantity[arm].broken for arm in (finding.arm, finding.against) if arm in of_quantity}
+  lost = {d.diverged for d in (of_quantity.get(arm) for arm in (finding.arm, finding.against)) if d} - {""}
   broken = {reason for text in reasons if text for reason in text.split(", ")} - {*finding.varies}
   return difference_of(
     finding.arm,
@@ -91,6 +92,7 @@ def _difference(finding: Finding, stored: Stored) -> Difference:
     dataclasses.replace(column, judged=True),
     per_seed,
     ", ".join(sorted(broken)),
+    "; ".join(sorted(lost)),
   )
 
 
@@ -98,6 +100,8 @@ def verdict(finding: Finding, difference: Difference) -> str:
   """Returns what the difference says of the claim."""
   if difference.broken:
     return f"not comparable: {difference.broken}"
+  if difference.diverged:
+    return f"no verdict: diverged: {difference.diverged}"
   if not difference.resolved:
     return "not resolved"
   return "**reproduced**" if difference.verdict.startswith(finding.expected) else "**contradicted**"

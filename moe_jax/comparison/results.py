@@ -1,6 +1,7 @@
 """Reading the result files of a run folder, and what makes a comparison unfair."""
 
 import json
+import math
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
@@ -97,6 +98,15 @@ def lookup(result: Result, *path: str) -> Any:
       return None
     value = value[key]
   return value
+
+
+def diverged(result: Result) -> str:
+  """Returns why a run has no quality: what a comparison wrote of it, or a loss that is not finite; "" if it has one."""
+  if "diverged" in result:
+    return result["diverged"]
+  values = {name: lookup(result, "validation", name) for name in ("nll", "perplexity", "bits_per_byte")}
+  wrong = [name for name, x in values.items() if x is not None and not math.isfinite(float(x))]
+  return f"validation {wrong[0]} {values[wrong[0]]}" if wrong else ""
 
 
 def check_varies(varies: Sequence[str]) -> None:

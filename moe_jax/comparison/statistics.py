@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.comparison.facts import facts_of
-from moe_jax.comparison.results import Result, group_by_arm, lookup
+from moe_jax.comparison.results import Result, diverged, group_by_arm, lookup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +64,11 @@ class Summary:
   rows: tuple[Row, ...]
   yardsticks: dict[str, float]
   facts: dict[str, Any]
+
+  @property
+  def diverged(self) -> list[str]:
+    """The arms with a diverged seed."""
+    return list(dict.fromkeys(arm for arm, _, _ in self.facts.get("diverged", ())))
 
 
 def number(value: Any) -> float | None:
@@ -147,7 +152,8 @@ def columns_of(results: Sequence[Result]) -> tuple[Column, ...]:
     )
     for e in declared.values()
   )
-  known = [_BITS_PER_BYTE.value(result) is not None for result in results]
+  # What diverged says nothing of its text.
+  known = [_BITS_PER_BYTE.value(r) is not None for r in [r for r in results if not diverged(r)] or results]
   in_bytes = bool(known) and all(known)
   first = (dataclasses.replace(_BITS_PER_BYTE, judged=in_bytes),) if any(known) else ()
   return (*first, dataclasses.replace(_PERPLEXITY, judged=not in_bytes), *_REST, *metrics, _LAST)

@@ -1,5 +1,7 @@
 """Published claims on stored tables: which difference, in which direction, corrected over all of them."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy.stats import ttest_rel
@@ -43,6 +45,19 @@ def test_the_difference_of_any_two_arms_is_that_of_the_paired_test(tables):
     np.testing.assert_allclose(d.mean, np.mean(one - other), rtol=1e-9)
     np.testing.assert_allclose(d.p_value, exact.pvalue, rtol=1e-6)
     np.testing.assert_allclose(d.interval, exact.confidence_interval(0.95), rtol=1e-6)
+
+
+def test_a_claim_about_an_arm_with_a_diverged_seed_has_no_verdict(tmp_path):
+  results = [
+    make_result(arm, seed, max_vio=[x + seed / 100]) for arm, x in MEANS.items() for seed in range(5)
+  ]
+  results[7] |= {"diverged": "a reason"}
+  write(tmp_path, results)
+  about_vio = lambda arm, against: dataclasses.replace(claim(arm, against), quantity="max_vio")
+  claims = [about_vio("loss", "none"), about_vio("bias", "loss"), about_vio("bias", "none")]
+  found = zip(claims, findings.tested(claims, {"one": read_stored(tmp_path)}), strict=True)
+  lost = "no verdict: diverged: loss seed 2"
+  assert [verdict(*of) for of in found] == [lost, lost, "**reproduced**"]
 
 
 def test_verdicts_follow_the_direction_and_the_correction(tables):

@@ -138,6 +138,28 @@ def some_results(means, seeds=3, **more):
   ]
 
 
+def test_an_arm_with_a_diverged_seed_is_not_drawn(tmp_path, saved):
+  """Its other seeds would make the front: from results, and from the table of them."""
+  results = some_results({"none": (3.0, 7.0), "div": (0.5, 4.0), "better": (1.0, 6.0), "best": (2.0, 5.0)})
+  results[4] = {
+    "arm": "div",
+    "seed": 1,
+    "diverged": "x",
+    "validation": {"nll": "Infinity", "perplexity": "Infinity"},
+  }
+  for plot in (
+    lambda: pareto.plot_quality(
+      tmp_path, results, report.summarise(results), report.paired_differences(results)
+    ),
+    lambda: pareto.plot_tables(tmp_path / "quality_vs_max_vio.png", {"one": stored(results)}),
+  ):
+    assert plot().caption.endswith("Not drawn, because a seed diverged: div.")
+    names = [
+      (text.get_text(), text.get_weight()) for text in saved["quality_vs_max_vio"].get_legend().get_texts()
+    ]
+    assert names == [("none", "normal"), ("better", "bold"), ("best", "bold")]
+
+
 def test_tables_are_drawn_as_the_results_that_they_were_made_of(tmp_path, saved):
   means = {"none": (3.0, 7.0), "better": (1.0, 6.0), "best": (2.0, 5.0)}
   results = some_results(means)

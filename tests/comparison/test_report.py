@@ -5,10 +5,11 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 from rich.console import Console
 
-from moe_jax.comparison import report
+from moe_jax.comparison import differences, report
 from moe_jax.comparison.report import canvas, tables, words
 from moe_jax.training.changes import lasting
 from tests import tiny
@@ -23,7 +24,50 @@ def test_a_diverged_run_is_reported(tmp_path):
   lines = [{"step": step, "loss": loss, "max_vio": max_vio} for step, loss, max_vio in steps]
   (tmp_path / "arms/arm_1/seed_0/metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
   paths = write(tmp_path, report.load_results(tmp_path))
-  assert "<td>nan</td>" in paths["html"].read_text() and len(paths) == 10
+  assert "<td>not finite</td>" in paths["html"].read_text() and len(paths) == 10
+
+
+def test_an_arm_with_a_diverged_seed_has_no_verdict_and_the_report_says_so(tmp_path):
+  """As `diverged_result` writes it. The other seeds have balanced better, and are not the arm."""
+  rng = np.random.default_rng(0)
+  of = lambda arm, seed, x: make_result(
+    arm, seed, bits_per_byte=x, nll=x, max_vio=[x + rng.normal() / 100] * 2
+  )
+  results = [of(arm, seed, x) for arm, x in (("none", 2.0), ("div", 1.0), ("good", 1.5)) for seed in range(5)]
+  reason = (
+    "div seed 1 has loss nan at step 7; there is no earlier checkpoint; a lower --learning_rate may help"
+  )
+  infinite = dict.fromkeys(("nll", "perplexity", "bits_per_byte"), "Infinity")
+  results[6] = {"arm": "div", "seed": 1, "diverged": reason, "validation": infinite}
+  for baseline in ("none", "div"):
+    found = report.paired_differences(results, baseline)
+    lost = [d for d in found if "div" in (d.arm, d.baseline)]
+    assert {d.verdict for d in lost} == {f"{differences.DIVERGED}div seed 1"}
+    assert not any(d.resolved or d.p_holm for d in lost)
+  assert {
+    d.verdict for d in report.paired_differences(results) if d.arm == "good" and d.key == "max_vio"
+  } == {"lower (better)"}
+  paths = write(write_run(tmp_path, results), results)
+  said = "Diverged: div seed 1 (loss nan at step 7). Such an arm has no verdict, and its numbers are those of its other seeds."
+  out = io.StringIO()
+  report.print_table(report.summarise(results), Console(file=out, width=200))
+  page, text = (paths[name].read_text() for name in ("html", "markdown"))
+  assert [x.count(said) for x in (out.getvalue(), text, page)] == [1, 1, 1]
+  assert (
+    f'<p class="warn">{said}</p>' in page and '"div", 1, "loss nan at step 7"' in paths["about"].read_text()
+  )
+  cells = next(line for line in text.splitlines() if line.startswith("| `div` |")).split(" | ")
+  assert cells[1] == "not finite" and cells[3].endswith("(n=4)") and cells[-1] == "diverged |"
+  assert not re.search(r"\b(nan|inf)\b", re.sub(r"base64,[^\"]*|loss nan", "", text + page + out.getvalue()))
+  assert text == report.markdown_table(report.read_stored(tmp_path))
+  first = results[5:10] + results[:5]
+  assert "No other arm has one either, because div is the baseline." in words.diverged(
+    report.summarise(first)
+  )
+  (sentence,) = {
+    j.sentence.partition(" have ")[2] for j in words.judgements(report.paired_differences(first))
+  }
+  assert sentence == "no verdict: a seed diverged (div seed 1)."
 
 
 def test_the_markdown_table_says_what_is_resolved(tmp_path):

@@ -90,7 +90,7 @@ def write_report(
       title=title,
       question=question,
       command=command,
-      warnings=warnings(run_dir, results, varies),
+      warnings=[*filter(None, [words.diverged(summary)]), *warnings(run_dir, results, varies)],
       results=_results_table(summary),
       other_sizes=words.other_sizes(summary),
       plots=[picture(plot) for plot in drawn],

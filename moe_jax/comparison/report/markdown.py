@@ -8,6 +8,7 @@ from moe_jax.comparison.report.words import (
   Judgement,
   caption,
   differences_caption,
+  diverged,
   judgements,
   not_comparable,
   other_sizes,
@@ -20,7 +21,7 @@ _VERDICT = ":verdict"
 
 
 def markdown_table(stored: Stored, columns: Sequence[str] = ()) -> str:
-  """Returns the command, the table, sentences (other sizes, nothing resolved, not comparable), and the caption.
+  """Returns the command, the table, sentences (what diverged, other sizes, nothing resolved, not comparable), and the caption.
 
   Of a sweep, a table of what was tried follows.
 
@@ -46,7 +47,8 @@ def markdown_table(stored: Stored, columns: Sequence[str] = ()) -> str:
   titles, rows = _with_verdicts(summary, kept, judged)
   lines = [f"`{stored.about['command']}`", "", _line(titles), "|---" * len(titles) + "|", *map(_line, rows)]
   text = caption(summary, shown)
-  lines += ["", other_sizes(summary)] if other_sizes(summary) else []
+  for said in filter(None, (diverged(summary), other_sizes(summary))):
+    lines += ["", said]
   if asked:
     said = [*(j.sentence for j in asked), not_comparable(stored.differences)]
     lines += ["", " ".join(filter(None, said))] if any(said) else []
@@ -99,7 +101,8 @@ def _with_verdicts(
       else:
         d = of_arm[summary.rows[i].arm]
         said = f": {d.verdict}" if d.resolved else ""
-        cell = "not comparable" if d.broken else f"{format_difference(d)}{said}"
+        cell = f"{format_difference(d)}{said}"
+        cell = "not comparable" if d.broken else "diverged" if d.diverged else cell
       row.insert(place, cell)
   return titles, rows
 

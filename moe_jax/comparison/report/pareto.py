@@ -53,8 +53,8 @@ def plot_quality(
 ) -> canvas.Plot | None:
   """Writes the plot, in bits per byte where all results have them, otherwise in perplexity.
 
-  Arms that are not comparable with the first one are hollow, and no part of the front. Arms without experts to
-  choose from are horizontal lines, as the byte models are.
+  Arms that are not comparable with the first one are hollow, and no part of the front. Arms with a diverged seed are left
+  out. Arms without experts to choose from are horizontal lines, as the byte models are.
   """
   columns = {column.key: column for column in summary.columns}
   quality = _quality(summary)
@@ -63,6 +63,8 @@ def plot_quality(
   points, lines = {}, {}
   broken = {d.arm for d in differences if d.broken}
   for index, (arm, of_arm) in enumerate(group_by_arm(results).items()):
+    if arm in summary.diverged:
+      continue  # the mean of the other seeds is not that of the arm
     pairs = [(columns["max_vio"].value(r), quality.value(r)) for r in of_arm]
     qualities = [y for _, y in pairs if y is not None and np.isfinite(y)]
     pairs = [p for p in pairs if None not in p and np.isfinite(p).all()]
@@ -75,7 +77,8 @@ def plot_quality(
   if not points:
     return None
   path = directory / "quality_vs_max_vio.png"
-  return _plot(path, points, lines | _byte_lines(summary, quality), quality, summary.rows[0].arm)
+  lines |= _byte_lines(summary, quality)
+  return _plot(path, points, lines, quality, summary.rows[0].arm, summary.diverged)
 
 
 def plot_tables(path: pathlib.Path, tables: Mapping[str, Stored]) -> canvas.Plot:
@@ -98,11 +101,15 @@ def plot_tables(path: pathlib.Path, tables: Mapping[str, Stored]) -> canvas.Plot
     if differ:
       raise InputError(f"tables {name} and {other}: differ in {', '.join(differ)}; plot them one by one")
   known: set[str] = set()
+  lost: dict[str, None] = {}
   for stored in tables.values():
     broken = {d.arm for d in stored.differences if d.broken}
     for row in stored.summary.rows:
       cells = row.cells.get("max_vio"), row.cells[quality.key]
-      if row.arm in known or cells[1] is None or not np.isfinite(cells[1].mean):
+      if row.arm in known or cells[1] is None:
+        continue
+      if row.arm in stored.summary.diverged or not np.isfinite(cells[1].mean):
+        lost[row.arm] = None
         continue
       known.add(row.arm)
       if cells[0] is None:
@@ -115,7 +122,7 @@ def plot_tables(path: pathlib.Path, tables: Mapping[str, Stored]) -> canvas.Plot
     raise InputError(f"tables {', '.join(tables)}: no arm has MaxVio and {quality.title}")
   lines |= _byte_lines(first.summary, quality)
   with rc_context(canvas.RC):
-    return _plot(path, points, lines, quality, first.summary.rows[0].arm)
+    return _plot(path, points, lines, quality, first.summary.rows[0].arm, [a for a in lost if a not in known])
 
 
 def _quality(summary: Summary) -> Column:
@@ -136,7 +143,12 @@ def _byte_lines(summary: Summary, quality: Column) -> dict[str, float]:
 
 
 def _plot(
-  path: pathlib.Path, points: Points, lines: Mapping[str, float], quality: Column, baseline: str
+  path: pathlib.Path,
+  points: Points,
+  lines: Mapping[str, float],
+  quality: Column,
+  baseline: str,
+  lost: Sequence[str],
 ) -> canvas.Plot:
   numbered = len(points) >= _NUMBERED_FROM
   figure = canvas.figure(5.6, 5.4 if numbered else 4.2)
@@ -154,7 +166,7 @@ def _plot(
   if numbered:
     _number_points(ax, points, front)
   _draw_legend(ax, points, front, numbered)
-  explained = _explanation(points, lines, front, baseline)
+  explained = _explanation(points, lines, front, baseline, lost)
   place = ax.get_position()
   below = place.y0 - 0.54 / figure.get_figheight()  # inches, under the label of the axis
   figure.text(
@@ -164,7 +176,9 @@ def _plot(
   return canvas.save(figure, path, caption.strip())
 
 
-def _explanation(points: Points, lines: Mapping[str, float], front: Sequence[int], baseline: str) -> str:
+def _explanation(
+  points: Points, lines: Mapping[str, float], front: Sequence[int], baseline: str, lost: Sequence[str]
+) -> str:
   counts = sorted({point.num_seeds for point in points.values()})
   text = ""
   if counts[-1] > 1:
@@ -178,6 +192,8 @@ def _explanation(points: Points, lines: Mapping[str, float], front: Sequence[int
     text += f"Hollow: not comparable with {baseline}. "
   if lines:
     text += "Dotted lines: models without routing. "
+  if lost:
+    text += f"Not drawn, because a seed diverged: {', '.join(lost)}. "
   return text.strip()
 
 

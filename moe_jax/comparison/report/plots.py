@@ -144,9 +144,9 @@ def _plot_max_vio(directory: pathlib.Path, rows: Sequence[Row], metrics: Metrics
 
 def _bits_per_byte(results: Sequence[Result], summary: Summary) -> list[float] | None:
   """What a loss in nats per token of each arm is multiplied with; None if it is not one of bytes in all arms."""
-  sizes = {str(r["arm"]): r.get("bytes_per_token") for r in results}
+  sizes = {str(r["arm"]): r["bytes_per_token"] for r in results if r.get("bytes_per_token")}
   known = all(
-    row.cells.get("bits_per_byte") and sizes[row.arm] for row in summary.rows
+    row.cells.get("bits_per_byte") and row.arm in sizes for row in summary.rows
   )  # not of masked tokens
   return [1 / (math.log(2) * sizes[row.arm]) for row in summary.rows] if known else None
 

@@ -9,6 +9,7 @@ from moe_jax.comparison.differences import Difference
 from moe_jax.comparison.report.words import (
   caption,
   differences_caption,
+  diverged,
   judgements,
   not_comparable,
   other_sizes,
@@ -16,6 +17,7 @@ from moe_jax.comparison.report.words import (
 )
 from moe_jax.comparison.statistics import Column, Stat, Summary
 
+NOT_FINITE = "not finite"  # where a mean would be
 _GAP = 1  # spaces between columns of the terminal table, beside the box's own
 
 
@@ -30,6 +32,8 @@ def format_stat(stat: Stat | None, column: Column, num_seeds: int) -> str:
   """`mean ± spread`, `mean` for one seed, `-` if unknown; says n where some seeds lack the quantity."""
   if stat is None:
     return "-"
+  if not math.isfinite(stat.mean):
+    return NOT_FINITE
   text = format_number(stat.mean, column.format)
   if stat.spread is not None:
     text += f" ± {format_number(stat.spread, column.format)}"
@@ -73,6 +77,8 @@ def cells_of(summary: Summary, columns: Sequence[Column]) -> tuple[list[str], li
 
 def format_difference(difference: Difference) -> str:
   """Returns `mean [low, high]`, or `mean` if there is no interval."""
+  if not math.isfinite(difference.mean):
+    return NOT_FINITE
   signed = lambda x: format_number(x, difference.column.format, sign=True)
   if difference.interval is None:
     return signed(difference.mean)
@@ -83,6 +89,8 @@ def format_difference(difference: Difference) -> str:
 def format_p(p: float | None) -> str:
   """Returns a corrected p-value with two digits; `-` if there is none."""
   if p is None:
+    return "-"
+  if math.isnan(p):
     return "-"
   return "< 0.0001" if p < 1e-4 else f"{p:.2g}"
 
@@ -97,8 +105,8 @@ def print_table(summary: Summary, console: Any = None) -> None:
   columns = main_columns(summary)
   console = console or _standard_output()
   _print_blocks(*cells_of(summary, columns), console)
-  if other_sizes(summary):
-    console.print(_text(other_sizes(summary), console))
+  for said in filter(None, (diverged(summary), other_sizes(summary))):
+    console.print(_text(said, console))
   console.print(_text(caption(summary, columns), console), style="dim")
 
 

@@ -72,6 +72,19 @@ def other_sizes(summary: Summary) -> str:
   return " ".join(found)
 
 
+def diverged(summary: Summary) -> str:
+  """Returns the seeds that diverged, why, and what that means for their arms; "" if there are none."""
+  lost = [f"{arm} seed {seed} ({reason})" for arm, seed, reason in summary.facts.get("diverged", ())]
+  if not lost:
+    return ""
+  text = (
+    f"Diverged: {', '.join(lost)}. Such an arm has no verdict, and its numbers are those of its other seeds."
+  )
+  if summary.rows[0].arm in summary.diverged:
+    text += f" No other arm has one either, because {summary.rows[0].arm} is the baseline."
+  return text
+
+
 def byte_models(summary: Summary) -> dict[str, float]:
   """Returns the yardsticks under the names that rows and lines have."""
   return {f"byte {name}": bits for name, bits in summary.yardsticks.items()}
@@ -108,10 +121,13 @@ def _judgement(differences: Sequence[Difference], column: Column) -> Judgement:
     arms = f"{len(tested)} arm{'s' if len(tested) > 1 else ''} against {tested[0].baseline}"
     could = "" if least is None else f"; a true difference of {two_digits(least)} would be, with 80% power"
     return Judgement(column, (), f"No difference in {quantity} is resolved ({arms}, {seeds} seeds{could}).")
-  if any(not d.broken for d in cells):
-    why = f"an arm needs at least {MIN_SEEDS_FOR_VERDICT} seeds that the baseline has"
-  else:
+  comparable = [d for d in cells if not d.broken]
+  if not comparable:
     why = "no arm is comparable with the baseline"
+  elif all(d.diverged for d in comparable):
+    why = f"a seed diverged ({'; '.join(dict.fromkeys(d.diverged for d in comparable))})"
+  else:
+    why = f"an arm needs at least {MIN_SEEDS_FOR_VERDICT} seeds that the baseline has"
   return Judgement(column, (), f"Differences in {quantity} have no verdict: {why}.")
 
 
