@@ -55,7 +55,6 @@ def main(argv: list[str]) -> None:
   # Imported here so that --help and invalid flags respond immediately.
   from moe_jax.comparison.arms import arms_from_flag, routers, routing_arm
   from moe_jax.comparison.comparison import Comparison
-  from moe_jax.comparison.report.words import of_balancers
   from moe_jax.training.compiled import resolve_config
 
   config = cli.config_from_flags()
@@ -74,7 +73,8 @@ def main(argv: list[str]) -> None:
     title="Routers",
     question="Which router gives the lowest loss at equal active compute?",
     command=shlex.join(["python", *sys.argv]),
-    notes=[WIDTH, LEAKS if causal else MASKED, EVALUATION, of_balancers(arms, _BALANCERS.value)],
+    notes=[WIDTH, LEAKS if causal else MASKED, EVALUATION],
+    states=["balancers"],
   )
 
 

@@ -14,7 +14,7 @@ from moe_jax.comparison import sweep
 from moe_jax.comparison.arms import Arm, with_arm
 from moe_jax.comparison.datasets import datasets_of_arms, in_words
 from moe_jax.comparison.folder import SWEEP, ComparisonFolder, Result, described
-from moe_jax.comparison.reporting import REPORT_FILE, joined_commands, read_texts, write_report
+from moe_jax.comparison.reporting import REPORT_FILE, merged_texts, read_texts, write_report
 from moe_jax.comparison.results import load_results, lookup
 from moe_jax.comparison.shard import Shard
 from moe_jax.config import Config
@@ -260,6 +260,7 @@ class Comparison:
     command: str,
     notes: Sequence[str] = (),
     varies: Sequence[str] = (),
+    states: Sequence[str] = (),
   ) -> None:
     """Prints the table, and writes metrics.jsonl, summary.csv, differences.csv, plots and report.html.
 
@@ -270,9 +271,11 @@ class Comparison:
       title: the title of the report.
       question: the question that the comparison answers.
       command: the command that reproduces it.
-      notes: paragraphs for the report. What a sweep tried follows them.
+      notes: paragraphs for the report. What a sweep tried follows them. Those of earlier commands stay, as long as the
+        folder has results of them: they must be true of the arms of any command.
       varies: keys of `moe_jax.comparison.results.PROTOCOL` that the question varies, e.g. "slots". Arms may
         differ in them, and in what a sweep chose.
+      states: fields that arms set and their names do not say, such as "balancers". A paragraph says which arm has which.
     """
     notes = [*notes, *(self.tried_in_words if self.sweep else ())]
     with Between(), processes.first_writes("report") as mine:
@@ -280,12 +283,16 @@ class Comparison:
         texts = {
           "title": title,
           "question": question,
-          "commands": self._commands(command, results),
+          "commands": [command],
           "notes": notes,
           "varies": [*varies],
+          "states": [*states],
         }
         if self.sweep:
           texts["swept"] = self.sweep.described(self.planned, self.configs)
+        earlier = read_texts(self.folder.path)
+        if earlier and self._has_others(results):
+          texts = merged_texts([earlier, texts])
         disk.write_json(self.folder.path / REPORT_FILE, texts)
         if self.is_whole:
           self._report(results, **texts)
@@ -293,12 +300,10 @@ class Comparison:
           said = self.shard.in_words(len(results), self.folder.path)
           self.console.print(said, soft_wrap=True, highlight=False, markup=False)
 
-  def _commands(self, command: str, results: list[Result]) -> list[str]:
-    """Returns the commands that the folder's results come from: `command`, and earlier ones if it has others."""
+  def _has_others(self, results: list[Result]) -> bool:
+    """Returns whether the folder has results of earlier commands besides `results`."""
     own = {(result["arm"], result["seed"]) for result in results}
-    if {(result["arm"], result["seed"]) for result in load_results(self.folder.path)} <= own:
-      return [command]
-    return joined_commands([read_texts(self.folder.path).get("commands", []), [command]])
+    return not {(result["arm"], result["seed"]) for result in load_results(self.folder.path)} <= own
 
   def _report(self, results: list[Result], **texts: Any) -> None:
     own = {(result["arm"], result["seed"]): result for result in results}

@@ -16,7 +16,7 @@ from moe_jax.comparison.folder import (
   claim_differences,
   merged_claim,
 )
-from moe_jax.comparison.reporting import REPORT_FILE, joined_commands, read_texts, write_report
+from moe_jax.comparison.reporting import REPORT_FILE, merged_texts, read_texts, write_report
 from moe_jax.comparison.results import load_results, lookup
 from moe_jax.errors import InputError
 from moe_jax.training.result_file import Result, read_result, steps_asked
@@ -157,13 +157,9 @@ def _sweep_lines(sources: Sequence[ComparisonFolder], claim: Mapping[str, Any]) 
 
 
 def _report_texts(sources: Sequence[ComparisonFolder]) -> dict[str, Any]:
-  """Returns title, question, commands and notes of the shards. {} if none has come to its report."""
+  """Returns the texts of all folders. {} if none has come to its report."""
   each = [texts for texts in (read_texts(source.path) for source in sources) if texts]
-  if not each:
-    return {}
-  commands = joined_commands([texts["commands"] for texts in each])
-  notes = dict.fromkeys(note for texts in each for note in texts["notes"])
-  return each[0] | {"commands": commands, "notes": list(notes)}
+  return merged_texts(each) if each else {}
 
 
 def _is_shorter(result: Result, arm: str, claim: Mapping[str, Any]) -> bool:

@@ -58,14 +58,15 @@ def test_published_weights_are_converted():
 
 
 def test_the_report_says_which_balancers_an_arm_brings():
-  arms = {name: ROUTING[name] for name in ("softmax_topk", "sigmoid_topk")} | {
-    "a@none": routing_arm("a@none")
-  }
-  said = words.of_balancers(arms, "switch_loss:0.01")
+  arms = {name: ROUTING[name] for name in ("softmax_topk", "sigmoid_topk", "cosine_topk")}
+  arms |= {"a@none": routing_arm("a@none")}
+  arms = {name: {"balancers": "switch_loss:0.01"} | arm for name, arm in arms.items()}
+  said = words.of_field(arms, "balancers")
   assert said == (
-    "The balancers are switch_loss:0.01, except that sigmoid_topk has loss_free_bias:0.001, a@none has none."
+    "Arms have balancers=switch_loss:0.01, except that sigmoid_topk has loss_free_bias:0.001, a@none has none."
   )
-  assert words.of_balancers({"a": {}}, "z_loss") == "The balancers are z_loss."
+  assert words.of_field({"a": {"balancers": "z_loss"}}, "balancers") == "Arms have balancers=z_loss."
+  assert words.of_field({}, "balancers") == ""
 
 
 def test_a_model_without_routers_has_arms_without_weights_to_convert():

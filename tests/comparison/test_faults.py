@@ -108,6 +108,23 @@ def test_a_report_names_all_commands_that_its_results_come_from(copy, trained):
   assert commands() == "d" and trained == []
 
 
+def test_a_report_keeps_what_earlier_commands_say_of_their_arms(copy):
+  """Also one of before, which lacks `states`. What a field is comes from config.json."""
+  of = lambda name: {"notes": [f"of {name}", "of both"], "states": ["jitter"]}
+  texts = lambda: json.loads((copy / "report.json").read_text())
+  stored = texts() | {"notes": ["of before"], "varies": ["slots"]}
+  stored.pop("states")
+  (copy / "report.json").write_text(json.dumps(stored))
+  compare(copy, {"b": ARMS["b"]}, varies=["objective"], **of("b"))
+  compare(copy, {"a": ARMS["a"]}, **of("a"))
+  assert texts()["notes"] == ["of before", "of b", "of both", "of a"]
+  assert (texts()["varies"], texts()["states"]) == (["slots", "objective"], ["jitter"])
+  assert json.loads((copy / "about.json").read_text())["varies"] == ["slots", "objective"]
+  assert "Arms have jitter=0.1, except that b has 0.2." in (copy / "report.html").read_text()
+  compare(copy, notes=["of all"])  # which has all results
+  assert (texts()["notes"], texts()["varies"], texts()["states"]) == (["of all"], [], [])
+
+
 def test_a_command_stands_for_its_shards():
   shards = ["x --n=1 --shard=1/2", "x --shard 2/2 --n=1", "y -shard=1/2", "don't"]
   assert joined_commands([shards[:2], shards[1:]]) == shards

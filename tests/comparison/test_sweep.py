@@ -221,6 +221,24 @@ def test_a_sweep_is_split_by_arms_and_joined(swept, tmp_path):
     Comparison(ARMS, [0], CONFIG, tmp_path / "run", sweep=WEIGHTS, shard=Shard(3, 3))
 
 
+def test_what_a_sweep_changed_is_known_of_the_arms_of_earlier_commands(tmp_path):
+  """In one folder, and in two that are joined: the rates were chosen, so they are no reason not to compare."""
+  rates = Sweep.parse(["learning_rate:0.000001,0.01"], ["100"])
+  one, other = ({name: arm} for name, arm in ARMS.items())
+  for folder, arms in (("both", one), ("both", other), ("one", one), ("other", other)):
+    compare(tmp_path / folder, arms, seeds=[0], sweep=rates)
+  for folders in (("one", "other"), ("other", "one")):
+    joined = tmp_path / "_".join(folders)
+    assert join([tmp_path / folder for folder in folders], joined, QUIET) == []
+  for folder in ("both", "one_other", "other_one"):
+    texts = json.loads((tmp_path / folder / "report.json").read_text())
+    assert sorted(texts["swept"]["protocols"]) == sorted(
+      f"{a} learning_rate={x}" for a in ARMS for x in ("0.000001", "0.01")
+    )
+    assert all(sum(note.startswith(f"{arm}: chosen by nll") for note in texts["notes"]) == 1 for arm in ARMS)
+    assert "not comparable" not in (tmp_path / folder / "differences.csv").read_text()
+
+
 def result(name, nll, seed=100, **more):
   return {"arm": name, "seed": seed, "validation": {"nll": nll, "max_vio": [1 / float(nll)]}} | more
 

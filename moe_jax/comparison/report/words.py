@@ -1,5 +1,6 @@
 """What a table says in words: its caption, its verdicts, and sentences where there is nothing to show."""
 
+import collections
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
@@ -190,7 +191,16 @@ def two_digits(x: float) -> str:
   return np.format_float_positional(x, precision=2, fractional=False, trim="-")
 
 
-def of_balancers(arms: Mapping[str, Mapping[str, Any]], otherwise: str) -> str:
-  """Returns a sentence on the balancers of arms that are routers: those of all, and those that an arm brings."""
-  own = [f"{name} has {arm['balancers']}" for name, arm in arms.items() if "balancers" in arm]
-  return f"The balancers are {otherwise}" + (f", except that {', '.join(own)}." if own else ".")
+def of_field(arms: Mapping[str, Mapping[str, Any]], field: str) -> str:
+  """Returns a sentence on a field of arms: what most have, and what the others have; "" if there are no arms.
+
+  Args:
+    arms: their fields, as a config.json has them.
+    field: which one, e.g. "balancers".
+  """
+  if not arms:
+    return ""
+  values = {name: str(arm.get(field, "that of the configuration")) for name, arm in arms.items()}
+  ((most, _),) = collections.Counter(values.values()).most_common(1)
+  own = [f"{name} has {value}" for name, value in values.items() if value != most]
+  return f"Arms have {field}={most}" + (f", except that {', '.join(own)}." if own else ".")
