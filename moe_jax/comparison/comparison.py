@@ -14,6 +14,7 @@ from moe_jax.comparison import sweep
 from moe_jax.comparison.arms import Arm, with_arm
 from moe_jax.comparison.datasets import datasets_of_arms, in_words
 from moe_jax.comparison.folder import SWEEP, ComparisonFolder, Result, described
+from moe_jax.comparison.goals import check_goal
 from moe_jax.comparison.reporting import REPORT_FILE, merged_texts, read_texts, write_report
 from moe_jax.comparison.results import load_results, lookup
 from moe_jax.comparison.shard import Shard
@@ -145,6 +146,9 @@ class Comparison:
         self.folder.check_text(dataset.info.fingerprint)
         self.folder.note_other_code()
     if self.sweep:
+      infos = {name: datasets[config.data].info for name, config in self.configs.items()}
+      names = {arm: [c.name for c in tried] for arm, tried in self.planned.items()}
+      check_goal(self.sweep.goal, names, self.configs, infos)
       self._select(dataset)
     runs = self._runs()
     self._check_runs(runs, dataset.info.fingerprint)

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from moe_jax import disk
-from moe_jax.comparison.results import OF_QUANTITIES, PROTOCOL
+from moe_jax.comparison.goals import goals
+from moe_jax.comparison.results import OF_QUANTITIES, PROTOCOL, diverged
 from moe_jax.comparison.statistics import Column, columns_of, stat
 from moe_jax.config import Config
 from moe_jax.errors import InputError, unknown_name
@@ -86,9 +87,8 @@ class Sweep:
       raise InputError(
         f"--sweep_seeds={','.join(map(str, self.seeds))}: {both[0]} is reported, too; {others}"
       )
-    goals = [c.key for c in columns_of([{"columns": table_columns()}]) if _can_decide(c)]
-    if self.goal not in goals:
-      raise unknown_name("--sweep_goal", self.goal, goals)
+    if self.goal not in goals():
+      raise unknown_name("--sweep_goal", self.goal, goals())
 
   def candidates(self, configs: Mapping[str, Config]) -> dict[str, tuple[Candidate, ...]]:
     """Returns what is tried of every arm. An arm without the options has one candidate, itself.
@@ -133,7 +133,8 @@ class Sweep:
       loss = {name: (1 if goal.lower_is_better else -1) * _mean(goal, of[name]) for name in of}
       best = min(tried, key=lambda c: math.inf if math.isnan(loss[c.name]) else loss[c.name])
       if len(tried) > 1 and not math.isfinite(loss[best.name]):
-        raise InputError(f"--sweep: arm {arm} diverged with every value that was tried; try others")
+        lost = "diverged" if any(map(diverged, results)) else f"has no finite {self.goal}"
+        raise InputError(f"--sweep: arm {arm} {lost} with every value that was tried; try others")
       chosen[arm] = best
       for c in tried:
         lines.append({"arm": arm, "value": c.value, "goal": self.goal})
@@ -303,10 +304,6 @@ def _mean(column: Column, results: Sequence[Result]) -> float:
   """Returns the mean over seeds; NaN if a seed does not have the quantity."""
   values = [column.value(result) for result in results]
   return math.nan if not values or None in values else stat(values).mean
-
-
-def _can_decide(column: Column) -> bool:
-  return column.lower_is_better is not None and column.key != "tokens_per_second"  # the machine decides that
 
 
 def _names(part: Any) -> list[str]:

@@ -273,6 +273,22 @@ def test_the_best_mean_is_chosen_and_a_diverged_run_never():
     chosen([("Infinity", 1)] * 3)
 
 
+@pytest.mark.parametrize(
+  ("goal", "fields", "message"),
+  [
+    ("max_vio", {}, "arm dense has no max_vio; leave the arm out or choose another goal"),
+    ("dropped_fraction_training", {}, "arm dense has no dropped_fraction_training"),
+    ("excess_nll", {"objective": "masked_lm"}, "arm none has no excess_nll"),
+  ],
+)
+def test_a_goal_that_an_arm_lacks_is_one_line_before_any_training(tmp_path, trained, goal, fields, message):
+  arms = {"none": ARMS["none"], "dense": {"balancers": "none", "num_experts": 1, "num_experts_per_token": 1}}
+  asked = Sweep.parse(["learning_rate:0.001,0.01"], ["100"], goal)
+  with pytest.raises(InputError, match=f"^--sweep_goal={goal}: {message}"):
+    compare(tmp_path / "run", arms, seeds=[0], config=tiny.change(CONFIG, **fields), sweep=asked)
+  assert trained == [] and not (tmp_path / "run").exists()
+
+
 def test_a_run_that_diverges_counts_as_tried(tmp_path):
   sweep = Sweep.parse(["learning_rate:0.001,1e30"], ["100"])
   (one,) = compare(tmp_path / "run", arms={"none": ARMS["none"]}, seeds=[0], sweep=sweep)
