@@ -12,13 +12,15 @@ def facts_of(results: Sequence[Result]) -> dict[str, Any]:
   """Returns what the results say about their runs, as JSON values. A fact that no result has is left out.
 
   Each fact is a list of its different values, sorted; `tokens_per_second` is one number, the median over runs, and
-  `diverged` has [arm, seed, reason] of each run that did.
+  `diverged` has [arm, seed, reason] of each run that did. `tokens` and `tokens_per_second` count padding, of which `padded`
+  is the part; `bytes` do not, where that part is known.
   """
   known = {
     "dataset": _different(r.get("dataset") for r in results),
     "num_steps": _different(r.get("num_steps") for r in results),
     "tokens": _different(_tokens(r) for r in results),
     "bytes": _different(_bytes(r) for r in results),
+    "padded": _padded(results),
     "num_params": _different(r.get("num_params") for r in results),
     "num_active_params": _different(r.get("num_active_params") for r in results),
     "learning_rate": _different(lookup(r, "schedule", "learning_rate") for r in results),
@@ -49,7 +51,20 @@ def facts_sentence(facts: dict[str, Any]) -> str:
     f"on {', '.join(facts['hardware'])}" if "hardware" in facts else "",
   ]
   text = "; ".join(part for part in parts if part)
-  return text.replace("tokens/s; on ", "tokens/s on ") + ("." if text else "")
+  text = text.replace("tokens/s; on ", "tokens/s on ") + ("." if text else "")
+  return f"{text} {_padding(facts)}".strip()
+
+
+def _padding(facts: dict[str, Any]) -> str:
+  """Returns a sentence on what of the facts counts padding, and how much that is; "" if there is none."""
+  parts = facts.get("padded", [])
+  if "tokens" not in facts or (parts and parts[-1] == 0):
+    return ""
+  counts = ["tokens", *(["bytes"] if "bytes" in facts and not parts else [])]
+  counts += ["tokens/s"] if "tokens_per_second" in facts else []
+  text = " and ".join(filter(None, (", ".join(counts[:-1]), counts[-1])))
+  share = " to ".join(dict.fromkeys(f"{100 * part:.2g}%" for part in (*parts[:1], *parts[-1:])))
+  return f"{text[0].upper()}{text[1:]} count padding{f', {share} of them' if share else ''}."
 
 
 def _model(facts: dict[str, Any]) -> str:
@@ -104,8 +119,16 @@ def _tokens(result: Result) -> int | None:
 
 
 def _bytes(result: Result) -> int | None:
+  """Of the text that was read, with padding where a result does not say how much that is."""
   tokens, per_token = _tokens(result), result.get("bytes_per_token")
-  return None if tokens is None or per_token is None else round(tokens * per_token)
+  text = 1 - (result.get("padded_fraction") or 0)
+  return None if tokens is None or per_token is None else round(tokens * text * per_token)
+
+
+def _padded(results: Sequence[Result]) -> list[float]:
+  """The different parts of the tokens that are padding; [] if a result with tokens does not say it."""
+  parts = [r.get("padded_fraction") for r in results if _tokens(r) is not None]
+  return [] if None in parts else _different(parts)
 
 
 def _swept(result: Result) -> str | None:

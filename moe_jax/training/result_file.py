@@ -112,7 +112,9 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
   **dict.fromkeys(
     ("seed", "num_steps", "metric_lines", "tokens_per_step", "num_params", "num_active_params"), _is_count
   ),
-  **dict.fromkeys(("entropy_rate", "validation_floor", "bytes_per_token"), _is_number_or_none),
+  **dict.fromkeys(
+    ("entropy_rate", "validation_floor", "bytes_per_token", "padded_fraction"), _is_number_or_none
+  ),
   "config": lambda value: isinstance(value, dict),
   "validation": _is_validation,
   "training": _is_numbers,

@@ -124,6 +124,7 @@ def result_of(run: "Run", validation: dict[str, Any], num_steps: int) -> dict[st
     "entropy_rate": info.entropy_rate if config.model.causal else None,
     "validation_floor": info.validation_floor if config.model.causal else None,
     "bytes_per_token": info.bytes_per_token,
+    "padded_fraction": info.padded_fraction.get("train"),  # of the tokens that steps count
     **({"yardsticks": info.yardsticks} if info.yardsticks and config.model.causal else {}),
     "columns": table_columns(),
     "validation": validation,

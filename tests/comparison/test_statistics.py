@@ -85,9 +85,29 @@ def test_the_caption_says_what_was_run():
   )
   assert facts.facts_sentence(found) == (
     "stdlib text; 4 layers of width 64, E = 8 to 16, K = 2, F = 64; 1,000 to 2.35M parameters (500 active); "
-    "1,500 steps; 3.07M tokens (7.68M bytes); median 10,000 tokens/s on cpu x 1, 2 CPU cores."
+    "1,500 steps; 3.07M tokens (7.68M bytes); median 10,000 tokens/s on cpu x 1, 2 CPU cores. Tokens, bytes and tokens/s "
+    "count padding."
   )
   assert facts.facts_sentence(report.summarise([{"arm": "a", "seed": 0}]).facts) == ""
+
+
+def test_the_caption_says_how_much_of_the_tokens_is_padding():
+  """Bytes are those of the text. Results of before do not know it."""
+  of = lambda *parts: (
+    report.summarise(
+      [
+        make_result("a", s) | {"bytes_per_token": 2.0, "padded_fraction": part}
+        for s, part in enumerate(parts)
+      ]
+    ).facts
+  )
+  said = lambda *parts: facts.facts_sentence(of(*parts)).partition("cpu x 1. ")[2]
+  assert of(0.25)["tokens"] == [30 * 64] and of(0.25)["bytes"] == [30 * 64 * 2 * 0.75]
+  assert said(0.25) == "Tokens and tokens/s count padding, 25% of them."
+  assert said(0.0026, 0.25) == "Tokens and tokens/s count padding, 0.26% to 25% of them."
+  assert said(0.0, 0.0) == "" and facts.facts_sentence(of(0.0)).endswith("on cpu x 1.")
+  assert said(0.25, None) == said(None) == "Tokens, bytes and tokens/s count padding."
+  assert of(None)["bytes"] == [30 * 64 * 2]
 
 
 def test_yardsticks_are_those_of_the_results():

@@ -85,6 +85,7 @@ def test_a_model_uniform_over_bytes_has_8_bits_whatever_the_tokenizer(load, toke
   assert result["yardsticks"] == load("ascii", "bytes").info.yardsticks  # they do not depend on the tokenizer
   assert sorted(result["yardsticks"]) == ["bigram", "trigram", "unigram"]
   assert result["bytes_per_token"] == dataset.info.bytes_per_token
+  assert result["padded_fraction"] == dataset.info.padded_fraction["train"]
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300", "tokenizer.json"])

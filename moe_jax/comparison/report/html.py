@@ -37,6 +37,7 @@ _FACTS = {
   "Active width": ("active_width",),
   "Expert capacity": ("slots",),
   "Bytes per token": ("bytes_per_token",),
+  "Padding, part of the tokens": ("padded_fraction",),
   "Device": ("device",),
   "Versions": ("versions",),
 }
