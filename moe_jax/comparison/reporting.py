@@ -11,6 +11,7 @@ from moe_jax import disk
 from moe_jax.comparison import report, sweep
 from moe_jax.comparison.folder import ComparisonFolder, Result
 from moe_jax.comparison.report import words
+from moe_jax.comparison.results import varying
 
 REPORT_FILE = "report.json"  # title, question, commands, notes, ..., from which joined folders have theirs
 
@@ -75,6 +76,7 @@ def write_report(
 ) -> None:
   """Prints the table and writes the report of `results` into the folder. The first arm is the baseline."""
   results = sweep.marked(results, swept or {})
+  varies = varying(results, varies)
   known = folder.known().get("arms", {})
   arms = {arm: known[arm] for arm in dict.fromkeys(result["arm"] for result in results) if arm in known}
   notes = [*notes, *filter(None, (words.of_field(arms, field) for field in states))]

@@ -116,6 +116,18 @@ def check_varies(varies: Sequence[str]) -> None:
       raise ValueError(f"varies: {key!r} is no key of the protocol; its keys: {', '.join(PROTOCOL)}")
 
 
+def varying(results: Sequence[Result], varies: Sequence[str]) -> list[str]:
+  """Returns those of `varies` in which results differ, or which none records: what a report may say that they vary.
+
+  Raises:
+    ValueError: if one is no key of `PROTOCOL`.
+  """
+  check_varies(varies)
+  compared = [_compared(result) for result in results]
+  values = {key: [r[key] for r in compared if r.get(key) is not None] for key in varies}
+  return [key for key, of_key in values.items() if not of_key or _differ(key, of_key)]
+
+
 def broken_protocol(one: Result, other: Result, quantity: str, varies: Sequence[str] = ()) -> str:
   """Returns what two results do not share and should, in words; empty if they can be compared in the quantity.
 

@@ -37,3 +37,14 @@ def test_warnings_say_what_is_not_comparable(tmp_path):
   capacity = [r | {"slots": slots} for r, slots in zip(fair, ("dropless", "capacity 1/2"), strict=True)]
   assert "The expert capacity differs" in results.warnings(tmp_path, capacity)[0]
   assert results.warnings(tmp_path, capacity, varies=("slots",)) == []
+
+
+def test_a_report_says_of_what_varies_only_what_does():
+  """What no result records may vary. An unknown key is wrong, whatever the results are."""
+  found = [
+    make_result(arm, 0) | {"slots": slots, "objective": "x"} for arm, slots in (("a", "1"), ("b", "2"))
+  ]
+  assert results.varying(found, ["objective", "slots", "schedule", "num_steps"]) == ["slots", "schedule"]
+  assert results.varying(found[:1], ["slots"]) == []
+  with pytest.raises(ValueError, match="'slot' is no key of the protocol"):
+    results.varying(found, ["slot"])
