@@ -5,22 +5,33 @@ import math
 import os
 import stat
 from pathlib import Path
+from typing import NamedTuple
 
 from moe_jax import disk
-from moe_jax.data.windows import Text
+from moe_jax.data.windows import Text, text_digest
 from moe_jax.errors import InputError
 
 VALIDATION_FRACTION = 0.1  # of the files of each domain, at least one
 
 
+class _Document(NamedTuple):
+  """A file of text."""
+
+  path: str  # below the folder
+  domain: str
+  text: str
+
+
 def read_text_folder(folder: str) -> tuple[dict[str, list[Text]], tuple[str, ...]]:
   """Returns all files below `folder` by split, and the domains in alphabetical order.
 
-  Each file is a document, read as utf-8 with invalid bytes replaced. Its domain is the first sub-folder on
-  its path, or the folder's own name for files at the top, so that name is in the fingerprint of the text.
+  Each file is a document, read as utf-8 with invalid bytes replaced and without a byte order mark. Its domain is the
+  first sub-folder on its path, or the folder's own name for files at the top, so that name is in the fingerprint of the text.
   Links are followed. Hidden and empty files are skipped, and so are pipes, devices and files with zero bytes, which
-  are no text: one line says so. The files of each domain whose paths have the lowest hashes form its validation split.
-  If a domain is a single file, the end of that file is the validation split. All text is held in memory.
+  are no text. The files of each domain whose paths have the lowest hashes form its validation split.
+  Equal documents, also of several domains, are in one split: they count once, as the one whose path is first.
+  If a domain has a single one, the end of that text is the validation split. All text is held in memory.
+  One line each says how many files are skipped, are not utf-8, or have a copy.
 
   Raises:
     InputError: if the folder does not exist or contains no text, or if a part of it cannot be read or is a link in a
@@ -31,43 +42,94 @@ def read_text_folder(folder: str) -> tuple[dict[str, list[Text]], tuple[str, ...
   root = Path(folder).expanduser()
   if not folder or not root.is_dir():
     raise InputError(f"{flag}: no such folder; {right}")
-  texts: dict[str, list[tuple[str, str]]] = {}
-  skipped = []
+  documents = _documents(root, flag)
+  if not documents:
+    raise InputError(f"{flag}: holds no text; {right}")
+  domains = tuple(sorted({document.domain for document in documents}))
+  digests = [text_digest(document.text) for document in documents]
+  if copies := len(digests) - len(set(digests)):
+    disk.note(
+      f"{flag}: {copies} of {len(digests)} files are copies of another one; training and validation share none of them"
+    )
+  places = _places(documents, digests)
+  splits: dict[str, list[Text]] = {"train": [], "validation": []}
+  in_order = sorted(zip(documents, digests, strict=True), key=lambda item: (item[0].domain, _hash(item[0])))
+  for document, digest in in_order:
+    split, i = places[digest], domains.index(document.domain)
+    if split in splits:
+      splits[split].append(Text(document.text, i))
+    else:
+      for part, text in _cut_in_two(document.text).items():
+        splits[part].append(Text(text, i))
+  return splits, domains
+
+
+def _documents(root: Path, flag: str) -> list[_Document]:
+  """Returns the files that hold text, in the order of their paths."""
+  documents: list[_Document] = []
+  skipped, replaced = [], []
   for path in _files(root, flag):
     data = _read(path, flag)
     if data is None or b"\0" in data:
       skipped.append(path)
       continue
-    text = data.decode("utf-8", errors="replace").replace("\r\n", "\n").replace("\r", "\n")
+    text = data.decode("utf-8-sig", errors="replace").replace("\r\n", "\n").replace("\r", "\n")
     if text.strip():
       relative = path.relative_to(root)
       domain = relative.parts[0] if len(relative.parts) > 1 else root.resolve().name
-      texts.setdefault(_printable(domain), []).append((relative.as_posix(), text))
-  if skipped:
-    disk.note(f"{flag}: {len(skipped)} files are no text and skipped, such as {_printable(str(skipped[0]))}")
-  if not texts:
-    raise InputError(f"{flag}: holds no text; {right}")
-  domains = tuple(sorted(texts))
-  splits: dict[str, list[Text]] = {"train": [], "validation": []}
-  for i, domain in enumerate(domains):
-    files = sorted(texts[domain], key=lambda item: hashlib.sha256(os.fsencode(item[0])).digest())
-    if len(files) == 1:
-      files = _cut_in_two(files[0][1])
-    cut = math.ceil(len(files) * VALIDATION_FRACTION)
-    splits["validation"] += [Text(text, i) for _, text in files[:cut]]
-    splits["train"] += [Text(text, i) for _, text in files[cut:]]
-  return splits, domains
+      documents.append(_Document(relative.as_posix(), _printable(domain), text))
+      if "\ufffd" in text and not _is_utf8(data):
+        replaced.append(path)
+  for paths, what in (
+    (skipped, "no text and skipped"),
+    (replaced, "not utf-8, and wrong bytes read as U+FFFD"),
+  ):
+    if paths:
+      disk.note(f"{flag}: {len(paths)} files are {what}, such as {_printable(str(paths[0]))}")
+  return documents
 
 
-def _cut_in_two(text: str) -> list[tuple[str, str]]:
-  """Returns two documents, the shorter first: about the last tenth of the lines, and everything before it.
+def _places(documents: list[_Document], digests: list[bytes]) -> dict[bytes, str]:
+  """Returns where each text goes, by its digest: `train`, `validation`, or `both` if it is cut in two.
+
+  It is decided in the domain of the first of equal documents, so that a copy in another domain does not tell.
+  """
+  texts: dict[str, dict[bytes, _Document]] = {}  # of each domain, by digest
+  seen: set[bytes] = set()
+  for document, digest in zip(documents, digests, strict=True):
+    if digest not in seen:
+      seen.add(digest)
+      texts.setdefault(document.domain, {})[digest] = document
+  places: dict[bytes, str] = {}
+  for of_domain in texts.values():
+    ordered = sorted(of_domain, key=lambda digest: _hash(of_domain[digest]))
+    cut = math.ceil(len(ordered) * VALIDATION_FRACTION)
+    for i, digest in enumerate(ordered):
+      places[digest] = "both" if len(ordered) == 1 else "validation" if i < cut else "train"
+  return places
+
+
+def _hash(document: _Document) -> bytes:
+  return hashlib.sha256(os.fsencode(document.path)).digest()
+
+
+def _is_utf8(data: bytes) -> bool:
+  try:
+    data.decode()
+  except UnicodeDecodeError:
+    return False
+  return True
+
+
+def _cut_in_two(text: str) -> dict[str, str]:
+  """Returns a document of each split: about the last tenth of the lines is validation, everything before it training.
 
   Where lines are so long that less than half of the text would be before it, a line is cut.
   """
   wanted = int(len(text) * (1 - VALIDATION_FRACTION))
   cut = text.rfind("\n", 0, wanted + 1) + 1
   cut = cut if 2 * cut >= len(text) else wanted
-  return [("end", text[cut:]), ("beginning", text[:cut])]
+  return {"train": text[:cut], "validation": text[cut:]}
 
 
 def _files(root: Path, flag: str) -> list[Path]:

@@ -10,11 +10,12 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from moe_jax import disk
 from moe_jax.config import DataConfig
 from moe_jax.data.dataset import Dataset, DatasetInfo, dataset_of_texts
 from moe_jax.data.document_stream import StreamedDataset
 from moe_jax.data.tokenizers import Tokenizer, load_tokenizer
-from moe_jax.data.windows import Text, fingerprint_texts
+from moe_jax.data.windows import Text, fingerprint_texts, text_digest
 from moe_jax.errors import InputError, unknown_name
 
 IN_MEMORY_BYTES = 64_000_000  # prepared data sets up to this size are tokenised when they are opened
@@ -30,7 +31,7 @@ def load_tfds(
 
   The text is the feature `text`, or the only text feature. A class label named `domain` or `label` gives the
   domains. Without one, there is a single domain named after the data set. The validation split is `validation` or
-  `test`, or the last 1% of train.
+  `test`, or the last 1% of train. Where documents of a small data set are in both, one line says how many.
 
   A `tokenizer` stands for the one that the configuration names.
 
@@ -55,6 +56,7 @@ def load_tfds(
   }
   if builder.info.dataset_size <= IN_MEMORY_BYTES:
     texts = {split: [source[i] for i in range(len(source))] for split, source in sources.items()}
+    _note_copies(config.dataset, texts)
     return dataset_of_texts(config, config.dataset, texts, domains, ("dataset", config.dataset), tokenizer)
   tokenizer = tokenizer or load_tokenizer(config.tokenizer)
   first = {
@@ -75,6 +77,14 @@ def load_tfds(
     yardsticks={},
   )
   return StreamedDataset(config, info, sources["train"], sources["validation"], tokenizer)
+
+
+def _note_copies(name: str, splits: dict[str, list[Text]]) -> None:
+  """Says how many documents of validation are in training, too. The splits remain those of the data set."""
+  train = {text_digest(text) for text, _ in splits["train"]}
+  digests = [text_digest(text) for text, _ in splits["validation"] if text.strip()]
+  if copies := sum(digest in train for digest in digests):
+    disk.note(f"--dataset={name}: {copies} of {len(digests)} documents of validation are in training, too")
 
 
 class TextSource:

@@ -37,6 +37,11 @@ def utf8_length(text: str) -> int:
   return len(text) if text.isascii() else len(text.encode(errors="replace"))
 
 
+def text_digest(text: str) -> bytes:
+  """Returns what equal documents share."""
+  return hashlib.sha256(text.encode(errors="replace")).digest()
+
+
 class DocumentWindows:
   """The windows of a list of tokenised documents, held in memory: 2 bytes per token (4 above 65536 ids).
 

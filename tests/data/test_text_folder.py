@@ -2,6 +2,7 @@ import os
 import re
 from hashlib import sha256
 
+import numpy as np
 import pytest
 
 from moe_jax.data.text_folder import read_text_folder
@@ -53,11 +54,65 @@ def test_splits_do_not_depend_on_other_domains(tmp_path):
   assert before == after
 
 
-def test_wrong_bytes_are_replaced(tmp_path):
+def test_equal_documents_are_in_the_split_of_the_first(tmp_path, capsys):
+  """Also with other newlines or a byte order mark, and in another domain."""
+  files = {f"{d}/{i}.txt": f"{d} {i}\nend\n" for d in "ab" for i in range(30)}
+  folder = write_files(tmp_path / "texts", files)
+  alone = read_text_folder(str(folder))[0]
+  assert capsys.readouterr().err == ""
+  for name in files:
+    data = (folder / name).read_bytes()
+    (folder / f"{name}.copy").write_bytes(data.replace(b"\n", b"\r\n"))
+  (folder / "c").mkdir()
+  for i in range(30):
+    (folder / f"c/{i}.txt").write_bytes(b"\xef\xbb\xbf" + files[f"a/{i}.txt"].encode())
+  splits, domains = read_text_folder(str(folder))
+  said = capsys.readouterr().err
+  assert said.count("\n") == 1 and "90 of 150 files are copies of another one" in said
+  assert domains == ("a", "b", "c")
+  for split, before in alone.items():
+    texts = [text for text, _ in before]
+    in_c = [text for text in texts if text.startswith("a")]
+    assert sorted(text for text, _ in splits[split]) == sorted(2 * texts + in_c)
+    assert {text for text, i in splits[split] if domains[i] == "c"} == set(in_c)
+
+
+def test_a_domain_of_equal_documents_is_one_document(tmp_path):
+  files = {f"{i}.txt": "line\n" * 20 for i in range(10)} | {"deep/er.txt": "line\n" * 20}
+  splits, _ = read_text_folder(str(write_files(tmp_path / "texts", files)))
+  assert [text for text, _ in splits["train"]] == ["line\n" * 18] * 11
+  assert [text for text, _ in splits["validation"]] == ["line\n" * 2] * 11
+
+
+def test_copies_do_not_make_noise_predictable(tmp_path):
+  """The entropy of base64 is 6 bits."""
+  noise = np.random.default_rng(0).integers(64, size=(5, 2000))
+  letters = np.array(list("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"))
+  texts = ["".join(letters[row]) for row in noise]
+  files = {f"{name}_{i}.txt": text for i, text in enumerate(texts) for name in ("f", "copy")}
+  dataset = folder_dataset(write_files(tmp_path, files), data_dir=str(tmp_path / ".cache"))
+  assert dataset.info.yardsticks["trigram"] > 6
+
+
+def test_wrong_bytes_are_replaced_with_a_line(tmp_path, capsys):
   for name in ("a", "b"):
-    (tmp_path / name).write_bytes(b"ok \xff\xfe " * 30)
+    (tmp_path / name).write_bytes(b"%s \xff\xfe " % name.encode() * 30)
+  (tmp_path / "c").write_bytes("right \ufffd ".encode() * 30)
   splits, _ = read_text_folder(str(tmp_path))
-  assert [text for texts in splits.values() for text, _ in texts] == ["ok \ufffd\ufffd " * 30] * 2
+  texts = {text for texts in splits.values() for text, _ in texts}
+  assert texts == {"a \ufffd\ufffd " * 30, "b \ufffd\ufffd " * 30, "right \ufffd " * 30}
+  said = capsys.readouterr().err
+  assert (
+    said.count("\n") == 1
+    and f"2 files are not utf-8, and wrong bytes read as U+FFFD, such as {tmp_path}/a" in said
+  )
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+  (tmp_path / "a").write_bytes(b"\xef\xbb\xbf" + b"text " * 30)
+  (tmp_path / "b").write_bytes(b"\xef\xbb\xbf")
+  splits, _ = read_text_folder(str(tmp_path))
+  assert splits["train"][0].text + splits["validation"][0].text == "text " * 30
 
 
 def test_what_is_no_text_is_skipped_with_a_line(tmp_path, capsys):

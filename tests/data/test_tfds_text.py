@@ -45,6 +45,7 @@ def folder(tmp_path_factory):
   prepare(folder, "tiny_plain", text, {"train": plain})
   labelled = [{"text": t, "label": i % 2} for i, t in enumerate(TEXTS)]
   prepare(folder, "tiny_labelled", {**text, **label}, {"train": labelled[20:], "test": labelled[:20]})
+  prepare(folder, "tiny_copies", text, {"train": plain[5:], "test": plain[3:8]})
   body = {"body": tfds.features.Text(), "id": tfds.features.Scalar(np.int64)}
   prepare(
     folder,
@@ -77,6 +78,14 @@ def test_other_text_feature_and_last_percent(folder):
   assert plain.info.domains == ("tiny_plain",)
   bos = sum(int((b["tokens_BL"] == 256).sum()) for b in plain.validation_batches())
   assert bos == 2  # documents, 1% of 200
+
+
+def test_documents_in_both_splits_get_a_line(folder, capsys):
+  open_tfds(folder, "tiny_copies")
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line == "note: --dataset=tiny_copies: 3 of 5 documents of validation are in training, too"
+  open_tfds(folder, "tiny_labelled")
+  assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("name", ["tiny_labelled", "tiny_plain"])
