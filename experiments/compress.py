@@ -99,7 +99,7 @@ def rows_of(measured, seed: int, path: str, methods) -> list[dict]:
   from moe_jax.adapt.compress import Compressor
   from moe_jax.adapt.layers import moe_layers, take_apart
   from moe_jax.adapt.table import calibration_batches, row, text_of
-  from moe_jax.inference.evaluate import evaluate
+  from moe_jax.inference.evaluate import evaluate, predicts_responses
   from moe_jax.interop.load import load
 
   loaded = load(path)
@@ -107,6 +107,7 @@ def rows_of(measured, seed: int, path: str, methods) -> list[dict]:
   e = parts.layers[moe_layers(parts)[0]].block.moe.num_experts
   numbers = [int(n) for n in _EXPERTS.value] or sorted({e * 3 // 4, e // 2, e // 4} - {0}, reverse=True)
   dataset = text_of(loaded, _TEXT_FOLDER.value)
+  limits, responses = (dataset.config.batch_size, _BATCHES.value), predicts_responses(loaded.config)
   batches = calibration_batches(dataset, _CALIBRATION.value, _DOMAIN.value)
   compressed = Compressor(loaded.model, batches)
   rows = []
@@ -115,7 +116,7 @@ def rows_of(measured, seed: int, path: str, methods) -> list[dict]:
     def measure():
       with cli.said(f"{arm}, seed {seed}"):
         model = make()
-        return model, evaluate(model, dataset, dataset.config.batch_size, _BATCHES.value), {}
+        return model, evaluate(model, dataset, *limits, responses=responses), {}
 
     found = measured(arm, seed, loaded, dataset, measure)
     rows.append({"seed": seed} | row(method, number, found.scores))

@@ -80,11 +80,12 @@ def rows_of(measured, seed: int, path: str, formats: dict) -> list[dict]:
   from moe_jax import adapt
   from moe_jax.adapt.routes import changed_routes, max_vio
   from moe_jax.adapt.table import calibration_batches, row, text_of
-  from moe_jax.inference.evaluate import evaluate
+  from moe_jax.inference.evaluate import evaluate, predicts_responses
   from moe_jax.interop.load import load
 
   loaded = load(path)
   dataset = text_of(loaded, _TEXT_FOLDER.value)
+  limits, responses = (dataset.config.batch_size, _BATCHES.value), predicts_responses(loaded.config)
   limit = min(_ROUTES.value, _BATCHES.value or _ROUTES.value)
   batches = list(dataset.validation_batches(limit=limit))
   whole, rows = loaded.model, []
@@ -102,7 +103,7 @@ def rows_of(measured, seed: int, path: str, formats: dict) -> list[dict]:
           "max_vio": max_vio(model, batches).tolist(),
           "changed": changed_routes(whole, model, batches).tolist(),
         }
-        return model, evaluate(model, dataset, dataset.config.batch_size, _BATCHES.value), others
+        return model, evaluate(model, dataset, *limits, responses=responses), others
 
     found = measured(text, seed, loaded, dataset, measure)
     rows.append(

@@ -20,18 +20,21 @@ flags.adopt_module_key_flags(model_flags)  # shown by --help
 
 def main(argv: list[str]) -> None:
   del argv
-  from moe_jax.inference.evaluate import evaluate
+  from moe_jax.inference.evaluate import evaluate, predicts_responses
 
   if _JSON.value:
     disk.check_file(_JSON.value, "json")
   with model_flags.open_model() as loaded:
     dataset = model_flags.open_dataset(loaded)
-    scores = evaluate(loaded.model, dataset, flags.FLAGS.batch_size, flags.FLAGS.eval_batches)
+    limits = (flags.FLAGS.batch_size, flags.FLAGS.eval_batches)
+    scores = evaluate(loaded.model, dataset, *limits, responses=predicts_responses(loaded.config))
   width = max(map(len, scores))
   print(f"{'domain':{width}}  bits per byte  perplexity    tokens     bytes")
   for name, score in scores.items():
     bits = "" if score.bits_per_byte is None else f"{score.bits_per_byte:.4f}"
-    print(f"{name:{width}}  {bits:>13}  {score.perplexity:10.2f} {score.num_targets:9} {score.num_bytes:9}")
+    print(
+      f"{name:{width}}  {bits:>13}  {score.perplexity:10.2f} {score.num_targets:9} {score.num_bytes:9.0f}"
+    )
   if _JSON.value:
     plain = lambda score: (
       score._asdict() | {"perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte}

@@ -5,11 +5,12 @@ The global batch of a step does not depend on the number of processes. Process p
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from moe_jax import disk
 from moe_jax.config import DataConfig
 from moe_jax.data.bpe import BpeCache
 from moe_jax.data.cache import cache_dir
@@ -28,6 +29,7 @@ from moe_jax.errors import InputError
 
 VALIDATION_SEED = 0  # the validation order never depends on data_seed
 _ENDLESS = 1 << 40  # steps
+_TRIED = 100_000  # characters, in less than a second
 
 
 class DatasetInfo(NamedTuple):
@@ -41,6 +43,7 @@ class DatasetInfo(NamedTuple):
   targets_per_domain: dict[str, tuple[int, ...]]  # per split, S counts
   padded_fraction: dict[str, float]  # per split, masked positions / all positions
   num_bytes: dict[str, int]  # per split, utf-8 bytes of the documents; empty for markov and lazily cut splits
+  bytes_per_domain: dict[str, tuple[int, ...]]  # per split, S counts; as `num_bytes`
   bytes_per_token: (
     float | None
   )  # of the training split, of its beginning if it is cut lazily; None for markov
@@ -76,7 +79,7 @@ class Dataset:
     self._validation = validation
     self.tokenizer = tokenizer
     self._pad_id = tokenizer.pad_id if tokenizer else 0
-    self._bytes_of_targets: dict[int, float] = {}  # by limit
+    self._validation_bytes: dict[int, float] = {}  # by limit
 
   def train_batches(
     self, *, process_index: int = 0, process_count: int = 1, data_seed: int | None = None
@@ -116,9 +119,7 @@ class Dataset:
   def validation_bytes(self, num_targets: float, limit: int = 0) -> float | None:
     """Returns the utf-8 bytes that the targets of `validation_batches(limit=limit)` stand for; None for markov.
 
-    It is exact if every token is a fixed string of bytes, as with `bytes` and `bpe:SIZE`, and for a whole split in
-    memory. Otherwise it is `num_targets` times the mean bytes per token of the validation split, or of the training
-    documents at the beginning if splits are cut lazily.
+    They are those of `bytes_of_rows`, so they are exact for a whole split in memory.
 
     Args:
       num_targets: the number of these targets, over all processes.
@@ -126,19 +127,33 @@ class Dataset:
     """
     if self.tokenizer is None:
       return None
+    if self.tokenizer.token_bytes is None and "validation" not in self.info.bytes_per_domain:
+      return (
+        num_targets * self.info.bytes_per_token
+      )  # without another pass over documents that are cut lazily
+    if limit not in self._validation_bytes:  # the same in every evaluation
+      self._validation_bytes[limit] = float(
+        sum(self.bytes_of_rows(batch).sum() for batch in self.validation_batches(limit=limit))
+      )
+    return self._validation_bytes[limit]
+
+  def bytes_of_rows(self, batch: Batch) -> np.ndarray:
+    """Returns the utf-8 bytes that the targets of each sequence of validation stand for, [B]; 0 for markov.
+
+    They are exact where every token is a fixed string of bytes (`bytes`, `bpe:SIZE`). Otherwise they are the targets
+    times the mean bytes per token: of the documents of their domain in the validation split, or of the training
+    documents at the beginning if splits are cut lazily. What a tokenizer drops counts, for it is of the text.
+    """
+    targets_BL, mask_BL, domain_B = batch["targets_BL"], batch["mask_BL"], batch["domain_B"]
+    if self.tokenizer is None:
+      return np.zeros(len(targets_BL))
     if self.tokenizer.token_bytes is not None:
-      if limit not in self._bytes_of_targets:  # the same in every evaluation
-        self._bytes_of_targets[limit] = float(
-          sum(
-            self.tokenizer.token_bytes[batch["targets_BL"]].sum()  # pad stands for no byte
-            for batch in self.validation_batches(limit=limit)
-          )
-        )
-      return self._bytes_of_targets[limit]
-    if "validation" in self.info.num_bytes:
-      mean = self.info.num_bytes["validation"] / sum(self.info.targets_per_domain["validation"])
-      return num_targets * mean
-    return num_targets * self.info.bytes_per_token
+      return (self.tokenizer.token_bytes[targets_BL] * mask_BL).sum(axis=1)
+    mean_S = np.full(len(self.info.domains), self.info.bytes_per_token)
+    if "validation" in self.info.bytes_per_domain:
+      targets_S = np.maximum(self.info.targets_per_domain["validation"], 1)
+      mean_S = np.asarray(self.info.bytes_per_domain["validation"]) / targets_S
+    return mask_BL.sum(axis=1) * mean_S[domain_B]
 
   def _read_validation(self, batch_size: int, own: slice, limit: int) -> Iterator[Batch]:
     order = np.random.default_rng(VALIDATION_SEED).permutation(len(self._validation))
@@ -177,7 +192,9 @@ def dataset_of_texts(
     if w.targets_per_window.sum() < config.sequence_length:
       right = f"too little text for one {split} window of {config.sequence_length} tokens"
       raise InputError(f"--{flag[0]}={flag[1]}: {right}")
-  num_bytes = {split: sum(map(utf8_length, of_split)) for split, of_split in strings.items()}
+  note_loss(tokenizer, strings["validation"])
+  bytes_per_domain = {split: _bytes_per_domain(texts, len(domains)) for split, texts in splits.items()}
+  num_bytes = {split: sum(counts) for split, counts in bytes_per_domain.items()}
   info = DatasetInfo(
     name=name,
     vocab_size=tokenizer.vocab_size,
@@ -187,10 +204,33 @@ def dataset_of_texts(
     targets_per_domain={split: w.targets_per_domain(len(domains)) for split, w in windows.items()},
     padded_fraction={split: w.padded_fraction for split, w in windows.items()},
     num_bytes=num_bytes,
+    bytes_per_domain=bytes_per_domain,
     bytes_per_token=num_bytes["train"] / int(windows["train"].targets_per_window.sum()),
     yardsticks=yardsticks(strings["train"], strings["validation"], cache_dir(config)),
   )
   return Dataset(config, info, windows["train"], windows["validation"], tokenizer)
+
+
+def _bytes_per_domain(texts: list[Text], num_domains: int) -> tuple[int, ...]:
+  counts = [0] * num_domains
+  for text, domain in texts:
+    counts[domain] += utf8_length(text)
+  return tuple(counts)
+
+
+def note_loss(tokenizer: Tokenizer, texts: Iterable[str]) -> None:
+  """Says so if tokens do not give back a text: the first texts are tried, of about `_TRIED` characters in all."""
+  tried = 0
+  for text in texts if tokenizer.token_bytes is None else ():
+    text = text[: _TRIED - tried]
+    if tokenizer.decode(tokenizer.encode(text)) != text:
+      return disk.note(
+        "the tokenizer does not give back the text that it encodes: what it drops or changes costs the model no bits, and "
+        "bits per byte are too low beside those of other tokenizers"
+      )
+    tried += len(text)
+    if tried >= _TRIED:
+      return None
 
 
 def own_rows(batch_size: int, process_index: int, process_count: int) -> slice:

@@ -18,7 +18,7 @@ import grain
 import numpy as np
 
 from moe_jax.config import DataConfig
-from moe_jax.data.dataset import VALIDATION_SEED, Dataset, DatasetInfo, own_rows, seed_bits
+from moe_jax.data.dataset import VALIDATION_SEED, Dataset, DatasetInfo, note_loss, own_rows, seed_bits
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.data.windows import Batch, DocumentWindows, Text, masked_rows, utf8_length
 from moe_jax.errors import InputError
@@ -45,6 +45,7 @@ class StreamedDataset(Dataset):
     if not sum(sample):
       raise InputError(f"--dataset={config.dataset}: its first {_SAMPLE} documents hold no text")
     self.info = info._replace(bytes_per_token=sum(map(utf8_length, first)) / sum(sample))
+    note_loss(tokenizer, first)
     target = SHORT_WINDOWS * config.sequence_length
     mean = sum(sample) / len(sample)
     join = len(info.domains) == 1 and mean < target

@@ -113,6 +113,7 @@ def load_markov(config: DataConfig) -> Dataset:
     targets_per_domain={"validation": tuple(int(n) for n in per_domain)},
     padded_fraction={"train": 0.0, "validation": 0.0},
     num_bytes={},
+    bytes_per_domain={},
     bytes_per_token=None,
     yardsticks={},
     entropy_rate=chains.entropy_rate,

@@ -183,6 +183,9 @@ class PromptDataset(Dataset):
   def validation_bytes(self, num_targets: float, limit: int = 0) -> None:
     return None
 
+  def bytes_of_rows(self, batch: Batch) -> np.ndarray:
+    return np.zeros(len(batch["targets_BL"]))
+
 
 def prompt_dataset(
   config: DataConfig,
@@ -235,6 +238,7 @@ def prompt_dataset(
     targets_per_domain={name: w.targets_per_domain(len(domains)) for name, w in windows.items()},
     padded_fraction={name: w.padded_fraction for name, w in windows.items()},
     num_bytes={},
+    bytes_per_domain={},
     bytes_per_token=None,
     yardsticks={},
   )

@@ -73,6 +73,7 @@ def load_tfds(
     targets_per_domain={},
     padded_fraction={},
     num_bytes={},
+    bytes_per_domain={},
     bytes_per_token=None,  # `StreamedDataset` measures it
     yardsticks={},
   )

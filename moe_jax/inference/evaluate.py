@@ -10,11 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moe_jax.config import Config
 from moe_jax.data import Batch, Dataset
 from moe_jax.errors import InputError
 from moe_jax.inference.model import on_mesh, rows_of_mesh
 from moe_jax.nn.context import Context
 from moe_jax.nn.transformer import Transformer
+from moe_jax.training.compiled import objective_of
+from moe_jax.training.objectives import Response
 from moe_jax.types import Array, PyTree
 
 ALL = "all"
@@ -25,7 +28,8 @@ class Score(NamedTuple):
 
   nll: float  # nats per token
   num_targets: int
-  num_bytes: int  # utf-8 bytes that these tokens stand for; 0: they stand for no text
+  # utf-8 bytes that these tokens stand for, see `Dataset.bytes_of_rows`; 0: they stand for no text, or for parts of one
+  num_bytes: float
 
   @property
   def perplexity(self) -> float:
@@ -37,7 +41,14 @@ class Score(NamedTuple):
     return self.nll * self.num_targets / math.log(2) / self.num_bytes if self.num_bytes else None
 
 
-def evaluate(model: Transformer, dataset: Dataset, batch_size: int = 16, limit: int = 0) -> dict[str, Score]:
+def predicts_responses(config: Config) -> bool:
+  """Returns whether the objective of a resolved configuration is the likelihood of responses alone."""
+  return isinstance(objective_of(config), Response)
+
+
+def evaluate(
+  model: Transformer, dataset: Dataset, batch_size: int = 16, limit: int = 0, *, responses: bool = True
+) -> dict[str, Score]:
   """Returns the scores of a model on a validation split, by domain, and under `"all"` on all of it.
 
   The layers draw nothing, and use `eval_capacity_factor` where their dispatcher has a capacity, as evaluations in
@@ -48,6 +59,8 @@ def evaluate(model: Transformer, dataset: Dataset, batch_size: int = 16, limit: 
     dataset: with the tokenizer of the model, see `moe_jax.load_dataset`.
     batch_size: sequences at a time. On a mesh it is rounded up to what the devices divide.
     limit: the maximum number of batches; 0: the whole split.
+    responses: of prompts with responses, score the responses alone, as training with objective `response` does. False: all,
+      as the other objectives. See `predicts_responses`.
 
   Raises:
     InputError: if the model sees later tokens, or the data set has ids that the model does not embed.
@@ -64,8 +77,9 @@ def evaluate(model: Transformer, dataset: Dataset, batch_size: int = 16, limit: 
   domains, rows = dataset.info.domains, rows_of_mesh()
   sums = np.zeros((3, len(domains)))  # of nats, targets, bytes
   for batch in dataset.validation_batches(-(-batch_size // rows) * rows, limit=limit):
-    nll_B = _nll(graphdef, state, batch, len(domains))
-    of_batch = (nll_B, batch["mask_BL"].sum(axis=1), bytes_of_rows(dataset, batch))
+    is_target_BL = batch.get("is_target_BL", batch["mask_BL"]) if responses else batch["mask_BL"]
+    nll_B = _nll(graphdef, state, batch, is_target_BL, len(domains))
+    of_batch = (nll_B, is_target_BL.sum(axis=1), dataset.bytes_of_rows(batch))
     for total, values in zip(sums, of_batch, strict=True):
       total += np.bincount(batch["domain_B"], weights=values, minlength=len(domains))
   return {ALL: _score(sums.sum(axis=1))} | {
@@ -81,7 +95,9 @@ def reading_speed(model: Transformer, dataset: Dataset, batch_size: int = 16, re
   graphdef, state = nnx.split(on_mesh(model))
   rows = rows_of_mesh()
   batch = next(dataset.validation_batches(-(-batch_size // rows) * rows, limit=1))
-  run = lambda: jax.block_until_ready(_nll(graphdef, state, batch, len(dataset.info.domains)))
+  run = lambda: jax.block_until_ready(
+    _nll(graphdef, state, batch, batch["mask_BL"], len(dataset.info.domains))
+  )
   run()
   seconds = []
   for _ in range(repeats):
@@ -91,31 +107,16 @@ def reading_speed(model: Transformer, dataset: Dataset, batch_size: int = 16, re
   return batch["tokens_BL"].size / min(seconds)
 
 
-def bytes_of_rows(dataset: Dataset, batch: Batch) -> np.ndarray:
-  """Returns the utf-8 bytes that the targets of each sequence stand for, [B].
-
-  They are exact where every token is a fixed string of bytes (`bytes`, `bpe:SIZE`). Otherwise the targets of a row
-  are decoded, which may count a character at the ends of a row twice.
-  """
-  tokenizer, targets_BL, mask_BL = dataset.tokenizer, batch["targets_BL"], batch["mask_BL"]
-  if tokenizer is None:
-    return np.zeros(len(targets_BL))
-  if tokenizer.token_bytes is not None:
-    return (tokenizer.token_bytes[targets_BL] * mask_BL).sum(axis=1)
-  decoded = (tokenizer.decode(row[mask]) for row, mask in zip(targets_BL, mask_BL, strict=True))
-  return np.array([len(text.encode(errors="replace")) for text in decoded])
-
-
 def _score(sums: np.ndarray) -> Score:
   nll, targets, num_bytes = sums
-  return Score(float(nll / max(targets, 1)), int(targets), int(num_bytes))
+  return Score(float(nll / max(targets, 1)), int(targets), round(float(num_bytes), 3))
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "num_domains"))
-def _nll(graphdef: nnx.GraphDef, state: PyTree, batch: Batch, num_domains: int) -> Array:
-  """Returns the nats of each sequence, [B]."""
+def _nll(graphdef: nnx.GraphDef, state: PyTree, batch: Batch, is_target_BL: Array, num_domains: int) -> Array:
+  """Returns the nats of the targets of each sequence, [B]."""
   context = Context.of_batch(batch, num_domains=num_domains)
   logits_BLV, _ = nnx.merge(graphdef, state)(batch["tokens_BL"], context)
   log_probs_BLV = jax.nn.log_softmax(logits_BLV, axis=-1)
   nll_BL = -jnp.take_along_axis(log_probs_BLV, batch["targets_BL"][..., None], axis=-1)[..., 0]
-  return jnp.sum(nll_BL * batch["mask_BL"], axis=1)
+  return jnp.sum(nll_BL * is_target_BL, axis=1)

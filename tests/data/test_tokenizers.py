@@ -7,6 +7,7 @@ import pytest
 import tokenizers
 
 from moe_jax.data import load_dataset, load_tokenizer
+from moe_jax.data.text_folder import read_text_folder
 from moe_jax.data.tokenizers import bytes_file
 from moe_jax.errors import InputError
 from tests.data.helpers import config, window_texts, write_files
@@ -67,14 +68,19 @@ def test_tokenizer_files(files, kind, tmp_path):
   assert tokenizer.vocab_size % 8 == 0
   assert max(tokenizer.bos_id, tokenizer.pad_id) < tokenizer.vocab_size
   assert tokenizer.bos_id not in tokens and tokenizer.pad_id not in tokens
-  folder = write_files(tmp_path, {f"{i}.txt": TEXT for i in range(4)})
+  texts = [TEXT + "again\n" * i for i in range(4)]
+  folder = write_files(tmp_path, {f"{i}.txt": text for i, text in enumerate(texts)})
   flags = config(dataset="text_folder", text_folder=str(folder), tokenizer=str(files[kind]))
   dataset = load_dataset(flags)
   assert dataset.info.vocab_size == tokenizer.vocab_size
-  assert sum(dataset.info.targets_per_domain["train"]) == 3 * len(tokens)
+  (validation,) = read_text_folder(str(folder))[0]["validation"]
+  tokens = {text: tokenizer.encode(text) for text in texts}
+  targets = {split: sum(counts) for split, counts in dataset.info.targets_per_domain.items()}
+  assert targets["validation"] == len(tokens[validation.text])
+  assert sum(targets.values()) == sum(map(len, tokens.values()))
   batch = next(dataset.validation_batches(64))
   real = batch["targets_BL"][batch["mask_BL"]]
-  assert sorted(real) == sorted(tokens)
+  assert sorted(real) == sorted(tokens[validation.text])
   bytes_dataset = load_dataset(config(dataset="text_folder", text_folder=str(folder)))
   assert dataset.info.fingerprint != bytes_dataset.info.fingerprint
   assert len(window_texts(next(bytes_dataset.train_batches()))) == 4
