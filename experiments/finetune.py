@@ -54,6 +54,7 @@ _RESIDUAL_DROPOUT = flags.DEFINE_float(
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", "runs/finetune", "the folder to write")
 # Of the model, these may change. The rest is the model's own.
 CHANGEABLE = ("balancers", "dispatcher", "capacity_factor", "eval_capacity_factor", "jitter")
+OF_TEXT = ("dataset", "text_folder", "held_out_tasks")  # say which text, where it is not that of JSONL files
 _OF_MODEL = {field.name for cls in (ModelConfig, MoEConfig) for field in dataclasses.fields(cls)} - set(
   CHANGEABLE
 )
@@ -118,6 +119,7 @@ def data_of(loaded):
   """Returns the data set, with the tokenizer of the model, and the configuration of the flags."""
   from moe_jax.data import load_dataset
   from moe_jax.data.chat import read_chat_template
+  from moe_jax.data.loading import check_same_ids
   from moe_jax.data.prompts import PromptDataset, prompt_dataset, read_jsonl
   from moe_jax.errors import InputError
 
@@ -125,6 +127,12 @@ def data_of(loaded):
   data = dataclasses.replace(config.data, tokenizer=loaded.config.data.tokenizer)
   if bool(_TRAIN.value) != bool(_VALIDATION.value):
     raise InputError("--train_jsonl and --validation_jsonl: give both or neither")
+  of_text = [f"--{name}" for name in OF_TEXT if flags.FLAGS[name].present]
+  if _TRAIN.value and of_text:
+    raise InputError(
+      f"--train_jsonl and {of_text[0]}: give one, for the examples of the files are all that is trained on"
+    )
+  check_same_ids(loaded.config.data.dataset, "prompts" if _TRAIN.value else data.dataset)
   if _TRAIN.value:
     if loaded.tokenizer is None:
       raise InputError(f"--model={_MODEL.value}: has no tokenizer, so text cannot be read")

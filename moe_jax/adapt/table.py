@@ -9,7 +9,7 @@ from typing import Any
 
 from moe_jax import disk
 from moe_jax.data import Batch, Dataset, load_dataset
-from moe_jax.data.loading import text_of_run
+from moe_jax.data.loading import check_same_ids, text_of_run
 from moe_jax.errors import unknown_name
 
 
@@ -18,6 +18,7 @@ def text_of(loaded: Any, text_folder: str = "") -> Dataset:
   data = loaded.config.data
   if not text_folder:
     return text_of_run(loaded.folder, data, loaded.tokenizer)
+  check_same_ids(data.dataset, "text_folder")
   return load_dataset(
     dataclasses.replace(data, dataset="text_folder", text_folder=text_folder), loaded.tokenizer
   )

@@ -37,6 +37,26 @@ def load_dataset(config: DataConfig, tokenizer: Tokenizer | None = None) -> Data
   return load_tfds(config, config.data_dir or str(data_dir(config)), tuple(_BUILT_IN), tokenizer)
 
 
+def check_same_ids(was: str, now: str) -> None:
+  """Checks that a model can read a data set, as far as their names tell.
+
+  Args:
+    was: the data set of the model.
+    now: the data set to be read.
+
+  Raises:
+    InputError: if one is markov and the other text. Ids of both may fit into the model, but mean other things.
+  """
+  if now == "markov" != was:
+    raise InputError(
+      "--dataset=markov: its token ids stand for no text, and the model reads text; choose a data set of text"
+    )
+  if was == "markov" != now:
+    raise InputError(
+      f"--dataset={now}: is text, and the model reads the token ids of markov, which stand for none; use --dataset=markov"
+    )
+
+
 def text_of_run(folder: pathlib.Path, config: DataConfig, tokenizer: Tokenizer | None) -> Dataset:
   """Returns the data set that the configuration of a run names. One line says if the run was on other text.
 

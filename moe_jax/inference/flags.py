@@ -45,11 +45,11 @@ def open_dataset(loaded: "Loaded") -> "Dataset":
   """Returns the data set that the flags name, cut with the tokenizer of the model.
 
   Raises:
-    InputError: if there is no such data set, or a flag is wrong.
+    InputError: if there is no such data set, its ids are no text that the model reads, or a flag is wrong.
   """
   from moe_jax.config.fields import positive
   from moe_jax.data import load_dataset
-  from moe_jax.data.loading import text_of_run
+  from moe_jax.data.loading import check_same_ids, text_of_run
   from moe_jax.data.tokenizers import missing_tokenizer
 
   values, own = flags.FLAGS, loaded.config.data
@@ -58,6 +58,7 @@ def open_dataset(loaded: "Loaded") -> "Dataset":
     own, **{n: values[n].value for n in names if values[n].value}, batch_size=values["batch_size"].value
   )
   positive(data, "batch_size", "sequence_length")
+  check_same_ids(own.dataset, data.dataset)
   if loaded.tokenizer is None:
     raise InputError(f"--model={missing_tokenizer(loaded.folder)}")
   # A tokenizer that was trained on this very data set comes with it, and has the tokens cached.

@@ -150,3 +150,16 @@ def test_a_published_model_is_tuned_with_its_template_and_arms_are_paired(folder
   differences = [d for d in read_stored(tmp_path / "arms" / "tuned").differences if d.key == "perplexity"]
   assert {d.arm for d in differences} == {"expert_dropout"}
   assert all(len(d.per_seed) == 2 and not d.broken for d in differences)
+
+
+def test_text_beside_examples_and_ids_that_are_no_text_are_refused(folder, tmp_path):
+  jsonl = [f"--train_jsonl={folder}/train.jsonl", f"--validation_jsonl={folder}/held_out.jsonl"]
+  tune = ["experiments/finetune.py", f"--model={folder}/seed_0", *TRAIN, f"--output_dir={tmp_path}/none"]
+  text, chains, alone = run_scripts(
+    [*tune, *jsonl, "--dataset=text_folder", "--text_folder=docs"],
+    [*tune, *jsonl, "--dataset=markov"],
+    [*tune, "--dataset=markov"],
+  )
+  for ended in (text, chains):
+    assert_one_line(ended, "--train_jsonl and --dataset: give one")
+  assert_one_line(alone, "--dataset=markov: its token ids stand for no text")

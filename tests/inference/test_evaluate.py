@@ -141,6 +141,16 @@ def test_what_cannot_be_evaluated_gets_one_line(run):
     mesh_config(["expert=two"])
 
 
+def test_a_model_of_markov_chains_reads_no_text(run, folder):
+  loaded = Run.load(run[0].folder)
+  data = dataclasses.replace(loaded.config.data, dataset="markov", markov_states=512)  # more ids than bytes
+  chains = loaded._replace(config=dataclasses.replace(loaded.config, data=data))
+  with pytest.raises(
+    InputError, match="--dataset=text_folder: is text, and the model reads the token ids of mark"
+  ):
+    text_of(chains, str(folder))
+
+
 def test_the_tokenizer_of_a_model_cuts_any_text(folder):
   tokenizer = load_dataset(DataConfig(dataset="text_folder", text_folder=str(folder))).tokenizer
   other = tokenizer._replace(encode=lambda text: np.zeros(len(text), np.int32), fingerprint="zeros")
@@ -171,6 +181,7 @@ def test_the_scripts(run, folder, tmp_path):
     [*say, "--prompt=a", "--mesh=data=2,tensor=3"],
     [*say, f"--prompt={'a' * 13}"],
     ["scripts/evaluate.py", model, "--dataset=text_folder", "--text_folder=nowhere"],
+    ["scripts/evaluate.py", model, "--dataset=markov"],
   )
   assert (one.status, several.status, measured.status) == (0, 0, 0), (one, several, measured)
   assert one.stdout.startswith("the cat") and one.stdout.endswith("\n")
@@ -194,6 +205,7 @@ def test_the_scripts(run, folder, tmp_path):
     "=3, which splits it",
     "prompt 0 has 14 tokens, and with 4 new ones does not fit into max_length=16 positions; use --max_new_tokens=2",
     "nowhere",
+    "--dataset=markov: its token ids stand for no text, and the model reads text",
   )
   for ended, message in zip(wrong, messages, strict=True):
     assert_one_line(ended, message)
