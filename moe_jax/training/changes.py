@@ -30,13 +30,24 @@ def lasting(config: Config) -> dict[str, Any]:
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
   """Returns a text for every field of two configurations of JSON values that makes them different runs.
 
-  A missing field has its default. More steps than before on a constant schedule are the same run, longer.
+  A missing field has its default. More steps than before on a constant schedule are the same run, longer, unless its
+  warm-up was cut to half of the steps and would be longer, too.
   """
   old, new = _without_free(old), _without_free(new)
   before, now = old["train"]["num_steps"], new["train"]["num_steps"]
-  warmup, constant = new["optimizer"]["warmup_steps"], new["optimizer"]["schedule"] == "constant"
-  if constant and before <= now and min(warmup, before // 2) == min(warmup, now // 2):
+  if before > now or any(x["optimizer"]["schedule"] != "constant" for x in (old, new)):
+    return differences(old, new)
+  warmup = new["optimizer"]["warmup_steps"]
+  was, is_now = (min(warmup, steps // 2) for steps in (before, now))
+  if was == is_now:
     old["train"]["num_steps"] = now
+  elif old["optimizer"]["warmup_steps"] == warmup:
+    old["train"]["num_steps"] = now
+    line = (
+      f"warm-up was {was} of {before} steps, now {is_now} of {now}: --warmup_steps={warmup} is cut to half of the steps, and to "
+      "be extended a run needs one of at most half of its first --num_steps"
+    )
+    return [line, *differences(old, new)]
   return differences(old, new)
 
 
