@@ -40,7 +40,7 @@ def test_a_token_takes_the_likeliest_experts_of_its_domain_and_needs_no_others(f
       best = np.sort(np.argsort(-found[domain][i].probability_E)[:2])
       for t in np.flatnonzero(BATCH["mask_BL"][b]):
         np.testing.assert_array_equal(np.flatnonzero(chosen_RBLE[i, b, t]), best)
-  nll = lambda model: np.asarray(_nll(*nnx.split(model), BATCH, tiny.DOMAINS))
+  nll = lambda model: np.asarray(_nll(*nnx.split(model), BATCH, BATCH["mask_BL"], tiny.DOMAINS))
   for domain in (0, 1):
     scores = {i: layer.probability_E for i, layer in found[domain].items()}
     own = BATCH["domain_B"] == domain
