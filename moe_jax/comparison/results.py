@@ -36,6 +36,8 @@ PROTOCOL = {
 OF_QUANTITIES = {"max_vio_range": ("max_vio", "max_vio_training")}
 # Where one of these differs, so does the key, which then says nothing more: a question that varies one of them varies the key, too.
 _FOLLOWS = {"ffn_work": ("active_width", "num_layers", "model_dim")}
+# Here null is what a run has found, "could not be measured", and no run is like one of which it is known.
+_MAY_BE_UNKNOWN = ("sees_later_tokens",)
 # The report also warns where these differ.
 _SHARED = PROTOCOL | {
   "num_params": "number of parameters",
@@ -148,7 +150,8 @@ def _differing(results: Sequence[Result], quantity: str) -> list[str]:
   """Returns the keys of the protocol, of those about a quantity, in which results differ that record them."""
   compared = [_compared(result) for result in results]
   asked = [key for key in PROTOCOL if quantity in OF_QUANTITIES.get(key, (quantity,))]
-  found = [key for key in asked if _differ(key, [r[key] for r in compared if r.get(key) is not None])]
+  known = lambda r, key: key in r and (r[key] is not None or key in _MAY_BE_UNKNOWN)
+  found = [key for key in asked if _differ(key, [r[key] for r in compared if known(r, key)])]
   return _causes(found)
 
 

@@ -1,6 +1,7 @@
 """Does a part of a model show a token what comes after it? Measured on a language model, by changing later tokens."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +9,12 @@ import numpy as np
 from flax import nnx
 
 from moe_jax.config import ModelConfig, MoEConfig
+from moe_jax.errors import InputError
 from moe_jax.nn.build import different_blocks, resolve
 from moe_jax.nn.context import Context
 from moe_jax.nn.leaks import deciding_method
 from moe_jax.nn.transformer import Transformer
-from moe_jax.nn.variables import zero_matrices
+from moe_jax.nn.variables import matrices_of
 from moe_jax.registry import Spec
 from moe_jax.types import Array, PyTree
 
@@ -34,17 +36,21 @@ def future_influence(moe: MoEConfig, *, ffn: Spec = "moe", drops: bool, seed: in
     seed: of the parameters and the tokens.
 
   Raises:
-    InputError: an unknown name, or parts that do not fit together.
+    InputError: an unknown name, parts that do not fit together, or logits that are not finite.
   """
   return influence(_model_config(moe, ffn, drops), seed)
 
 
 def influence(config: ModelConfig, seed: int = 0) -> float:
-  """Returns how much a change in later tokens changes the logits of earlier ones in training, see `future_influence`."""
+  """Returns how much a change in later tokens changes the logits of earlier ones in training, see `future_influence`.
+
+  Raises:
+    InputError: if the logits are not finite, so that nothing can be said of them.
+  """
 
   def measure() -> Array:
     key, of_tokens = jax.random.split(jax.random.key(seed))
-    with zero_matrices():
+    with matrices_of(_start):
       graphdef, params, rest = nnx.split(Transformer(config, _VOCAB, rngs=nnx.Rngs(0)), nnx.Param, ...)
     params = _with_noise(params, np.random.default_rng(seed))
     keys_B, domain_B = jax.random.split(key, _BATCH), jnp.arange(_BATCH) % 2
@@ -64,7 +70,10 @@ def influence(config: ModelConfig, seed: int = 0) -> float:
 
   # It runs once, so compiling is what takes time: one program, in a hurry.
   hurry = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-  return float(jax.jit(measure, compiler_options=hurry)())
+  change = float(jax.jit(measure, compiler_options=hurry)())
+  if not math.isfinite(change):
+    raise InputError("its logits are not finite")
+  return change
 
 
 def _model_config(moe: MoEConfig, ffn: Spec, drops: bool) -> ModelConfig:
@@ -75,6 +84,11 @@ def _model_config(moe: MoEConfig, ffn: Spec, drops: bool) -> ModelConfig:
   (block,) = different_blocks(resolve(config))
   name = deciding_method(block)[1].partition(":")[0]
   return dataclasses.replace(config, moe=dataclasses.replace(moe, accept_leaks=name))
+
+
+def _start(shape: tuple[int, ...]) -> Array:
+  """What a matrix starts with, by its shape alone. A constant: to compile JAX's draws takes longer than the rest."""
+  return jnp.asarray(0.1 * np.random.default_rng(shape).standard_normal(shape), jnp.float32)
 
 
 _ORDER = {"mixer": "0", "mixer_residual": "1", "ffn": "2", "ffn_residual": "3", "router": "", "experts": ""}

@@ -23,11 +23,6 @@ def leak(block: BlockConfig) -> str:
   return "" if leaks == "drops" and routed.dispatcher.never_drops else leaks
 
 
-def sees_later_tokens(config: ModelConfig) -> bool:
-  """Returns whether a resolved model is causal, but its output for a token depends on later tokens."""
-  return config.causal and any(leak(block) for block in different_blocks(config))
-
-
 def deciding_method(block: BlockConfig) -> tuple[str, str]:
   """Returns (flag, text) of the method that decides which tokens an expert of a resolved block gets."""
   return ("ffn", str(block.ffn)) if routed_part(block) is None else ("router", str(block.moe.router))

@@ -21,7 +21,7 @@ from moe_jax.nn.context import Context
 from moe_jax.nn.experts import ExpertNetwork
 from moe_jax.nn.moe import MoE
 from moe_jax.nn.routers import MergedTopK, Router
-from moe_jax.nn.variables import values_of
+from moe_jax.nn.variables import matrices_of, values_of
 from moe_jax.ops.balancing import balancer_of
 from moe_jax.registry import Method
 from moe_jax.types import Array, RouterContext, Routing
@@ -147,7 +147,7 @@ def check_forward(model: ModelConfig, config: BlockConfig, make: Callable[[], Bl
         check_kept(f"{inner} {method.name}", [(name, variable, value)])
 
   if any(own.values()):
-    with _trial(), jax.default_device("cpu"):  # which needs no kernel of its own
+    with _trial(), matrices_of(jnp.zeros), jax.default_device("cpu"):  # which needs no kernel of its own
       jax.eval_shape(forward, 0)
 
 
@@ -180,12 +180,12 @@ def _part_at(config: BlockConfig, block: Block, path: tuple[Any, ...]) -> tuple[
 
 @contextlib.contextmanager
 def _trial() -> Iterator[None]:
-  """Without the mesh in use, which need not divide a tiny batch.
+  """Without the mesh in use, which need not divide a tiny batch, and with matrices that have values.
 
   Only an `InputError` ends a trial that fails: a part may be right and not take the sizes of the trial. If it is not, the
   program of the run meets the same error.
   """
-  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())), matrices_of(None):
     try:
       yield
     except InputError:

@@ -12,7 +12,9 @@ from flax import nnx
 from moe_jax.sharding import gathered
 
 T = TypeVar("T")
-_without_values = contextvars.ContextVar("_without_values", default=False)
+_draw: contextvars.ContextVar[Callable[[tuple[int, ...]], jax.Array] | None] = contextvars.ContextVar(
+  "_draw", default=None
+)
 
 
 def abstract(make: Callable[[], T]) -> T:
@@ -21,19 +23,22 @@ def abstract(make: Callable[[], T]) -> T:
   Tracing what draws values would take most of the time, so `matrix` draws none.
   """
   found: list[T] = []
-  with zero_matrices():
+  with matrices_of(jnp.zeros):
     jax.eval_shape(lambda: found.append(make()))
   return found[0]
 
 
 @contextlib.contextmanager
-def zero_matrices() -> Iterator[None]:
-  """Lets `matrix` draw nothing: what it makes is zero."""
-  token = _without_values.set(True)
+def matrices_of(draw: Callable[[tuple[int, ...]], jax.Array] | None) -> Iterator[None]:
+  """Lets `matrix` make what `draw(shape)` returns. None: values as documented, whatever surrounds this.
+
+  Zeros are for shapes alone. What is computed with must have other values: a part may divide by the norm of a matrix.
+  """
+  token = _draw.set(draw)
   try:
     yield
   finally:
-    _without_values.reset(token)
+    _draw.reset(token)
 
 
 def weight(param: nnx.Param, dtype: jnp.dtype = jnp.float32) -> jax.Array:
@@ -103,8 +108,9 @@ def matrix(
     num_in: how many of the other axes, from the left, are inputs.
     zero: whether to start at zero instead.
   """
-  if zero or _without_values.get():
-    return nnx.Param(jnp.zeros(shape, jnp.float32), logical_axes=axes, num_in=num_in)
+  draw = jnp.zeros if zero else _draw.get()
+  if draw is not None:
+    return nnx.Param(draw(shape).astype(jnp.float32), logical_axes=axes, num_in=num_in)
   batch = tuple(i for i, name in enumerate(axes) if name == "expert")
   rest = [i for i in range(len(shape)) if i not in batch]
   init = jax.nn.initializers.variance_scaling(

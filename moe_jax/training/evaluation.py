@@ -8,12 +8,12 @@ import jax
 
 from moe_jax.cluster import processes
 from moe_jax.config import Config
-from moe_jax.nn.leaks import sees_later_tokens
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import check_run, compile_steps
 from moe_jax.training.identity import hold
 from moe_jax.training.load import CHECKPOINTS, check_step
 from moe_jax.training.memory import make_room_for_programs
+from moe_jax.training.own_leaks import sees_later_tokens
 from moe_jax.training.result_file import RESULT_FILE, read_result, write_result
 from moe_jax.training.results import evaluation_digest, scalars
 
@@ -30,7 +30,7 @@ def evaluate_as(run: "Run", configs: Mapping[str, Config]) -> dict[str, Any]:
       the objective.
 
   Returns:
-    The result, with `evaluations[name]`: the numbers of `validation`, and whether that model `sees_later_tokens`; and
+    The result, with `evaluations[name]`: the numbers of `validation`, and whether that model `sees_later_tokens` (None: not known); and
     with `evaluation_digests[name]`, which tell configurations apart.
 
   Raises:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 
@@ -25,19 +25,40 @@ def check_own_leaks(config: ModelConfig) -> None:
   """Raises `InputError` if a part of a user's shows a token what comes after it in a causal model, and declares nothing.
 
   Each is measured in a model of one block, with parts of this package around it. Where such a model fails, one line says
-  that the part was not checked.
+  that the part was not checked, and so do results: see `sees_later_tokens`.
 
   Args:
     config: resolved.
   """
+  for own, small, block in _small_models(config):
+    flag, text = deciding_method(block)
+    may = f', or set leaks = "always" in its class and say --accept_leaks={text.partition(":")[0]}'
+    _check(own, small, may if flag in own else "")
+
+
+def sees_later_tokens(config: ModelConfig) -> bool | None:
+  """Returns whether a resolved model is causal, but its output for a token depends on later tokens.
+
+  None: not known, because a part of a user's could not be measured, see `check_own_leaks`.
+  """
+  if not config.causal:
+    return False
+  if any(leak(block) for block in different_blocks(config)):
+    return True
+  measured = [_measured(small) for _, small, _ in _small_models(config)]
+  if any(change > SEEN for change, _ in measured):
+    return True
+  return None if any(failed for _, failed in measured) else False
+
+
+def _small_models(config: ModelConfig) -> Iterator[tuple[dict[str, Method], ModelConfig, BlockConfig]]:
+  """(parts of a user's by flag, the small model that they are measured in, their block), of a causal model."""
   for block in different_blocks(config) if config.causal else ():
     if block.mixer.source:
-      _check({"mixer": block.mixer}, _with_mixer(config, block.mixer))
+      yield {"mixer": block.mixer}, _with_mixer(config, block.mixer), block
     own = _own(block)
     if own and not leak(block):
-      flag, text = deciding_method(block)
-      may = f', or set leaks = "always" in its class and say --accept_leaks={text.partition(":")[0]}'
-      _check(own, _with_ffn(config, block), may if flag in own else "")
+      yield own, _with_ffn(config, block), block
 
 
 def _own(block: BlockConfig) -> dict[str, Method]:

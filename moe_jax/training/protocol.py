@@ -13,11 +13,11 @@ from moe_jax.data import DatasetInfo
 from moe_jax.nn.build import different_blocks, make_blocks, routed_layers, routed_part
 from moe_jax.nn.experts import QuantisedExperts
 from moe_jax.nn.ffn import MLP, LatentMoE, SoftMoE
-from moe_jax.nn.leaks import sees_later_tokens
 from moe_jax.nn.moe import MoE
 from moe_jax.nn.variables import abstract
 from moe_jax.ops.dispatch import expert_capacity
 from moe_jax.registry import Method
+from moe_jax.training.own_leaks import sees_later_tokens
 
 
 def protocol_of(config: Config) -> dict[str, Any]:
@@ -38,6 +38,8 @@ def protocol_of(config: Config) -> dict[str, Any]:
   max_vio_range: E / K of the layers with experts, which bounds MaxVio: it is at most E / K - 1. E counts experts without work,
     too, where tokens may choose them. K is the fewest experts that a token may get, but at least 1, so it is 1 for a
     router that gives some tokens one expert or none; Soft MoE has K = 1. A list if layers differ; None if there are none.
+  sees_later_tokens: whether the model is causal and looks at them nonetheless; None: not known, because a part of a user's could
+    not be measured.
   slots: what bounds the tokens of an expert, e.g. "capacity 1.25/2 per group of 128" (training/evaluation), or
     "dropless" if nothing does. Where the mesh decides which groups of a micro-batch share slots or a buffer, their number
     on the mesh of the configuration, on the devices here.

@@ -75,6 +75,18 @@ def test_an_evaluation_says_whether_it_looks_ahead(finished):
   assert sees("switch_top1 0.5 sequence") == [False] * 3
 
 
+@pytest.mark.parametrize(
+  ("seeds", "written"), [((False, None), ""), ((None, True), "True"), ((False, False), "False")]
+)
+def test_a_table_does_not_claim_what_was_not_measured(finished, tmp_path, seeds, written):
+  _, plan, results = finished
+  arm = "switch_top1 0.5 sequence"
+  made = [results[arm] | {"seed": i, "sees_later_tokens": sees} for i, sees in enumerate(seeds)]
+  tables.write_csv(tmp_path / "capacity.csv", tables.cells(made, plan.settings)[:1])
+  (line,) = csv.DictReader((tmp_path / "capacity.csv").open())
+  assert line["sees_later_tokens"] == written
+
+
 def test_a_further_factor_needs_no_training(finished, monkeypatch):
   folder, plan, results = finished
   monkeypatch.setattr(train_loop.Run, "train", None)

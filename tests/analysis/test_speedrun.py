@@ -164,6 +164,12 @@ def test_attempts_outside_the_rules_are_refused(reference, tmp_path, fields, mes
   assert not (tmp_path / "run").exists()
 
 
+def test_an_attempt_with_a_part_that_could_not_be_measured_is_refused(reference, tmp_path, monkeypatch):
+  monkeypatch.setattr(speedrun, "sees_later_tokens", lambda config: None)
+  with pytest.raises(InputError, match="a part could not be checked, see the note: an attempt must not look"):
+    Speedrun(reference, reference, RULES, tmp_path / "run", ABOUT, MACHINE)
+
+
 def test_a_folder_of_another_attempt_is_refused(finished, reference):
   folder, _ = finished
   with pytest.raises(InputError, match="holds runs with other attempt; choose"):

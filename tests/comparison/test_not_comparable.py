@@ -52,12 +52,13 @@ def test_seeds_of_one_arm_that_differ_in_the_protocol_are_one_setting_to_nobody(
     ({"num_layers": 4, "ffn_work": 2}, "number of layers"),
     ({"model_dim": 32, "ffn_work": 2, "slots": "dropless"}, "width of the model, expert capacity"),
     ({"slots": "dropless", "inputs": "domain"}, "expert capacity, router input"),
+    ({"sees_later_tokens": None}, "view of later tokens"),  # could not be measured
   ],
 )
 def test_runs_that_break_the_protocol_have_no_verdict(fields, words):
   shared = {"schedule": {"learning_rate": 0.5}, "num_steps": 100, "tokens_per_step": 8, "fingerprint": "one"}
   shared |= {"active_width": 128, "slots": "capacity 1.25/2 per group of 64", "inputs": ""}
-  shared |= {"ffn_work": 1, "num_layers": 2, "model_dim": 16}
+  shared |= {"ffn_work": 1, "num_layers": 2, "model_dim": 16, "sees_later_tokens": False}
   of_a = [make_result("a", s, perplexity=1.0) | shared for s in range(3)]
   of_b = [make_result("b", s, perplexity=2.0) | shared for s in range(3)]
   for result in of_a:

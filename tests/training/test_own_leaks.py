@@ -31,6 +31,31 @@ class Peeking(Own):
     return super().__call__(jnp.roll(x_GTD, -1, axis=1), context)
 
 
+class Unit(Own):
+  """Divides by the norms of its weights, as cosine routers do."""
+
+  def __call__(self, x_GTD, context):
+    w_DE = self.w_DE[...] / jnp.linalg.norm(self.w_DE[...], axis=0, keepdims=True)
+    logits_GTE = moe_jax.project(x_GTD, w_DE)
+    return moe_jax.top_k(self.seen(logits_GTE), self.k, context)
+
+  def seen(self, logits_GTE):
+    return logits_GTE
+
+
+class Deviation(Unit):
+  def seen(self, logits_GTE):
+    return logits_GTE - logits_GTE.mean(axis=1, keepdims=True)
+
+
+class FromTheStart(Deviation):
+  """Divides what it starts with, too."""
+
+  def __init__(self, dim, num_experts, num_experts_per_token, *, rngs):
+    super().__init__(dim, num_experts, num_experts_per_token, rngs=rngs)
+    self.w_DE.set_value(self.w_DE[...] / jnp.linalg.norm(self.w_DE[...], axis=0, keepdims=True))
+
+
 class Declared(Peeking):
   leaks = "always"
 
@@ -58,6 +83,22 @@ class Mean(nnx.Module):
     return jnp.broadcast_to(mean, x_BLD.shape) @ self.w_DD[...], None
 
 
+class UnitMean(Mean):
+  """Divides by the norms of its weights."""
+
+  def __call__(self, x_BLD, context):
+    y_BLD, _ = super().__call__(x_BLD, context)
+    return y_BLD / jnp.linalg.norm(self.w_DD[...]), None
+
+
+class UnitExperts(Centred):
+  """Looks at no other token."""
+
+  def __call__(self, rows, product):
+    norm_EDD = jnp.linalg.norm(self.w_EDD[...], axis=1, keepdims=True)
+    return product(rows, self.w_EDD[...] / norm_EDD)
+
+
 class Fails(Own):
   """Cannot be in a model as small as the one that it is measured on."""
 
@@ -79,10 +120,13 @@ def check(**fields):
       {"router": Peeking, "accept_leaks": "softmax_topk"},
       "(?=.*say --accept_leaks=Peeking).*--router=Peeking",
     ),
+    ({"router": Deviation}, "--router=Deviation"),
+    ({"router": FromTheStart}, "--router=FromTheStart"),
     ({"experts": Centred}, "--experts=Centred"),
     ({"mixer": lambda dim, rngs: Mean(dim, whole=True, rngs=rngs)}, "--mixer=<lambda>"),
+    ({"mixer": lambda dim, rngs: UnitMean(dim, whole=True, rngs=rngs)}, "--mixer=<lambda>"),
   ],
-  ids=["router", "accepted", "experts", "mixer"],
+  ids=["router", "accepted", "unit router", "unit from the start", "experts", "mixer", "unit mixer"],
 )
 def test_a_part_that_looks_at_later_tokens_is_refused(fields, part):
   with pytest.raises(InputError, match=rf"{part}.*: its output for a token depends on later tokens"):
@@ -94,6 +138,35 @@ def test_a_part_that_looks_at_later_tokens_is_refused(fields, part):
 def test_a_part_that_does_not_is_trained(dispatcher, capsys):
   check(router=Own, mixer=Mean, dispatcher=dispatcher, balancers="loss_free_bias:0.01", jitter=0.1)
   assert capsys.readouterr().err == ""
+
+
+def test_parts_that_divide_by_norms_of_their_weights_are_measured(capsys):
+  config = check(router=Unit, mixer=UnitMean, experts=UnitExperts, balancers="loss_free_bias:0.01")
+  assert capsys.readouterr().err == ""
+  assert own_leaks.sees_later_tokens(config.model) is False
+
+
+class FailsToo(Fails):
+  pass
+
+
+class NotFinite(Mean):
+  """Its outputs are no numbers in a model that is 16 wide, with 2 heads."""
+
+  def __call__(self, x_BLD, context):
+    y_BLD, _ = super().__call__(x_BLD, context)
+    return y_BLD * (jnp.nan if x_BLD.shape[:2] == (4, 16) else 1.0), None
+
+
+@pytest.mark.parametrize(
+  ("fields", "why"),
+  [({"router": FailsToo}, "too small"), ({"mixer": NotFinite}, "logits are not finite")],
+)
+def test_of_a_part_that_cannot_be_measured_it_is_not_known(fields, why, capsys):
+  config = check(**fields)
+  assert "is not checked" in (said := capsys.readouterr().err) and why in said
+  assert own_leaks.sees_later_tokens(config.model) is None
+  assert own_leaks.sees_later_tokens(check(**fields, objective="masked_lm").model) is False
 
 
 def test_a_part_that_declares_it_is_not_measured():

@@ -12,7 +12,7 @@ from moe_jax.analysis.capacity.tables import Cell, in_order, series
 from moe_jax.comparison.report import canvas
 
 _LEGEND = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.02), "borderaxespad": 0.0, "fontsize": 8}
-_SIGNS = "Large: mean over seeds, hollow where the model looks at later tokens; small: seeds."
+_SIGNS = "Large: mean over seeds, hollow where the model looks at later tokens, or may; small: seeds."
 _DASHES = ("-", "--", ":")  # of groups
 
 
@@ -78,7 +78,7 @@ def _draw(
   ax.plot(*zip(*means, strict=True), color=look["color"], linestyle=look["linestyle"], lw=1.2)
   for x, _, cell, by_seed in shown:
     seeds = list(by_seed.values())
-    fill = "white" if cell.sees_later_tokens else look["color"]
+    fill = look["color"] if cell.sees_later_tokens is False else "white"
     ax.scatter([x] * len(seeds), seeds, s=8, color=look["color"], alpha=0.4, lw=0, zorder=2)
     ax.scatter([x], [np.mean(seeds)], s=26, color=fill, edgecolors=look["color"], zorder=3)
   ax.plot([], [], color=look["color"], linestyle=look["linestyle"], marker="o", label=canvas.shorten(name))

@@ -46,7 +46,7 @@ class Cell(NamedTuple):
   bits: dict[int, float]  # per byte, or per token where the text has no bytes
   dropped: dict[int, float]  # fraction of the assignments, mean over layers
   dropped_in_training: dict[int, float]  # the same in the last part of training
-  sees_later_tokens: bool  # in this evaluation
+  sees_later_tokens: bool | None  # in this evaluation; None: not known
 
 
 def cells(results: Sequence[Result], settings: Mapping[str, Setting]) -> list[Cell]:
@@ -110,8 +110,14 @@ def _cell(
     bits={seed: _bits(e) for seed, e in evaluations.items()},
     dropped={seed: _mean(e["dropped_fraction"]) for seed, e in evaluations.items()},
     dropped_in_training={seed: _mean(results[seed]["training"]["dropped_fraction"]) for seed in evaluations},
-    sees_later_tokens=any(e["sees_later_tokens"] for e in evaluations.values()),
+    sees_later_tokens=_any(e["sees_later_tokens"] for e in evaluations.values()),
   )
+
+
+def _any(values: Iterable[bool | None]) -> bool | None:
+  """Returns `any(values)`, or None if one of them is not known and none is True."""
+  found = set(values)
+  return True if True in found else None if None in found else False
 
 
 def _bits(evaluation: Mapping[str, Any]) -> float:
@@ -141,7 +147,7 @@ def write_csv(path: pathlib.Path, found: Sequence[Cell]) -> None:
       for name in quantities:
         each = stat(list(getattr(cell, name).values()))
         line += [each.mean, "" if each.spread is None else each.spread]
-      writer.writerow([*line, cell.sees_later_tokens])
+      writer.writerow([*line, "" if cell.sees_later_tokens is None else cell.sees_later_tokens])
 
 
 def series(found: Sequence[Cell]) -> dict[tuple[str, str], list[Cell]]:
