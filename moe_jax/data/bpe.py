@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_jax.data.cache import keep, read, texts_key
-from moe_jax.data.tokenizers import Tokenizer, with_specials
+from moe_jax.data.tokenizers import Tokenizer, with_specials, without_surrogates
 
 NUM_SPECIALS = 2  # bos, pad
 _RECIPE = "v1"  # part of the cache key: raise it whenever `train_bpe` gives another tokenizer
@@ -37,7 +37,7 @@ def train_bpe(texts: Sequence[str], size: int) -> bytes:
   trainer = tokenizers.trainers.BpeTrainer(
     vocab_size=size - NUM_SPECIALS, initial_alphabet=byte_level.alphabet(), show_progress=False
   )
-  model.train_from_iterator((_without_surrogates(text) for text in texts), trainer)
+  model.train_from_iterator((without_surrogates(text) for text in texts), trainer)
   return model.to_str(pretty=True).encode()
 
 
@@ -49,7 +49,7 @@ def load_bpe(content: bytes) -> Tokenizer:
   size = model.get_vocab_size()
 
   def encode(text: str) -> np.ndarray:
-    return np.asarray(model.encode(_without_surrogates(text), add_special_tokens=False).ids, np.int32)
+    return np.asarray(model.encode(without_surrogates(text), add_special_tokens=False).ids, np.int32)
 
   def decode(tokens: np.ndarray) -> str:
     return model.decode([int(t) for t in tokens], skip_special_tokens=False)  # ids that it lacks are skipped
@@ -95,8 +95,3 @@ class BpeCache:
     np.savez(buffer, tokens=np.concatenate([np.zeros(0), *tokens]).astype(dtype), ends=ends)
     keep(path, buffer.getvalue())
     return tokens
-
-
-def _without_surrogates(text: str) -> str:
-  """Replaces lone surrogates, which utf-8 does not have, by question marks, as the bytes tokenizer does."""
-  return text.encode(errors="replace").decode()

@@ -74,6 +74,11 @@ def missing_tokenizer(folder: str | os.PathLike[str]) -> InputError:
   return InputError(f"{folder}: has no tokenizer (tokenizer.json or tokenizer.model); {own}")
 
 
+def without_surrogates(text: str) -> str:
+  """Replaces lone surrogates, which utf-8 does not have, by question marks, as the bytes tokenizer does."""
+  return text if text.isascii() else text.encode(errors="replace").decode()
+
+
 def _bytes_tokenizer() -> Tokenizer:
   """Token ids are the 256 bytes of utf-8, then bos and pad."""
 
@@ -113,7 +118,7 @@ def _sentencepiece_tokenizer(path: Path, ids: ModelIds | None) -> Tokenizer:
     raise InputError(f"{_given(path, ids)}: is not a SentencePiece model ({_first_line(error)})") from None
 
   def encode(text: str) -> np.ndarray:
-    return np.asarray(model.encode(text), np.int32)
+    return np.asarray(model.encode(without_surrogates(text)), np.int32)
 
   def decode(tokens: np.ndarray) -> str:
     return model.decode([int(t) for t in tokens if t < model.vocab_size() and not model.is_control(int(t))])
@@ -134,7 +139,7 @@ def _hugging_face_tokenizer(path: Path, ids: ModelIds | None) -> Tokenizer:
   model.no_padding()
 
   def encode(text: str) -> np.ndarray:
-    return np.asarray(model.encode(text, add_special_tokens=False).ids, np.int32)
+    return np.asarray(model.encode(without_surrogates(text), add_special_tokens=False).ids, np.int32)
 
   def decode(tokens: np.ndarray) -> str:
     return model.decode([int(t) for t in tokens], skip_special_tokens=True)

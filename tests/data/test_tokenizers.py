@@ -86,6 +86,15 @@ def test_tokenizer_files(files, kind, tmp_path):
   assert len(window_texts(next(bytes_dataset.train_batches()))) == 4
 
 
+@pytest.mark.parametrize("kind", ["sentencepiece", "tokenizers", "bytes"])
+def test_lone_surrogates_are_question_marks(files, kind):
+  """They come from a command line that is not utf-8, and from JSON."""
+  if kind not in {*files, "bytes"}:
+    pytest.skip(f"{kind} is not installed")
+  encode = load_tokenizer(str(files.get(kind, kind))).encode
+  np.testing.assert_array_equal(encode("caf\udce9 the \ud83d fox"), encode("caf? the ? fox"))
+
+
 @pytest.mark.parametrize("name", ["missing.model", "missing.json"])
 def test_missing_file(name):
   with pytest.raises(InputError, match=f"^--tokenizer={name}: no such file$"):
