@@ -102,6 +102,12 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
   write_whole(path, json.dumps(value, indent=1).encode())
 
 
+def check_not_file(folder: pathlib.Path) -> None:
+  """Raises `InputError` if the folder of a model is a file, such as one of those in it."""
+  if folder.is_file():
+    raise InputError(f"{folder}: is a file; give the folder that it is in: {folder.parent}")
+
+
 def read_object(path: str | os.PathLike[str]) -> dict[str, Any] | None:
   """Returns the JSON object in a file; None if the file is absent, torn or holds something else.
 

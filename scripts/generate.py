@@ -32,12 +32,13 @@ flags.adopt_module_key_flags(model_flags)  # shown by --help
 
 
 def prompts() -> list[str]:
+  from moe_jax.data.tokenizers import without_surrogates
   from moe_jax.errors import InputError
 
-  found = list(_PROMPT.value)
+  found = [without_surrogates(text) for text in _PROMPT.value]  # from bytes that are not utf-8; it is printed, too
   if _FILE.value:
     try:
-      with open(_FILE.value) as file:
+      with open(_FILE.value, encoding="utf-8-sig") as file:
         found += [line.rstrip("\n") for line in file if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
       raise InputError(f"--prompts_file={_FILE.value}: cannot be read ({error})") from None

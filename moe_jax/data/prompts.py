@@ -31,12 +31,14 @@ class Example(NamedTuple):
 def read_jsonl(path: str | os.PathLike[str]) -> list[Example]:
   """Reads one JSON object per line, with texts `prompt` and `response` and, if given, `task`. Empty lines are skipped.
 
+  A byte order mark, with which editors may begin a file, is skipped, too.
+
   Raises:
     InputError: if the file cannot be read, has no examples, or a line is broken. It says which, and what is missing.
   """
   path = pathlib.Path(path).expanduser()
   try:
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
   except (OSError, UnicodeDecodeError) as error:
     raise InputError(
       f"{path}: cannot be read as text ({getattr(error, 'strerror', None) or 'not utf-8'})"

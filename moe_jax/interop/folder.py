@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moe_jax import disk
 from moe_jax.errors import InputError
 from moe_jax.interop.quantised import Tensor, logical_tensors
 from moe_jax.interop.safetensors import open_file
@@ -24,6 +25,7 @@ class Folder(NamedTuple):
 
 def read_config(path: pathlib.Path) -> dict[str, Any]:
   """Returns the values of a config.json. Raises `InputError` if there is none."""
+  disk.check_not_file(path.parent)
   if not path.parent.is_dir():
     raise InputError(f"{path.parent}: no such folder")
   try:

@@ -175,6 +175,7 @@ def _tokenizer(folder: pathlib.Path, data: DataConfig) -> Tokenizer:
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
+  disk.check_not_file(path.parent)
   values = disk.read_object(path)
   if values is None:
     raise InputError(f"{path.parent}: holds no run ({path.name} is missing or not whole)")

@@ -80,6 +80,8 @@ def test_files_are_read_and_what_is_wrong_with_them_is_said(tmp_path):
   path = tmp_path / "data.jsonl"
   path.write_text(json.dumps({"prompt": "a\u2028b", "response": "b"}, ensure_ascii=False) + "\n\n")
   assert read_jsonl(path) == [Example("a\u2028b", "b")]
+  path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as editors on Windows begin a file
+  assert read_jsonl(path) == [Example("a\u2028b", "b")]
   written = tmp_path / "written" / "data.jsonl"
   write_jsonl(written, [*TRAIN, *HELD_OUT])
   assert read_jsonl(written) == [*TRAIN, *HELD_OUT]

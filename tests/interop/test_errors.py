@@ -61,6 +61,7 @@ def change_tensors(folder, change):
 
 def test_folders_without_a_model(folder):
   refused(folder / "elsewhere", "no such folder")
+  refused(folder / "config.json", f"config.json: is a file; give the folder that it is in: {folder}$")
   (folder / "empty").mkdir()
   refused(folder / "empty", r"holds no model \(config.json is missing\)")
   (folder / "model.safetensors").unlink()

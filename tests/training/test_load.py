@@ -78,6 +78,9 @@ def test_what_cannot_be_loaded_is_said_in_one_line(trained_run, tmp_path):
 
   with pytest.raises(InputError, match=r"whole: holds no run \(config.json is missing or not whole"):
     Run.load(tmp_path / "whole")
+  (tmp_path / "result.json").write_text("{}")
+  with pytest.raises(InputError, match=f"result.json: is a file; give the folder that it is in: {tmp_path}$"):
+    Run.load(tmp_path / "result.json")
   refused("holds no run", json.dumps(values)[:-9])
   refused("is no folder of a run; in a comparison's folder, a run is arms/ARM", json.dumps({"seeds": [0]}))
   refused("has no checkpoint yet", json.dumps(values))
