@@ -87,24 +87,27 @@ def config_from_flags(said: Mapping[str, Any] | None = None) -> Config:
   return config
 
 
-# What mixers do not read: their factories have no parameter of that name, which `tests/test_cli.py` checks.
+# What mixers do not read, and which feed-forward parts read nothing of experts: their factories have no parameter of that
+# name, which `tests/test_cli.py` checks.
 _UNREAD = {"mla": ("num_kv_heads", "qk_norm"), "lightning": ("num_kv_heads", "rope_theta", "qk_norm")}
+_WITHOUT_EXPERTS = ("mlp", "low_rank")
 
 
 def _note_without_effect(config: Config) -> None:
   """Prints a line for each flag that was given and changes nothing beside the others."""
   data, train = config.data, config.train
-  mixer = spec_text(config.model.mixer).partition(":")[0]
+  mixer, ffn = (spec_text(spec).partition(":")[0] for spec in (config.model.mixer, config.model.ffn))
   dropless = spec_text(config.model.moe.dispatcher).startswith("dropless")
   needs = {
     "--ffn with experts": (
-      spec_text(config.model.ffn) != "mlp",
+      ffn not in _WITHOUT_EXPERTS,
       "router balancers experts dispatcher num_experts num_experts_per_token expert_dim num_shared_experts "
       "shared_experts shared_expert_dim shared_expert_gate group_size jitter capacity_factor eval_capacity_factor",
     ),
     "--dataset=markov": (data.dataset == "markov", "markov_domains markov_states markov_temperature"),
     "--dataset=text_folder": (data.dataset == "text_folder", "text_folder"),
     "--dataset=stdlib_tasks": (data.dataset == "stdlib_tasks", "held_out_tasks"),
+    "a data set of prompts": (data.dataset == "stdlib_tasks" or _given("train_jsonl"), "pack_examples"),
     "a data set of text": (data.dataset != "markov", "tokenizer data_dir"),
     "a dispatcher with a capacity": (not dropless, "capacity_factor eval_capacity_factor"),
     "a schedule that decays": (config.optimizer.schedule != "constant", "final_learning_rate_fraction"),

@@ -11,6 +11,7 @@ import pytest
 
 from moe_jax import cli
 from moe_jax.config import Config
+from moe_jax.nn.ffn import FFNS
 from moe_jax.nn.mixers import MIXERS
 from tests.scripts import ROOT, assert_one_line, run_scripts
 
@@ -217,7 +218,8 @@ def test_flags_without_effect_are_said(tmp_path):
     "--shard=9/2",
   ]
   dense = ["--ffn=mlp", "--expert_dim=32", "--capacity_factor=2"]
-  with_experts, without = run_scripts([*script, *flags], [*script, *dense])
+  frozen = ["--ffn=low_rank", "--router=sigmoid_topk", "--pack_examples"]  # which is a dense part
+  with_experts, without, adapted = run_scripts([*script, *flags], [*script, *dense], [*script, *frozen])
   assert with_experts.stderr.splitlines()[:4] == [
     "note: --tokenizer has no effect without a data set of text",
     "note: --capacity_factor has no effect without a dispatcher with a capacity",
@@ -228,12 +230,20 @@ def test_flags_without_effect_are_said(tmp_path):
     "note: --expert_dim has no effect without --ffn with experts",
     "note: --capacity_factor has no effect without --ffn with experts",
   ]
+  assert adapted.stderr.splitlines()[:2] == [
+    "note: --router has no effect without --ffn with experts",
+    "note: --pack_examples has no effect without a data set of prompts",
+  ]
 
 
 def test_what_mixers_do_not_read_is_known():
   names = ("num_heads", "num_kv_heads", "head_dim", "rope_theta", "qk_norm")
   unread = {mixer: tuple(n for n in names if not MIXERS.resolve(mixer).takes(n)) for mixer in MIXERS}
   assert {mixer: found for mixer, found in unread.items() if found} == cli._UNREAD
+
+
+def test_which_feed_forward_parts_have_no_experts_is_known():
+  assert [ffn for ffn in FFNS if not FFNS.resolve(ffn).takes("moe")] == [*cli._WITHOUT_EXPERTS]
 
 
 def test_every_flag_has_a_help_and_its_default():
