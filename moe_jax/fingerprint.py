@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 _PACKAGE = __name__.partition(".")[0]
+_CODE = (types.FunctionType, types.MethodType, type)
 _OF_LIBRARIES = ("__", "_pytree__", "_object__")  # attributes that Python and Flax give to classes
 
 
@@ -29,9 +30,18 @@ def of_package() -> str:
   return found.hexdigest()[:12]
 
 
+def definition(code: Callable[..., Any]) -> Any:
+  """Returns the function or class behind a decorator or a partial application; of an object that can be called, its class."""
+  code = inspect.unwrap(code)
+  while isinstance(code, functools.partial):
+    code = inspect.unwrap(code.func)
+  is_code = isinstance(code, (*_CODE, types.BuiltinFunctionType))
+  return code if is_code else type(code)
+
+
 def place(code: Callable[..., Any]) -> str:
   """Returns `file:line` of a definition, or its module if Python does not know the file."""
-  code = inspect.unwrap(code)
+  code = definition(code)
   try:
     return f"{inspect.getsourcefile(code)}:{inspect.getsourcelines(code)[1]}"
   except (OSError, TypeError):
@@ -42,13 +52,16 @@ def digest(code: Callable[..., Any]) -> str:
   """Returns a digest of the source of `code`, and of what it uses of its module.
 
   That is functions, also decorated ones, classes, and constants: numbers, text, arrays, and tuples, lists and dicts of
-  them. What it imports from other modules, and the attributes of other objects, are not included.
+  them. What it imports from other modules, and the attributes of other objects, are not included. Of a partial application,
+  its arguments are, and of an object that can be called, its class and such constants among its attributes.
 
   A comparison folder stores it, to notice that the code behind a name has changed. For code without source,
   such as a function typed into an interpreter, the digest is of its instructions.
   """
-  parts: list[str] = []
-  _collect(inspect.unwrap(code), parts, set())
+  code, parts = inspect.unwrap(code), []
+  if not isinstance(code, _CODE):
+    return digest_of_all([code])
+  _collect(code, parts, set())
   return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 

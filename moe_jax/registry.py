@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from moe_jax.errors import InputError, unknown_name
-from moe_jax.fingerprint import digest, is_builtin, place
+from moe_jax.fingerprint import definition, digest, is_builtin, place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,8 @@ class Registry(Mapping[str, Callable[..., Any]]):
 
     Raises:
       InputError: if the name is taken or is not an identifier, or if `factory` is not callable or takes
-        parameters that are not offered and have no default. The message says where the factory is defined.
+        parameters that are not offered and have no default, or cannot be hashed. The message says where the factory is
+        defined.
     """
     if not name.isidentifier():
       raise InputError(f"{self.kind} {name!r}: a name consists of letters, digits and _")
@@ -131,7 +132,10 @@ class Registry(Mapping[str, Callable[..., Any]]):
       spec, given = spec.func, dict(spec.keywords)
     if not callable(spec):
       raise InputError(f"{self.kind} {spec!r}: must be a name, or a function or class that makes one")
-    name = next((n for n, f in self._factories.items() if f is spec), getattr(spec, "__name__", repr(spec)))
+    name = next(
+      (n for n, f in self._factories.items() if f is spec),
+      getattr(spec, "__name__", definition(spec).__name__),
+    )
     return self._method(name, spec, given)
 
   def resolve_all(self, specs: Spec | Sequence[Spec]) -> tuple[Method, ...]:
@@ -144,7 +148,15 @@ class Registry(Mapping[str, Callable[..., Any]]):
 
   def _options(self, factory: Callable[..., Any], name: str) -> dict[str, inspect.Parameter]:
     """The options of the factory: its parameters that are not offered."""
-    options = {n: p for n, p in _parameters(factory).items() if n not in self.offered}
+    try:
+      parameters = _parameters(factory)
+    except TypeError:  # of the cache, which programs have, too
+      raise InputError(
+        f"{self.kind} {name!r} ({place(factory)}): cannot be hashed; give a function"
+      ) from None
+    except ValueError as error:  # a builtin of unknown signature, or a partial application that does not fit
+      raise InputError(f"{self.kind} {name!r}: {error}") from None
+    options = {n: p for n, p in parameters.items() if n not in self.offered}
     for option, parameter in options.items():
       if parameter.default is inspect.Parameter.empty:
         raise InputError(
@@ -210,7 +222,8 @@ def _parameters(factory: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
 
 def _same_place(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
   """Whether one is a new definition of the other: both have the same name and the same module or file."""
-  if getattr(one, "__qualname__", "") != getattr(other, "__qualname__", None):
+  one, other = definition(one), definition(other)
+  if one.__qualname__ != other.__qualname__:
     return False
   file = lambda f: place(f).rpartition(":")[0]
   return one.__module__ == other.__module__ or file(one) == file(other) != ""

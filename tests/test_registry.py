@@ -1,5 +1,6 @@
 """Names become methods: the grammar, what methods are equal, what may be registered, and errors in one line."""
 
+import dataclasses
 import functools
 import importlib.util
 
@@ -148,6 +149,56 @@ def test_methods_are_equal_if_they_would_build_the_same():
   assert REGISTRY.resolve("one").fingerprint.startswith("one [")  # this file is a user's
 
 
+class Times:
+  """An object that can be called."""
+
+  def __init__(self, factor):
+    self.factor = factor
+
+  def __call__(self, k, rate: float = 0.5):
+    return self.factor * k * rate
+
+
+MADE = {
+  "partial": lambda n: functools.partial(one, count=n),
+  "partial of a partial": lambda n: functools.partial(functools.partial(one, mode=str(n)), rate=0.1),
+  "object": Times,
+}
+
+
+@pytest.mark.parametrize("make", MADE.values(), ids=MADE)
+def test_partials_and_objects_are_factories(make):
+  registry = Registry("method", {}, offered=("k",))
+  for number in (1, 1, 2):  # the same cell once more
+    registry.register("mine", make(number))
+  first, same, other = (registry.resolve(make(number)) for number in (1, 1, 2))
+  assert first.fingerprint == same.fingerprint != other.fingerprint
+  assert "0x" not in first.fingerprint and first.name in ("one", "Times")
+  method = registry.resolve("mine:0.25")
+  assert method.source and hash(method) == hash(registry.resolve("mine:0.25"))
+  assert dict(method.options)["rate"] == 0.25 and method(k=3) == make(2)(k=3, rate=0.25)
+
+
+@dataclasses.dataclass
+class Unhashable:
+  factor: float
+
+  def __call__(self, rate: float = 0.5):
+    return self.factor * rate
+
+
+def test_a_factory_that_cannot_be_used_is_refused_in_one_line():
+  registry = Registry("method", {"one": one})
+  for factory, message in [
+    (Unhashable(2.0), "cannot be hashed; give a function"),
+    (max, "no signature found for builtin"),
+  ]:
+    with pytest.raises(InputError, match=f"^method 'mine'.*{message}"):
+      registry.register("mine", factory)
+    with pytest.raises(InputError, match=message):
+      registry.resolve(factory)
+
+
 def test_a_name_can_be_defined_anew_but_not_taken():
   registry = Registry("method", {"one": one})
   registry.register("mine", _defined("x"))
@@ -228,11 +279,3 @@ class Part(Base):
 def test_a_digest_of_anything_that_can_be_called(make):
   first, same, other = (fingerprint.digest_of_all([one, make(n)]) for n in (0, 0, 1))
   assert first == same != other
-
-
-class Times:
-  def __init__(self, factor):
-    self.factor = factor
-
-  def __call__(self, x):
-    return self.factor * x
