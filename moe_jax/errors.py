@@ -133,3 +133,8 @@ def require_option(what: str, option: str, value: Any, allowed: tuple[str, ...])
   """Raises `InputError` unless `value` is one of `allowed`."""
   if value not in allowed:
     raise InputError(f"{what}: {option} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def in_short(error: Exception) -> str:
+  """Returns the type and the beginning of the message of an error of a user's code, for a part of a line."""
+  return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -35,7 +35,8 @@ def prompts() -> list[str]:
   from moe_jax.data.tokenizers import without_surrogates
   from moe_jax.errors import InputError
 
-  found = [without_surrogates(text) for text in _PROMPT.value]  # from bytes that are not utf-8; it is printed, too
+  # Bytes of a command line that are not utf-8 are lone surrogates, which cannot be printed either.
+  found = [without_surrogates(text) for text in _PROMPT.value]
   if _FILE.value:
     try:
       with open(_FILE.value, encoding="utf-8-sig") as file:

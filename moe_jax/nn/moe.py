@@ -56,7 +56,8 @@ class MoE(nnx.Module):
     num_experts_per_token: K, the number of experts that a token is sent to.
     expert_dim: F, the hidden width of an expert.
     router: a name with options (`"sigmoid_topk:normalize=true"`), a function or class that makes a router, or
-      a router.
+      a router. Of what a router of your own returns, only shapes and types are checked here; its numbers are in models that
+      a configuration describes, where it is tried on a tiny batch.
     experts: the network of the experts, in the same forms.
     balancer: the balancer, in the same forms. Several are a text with commas, or a sequence.
     dispatcher: how tokens get to experts, in the same forms.

@@ -5,7 +5,7 @@ Tests check the parts of this package, so nothing of it is tried.
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from moe_jax.config import BlockConfig, ModelConfig
-from moe_jax.errors import InputError
+from moe_jax.errors import InputError, in_short
 from moe_jax.nn.block import Block
 from moe_jax.nn.checks import check_kept, check_routing, type_name
 from moe_jax.nn.context import Context
@@ -44,7 +44,7 @@ def check_router(method: Method, balancers: tuple[Method, ...], layer: MoE) -> N
   index_GT = np.tile(np.arange(t, dtype=np.int32), (_GROUPS, 1))
 
   # Not jitted: the few small operations compile faster one by one, and the next router finds most of them compiled.
-  with _trial(), jax.ensure_compile_time_eval():
+  with _trial([method]), jax.ensure_compile_time_eval():
     key, balancer = jax.random.key(0), balancer_of(balancers)
     router = method(**sizes, init_scale=1.0, rngs=nnx.Rngs(key))
     x_GTD = jnp.asarray(np.random.default_rng(0).normal(size=(_GROUPS, t, _DIM)), jnp.float32)
@@ -121,10 +121,8 @@ def check_forward(model: ModelConfig, config: BlockConfig, make: Callable[[], Bl
     make: makes the block.
   """
   moe = config.moe
-  own = {
-    "mixer": bool(config.mixer.source),
-    "ffn": any(method.source for method in (config.ffn, moe.router, moe.experts, moe.shared_experts)),
-  }
+  parts = {"mixer": (config.mixer,), "ffn": (config.ffn, moe.router, moe.experts, moe.shared_experts)}
+  own = {kind: [method for method in methods if method.source] for kind, methods in parts.items()}
   batch = (_GROUPS, moe.group_size or _LENGTH)
 
   def forward(seed: Array) -> None:
@@ -147,7 +145,11 @@ def check_forward(model: ModelConfig, config: BlockConfig, make: Callable[[], Bl
         check_kept(f"{inner} {method.name}", [(name, variable, value)])
 
   if any(own.values()):
-    with _trial(), matrices_of(jnp.zeros), jax.default_device("cpu"):  # which needs no kernel of its own
+    with (
+      _trial([*own["mixer"], *own["ffn"]]),
+      matrices_of(jnp.zeros),
+      jax.default_device("cpu"),
+    ):  # which needs no kernel of its own
       jax.eval_shape(forward, 0)
 
 
@@ -178,17 +180,25 @@ def _part_at(config: BlockConfig, block: Block, path: tuple[Any, ...]) -> tuple[
   return kind, getattr(config, kind), ".".join(map(str, path[1:]))
 
 
+_UNTRIED: dict[Method, str] = {}
+
+
+def why_untried(method: Method) -> str:
+  """Returns the error of a trial with a part of a user's, which says nothing of it; "" if there was none."""
+  return _UNTRIED.get(method, "")
+
+
 @contextlib.contextmanager
-def _trial() -> Iterator[None]:
+def _trial(methods: Iterable[Method]) -> Iterator[None]:
   """Without the mesh in use, which need not divide a tiny batch, and with matrices that have values.
 
   Only an `InputError` ends a trial that fails: a part may be right and not take the sizes of the trial. If it is not, the
-  program of the run meets the same error.
+  program of the run meets the same error. `why_untried` has it for each of the methods.
   """
   with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())), matrices_of(None):
     try:
       yield
     except InputError:
       raise
-    except Exception:  # of a user's code, which may raise any
-      pass
+    except Exception as error:  # of a user's code, which may raise any
+      _UNTRIED.update(dict.fromkeys(methods, in_short(error)))

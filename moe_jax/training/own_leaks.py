@@ -10,11 +10,12 @@ from moe_jax import sharding
 from moe_jax.cluster import processes
 from moe_jax.config import BlockConfig, ModelConfig
 from moe_jax.disk import note
-from moe_jax.errors import InputError
+from moe_jax.errors import InputError, in_short
 from moe_jax.fingerprint import place
 from moe_jax.nn.build import different_blocks, routed_part
 from moe_jax.nn.causality import SMALL, SMALL_EXPERTS, influence
 from moe_jax.nn.leaks import deciding_method, leak
+from moe_jax.nn.own_parts import why_untried
 from moe_jax.registry import Method
 
 SEEN = 1e-3  # smaller changes of logits are rounding
@@ -25,11 +26,18 @@ def check_own_leaks(config: ModelConfig) -> None:
   """Raises `InputError` if a part of a user's shows a token what comes after it in a causal model, and declares nothing.
 
   Each is measured in a model of one block, with parts of this package around it. Where such a model fails, one line says
-  that the part was not checked, and so do results: see `sees_later_tokens`.
+  that the part was not checked, and so do results: see `sees_later_tokens`. Another says which part has failed on a tiny
+  batch, so that nothing is known of it (`moe_jax.nn.own_parts`).
 
   Args:
     config: resolved.
   """
+  for block in different_blocks(config) if processes.is_first() else ():
+    for flag, method in (_own(block) | {"mixer": block.mixer}).items():
+      if why := why_untried(method):
+        _say(
+          f"--{flag}={method} ({place(method.factory)}): not tried before the run: a tiny batch fails ({why})"
+        )
   for own, small, block in _small_models(config):
     flag, text = deciding_method(block)
     may = f', or set leaks = "always" in its class and say --accept_leaks={text.partition(":")[0]}'
@@ -111,7 +119,7 @@ def _measured(config: ModelConfig) -> tuple[float, str]:
     with jax.set_mesh(mesh), jax.default_device(cpu):
       return influence(config), ""
   except Exception as error:  # of a user's code: any
-    return 0.0, " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return 0.0, in_short(error)
 
 
 _say = functools.cache(note)  # once, though every arm and seed asks

@@ -169,6 +169,24 @@ def test_of_a_part_that_cannot_be_measured_it_is_not_known(fields, why, capsys):
   assert own_leaks.sees_later_tokens(check(**fields, objective="masked_lm").model) is False
 
 
+class Wide(Own):
+  """Takes no batch as small as that of the trial."""
+
+  def __call__(self, x_GTD, context):
+    if x_GTD.shape[-1] == 8:
+      raise ValueError("too\nnarrow")
+    return super().__call__(x_GTD, context)
+
+
+def test_a_part_that_was_not_tried_is_named_once(capsys):
+  for _ in range(2):
+    check(router=Wide)
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith("note: --router=Wide (") and line.endswith(
+    "not tried before the run: a tiny batch fails (ValueError: too narrow)"
+  )
+
+
 def test_a_part_that_declares_it_is_not_measured():
   with pytest.raises(InputError, match="say --accept_leaks=Declared"):
     check(router=Declared)
