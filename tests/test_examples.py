@@ -13,6 +13,7 @@ import moe_jax
 from moe_jax import sharding
 from moe_jax.plugins import import_plugins
 from moe_jax.training.compiled import check_run
+from moe_jax.training.own_leaks import sees_later_tokens
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -43,6 +44,12 @@ def max_vio(result):
 def test_the_layer_balances_in_a_loop_of_ones_own():
   before, after = example("own_loop").main()
   assert after < 0.6 * before
+
+
+def test_whether_the_router_of_ones_own_looks_ahead_is_measured(capsys):
+  config = tiny.change(CONFIG, router=example("cosine_router").CosineRouter)
+  model = check_run(config, sharding.make_mesh(CONFIG.mesh)).model
+  assert (sees_later_tokens(model), capsys.readouterr().err) == (False, "")
 
 
 def test_a_router_of_ones_own_in_a_layer_in_a_comparison_and_by_name(tmp_path, rng):
