@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
   from moe_jax.adapt.table import write_table
   from moe_jax.comparison.comparison import Comparison
   from moe_jax.data.loading import text_of_run
-  from moe_jax.training.load import load_run
+  from moe_jax.training.load import load_run, tokenizer_name
   from moe_jax.training.made import is_made, source_of
   from moe_jax.training.start import save_model
   from moe_jax.training.validate import validate
@@ -80,6 +80,8 @@ def main(argv: list[str]) -> None:
   has_start = is_made(start, source)
   student = student_of(teacher)
   data = dataclasses.replace(teacher.config.data, batch_size=config.data.batch_size)
+  if not data.bpe_size:  # one that was trained on the text comes with the text
+    data = dataclasses.replace(data, tokenizer=tokenizer_name(teacher))
   config = dataclasses.replace(config, model=student.config, data=data)
   if not has_start:
     save_model(start, student, config, teacher.tokenizer, source=source)

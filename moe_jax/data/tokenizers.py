@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moe_jax.data.model_ids import ModelIds, read_ids
 from moe_jax.errors import InputError
 
 
@@ -26,14 +27,8 @@ class Tokenizer(NamedTuple):
   # [V] utf-8 bytes of each id, 0 for specials; None where a token is not a fixed string of bytes
   token_bytes: np.ndarray | None = None
   content: bytes | None = None  # the tokenizer.json, if it was trained on the data set itself
-
-
-class ModelIds(NamedTuple):
-  """The ids of a published model, whose tokenizer gets no new ones."""
-
-  vocab_size: int
-  bos_id: int | None = None  # None: as the tokenizer says
-  pad_id: int | None = None  # None: 0, which stands for no text because padding is masked
+  ids: ModelIds | None = None  # of the published model that it came with
+  folder: Path | None = None  # with the files of that model
 
 
 def load_tokenizer(name: str, ids: ModelIds | None = None) -> Tokenizer:
@@ -41,7 +36,8 @@ def load_tokenizer(name: str, ids: ModelIds | None = None) -> Tokenizer:
 
   Args:
     name: what to load.
-    ids: of the model that the tokenizer belongs to. None: special tokens that it lacks get new ids.
+    ids: of the model that the tokenizer belongs to. None: those that the run in its folder has of a published model; if
+      there are none, special tokens that the tokenizer lacks get new ids.
 
   Raises:
     InputError: if there is no such tokenizer, or it has more ids than the model.
@@ -57,6 +53,7 @@ def load_tokenizer(name: str, ids: ModelIds | None = None) -> Tokenizer:
     raise InputError(f"--tokenizer={name}: {right}")
   if not path.is_file():
     raise InputError(f"--tokenizer={name}: no such file")
+  ids = ids or read_ids(path.parent)
   load = _sentencepiece_tokenizer if path.suffix == ".model" else _hugging_face_tokenizer
   return load(path, ids)
 
@@ -177,7 +174,8 @@ def _of_file(
     )
   first = lambda *choices: next((choice for choice in choices if choice is not None), 0)
   bos_id, pad_id = first(ids.bos_id, bos), first(ids.pad_id, pad)
-  return Tokenizer(encode, decode, ids.vocab_size, bos_id, pad_id, _file_hash(path))
+  tokenizer = Tokenizer(encode, decode, ids.vocab_size, bos_id, pad_id, _file_hash(path))
+  return tokenizer._replace(ids=ids, folder=path.parent)
 
 
 def with_specials(

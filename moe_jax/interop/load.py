@@ -15,6 +15,7 @@ from flax import nnx
 
 from moe_jax import sharding
 from moe_jax.config import Config, DataConfig, TrainConfig
+from moe_jax.data.model_ids import ModelIds, tokenizer_file
 from moe_jax.data.tokenizers import Tokenizer, load_tokenizer
 from moe_jax.errors import InputError, unknown_name
 from moe_jax.interop.families import FAMILIES, Family, Values
@@ -22,7 +23,7 @@ from moe_jax.interop.families.fields import layers_of
 from moe_jax.interop.folder import CONFIG, Folder, open_folder, read_config
 from moe_jax.interop.memory import check_memory, largest_layer
 from moe_jax.interop.names import Stored, bias_index, module_at, stored_parameters
-from moe_jax.interop.numbers import Numbers, check_integer, read_numbers
+from moe_jax.interop.numbers import check_integer, read_numbers
 from moe_jax.interop.place import load_parameter
 from moe_jax.interop.quantised import quantisation
 from moe_jax.nn.moe import MoE
@@ -59,11 +60,9 @@ def load(folder: str | os.PathLike[str], dtype: str = "float32", mtp: bool = Fal
   if is_run(folder):
     return load_run(folder)
   opened = open_checkpoint(folder, dtype, mtp)
-  numbers = opened.numbers
-  model, skipped = load_model(opened.family, opened.folder, opened.config, numbers.ids.vocab_size, dtype)
-  return Loaded(
-    model, opened.config, opened.tokenizer, 0, folder, numbers.stop_ids, skipped, numbers.max_positions
-  )
+  ids = opened.ids
+  model, skipped = load_model(opened.family, opened.folder, opened.config, ids.vocab_size, dtype)
+  return Loaded(model, opened.config, opened.tokenizer, 0, folder, ids.stop_ids, skipped, ids.max_positions)
 
 
 class Opened(NamedTuple):
@@ -72,7 +71,7 @@ class Opened(NamedTuple):
   family: Family
   folder: Folder
   config: Config  # resolved
-  numbers: Numbers
+  ids: ModelIds
   tokenizer: Tokenizer | None
 
 
@@ -88,10 +87,10 @@ def open_checkpoint(folder: pathlib.Path, dtype: str, mtp: bool) -> Opened:
     raise InputError(f"load: dtype must be {' or '.join(DTYPES)}, got {dtype!r}")
   plain = read_config(folder / CONFIG)
   family, values = family_of(folder, plain), Values(str(folder / CONFIG), plain)
-  tokenizer_file, numbers = _tokenizer_file(folder), read_numbers(folder, values)
-  tokenizer = None if tokenizer_file is None else load_tokenizer(str(tokenizer_file), numbers.ids)
-  config = _config(family, values, DataConfig(tokenizer=str(tokenizer_file or "bytes")), dtype, mtp)
-  return Opened(family, open_folder(folder, plain), config, numbers, tokenizer)
+  file, ids = tokenizer_file(folder), read_numbers(folder, values)
+  tokenizer = None if file is None else load_tokenizer(str(file), ids)
+  config = _config(family, values, DataConfig(tokenizer=str(file or "bytes")), dtype, mtp)
+  return Opened(family, open_folder(folder, plain), config, ids, tokenizer)
 
 
 def read_model_config(folder: str | os.PathLike[str]) -> tuple[Config, int]:
@@ -110,7 +109,7 @@ def read_model_config(folder: str | os.PathLike[str]) -> tuple[Config, int]:
     mtp = family.mtp_depth(values) > 0
   quantisation(path, read)
   config = _config(family, values, DataConfig(), "float32", mtp)
-  return config, read_numbers(path, values).ids.vocab_size
+  return config, read_numbers(path, values).vocab_size
 
 
 def family_of(folder: pathlib.Path, values: dict[str, Any]) -> Family:
@@ -278,8 +277,3 @@ def with_bias(model: Transformer, stored: Stored, state: Any, bias: jax.Array) -
   leaves, tree = jax.tree.flatten(state)
   leaves[bias_index(module_at(model, stored.path[:-1]))] = bias
   return jax.tree.unflatten(tree, leaves)
-
-
-def _tokenizer_file(folder: pathlib.Path) -> pathlib.Path | None:
-  files = (folder / name for name in ("tokenizer.json", "tokenizer.model"))
-  return next((file for file in files if file.exists()), None)

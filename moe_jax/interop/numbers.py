@@ -1,9 +1,8 @@
 """The numbers of a config.json that do not shape the model: V, the ids of special tokens, and positions; all checked."""
 
 import pathlib
-from typing import NamedTuple
 
-from moe_jax.data.tokenizers import ModelIds
+from moe_jax.data.model_ids import ModelIds
 from moe_jax.errors import InputError
 from moe_jax.interop.families import Values
 from moe_jax.interop.folder import read_config
@@ -12,15 +11,7 @@ _LARGEST = 2**31 - 1
 _GENERATION = "generation_config.json"
 
 
-class Numbers(NamedTuple):
-  """What `read_numbers` returns."""
-
-  ids: ModelIds
-  stop_ids: tuple[int, ...]  # that end a text
-  max_positions: int  # 0: not said
-
-
-def read_numbers(folder: pathlib.Path, values: Values) -> Numbers:
+def read_numbers(folder: pathlib.Path, values: Values) -> ModelIds:
   """Reads them from config.json, and `eos_token_id` from generation_config.json where that has it.
 
   Raises:
@@ -34,11 +25,8 @@ def read_numbers(folder: pathlib.Path, values: Values) -> Numbers:
   generation = Values(str(path), read_config(path) if path.exists() else {})
   of_generation = _token_ids(generation, "eos_token_id", size)
   check_integer(values, "max_position_embeddings", 0, _LARGEST)
-  return Numbers(
-    ModelIds(size, first(bos), first(pad or eos)),
-    (eos or ()) if of_generation is None else of_generation,
-    values("max_position_embeddings", 0),
-  )
+  stop_ids = (eos or ()) if of_generation is None else of_generation
+  return ModelIds(size, first(bos), first(pad or eos), stop_ids, values("max_position_embeddings", 0))
 
 
 def check_integer(values: Values, name: str, least: int, most: int) -> None:

@@ -56,7 +56,7 @@ class LayerStream:
     opened = open_checkpoint(path, dtype, mtp=False)
     self.config, self.tokenizer, self._dtype = opened.config, opened.tokenizer, dtype
     self._tensors = opened.folder.tensors
-    self._model = abstract_model(opened.config, opened.numbers.ids.vocab_size)
+    self._model = abstract_model(opened.config, opened.ids.vocab_size)
     found = list(stored_parameters(self._model, opened.family, self._tensors))
     check_tensors(opened.folder, found, not_loaded(opened.family, opened.folder, opened.config))
     self._stored = {stored.path: stored for stored in found}

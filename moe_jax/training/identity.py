@@ -12,11 +12,12 @@ from moe_jax.config.plain import own_code
 from moe_jax.data import Dataset
 from moe_jax.errors import InputError
 from moe_jax.training.changes import changes
-from moe_jax.training.load import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE
+from moe_jax.training.load import CHECKPOINTS, CONFIG_FILE
 from moe_jax.training.own_metrics import changed_metrics, metrics_said, own_metrics
 from moe_jax.training.protocol import slots_of_mesh
 from moe_jax.training.reading import read_beside
 from moe_jax.training.result_file import RESULT_FILE, read_result, steps_asked
+from moe_jax.training.tokenizer import write_tokenizer
 
 # What is kept of a run where there is any, beside its configuration and its text.
 _OPTIONAL = ("slots", "own_code", "own_metrics")
@@ -24,16 +25,14 @@ _OPTIONAL = ("slots", "own_code", "own_metrics")
 
 def write_identity(folder: pathlib.Path, config: Config, dataset: Dataset) -> None:
   """Writes what `load` needs to make the model again, and what `check_same_run` compares."""
-  tokenizer = dataset.tokenizer
-  if tokenizer and tokenizer.content is not None:
-    disk.write_whole(folder / TOKENIZER_FILE, tokenizer.content)
+  of_tokenizer = write_tokenizer(folder, dataset.tokenizer)
   info = dataset.info
   of_text = {"vocab_size": info.vocab_size, "domains": list(info.domains), "fingerprint": info.fingerprint}
   known = disk.read_object(folder / CONFIG_FILE) or {}
   metrics = metrics_said(known) | own_metrics()  # also those that were measured before, and are not now
   optional = dict(zip(_OPTIONAL, (slots_of_mesh(config), own_code(config), metrics), strict=True))
   kept = {name: value for name, value in optional.items() if value}
-  disk.write_json(folder / CONFIG_FILE, config.to_dict() | of_text | kept)
+  disk.write_json(folder / CONFIG_FILE, config.to_dict() | of_text | of_tokenizer | kept)
 
 
 def check_same_text(text: str) -> None:

@@ -9,21 +9,21 @@ from flax import nnx
 
 from moe_jax import disk, sharding
 from moe_jax.cluster import processes
-from moe_jax.config import Config, DataConfig
-from moe_jax.data.bpe import load_bpe
-from moe_jax.data.tokenizers import Tokenizer, load_tokenizer
-from moe_jax.errors import InputError, is_of_the_machine
+from moe_jax.config import Config
+from moe_jax.data import model_ids
+from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.errors import InputError
 from moe_jax.nn.transformer import Transformer
 from moe_jax.training.changes import changes
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import abstract_model, make_init, resolve_config
 from moe_jax.training.result_file import RESULT_FILE, Result, read_result, steps_asked
 from moe_jax.training.step import TrainState
+from moe_jax.training.tokenizer import TOKENIZER_FILE, read_tokenizer
 
-# In the folder of a run. The tokenizer is only there if the data set trained its own.
-CONFIG_FILE, TOKENIZER_FILE, CHECKPOINTS = "config.json", "tokenizer.json", "checkpoints"
+CONFIG_FILE, CHECKPOINTS = "config.json", "checkpoints"  # in the folder of a run
 # What it holds of the text and the mesh, beside the configuration.
-NOT_CONFIG = ("vocab_size", "domains", "fingerprint", "slots", "own_code", "own_metrics")
+NOT_CONFIG = ("vocab_size", "domains", "fingerprint", "slots", "own_code", "own_metrics", model_ids.KEY)
 
 
 class Loaded(NamedTuple):
@@ -71,8 +71,10 @@ def load_run(folder: str | os.PathLike[str]) -> Loaded:
     for own, saved in ((params, state.params), (variables, state.variables))
   )
   model = nnx.merge(nnx.graphdef(model), *filled)
-  tokenizer, length = _tokenizer(folder, config.data), config.data.sequence_length
-  return Loaded(model, config, tokenizer, int(state.step), folder, max_positions=length)
+  tokenizer, length = read_tokenizer(folder, config.data), config.data.sequence_length
+  ids = tokenizer.ids
+  stop_ids, positions = (ids.stop_ids, ids.max_positions or length) if ids else ((), length)
+  return Loaded(model, config, tokenizer, int(state.step), folder, stop_ids, max_positions=positions)
 
 
 def restore_run(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[Config, int, TrainState]:
@@ -156,22 +158,12 @@ def check_step(folder: pathlib.Path, result: Result, step: int) -> None:
 
 
 def tokenizer_name(loaded: Loaded) -> str:
-  """Returns the name that loads the tokenizer of a run: a file of its folder if it was trained on the text of the run."""
-  data = loaded.config.data
-  return str(loaded.folder / TOKENIZER_FILE) if data.bpe_size else data.tokenizer
-
-
-def _tokenizer(folder: pathlib.Path, data: DataConfig) -> Tokenizer:
-  """A tokenizer that was trained on the data set is in the folder of the run; others are where they were."""
-  if not data.bpe_size:
-    return load_tokenizer(data.tokenizer)
-  try:
-    return load_bpe((folder / TOKENIZER_FILE).read_bytes())
-  except OSError as error:
-    if is_of_the_machine(error):
-      raise
-    right = f"copy it from another run of --tokenizer={data.tokenizer} with the same fingerprint, or from the data folder"
-    raise InputError(f"{folder}: {TOKENIZER_FILE} is missing; {right}") from None
+  """Returns the name that loads the tokenizer of a run: a file of its folder, if that has one."""
+  data, tokenizer = loaded.config.data, loaded.tokenizer
+  if data.bpe_size:
+    return str(loaded.folder / TOKENIZER_FILE)
+  file = model_ids.tokenizer_file(loaded.folder) if tokenizer and tokenizer.ids else None
+  return str(file or data.tokenizer)
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:

@@ -9,11 +9,12 @@ from flax import nnx
 
 from moe_jax import disk
 from moe_jax.cluster import processes
+from moe_jax.data.model_ids import is_file_of
 from moe_jax.errors import InputError, of_the_disk
 from moe_jax.nn.transformer import Transformer
 from moe_jax.training.changes import differences
 from moe_jax.training.digests import tree_digest
-from moe_jax.training.load import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE
+from moe_jax.training.load import CHECKPOINTS, CONFIG_FILE
 from moe_jax.training.reading import read_beside
 
 MADE_OF = "made_of.json"  # in the folder of a model
@@ -108,9 +109,9 @@ def new_model(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 def _is_unfinished(folder: pathlib.Path) -> bool:
   """Returns whether there is only a model, untrained in this folder, that nothing can load without its configuration."""
-  own = (CHECKPOINTS, TOKENIZER_FILE, CONFIG_FILE, MADE_OF)
+  own = lambda name: name in (CHECKPOINTS, CONFIG_FILE, MADE_OF) or is_file_of(name)
   if not folder.is_dir() or any(
-    p.name not in own and not p.name.startswith(disk.WRITING) for p in folder.iterdir()
+    not own(p.name) and not p.name.startswith(disk.WRITING) for p in folder.iterdir()
   ):
     return False
   steps = [path for path in (folder / CHECKPOINTS).glob("*") if path.name.isdecimal()]

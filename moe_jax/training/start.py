@@ -14,15 +14,17 @@ from flax import nnx
 from moe_jax import disk
 from moe_jax.cluster import processes
 from moe_jax.config import Config
+from moe_jax.data.model_ids import read_ids, tokenizer_file
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import InputError
 from moe_jax.nn.transformer import Transformer
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import CompiledSteps, make_init, make_init_from, objective_of, resolve_config
-from moe_jax.training.load import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE, restore_run, unfinished
+from moe_jax.training.load import CHECKPOINTS, CONFIG_FILE, restore_run, unfinished
 from moe_jax.training.made import MADE_OF, ONLY_MODEL, new_model
 from moe_jax.training.selection import Path, dotted
 from moe_jax.training.step import TrainState
+from moe_jax.training.tokenizer import write_tokenizer
 
 
 def save_model(
@@ -42,7 +44,8 @@ def save_model(
     folder: new, or empty.
     model: with its parameters and balancer states. Its own configuration is the one that is written.
     config: what is around the model.
-    tokenizer: written if it was trained on the data set, as runs do.
+    tokenizer: written if it was trained on the data set or came with a published model, as runs do. With the latter come
+      the ids of that model, its chat template, and its other files.
     domains: of the text.
     source: what it was made of, as `moe_jax.training.made.source_of` says it; None: nothing that another call asks for.
 
@@ -72,12 +75,11 @@ def save_model(
     state = make_init_from(config, vocab_size)(params, variables, config.train.seed)
     with contextlib.closing(Checkpoints(new / CHECKPOINTS)) as checkpoints:
       checkpoints.save(0, state, ONLY_MODEL)
-    if tokenizer is not None and tokenizer.content is not None:
-      disk.write_whole(new / TOKENIZER_FILE, tokenizer.content)
+    of_tokenizer = write_tokenizer(new, tokenizer)
     if source is not None:
       disk.write_json(new / MADE_OF, source)
     of_text = {"vocab_size": vocab_size, "domains": list(domains)}
-    disk.write_json(new / CONFIG_FILE, config.to_dict() | of_text)
+    disk.write_json(new / CONFIG_FILE, config.to_dict() | of_text | of_tokenizer)
   return folder
 
 
@@ -124,16 +126,20 @@ def start_from(
 
 
 def _check_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, where: str) -> None:
-  """Raises `InputError` if the folder has the tokenizer that was trained for its model, and it is not `tokenizer`."""
-  path = folder / TOKENIZER_FILE
-  try:
-    fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
-  except FileNotFoundError:
+  """Raises `InputError` if the folder has the tokenizer of its model, and it is not `tokenizer` with the same ids."""
+  path, ids = tokenizer_file(folder), read_ids(folder)
+  if path is None:
     return
+  right = f"so the same ids stand for other text; choose --tokenizer={path}"
+  fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
   if fingerprint != tokenizer.fingerprint:
+    here = tokenizer.fingerprint[:12]
     raise InputError(
-      f"{where}: its model has another tokenizer (fingerprint {fingerprint[:12]}, here {tokenizer.fingerprint[:12]}), so "
-      f"the same ids stand for other text; choose --tokenizer={path}"
+      f"{where}: its model has another tokenizer (fingerprint {fingerprint[:12]}, here {here}), {right}"
+    )
+  if ids and (tokenizer.ids is None or tokenizer.ids.bos_id != ids.bos_id):
+    raise InputError(
+      f"{where}: its model has the ids of a published one, which this tokenizer lacks, {right}"
     )
 
 
