@@ -16,6 +16,7 @@ from flax import nnx
 from moe_jax import disk
 from moe_jax.cluster.processes import first_writes, from_first
 from moe_jax.config import ModelConfig
+from moe_jax.data.model_ids import FILES, copy_files
 from moe_jax.data.tokenizers import bytes_file
 from moe_jax.errors import InputError, of_the_disk, require_option
 from moe_jax.interop.describe import balancers_line, describe
@@ -31,22 +32,6 @@ from moe_jax.nn.transformer import Transformer
 from moe_jax.training.load import CHECKPOINTS, Loaded
 
 SHARD_BYTES = 5_000_000_000
-_FILES = (  # of the tokenizer, and the code that config.json names for transformers; as patterns
-  "tokenizer.json",
-  "tokenizer.model",
-  "tiktoken.model",
-  "tokenization_*.py",
-  "configuration_*.py",
-  "modeling_*.py",
-  "tokenizer_config.json",
-  "special_tokens_map.json",
-  "added_tokens.json",
-  "vocab.json",
-  "merges.txt",
-  "chat_template.jinja",
-  "chat_template.json",
-  "generation_config.json",
-)
 _REPLACED = ("dtype", "torch_dtype", "quantization_config", "rope_parameters", "rope_scaling")
 
 
@@ -67,7 +52,7 @@ def save(
 
   Args:
     model: what `moe_jax.load` returned, or a `Transformer`. With the first, tokenizer files are copied, and what only
-      transformers reads of config.json stays.
+      transformers reads of config.json stays. What was made of a published model has its tokenizer files and ids, too.
     folder: is created. It must not hold weights already, nor other files of a model or of a run, which would be taken
       for this one's. If saving fails, nothing is left in it.
     format: "hf".
@@ -76,7 +61,8 @@ def save(
     shard_bytes: the size that a file has at most, unless one tensor is larger.
 
   Raises:
-    InputError: if no published family is this model, the folder holds files of a model or run, or the disk is full.
+    InputError: if no published family is this model, its tokenizer has ids that it does not embed, the folder holds files
+      of a model or run, or the disk is full.
   """
   require_option("save", "format", format, ("hf",))
   require_option("save", "dtype", dtype, ("", *DTYPES))
@@ -94,6 +80,7 @@ def save(
   positions = _positions(loaded, model.config)
   values = before | values | ({"max_position_embeddings": positions} if positions else {})
   values |= {"torch_dtype": dtype}
+  _check_ids(loaded, values)
   tensors = pending_tensors(model, family, np.dtype(jnp.dtype(dtype)))
   with first_writes("moe_jax.save") as mine:
     if not mine:
@@ -112,7 +99,7 @@ def _taken(folder: pathlib.Path) -> str:
   """Returns what the folder has of a model or a run, in words; empty if a model may be written there."""
   if any(folder.glob("*.safetensors")) or (folder / INDEX).exists():
     return "weights"
-  found = (path.name for name in (CONFIG, CHECKPOINTS, *_FILES) for path in sorted(folder.glob(name)))
+  found = (path.name for name in (CONFIG, CHECKPOINTS, *FILES) for path in sorted(folder.glob(name)))
   return next(found, "")
 
 
@@ -136,19 +123,41 @@ def _filled(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def _values_before(loaded: Loaded | None) -> dict[str, Any]:
-  """The config.json of the checkpoint that the model came from. Of a run, only what its tokenizer says."""
+  """The config.json of the checkpoint that the model came from. Of a run, only what its tokenizer and its model's ids say."""
   if loaded is None:
     return {}
   values = read_config(loaded.folder / CONFIG)
   if "model_type" in values:
     return values
-  return {"bos_token_id": loaded.tokenizer.bos_id, "pad_token_id": loaded.tokenizer.pad_id}
+  tokenizer = loaded.tokenizer
+  if tokenizer is None:
+    return {}
+  if tokenizer.ids is None:
+    return {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
+  _, bos, pad, stops, _ = tokenizer.ids
+  eos = stops[0] if len(stops) == 1 else list(stops) or None
+  found = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
+  return {name: value for name, value in found.items() if value is not None}
+
+
+def _check_ids(loaded: Loaded | None, values: Mapping[str, Any]) -> None:
+  """Raises `InputError` if config.json would have ids that the model does not embed."""
+  size = values["vocab_size"]
+  for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    ids = values.get(name)
+    if any(i >= size for i in (ids if isinstance(ids, list) else [ids]) if i is not None):
+      raise InputError(
+        f"save: the tokenizer of {loaded.folder} has {name}={ids}, and the model a vocabulary of {size}; use "
+        "loaded._replace(tokenizer=moe_jax.load(FOLDER).tokenizer), of the published model that it was made of"
+      )
 
 
 def _positions(loaded: Loaded | None, config: ModelConfig) -> int:
   """The positions that the model was made for: what its checkpoint said, or those of YaRN, or of a run's texts; or 0."""
   known = loaded.max_positions if loaded else 0
-  return known if loaded and not is_run(loaded.folder) and known else yarn_positions(config) or known
+  ids = loaded.tokenizer.ids if loaded and loaded.tokenizer else None
+  of_checkpoint = ids.max_positions if ids else known if loaded and not is_run(loaded.folder) else 0
+  return of_checkpoint or yarn_positions(config) or known
 
 
 def pending_tensors(model: Transformer, family: Family, dtype: np.dtype) -> dict[str, Pending]:
@@ -199,7 +208,7 @@ def _write(folder: pathlib.Path, tensors: Mapping[str, Pending], shard_bytes: in
 
 
 def _copy_files(loaded: Loaded | None, folder: pathlib.Path) -> None:
-  """Copies the files around the weights of a checkpoint, or the tokenizer that was trained for a run.
+  """Copies the files around the weights of a checkpoint, which what was made of it has, too, or a run's own tokenizer.
 
   A run on bytes has no file of a tokenizer, and gets one.
   """
@@ -207,6 +216,5 @@ def _copy_files(loaded: Loaded | None, folder: pathlib.Path) -> None:
     return
   if loaded.tokenizer and loaded.tokenizer.fingerprint == "bytes":
     disk.write_whole(folder / "tokenizer.json", bytes_file())
-  for file in (file for pattern in _FILES for file in sorted(loaded.folder.glob(pattern))):
-    if file.is_file():
-      disk.write_whole(folder / file.name, file.read_bytes())
+  tokenizer = loaded.tokenizer
+  copy_files(tokenizer.folder if tokenizer and tokenizer.ids else loaded.folder, folder)

@@ -10,7 +10,9 @@ import moe_jax
 from moe_jax.data.bpe import train_bpe
 from moe_jax.errors import InputError
 from moe_jax.interop import save
+from moe_jax.training.start import save_model
 from tests.interop.helpers import MIXTRAL, assert_same_model, random_model
+from tests.interop.published import BEGIN, END, V, write_published
 
 TEMPLATE = "chat_template.jinja"
 
@@ -66,3 +68,31 @@ def test_other_files_in_the_folder_stay(published, tmp_path):
   moe_jax.save(published["a"], tmp_path, shard_bytes=10_000)
   assert (tmp_path / "README.md").read_text() == "of a repository" and (tmp_path / TEMPLATE).exists()
   assert_same_model(moe_jax.load(tmp_path).model, published["a"].model)
+
+
+def test_what_was_made_of_a_published_model_is_saved_with_its_files_and_ids(tmp_path):
+  one = moe_jax.load(write_published(tmp_path / "published"))
+  loaded = moe_jax.load(save_model(tmp_path / "adapted", one.model, one.config, one.tokenizer))
+  moe_jax.save(loaded, tmp_path / "hf")
+  for name in ("tokenizer.json", "tokenizer_config.json", TEMPLATE):
+    assert (tmp_path / "hf" / name).read_bytes() == (one.folder / name).read_bytes()
+  values = json.loads((tmp_path / "hf/config.json").read_text())
+  assert [values[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [BEGIN, END, END]
+  again = moe_jax.load(tmp_path / "hf")
+  assert (again.stop_ids, again.max_positions, again.tokenizer.ids) == ((END,), 512, one.tokenizer.ids)
+  assert_same_model(again.model, one.model)
+
+
+def test_ids_that_the_model_does_not_embed_are_refused(tmp_path):
+  """As the tokenizer of an adapted model with a full vocabulary has, if the folder does not say its ids."""
+  one = moe_jax.load(write_published(tmp_path / "published"))
+  folder = save_model(tmp_path / "adapted", one.model, one.config)
+  loaded = moe_jax.load(folder)
+  assert loaded.tokenizer.pad_id >= V
+  with pytest.raises(
+    InputError, match=rf"adapted has bos_token_id={V}, and the model a vocabulary of {V}; use "
+  ):
+    moe_jax.save(loaded, tmp_path / "hf")
+  assert not (tmp_path / "hf").exists()
+  moe_jax.save(loaded._replace(tokenizer=one.tokenizer), tmp_path / "hf")
+  assert moe_jax.load(tmp_path / "hf").tokenizer.ids == one.tokenizer.ids
