@@ -8,7 +8,7 @@ from typing import Any
 
 from flax import nnx
 
-from moe_jax.config import BlockConfig, ModelConfig, Segment, spec_text
+from moe_jax.config import BlockConfig, ModelConfig, MoEConfig, Segment, spec_text
 from moe_jax.errors import InputError
 from moe_jax.interop.families import FAMILIES, Family, Values
 from moe_jax.interop.families.fields import layers_of, shared_moe
@@ -16,8 +16,9 @@ from moe_jax.nn.block import Block
 from moe_jax.nn.build import make_blocks, resolve
 from moe_jax.nn.variables import abstract
 from moe_jax.registry import Method
+from moe_jax.sharding.dispatchers import make_dispatcher
 
-# The fields of a layer with experts that change what it computes in evaluation.
+# The fields of a layer with experts that change what it computes in evaluation, if no token is dropped: `dropping_line`.
 _MOE_FIELDS = (
   "num_experts",
   "num_experts_per_token",
@@ -86,6 +87,38 @@ def balancers_line(config: ModelConfig, family: Family, values: dict[str, Any]) 
     f"save: config.json of {family.model_type} cannot hold balancers={lost}, and is loaded with balancers={theirs[0]}; "
     f"to continue this training, use {right} (in code: moe_jax.adapt.change_moe)"
   )
+
+
+def dropping_line(config: ModelConfig, family: Family) -> str:
+  """Returns the line about dropped tokens and noise of routers, which no config.json holds. Empty if the model has neither.
+
+  Args:
+    config: resolved.
+    family: what the config.json is read with.
+  """
+  moes = [block.moe for block in layers_of(config) if str(block.ffn) == "moe"]
+  flags = list(dict.fromkeys(_dropping_flags(moe) for moe in moes))
+  if not any(flags):
+    return ""
+  effects = ["no token is dropped"] if any("--dispatcher" in text for text in flags) else []
+  effects += ["routers have no noise in training"] if any(moe.jitter for moe in moes) else []
+  right = (
+    flags[0] if len(flags) == 1 else f"what its layers have ({'; '.join(t or 'nothing' for t in flags)})"
+  )
+  return (
+    f"save: config.json of {family.model_type} is loaded with --dispatcher=dropless --jitter=0, so {' and '.join(effects)}; "
+    f"to compute and train as before, use {right} (in code: moe_jax.adapt.change_moe)"
+  )
+
+
+def _dropping_flags(moe: MoEConfig) -> str:
+  """The flags of a layer with experts by which it drops tokens or draws at the router; empty if it does neither."""
+  names = []
+  if not make_dispatcher(moe.dispatcher).never_drops:
+    names += ["dispatcher", "capacity_factor", "eval_capacity_factor"]
+    names += ["group_size"] if moe.group_size else []  # of tokens that share slots
+  names += ["jitter"] if moe.jitter else []
+  return " ".join(f"--{name}={spec_text(getattr(moe, name))}" for name in names)
 
 
 def _same_method(one: Method, other: Method) -> bool:

@@ -19,7 +19,7 @@ from moe_jax.config import ModelConfig
 from moe_jax.data.model_ids import FILES, copy_files
 from moe_jax.data.tokenizers import bytes_file
 from moe_jax.errors import InputError, of_the_disk, require_option
-from moe_jax.interop.describe import balancers_line, describe
+from moe_jax.interop.describe import balancers_line, describe, dropping_line
 from moe_jax.interop.families import Family
 from moe_jax.interop.families.rope import yarn_positions
 from moe_jax.interop.folder import CONFIG, INDEX, SINGLE, read_config
@@ -48,7 +48,8 @@ def save(
   one file, or into several with an index. Of several processes, all must call this: process 0 writes, and a host holds
   no more than one whole tensor at a time.
 
-  Balancers that config.json of the family cannot hold are named in a warning, which says how to continue with them.
+  Balancers that config.json of the family cannot hold, a capacity by which tokens are dropped, and noise of routers are
+  named in warnings, which say how to continue with them.
 
   Args:
     model: what `moe_jax.load` returned, or a `Transformer`. With the first, tokenizer files are copied, and what only
@@ -91,8 +92,9 @@ def save(
       _copy_files(loaded, new)
       _write(new, tensors, shard_bytes)
       disk.write_text(new / CONFIG, json.dumps(values, indent=2) + "\n")
-    if line := balancers_line(model.config, family, values):
-      logging.getLogger(__name__).warning(line)
+    for line in (balancers_line(model.config, family, values), dropping_line(model.config, family)):
+      if line:
+        logging.getLogger(__name__).warning(line)
 
 
 def _taken(folder: pathlib.Path) -> str:

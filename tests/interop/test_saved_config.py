@@ -13,7 +13,7 @@ import moe_jax
 from moe_jax import adapt
 from moe_jax.config import BlockConfig, ModelConfig, Segment
 from moe_jax.errors import InputError
-from moe_jax.interop.describe import balancers_line, describe
+from moe_jax.interop.describe import balancers_line, describe, dropping_line
 from moe_jax.interop.families import FAMILIES, Values
 from moe_jax.interop.families.fields import layers_of
 from moe_jax.interop.folder import read_config
@@ -128,6 +128,52 @@ def test_saving_warns_once_and_the_new_weight_is_written(tmp_path, caplog):
   assert balancers_of(moe_jax.load(tmp_path / "two").config.model) == {"switch_loss:0.5"}
   (record,) = caplog.records
   assert record.levelno == logging.WARNING and "cannot hold balancers=z_loss, " in record.getMessage()
+
+
+CAPACITY = "--capacity_factor=1.25 --eval_capacity_factor=0.5"
+
+
+@pytest.mark.parametrize(
+  ("fields", "flags"),
+  [
+    ({}, ""),
+    ({"dispatcher": "all_to_all:capacity=none"}, ""),
+    ({"dispatcher": "sorted"}, f"--dispatcher=sorted {CAPACITY}"),
+    (
+      {"dispatcher": "einsum", "group_size": 8, "jitter": 0.1},
+      f"--dispatcher=einsum {CAPACITY} --group_size=8 --jitter=0.1",
+    ),
+    ({"jitter": 0.1}, "--jitter=0.1"),
+  ],
+)
+def test_dropped_tokens_and_noise_are_named(fields, flags):
+  moe = dataclasses.replace(MIXTRAL.moe, eval_capacity_factor=0.5, **fields)
+  line = dropping_line(resolve(dataclasses.replace(MIXTRAL, moe=moe)), FAMILIES["mixtral"])
+  assert (f"before, use {flags} (in code" in line) if flags else line == ""
+  assert ("no token is dropped" in line) == ("--dispatcher" in flags)
+  assert ("no noise" in line) == ("--jitter" in flags)
+
+
+def test_layers_that_drop_differently_are_named_together():
+  moes = [dataclasses.replace(MIXTRAL.moe, jitter=jitter) for jitter in (0.1, 0.0)]
+  segments = (Segment(tuple(BlockConfig("attention", moe=moe) for moe in moes)),)
+  config = dataclasses.replace(MIXTRAL, num_layers=ModelConfig().num_layers, segments=segments)
+  assert "use what its layers have (--jitter=0.1; nothing) (" in dropping_line(
+    resolve(config), FAMILIES["mixtral"]
+  )
+
+
+def test_saving_a_model_that_drops_tokens_warns_and_the_flags_bring_it_back(tmp_path, caplog):
+  moe = dataclasses.replace(MIXTRAL.moe, dispatcher="sorted", eval_capacity_factor=0.5)
+  model = random_model(resolve(dataclasses.replace(MIXTRAL, moe=moe)))
+  moe_jax.save(model, tmp_path / "one")
+  (record,) = caplog.records
+  assert f"use --dispatcher=sorted {CAPACITY} (" in record.getMessage()
+  loaded, tokens_BL = moe_jax.load(tmp_path / "one").model, np.arange(32).reshape(2, 16)
+  again = adapt.change_moe(loaded, dispatcher="sorted", eval_capacity_factor=0.5)
+  logits = [np.asarray(m(tokens_BL)[0]) for m in (model, again, loaded)]
+  np.testing.assert_allclose(logits[1], logits[0], rtol=1e-5, atol=1e-5)
+  assert np.abs(logits[2] - logits[0]).max() > 1e-2
 
 
 def test_balancers_of_layers_that_differ_are_named_together():
