@@ -10,6 +10,7 @@ from flax import nnx
 import moe_jax
 from moe_jax import disk
 from moe_jax.comparison.report import read_stored
+from moe_jax.data.chat import read_chat_template
 from moe_jax.data.prompts import Example, write_jsonl
 from moe_jax.training.compiled import make_model, resolve_config
 from moe_jax.training.digests import tree_digest
@@ -133,6 +134,9 @@ def test_a_published_model_is_tuned_with_its_template_and_arms_are_paired(folder
   assert np.isfinite([before, after]).all() and before != after
   original, final = moe_jax.load(folder / "published").model, moe_jax.load(tmp_path / "tuned" / "model").model
   assert final.config.moe.experts == original.config.moe.experts  # adapters are merged
+  for name in ("start", "run", "model"):  # a second round writes examples as the first
+    assert read_chat_template(tmp_path / "tuned" / name).source == CHATML
+    assert moe_jax.load(tmp_path / "tuned" / name).tokenizer.ids == published.tokenizer.ids
 
   results = {
     (arm, seed): disk.read_object(tmp_path / "arms" / "tuned" / "arms" / arm / f"seed_{seed}" / "result.json")
