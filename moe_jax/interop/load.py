@@ -214,7 +214,8 @@ def check_tensors(folder: Folder, found: list[Stored], allowed: re.Pattern[str])
   """Returns the tensors that are skipped.
 
   Raises:
-    InputError: unless every other tensor of the checkpoint is used, and every parameter is there with its shape.
+    InputError: unless every other tensor of the checkpoint is used, and every parameter is there with its shape and
+      as floating point.
   """
   used, missing = set(), []
   for stored in found:
@@ -229,6 +230,12 @@ def check_tensors(folder: Folder, found: list[Stored], allowed: re.Pattern[str])
         raise InputError(
           f"{folder.path}: {piece.name} has shape {list(shape)}, and {CONFIG} gives it {list(right)}; use files of one "
           "checkpoint"
+        )
+      kind = np.dtype(folder.tensors[piece.name].dtype)
+      if kind.kind in "iub":
+        raise InputError(
+          f"{folder.path}: {piece.name} has type {kind}, and parameters are floating point; of quantised checkpoints those "
+          "in fp8 or mxfp4 are read"
         )
   left_over = folder.tensors.keys() - used
   skipped = {name for name in left_over if allowed.fullmatch(name)}

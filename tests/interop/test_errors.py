@@ -203,6 +203,13 @@ def test_shapes_that_do_not_fit_the_configuration(folder):
   refused(folder, rf"{name} has shape \[8, 16\], and config.json gives it \[16, 16\]")
 
 
+@pytest.mark.parametrize("dtype", ["int32", "uint8", "bool"])
+def test_parameters_are_no_integers(dtype, folder):
+  """Not in fp8 or mxfp4 either, whose integers are scales and blocks."""
+  change_tensors(folder, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].astype(dtype)}))
+  refused(folder, f"model.norm.weight has type {dtype}, and parameters are floating point; of quantised")
+
+
 def test_too_little_memory_is_said_before_anything_is_read(folder, monkeypatch):
   size = 4 * sum(x.size for x in open_file(folder / "model.safetensors").values())
   monkeypatch.setattr(memory, "_free_on_host", lambda: size)

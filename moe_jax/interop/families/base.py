@@ -62,6 +62,13 @@ class Values:
     """
     return Values(self.where, values | dict(self.values))
 
+  def boolean(self, name: str, default: bool) -> bool:
+    """Returns true or false. Raises `InputError` for anything else: Python would take a text for true."""
+    value = self(name, default)
+    if not isinstance(value, bool):
+      raise InputError(f"{self.where}: {name}={repr(value)[:60]}: must be true or false")
+    return value
+
   def first_of(self, *names: str) -> Any:
     """Returns the value of the first of `names` that is there: versions of transformers name some fields differently."""
     return self(next((name for name in names if self.values.get(name) is not None), names[0]))
@@ -75,11 +82,22 @@ class Values:
 
   @property
   def rope(self) -> dict[str, Any]:
-    """rope_parameters of transformers 5, or what stood for them before: rope_theta and rope_scaling."""
-    scaling = dict(self("rope_parameters", self("rope_scaling", {})))
+    """What transformers reads: rope_scaling if it is there, alone, and otherwise rope_parameters, which 5 writes.
+
+    Raises:
+      InputError: if rope_parameters has another base than what is read.
+    """
+    parameters = self("rope_parameters", {})
+    scaling = dict(self("rope_scaling", {}) or parameters)
     scaling.setdefault("rope_type", scaling.pop("type", "default"))
     if scaling.get("rope_theta") is None:
       scaling["rope_theta"] = self("rope_theta")
+    theta, lost = scaling["rope_theta"], dict(parameters).get("rope_theta")
+    if lost is not None and lost != theta:  # transformers takes the default of the family, which nobody meant
+      raise InputError(
+        f"{self.where}: rope_parameters has rope_theta={lost!r}, and rope_scaling, which is read in its place, has "
+        f"{theta!r}; put the right rope_theta into rope_scaling"
+      )
     return scaling
 
   @property

@@ -35,7 +35,7 @@ def read_moe_16b(values: Values) -> ModelConfig:
   values.must_be("attention_bias", False)
   values.must_be("scoring_func", "softmax")
   core = read_core(values) | {"rope_theta": values.rope_theta}
-  softmax = "after" if values("norm_topk_prob", False) else "before"
+  softmax = "after" if values.boolean("norm_topk_prob", False) else "before"
   return _model(values, core, "attention", f"softmax_topk:softmax={softmax}", _sequence_loss(values))
 
 
@@ -60,7 +60,7 @@ def read_v3(values: Values) -> ModelConfig:
   values = values.assuming(**_DEFAULTS, n_group=8, topk_group=4)
   values.must_be("topk_method", "noaux_tc")
   values.must_be("scoring_func", "sigmoid")
-  scale, normalize = float(values("routed_scaling_factor", 2.5)), values("norm_topk_prob", True)
+  scale, normalize = float(values("routed_scaling_factor", 2.5)), values.boolean("norm_topk_prob", True)
   groups = {"groups": values("n_group", 1), "groups_per_token": values("topk_group", 1)}
   if groups["groups"] == 1:
     router = option("sigmoid_topk", normalize=normalize, scale=scale)
@@ -68,14 +68,14 @@ def read_v3(values: Values) -> ModelConfig:
     router = option("node_limited_topk", **groups, scale=scale)
   else:
     router = option("group_limited_topk", **groups, normalize=normalize, scale=scale)
-  mixer = _mla(values, values("rope_interleave", True))
+  mixer = _mla(values, values.boolean("rope_interleave", True))
   return _model(values, read_core(values), mixer, router, "loss_free_bias:0.001,sequence_loss:0.0001")
 
 
 def _sequence_loss(values: Values) -> str:
   """`aux_loss_alpha`, a loss for every sequence unless `seq_aux` is false, as in the released code."""
   alpha = values("aux_loss_alpha", 0.0)
-  scope = "sequence" if values("seq_aux", True) else None
+  scope = "sequence" if values.boolean("seq_aux", True) else None
   return option("switch_loss", weight=alpha, scope=scope) if alpha else "none"
 
 

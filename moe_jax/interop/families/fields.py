@@ -26,7 +26,7 @@ def read_core(values: Values) -> dict[str, Any]:
     "head_dim": values("head_dim", dim // heads),
     "rope_theta": float(values.rope["rope_theta"]),
     "norm_eps": values("rms_norm_eps"),
-    "tie_embeddings": values("tie_word_embeddings", False),
+    "tie_embeddings": values.boolean("tie_word_embeddings", False),
     "compute_dtype": values.compute_dtype,
   }
 

@@ -32,7 +32,7 @@ def read(values: Values) -> ModelConfig:
   num_layers = core.pop("num_layers")
   num_experts = values("num_local_experts")
   k = values.first_of("num_experts_per_tok", "experts_per_token")
-  bias = values("attention_bias", True)
+  bias = values.boolean("attention_bias", True)
   mixer = {"qkv_bias": bias, "out_bias": bias, "sinks": True} | read_rope(values, scales_scores=False)
   of_type = {
     _FULL: BlockConfig(option("attention", **mixer)),

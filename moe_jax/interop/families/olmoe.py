@@ -18,9 +18,9 @@ from moe_jax.interop.source import Names
 def read(values: Values) -> ModelConfig:
   values = values.assuming(rope_theta=10_000.0, rms_norm_eps=1e-5)
   values.must_be("attention_bias", False)
-  values.must_be("norm_topk_prob", False, True)
   core = read_core(values)
   num_experts, k = values("num_experts"), values("num_experts_per_tok")
+  softmax = "after" if values.boolean("norm_topk_prob", False) else "before"
   return ModelConfig(
     **core | {"rope_theta": values.rope_theta, "qk_norm": True},
     dense_dim=values("intermediate_size"),
@@ -29,7 +29,7 @@ def read(values: Values) -> ModelConfig:
       num_experts=num_experts,
       num_experts_per_token=k,
       expert_dim=values("intermediate_size"),
-      router=f"softmax_topk:softmax={'after' if values('norm_topk_prob', False) else 'before'}",
+      router=f"softmax_topk:softmax={softmax}",
       balancers=loss_of(values("router_aux_loss_coef", 0.0), num_experts, k, core["num_layers"]),
       dispatcher="dropless",
     ),

@@ -22,7 +22,7 @@ def read(values: Values) -> ModelConfig:
   values = values.assuming(rope_theta=10_000.0, rms_norm_eps=1e-6)
   values.must_be("use_sliding_window", False)
   fields = read_core(values) | {"rope_theta": values.rope_theta}
-  mixer = option("attention", qkv_bias=values("qkv_bias", True))
+  mixer = option("attention", qkv_bias=values.boolean("qkv_bias", True))
   shared = {"num_shared_experts": 1, "shared_expert_gate": True}
   shared["shared_expert_dim"] = values("shared_expert_intermediate_size")
   return ModelConfig(

@@ -34,7 +34,7 @@ def sparse(values: Values) -> list[bool]:
 def read_moe(values: Values, **fields: Any) -> MoEConfig:
   """Returns the routed experts of Qwen's models. `fields` are further ones."""
   num_experts, k = values.first_of("num_experts", "num_local_experts"), values("num_experts_per_tok")
-  softmax = "after" if values("norm_topk_prob", False) else "before"
+  softmax = "after" if values.boolean("norm_topk_prob", False) else "before"
   return MoEConfig(
     num_experts=num_experts,
     num_experts_per_token=k,

@@ -34,7 +34,7 @@ def read_rope(values: Values, scales_scores: bool) -> dict[str, Any]:
     "yarn_length": length,
     "yarn_beta_fast": float(rope.get("beta_fast") or 32),
     "yarn_beta_slow": float(rope.get("beta_slow") or 1),
-    "yarn_truncate": rope.get("truncate", True),
+    "yarn_truncate": Values(f"{values.where}: rope", rope).boolean("truncate", True),
     "yarn_mscale": _mscale(values.where, rope, all_dim),
     "yarn_mscale_all_dim": all_dim,
   }
