@@ -108,6 +108,14 @@ def check_not_file(folder: pathlib.Path) -> None:
     raise InputError(f"{folder}: is a file; give the folder that it is in: {folder.parent}")
 
 
+def parse_json(text: str | bytes) -> Any:
+  """Returns a JSON value. Raises `ValueError` if the text is none, or is nested too deeply to be read."""
+  try:
+    return json.loads(text)
+  except RecursionError:
+    raise ValueError("nested too deeply") from None
+
+
 def read_object(path: str | os.PathLike[str]) -> dict[str, Any] | None:
   """Returns the JSON object in a file; None if the file is absent, torn or holds something else.
 
@@ -118,8 +126,8 @@ def read_object(path: str | os.PathLike[str]) -> dict[str, Any] | None:
   path = pathlib.Path(path)
   try:
     with named(path):
-      value = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError, RecursionError) as error:
+      value = parse_json(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
     if is_of_the_machine(error):
       raise
     return None

@@ -1,6 +1,5 @@
 """The leaderboard of attempts at a target: the score of an attempt, and the table of docs/LEADERBOARD.md."""
 
-import json
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 from scipy import special
 
+from moe_jax import disk
 from moe_jax.config import Config
 from moe_jax.errors import InputError
 from moe_jax.training.compiled import abstract_model, resolve_config
@@ -134,7 +134,10 @@ def read_entries(folder: pathlib.Path, check: Callable[[Mapping[str, Any]], str]
   """
   entries = []
   for path in sorted(folder.glob("*.json")):
-    entries.append(json.loads(path.read_text()))
-    if wrong := check(entries[-1]):
+    entry = disk.read_object(path)
+    if entry is None:
+      raise InputError(f"{path}: is no whole JSON object")
+    entries.append(entry)
+    if wrong := check(entry):
       raise InputError(f"{path}: {wrong}")
   return entries

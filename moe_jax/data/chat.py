@@ -10,6 +10,7 @@ import os
 import pathlib
 from typing import Any
 
+from moe_jax import disk
 from moe_jax.errors import InputError
 
 FILE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
@@ -36,7 +37,8 @@ class ChatTemplate:
     self.source, self.where, self._specials = source, where, dict(specials or {})
     try:
       self._template = _environment().from_string(source)
-    except jinja2.TemplateError as error:
+    # Nested too deeply for Jinja, for Python or for its compiler.
+    except (jinja2.TemplateError, RecursionError, SyntaxError, MemoryError) as error:
       raise InputError(f"{where}: is no chat template ({_first_line(error)})") from None
 
   def split(self, prompt: str, response: str) -> tuple[str, str]:
@@ -122,7 +124,7 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
   if not path.is_file():
     return {}
   try:
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = disk.parse_json(path.read_text(encoding="utf-8"))
   except (OSError, ValueError):
     raise InputError(f"{path}: is no JSON") from None
   return values if isinstance(values, dict) else {}

@@ -57,8 +57,8 @@ def write_jsonl(path: str | os.PathLike[str], examples: Sequence[Example]) -> No
 
 def _example(where: str, line: str) -> Example:
   try:
-    values = json.loads(line)
-  except (ValueError, RecursionError) as error:  # objects in objects can be too deep to read
+    values = disk.parse_json(line)
+  except ValueError as error:
     raise InputError(f"{where}: is no JSON ({error})") from None
   if not isinstance(values, dict):
     raise InputError(f"{where}: must be an object with prompt and response, got {line.strip()[:40]}")

@@ -1,6 +1,5 @@
 """The folder of a checkpoint in Hugging Face's form: its config.json, and its tensors in one file or several."""
 
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -29,7 +28,7 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
   if not path.parent.is_dir():
     raise InputError(f"{path.parent}: no such folder")
   try:
-    values = json.loads(path.read_text())
+    values = disk.parse_json(path.read_text())
   except FileNotFoundError:
     raise InputError(f"{path.parent}: holds no model ({CONFIG} is missing)") from None
   except (OSError, ValueError) as error:
@@ -64,7 +63,7 @@ def _files(path: pathlib.Path) -> dict[str, set[str]]:
   """The files of the checkpoint, and the tensors that the index puts into each."""
   if (path / INDEX).exists():
     try:
-      weight_map = json.loads((path / INDEX).read_text())["weight_map"]
+      weight_map = disk.parse_json((path / INDEX).read_text())["weight_map"]
       files: dict[str, set[str]] = {}
       for name, file in weight_map.items():
         files.setdefault(file, set()).add(name)

@@ -62,7 +62,7 @@ def open_file(path: pathlib.Path) -> dict[str, np.ndarray]:
       length = int.from_bytes(file.read(8), "little")
       if not 2 <= length <= min(size - 8, _LARGEST_HEADER):
         raise ValueError(f"a header of {length} bytes in a file of {size}")
-      header = json.loads(file.read(length))
+      header = disk.parse_json(file.read(length))
     header.pop("__metadata__", None)
     end = max((fields["data_offsets"][1] for fields in header.values()), default=0)
   except FileNotFoundError:

@@ -259,11 +259,11 @@ def read_lines(path: str | os.PathLike[str]) -> tuple[list[tuple[str, dict[str, 
     if not text.strip():
       continue
     try:
-      line = json.loads(text.decode())
+      line = disk.parse_json(text.decode())
       if type(line["step"]) is not int or not 0 <= line["step"] < 2**63:
         raise TypeError
       lines.append((text.decode(), line))
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError):
       lost += 1
   return lines, lost
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import json
 import logging
 import pathlib
 import sys
@@ -62,7 +61,7 @@ def read_beside(folder: pathlib.Path) -> Found:
     InputError: if the checkpoint is of a version without digests.
   """
   try:
-    kept = json.loads((folder / "extra" / "metadata").read_text())
+    kept = disk.parse_json((folder / "extra" / "metadata").read_text())
     old = not {disk.DIGEST, "arrays"} & kept.keys()
     if not old and not (disk.DIGEST in kept and disk.has_its_digest(kept)):
       return Found(damaged="its position in the data does not have the digest that was saved")

@@ -254,6 +254,9 @@ def test_the_table_has_the_fastest_first_and_keeps_the_others(finished, tmp_path
   assert [e["name"] for e in read_entries(tmp_path, lambda e: "")] == ["fast", "slow"]
   with pytest.raises(InputError, match=r"slow.json: is slow"):
     read_entries(tmp_path, lambda e: "is slow" if e["name"] == "slow" else "")
+  (tmp_path / "deep.json").write_text("[" * 100_000)
+  with pytest.raises(InputError, match=r"deep.json: is no whole JSON object$"):
+    read_entries(tmp_path, lambda e: "")
 
 
 def test_the_page_shows_the_committed_entries_and_wrong_flags_are_one_line(tmp_path):

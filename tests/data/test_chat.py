@@ -77,3 +77,19 @@ def test_a_template_that_is_wrong_or_does_more_than_write_is_refused(source, mat
   with pytest.raises(InputError, match=match) as error:
     ChatTemplate(source, where="t.jinja").split("p", "r")
   assert str(error.value).startswith("t.jinja: ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "source",
+  ["{{" + "(" * 30_000, "{{" + "not " * 16_000 + "1}}", "{% for x in y %}" * 40 + "{% endfor %}" * 40],
+)
+def test_templates_that_are_nested_too_deeply(source):
+  with pytest.raises(InputError, match=r"^chat template: is no chat template \(") as error:
+    ChatTemplate(source)
+  assert len(str(error.value)) < 200
+
+
+def test_a_deeply_nested_tokenizer_config_is_no_json(tmp_path):
+  (tmp_path / "tokenizer_config.json").write_text("[" * 100_000)
+  with pytest.raises(InputError, match=r"tokenizer_config.json: is no JSON$"):
+    read_chat_template(tmp_path)

@@ -123,7 +123,7 @@ def test_an_error_that_passes_moves_nothing(checkpoints, tmp_path, monkeypatch, 
 
     return read
 
-  for owner, name in ((ocp.StandardCheckpointHandler, "restore"), (reading.json, "loads")):
+  for owner, name in ((ocp.StandardCheckpointHandler, "restore"), (reading.disk, "parse_json")):
     for error in (PASSING[0], PASSING[9]) if name == "restore" else (PASSING[0], PASSING[8]):
       with monkeypatch.context() as patch:
         patch.setattr(owner, name, fails(error))

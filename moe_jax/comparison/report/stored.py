@@ -57,13 +57,15 @@ def read_stored(folder: str | os.PathLike[str]) -> Stored:
   """Reads what `write_stored` wrote.
 
   Raises:
-    InputError: if a file is missing.
+    InputError: if a file is missing, or what stands beside the table is not whole.
   """
   folder = pathlib.Path(folder)
   missing = [name for name in FILES if not (folder / name).is_file()]
   if missing:
     raise InputError(f"{folder}: has no {', '.join(missing)}; a comparison writes them with its report")
-  about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+  about = disk.read_object(folder / ABOUT)
+  if about is None:
+    raise InputError(f"{folder / ABOUT}: is no whole JSON object; a comparison writes it with its report")
   columns = {entry["key"]: Column(**entry) for entry in about.pop("columns")}
   rows = tuple(_row(line, columns) for line in _lines(folder / SUMMARY))
   summary = Summary(tuple(columns.values()), rows, about.pop("yardsticks"), about.pop("facts"))
