@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from moe_jax.config import Config
+from moe_jax.config import BlockConfig, Config, MoEConfig
 from moe_jax.config.plain import fingerprint, to_plain
 
 # What may change when a run continues: none of it changes what is trained. Another mesh sums in another order. Where it
@@ -20,6 +20,7 @@ FREE = {
   "data": ("data_dir", "text_folder"),  # the fingerprint of the text must stay
   "mesh": ("slice", "data", "fsdp", "expert", "tensor"),
 }
+_LONGEST = 100  # characters of a value in an error
 
 
 def lasting(config: Config) -> dict[str, Any]:
@@ -69,12 +70,55 @@ def _with_defaults(values: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
-  """Returns a text for every leaf of JSON values that differs: its field, its old value and its new value."""
+  """Returns a text for every leaf of JSON values that differs: its field, its old value and its new value.
+
+  Segments are compared layer by layer, and what differs alike in several layers is said once.
+  """
+  return list(dict.fromkeys(_differences(old, new, name)))
+
+
+def _differences(old: Any, new: Any, name: str) -> list[str]:
   if isinstance(old, dict) and isinstance(new, dict):
     keys = [*old, *(key for key in new if key not in old)]
-    return [line for key in keys for line in differences(old.get(key), new.get(key), key)]
+    return [line for key in keys for line in _differences(old.get(key), new.get(key), key)]
   if old == new:
     return []
   if isinstance(old, str) and isinstance(new, str) and old.partition(" [")[0] == new.partition(" [")[0]:
     return [f"the code of {name} {old.partition(' [')[0]!r} has changed"]
-  return [f"{name} was {old!r}, now {new!r}"]
+  if name == "segments" and (layers := _layers(old, new)):
+    lines = [line for pair in layers for line in _differences(*pair, "block")]
+    if lines or _grouping(old) == _grouping(new):
+      return lines
+  before, now = repr(old), repr(new)
+  first = next((i for i, (a, b) in enumerate(zip(before, now, strict=False)) if a != b), 0)
+  return [f"{name} was {_short(before, first)}, now {_short(now, first)}"]
+
+
+def _layers(old: Any, new: Any) -> list[tuple[Any, Any]]:
+  """Returns the blocks of every layer in two lists of segments; none if they have other numbers of layers, or none."""
+  defaults = to_plain(BlockConfig(), fingerprint), to_plain(MoEConfig(), fingerprint)
+
+  def blocks(segments: Any) -> list[Any]:
+    return [block for s in segments for block in s["pattern"] * s["repeats"]]
+
+  def filled(block: Any) -> Any:  # one of an older version lacks fields
+    moe = block.get("moe")
+    return _with_defaults(block, defaults[0]) | {"moe": moe and _with_defaults(moe, defaults[1])}
+
+  try:
+    return list(zip(map(filled, blocks(old)), map(filled, blocks(new)), strict=True))
+  except (TypeError, KeyError, ValueError, AttributeError):
+    return []
+
+
+def _grouping(segments: Any) -> list[tuple[int, int]]:
+  return [(len(segment["pattern"]), segment["repeats"]) for segment in segments]
+
+
+def _short(text: str, first: int) -> str:
+  """Returns a text, or of a long one what is around the place at which it begins to differ."""
+  if len(text) <= _LONGEST:
+    return text
+  begin = max(0, min(first - 20, len(text) - _LONGEST))
+  end = begin + _LONGEST
+  return ("..." if begin else "") + text[begin:end] + ("..." if end < len(text) else "")
