@@ -182,6 +182,11 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _config(folder: pathlib.Path, values: dict[str, Any]) -> Config:
+  if "model_type" in values or "architectures" in values:
+    raise InputError(
+      f"{folder}: is a published checkpoint, and this takes the folder of a run; moe_jax.training.start.save_model makes one of "
+      "what moe_jax.load returns (docs/adapt.md)"
+    )
   try:
     return resolve_config(Config.from_dict(values))
   except InputError as error:
