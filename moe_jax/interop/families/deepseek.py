@@ -68,6 +68,7 @@ def read_v3(values: Values) -> ModelConfig:
     router = option("node_limited_topk", **groups, scale=scale)
   else:
     router = option("group_limited_topk", **groups, normalize=normalize, scale=scale)
+  values.must_be("head_dim", values("qk_rope_head_dim"))  # transformers makes the frequencies of so many
   mixer = _mla(values, values.boolean("rope_interleave", True))
   return _model(values, read_core(values), mixer, router, "loss_free_bias:0.001,sequence_loss:0.0001")
 

@@ -29,7 +29,8 @@ def read(values: Values) -> ModelConfig:
   rotary = values("rotary_dim", head_dim // 2) / head_dim
   of_type = {
     _SOFTMAX: BlockConfig(
-      option("attention", rotary_fraction=rotary), residual=_residual(values, "full_attn")
+      option("attention", rotary_fraction=rotary, window=values("sliding_window", 0) or None),
+      residual=_residual(values, "full_attn"),
     ),
     _LIGHTNING: BlockConfig(
       option("lightning", chunk=values("block_size", 256)), residual=_residual(values, "linear_attn")
@@ -82,7 +83,8 @@ def write(config: ModelConfig) -> dict[str, Any]:
   moe, layers = config.moe, layers_of(config)
   lightning = [options_of(block.mixer, "lightning") for block in layers]
   softmax = next(
-    (o for block in layers if (o := options_of(block.mixer, "attention"))), {"rotary_fraction": 0.5}
+    (o for block in layers if (o := options_of(block.mixer, "attention"))),
+    {"rotary_fraction": 0.5, "window": 0},
   )
   residual = options_of(layers[0].residual, "normed_input")
   if residual is None:
@@ -97,6 +99,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
       "num_experts_per_tok": moe.num_experts_per_token,
       "layer_types": [_SOFTMAX if options is None else _LIGHTNING for options in lightning],
       "block_size": next((options["chunk"] for options in lightning if options), 256),
+      "sliding_window": softmax["window"] or None,
       "rotary_dim": round(softmax["rotary_fraction"] * config.head_dim),
       "router_aux_loss_coef": coefficient_of(config),
     }

@@ -18,9 +18,10 @@ def read_rope(values: Values, scales_scores: bool) -> dict[str, Any]:
       elsewhere it only divides cosines and sines.
 
   Raises:
-    InputError: if positions are scaled in another way.
+    InputError: if positions are scaled in another way, or only a part of a head is rotated.
   """
   rope = values.rope
+  Values(f"{values.where}: rope", dict(values.values) | rope).must_be("partial_rotary_factor", 1.0)
   if rope["rope_type"] == "default":
     return {}
   if rope["rope_type"] != "yarn":
