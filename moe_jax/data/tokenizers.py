@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moe_jax.data.added_tokens import AddedTokens
 from moe_jax.data.model_ids import ModelIds, read_ids
 from moe_jax.errors import InputError
 
@@ -113,16 +114,18 @@ def _sentencepiece_tokenizer(path: Path, ids: ModelIds | None) -> Tokenizer:
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
   except (OSError, RuntimeError) as error:
     raise InputError(f"{_given(path, ids)}: is not a SentencePiece model ({_first_line(error)})") from None
+  added = AddedTokens(path, model)
 
   def encode(text: str) -> np.ndarray:
-    return np.asarray(model.encode(without_surrogates(text)), np.int32)
+    return np.asarray(added.encode(without_surrogates(text)), np.int32)
 
   def decode(tokens: np.ndarray) -> str:
-    return model.decode([int(t) for t in tokens if t < model.vocab_size() and not model.is_control(int(t))])
+    return added.decode([int(t) for t in tokens])
 
   bos = next((i for i in (model.bos_id(), model.eos_id()) if i >= 0), None)
   pad = model.pad_id() if model.pad_id() >= 0 else None
-  return _of_file(encode, decode, model.vocab_size(), bos, pad, path, ids)
+  tokenizer = _of_file(encode, decode, added.size, bos, pad, path, ids)
+  return tokenizer._replace(fingerprint=added.fingerprint(tokenizer.fingerprint))
 
 
 def _hugging_face_tokenizer(path: Path, ids: ModelIds | None) -> Tokenizer:
