@@ -70,3 +70,16 @@ def test_gpt_oss_without_yarn_stays_so(tmp_path):
   moe_jax.save(random_model(FAMILIES["gpt_oss"].read(Values("config.json", values)), 24), tmp_path)
   read = oracles.transformers.AutoConfig.from_pretrained(tmp_path)
   assert read.rope_parameters == {"rope_type": "default", "rope_theta": values["rope_theta"]}
+
+
+def test_gpt_oss_without_windows_is_read_there(tmp_path):
+  """Its code makes the mask of the window also where no layer uses it, so that there must be one."""
+  prefix, fields = CASES["gpt_oss"]
+  model = models.build(prefix, **fields | {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2})
+  model.save_pretrained(tmp_path / "there")
+  moe_jax.save(moe_jax.load(tmp_path / "there"), tmp_path / "again")
+  again = type(model).from_pretrained(tmp_path / "again", attn_implementation="eager").eval()
+  tokens_BL = oracles.torch.tensor(models.TOKENS_BL).long()
+  with oracles.torch.no_grad():
+    found_BLV, expected_BLV = (m(tokens_BL).logits.numpy() for m in (again, model))
+  np.testing.assert_allclose(found_BLV, expected_BLV, rtol=0, atol=1e-5 * np.abs(expected_BLV).max())

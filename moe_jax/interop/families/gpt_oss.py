@@ -91,7 +91,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
       "swiglu_limit": experts["limit"],
       "attention_bias": mixers[0]["qkv_bias"],
       "layer_types": [_WINDOW if options["window"] else _FULL for options in mixers],
-      "sliding_window": max(windows, default=None),
+      "sliding_window": max(windows, default=128),  # transformers makes the mask also where no layer has it
       "router_aux_loss_coef": coefficient_of(config),
     }
   )
