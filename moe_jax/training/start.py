@@ -15,7 +15,7 @@ from moe_jax import disk
 from moe_jax.cluster import processes
 from moe_jax.config import Config
 from moe_jax.data.model_ids import read_ids, tokenizer_file
-from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.data.tokenizers import Tokenizer, load_tokenizer
 from moe_jax.errors import InputError
 from moe_jax.nn.transformer import Transformer
 from moe_jax.training.checkpoint import Checkpoints
@@ -131,7 +131,10 @@ def _check_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, where: str) -> 
   if path is None:
     return
   right = f"so the same ids stand for other text; choose --tokenizer={path}"
-  fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
+  # With the ids of a published model, files beside it count, too.
+  fingerprint = (
+    load_tokenizer(str(path), ids).fingerprint if ids else hashlib.sha256(path.read_bytes()).hexdigest()
+  )
   if fingerprint != tokenizer.fingerprint:
     here = tokenizer.fingerprint[:12]
     raise InputError(
