@@ -56,7 +56,7 @@ GRAPH = {
   "config": Part("errors registry fingerprint", outside=set()),
   "models": Part("config errors registry"),
   "cli": Part("cluster.signals config disk models errors registry plugins", never=JAX),
-  "cluster": Part("errors"),
+  "cluster": Part("errors fingerprint"),
   "cluster.abort": Part(outside=set()),  # also a program of its own
   "cluster.watch": Part("cluster.abort errors", outside=set()),
   "cluster.signals": Part("cluster.watch errors", outside=set()),

@@ -5,6 +5,7 @@ Everywhere else nothing happens here, and JAX is not imported.
 """
 
 import dataclasses
+import importlib.metadata
 import os
 import socket
 import sys
@@ -19,6 +20,7 @@ from moe_jax.cluster import abort
 from moe_jax.cluster.placement import Options, Placement, find_placement, split_address
 from moe_jax.cluster.watch import Watch, end
 from moe_jax.errors import STOPPED_STATUS, InputError, Stopped, of_the_system
+from moe_jax.fingerprint import of_package
 
 
 def define_flags() -> None:
@@ -67,7 +69,7 @@ def on_every_process(main: Callable[[list[str]], None]) -> Callable[[list[str]],
 
     stopped = False
     try:
-      watch.check_same_flags(sys.argv[1:])
+      watch.check_same_start(sys.argv[1:], _versions())
       main(argv)
     except Stopped as error:  # in all processes, at one step
       stopped = True
@@ -91,6 +93,12 @@ def on_every_process(main: Callable[[list[str]], None]) -> Callable[[list[str]],
       sys.exit(STOPPED_STATUS)
 
   return joined
+
+
+def _versions() -> list[str]:
+  """What computes the numbers of a run, beside its flags, in words."""
+  libraries = [f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib")]
+  return [f"moe_jax [{of_package()}]", *libraries]
 
 
 def start(options: Options) -> Watch | None:

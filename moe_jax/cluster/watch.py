@@ -56,9 +56,14 @@ class Watch:
     for thread in self._threads:
       thread.start()
 
-  def check_same_flags(self, arguments: Sequence[str]) -> None:
-    """Raises `InputError` in a process whose command line is not that of process 0, but for its own number."""
-    own = [a for a in arguments if not a.lstrip("-").startswith("process_id")]
+  def check_same_start(self, arguments: Sequence[str], versions: Sequence[str]) -> None:
+    """Raises `InputError` in a process that was not started as process 0.
+
+    Args:
+      arguments: of the command line. The number of the process may differ.
+      versions: of the code, in words.
+    """
+    own = [*(a for a in arguments if not a.lstrip("-").startswith("process_id")), *versions]
     if self._me == 0:
       self._client.key_value_set(_FLAGS, json.dumps(own))
       return
@@ -66,7 +71,7 @@ class Watch:
     if own != first:
       differing = [" ".join(a for a in one if a not in other) for one, other in ((own, first), (first, own))]
       raise InputError(
-        "all processes must be started with the same flags: process {} has {}, process 0 has {}".format(
+        "all processes must be started with the same flags and the same code: process {} has {}, process 0 has {}".format(
           self._me, *(flags or "none of that" for flags in differing)
         )
       )

@@ -181,12 +181,15 @@ def test_one_whose_heartbeats_end_is_noticed(clients, ended):
       )
 
 
-def test_other_flags_are_named(clients, ended):
+def test_other_flags_and_other_code_are_named(clients, ended):
   with _watching(clients) as watches:
-    watches[0].check_same_flags(["--a=1", "--b=2", "--process_id=0"])
-    watches[1].check_same_flags(["--a=1", "--b=2", "--process_id=1"])
+    versions = ["moe_jax [1a]", "jax 0.10"]
+    watches[0].check_same_start(["--a=1", "--b=2", "--process_id=0"], versions)
+    watches[1].check_same_start(["--a=1", "--b=2", "--process_id=1"], versions)
     with pytest.raises(InputError, match=r"process 2 has --b=3, process 0 has --b=2$"):
-      watches[2].check_same_flags(["--a=1", "--b=3", "--process_id=2"])
+      watches[2].check_same_start(["--a=1", "--b=3", "--process_id=2"], versions)
+    with pytest.raises(InputError, match=r"process 2 has moe_jax \[2b\], process 0 has moe_jax \[1a\]$"):
+      watches[2].check_same_start(["--a=1", "--b=2", "--process_id=2"], ["moe_jax [2b]", "jax 0.10"])
 
 
 # Which rows of the batch.

@@ -332,8 +332,8 @@ def test_processes_that_do_not_fit_end_with_one_line(talk):
   expected = [
     r"--num_processes=2: not all processes joined at 127.0.0.1:\d+ within 1.5 s .*; this is process 0, .*",
     r"--coordinator_address=\S+: process 1 did not find process 0 within 1.5 s .*",
-    r"process 1 of 2 \(.*\) stopped: all processes must be started with the same flags: .*",
-    r".* the same flags: process 1 has --verbosity=-1, process 0 has none of that",
+    r"process 1 of 2 \(.*\) stopped: all processes must be started with the same flags and the same code: .*",
+    r".* the same code: process 1 has --verbosity=-1, process 0 has none of that",
   ]
   for line, pattern in zip(lines, expected, strict=True):
     assert re.fullmatch(f"error: {pattern}\n", line)
