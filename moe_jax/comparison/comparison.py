@@ -137,6 +137,7 @@ class Comparison:
       dataset = load_dataset(self.config.data)
       self.console.print(in_words(dataset.info), soft_wrap=True, markup=False)
       identity.check_same_text(dataset.info.fingerprint)
+      identity.check_same_code(self.configs.values())
       return self._run(dataset)
 
   def _run(self, dataset: Dataset) -> list[Result]:

@@ -40,6 +40,13 @@ def check_same_text(text: str) -> None:
   processes.check_agree(text, "--dataset: fingerprint of the text", "all processes must read the same text")
 
 
+def check_same_code(configs: Iterable[Config]) -> None:
+  """Raises `InputError`, in all processes, if code of a user's in resolved configurations or metrics differs in them."""
+  own = {code for config in configs for code in own_code(config)}
+  own |= {f"{name} [{digest}]" for name, digest in own_metrics().items()}
+  processes.check_agree(sorted(own), "--plugins: own code", "all processes must have the same files")
+
+
 def other_fingerprint(was: str, now: str) -> str:
   """Says that a text has another fingerprint, and what may be the reason."""
   return (
@@ -49,7 +56,7 @@ def other_fingerprint(was: str, now: str) -> str:
 
 
 def check_same_run(folder: pathlib.Path, config: Config, text: str) -> None:
-  """Raises `InputError`, in all processes, if the folder holds a run of another configuration or text, or texts differ.
+  """Raises `InputError`, in all processes, if the folder holds another run, or texts or code of a user's differ in them.
 
   A config.json that cannot be read is moved aside, or refused where it cannot be moved. What it says is in every
   checkpoint and in the result, too.
@@ -60,6 +67,7 @@ def check_same_run(folder: pathlib.Path, config: Config, text: str) -> None:
     text: the fingerprint.
   """
   check_same_text(text)
+  check_same_code([config])
   with processes.refused_together():
     if processes.is_first() and (refused := refusal(folder, config, text)):
       raise InputError(refused)
