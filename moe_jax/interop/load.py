@@ -39,8 +39,8 @@ _MOST_LAYERS = 10_000  # of a config.json that is taken seriously
 def load(folder: str | os.PathLike[str], dtype: str = "float32", mtp: bool = False) -> Loaded:
   """Loads the model in `folder`: a checkpoint in Hugging Face's form, or the newest checkpoint of a run.
 
-  The parameters of a published checkpoint go straight to the mesh in use (`jax.set_mesh`), or to the first device if
-  there is none. Every process reads only the parts of its devices.
+  The parameters of a published checkpoint go straight to the mesh in use (`jax.set_mesh`), or to the process's first
+  device if there is none. Every process reads only the parts of its devices.
 
   Args:
     folder: has config.json and safetensors files, or is the folder of a run.
@@ -207,7 +207,7 @@ def not_loaded(family: Family, folder: Folder, config: Config) -> re.Pattern[str
 def mesh_in_use() -> jax.sharding.Mesh:
   """Returns the mesh of `jax.set_mesh`, or a mesh of one device."""
   mesh = jax.sharding.get_mesh()
-  return jax.sharding.Mesh([[[[[jax.devices()[0]]]]]], sharding.MESH_AXES) if mesh.empty else mesh
+  return jax.sharding.Mesh([[[[[jax.local_devices()[0]]]]]], sharding.MESH_AXES) if mesh.empty else mesh
 
 
 def check_tensors(folder: Folder, found: list[Stored], allowed: re.Pattern[str]) -> tuple[str, ...]:

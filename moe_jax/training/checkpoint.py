@@ -50,7 +50,7 @@ class Checkpoints:
     self._steps = self._list()
     processes.check_agree(
       self._steps,
-      f"--output_dir: steps of the checkpoints in {self.folder}",
+      f"{self.folder}: steps of the checkpoints",
       "the folder must be on a file system that all processes share",
     )
 
@@ -150,8 +150,8 @@ class Checkpoints:
         saved again. Only for the owner of the run.
 
     Raises:
-      InputError: if a checkpoint holds other arrays than `abstract_state`, none is whole, or a process cannot read one
-        for a reason that says nothing about its bytes. Nothing is moved then.
+      InputError: if a checkpoint holds other arrays than `abstract_state`, none is whole, processes read different
+        files, or a process cannot read one for a reason that says nothing about its bytes. Nothing is moved then.
     """
     self.wait()
     target = jax.tree.map(
@@ -163,8 +163,11 @@ class Checkpoints:
     for step in sorted(self._steps, reverse=True):
       found = reading.read_checkpoint(self.folder / str(step), target)
       self._check_readable(step, found.failed)
-      problem = next(filter(None, processes.from_all(found.damaged)), "")
-      problem = problem or reading.differing(found.kept["arrays"], digests.array_digests(found.state))
+      problem = _of_any(found.damaged)
+      if not problem:  # a digest of arrays that all hold together cannot tell whose files they are of
+        what = f"{self.folder / str(step)}: digest of what was saved"
+        processes.check_agree(found.kept[disk.DIGEST], what, "all processes must read the same files")
+        problem = _of_any(reading.differing(found.kept["arrays"], digests.array_digests(found.state)))
       if not problem:
         return found.state, found.kept["extra"]
       damaged.append(f"the checkpoint of step {step} is damaged ({problem})")
@@ -207,6 +210,11 @@ class Checkpoints:
       self._thread.shutdown()
       if self._manager:
         self._manager.close()
+
+
+def _of_any(problem: str) -> str:
+  """Returns the problem of the first process that has one, in all; empty: none has."""
+  return next(filter(None, processes.from_all(problem)), "")
 
 
 def _host_copy(tree: PyTree) -> PyTree:

@@ -48,16 +48,18 @@ class Loaded(NamedTuple):
 def load_run(folder: str | os.PathLike[str]) -> Loaded:
   """Loads the newest checkpoint of the run in `folder`, on one device. One line says so if the run is not finished.
 
+  Of several processes, each has the whole model on a device of its own. All must call it.
+
   Args:
     folder: the folder of a run. In the folder of a comparison, this is arms/ARM/seed_SEED.
 
   Raises:
     InputError: if the folder has no run or no checkpoint, if the checkpoint is of a run with another configuration than
       config.json has, if the run is finished and the checkpoint of its last step is not whole, if a method of the run is
-      not registered, or if another version of moe_jax wrote it.
+      not registered, if another version of moe_jax wrote it, or if processes read different files.
   """
   folder = pathlib.Path(folder)
-  mesh = jax.sharding.Mesh([[[[[jax.devices()[0]]]]]], sharding.MESH_AXES)
+  mesh = jax.sharding.Mesh([[[[[jax.local_devices()[0]]]]]], sharding.MESH_AXES)
   config, vocab_size, state = restore_run(folder, mesh)
   if processes.is_first() and (state_of_run := unfinished(folder)):
     disk.note(state_of_run)
@@ -84,6 +86,11 @@ def restore_run(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[Config, 
     InputError: see `load_run`.
   """
   config, vocab_size = config_of_run(folder)
+  processes.check_agree(
+    disk.digest_of_json(config.to_dict()),
+    f"{folder}: digest of {CONFIG_FILE}",
+    "all processes must read the same files",
+  )
   abstract = jax.eval_shape(make_init(config, vocab_size), 0)
   checkpoints = Checkpoints(folder / CHECKPOINTS)
   try:

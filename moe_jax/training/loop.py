@@ -102,6 +102,8 @@ class Run:
     with contextlib.ExitStack() as stack:
       train = self.config.train
       self.stops = stack.enter_context(Stops(train.max_minutes, train.checkpoint_minutes))
+      # It reads a teacher, which the processes compare. While a step is traced, they could not.
+      self.unchanging = continuing.unchanging(self)
       self.steps = compile_steps(self.config, info.vocab_size, len(info.domains), self.mesh)
       check_memory(self.config, self.steps, info.vocab_size, self.mesh)
       self.checkpoints = Checkpoints(self.folder / CHECKPOINTS)
@@ -112,7 +114,6 @@ class Run:
         process_count=self.share.count,
         data_seed=self.config.data.data_seed,
       )
-      self.unchanging = continuing.unchanging(self)
       state = continuing.start(self)
       with processes.refused_together():  # what is damaged, and cannot be moved aside
         if processes.is_first():  # not before: a folder that is refused stays as it is

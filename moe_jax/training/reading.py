@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import jax
 import orbax.checkpoint as ocp
 
 from moe_jax import disk
@@ -34,8 +35,13 @@ def read_checkpoint(folder: pathlib.Path, target: PyTree) -> Found:
     target: the shape, type and layout of every array.
 
   Raises:
-    InputError: if it holds other arrays, or is of a version without digests.
+    InputError: if it holds other arrays, is of a version without digests, or should be on devices of other processes.
   """
+  if not all(leaf.sharding.addressable_devices for leaf in jax.tree.leaves(target)):
+    raise InputError(
+      f"{folder}: process {jax.process_index()} has none of the devices that the arrays should be on; choose devices of "
+      "every process"
+    )
   beside = read_beside(folder)
   if beside.damaged or beside.failed:
     return beside

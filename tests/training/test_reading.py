@@ -4,6 +4,7 @@ import errno
 import os
 import pathlib
 import runpy
+import types
 
 import jax
 import jax.numpy as jnp
@@ -134,6 +135,16 @@ def test_an_error_that_passes_moves_nothing(checkpoints, tmp_path, monkeypatch, 
   state, extra = checkpoints.restore(SHAPES, HERE, move_damaged=True)
   jax.tree.map(np.testing.assert_array_equal, state, STATE)
   assert extra == {"step": 2}
+
+
+def test_devices_of_other_processes_are_no_damage(checkpoints, tmp_path, capsys):
+  before = everything(tmp_path)
+  elsewhere = types.SimpleNamespace(sharding=types.SimpleNamespace(addressable_devices=set()))
+  with pytest.raises(
+    InputError, match="checkpoints/2: process 0 has none of the devices that the arrays should be on"
+  ):
+    reading.read_checkpoint(checkpoints.folder / "2", {"w": elsewhere})
+  assert everything(tmp_path) == before and capsys.readouterr().err == ""
 
 
 def test_one_process_that_cannot_read_ends_all(checkpoints, tmp_path, monkeypatch):
