@@ -141,4 +141,4 @@ def task_level(model, dataset):
 
 
 if __name__ == "__main__":
-  cli.run(distributed.on_every_process(main))
+  cli.run(distributed.on_one_process(main))

@@ -149,4 +149,4 @@ def with_kept(result: dict, row: dict) -> dict:
 
 
 if __name__ == "__main__":
-  cli.run(distributed.on_every_process(main))
+  cli.run(distributed.on_one_process(main))

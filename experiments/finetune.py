@@ -213,4 +213,4 @@ def report_of(folder, before, final, config, dataset, result) -> dict:
 
 
 if __name__ == "__main__":
-  cli.run(distributed.on_every_process(main))
+  cli.run(distributed.on_one_process(main))

@@ -214,4 +214,4 @@ def with_more(model, name: str, seed: int):
 
 
 if __name__ == "__main__":
-  cli.run(distributed.on_every_process(main))
+  cli.run(distributed.on_one_process(main))

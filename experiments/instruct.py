@@ -256,4 +256,4 @@ def with_gain(result: dict, gains: dict[str, float]) -> dict:
 
 
 if __name__ == "__main__":
-  cli.run(distributed.on_every_process(main))
+  cli.run(distributed.on_one_process(main))

@@ -120,4 +120,4 @@ def rows_of(measured, seed: int, path: str, formats: dict) -> list[dict]:
 
 
 if __name__ == "__main__":
-  cli.run(distributed.on_every_process(main))
+  cli.run(distributed.on_one_process(main))

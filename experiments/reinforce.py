@@ -240,4 +240,4 @@ def compared(model, batch) -> dict:
 
 
 if __name__ == "__main__":
-  cli.run(distributed.on_every_process(main))
+  cli.run(distributed.on_one_process(main))

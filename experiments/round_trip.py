@@ -243,4 +243,4 @@ class Trip:
 
 
 if __name__ == "__main__":
-  cli.run(distributed.on_every_process(main))
+  cli.run(distributed.on_one_process(main))

@@ -193,4 +193,4 @@ def crossing(steps: list[int], own, other) -> str:
 
 
 if __name__ == "__main__":
-  cli.run(distributed.on_every_process(main))
+  cli.run(distributed.on_one_process(main))

@@ -93,6 +93,11 @@ WRONG = [
   (["--heartbeat_timeout=1e12", *TWO], "--heartbeat_timeout=1000000000000.0: must be seconds from 1 to"),
   (["--shard=3/2"], "--shard=3/2: must be i/n with i from 1 to n"),
 ]
+# They hold whole models, and are refused before they look at one.
+ALONE = [
+  *((name, "--model=x") for name in ("quantise", "compress", "finetune", "finetune_arms", "distil")),
+  *(("round_trip",), ("reinforce",), ("upcycle",), ("instruct", "--dense=x", "--sparse=x")),
+]
 NOT_WRITABLE = ["--output_dir=/proc/x"]
 WRONG_OF_OTHERS = [
   ("experiments/capacity.py", ["--capacity_factors=1,x"], "--capacity_factors=x: must be a number above 0, or none"),
@@ -114,6 +119,7 @@ WRONG_OF_OTHERS = [
   ("experiments/compress.py", ["--model=x", "--seeds=2"], "--seeds=2: --model=x names one model; put {seed}"),
   ("experiments/quantise.py", ["--model=x", "--formats=int4:x"], "--formats=int4:x: a group is a number of rows"),
   ("experiments/quantise.py", ["--model=nowhere"], "nowhere"),
+  *((f"experiments/{name}.py", [*flags, *TWO], "--num_processes=2: this command is for one") for name, *flags in ALONE),
   ("experiments/finetune.py", ["--model=nowhere"], "nowhere"),
   ("experiments/round_trip.py", ["--model=nowhere"], "nowhere"),
   ("experiments/reinforce.py", ["--task=poems"], "flag --task=poems"),

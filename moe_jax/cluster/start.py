@@ -95,6 +95,23 @@ def on_every_process(main: Callable[[list[str]], None]) -> Callable[[list[str]],
   return joined
 
 
+def on_one_process(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
+  """`main` that refuses to be one of several processes, before it does anything. Needs `define_flags`.
+
+  For what holds whole models, measures them or writes them.
+  """
+
+  def alone(argv: list[str]) -> None:
+    place = find_placement(options_from_flags(), os.environ)
+    if place is not None:
+      raise InputError(
+        f"--num_processes={place.num_processes}: this command is for one process; start it once, with --num_processes=1"
+      )
+    main(argv)
+
+  return alone
+
+
 def _versions() -> list[str]:
   """What computes the numbers of a run, beside its flags, in words."""
   libraries = [f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib")]
