@@ -120,7 +120,7 @@ def _of_layer(layer: MoE, x_BLD: Array, context: Context) -> dict[str, Array]:
   entries_TE = flat(jax.vmap(selected_experts)(routing))
   is_sent_TE = jnp.minimum(entries_TE, 1)  # two choices of a token may stand for one merged expert
   rows_ETD = jnp.broadcast_to(x_BLD.reshape(1, -1, dim), (layer.num_experts, batch * length, dim))
-  y_ETD = as_experts(layer.experts, x_BLD.dtype, gather=True)(rows_ETD, Batched())
+  y_ETD = as_experts(layer.experts.for_step(None), x_BLD.dtype, gather=True)(rows_ETD, Batched())
   norm_TE = jnp.linalg.norm(y_ETD.astype(jnp.float32), axis=-1).T
   mask_T1 = routing.mask_T.reshape(-1, 1).astype(jnp.float32)
   logits_TE = flat(routing.logits_TE) * mask_T1

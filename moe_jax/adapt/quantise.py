@@ -176,5 +176,6 @@ def layer_rows(layer: Layer, name: str, stored: int, packed: bool) -> int:
   """Returns the rows of a matrix whose codes have `stored` rows; one less than twice as many, if that is its width."""
   if not packed:
     return stored
-  width = layer.block.moe.expert_dim if layer.axes[f"{PREFIX}codes.{name}"][1] == "mlp" else None
+  of_hidden = layer.axes[f"{PREFIX}codes.{name}"][1] in ("mlp", "mlp_block")
+  width = layer.block.moe.expert_dim if of_hidden else None
   return width if width is not None and -(-width // 2) == stored else 2 * stored

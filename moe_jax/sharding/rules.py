@@ -31,18 +31,20 @@ RULES: dict[str, tuple[str, ...]] = {
   "expert": ("expert",),
   "embed": ("fsdp", "expert"),  # of parameters, as they are stored; see `gathered`
   "attention_rank": ("fsdp", "expert"),  # the same, of what latent attention projects heads from
+  "embed_block": ("fsdp", "expert"),  # rows or columns of a quantised matrix that share a byte or a scale
   "mlp": ("tensor",),
+  "mlp_block": ("tensor",),
   "heads": ("tensor",),
   "kv_heads": ("tensor",),
   "vocab": ("tensor",),
 }
-# These are not split if the mesh does not divide them: the size of a vocabulary is given, and key-value heads and
-# ranks are small. `check_divides` rejects any other size that the mesh does not divide, but for "embed" it asks only fsdp to
-# divide it.
-WHERE_IT_FITS = ("kv_heads", "vocab", "attention_rank")
+# These are not split if the mesh does not divide them: the size of a vocabulary is given, and key-value heads, ranks and
+# numbers of blocks are small. `check_divides` rejects any other size that the mesh does not divide, but for "embed" it asks
+# only fsdp to divide it.
+WHERE_IT_FITS = ("kv_heads", "vocab", "attention_rank", "embed_block", "mlp_block")
 # Split where a parameter is stored, whole where it is used. `expert` takes part if `fsdp` does, so that a mesh without
 # `fsdp` gathers nothing, and if both divide the size.
-KEPT_IN_PARTS = ("embed", "attention_rank")
+KEPT_IN_PARTS = ("embed", "attention_rank", "embed_block")
 
 
 def partition_spec(

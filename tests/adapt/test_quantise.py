@@ -138,17 +138,57 @@ def rounded_layer(layer):
   return plain
 
 
-@pytest.mark.parametrize("mesh", [{"expert": 1}, {"expert": 4, "tensor": 2}], ids=["1", "8"])
+FORMATS = ("int8", "int4:group=6", "mxfp4")  # a scale for all rows, for rows that no mesh cuts evenly, for 32
+MESHES = {"1": {}, "8": {"fsdp": 2, "expert": 2, "tensor": 2}}
+
+
+@functools.cache
+def stored_and_trained(dispatcher, mesh):
+  """For each format the output of both networks, and the gradients of the trained one, in one program."""
+  specs = [f"{name}:format={format}" for name in ("quantised", "quantised_training") for format in FORMATS]
+  layers = nnx.List([layer_of(spec, dispatcher=dispatcher) for spec in specs])
+  graphdef, params, rest = nnx.split(layers, nnx.Param, ...)
+
+  def loss(params, rest):
+    ys = {spec: layer(X_BLD)[0] for spec, layer in zip(specs, nnx.merge(graphdef, params, rest))}
+    return sum((y**2).sum() for y in ys.values()), ys
+
+  on_mesh = sharding.make_mesh(MeshConfig(**{"data": 1} | MESHES[mesh]))
+  with jax.set_mesh(on_mesh):
+    args = [jax.device_put(state, sharding.state_shardings(on_mesh, state)) for state in (params, rest)]
+    gradients, ys = jax.device_get(jax.jit(jax.grad(loss, has_aux=True))(*args))
+  return ys, dict(nnx.to_flat_state(gradients))
+
+
+@pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("dispatcher", DISPATCHERS)
-def test_every_dispatcher_multiplies_by_the_same_matrices(dispatcher, mesh):
-  mesh = sharding.make_mesh(MeshConfig(data=1, **mesh))
-  for name in ("int8", "mxfp4"):
-    layer = layer_of(f"quantised:format={name}", dispatcher=dispatcher)
-    graphdef, state = nnx.split(layer)
-    with jax.set_mesh(mesh):
-      state = jax.device_put(state, sharding.state_shardings(mesh, state))
-      got = layer_output(nnx.merge(graphdef, state))
-    np.testing.assert_allclose(got, layer_output(rounded_layer(layer)), rtol=1e-4, atol=1e-5, err_msg=name)
+def test_every_dispatcher_on_every_mesh_multiplies_by_the_same_matrices(dispatcher, mesh):
+  """Also where a device has a part of the rows that share a scale or a byte."""
+  ys, gradients = stored_and_trained(dispatcher, mesh)
+  for format in FORMATS:
+    stored, trained = (f"{name}:format={format}" for name in ("quantised", "quantised_training"))
+    want = layer_output(rounded_layer(layer_of(stored)))
+    np.testing.assert_allclose(ys[stored], want, rtol=1e-4, atol=1e-5, err_msg=stored)
+    want = stored_and_trained("sorted", "1")[0][trained]
+    np.testing.assert_allclose(ys[trained], want, rtol=1e-4, atol=1e-5, err_msg=trained)
+  for path, want in stored_and_trained("sorted", "1")[1].items():
+    got, want = gradients[path].get_value(), want.get_value()
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max(), err_msg=str(path))
+
+
+@pytest.mark.parametrize("experts", ["quantised", "quantised_training"])
+def test_a_step_is_the_same_on_every_mesh_and_in_every_cut(experts):
+  fields = {
+    "experts": f"{experts}:format=int4:group=8",
+    "dispatcher": "dropless",
+    "balancers": "none",
+    "jitter": 0.0,
+    "num_layers": 1,
+    "num_heads": 4,
+    "num_kv_heads": 4,
+  }
+  step = lambda **more: tiny.one_step(tiny.change(tiny.CONFIG, **fields, **more), tiny.make_batch())
+  tiny.assert_same(step(mesh=MeshConfig(data=1, fsdp=2, tensor=4), accumulation=2), step())
 
 
 def test_trained_through_the_rounding():

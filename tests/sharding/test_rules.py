@@ -41,10 +41,12 @@ def test_partition_spec(logical, expected):
     (("vocab", "embed"), (31, 8), PartitionSpec(None, "fsdp")),
     (("embed", "kv_heads", "head_dim"), (8, 2, 4), PartitionSpec("fsdp", None, None)),
     (("embed", "kv_heads", "head_dim"), (8, 4, 4), PartitionSpec("fsdp", "tensor", None)),
+    (("expert", "mlp_block", "embed"), (8, 2, 8), PartitionSpec("expert", None, "fsdp")),
+    (("expert", "embed_block", "mlp_block"), (8, 3, 4), PartitionSpec("expert", None, "tensor")),
   ],
 )
 def test_some_axes_are_whole_where_they_do_not_fit(logical, shape, expected):
-  assert sharding.partition_spec(logical, shape, {"fsdp": 2, "tensor": 4}) == expected
+  assert sharding.partition_spec(logical, shape, {"fsdp": 2, "expert": 1, "tensor": 4}) == expected
 
 
 @pytest.mark.parametrize(

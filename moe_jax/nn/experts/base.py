@@ -30,9 +30,9 @@ class ExpertNetwork(nnx.Module):
     raise NotImplementedError
 
   def for_step(self, key: Array | None) -> "ExpertNetwork":
-    """Returns the experts for one optimizer step.
+    """Returns the experts for one forward pass, before dispatchers split them over devices.
 
-    Override it to draw from `key`, which is None if nothing is drawn.
+    Override it to draw from `key`, which is None if nothing is drawn, or to change whole parameters.
     """
     del key
     return self

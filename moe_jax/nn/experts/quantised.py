@@ -9,6 +9,7 @@ from moe_jax.nn.experts.base import ExpertNetwork, WrappingNetwork, inner_expert
 from moe_jax.ops.experts import Product
 from moe_jax.ops.quantisation import dequantise, format_of, quantise
 from moe_jax.registry import Spec
+from moe_jax.sharding import gathered, in_use
 from moe_jax.types import Array
 
 
@@ -23,7 +24,11 @@ def _matrices(network: ExpertNetwork) -> dict[str, nnx.Param]:
 
 
 class _InFormat(WrappingNetwork):
-  """A network whose matrices are in a format, stored or computed. `name` is the registered one, for errors."""
+  """A network whose matrices are in a format, stored or computed. `name` is the registered one, for errors.
+
+  In a step it is the network inside, with matrices made of whole ones: a device's part of a matrix may cut the blocks
+  that share a scale.
+  """
 
   name: str
 
@@ -51,12 +56,23 @@ class _InFormat(WrappingNetwork):
   def _store(self) -> None:
     """Replaces the matrices, where they are stored in the format."""
 
+  def _set_matrices(self, network: ExpertNetwork) -> None:
+    """Gives a copy of the network inside the matrices that it computes with."""
+    raise NotImplementedError
+
+  def for_step(self, key: Array | None) -> ExpertNetwork:
+    network = nnx.clone(self.experts.for_step(key))
+    self._set_matrices(network)
+    return network
+
+  def __call__(self, rows: Array, product: Product) -> Array:
+    return self.for_step(None)(rows, product)
+
 
 class QuantisedExperts(_InFormat):
   """The network `experts` with its matrices in `format`. They are not trained; biases are.
 
-  A product multiplies by the dequantised matrix, in the type of the activations, so it is exact up to that type. With a
-  compute type of bfloat16, float32 scales are rounded to it, too.
+  A product multiplies by the dequantised matrix, in the type of the activations, so it is exact up to that type.
 
   With `factors`, each row of a matrix has one, by which it was multiplied before it was rounded.
 
@@ -88,11 +104,8 @@ class QuantisedExperts(_InFormat):
     for name, w in _matrices(self.experts).items():
       axes = w.get_metadata()["logical_axes"]
       own_codes, own_scales = quantise(w[...], self.format)
-      blocks = own_scales.shape[1:]
-      # One scale for a whole side is not split along it.
-      of_scales = ("expert", *(axis if n > 1 else None for axis, n in zip(axes[1:], blocks, strict=True)))
-      codes[name] = Quantised(own_codes, logical_axes=axes)
-      scales[name] = Quantised(own_scales, logical_axes=of_scales)
+      codes[name] = Quantised(own_codes, logical_axes=_axes_of(own_codes, w))
+      scales[name] = Quantised(own_scales, logical_axes=_axes_of(own_scales, w))
       if self.has_factors:
         factors[name] = Quantised(jnp.ones(w.shape[:2]), logical_axes=axes[:2])
       sizes.append((name, w.shape[1], axes))
@@ -100,21 +113,30 @@ class QuantisedExperts(_InFormat):
     self.codes, self.scales, self.sizes = nnx.Dict(codes), nnx.Dict(scales), tuple(sizes)
     self.factors = nnx.Dict(factors)
 
-  def __call__(self, rows: Array, product: Product) -> Array:
-    network = nnx.merge(*nnx.split(self.experts))
+  def _set_matrices(self, network: ExpertNetwork) -> None:
     for name, num_rows, axes in self.sizes:
-      w = dequantise(self.codes[name][...], self.scales[name][...], self.format, num_rows)
+      w = dequantise(_whole(self.codes[name]), _whole(self.scales[name]), self.format, num_rows)
       if self.has_factors:
-        w /= self.factors[name][...].astype(w.dtype)[..., None]
-      setattr(network, name, nnx.data(nnx.Param(w.astype(rows.dtype), logical_axes=axes)))
-    return network(rows, product)
+        w /= _whole(self.factors[name])[..., None]
+      setattr(network, name, nnx.data(nnx.Param(w, logical_axes=in_use(axes))))
+
+
+def _axes_of(part: Array, w: nnx.Param) -> tuple[str | None, ...]:
+  """Returns the logical axes of the codes or scales of a matrix, which may have fewer rows and columns than it has."""
+  named = zip(w.get_metadata()["logical_axes"], part.shape, w.shape, strict=True)
+  return tuple(axis if n == of_w else f"{axis}_block" for axis, n, of_w in named)
+
+
+def _whole(stored: Quantised) -> Array:
+  """Returns codes or scales as they are used. Gathering these sends fewer bytes than gathering the matrix."""
+  return gathered(stored[...], stored.get_metadata()["logical_axes"])
 
 
 class QuantisedTraining(_InFormat):
   """The network `experts`, computed as if its matrices were in `format`, and trained through the rounding.
 
-  The gradient passes the rounding unchanged (straight-through, 1308.3432). In float32, `moe_jax.adapt.quantise`
-  then changes nothing. With a compute type of bfloat16, what is rounded here is the matrix in bfloat16.
+  The gradient passes the rounding unchanged (straight-through, 1308.3432). What is rounded is the parameter in float32,
+  whatever the compute type, so `moe_jax.adapt.quantise` then finds the same codes.
 
   Raises:
     InputError: as `QuantisedExperts`.
@@ -122,10 +144,8 @@ class QuantisedTraining(_InFormat):
 
   name = "quantised_training"
 
-  def __call__(self, rows: Array, product: Product) -> Array:
-    network = nnx.merge(*nnx.split(self.experts))
+  def _set_matrices(self, network: ExpertNetwork) -> None:
     for w in _matrices(network).values():
       value = w[...]
-      rounded = dequantise(*quantise(value, self.format), self.format, value.shape[1]).astype(value.dtype)
+      rounded = dequantise(*quantise(value, self.format), self.format, value.shape[1])
       w.set_value(value + jax.lax.stop_gradient(rounded - value))
-    return network(rows, product)
