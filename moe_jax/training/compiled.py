@@ -99,6 +99,8 @@ def check_run(config: Config, mesh: jax.sharding.Mesh) -> Config:
   for layer in filter(None, routed):
     with naming("group_size", layer.group_size):
       groups.add(layer.tokens_per_group(length))
+    if layer.dispatcher.spells_exchange:
+      layer.experts.check_parts(sharding.num_parts("mlp", mesh.shape))
   for group in groups:
     if micro * length % group or (length % group and group % length):
       raise InputError(

@@ -2,7 +2,8 @@
 
 The result of a step does not depend on how its batch is cut. The objective is divided by the targets of the
 whole step, each balancing loss is weighted by its micro-batch's share of the tokens, and hooks run once, on
-the summed aux of the whole step.
+the summed aux of the whole step. By what they are, `scope=micro_batch` of a balancing loss and the tiles of rows of
+`fp8_products` are exceptions.
 """
 
 import math

@@ -6,11 +6,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from moe_jax import sharding
+from moe_jax.config import MeshConfig
+from moe_jax.errors import InputError
 from moe_jax.nn import Context, MoE
 from moe_jax.nn.experts import EXPERTS
 from moe_jax.ops import grouped_matmul
 from moe_jax.ops.experts import Batched, Sorted
 from moe_jax.ops.fp8 import BLOCK, TILE, quantised
+from moe_jax.training.compiled import check_run
+from tests import tiny
 from tests.nn.layer import randomized
 
 # Every number of E4M3: a sign, 4 bits of exponent with bias 7, 3 bits of mantissa; exponent 0 is subnormal, and the
@@ -142,3 +147,50 @@ def test_any_network_can_be_inside():
   rows = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 8)), jnp.float32)
   found, expected = experts(rows, Batched()), plain(rows, Batched())
   assert 0 < np.abs(found - expected).max() < 0.2 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+  ("dispatcher", "expert_dim", "sizes"),
+  [
+    ("dropless", 256, {"expert": 2, "tensor": 2}),
+    ("all_gather", 256, {"tensor": 2}),
+    ("einsum", 12, {"data": 2, "tensor": 2}),
+    ("einsum", 12, {"fsdp": 2, "expert": 2}),
+  ],
+  ids=str,
+)
+def test_what_no_device_cuts_is_the_same_on_every_mesh(rng, dispatcher, expert_dim, sizes):
+  """Devices that hold experts get all rows of these, and `einsum` has the tiles of all devices together."""
+  x_BLD, d_y = jnp.asarray(rng.normal(size=(2, 4, 40, 16)), jnp.float32)
+  widths = {"num_experts": 2, "num_experts_per_token": 1, "expert_dim": expert_dim, "capacity_factor": 2.0}
+  layer = randomized(
+    lambda: MoE(16, experts="fp8_products", dispatcher=dispatcher, rngs=nnx.Rngs(0), **widths)
+  )
+  graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
+
+  def loss(params, x_BLD):
+    return jnp.vdot(nnx.merge(graphdef, params, rest)(x_BLD, Context(train=True))[0], d_y)
+
+  def gradients(**sizes):
+    mesh = sharding.make_mesh(MeshConfig(**{"data": 1} | sizes))
+    with jax.set_mesh(mesh):
+      args = jax.device_put(
+        (params, x_BLD), (sharding.state_shardings(mesh, params), sharding.batch_sharding(mesh))
+      )
+      return jax.device_get(jax.jit(jax.grad(loss, argnums=(0, 1)))(*args))
+
+  for found, expected in zip(*map(jax.tree.leaves, (gradients(**sizes), gradients())), strict=True):
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("experts", ["fp8_products", "expert_dropout:experts=fp8_products"])
+def test_a_mesh_that_would_cut_tiles_of_hidden_units_is_refused_before_anything_is_compiled(experts):
+  config = tiny.change(tiny.CONFIG, experts=experts, dispatcher="dropless", mesh=MeshConfig(data=1, tensor=2))
+  mesh = sharding.make_mesh(config.mesh)
+  with pytest.raises(
+    InputError, match=r"2 devices .* cut a tile of 128 of the 16 hidden units .* multiple of 256"
+  ):
+    check_run(config, mesh)
+  check_run(tiny.change(config, expert_dim=256), mesh)
+  check_run(tiny.change(config, dispatcher="sorted"), mesh)
+  check_run(tiny.change(config, mesh=tiny.ONE_DEVICE), sharding.make_mesh(tiny.ONE_DEVICE))

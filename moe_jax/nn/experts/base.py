@@ -37,6 +37,12 @@ class ExpertNetwork(nnx.Module):
     del key
     return self
 
+  def check_parts(self, parts: int) -> None:
+    """Raises `InputError` if `parts` devices that each have a part of the hidden units would compute something else.
+
+    The number divides the hidden units.
+    """
+
 
 class WrappingNetwork(ExpertNetwork):
   """The base class of networks around another one, `self.experts`, for which they draw what that one draws."""
@@ -50,6 +56,9 @@ class WrappingNetwork(ExpertNetwork):
     drawn = nnx.clone(self)
     drawn.experts, drawn.draws = inner, inner.draws
     return drawn
+
+  def check_parts(self, parts: int) -> None:
+    self.experts.check_parts(parts)
 
 
 def as_experts(module: ExpertNetwork, dtype: jnp.dtype, gather: bool) -> Experts:

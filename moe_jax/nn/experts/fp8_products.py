@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from flax import nnx
 
+from moe_jax.errors import InputError
 from moe_jax.nn.experts.base import WrappingNetwork, inner_experts
 from moe_jax.ops.experts import Activation, Product, Wrapper
 from moe_jax.ops.fp8 import TILE, fp8_product
@@ -18,7 +19,11 @@ class FP8Products(WrappingNetwork):
   product that gives the gradient of a matrix reads tiles of 128 rows of an expert x 1. Parameters, activation
   functions, biases and everything outside of the experts keep their type. Sums are float32.
 
-  One thing differs from the paper: a matrix that devices split by hidden units has blocks on each device.
+  Tiles of 128 rows are those of a device and of a micro-batch, so the gradient of a matrix depends on both. Dispatchers
+  that leave the exchange to XLA have the tiles of all devices together. Hidden units are only split between tiles.
+
+  Raises:
+    InputError: in the forward pass, see `check_parts`.
   """
 
   def __init__(
@@ -31,9 +36,20 @@ class FP8Products(WrappingNetwork):
     init_scale: float = 1.0,
     rngs: nnx.Rngs,
   ):
+    self.expert_dim = expert_dim
     self.experts = inner_experts(experts, num_experts, dim, expert_dim, init_scale=init_scale, rngs=rngs)
 
+  def check_parts(self, parts: int) -> None:
+    tile = TILE[1]
+    if parts > 1 and self.expert_dim % (parts * tile):
+      raise InputError(
+        f"experts fp8_products: {parts} devices (tensor) would cut a tile of {tile} of the {self.expert_dim} hidden units "
+        f"of an expert; use a multiple of {parts * tile}, the dispatcher sorted or einsum, or no tensor parallelism"
+      )
+    super().check_parts(parts)
+
   def __call__(self, rows: Array, product: Product) -> Array:
+    self.check_parts(product.parts)
     return self.experts(rows, _InFP8(product))
 
 
