@@ -12,7 +12,7 @@ from moe_jax.analysis.positions import token_products
 from moe_jax.config import ModelConfig, Segment
 from moe_jax.nn.block import Block
 from moe_jax.nn.build import make_blocks
-from moe_jax.nn.experts.quantised import QuantisedExperts
+from moe_jax.nn.experts.quantised import quantised_size
 from moe_jax.nn.ffn import SoftMoE
 from moe_jax.nn.moe import MoE
 
@@ -57,7 +57,7 @@ def of_block(block: Block, sequence_length: int) -> Matrices:
     elif len(axes) == 2 and "expert" not in axes:
       sizes["shared_experts" if "shared" in path else "dense"] += math.prod(shape)
   sizes["router"] = _multiplied(of_router)
-  sizes["experts"] += _quantised_size(block.ffn)
+  sizes["experts"] += quantised_size(block.ffn)
   layers = [part for _, part in nnx.iter_modules(block.ffn) if isinstance(part, MoE | SoftMoE)]
   of_token = [_share_of_token(layer, sequence_length) for layer in layers]
   return Matrices(
@@ -83,17 +83,6 @@ def _multiplied(parameters: list[tuple[tuple[int, ...], tuple]]) -> int:
   return sum(size for size, axes in matrices if axes[0] in made)
 
 
-def quantised_matrices(module: nnx.Module) -> list[tuple[int, int, int]]:
-  """(number, inputs, outputs) of the matrices that quantised experts keep as codes, which are no parameters."""
-  return [
-    (math.prod(codes.shape[:-2]), rows, codes.shape[-1])
-    for _, experts in nnx.iter_modules(module)
-    if isinstance(experts, QuantisedExperts)
-    for name, rows, _ in experts.sizes
-    for codes in [experts.codes[name].get_value()]
-  ]
-
-
 @functools.lru_cache(maxsize=256)
 def _abstract_blocks(config: ModelConfig, segment: Segment) -> list[Block]:
   found: list[Block] = []
@@ -112,14 +101,10 @@ def _of_experts(axes: tuple) -> bool:
   return axes[:1] == ("expert",) and len(axes) == 3
 
 
-def _quantised_size(module: nnx.Module) -> int:
-  return sum(number * rows * columns for number, rows, columns in quantised_matrices(module))
-
-
 def _expert_size(layer: MoE | SoftMoE) -> int:
   """Returns the elements of the matrices of all experts of one layer."""
   kept = sum(math.prod(shape) for _, shape, axes, _ in _parameters(layer.experts) if _of_experts(axes))
-  return kept + _quantised_size(layer.experts)
+  return kept + quantised_size(layer.experts)
 
 
 def _share_of_token(layer: MoE | SoftMoE, sequence_length: int) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from moe_jax.config import BlockConfig, Config, ModelConfig, Segment
 from moe_jax.config.plain import to_plain
 from moe_jax.data import DatasetInfo
 from moe_jax.nn.build import different_blocks, make_blocks, routed_layers, routed_part
-from moe_jax.nn.experts import QuantisedExperts
+from moe_jax.nn.experts.quantised import quantised_size
 from moe_jax.nn.ffn import MLP, LatentMoE, SoftMoE
 from moe_jax.nn.moe import MoE
 from moe_jax.nn.variables import abstract
@@ -165,11 +165,7 @@ def _matrices(module: nnx.Module) -> int:
     axes, shape = variable.get_metadata()["logical_axes"], variable.get_value().shape
     is_matrix = len(axes) == (3 if axes[:1] == ("expert",) else 2)
     total += math.prod(shape) if is_matrix and "adapters" not in path else 0
-  for _, part in nnx.iter_modules(module):
-    if isinstance(part, QuantisedExperts):  # a byte may hold the codes of two rows
-      shapes = {name: codes.get_value().shape for name, codes in part.codes.items()}
-      total += sum(shapes[name][0] * rows * shapes[name][-1] for name, rows, _ in part.sizes)
-  return total
+  return total + quantised_size(module)
 
 
 def _short(number: float) -> int | float:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 from flax import nnx
 
-from moe_jax.analysis.matrices import quantised_matrices
+from moe_jax.nn.experts.quantised import quantised_size
 from moe_jax.nn.ffn import SoftMoE
 from moe_jax.nn.moe import MoE
 from moe_jax.nn.transformer import Transformer
@@ -102,7 +102,7 @@ def count_block(block: nnx.Module, repeats: int) -> Counted:
   sizes = dict.fromkeys(Parameters._fields, 0)
   for path, size, axes in parameters_of(block):
     sizes[_kind(path, axes)] += size
-  sizes["experts"] += sum(n * rows * columns for n, rows, columns in quantised_matrices(block))
+  sizes["experts"] += quantised_size(block)
   layers = [module for _, module in nnx.iter_modules(block) if isinstance(module, MoE)]
   sizes["expert_bias"] = repeats * sum(map(_bias_size, layers))
   every = Parameters(**sizes)
@@ -119,7 +119,7 @@ def count_block(block: nnx.Module, repeats: int) -> Counted:
 def _unused(layer: MoE, k: int) -> int:
   """Returns the parameters of the routed experts of a layer that a token with `k` of them does not use."""
   size = sum(size for path, size, axes in parameters_of(layer.experts) if _kind(path, axes) == "experts")
-  size += sum(n * rows * columns for n, rows, columns in quantised_matrices(layer.experts))
+  size += quantised_size(layer.experts)
   return size - size * k // layer.num_experts
 
 

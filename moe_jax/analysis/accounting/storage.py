@@ -7,8 +7,8 @@ import jax
 from flax import nnx
 
 from moe_jax.analysis.accounting.parameters import MODULES, count
-from moe_jax.analysis.matrices import quantised_matrices
 from moe_jax.config import OptimizerConfig
+from moe_jax.nn.experts.quantised import quantised_matrices
 from moe_jax.nn.transformer import Transformer
 from moe_jax.ops.quantisation import FORMATS, Format, format_of
 from moe_jax.training.muon import NOT_HIDDEN

@@ -1,5 +1,7 @@
 """Experts whose matrices are stored in few bits, and experts that are trained to be."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -130,6 +132,22 @@ def _axes_of(part: Array, w: nnx.Param) -> tuple[str | None, ...]:
 def _whole(stored: Quantised) -> Array:
   """Returns codes or scales as they are used. Gathering these sends fewer bytes than gathering the matrix."""
   return gathered(stored[...], stored.get_metadata()["logical_axes"])
+
+
+def quantised_matrices(module: nnx.Module) -> list[tuple[int, int, int]]:
+  """(number, inputs, outputs) of the matrices that quantised experts in `module` keep as codes, which are no parameters."""
+  return [
+    (math.prod(codes.shape[:-2]), rows, codes.shape[-1])
+    for _, experts in nnx.iter_modules(module)
+    if isinstance(experts, QuantisedExperts)
+    for name, rows, _ in experts.sizes
+    for codes in [experts.codes[name].get_value()]
+  ]
+
+
+def quantised_size(module: nnx.Module) -> int:
+  """Returns the elements of these matrices. A byte of codes may hold two."""
+  return sum(number * rows * columns for number, rows, columns in quantised_matrices(module))
 
 
 class QuantisedTraining(_InFormat):
