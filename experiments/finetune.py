@@ -137,10 +137,8 @@ def data_of(loaded):
     if loaded.tokenizer is None:
       raise InputError(f"--model={_MODEL.value}: has no tokenizer, so text cannot be read")
     examples = read_jsonl(_TRAIN.value), read_jsonl(_VALIDATION.value)
-    end_ids = getattr(loaded, "stop_ids", ())
     template = read_chat_template(loaded.folder) if _CHAT.value else None
-    end = end_ids[0] if end_ids else None
-    dataset = prompt_dataset(data, *examples, loaded.tokenizer, end, template)
+    dataset = prompt_dataset(data, *examples, loaded.tokenizer, template=template)
   else:
     dataset = load_dataset(data, loaded.tokenizer)
   vocab_size = loaded.model.embedding_VD.get_value().shape[0]

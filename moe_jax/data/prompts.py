@@ -204,7 +204,8 @@ def prompt_dataset(
     config: batch size, sequence length, and whether to pack.
     train, validation: examples. The same prompt may not be in both.
     tokenizer: of the model.
-    end_id: the token behind a response; None: `bos_id`. A template writes its own.
+    end_id: the token behind a response; None: the first that ends a text of the published model that the tokenizer came with,
+      otherwise `bos_id`. A template writes its own.
     template: of the conversations that the model knows; None: prompt and response follow each other.
     name: of the data set, in results.
 
@@ -221,7 +222,8 @@ def prompt_dataset(
   digest = hashlib.sha256(tokenizer.fingerprint.encode())
   digest.update(json.dumps({name: list(examples) for name, examples in splits.items()}).encode())
   digest.update(template.source.encode() if template else b"")
-  end = tokenizer.bos_id if end_id is None else end_id
+  stop_ids = tokenizer.ids.stop_ids if tokenizer.ids else ()
+  end = next((i for i in (end_id, *stop_ids) if i is not None), tokenizer.bos_id)
   if end != tokenizer.bos_id and template is None:
     digest.update(f" end {end}".encode())
   windows = {}

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import DataConfig
+from moe_jax.data.model_ids import ModelIds
 from moe_jax.data.prompts import Example, prompt_dataset, read_jsonl, write_jsonl
 from moe_jax.data.tokenizers import load_tokenizer
 from moe_jax.errors import InputError
@@ -106,3 +107,13 @@ def test_the_fingerprint_follows_the_examples_and_the_split():
   assert a != prompt_dataset(CONFIG, HELD_OUT, TRAIN, TOKENIZER).info.fingerprint
   assert a != prompt_dataset(CONFIG, TRAIN, HELD_OUT, TOKENIZER, end_id=3).info.fingerprint
   assert a == prompt_dataset(CONFIG, TRAIN, HELD_OUT, TOKENIZER, end_id=TOKENIZER.bos_id).info.fingerprint
+
+
+def test_responses_end_as_texts_of_the_published_model_do():
+  published = TOKENIZER._replace(ids=ModelIds(TOKENIZER.vocab_size, stop_ids=(3, 5)))
+  found = prompt_dataset(CONFIG, TRAIN, HELD_OUT, published)
+  assert (
+    found.info.fingerprint == prompt_dataset(CONFIG, TRAIN, HELD_OUT, TOKENIZER, end_id=3).info.fingerprint
+  )
+  batch = next(found.validation_batches())
+  assert 3 in batch["targets_BL"] and TOKENIZER.bos_id not in batch["targets_BL"][batch["mask_BL"]]

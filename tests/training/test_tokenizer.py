@@ -143,9 +143,8 @@ def test_a_second_round_writes_examples_as_the_first(published, trained):
   data = dataclasses.replace(published.config.data, sequence_length=64, batch_size=2)
   rows = []
   for loaded in (published, load_run(trained)):
-    end, own = loaded.stop_ids[0], read_chat_template(loaded.folder)
-    for template in (own, None):
-      dataset = prompt_dataset(data, EXAMPLES[:12], EXAMPLES[12:], loaded.tokenizer, end, template)
+    for template in (read_chat_template(loaded.folder), None):
+      dataset = prompt_dataset(data, EXAMPLES[:12], EXAMPLES[12:], loaded.tokenizer, template=template)
       rows.append(next(iter(dataset.validation_batches()))["tokens_BL"])
   np.testing.assert_array_equal(rows[0], rows[2])
   np.testing.assert_array_equal(rows[1], rows[3])
