@@ -152,7 +152,9 @@ class Soak:
     parts["arrays of the last checkpoint"] = [json.loads(path.read_text())["arrays"] for path in saved]
     metrics = [self._metrics(folder) for folder in (self.whole, own)]
     parts["metrics"] = metrics
-    parts["events"] = [shown_events(folder / "tensorboard") for folder in (self.whole, own)]
+    parts["events"] = [
+      shown_events(folder / "tensorboard") for folder in (self.whole, own) if "events" not in spoilt
+    ]
     parts["router logits"] = [
       recorded(folder) for folder in (self.whole, own) if "router logits" not in spoilt
     ]
