@@ -97,9 +97,7 @@ def test_bytes_are_those_of_the_text_and_of_results_whatever_a_tokenizer_drops(l
   scores = evaluate(model, dataset, dataset.config.batch_size, limit)
   expected = validate(model, config, dataset)
   np.testing.assert_allclose(scores["all"].nll, expected["nll"], rtol=1e-5)
-  np.testing.assert_allclose(
-    scores["all"].bits_per_byte, expected["bits_per_byte"], rtol=1e-3 if limit else 1e-5
-  )
+  np.testing.assert_allclose(scores["all"].bits_per_byte, expected["bits_per_byte"], rtol=1e-5)
   if not limit:
     validation = read_text_folder(str(folder))[0]["validation"]
     sizes = {name: sum(len(t.encode()) for t, d in validation if d == i) for i, name in enumerate(TEXTS)}
