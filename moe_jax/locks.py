@@ -17,6 +17,7 @@ from moe_jax.errors import InputError
 LOCK = ".lock"  # of a run, in its folder; of the config.json of a comparison, beside it
 _BEAT = 5.0  # seconds between signs of life in the lock file
 _OBSERVE = 4 * _BEAT  # without one for so long, an owner on another machine counts as gone
+_ENDING = 20.0  # seconds for the process that wrote the checkpoints of an owner that is gone, and has little time to end
 # Seconds until processes that start in the same instant have all written. Where a file system has no locks, each of the
 # up to 200 runs that a comparison locks takes so long.
 _SETTLE = 0.1
@@ -59,6 +60,8 @@ def hold(path: str | os.PathLike[str], what: str, wait: float = 0.0) -> Iterator
   then = "wait for it or stop it, or choose another folder"
   deadline = time.monotonic() + wait
   handle = _open(path)
+  if handle is None and _has_ended(path):
+    deadline += _ENDING
   while handle is None and time.monotonic() < deadline:
     time.sleep(0.05)
     handle = _open(path)
@@ -86,6 +89,12 @@ def hold(path: str | os.PathLike[str], what: str, wait: float = 0.0) -> Iterator
       with contextlib.suppress(OSError):
         os.ftruncate(handle, 0)
       os.close(handle)
+
+
+def handles() -> list[int]:
+  """Returns the numbers of the open lock files of this process. A process that inherits one keeps the lock, too."""
+  with _beating:
+    return list(_held.values())
 
 
 def _open(path: pathlib.Path) -> int | None:
@@ -132,6 +141,13 @@ def _claim(path: pathlib.Path, handle: int) -> bool:
   except OSError:
     time.sleep(_SETTLE)
     return _owner(path) == mine
+
+
+def _has_ended(path: pathlib.Path) -> bool:
+  """Returns whether the owner that a locked file names was on this machine, and what is left of it is on its way out."""
+  owner = _owner(path)
+  pid = owner.get("pid")
+  return owner.get("machine") == _machine() and pid != os.getpid() and not _is_process(pid)
 
 
 def _is_process(pid: Any) -> bool:

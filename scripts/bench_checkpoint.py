@@ -89,12 +89,15 @@ def main(argv: list[str]) -> None:
     def _loop(self, state: Any, writer: Any, recorder: Any) -> Any:
       for _ in range(3):
         state = self._step(state)
-      self._save(int(state.step), state, writer, recorder)  # the first one makes folders and compiles
+      self._save(int(state.step), state, writer, recorder, True)  # the first one makes folders and compiles
       for cycle in range(2 * _CYCLES.value):
-        self.checkpoints.wait()
+        while (
+          self.checkpoints.is_saving
+        ):  # `wait` would write here what a process of its own has not written yet
+          time.sleep(0.05)
         started = time.perf_counter()
         if cycle % 2:
-          self._save(int(state.step), state, writer, recorder)
+          self._save(int(state.step), state, writer, recorder, True)
           found["save"].append(time.perf_counter() - started)
         for place in range(_STEPS.value):
           begun = time.perf_counter()

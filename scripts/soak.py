@@ -41,6 +41,11 @@ _MINUTES = flags.DEFINE_float("minutes", 0.0, "how long to go on; 0: until --fau
 _FAULTS = flags.DEFINE_integer("faults", 0, "how many faults; 0: until --minutes", lower_bound=0)
 _FOLDER = flags.DEFINE_string("folder", "runs/soak", "for the runs; must be new, or that of an earlier soak")
 _STEPS = flags.DEFINE_integer("steps", 240, "of a run; a checkpoint is saved every 20", lower_bound=40)
+_BESIDE = flags.DEFINE_bool(
+  "beside",
+  False,
+  "runs wait at each save until the process beside them has written it; else these short runs write almost all themselves",
+)
 _KEEP = flags.DEFINE_bool("keep", False, "keep the folders of runs that ended well, too")
 
 
@@ -87,7 +92,8 @@ class Soak:
   def start(self, output_dir: pathlib.Path, largest_file: int = 0) -> "Start":
     """Starts the comparison in a process of its own, whose output goes to a file beside its folder."""
     self.starts += 1
-    return Start(self.config, output_dir, pathlib.Path(f"{output_dir}_{self.starts}.txt"), largest_file)
+    log = pathlib.Path(f"{output_dir}_{self.starts}.txt")
+    return Start(self.config, output_dir, log, largest_file, _BESIDE.value)
 
   def expect(self, process: Start, *allowed: int) -> None:
     """Waits, and raises `Failed` for an end that is none of `allowed`, and for a traceback."""

@@ -6,7 +6,6 @@ every mesh and costs one pass over the state.
 """
 
 import contextlib
-import functools
 import os
 import pathlib
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,15 +13,13 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from moe_jax import disk
 from moe_jax.cluster import processes
 from moe_jax.errors import InputError
-from moe_jax.training import background, digests, reading
+from moe_jax.training import digests, idle_saver, reading
+from moe_jax.training.orbax_writer import OrbaxWriter, Unshared
 from moe_jax.types import PyTree
-
-_CHUNK = 2**26  # bytes of a large array that are written, and can be read, as one
 
 
 class Checkpoints:
@@ -43,9 +40,10 @@ class Checkpoints:
   def __init__(self, folder: str | os.PathLike[str], keep: int = 2):
     self.folder = pathlib.Path(folder).absolute()
     disk.check_name(self.folder)
-    self._keep = keep
-    self._manager: ocp.CheckpointManager | None = None
+    self._writer = OrbaxWriter(self.folder, keep)
     self._thread = ThreadPoolExecutor(1, "moe_jax save")
+    self._saver = idle_saver.IdleSaver(self.folder, keep)
+    self._shared: idle_saver.SharedArrays | None = None  # the copy of the state that the process writes
     self._saving: Future[None] | None = None
     self._steps = self._list()
     processes.check_agree(
@@ -68,11 +66,19 @@ class Checkpoints:
       return []
     return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdecimal() and p.is_dir())
 
-  def save(self, step: int, state: PyTree, extra: dict[str, Any]) -> None:
+  def save(self, step: int, state: PyTree, extra: dict[str, Any], *, steps_follow: bool = False) -> None:
     """Saves `state` (arrays) and `extra` (JSON values). Does nothing if the step is already saved.
 
     Returns while the save is under way; `state` may be donated then. Waits for the save before. If that has failed,
     waits for this one, too, and then raises what that failed with.
+
+    Args:
+      step: of the state.
+      state: always of the same structure, shapes and types.
+      extra: what is kept beside it.
+      steps_follow: whether the caller goes on to compute. One process on Linux then leaves the writing to another, which
+        takes little from what is computed (`idle_saver`). It is not waited for: where that becomes necessary, this
+        process writes the checkpoint, and all that come later.
     """
     if step in self._steps:
       return
@@ -81,10 +87,12 @@ class Checkpoints:
       self.wait()
     except Exception as error:  # of the save before
       failure = error
-    if jax.process_count() == 1:
-      self._saving = self._thread.submit(self._write_and_wait, step, _host_copy(state), extra)
+    if jax.process_count() > 1:
+      self._writer.write(step, state, extra)
+    elif (beside := steps_follow and self._can_share(state)) or self._shared:
+      self._saving = self._thread.submit(self._write_shared, step, self._shared.copy(state), extra, beside)
     else:
-      self._write(step, state, extra)
+      self._saving = self._thread.submit(self._write_and_wait, step, _host_copy(state), extra)
     self._steps.append(step)
     if failure:
       with contextlib.suppress(Exception):  # the first failure says why
@@ -92,46 +100,48 @@ class Checkpoints:
       raise failure
 
   @property
+  def is_saving(self) -> bool:
+    """Whether a save of this process, if it is the only one, is under way."""
+    return bool(self._saving and not self._saving.done())
+
+  @property
   def has_failed(self) -> bool:
     """Whether a save has failed and nobody knows yet. Of several processes, one that fails ends all at once."""
     return bool(self._saving and self._saving.done() and self._saving.exception())
 
-  def _write_and_wait(self, step: int, state: PyTree, extra: dict[str, Any]) -> None:
-    self._write(step, state, extra)
-    if self._manager:
-      self._manager.wait_until_finished()
+  def _can_share(self, state: PyTree) -> bool:
+    """Returns whether a process of its own may write a copy of `state`, for which there is room in `_shared` then."""
+    if not idle_saver.AVAILABLE or self._saver.ended:
+      return False
+    if self._shared is None:
+      try:
+        self._shared = idle_saver.SharedArrays(state)
+      except OSError:
+        return False
+    return True
 
-  def _write(self, step: int, state: PyTree, extra: dict[str, Any]) -> None:
-    if self._manager is None:
-      handlers = {"state": ocp.StandardCheckpointHandler(), "extra": ocp.JsonCheckpointHandler()}
-      background.silence()
-      in_threads = ocp.options.AsyncOptions(
-        barrier_sync_fn=functools.partial(background.barrier, self.folder)
-      )
-      options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True, async_options=in_threads)
-      self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
-    kept = {"arrays": digests.array_digests(state), "extra": extra}
-    parts = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK), state)
-    items = ocp.args.Composite(
-      state=ocp.args.StandardSave(state, parts),
-      extra=ocp.args.JsonSave(disk.with_digest(kept)),
-    )
-    if not self._manager.save(step, args=items):
-      raise InputError(
-        f"{self.folder}: step {step} was not saved, because Orbax finds it or a later step there; move that folder away"
-      )
+  def _write_and_wait(self, step: int, state: PyTree, extra: dict[str, Any]) -> None:
+    self._writer.write(step, state, extra)
+    self._writer.wait()
+
+  def _write_shared(self, step: int, rest: list, extra: dict[str, Any], beside: bool) -> None:
+    """Writes what is in shared memory, with `rest`: in a process of its own if `beside` and that works, else here."""
+    self._shared.fill(rest)
+    if not (beside and self._saver.save(self._shared, step, extra)):
+      self._write_and_wait(step, self._shared.tree(), extra)
 
   def wait(self) -> None:
     """Waits for a save that is under way. Raises what it failed with, once."""
     try:
       if saving := self._saving:
+        if self.is_saving:
+          self._saver.end()
         try:
           saving.result()
         finally:
           if saving.done():  # not where a signal ended the wait
             self._saving = None
-      if self._manager:
-        self._manager.wait_until_finished()
+      self._writer.wait()
     except Exception:
       self._steps = self._list()
       raise
@@ -207,9 +217,12 @@ class Checkpoints:
     try:
       self.wait()
     finally:
+      self._saver.close()
       self._thread.shutdown()
-      if self._manager:
-        self._manager.close()
+      if self._shared:
+        self._shared.close()
+        self._shared = None
+      self._writer.close()
 
 
 def _of_any(problem: str) -> str:
@@ -224,11 +237,4 @@ def _host_copy(tree: PyTree) -> PyTree:
       leaf.copy_to_host_async()
   # NumPy's view of an array on a CPU is the array itself.
   copies = jax.tree.map(lambda x: np.array(x) if digests.in_host_memory(x) else np.asarray(x), tree)
-  return jax.tree.map(lambda x: x.view(_Unshared), copies)
-
-
-class _Unshared(np.ndarray):
-  """An array that nobody changes. Orbax copies each array before it writes, in case somebody does."""
-
-  def __deepcopy__(self, memo: dict[int, Any]) -> np.ndarray:
-    return self
+  return jax.tree.map(lambda x: x.view(Unshared), copies)

@@ -194,7 +194,8 @@ class Run:
       # One that is asked to stop has little time: it saves, and the next process evaluates.
       reached = evaluate and not reason and self._evaluate_in_training(step, state, writer)
       if save or reached:
-        self._save(step, state, writer, recorder)
+        steps_follow = not (last or reason or reached)
+        self._save(step, state, writer, recorder, steps_follow)
       if reason:
         self._end(step, reason)
       if reached:
@@ -212,7 +213,9 @@ class Run:
       self.evaluated = step
     return self.stop is not None and self.stop(validation)
 
-  def _save(self, step: int, state: TrainState, writer: MetricWriter, recorder: TraceWriter | None) -> None:
+  def _save(
+    self, step: int, state: TrainState, writer: MetricWriter, recorder: TraceWriter | None, steps_follow: bool
+  ) -> None:
     """A run that continues from here has all metrics and recorded steps up to here."""
     parts = {"parameters": state.params, "optimizer": state.opt_state, "balancers": state.variables}
     for name, part in parts.items():  # the numbers of a step are of the state before its update
@@ -221,7 +224,7 @@ class Run:
     writer.flush()
     if recorder:
       recorder.flush()
-    self.checkpoints.save(step, state, continuing.kept_beside(self))
+    self.checkpoints.save(step, state, continuing.kept_beside(self), steps_follow=steps_follow)
     self.stops.saved()
 
   def _what_continues(self) -> str:

@@ -14,6 +14,7 @@ import pytest
 from moe_jax.errors import InputError
 from moe_jax.training import background, checkpoint
 from moe_jax.training.checkpoint import Checkpoints
+from moe_jax.training.orbax_writer import OrbaxWriter
 
 STATE = {"w": jnp.arange(3000.0), "b": jnp.zeros(3)}
 
@@ -67,8 +68,8 @@ def test_a_barrier_on_the_way_up_ends_all(told, error, line, status):
 
 def test_what_is_saved_is_what_was_there(tmp_path, monkeypatch):
   """The next step may reuse the arrays, before a byte is written: a save has its own."""
-  go, write = threading.Event(), Checkpoints._write
-  monkeypatch.setattr(Checkpoints, "_write", lambda *args: (go.wait(60), write(*args))[1])
+  go, write = threading.Event(), OrbaxWriter.write
+  monkeypatch.setattr(OrbaxWriter, "write", lambda *args: (go.wait(60), write(*args))[1])
   state = {"w": jnp.arange(100_000.0), "n": jnp.int32(7)}
   expected = {name: np.array(x) for name, x in state.items()}
   checkpoints = Checkpoints(tmp_path / "run")
@@ -111,7 +112,7 @@ def test_a_save_does_not_keep_the_loop(tmp_path, monkeypatch):
     if step == 2:
       raise OSError("disk")
 
-  monkeypatch.setattr(Checkpoints, "_write", slow)
+  monkeypatch.setattr(OrbaxWriter, "write", slow)
   checkpoints = Checkpoints(tmp_path / "run")
   assert not checkpoints.has_failed
   checkpoints.save(1, STATE, {})

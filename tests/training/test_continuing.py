@@ -17,7 +17,7 @@ from moe_jax import locks
 from moe_jax.analysis.measured import models_of
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError
-from moe_jax.training import loop, objectives
+from moe_jax.training import idle_saver, loop, objectives
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import compile_steps, make_model, resolve_config
 from moe_jax.training.digests import all_finite
@@ -25,6 +25,7 @@ from moe_jax.training.evaluation import evaluate_as
 from moe_jax.training.identity import is_shorter
 from moe_jax.training.loop import Run
 from moe_jax.training.metric_writer import read_jsonl
+from moe_jax.training.orbax_writer import OrbaxWriter
 from moe_jax.training.result_file import write_result
 from moe_jax.training.results import diverged_result
 from moe_jax.training.start import save_model
@@ -289,7 +290,7 @@ class Signalled(tiny.StopsAt):
 
 @pytest.mark.parametrize("step", [0, 2], ids=["alone", "before SIGTERM"])
 def test_a_save_that_fails_is_noticed_at_the_next_step_which_is_saved(step, dataset, tmp_path, monkeypatch):
-  write, save, steps = Checkpoints._write, Checkpoints.save, []
+  write, save, steps = OrbaxWriter.write, Checkpoints.save, []
 
   def full(self, step, *args):
     steps.append(step)
@@ -297,13 +298,14 @@ def test_a_save_that_fails_is_noticed_at_the_next_step_which_is_saved(step, data
       raise OSError(errno.ENOSPC, "No space left on device")
     write(self, step, *args)
 
-  def until_failed(self, step, *args):
-    save(self, step, *args)
+  def until_failed(self, step, *args, **more):
+    save(self, step, *args, **more)
     deadline = time.monotonic() + 20
     while step == 2 and not self.has_failed and time.monotonic() < deadline:
       time.sleep(0.01)
 
-  monkeypatch.setattr(Checkpoints, "_write", full)
+  monkeypatch.setattr(idle_saver, "AVAILABLE", False)
+  monkeypatch.setattr(OrbaxWriter, "write", full)
   monkeypatch.setattr(Checkpoints, "save", until_failed)
   line = rf"^arm: {tmp_path}/run: no space left to write .*; make room, and the same command continues from step 3$"
   with pytest.raises(InputError, match=line):
@@ -315,7 +317,8 @@ def test_a_save_that_fails_with_none_before_it_says_that_the_run_begins_anew(dat
   def full(*args):
     raise OSError(errno.ENOSPC, "No space left on device")
 
-  monkeypatch.setattr(Checkpoints, "_write", full)
+  monkeypatch.setattr(idle_saver, "AVAILABLE", False)
+  monkeypatch.setattr(OrbaxWriter, "write", full)
   with pytest.raises(
     InputError, match=r"make room, and the same command begins anew \(there is no checkpoint\)"
   ):

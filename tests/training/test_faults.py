@@ -174,7 +174,7 @@ def test_logs_do_not_show_how_often_a_run_was_killed(config, dataset, tmp_path):
     "import os, sys; from moe_jax.config import Config; from moe_jax.training import checkpoint, loop;"
     "from moe_jax.data import load_dataset; import json;"
     "config = Config.from_dict(json.loads(sys.argv[1])); save = checkpoint.Checkpoints.save\n"
-    "def killed(self, step, *args):\n  save(self, step, *args); self.wait(); step == 3 and os._exit(9)\n"
+    "def killed(self, step, *args, **more):\n  save(self, step, *args, **more); self.wait(); step == 3 and os._exit(9)\n"
     "checkpoint.Checkpoints.save = killed; loop.Run(config, load_dataset(config.data), sys.argv[2]).train()"
   )
   often = tiny.change(config, checkpoint_every=1)

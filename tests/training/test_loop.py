@@ -185,9 +185,9 @@ class Clock:
     *seconds, function = seconds
     remaining = iter(seconds[:-1])
 
-    def timed(*args):
+    def timed(*args, **more):
       self.now += next(remaining, seconds[-1])
-      return function(*args)
+      return function(*args, **more)
 
     return timed
 
@@ -222,7 +222,9 @@ def test_evaluations_and_checkpoints_happen_at_their_steps_and_the_newest_two_st
 ):
   saved, save = [], Checkpoints.save
   monkeypatch.setattr(
-    Checkpoints, "save", lambda self, step, *args: (saved.append(step), save(self, step, *args))
+    Checkpoints,
+    "save",
+    lambda self, step, *args, **more: (saved.append(step), save(self, step, *args, **more)),
   )
   Run(tiny.change(CONFIG, eval_every=3, checkpoint_every=2, log_every=4), dataset, tmp_path).train()
   lines = read_jsonl(tmp_path / "metrics.jsonl")
@@ -257,8 +259,8 @@ def test_a_run_stopped_within_a_save_continues_at_once(finished_run, dataset, tm
   run, _ = finished_run
   save, close, closed = Checkpoints.save, Checkpoints.close, []
 
-  def stopped(self, step, *args):
-    save(self, step, *args)  # still writes in the background
+  def stopped(self, step, *args, **more):
+    save(self, step, *args, **more)  # still writes in the background
     if step == 4:
       raise KeyboardInterrupt
 

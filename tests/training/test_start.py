@@ -21,12 +21,12 @@ from moe_jax.data.bpe import load_bpe, train_bpe
 from moe_jax.data.tokenizers import load_tokenizer
 from moe_jax.errors import InputError
 from moe_jax.sharding import make_mesh
-from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import abstract_model, compile_steps, resolve_config
 from moe_jax.training.digests import tree_digest
 from moe_jax.training.load import load_run
 from moe_jax.training.loop import Run
 from moe_jax.training.made import is_current, is_made, source_of
+from moe_jax.training.orbax_writer import OrbaxWriter
 from moe_jax.training.selection import dotted, select_trained
 from moe_jax.training.start import save_model, start_from
 from tests import tiny
@@ -70,7 +70,7 @@ def test_a_kill_while_it_is_written_leaves_no_model(upcycled, tmp_path, monkeypa
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    patch.setattr(*((Checkpoints, "_write") if when == "parameters" else (disk, "write_json")), killed)
+    patch.setattr(*((OrbaxWriter, "write") if when == "parameters" else (disk, "write_json")), killed)
     save_model(tmp_path / "model", upcycled, CONFIG)
   assert not is_made(tmp_path / "model", {"step": 1})
   save_model(tmp_path / "model", upcycled, CONFIG, source={"step": 1})
@@ -86,7 +86,7 @@ def test_a_full_disk_is_one_line_and_leaves_room(upcycled, tmp_path, monkeypatch
     monkeypatch.context() as patch,
     pytest.raises(InputError, match="model: no space left to write") as error,
   ):
-    patch.setattr(Checkpoints, "_write", full)
+    patch.setattr(OrbaxWriter, "write", full)
     save_model(tmp_path / "model", upcycled, CONFIG)
   assert "\n" not in str(error.value) and not any(tmp_path.iterdir())
 
