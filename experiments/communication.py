@@ -11,8 +11,10 @@ Result     see docs/scaling.md, "Modelled communication"
 Without --trace, the script first trains a small fine-grained model (32 experts, 4 per token) and records its router
 logits in OUTPUT_DIR/run. A finished run there is reused. Every router then chooses experts from the same last logits, a
 simulated machine (--nodes, --devices_per_node, bandwidths) holds tokens and experts in equal parts, and the script
-counts what is sent. The routing is that of the recorded model. Widths (--layer_dim, --layer_expert_dim) are those of
-Qwen3-30B-A3B in bf16. Writes summary.csv (a line per arm and --once_per), devices.csv and three plots.
+counts what is sent. softmax_topk chooses as the recorded model did, unless its router does more than take the largest
+logits. A run whose balancers move choices by a bias is refused: its logits alone do not say what it chose. Widths
+(--layer_dim, --layer_expert_dim) are those of Qwen3-30B-A3B in bf16. Writes summary.csv (a line per arm and --once_per),
+devices.csv and three plots.
 
 The logits stay those of the recorded run, while a model that trains with a limit would adapt to it. "Choices kept" is
 the share of the unlimited choices that a limit leaves. It says nothing about the loss.
@@ -99,6 +101,7 @@ def _run_config() -> Config:
 def _plan(moe: Any, shape: tuple[int, int, int, int], num_steps: int) -> Any:
   from moe_jax.analysis.communication import study
 
+  study.check_unbiased(moe)
   machine = machine_flags.machine()
   k = moe.num_experts_per_token
   if _ROUTERS.value:

@@ -73,16 +73,16 @@ def main(argv: list[str]) -> None:
     exchanges += [Exchange(kind, _number(f"{kind}_factors", text)) for text in texts]
   size = {"sequences_per_device": _SEQUENCES.value, "num_batches": _NUM_BATCHES.value}
   found: list[dict[str, Any]] = []
-  for trace, k in _traces(lambda shape, steps: study.check(shape, steps, machine, **size), console):
+  for trace in _traces(lambda *run: study.check(*run, machine, **size), console):
     if processes.is_first():
-      found += study.points(trace, exchanges, machine, layer, num_experts_per_token=k, **size)
+      found += study.points(trace, exchanges, machine, layer, **size)
   with processes.first_writes("imbalance") as mine:  # several processes only train together
     if mine:
       study.write(pathlib.Path(_OUTPUT_DIR.value), found, console)
 
 
-def _traces(check: Any, console: Any) -> Iterator[tuple[Any, int]]:
-  """Yields each trace and its experts per token. All are checked before the first is trained."""
+def _traces(check: Any, console: Any) -> Iterator[Any]:
+  """Yields each trace. All are checked before the first is trained."""
   from moe_jax.analysis import recording
   from moe_jax.training.router_trace import Trace
 
@@ -93,8 +93,8 @@ def _traces(check: Any, console: Any) -> Iterator[tuple[Any, int]]:
       )
     traces = [Trace(folder) for folder in _TRACES.value]
     for trace in traces:
-      check(trace.shape, len(trace))
-    yield from ((trace, recording.recorded_config(trace).num_experts_per_token) for trace in traces)
+      check(recording.recorded_config(trace), trace.shape, len(trace))
+    yield from traces
     return
   base = cli.config_from_flags()
   configs = {}
@@ -102,10 +102,10 @@ def _traces(check: Any, console: Any) -> Iterator[tuple[Any, int]]:
     moe = dataclasses.replace(base.model.moe, balancers=method, **RUN)
     config = dataclasses.replace(base, model=dataclasses.replace(base.model, moe=moe))
     configs[method] = recording.with_recording(config, _NUM_STEPS.value)
-    check(recording.trace_shape(configs[method]), _NUM_STEPS.value)
+    check(configs[method].model.moe, recording.trace_shape(configs[method]), _NUM_STEPS.value)
   for method, config in configs.items():
     folder = pathlib.Path(_OUTPUT_DIR.value) / re.sub(r"[^\w.=+-]", "_", method)
-    yield recording.record(config, folder, console, show=method), RUN["num_experts_per_token"]
+    yield recording.record(config, folder, console, show=method)
 
 
 def _number(flag: str, text: str) -> float:

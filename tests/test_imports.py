@@ -100,7 +100,8 @@ GRAPH = {
   "analysis.examine": Part(f"analysis interop comparison.report {RUN}"),
   "analysis.replay": Part(f"analysis comparison.report {RUN}"),
   "analysis.communication": Part(
-    "comparison.report training.router_trace disk nn config ops types errors", never={"flax", "optax"}
+    "analysis analysis.replay comparison.report training.router_trace disk nn config ops types errors",
+    never={"flax", "optax"},
   ),
   # the top
   "moe_jax": Part(f"comparison analysis adapt inference interop {RUN}"),  # __init__.py: the public names

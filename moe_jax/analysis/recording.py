@@ -10,7 +10,7 @@ from moe_jax.config import Config, MoEConfig, spec_text
 from moe_jax.config.plain import from_fields
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError
-from moe_jax.nn.build import num_routed_layers, routed_layer
+from moe_jax.nn.build import num_routed_layers, resolve_moe, routed_layer
 from moe_jax.training.compiled import check_run
 from moe_jax.training.identity import check_same_run, is_shorter
 from moe_jax.training.loop import Run
@@ -55,6 +55,12 @@ def recorded_config(trace: Trace) -> MoEConfig:
   except (KeyError, TypeError, InputError) as error:
     raise InputError(f"{trace.folder}: its configuration is not one of this version ({error})") from None
   raise InputError(f"{trace.folder}: its layers have no configuration in common, and a replay has one")
+
+
+def has_bias(moe: MoEConfig) -> bool:
+  """Whether the balancers of the layer move its choices by a bias, which recorded logits do not have."""
+  layer = routed_layer(resolve_moe(moe))
+  return layer.balancer.bias(layer.balancer.init(layer.num_scored_experts)) is not None
 
 
 def record(config: Config, folder: pathlib.Path, console: Any, show: str = "the recorded run") -> Trace:

@@ -24,6 +24,7 @@ WRONG = [
     ["--trace=nowhere", "--num_steps=400", "--data_parallelism=1"],
     "leave out --num_steps, --data_parallelism",
   ),
+  (["--balancers=loss_free_bias:0.01"], "--balancers=loss_free_bias:0.01: moves choices by a bias"),
   (["--trace=nowhere"], "nowhere: holds no router logits"),
 ]
 

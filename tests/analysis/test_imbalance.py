@@ -7,12 +7,12 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from moe_jax.analysis.communication import imbalance
+from moe_jax.analysis.communication import imbalance, imbalance_study
 from moe_jax.analysis.communication.imbalance import Exchange
 from moe_jax.analysis.communication.machine import Machine
 from moe_jax.analysis.communication.simulate import Layer, Routed, step_cost
 from moe_jax.errors import InputError
-from tests.analysis import studies
+from tests.analysis import recorded, studies
 
 MACHINE = Machine(nodes=2, devices_per_node=2)
 LAYER = Layer(model_dim=8, expert_dim=4)
@@ -42,7 +42,9 @@ def even() -> Routed:
 
 
 def cost(exchange: Exchange, routed: Routed) -> imbalance.Cost:
-  return imbalance.cost(exchange, routed, MACHINE, LAYER, group_size=GROUP, num_tokens=TOKENS)
+  return imbalance.cost(
+    exchange, routed, MACHINE, LAYER, group_size=GROUP, num_tokens=TOKENS, num_experts_per_token=K
+  )
 
 
 def test_dropless_is_the_step_of_the_communication_study():
@@ -131,3 +133,16 @@ def test_the_experiment_counts_recorded_runs(tmp_path):
   assert len(rows) == 2 * 1 * 5  # simulated steps, layers, exchanges
   assert rows == list(csv.DictReader((tmp_path / "again" / "imbalance.csv").open()))
   assert not (tmp_path / "no").exists()
+
+
+def points(run):
+  """Of each recorded step as a simulated one."""
+  steps, batch = len(run.trace), run.trace.shape[1]
+  size = {"sequences_per_device": batch // MACHINE.devices, "num_batches": steps}
+  return list(imbalance_study.points(run.trace, [Exchange("dropless")], MACHINE, LAYER, **size))
+
+
+def test_max_vio_is_that_of_the_run_where_a_bias_moves_its_choices(tmp_path):
+  run = recorded.train(tmp_path / "run", balancers="loss_free_bias:0.05", router="sigmoid_topk")
+  found = [point["max_vio"] for point in points(run)]
+  np.testing.assert_allclose(found, run.max_vio_IR.reshape(-1), rtol=1e-6)

@@ -58,20 +58,29 @@ class Cost(NamedTuple):
 
 
 def cost(
-  exchange: Exchange, routed: Routed, machine: Machine, layer: Layer, *, group_size: int, num_tokens: int
+  exchange: Exchange,
+  routed: Routed,
+  machine: Machine,
+  layer: Layer,
+  *,
+  group_size: int,
+  num_tokens: int,
+  num_experts_per_token: int,
 ) -> Cost:
   """Returns what `exchange` makes of a routing.
 
   Args:
     group_size: tokens, neighbours in order, that share the slots of an expert.
     num_tokens: that are routed, padding included: they have slots, too.
+    num_experts_per_token: K, which with the tokens makes a fair share, also where a router gives a token more or fewer.
   """
+  k = num_experts_per_token
   if exchange.kind == "capacity":
-    return _with_capacity(exchange.factor, routed, machine, layer, group_size, num_tokens)
+    return _with_capacity(exchange.factor, routed, machine, layer, group_size, num_tokens, k)
   rows_PP = _rows(routed, machine)
   sent = int(rows_PP.sum())
   if exchange.kind == "buffer":
-    entries = num_tokens * _per_token(routed) // machine.devices
+    entries = num_tokens * k // machine.devices
     rows_PP = np.minimum(rows_PP, math.ceil(entries * exchange.factor / machine.devices))
   kept = int(rows_PP.sum())
   return _cost(straight(rows_PP, machine), rows_PP.sum(axis=0), 1 - kept / max(sent, 1), machine, layer)
@@ -90,20 +99,16 @@ def max_vio(count_X: np.ndarray) -> float:
 
 
 def _with_capacity(
-  factor: float, routed: Routed, machine: Machine, layer: Layer, group_size: int, num_tokens: int
+  factor: float, routed: Routed, machine: Machine, layer: Layer, group_size: int, num_tokens: int, k: int
 ) -> Cost:
   num_experts, groups = len(routed.device_E), num_tokens // group_size
-  slots = expert_capacity(group_size, _per_token(routed), factor, num_experts)
+  slots = expert_capacity(group_size, k, factor, num_experts)
   place_A = routed.token_A.astype(np.int64) // group_size * num_experts + routed.expert_A
   count_GE = np.bincount(place_A, minlength=groups * num_experts)
   dropped = 1 - np.minimum(count_GE, slots).sum() / max(len(place_A), 1)
   rows = capacity_rows(machine, groups=groups, num_experts=num_experts, capacity=slots)
   rows_P = np.full(machine.devices, groups * slots * num_experts // machine.devices)
   return _cost(rows, rows_P, float(dropped), machine, layer)
-
-
-def _per_token(routed: Routed) -> int:
-  return int(np.bincount(routed.token_A).max(initial=0))
 
 
 def _rows(routed: Routed, machine: Machine) -> np.ndarray:

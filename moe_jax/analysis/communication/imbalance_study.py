@@ -1,4 +1,7 @@
-"""The study of imbalance: recorded runs with different balance, under every exchange."""
+"""The study of imbalance: recorded runs with different balance, under every exchange.
+
+Each run is routed as it was while training: by its own router, with the bias of its own balancers.
+"""
 
 import csv
 import pathlib
@@ -11,28 +14,32 @@ from moe_jax import disk
 from moe_jax.analysis.communication import imbalance
 from moe_jax.analysis.communication.imbalance import Exchange
 from moe_jax.analysis.communication.machine import Machine
-from moe_jax.analysis.communication.simulate import Layer
-from moe_jax.analysis.communication.study import check_experts, make_router, route
+from moe_jax.analysis.communication.simulate import Layer, Routed
+from moe_jax.analysis.communication.study import check_experts
+from moe_jax.analysis.replay.choices import OwnChoices, check_choices
 from moe_jax.comparison.report import canvas
+from moe_jax.config import MoEConfig
 from moe_jax.errors import InputError
 from moe_jax.training.router_trace import Trace
 
-ROUTER = "softmax_topk"
 Point = Mapping[str, Any]
 
 
 def check(
+  moe: MoEConfig,
   shape: tuple[int, int, int, int],
   num_steps: int,
   machine: Machine,
   sequences_per_device: int,
   num_batches: int,
 ) -> None:
-  """Checks a study of traces of `num_steps` steps of `shape` (R, B, L, E).
+  """Checks a study of a run of `moe`, a trace of `num_steps` steps of `shape` (R, B, L, E).
 
   Raises:
-    InputError: if experts or sequences do not fit the machine or the trace.
+    InputError: if experts or sequences do not fit the machine or the trace, or the choices of the run do not follow
+      from a trace.
   """
+  check_choices(moe, shape, num_steps)
   _, batch, _, num_experts = shape
   check_experts(machine, num_experts)
   sequences = sequences_per_device * machine.devices
@@ -51,20 +58,27 @@ def points(
   machine: Machine,
   layer: Layer,
   *,
-  num_experts_per_token: int,
   sequences_per_device: int,
   num_batches: int,
 ) -> Iterator[dict[str, Any]]:
-  """Yields a point per simulated step, layer and exchange. Simulated steps lie evenly over the trace."""
+  """Yields a point per simulated step, layer and exchange. Simulated steps lie evenly over the trace.
+
+  Raises:
+    InputError: the bias of the run does not follow from the trace.
+  """
+  choices = OwnChoices(trace)
   num_layers, batch, length, num_experts = trace.shape
-  router = make_router(ROUTER, num_experts, num_experts_per_token)
   size = sequences_per_device * machine.devices // batch
+  sizes = {
+    "group_size": length,
+    "num_tokens": size * batch * length,
+    "num_experts_per_token": choices.num_experts_per_token,
+  }
   for start in np.unique(np.linspace(0, len(trace) - size, num_batches).astype(int)):
-    steps = trace.read(int(start), int(start) + size)
-    mask_T = steps.mask_IBL.reshape(-1)
+    steps, selected_IRBLE = choices.read(int(start), int(start) + size)
     for r in range(num_layers):
-      logits_TE = steps.logits_IRBLE[:, r].reshape(-1, num_experts)
-      routed = route(machine, router, logits_TE, mask_T)
+      selected_TE = selected_IRBLE[:, r].reshape(-1, num_experts)
+      routed = _lay(machine, selected_TE)
       even = imbalance.even_seconds(routed, machine, layer)
       count_E = np.bincount(routed.expert_A, minlength=num_experts)
       of_routing = {
@@ -75,7 +89,7 @@ def points(
         "max_vio_of_devices": imbalance.max_vio(count_E.reshape(machine.devices, -1).sum(axis=1)),
       }
       for exchange in exchanges:
-        found = imbalance.cost(exchange, routed, machine, layer, group_size=length, num_tokens=len(logits_TE))
+        found = imbalance.cost(exchange, routed, machine, layer, **sizes)
         yield of_routing | {
           "exchange": exchange.name,
           "seconds": found.seconds,
@@ -83,6 +97,13 @@ def points(
           "network_bytes": found.network_bytes,
           "dropped": found.dropped,
         }
+
+
+def _lay(machine: Machine, selected_TE: np.ndarray) -> Routed:
+  """The choices of a simulated step, tokens and experts in equal parts on the devices."""
+  tokens, num_experts = selected_TE.shape
+  token_A, expert_A = np.nonzero(selected_TE)
+  return Routed(machine.place(tokens, "tokens"), machine.place(num_experts, "experts"), token_A, expert_A)
 
 
 def write(folder: pathlib.Path, found: Sequence[Point], console: Any) -> None:

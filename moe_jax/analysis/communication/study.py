@@ -24,7 +24,8 @@ from moe_jax.analysis.communication.simulate import (
   step_cost,
   summary,
 )
-from moe_jax.config import MoEConfig
+from moe_jax.analysis.recording import has_bias
+from moe_jax.config import MoEConfig, spec_text
 from moe_jax.errors import InputError
 from moe_jax.nn.build import naming, routed_layer
 from moe_jax.nn.routers import Router
@@ -92,6 +93,15 @@ def make_plan(
   return Plan(
     machine, layer, arms, routers, once_per, k, sequences_per_device, num_batches, sequences // batch
   )
+
+
+def check_unbiased(moe: MoEConfig) -> None:
+  """Raises `InputError` if a bias moved the choices of a recorded run: the arms choose by its logits alone."""
+  if has_bias(moe):
+    raise InputError(
+      f"--balancers={spec_text(moe.balancers)}: moves choices by a bias, which the logits of a run do not have; take a "
+      "run with a loss, or experiments/imbalance.py"
+    )
 
 
 def check_experts(machine: Machine, num_experts: int) -> None:

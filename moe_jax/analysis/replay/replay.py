@@ -266,10 +266,17 @@ def _one_layer(
   mask_BL: Array,
   key_B2: Array,
 ) -> tuple[PyTree, tuple[Array, Array | None]]:
-  keys_B = jax.vmap(lambda key: jax.random.fold_in(key, layer))(jax.random.wrap_key_data(key_B2))
   bias_E = moe.balancer.bias(state)
-  routing = _route(moe, logits_BLE.astype(jnp.float32), mask_BL, jax.random.key_data(keys_B), bias_E)
+  routing = route_layer(moe, layer, logits_BLE, mask_BL, key_B2, bias_E)
   return moe.balancer.observe(state, routing), (routing.selected_BLE.sum(axis=(0, 1)), _as_array(bias_E))
+
+
+def route_layer(
+  moe: MoE, layer: Array, logits_BLE: Array, mask_BL: Array, key_B2: Array, bias_E: PyTree
+) -> BatchRouting:
+  """Returns what the layer of that number in the model chooses, with the keys and groups of training."""
+  keys_B = jax.vmap(lambda key: jax.random.fold_in(key, layer))(jax.random.wrap_key_data(key_B2))
+  return _route(moe, logits_BLE.astype(jnp.float32), mask_BL, jax.random.key_data(keys_B), bias_E)
 
 
 def _route(moe: MoE, logits_BLE: Array, mask_BL: Array, key_B2: Array, bias_E: PyTree) -> BatchRouting:
