@@ -13,7 +13,7 @@ records its router logits in OUTPUT_DIR/METHOD. A finished run there is reused, 
 over each run are laid on a simulated machine (--nodes, --devices_per_node, bandwidths), whose devices hold tokens and
 experts in equal parts. Three exchanges then serve each routing: dropless, dropless with a buffer that bounds what a device
 sends to another, and a capacity per sequence. Widths (--layer_dim, --layer_expert_dim) are those of Qwen3-30B-A3B in bf16.
-Writes imbalance.csv (a line per run, step, layer and exchange) and imbalance.png.
+Writes imbalance.csv (a line per trace, step, layer and exchange) and imbalance.png.
 
 Times are lower bounds: no latency, and nothing else on the links. A dropped pair is not trained on, which the time does
 not show; experiments/capacity.py measures that.
@@ -92,6 +92,8 @@ def _traces(check: Any, console: Any) -> Iterator[Any]:
         f"--traces={','.join(_TRACES.value)}: these runs are recorded already; leave out {', '.join(unread)}"
       )
     traces = [Trace(folder) for folder in _TRACES.value]
+    if len({trace.folder.resolve() for trace in traces}) < len(traces):
+      raise InputError(f"--traces={','.join(_TRACES.value)}: names a run twice; name each once")
     for trace in traces:
       check(recording.recorded_config(trace), trace.shape, len(trace))
     yield from traces

@@ -16,7 +16,7 @@ from moe_jax.training.identity import check_same_run, is_shorter
 from moe_jax.training.loop import Run
 from moe_jax.training.progress import TrainingProgress
 from moe_jax.training.result_file import RESULT_FILE, read_result
-from moe_jax.training.router_trace import Trace
+from moe_jax.training.router_trace import FOLDER, Trace
 
 
 def with_recording(config: Config, num_steps: int) -> Config:
@@ -61,6 +61,11 @@ def has_bias(moe: MoEConfig) -> bool:
   """Whether the balancers of the layer move its choices by a bias, which recorded logits do not have."""
   layer = routed_layer(resolve_moe(moe))
   return layer.balancer.bias(layer.balancer.init(layer.num_scored_experts)) is not None
+
+
+def run_folder(trace: Trace) -> pathlib.Path:
+  """Returns the folder of the run that recorded the trace, or that of a trace by itself."""
+  return trace.folder.parent if trace.folder.name == FOLDER else trace.folder
 
 
 def record(config: Config, folder: pathlib.Path, console: Any, show: str = "the recorded run") -> Trace:

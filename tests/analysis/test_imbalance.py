@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from moe_jax.analysis.communication import imbalance, imbalance_study
 from moe_jax.analysis.communication.imbalance import Exchange
@@ -123,14 +124,17 @@ def test_the_experiment_counts_recorded_runs(tmp_path):
   wrong = [*flags, "--buffer_factors=much", f"--output_dir={tmp_path / 'no'}"]
   uneven = [*flags, "--nodes=3", f"--output_dir={tmp_path / 'no'}"]
   ignored = [*again, "--methods=none", "--learning_rate=0.003"]  # also where a flag has its default
-  ended = studies.run("imbalance", [record, again, wrong, uneven, ignored])
-  assert [e.status for e in ended] == [0, 0, 2, 2, 2], ended
+  twice = [f"--traces={folder / 'none'},{folder / 'none' / 'router_logits'}", *again[1:]]
+  ended = studies.run("imbalance", [record, again, wrong, uneven, ignored, twice])
+  assert [e.status for e in ended] == [0, 0, 2, 2, 2, 2], ended
+  assert "names a run twice" in ended[5].stderr
   assert "these runs are recorded already; leave out --methods, --learning_rate\n" in ended[4].stderr
   assert "--buffer_factors=much: not a number" in ended[2].stderr
   assert "the 6 devices cannot hold equal parts of the 32 experts" in ended[3].stderr
   assert {path.name for path in folder.iterdir()} == {"none", "imbalance.csv", "imbalance.png"}
   rows = list(csv.DictReader((folder / "imbalance.csv").open()))
   assert len(rows) == 2 * 1 * 5  # simulated steps, layers, exchanges
+  assert {row["trace"] for row in rows} == {str(folder / "none")}
   assert rows == list(csv.DictReader((tmp_path / "again" / "imbalance.csv").open()))
   assert not (tmp_path / "no").exists()
 
@@ -146,3 +150,15 @@ def test_max_vio_is_that_of_the_run_where_a_bias_moves_its_choices(tmp_path):
   run = recorded.train(tmp_path / "run", balancers="loss_free_bias:0.05", router="sigmoid_topk")
   found = [point["max_vio"] for point in points(run)]
   np.testing.assert_allclose(found, run.max_vio_IR.reshape(-1), rtol=1e-6)
+
+
+def test_runs_with_the_same_balancers_have_rows_of_their_own(capsys):
+  point = {"balancers": "none", "max_vio": 1.0, "max_vio_of_devices": 0.5, "exchange": "dropless"}
+  point |= {"over_even": 1.0, "dropped": 0.0}
+  found = [point | {"trace": "runs/a"}, point | {"trace": "runs/b", "max_vio": 3.0}]
+  found.append(point | {"trace": "runs/c", "balancers": "z_loss"})
+  imbalance_study.print_table(found, Console(width=120))
+  lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+  assert ["none", "(runs/a)", "1.00", "0.50", "1.00"] in lines
+  assert ["none", "(runs/b)", "3.00", "0.50", "1.00"] in lines
+  assert ["z_loss", "1.00", "0.50", "1.00"] in lines

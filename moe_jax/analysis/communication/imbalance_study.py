@@ -3,6 +3,7 @@
 Each run is routed as it was while training: by its own router, with the bias of its own balancers.
 """
 
+import collections
 import csv
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from moe_jax.analysis.communication.imbalance import Exchange
 from moe_jax.analysis.communication.machine import Machine
 from moe_jax.analysis.communication.simulate import Layer, Routed
 from moe_jax.analysis.communication.study import check_experts
+from moe_jax.analysis.recording import run_folder
 from moe_jax.analysis.replay.choices import OwnChoices, check_choices
 from moe_jax.comparison.report import canvas
 from moe_jax.config import MoEConfig
@@ -82,6 +84,7 @@ def points(
       even = imbalance.even_seconds(routed, machine, layer)
       count_E = np.bincount(routed.expert_A, minlength=num_experts)
       of_routing = {
+        "trace": str(run_folder(trace)),
         "balancers": trace.header["moe"]["balancers"],
         "step": int(steps.step_I[0]),
         "layer": r,
@@ -127,20 +130,27 @@ def print_table(found: Sequence[Point], console: Any) -> None:
     ("balancers", "MaxVio", "of\ndevices", *(e.replace(" ", "\n") for e in exchanges))
   ):
     table.add_column(name, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
-  for balancers in dict.fromkeys(p["balancers"] for p in found):
-    own = [p for p in found if p["balancers"] == balancers]
+  for trace, name in _names(found).items():
+    own = [p for p in found if p["trace"] == trace]
     cells = [f"{np.mean([p[name] for p in own]):.2f}" for name in ("max_vio", "max_vio_of_devices")]
     for exchange in exchanges:
       of = [p for p in own if p["exchange"] == exchange]
       seconds, dropped = (np.mean([p[name] for p in of]) for name in ("over_even", "dropped"))
       cells.append(f"{seconds:.2f}" + (f" ({dropped:.0%})" if exchange != "dropless" else ""))
-    table.add_row(balancers, *cells)
+    table.add_row(name, *cells)
   console.print(table)
   console.print(
     "Means over layers and simulated steps. MaxVio: max/mean - 1 of the pairs of an expert, or of a device. Exchanges: "
     "modelled time of a step over that of even routing without a capacity, and in brackets the share that drops.",
     style="dim",
   )
+
+
+def _names(found: Sequence[Point]) -> dict[str, str]:
+  """What each trace is called: its balancers, and its folder where another one has the same."""
+  balancers = {p["trace"]: p["balancers"] for p in found}
+  several = collections.Counter(balancers.values())
+  return {trace: f"{name} ({trace})" if several[name] > 1 else name for trace, name in balancers.items()}
 
 
 def plot(path: pathlib.Path, found: Sequence[Point]) -> canvas.Plot:
