@@ -3,8 +3,8 @@
   python scripts/pareto.py  # writes docs/images/pareto.png, of every balancing method and weight
   python scripts/pareto.py --tables=default --output=docs/images/quality_vs_max_vio.png
 
-A table is a folder in docs/results/, as scripts/render_tables.py stores it. Tables in one picture must be of one text, length
-and size of model.
+A table is a folder in docs/results/, as scripts/render_tables.py stores it. Tables in one picture must be of one text, length,
+learning rate and size of model, drop tokens alike (docs/fair_comparison.md) and be tuned alike.
 """
 
 import pathlib

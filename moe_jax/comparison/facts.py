@@ -11,9 +11,9 @@ from moe_jax.comparison.results import Result, diverged, lookup
 def facts_of(results: Sequence[Result]) -> dict[str, Any]:
   """Returns what the results say about their runs, as JSON values. A fact that no result has is left out.
 
-  Each fact is a list of its different values, sorted; `tokens_per_second` is one number, the median over runs, and
-  `diverged` has [arm, seed, reason] of each run that did. `tokens` and `tokens_per_second` count padding, of which `padded`
-  is the part; `bytes` do not, where that part is known.
+  Each fact is a list of its different values, sorted; `tokens_per_second` is one number, the median over runs, `slots` are
+  those of the first arm, with which the others are compared, and `diverged` has [arm, seed, reason] of each run that did.
+  `tokens` and `tokens_per_second` count padding, of which `padded` is the part; `bytes` do not, where that part is known.
   """
   known = {
     "dataset": _different(r.get("dataset") for r in results),
@@ -24,6 +24,7 @@ def facts_of(results: Sequence[Result]) -> dict[str, Any]:
     "num_params": _different(r.get("num_params") for r in results),
     "num_active_params": _different(r.get("num_active_params") for r in results),
     "learning_rate": _different(lookup(r, "schedule", "learning_rate") for r in results),
+    "slots": _different(r.get("slots") for r in results if r["arm"] == results[0]["arm"]),
     "hardware": _different(_hardware(r) for r in results),
     "seeds": _different(r["seed"] for r in results),
     "swept": _different(_swept(r) for r in results),

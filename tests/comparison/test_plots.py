@@ -125,14 +125,21 @@ def test_dense_models_are_lines(tmp_path, saved):
   assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
 
 
-def stored(results):
-  return report.Stored(report.summarise(results), report.paired_differences(results), {})
+def stored(results, **about):
+  return report.Stored(report.summarise(results), report.paired_differences(results), about)
+
+
+ALIKE = {
+  "schedule": {"learning_rate": 0.01},
+  "slots": "dropless",
+  "model": {"num_layers": 2, "model_dim": 16},
+}  # what tables in one picture must say
 
 
 def some_results(means, seeds=3, **more):
   """Results of arms whose mean (MaxVio, perplexity) is given, with a spread over seeds of 0.1 in both."""
   return [
-    make_result(arm, s, max_vio=[x + 0.1 * (s - 1)], perplexity=y + 0.1 * (s - 1)) | more
+    make_result(arm, s, max_vio=[x + 0.1 * (s - 1)], perplexity=y + 0.1 * (s - 1)) | ALIKE | more
     for arm, (x, y) in means.items()
     for s in range(seeds)
   ]
@@ -197,11 +204,39 @@ def test_a_picture_of_several_tables_has_every_arm_once_and_explains_itself(tmp_
   )
   (text,) = ax.figure.texts
   assert text.get_text().replace("\n", " ") == said and plot.caption.endswith(said)
-  longer = some_results({"none": (3.0, 7.0)}, num_steps=99)
-  other = some_results({"none": (3.0, 7.0)}, yardsticks={"unigram": 4.5})
-  for found, what in ((longer, "num_steps, tokens"), (other, "yardsticks")):
-    with pytest.raises(InputError, match=f"tables one and two: differ in {what}; plot them one by one"):
-      pareto.plot_tables(tmp_path / "pareto.png", {"one": stored(one), "two": stored(found)})
+
+
+@pytest.mark.parametrize(
+  ("more", "about", "message"),
+  [
+    ({"num_steps": 99}, {}, "differ in num_steps, tokens"),
+    ({"yardsticks": {"unigram": 4.5}}, {}, "differ in yardsticks"),
+    ({"schedule": {"learning_rate": 0.003}}, {}, "differ in learning_rate"),
+    ({"slots": "capacity 1.25/2 per group of 128"}, {}, "differ in slots"),
+    ({"eval_batches": 4}, {}, "differ in eval_batches"),
+    ({"swept": {"fields": ["weight"], "goal": "nll", "seeds": [100]}}, {}, "differ in swept"),
+    ({}, {"varies": ["slots"]}, "differ in what varies by design"),
+    ({"schedule": {}, "slots": None}, {}, "two does not say its learning_rate, slots"),
+  ],
+)
+def test_tables_that_are_not_alike_are_not_in_one_picture(tmp_path, more, about, message):
+  one = stored(some_results({"none": (3.0, 7.0)}))
+  two = stored(some_results({"b": (3.0, 7.0)}, **more), **about)
+  with pytest.raises(InputError, match=f"tables one and two: {message}; plot them one by one"):
+    pareto.plot_tables(tmp_path / "pareto.png", {"one": one, "two": two})
+
+
+def test_hollow_arms_are_said_to_be_unlike_the_first_arm_of_their_own_table(tmp_path):
+  tables = {}
+  for name, first in (("one", "none"), ("two", "top2")):
+    results = some_results({first: (3.0, 7.0)})
+    results += some_results({f"broken in {name}": (1.0, 6.0)}, fingerprint="other")
+    tables[name] = stored(results)
+  text = pareto.plot_tables(tmp_path / "pareto.png", tables).caption
+  assert "Hollow: not comparable with the first arm of its table (none or top2)." in text
+  plain = stored(some_results({"first": (2.0, 7.0), "b": (1.0, 8.0)}))
+  text = pareto.plot_tables(tmp_path / "pareto.png", {"plain": plain, "two": tables["two"]}).caption
+  assert "Hollow: not comparable with top2." in text
 
 
 @pytest.mark.parametrize(

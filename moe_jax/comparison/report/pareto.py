@@ -18,14 +18,9 @@ from moe_jax.errors import InputError
 
 _NUMBERED_FROM = 8  # arms; with fewer, colours alone tell them apart
 _LEGEND_ROWS = 24
-_SAME = (
-  "dataset",
-  "num_steps",
-  "tokens",
-  "learning_rate",
-  "num_layers",
-  "model_dim",
-)  # facts of tables that one plot may show
+# Facts that tables in one plot must share. One that a table does not have may be another.
+_KNOWN = ("dataset", "num_steps", "tokens", "learning_rate", "slots", "num_layers", "model_dim")
+_ALIKE = ("eval_batches", "swept")  # those that a table has only where there is something to say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +31,7 @@ class Point:
   mean: np.ndarray  # [2]
   spread: np.ndarray | None  # [2], sample standard deviation; None with one seed
   num_seeds: int
-  hollow: bool  # not comparable with the first arm
+  hollow: bool  # not comparable with the first arm of its table
   seeds: np.ndarray = dataclasses.field(
     default_factory=lambda: np.zeros((0, 2))
   )  # [seeds, 2]; files have none
@@ -78,7 +73,7 @@ def plot_quality(
     return None
   path = directory / "quality_vs_max_vio.png"
   lines |= _byte_lines(summary, quality)
-  return _plot(path, points, lines, quality, summary.rows[0].arm, summary.diverged)
+  return _plot(path, points, lines, quality, [summary.rows[0].arm], summary.diverged)
 
 
 def plot_tables(path: pathlib.Path, tables: Mapping[str, Stored]) -> canvas.Plot:
@@ -86,21 +81,19 @@ def plot_tables(path: pathlib.Path, tables: Mapping[str, Stored]) -> canvas.Plot
 
   Args:
     path: of the picture.
-    tables: by name. Their runs must share text, length and size of the model.
+    tables: by name. Their runs must share text, length, learning rate and size of the model, and drop tokens alike.
 
   Raises:
-    InputError: if they do not, or no arm has MaxVio and quality.
+    InputError: if they do not or a table does not say it, or no arm has MaxVio and quality.
   """
   from matplotlib import rc_context
 
   (name, first), *others = tables.items()
   quality, points, lines = _quality(first.summary), {}, {}
   for other, stored in others:
-    own, there = (_conditions(table.summary) for table in (stored, first))
-    differ = [key for key in there if own[key] != there[key]]
-    if differ:
-      raise InputError(f"tables {name} and {other}: differ in {', '.join(differ)}; plot them one by one")
+    _check_alike({name: first, other: stored})
   known: set[str] = set()
+  baselines: dict[str, None] = {}  # of the hollow arms
   lost: dict[str, None] = {}
   for stored in tables.values():
     broken = {d.arm for d in stored.differences if d.broken}
@@ -118,11 +111,12 @@ def plot_tables(path: pathlib.Path, tables: Mapping[str, Stored]) -> canvas.Plot
         means, spreads = ([getattr(cell, part) for cell in cells] for part in ("mean", "spread"))
         spread = None if None in spreads else np.array(spreads)
         points[len(known) - 1] = Point(row.arm, np.array(means), spread, cells[1].num, row.arm in broken)
+        baselines |= {stored.summary.rows[0].arm: None} if row.arm in broken else {}
   if not points:
     raise InputError(f"tables {', '.join(tables)}: no arm has MaxVio and {quality.title}")
   lines |= _byte_lines(first.summary, quality)
   with rc_context(canvas.RC):
-    return _plot(path, points, lines, quality, first.summary.rows[0].arm, [a for a in lost if a not in known])
+    return _plot(path, points, lines, quality, list(baselines), [a for a in lost if a not in known])
 
 
 def _quality(summary: Summary) -> Column:
@@ -132,10 +126,27 @@ def _quality(summary: Summary) -> Column:
   )
 
 
-def _conditions(summary: Summary) -> dict[str, Any]:
+def _check_alike(tables: Mapping[str, Stored]) -> None:
+  """Raises `InputError` where two tables do not share what arms of one plot must, or one does not say it."""
+  one, other = (_conditions(table) for table in tables.values())
+  where = f"tables {' and '.join(tables)}"
+  if differ := [key for key in one if None not in (one[key], other[key]) and one[key] != other[key]]:
+    raise InputError(f"{where}: differ in {', '.join(differ)}; plot them one by one")
+  for name, table in tables.items():
+    if unknown := [fact for fact in _KNOWN if fact not in table.summary.facts]:
+      raise InputError(f"{where}: {name} does not say its {', '.join(unknown)}; plot them one by one")
+
+
+def _conditions(table: Stored) -> dict[str, Any]:
   """Returns what tables in one plot must share. The yardsticks are counted on the text, so they tell texts apart."""
-  facts = {fact: summary.facts.get(fact) for fact in _SAME}
-  return facts | {"yardsticks": summary.yardsticks, "measure of quality": _quality(summary).key}
+  summary = table.summary
+  facts = {fact: summary.facts.get(fact) for fact in _KNOWN}
+  facts |= {fact: summary.facts.get(fact, []) for fact in _ALIKE}
+  return facts | {
+    "yardsticks": summary.yardsticks,
+    "measure of quality": _quality(summary).key,
+    "what varies by design": sorted(table.about.get("varies", [])),
+  }
 
 
 def _byte_lines(summary: Summary, quality: Column) -> dict[str, float]:
@@ -147,7 +158,7 @@ def _plot(
   points: Points,
   lines: Mapping[str, float],
   quality: Column,
-  baseline: str,
+  baselines: Sequence[str],
   lost: Sequence[str],
 ) -> canvas.Plot:
   numbered = len(points) >= _NUMBERED_FROM
@@ -166,7 +177,7 @@ def _plot(
   if numbered:
     _number_points(ax, points, front)
   _draw_legend(ax, points, front, numbered)
-  explained = _explanation(points, lines, front, baseline, lost)
+  explained = _explanation(points, lines, front, baselines, lost)
   place = ax.get_position()
   below = place.y0 - 0.54 / figure.get_figheight()  # inches, under the label of the axis
   figure.text(
@@ -177,7 +188,11 @@ def _plot(
 
 
 def _explanation(
-  points: Points, lines: Mapping[str, float], front: Sequence[int], baseline: str, lost: Sequence[str]
+  points: Points,
+  lines: Mapping[str, float],
+  front: Sequence[int],
+  baselines: Sequence[str],
+  lost: Sequence[str],
 ) -> str:
   counts = sorted({point.num_seeds for point in points.values()})
   text = ""
@@ -189,7 +204,8 @@ def _explanation(
   if front:
     text += "Grey line and bold names: the arms that no other beats in both means. "
   if any(point.hollow for point in points.values()):
-    text += f"Hollow: not comparable with {baseline}. "
+    first = baselines[0] if len(baselines) == 1 else f"the first arm of its table ({' or '.join(baselines)})"
+    text += f"Hollow: not comparable with {first}. "
   if lines:
     text += "Dotted lines: models without routing. "
   if lost:
