@@ -23,7 +23,14 @@ from moe_jax.config import (
   spec_text,
 )
 from moe_jax.disk import note
-from moe_jax.errors import STOPPED_STATUS, InputError, Stopped, of_the_system, unknown_name
+from moe_jax.errors import (
+  INTERRUPTED_STATUS,
+  STOPPED_STATUS,
+  InputError,
+  Stopped,
+  of_the_system,
+  unknown_name,
+)
 from moe_jax.models import PRESETS, preset
 from moe_jax.plugins import import_plugins
 
@@ -135,7 +142,7 @@ def _given(name: str) -> bool:
 def run(main: Callable[[list[str]], None], takes_arguments: bool = False) -> None:
   """`app.run` that answers wrong input with one line on stderr and exit status 2.
 
-  SIGTERM and SIGHUP end it with one line and `STOPPED_STATUS`. Only with `takes_arguments` may the command line have more
+  SIGTERM, SIGHUP and Ctrl-C end it with one line and `STOPPED_STATUS` or `INTERRUPTED_STATUS`. Only with `takes_arguments` may the command line have more
   than flags.
   """
 
@@ -153,7 +160,7 @@ def run(main: Callable[[list[str]], None], takes_arguments: bool = False) -> Non
     return rest
 
   def guarded(argv: list[str]) -> None:
-    with one_line(), Between():
+    with one_line(), Between(of_program=True):
       if "plugins" in flags.FLAGS:
         import_plugins(flags.FLAGS.plugins)
       main(argv)
@@ -189,8 +196,8 @@ def one_line() -> Iterator[None]:
     print(stopped, file=sys.stderr)
     sys.exit(STOPPED_STATUS)
   except KeyboardInterrupt:
-    print("\nstopped; the same command continues from the last checkpoint", file=sys.stderr)
-    sys.exit(130)
+    print("\nstopped; what is finished is kept, and the same command continues", file=sys.stderr)
+    sys.exit(INTERRUPTED_STATUS)
 
 
 def _own_flags() -> list[str]:

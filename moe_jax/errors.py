@@ -17,6 +17,9 @@ class InputError(ValueError):
 
 
 STOPPED_STATUS = 75  # exit status of `Stopped`: EX_TEMPFAIL of sysexits.h, try again later
+INTERRUPTED_STATUS = (
+  130  # exit status after Ctrl-C where there is no step to save: 128 and the number of SIGINT
+)
 
 
 class Stopped(Exception):

@@ -18,6 +18,8 @@ _stderr = 2  # the number of what was standard error when the process began
 
 def write(line: str) -> None:
   """Prints one line on standard error at once, whatever Python's streams are about to do."""
+  if os.isatty(_stderr):  # below what stands there; and the cursor is back, which progress bars hide
+    line = f"\x1b[?25h\n{line}"
   os.write(_stderr, f"{line}\n".encode())
 
 

@@ -6,7 +6,7 @@ import threading
 from typing import Any, Self
 
 from moe_jax.cluster import watch
-from moe_jax.errors import STOPPED_STATUS
+from moe_jax.errors import INTERRUPTED_STATUS, STOPPED_STATUS
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 _PATIENCE = 5.0  # seconds for the thread that hears
@@ -67,11 +67,23 @@ class Between(Listener):
   """Around programs: what is on disk is whole, so SIGTERM and SIGHUP end all processes at once, with `STOPPED_STATUS`.
 
   That is everywhere but where a run trains: there `moe_jax.training.stops.Stops` hears instead.
+
+  Args:
+    of_program: whether Ctrl-C ends it in the same way, with `INTERRUPTED_STATUS`, also where another `Between` is inside.
+      Otherwise it is Python's KeyboardInterrupt, which a notebook survives.
   """
 
-  signals = (signal.SIGTERM, signal.SIGHUP)
+  def __init__(self, of_program: bool = False):
+    self.signals = SIGNALS if of_program or in_program() else (signal.SIGTERM, signal.SIGHUP)
 
   def _heard(self, number: signal.Signals, numbers: int) -> None:
     line = f"stopped by {number.name}; what is finished is kept, and the same command continues"
-    watch.stop_all(line, STOPPED_STATUS)
-    watch.end(line, STOPPED_STATUS)
+    status = INTERRUPTED_STATUS if number == signal.SIGINT else STOPPED_STATUS
+    watch.stop_all(line, status)
+    watch.end(line, status)
+
+
+def in_program() -> bool:
+  """Returns whether Ctrl-C ends the process at once, because a `Between` of a program hears it."""
+  hears = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
+  return isinstance(hears, Between) and signal.SIGINT in hears.signals

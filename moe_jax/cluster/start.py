@@ -19,7 +19,7 @@ from absl import flags
 from moe_jax.cluster import abort
 from moe_jax.cluster.placement import Options, Placement, find_placement, split_address
 from moe_jax.cluster.watch import Watch, end
-from moe_jax.errors import STOPPED_STATUS, InputError, Stopped, of_the_system
+from moe_jax.errors import INTERRUPTED_STATUS, STOPPED_STATUS, InputError, Stopped, of_the_system
 from moe_jax.fingerprint import of_package
 
 
@@ -81,7 +81,9 @@ def on_every_process(main: Callable[[list[str]], None]) -> Callable[[list[str]],
       line = of_the_system(error)
       watch.stop(str(line or error), 2 if line else 1, trace="" if line else traceback.format_exc())
     except KeyboardInterrupt:
-      watch.stop("stopped from the keyboard; the same command continues from the last checkpoint", 130)
+      watch.stop(
+        "stopped from the keyboard; the same command continues from the last checkpoint", INTERRUPTED_STATUS
+      )
     except SystemExit as error:
       watch.stop(f"exit status {error.code}", error.code if isinstance(error.code, int) else 1)
     except BaseException as error:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from moe_jax.cluster import abort
-from moe_jax.errors import STOPPED_STATUS, InputError
+from moe_jax.errors import INTERRUPTED_STATUS, STOPPED_STATUS, InputError
 
 _STOP, _HOST, _FLAGS = "moe_jax/stop", "moe_jax/host", "moe_jax/flags"
 # Milliseconds: a wait that a message ends, one that starts again, and what a process that is alive needs to answer.
@@ -162,6 +162,6 @@ def end(line: str, status: int, seconds: float = 0.0) -> NoReturn:
   for stream in (sys.stdout, sys.stderr):
     with contextlib.suppress(Exception):
       stream.flush()
-  abort.write(f"{'' if status == STOPPED_STATUS else 'error: '}{line}")
+  abort.write(line if status in (STOPPED_STATUS, INTERRUPTED_STATUS) else f"error: {line}")
   time.sleep(seconds)  # process 0 keeps the store: the others read it first
   os._exit(status)

@@ -16,8 +16,8 @@ import numpy as np
 
 from moe_jax.cluster import abort, processes
 from moe_jax.cluster.agree import Agreement
-from moe_jax.cluster.signals import Listener
-from moe_jax.errors import STOPPED_STATUS, InputError, NonFiniteLoss, of_the_disk
+from moe_jax.cluster.signals import Listener, in_program
+from moe_jax.errors import INTERRUPTED_STATUS, STOPPED_STATUS, InputError, NonFiniteLoss, of_the_disk
 from moe_jax.ops.metrics import is_taken
 
 FIRST_SAVE = 30.0  # seconds until the first checkpoint that is due by time
@@ -40,6 +40,7 @@ class Stops(Listener):
     self._has_step = False  # whether there is something to save
 
   def __enter__(self) -> Self:
+    self._in_program = in_program()
     self._agreement = Agreement()
     return super().__enter__()
 
@@ -48,7 +49,7 @@ class Stops(Listener):
     self._agreement.close()
 
   def _handle(self, number: int, frame: Any) -> None:
-    if number == signal.SIGINT and self._has_nothing:
+    if number == signal.SIGINT and self._has_nothing and not self._in_program:
       raise KeyboardInterrupt
 
   def _heard(self, number: signal.Signals, numbers: int) -> None:
@@ -57,10 +58,11 @@ class Stops(Listener):
       abort.write(f"error: a second signal, {number.name}: ended without saving")
       os._exit(128 + number)
     if self._has_nothing:
-      if number == signal.SIGINT:
+      interrupted = number == signal.SIGINT
+      if interrupted and not self._in_program:
         return  # the handler raises KeyboardInterrupt
       abort.write(f"stopped by {number.name} before the first step; the same command continues")
-      os._exit(STOPPED_STATUS)
+      os._exit(INTERRUPTED_STATUS if interrupted else STOPPED_STATUS)
     self._agreement.ask(number.name)
 
   @property

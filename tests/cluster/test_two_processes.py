@@ -281,7 +281,7 @@ def talk(tmp_path):
   ("process", "sent", "status", "told"),
   [
     (1, signal.SIGSTOP, 1, GONE.format(1, 0, "no heartbeat for 6 s")),
-    (1, signal.SIGINT, 130, r"error: process 1 of 2 \(.*\) stopped: stopped from the keyboard; .*\n"),
+    (1, signal.SIGINT, 130, r"process 1 of 2 \(.*\) stopped: stopped by SIGINT; .*\n"),
     # JAX's abort may be quicker than our thread. Both are one line.
     (0, signal.SIGKILL, None, "^talking\n(" + GONE.format(0, 1, "") + "|" + LOST + ")$"),
   ],
@@ -292,11 +292,6 @@ def test_the_other_ends_in_bounded_time_and_says_why(talk, process, sent, status
     pair.wait_until(lambda: all("talking" in pair.output(i) for i in (0, 1)), SLOW, "talk")
     started = time.monotonic()
     pair.processes[process].send_signal(sent)
-    while sent == signal.SIGINT and pair.processes[process].poll() is None:
-      # Python drops an interrupt that comes while one of JAX's callbacks runs, and a user presses the keys again.
-      with contextlib.suppress(subprocess.TimeoutExpired):
-        pair.ends(process, 2.0)
-      pair.processes[process].send_signal(sent)
     ended = pair.ends(1 - process, SLOW)
     assert time.monotonic() - started < BOUND
     for _ in range(100):  # the line in place of JAX's page comes from a process that outlives the abort

@@ -100,8 +100,8 @@ def test_a_signal_while_the_last_step_is_saved_counts(num_steps, dataset, tmp_pa
   """Else a comparison would go on to its next run, which nobody has told."""
   save = Checkpoints.save
 
-  def signalled(self, step, *args):
-    save(self, step, *args)
+  def signalled(self, step, *args, **more):
+    save(self, step, *args, **more)
     if step == num_steps:
       os.kill(os.getpid(), signal.SIGTERM)
       time.sleep(0.2)
@@ -177,25 +177,48 @@ def test_a_signal_around_runs_ends_at_once(dataset, ended, tmp_path, monkeypatch
   assert [signal.getsignal(n) for n in signals.SIGNALS] == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name)
-def test_a_signal_to_a_command_that_trains_nothing_is_one_line(number):
-  program = """
-import time
+WAITING = """
+import sys, time
 from moe_jax import cli
+from moe_jax.cluster.signals import Between
+from moe_jax.training.stops import Stops
 
 def main(argv):
-  print("ready", flush=True)
-  time.sleep(60)
+  with Between() if argv[1] == "between" else Stops():
+    print("ready", flush=True)
+    for _ in range(60):
+      try:
+        time.sleep(1)
+      except KeyboardInterrupt:  # Python drops one that comes while JAX's callback of the garbage collector runs
+        pass
 
-cli.run(main)
+cli.run(main, takes_arguments=True)
 """
-  command = [sys.executable, "-c", program]
+
+
+@pytest.mark.parametrize(
+  ("number", "status"),
+  [(signal.SIGTERM, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)],
+  ids=lambda n: str(n),
+)
+@pytest.mark.parametrize("where", ["between", "before the first step"])
+def test_a_signal_to_a_command_that_trains_nothing_is_one_line(number, status, where):
+  command = [sys.executable, "-c", WAITING, where]
   with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
-    assert process.wait(30) == 75
-    line = f"stopped by {number.name}; what is finished is kept, and the same command continues\n"
-    assert process.stderr.read() == line
+    assert process.wait(30) == status
+    then = "; what is finished is kept, and" if where == "between" else " before the first step;"
+    assert process.stderr.read() == f"stopped by {number.name}{then} the same command continues\n"
+
+
+def test_ctrl_c_in_a_notebook_is_pythons():
+  with signals.Between():
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and not signals.in_program()
+  with signals.Between(of_program=True):
+    with signals.Between():
+      assert signals.in_program()
+    assert signals.in_program()
 
 
 CHILD = """
