@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -80,9 +81,11 @@ def _joined_claim(sources: Sequence[ComparisonFolder]) -> dict[str, Any]:
     for old, new in ((claim, known), (known, claim)) if claim else ():
       changed = claim_differences(old, new)
       if changed:
+        cure = "join folders of one command and one version of the code"
+        if any(re.search(r"\binit_from was |\bdistil:teacher=", line) for line in changed):
+          cure += ", with one path of the model (of --init_from, of the teacher) on all machines"
         raise InputError(
-          f"{source.path}: is another comparison than {sources[0].path} ({'; '.join(changed[:3])}); join folders of "
-          "one command and one version of the code"
+          f"{source.path}: is another comparison than {sources[0].path} ({'; '.join(changed[:3])}); {cure}"
         )
     claim = merged_claim(claim, known)
   return claim

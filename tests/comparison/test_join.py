@@ -39,6 +39,23 @@ def test_a_longer_run_is_another_comparison_whichever_folder_comes_first(tmp_pat
   assert not (tmp_path / "joined").exists()
 
 
+def test_two_paths_of_one_model_are_one_path_too_many(tmp_path):
+  """Also where the files are the same: what a run starts from is known by its path."""
+  for name, of in (("init_from", ""), ("objective", "distil:teacher=")):
+    folders = [tmp_path / f"{name}_{i}" for i in range(2)]
+    for seed, folder in enumerate(folders):
+      write(folder, [make_result("a", seed)], arms={"a": {name: f"{of}/path_{seed}"}})
+    with pytest.raises(
+      InputError, match=r"one version of the code, with one path of the model .* on all machines$"
+    ):
+      join(folders, tmp_path / "joined", QUIET)
+  one, other = (
+    write(tmp_path / str(i), [make_result("a", i)], tiny.change(CONFIG, num_layers=i)) for i in (1, 2)
+  )
+  with pytest.raises(InputError, match=r"one version of the code$"):
+    join([one, other], tmp_path / "joined", QUIET)
+
+
 def test_a_run_that_has_not_been_made_longer_yet_is_missing(tmp_path):
   """A shard was stopped after the command had been given with more steps."""
   of = lambda seed, steps: make_result("a", seed) | {"config": {"train": {"num_steps": steps}}}
