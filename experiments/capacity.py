@@ -70,14 +70,15 @@ def main(argv: list[str]) -> None:
   # Imported here, so that --help and wrong flags answer at once.
   from moe_jax.analysis.capacity import report, study
   from moe_jax.cluster import processes
-  from moe_jax.comparison.arms import arms_from_flag, balancing_arm
+  from moe_jax.comparison.arms import balancing_arm
   from moe_jax.comparison.comparison import Comparison
+  from moe_jax.comparison.fitting import fitting_arms
 
   config = cli.config_from_flags()
   known = study.methods(config)
   plan = study.make_plan(
     config,
-    arms_from_flag("methods", _METHODS.value, known, balancing_arm),
+    fitting_arms("methods", _METHODS.value, known, balancing_arm, config),
     factors=study.parse_factors("capacity_factors", _FACTORS.value),
     eval_factors=study.parse_factors("eval_capacity_factors", _EVAL_FACTORS.value),
     groups=_GROUP.value,

@@ -51,14 +51,15 @@ for module in (cli, comparison_flags, distributed):
 def main(argv: list[str]) -> None:
   del argv
   # Imported here, so that --help and wrong flags answer at once.
-  from moe_jax.comparison.arms import arms_from_flag, balancing, balancing_arm, published_notes
+  from moe_jax.comparison.arms import balancing, balancing_arm, published_notes
   from moe_jax.comparison.comparison import Comparison
+  from moe_jax.comparison.fitting import fitting_arms
 
   config = cli.config_from_flags()
   quick = flags.FLAGS.preset == "quick"
   methods = _METHODS.value or (QUICK_METHODS if quick else METHODS)
   comparison = Comparison(
-    arms=arms_from_flag("methods", methods, balancing(config), balancing_arm),
+    arms=fitting_arms("methods", methods, balancing(config), balancing_arm, config),
     config=config,
     output_dir=_OUTPUT_DIR.value,
     **comparison_flags.arguments(),

@@ -53,16 +53,18 @@ for module in (cli, comparison_flags, distributed):
 def main(argv: list[str]) -> None:
   del argv
   # Imported here so that --help and invalid flags respond immediately.
-  from moe_jax.comparison.arms import arms_from_flag, routers, routing_arm
+  from moe_jax.comparison.arms import routers, routing_arm
   from moe_jax.comparison.comparison import Comparison
+  from moe_jax.comparison.fitting import fitting_arms
   from moe_jax.training.compiled import resolve_config
 
   config = cli.config_from_flags()
-  every = routers(config.model.moe)
+  with_balancers = lambda arm: {"balancers": _BALANCERS.value} | arm
+  every = {name: with_balancers(arm) for name, arm in routers(config.model.moe).items()}
+  parse = lambda text: with_balancers(routing_arm(text))
   causal = resolve_config(config).model.causal
-  arms = arms_from_flag("routers", _ROUTERS.value or ROUTERS[causal], every, routing_arm)
   comparison = Comparison(
-    arms={name: {"balancers": _BALANCERS.value} | arm for name, arm in arms.items()},
+    arms=fitting_arms("routers", _ROUTERS.value or ROUTERS[causal], every, parse, config),
     config=config,
     output_dir=_OUTPUT_DIR.value,
     **comparison_flags.arguments(),

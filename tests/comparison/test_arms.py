@@ -16,9 +16,11 @@ from moe_jax.comparison.arms import (
   routing_arm,
   with_arm,
 )
+from moe_jax.comparison.fitting import fitting_arms
 from moe_jax.comparison.report import words
 from moe_jax.config import Config, MeshConfig
 from moe_jax.errors import InputError
+from moe_jax.models import preset
 from moe_jax.nn.routers import ROUTERS
 from moe_jax.ops.balancing import BALANCERS
 from moe_jax.registry import split_methods
@@ -112,6 +114,31 @@ def test_arms_by_name_by_spec_and_all():
   for text, message in ((" ,", "--methods=: name at least one arm"), ("none,none", "an arm is named twice")):
     with pytest.raises(InputError, match=message):
       read(text)
+
+
+def test_all_leaves_out_the_arms_that_do_not_fit_and_says_which(capsys):
+  """The stored tables have 16 experts, of which all can be made."""
+  moe = lambda config: {n: {"balancers": "none"} | dict(arm) for n, arm in routers(config.model.moe).items()}
+  for make, parse in ((balancing, balancing_arm), (moe, routing_arm)):
+    read = lambda config, text="all", m=make, p=parse: fitting_arms("methods", text, m(config), p, config)
+    assert read(CONFIG) == make(CONFIG) and not capsys.readouterr().err
+    small = dataclasses.replace(preset("tiny"), mesh=CONFIG.mesh)
+    found = read(small)
+    left = make(small).keys() - found.keys()
+    assert left == {"deepseek_v3" if make is balancing else "node_limited_topk:scale=1"}
+    said = capsys.readouterr().err
+    assert said.startswith(
+      f"note: --methods=all: leaves out what cannot be made of this configuration: {left.pop()} ("
+    )
+    assert "group_top=2 must be between 1 and the 1 experts" in said and said.count("\n") == 1
+    wrong = dataclasses.replace(small, optimizer=dataclasses.replace(small.optimizer, trained="nothing"))
+    assert (
+      read(wrong) == make(wrong) and not capsys.readouterr().err
+    )  # the comparison then says what is wrong
+  arm = balancing_arm("none@node_limited_topk")
+  assert fitting_arms("methods", "none@node_limited_topk", {}, balancing_arm, small) == {
+    "none@node_limited_topk": arm
+  }
 
 
 def test_a_router_in_place_of_a_balancer_says_how_it_is_written():
