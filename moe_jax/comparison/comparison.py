@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -18,6 +18,7 @@ from moe_jax.comparison.goals import check_goal
 from moe_jax.comparison.reporting import REPORT_FILE, merged_texts, read_texts, write_report
 from moe_jax.comparison.results import load_results, lookup
 from moe_jax.comparison.shard import Shard
+from moe_jax.comparison.tried import TRIED, tried_in_words, write_tried
 from moe_jax.config import Config
 from moe_jax.config.plain import fingerprint, to_plain
 from moe_jax.data import Dataset, load_dataset
@@ -249,12 +250,11 @@ class Comparison:
     results = selection._run(dataset) if selection.arms else []
     chosen, lines = self.sweep.choose(self.tried, results)
     self.arms = {c.name: self.arms[c.name] for c in chosen.values()}
-    self.tried_in_words = sweep.tried_in_words(lines)
-    for sentence in self.tried_in_words:
+    for sentence in tried_in_words(lines):
       self.console.print(sentence, soft_wrap=True, highlight=False, markup=False)
     with processes.first_writes("sweep") as mine:
       if mine:
-        sweep.write_csv(self.folder.path / "sweep.csv", lines)
+        write_tried(self.folder.path / TRIED, lines)
 
   def report(
     self,
@@ -266,6 +266,7 @@ class Comparison:
     notes: Sequence[str] = (),
     varies: Sequence[str] = (),
     states: Sequence[str] = (),
+    beside: Callable[[list[Result], str], Sequence[str]] | None = None,
   ) -> None:
     """Prints the table, and writes metrics.jsonl, summary.csv, differences.csv, plots and report.html.
 
@@ -276,20 +277,21 @@ class Comparison:
       title: the title of the report.
       question: the question that the comparison answers.
       command: the command that reproduces it.
-      notes: paragraphs for the report. What a sweep tried follows them. Those of earlier commands stay, as long as the
-        folder has results of them: they must be true of the arms of any command.
+      notes: paragraphs for the report. What a sweep tried and what was dropped follows them. Those of earlier commands stay,
+        as long as the folder has results of them: they must be true of the arms of any command.
       varies: keys of `moe_jax.comparison.results.PROTOCOL` that the question varies, e.g. "slots". Arms may
         differ in them, and in what a sweep chose.
       states: fields that arms set and their names do not say, such as "balancers". A paragraph says which arm has which.
+      beside: writes further files, given all results of the folder and their commands. Returns paragraphs on them, which stay
+        for this report only. Not called for a shard.
     """
-    notes = [*notes, *(self.tried_in_words if self.sweep else ())]
     with Between(), processes.first_writes("report") as mine:
       if mine:
         texts = {
           "title": title,
           "question": question,
           "commands": [command],
-          "notes": notes,
+          "notes": [*notes],
           "varies": [*varies],
           "states": [*states],
         }
@@ -300,7 +302,7 @@ class Comparison:
           texts = merged_texts([earlier, texts])
         disk.write_json(self.folder.path / REPORT_FILE, texts)
         if self.is_whole:
-          self._report(results, **texts)
+          self._report(results, beside, **texts)
         else:
           said = self.shard.in_words(len(results), self.folder.path)
           self.console.print(said, soft_wrap=True, highlight=False, markup=False)
@@ -310,13 +312,14 @@ class Comparison:
     own = {(result["arm"], result["seed"]) for result in results}
     return not {(result["arm"], result["seed"]) for result in load_results(self.folder.path)} <= own
 
-  def _report(self, results: list[Result], **texts: Any) -> None:
+  def _report(self, results: list[Result], beside: Any, **texts: Any) -> None:
     own = {(result["arm"], result["seed"]): result for result in results}
     stored = {(result["arm"], result["seed"]): result for result in load_results(self.folder.path)}
     self.folder.merge_metrics(stored)
     if stored.keys() - own.keys():  # of other commands in this folder; what `results` have besides stays
       results = list((stored | own).values())
-    write_report(self.folder, results, self.console, **texts)
+    of_results = beside(results, "; ".join(texts["commands"])) if beside else ()
+    write_report(self.folder, results, self.console, of_results=of_results, **texts)
 
   def _claim(self) -> None:
     with processes.first_writes("claim") as mine:

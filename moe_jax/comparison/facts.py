@@ -13,7 +13,8 @@ def facts_of(results: Sequence[Result]) -> dict[str, Any]:
 
   Each fact is a list of its different values, sorted; `tokens_per_second` is one number, the median over runs, `slots` are
   those of the first arm, with which the others are compared, and `diverged` has [arm, seed, reason] of each run that did.
-  `tokens` and `tokens_per_second` count padding, of which `padded` is the part; `bytes` do not, where that part is known.
+  `not_chosen` has the arms in whose place a sweep has chosen others since. `tokens` and `tokens_per_second` count padding, of
+  which `padded` is the part; `bytes` do not, where that part is known.
   """
   known = {
     "dataset": _different(r.get("dataset") for r in results),
@@ -28,6 +29,7 @@ def facts_of(results: Sequence[Result]) -> dict[str, Any]:
     "hardware": _different(_hardware(r) for r in results),
     "seeds": _different(r["seed"] for r in results),
     "swept": _different(_swept(r) for r in results),
+    "not_chosen": _different(str(r["arm"]) for r in results if lookup(r, "swept", "chosen") is False),
     "eval_batches": _different(_eval_batches(r) for r in results),
     "diverged": [[str(r["arm"]), r["seed"], _reason(r)] for r in results if diverged(r)],
   }

@@ -10,7 +10,6 @@ from typing import Any
 from rich.console import Console
 
 from moe_jax import disk, locks
-from moe_jax.comparison import sweep
 from moe_jax.comparison.folder import (
   SWEEP,
   ComparisonFolder,
@@ -19,6 +18,7 @@ from moe_jax.comparison.folder import (
 )
 from moe_jax.comparison.reporting import REPORT_FILE, merged_texts, read_texts, write_report
 from moe_jax.comparison.results import load_results, lookup
+from moe_jax.comparison.tried import TRIED, read_tried, write_tried
 from moe_jax.errors import InputError
 from moe_jax.training.result_file import Result, read_result, steps_asked
 
@@ -57,7 +57,7 @@ def join(
     _copy(runs, ComparisonFolder(folder), claim)
     if tried:
       _copy(runs_of_tried, ComparisonFolder(folder / SWEEP), claim_of_tried)
-      sweep.write_csv(folder / "sweep.csv", _sweep_lines(sources, claim))
+      write_tried(folder / TRIED, _sweep_lines(sources, claim))
     if texts:
       disk.write_json(folder / REPORT_FILE, texts)
   results = load_results(target.path)
@@ -152,8 +152,8 @@ def _copy(
 
 
 def _sweep_lines(sources: Sequence[ComparisonFolder], claim: Mapping[str, Any]) -> list[dict[str, str]]:
-  paths = [source.path / "sweep.csv" for source in sources]
-  lines = [line for path in paths if path.exists() for line in sweep.read_csv(path)]
+  paths = [source.path / TRIED for source in sources]
+  lines = [line for path in paths if path.exists() for line in read_tried(path)]
   lines = list({(line["arm"], line["value"]): line for line in lines}.values())
   order = list(claim["planned"])
   return sorted(lines, key=lambda line: order.index(line["arm"]))

@@ -1,6 +1,7 @@
 """Prints the table of a comparison, and writes its report into its folder."""
 
 import pathlib
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,14 +13,25 @@ from moe_jax.comparison import report, sweep
 from moe_jax.comparison.folder import ComparisonFolder, Result
 from moe_jax.comparison.report import words
 from moe_jax.comparison.results import varying
+from moe_jax.comparison.tried import TRIED, read_tried, tried_in_words
 
 REPORT_FILE = "report.json"  # title, question, commands, notes, ..., from which joined folders have theirs
+
+
+# What older reports kept among their notes, though it is of what results there were.
+_OF_RESULTS = re.compile(
+  r".*: chosen by \S+ on the selection seeds .*|.* has none of the options of the sweep, and is trained as it is\.|"
+  r"Nothing is dropped .*|This is a tour: .*|Loss minus that of training and evaluation at .*|"
+  r"Not all seeds have these evaluations: .*|Diverged, left out of capacity\.csv .*"
+)
 
 
 def read_texts(folder: pathlib.Path) -> dict[str, Any]:
   """Returns title, question, commands, notes and what varies, as the last report of a folder has them; {} if none."""
   texts = disk.read_object(folder / REPORT_FILE) or {}
-  return texts if {"title", "question", "commands", "notes", "varies"} <= texts.keys() else {}
+  if not {"title", "question", "commands", "notes", "varies"} <= texts.keys():
+    return {}
+  return texts | {"notes": [note for note in texts["notes"] if not _OF_RESULTS.fullmatch(str(note))]}
 
 
 def merged_texts(each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -72,15 +84,24 @@ def write_report(
   *,
   commands: Sequence[str],
   notes: Sequence[str],
+  of_results: Sequence[str] = (),
   **texts: Any,
 ) -> None:
-  """Prints the table and writes the report of `results` into the folder. The first arm is the baseline."""
-  results = sweep.marked(results, swept or {})
+  """Prints the table and writes the report of `results` into the folder. The first arm is the baseline.
+
+  The notes are followed by what depends on the results, which no report keeps: `of_results`, what a sweep tried,
+  and the fields of arms.
+  """
+  path = folder.path / TRIED
+  tried = read_tried(path) if swept and path.exists() else []
+  results = sweep.marked(results, swept or {}, tried)
   varies = varying(results, varies)
   known = folder.known().get("arms", {})
   arms = {arm: known[arm] for arm in dict.fromkeys(result["arm"] for result in results) if arm in known}
-  notes = [*notes, *filter(None, (words.of_field(arms, field) for field in states))]
-  report.print_table(report.summarise(results), console)
+  summary = report.summarise(results)
+  notes = [*notes, *of_results, *tried_in_words(tried)]
+  notes = [*filter(None, notes), *filter(None, (words.of_field(arms, field) for field in states))]
+  report.print_table(summary, console)
   report.print_differences(report.paired_differences(results, varies=varies), console, varies)
   paths = report.write_report(
     folder.path, results, varies=varies, command="; ".join(commands), notes=notes, **texts

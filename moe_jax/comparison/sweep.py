@@ -4,14 +4,11 @@ Every value is trained with the selection seeds. The best becomes the arm of the
 value. No arm is tuned more than another: all have the same values, seeds and goal, and what was tried is listed.
 """
 
-import csv
 import dataclasses
 import math
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from moe_jax import disk
 from moe_jax.comparison.goals import goals
 from moe_jax.comparison.results import OF_QUANTITIES, PROTOCOL, diverged
 from moe_jax.comparison.statistics import Column, columns_of, stat
@@ -20,6 +17,7 @@ from moe_jax.errors import InputError, unknown_name
 from moe_jax.nn.build import different_blocks, naming, routed_part
 from moe_jax.registry import Method, parse_value
 from moe_jax.training.protocol import protocol_of
+from moe_jax.training.result_file import steps_asked
 from moe_jax.training.results import table_columns
 
 Result = dict[str, Any]
@@ -33,7 +31,6 @@ _OF_CAPACITY = ("capacity_factor", "eval_capacity_factor")
 _OF_OPTIMIZER = ("weight_decay", "beta1", "beta2")
 # What a part reads only if its factory has a parameter of that name.
 _OFFERED = ("num_heads", "num_kv_heads", "head_dim", "rope_theta", "qk_norm", "dense_dim")
-COLUMNS = ("arm", "value", "seeds", "nll", "max_vio", "goal", "chosen", "note")
 
 
 class Candidate(NamedTuple):
@@ -139,6 +136,7 @@ class Sweep:
       for c in tried:
         lines.append({"arm": arm, "value": c.value, "goal": self.goal})
         lines[-1] |= {"seeds": " ".join(map(str, self.seeds)) if c.value else "", "chosen": c is best}
+        lines[-1]["num_steps"] = next(filter(None, map(steps_asked, of[c.name])), "")
         lines[-1] |= {key: _mean(columns[key], of[c.name]) for key in ("nll", "max_vio") if key in columns}
         lines[-1]["note"] = self._note(c, c is best, of[c.name])
     return chosen, lines
@@ -245,59 +243,21 @@ def ignored(config: Config, field: str) -> str:
   return ""
 
 
-def marked(results: Sequence[Result], described: Mapping[str, Any]) -> list[Result]:
+def marked(
+  results: Sequence[Result], described: Mapping[str, Any], lines: Sequence[Mapping[str, str]] = ()
+) -> list[Result]:
   """Returns the results of a sweep with `swept`, by which tables tell what the sweep changed from what arms are.
 
   Args:
-    results: of the chosen candidates.
+    results: of the chosen candidates. Those that an earlier command chose, and the last one did not, are marked so.
     described: as from `Sweep.described`; empty: there was no sweep.
+    lines: of sweep.csv. An arm that they lack counts as chosen.
   """
   protocols = described.get("protocols", {})
   said = {key: value for key, value in described.items() if key != "protocols"}
-  return [
-    r | {"swept": said | {"protocol": protocols[r["arm"]]}} if r["arm"] in protocols else r for r in results
-  ]
-
-
-def tried_in_words(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-  """Returns a sentence for each arm of sweep.csv, for the notes of a report."""
-  arms: dict[str, list[Mapping[str, Any]]] = {}
-  for line in lines:
-    arms.setdefault(line["arm"], []).append(line)
-  sentences = []
-  for arm, of_arm in arms.items():
-    first = of_arm[0]
-    if not first["value"]:
-      sentences.append(f"{arm} has none of the options of the sweep, and is trained as it is.")
-      continue
-    seeds = first["seeds"].replace(" ", ", ")
-    text = f"{arm}: chosen by {first['goal']} on the selection seeds {seeds}. Tried: "
-    text += "; ".join(_line_in_words(line) for line in of_arm)
-    sentences.append(text + ".")
-  return sentences
-
-
-def write_csv(path: pathlib.Path, lines: Sequence[Mapping[str, Any]]) -> None:
-  """Writes sweep.csv: a line per arm and value. Lines of other arms stay, which other shards may have written."""
-  arms = {line["arm"] for line in lines}
-  others = read_csv(path) if path.exists() else []
-  lines = [line for line in others if line["arm"] not in arms] + list(lines)
-  with disk.whole_text(path) as file:
-    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: "" if x != x else x for k, x in line.items()} for line in lines)  # no text for NaN
-
-
-def read_csv(path: pathlib.Path) -> list[dict[str, str]]:
-  """Returns the lines of a sweep.csv, all values as text."""
-  with path.open(newline="") as file:
-    return list(csv.DictReader(file))
-
-
-def _line_in_words(line: Mapping[str, Any]) -> str:
-  chosen = ", chosen" if line["chosen"] else ""
-  note = f" ({line['note']})" if line["note"] else ""
-  return f"{line['value']} (nll {line['nll']:.4f}, MaxVio {line['max_vio']:.3f}{chosen}){note}"
+  left = {f"{line['arm']} {line['value']}" for line in lines if line["value"] and line["chosen"] != "True"}
+  swept = lambda arm: said | {"protocol": protocols[arm], "chosen": arm not in left}
+  return [r | {"swept": swept(r["arm"])} if r["arm"] in protocols else r for r in results]
 
 
 def _mean(column: Column, results: Sequence[Result]) -> float:

@@ -8,8 +8,9 @@ import pathlib
 import numpy as np
 import pytest
 
-from moe_jax.comparison import report, sweep
+from moe_jax.comparison import report
 from moe_jax.comparison.report import stored
+from moe_jax.comparison.tried import write_tried
 from moe_jax.errors import InputError
 from scripts import render_tables
 from tests.comparison.made_results import LONG, make_result
@@ -163,12 +164,19 @@ def test_a_page_says_what_a_sweep_tried(tmp_path):
     "chosen": chosen, "note": note,
   }  # fmt: skip
   lines = [of("a", "rate=1", 2.25), of("a", "rate=2", 2.0, True, "at the end"), of("a", "rate=3", math.nan)]
-  sweep.write_csv(tmp_path / "run" / "sweep.csv", [*lines, of("b", "", math.nan, True)])
+  write_tried(tmp_path / "run" / "sweep.csv", [*lines, of("b", "", math.nan, True)])
   folder = render_tables.add(tmp_path, "one", tmp_path / "run")
   said = render_tables.stale_pages(tmp_path)[page]
   assert "Tried for each arm on the seeds 100, 101, and chosen by `nll`:\n" in said
   rows = ["| `a` | rate=2 | 2.0000 | 0.5000 | chosen, at the end |", "| `a` | rate=1 | 2.2500 | 0.5000 |  |"]
   assert "\n".join([*rows, "| `a` | rate=3 |  | 0.5000 |  |\n"]) in said and "`b`" not in said
+  steps = {"a": 12, "c": 24}
+  lines = [of(arm, "rate=1", 2.25) | {"num_steps": n} for arm, n in steps.items()]
+  write_tried(tmp_path / "run" / "sweep.csv", lines)
+  render_tables.add(tmp_path, "one", tmp_path / "run")
+  said = render_tables.stale_pages(tmp_path)[page]
+  assert "| Arm | Values | Steps | NLL | MaxVio global |  |\n|---|---|---|---|---|---|\n" in said
+  assert "| `c` | rate=1 | 24 | 2.2500 | 0.5000 |  |\n" in said and "| `b` | rate=1 |  | 2.2500 |" not in said
   (tmp_path / "run" / "sweep.csv").unlink()  # the next results are of no sweep
   render_tables.add(tmp_path, "one", tmp_path / "run")
   assert not (folder / "sweep.csv").exists() and "Tried" not in render_tables.stale_pages(tmp_path)[page]

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from moe_jax import sharding
+from moe_jax.comparison import tried
 from moe_jax.comparison.arms import balancing_arm, with_arm
 from moe_jax.comparison.comparison import Comparison
 from moe_jax.comparison.join import join
@@ -235,8 +236,53 @@ def test_what_a_sweep_changed_is_known_of_the_arms_of_earlier_commands(tmp_path)
     assert sorted(texts["swept"]["protocols"]) == sorted(
       f"{a} learning_rate={x}" for a in ARMS for x in ("0.000001", "0.01")
     )
-    assert all(sum(note.startswith(f"{arm}: chosen by nll") for note in texts["notes"]) == 1 for arm in ARMS)
+    assert texts["notes"] == ["n"]  # what was tried is read from sweep.csv
+    page = (tmp_path / folder / "report.html").read_text().replace("<wbr>", "")
+    assert all(page.count(f"{arm}: chosen by nll") == 1 for arm in ARMS)
     assert "not comparable" not in (tmp_path / folder / "differences.csv").read_text()
+
+
+def test_a_sweep_that_goes_on_with_more_steps_says_one_thing_of_each_arm(tmp_path):
+  """In its report, and in sweep.csv. One arm stays as it was."""
+  folder, config = tmp_path / "run", tiny.change(CONFIG, schedule="constant", warmup_steps=1)
+  arms = {"none": ARMS["none"]} | {name: balancing_arm(name) for name in ("switch_loss:0.1", "z_loss:0.1")}
+  compare(folder, arms, seeds=[0], config=config, sweep=WEIGHTS)
+  del arms["z_loss:0.1"]
+  longer = tiny.change(config, num_steps=3)
+  # A report of before kept these sentences among its notes.
+  stored = json.loads((folder / "report.json").read_text())
+  stored["notes"] += ["switch_loss:0.1: chosen by nll on the selection seeds 100. Tried: weight=0.1 (...)."]
+  (folder / "report.json").write_text(json.dumps(stored))
+  compare(folder, arms, seeds=[0], config=longer, sweep=WEIGHTS)
+  lines = list(csv.DictReader((folder / "sweep.csv").open()))
+  steps = {line["arm"]: line["num_steps"] for line in lines}
+  assert steps == {"none": "", "switch_loss:0.1": "3", "z_loss:0.1": "2"} and len(lines) == 5
+  page = (folder / "report.html").read_text().replace("<wbr>", "")
+  for arm, n in (("switch_loss:0.1", 3), ("z_loss:0.1", 2)):
+    assert (
+      page.count(f"{arm}: chosen by nll on the selection seeds 100, after {n} steps. Tried: weight=0.1 (")
+      == 1
+    )
+    assert page.count(f"{arm}: chosen by") == 1
+  assert page.count("has none of the options of the sweep") == 1
+
+
+def test_a_sweep_csv_of_before_or_with_damaged_lines_is_read(tmp_path):
+  whole = "a,weight=1,100,2.5,0.5,nll,True,"
+  lines = [
+    "arm,value,seeds,nll,max_vio,goal,chosen,note",
+    whole,
+    "a,weight=2,100,2.x,0.5,nll,False,",
+    "a,wei",
+  ]
+  (tmp_path / "sweep.csv").write_text("\n".join([*lines, "b,,,,,nll,True,none"]))
+  (of_a, of_b) = tried.read_tried(tmp_path / "sweep.csv")
+  assert tried.tried_in_words([of_a, of_b]) == [
+    "a: chosen by nll on the selection seeds 100. Tried: weight=1 (nll 2.5000, MaxVio 0.500, chosen).",
+    "b has none of the options of the sweep, and is trained as it is.",
+  ]
+  tried.write_tried(tmp_path / "sweep.csv", [of_b | {"num_steps": 3, "more": 1}])
+  assert [line["num_steps"] for line in tried.read_tried(tmp_path / "sweep.csv")] == ["", "3"]
 
 
 def result(name, nll, seed=100, **more):

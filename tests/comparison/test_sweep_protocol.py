@@ -89,6 +89,17 @@ def test_the_caption_says_what_was_chosen_and_how():
   assert "at its best" not in words.caption(summarise(found), ())
 
 
+def test_the_caption_excepts_what_an_earlier_command_chose():
+  """Its rows stay, and say nothing of the best value. Of what sweep.csv lacks, nothing is said."""
+  found, described = results(["learning_rate:0.1,0.2"], [0, 1, 0, 0])
+  line = lambda arm, value, chosen: {"arm": arm, "value": f"learning_rate={value}", "chosen": chosen}
+  lines = [line("a", 0.1, "True"), line("a", 0.2, "False"), line("b", 0.1, "True"), line("b", 0.2, "False")]
+  said = words.caption(summarise(sweep.marked(found, described, lines)), ())
+  but = "except b learning_rate=0.2, which an earlier command chose."
+  assert f"at its best of learning_rate, chosen by nll on seeds 100, 101, {but}" in said
+  assert "except" not in words.caption(summarise(sweep.marked(found, described, lines[:2])), ())
+
+
 def test_a_sweep_of_experts_per_token_leaves_max_vio_without_a_verdict():
   marked = sweep.marked(*results(["num_experts_per_token:1,2"], [0, 1, 0, 0]))
   found = {(d.arm.split()[0], d.key): d.verdict for d in paired_differences(marked)}

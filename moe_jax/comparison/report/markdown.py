@@ -62,12 +62,13 @@ def _tried(lines: Sequence[dict[str, str]]) -> list[str]:
   if not swept:
     return []
   seeds, goal = swept[0]["seeds"].replace(" ", ", "), swept[0]["goal"]
+  steps = ["Steps"] if any(line.get("num_steps") for line in swept) else []  # which older ones do not say
   said = [
     "",
     f"Tried for each arm on the seeds {seeds}, and chosen by `{goal}`:",
     "",
-    _line(["Arm", "Values", "NLL", "MaxVio global", ""]),
-    "|---" * 5 + "|",
+    _line(["Arm", "Values", *steps, "NLL", "MaxVio global", ""]),
+    "|---" * (5 + len(steps)) + "|",
   ]
   for arm in dict.fromkeys(line["arm"] for line in swept):
     of_arm = [line for line in swept if line["arm"] == arm]
@@ -75,7 +76,8 @@ def _tried(lines: Sequence[dict[str, str]]) -> list[str]:
     for line in sorted(of_arm, key=lambda line: float(line["nll"] or "inf")):
       chosen = "chosen" if line["chosen"] == "True" else ""
       notes = ", ".join(filter(None, [chosen, line["note"]]))
-      said.append(_line([f"`{arm}`", line["value"], number(line, "nll"), number(line, "max_vio"), notes]))
+      tried = [f"`{arm}`", line["value"], *(line.get("num_steps") or "" for _ in steps)]
+      said.append(_line([*tried, number(line, "nll"), number(line, "max_vio"), notes]))
   return said
 
 

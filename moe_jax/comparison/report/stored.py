@@ -16,10 +16,10 @@ from moe_jax import disk
 from moe_jax.comparison.differences import Difference
 from moe_jax.comparison.results import Result, lookup
 from moe_jax.comparison.statistics import Column, Row, Stat, Summary
+from moe_jax.comparison.tried import TRIED
 from moe_jax.errors import InputError
 
 SUMMARY, DIFFERENCES, ABOUT = FILES = ("summary.csv", "differences.csv", "about.json")
-TRIED = "sweep.csv"  # what a sweep tried; see `moe_jax.comparison.sweep`
 _COLUMN_FIELDS = ("key", "title", "unit", "format", "lower_is_better", "judged")
 
 

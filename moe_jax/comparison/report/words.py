@@ -42,7 +42,9 @@ def caption(summary: Summary, columns: Sequence[Column]) -> str:
   else:
     n = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     spread = f"Mean ± sample standard deviation over {n} seeds."
-  swept = [f"Each arm is at its best of {chosen}." for chosen in summary.facts.get("swept", ())]
+  but = ", ".join(summary.facts.get("not_chosen", ()))
+  but = f", except {but}, which an earlier command chose" if but else ""
+  swept = [f"Each arm is at its best of {chosen}{but}." for chosen in summary.facts.get("swept", ())]
   sentences = [facts_sentence(summary.facts), *swept, spread]
   meanings = [_MEANINGS[column.key] for column in columns if column.key in _MEANINGS]
   if "eval_batches" in summary.facts:
