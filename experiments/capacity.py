@@ -27,6 +27,7 @@ GShard's first choices come before all second ones, so a token's output depends 
 arm gets no verdict against others. Compare it where evaluation has no capacity, or with --objective=masked_lm.
 """
 
+import functools
 import pathlib
 import shlex
 import sys
@@ -69,7 +70,6 @@ def main(argv: list[str]) -> None:
   del argv
   # Imported here, so that --help and wrong flags answer at once.
   from moe_jax.analysis.capacity import report, study
-  from moe_jax.cluster import processes
   from moe_jax.comparison.arms import balancing_arm
   from moe_jax.comparison.comparison import Comparison
   from moe_jax.comparison.fitting import fitting_arms
@@ -91,25 +91,20 @@ def main(argv: list[str]) -> None:
     evaluations=plan.evaluations,
     **comparison_flags.arguments(),
   )
-  results = comparison.run()
-  command = shlex.join(["python", *sys.argv])
-  with processes.first_writes("capacity") as mine:
-    folder = pathlib.Path(_OUTPUT_DIR.value)
-    # A shard has no figures: those are of the joined folder, for which this command runs again.
-    beside = report.write(folder, results, plan, command) if mine and comparison.is_whole else []
   comparison.report(
-    results,
+    comparison.run(),
     title="Capacity",
     question="What does capacity cost, and what does balancing buy at each capacity?",
-    command=command,
-    notes=[*NOTES, *beside],
+    command=shlex.join(["python", *sys.argv]),
+    notes=NOTES,
     varies=("slots",),
+    # A shard has no figures: those are of the joined folder, for which this command runs again.
+    beside=functools.partial(report.write, pathlib.Path(_OUTPUT_DIR.value)),
   )
 
 
 NOTES = [
-  "The numbers of an arm are those at its own capacity factor, in training and evaluation. capacity.csv and capacity.md "
-  "have its evaluations at the other factors, from the same parameters.",
+  "The numbers of an arm are those at its own capacity factor, in training and evaluation.",
   "Arms of different capacity factors have different numbers of slots, which is what is compared.",
   "With a capacity, gshard_top2 looks at later tokens of the sequence: all first choices come before any second one. "
   "Its perplexity is then not that of a language model. Evaluated without a capacity, it looks at none.",

@@ -1,6 +1,9 @@
 """The capacity study: one model evaluated at many factors, the same numbers on eight devices, and its files."""
 
 import csv
+import functools
+import json
+import pathlib
 import shutil
 
 import numpy as np
@@ -52,7 +55,7 @@ def numbers(evaluation):
 def test_one_model_is_evaluated_at_every_factor(finished, tmp_path):
   _, plan, results = finished
   for arm, result in results.items():
-    factor = plan.settings[arm].factor
+    factor = Setting.parse(arm).factor
     names = [factor if factor == "none" else f"{factor} sequence" for factor in EVALUATED]
     assert list(result["evaluations"]) == names
     own = factor if factor == "none" else f"{factor} sequence"
@@ -79,10 +82,10 @@ def test_an_evaluation_says_whether_it_looks_ahead(finished):
   ("seeds", "written"), [((False, None), ""), ((None, True), "True"), ((False, False), "False")]
 )
 def test_a_table_does_not_claim_what_was_not_measured(finished, tmp_path, seeds, written):
-  _, plan, results = finished
+  _, _, results = finished
   arm = "switch_top1 0.5 sequence"
   made = [results[arm] | {"seed": i, "sees_later_tokens": sees} for i, sees in enumerate(seeds)]
-  tables.write_csv(tmp_path / "capacity.csv", tables.cells(made, plan.settings)[:1])
+  tables.write_csv(tmp_path / "capacity.csv", tables.cells(made, {arm: Setting.parse(arm)})[:1])
   (line,) = csv.DictReader((tmp_path / "capacity.csv").open())
   assert line["sees_later_tokens"] == written
 
@@ -180,8 +183,8 @@ def test_an_arm_without_capacity_is_evaluated_in_all_groups():
 
 
 def test_the_files_have_every_number(finished, tmp_path):
-  _, plan, results = finished
-  notes = report.write(tmp_path, list(results.values()), plan, "command")
+  _, _, results = finished
+  notes = report.write(tmp_path, list(results.values()), "command")
   assert {p.name for p in tmp_path.iterdir()} == {
     "capacity.csv",
     "capacity.md",
@@ -199,17 +202,17 @@ def test_the_files_have_every_number(finished, tmp_path):
   assert (line["nll_std"], line["num_seeds"], line["sees_later_tokens"]) == ("", "1", "False")
   page = (tmp_path / "capacity.md").read_text()
   assert f"{nll / np.log(2):.4f}" in page and "`switch_top1`, groups of a sequence:" in page
-  assert "trained at 0.75 and evaluated at 2: ST-MoE top-1 +0.026; ST-MoE top-2 +0.027." in notes[0]
+  assert "trained at 0.75 and evaluated at 2: ST-MoE top-1 +0.026; ST-MoE top-2 +0.027." in notes[1]
 
 
 def test_a_diverged_run_and_fewer_evaluations_of_one_seed_leave_the_rest(finished, tmp_path):
   """As `diverged_result` writes it; and a second seed that was evaluated at fewer factors."""
-  _, plan, results = finished
+  _, _, results = finished
   arm, switch = "gshard_top2 0.5 sequence", "switch_top1 0.5 sequence"
   infinite = dict.fromkeys(("nll", "perplexity", "bits_per_byte"), "Infinity")
   diverged = {"arm": switch, "seed": 1, "config": {}, "diverged": "a reason", "validation": infinite}
   second = results[arm] | {"seed": 1, "evaluations": {"none": results[arm]["evaluations"]["none"]}}
-  notes = report.write(tmp_path, [second, *results.values(), diverged], plan, "command")
+  notes = report.write(tmp_path, [second, *results.values(), diverged], "command")
   lines = list(csv.DictReader((tmp_path / "capacity.csv").open()))
   num_seeds = {(x["method"], x["train_factor"], x["eval_factor"]): int(x["num_seeds"]) for x in lines}
   assert len(lines) == 3 * 3 and {num_seeds["gshard_top2", "0.5", factor] for factor in ("0.5", "none")} == {
@@ -221,8 +224,33 @@ def test_a_diverged_run_and_fewer_evaluations_of_one_seed_leave_the_rest(finishe
     f"Not all seeds have these evaluations: {arm} at 1 sequence (seeds 0 of 0, 1).",
   ]
   page = (tmp_path / "capacity.md").read_text()
-  assert notes[:2] == said and " ".join(said) in page and "inf" not in page and "Bits per token" in page
-  assert report.write(tmp_path, [diverged], plan, "command")[0] == said[0]  # nothing else is there
+  assert notes[1:3] == said and " ".join(said) in page and "inf" not in page and "Bits per token" in page
+  assert report.write(tmp_path, [diverged], "command")[1] == said[0]  # nothing else is there
+
+
+def test_the_files_are_of_all_commands_in_the_folder(finished, tmp_path, monkeypatch):
+  """Whose arms are others. What is said of the numbers is said once, of those that are there now."""
+  folder = pathlib.Path(shutil.copytree(finished[0], tmp_path / "run"))
+  monkeypatch.setattr(train_loop.Run, "train", None)
+  texts = {"title": "t", "question": "q", "notes": ["n"], "varies": ["slots"]}
+  rows = lambda: [(x["method"], x["train_factor"]) for x in csv.DictReader((folder / "capacity.csv").open())]
+  for name, factors in (("switch_top1", ["0.5"]), ("gshard_top2", ["0.5", "none"])):
+    plan = plan_of(name, factors=factors)
+    compared = Comparison(plan.arms, [0], CONFIG, folder, evaluations=plan.evaluations)
+    beside = functools.partial(report.write, folder)
+    compared.report(compared.run(), command=f"c {name}", beside=beside, **texts)
+    every = [("gshard_top2", "0.5"), ("gshard_top2", "none"), ("switch_top1", "0.5")]
+    assert {*rows()} == {*every}
+    page = (folder / "report.html").read_text().replace("<wbr>", "")
+    assert page.count("Loss minus that of") == page.count(report.FURTHER) == 1
+    assert json.loads((folder / "report.json").read_text())["notes"] == ["n"]
+  assert (folder / "capacity.md").read_text().startswith("`c switch_top1; c gshard_top2`\n")
+
+
+def test_a_setting_is_that_of_the_name_of_its_arm():
+  for arm in plan_of("none", "switch_top1", factors=("0.5", "1", "none"), groups=study.GROUPS).arms:
+    assert str(Setting.parse(arm)) == arm
+  assert Setting.parse("none") is None and Setting.parse("switch_loss:0.1 weight=0.1") is None
 
 
 def cell(trained, evaluated, **nll):

@@ -19,6 +19,15 @@ class Setting(NamedTuple):
   factor: str  # of training, as text, or NONE
   group: str  # whose tokens share the slots of an expert; empty without a capacity
 
+  @classmethod
+  def parse(cls, arm: str) -> "Setting | None":
+    """Returns the setting of the arm of this name; None for an arm of another study."""
+    method, _, rest = arm.partition(" ")
+    if rest == "dropless":
+      return cls(method, NONE, "")
+    factor, _, group = rest.partition(" ")
+    return cls(method, factor, group) if group in GROUPS else None
+
   def __str__(self) -> str:
     return f"{self.method} dropless" if self.factor == NONE else " ".join(self)
 
@@ -26,7 +35,6 @@ class Setting(NamedTuple):
 class Plan(NamedTuple):
   """A comparison of capacity factors."""
 
-  settings: dict[str, Setting]  # by arm
   arms: dict[str, Arm]
   evaluations: dict[str, dict[str, Arm]]  # arm -> name of the evaluation -> fields
 
@@ -118,7 +126,6 @@ def make_plan(
     return found
 
   return Plan(
-    settings={str(s): s for s in settings},
     arms={str(s): arm(s) for s in settings},
     evaluations={str(s): evaluations(s) for s in settings},
   )
