@@ -107,7 +107,9 @@ def main(argv: list[str]) -> None:
     title="Distillation",
     question=__doc__.splitlines()[0],
     command=shlex.join(["python", *sys.argv]),
-    notes=[f"The teacher is {_MODEL.value}. It is one model for all seeds, and saw other batches."],
+    notes=[
+      f"The teacher is {_MODEL.value}. It is one model for all seeds, and saw the batches of its own seed."
+    ],
     varies=["objective"],
   )
   write_table(folder / "kept.csv", rows)

@@ -30,7 +30,7 @@ METHODS = (
   "none,none@sigmoid_topk,switch_loss:0.01,loss_free_bias:0.001@sigmoid_topk,loss_free_bias:0.001:rule=proportional,"
   "hash_topk,dense,dense_total"
 )
-# A bias cannot move further than steps x rate, and the tour has 100 steps.
+# A bias cannot move further than steps x rate, and the tour has few steps.
 QUICK_METHODS = "none,switch_loss:0.01,loss_free_bias:0.01@sigmoid_topk"
 
 _METHODS = flags.DEFINE_string(
@@ -70,18 +70,25 @@ def main(argv: list[str]) -> None:
     title="Load balancing",
     question="Which method balances the experts, and at what quality?",
     command=shlex.join(["python", *sys.argv]),
-    notes=[*([TOUR] if quick else []), *NOTES, *published_notes(comparison.arms, config)],
+    notes=[*(tour(config) if quick else []), *NOTES, *published_notes(comparison.arms, config)],
   )
 
 
+def tour(config) -> list[str]:
+  """Returns a note on runs as short as those of --preset=quick; none if these are of other lengths."""
+  from moe_jax.models import preset
+
+  steps = preset("quick").train.num_steps
+  if config.train.num_steps != steps:
+    return []
+  return [
+    f"Runs of {steps} steps are a tour: too short to learn anything that a router could be good at. Use --preset=default "
+    "for a comparison."
+  ]
+
+
 # Shown in the report.
-TOUR = (
-  "This is a tour: 100 steps are too few to learn anything that a router could be good at. Use --preset=default for "
-  "a comparison."
-)
 NOTES = [
-  "Nothing is dropped (--dispatcher=dropless), so a difference in quality is not one of dropped tokens. "
-  "experiments/capacity.py compares capacities.",
   "Balancing losses are 1 x weight in each layer at perfect balance, and layers add up, as in Switch (2101.03961).",
   "loss_free_bias on sigmoid_topk with the step 0.001 is the method as published (2408.15664). Its baseline is "
   "none@sigmoid_topk. On softmax, the paper uses the proportional rule; it does not say how it scales the violation, "

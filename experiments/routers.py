@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
 
 WIDTH = (
   "K x F, the hidden width that a token sees, is equal in all arms but top_p, remoe, expert_threshold, soft_moe and "
-  "latent_moe, which have no verdict. Routers with K = 1 have experts of twice the width, and so more parameters. "
+  "latent_moe, which have no verdict. Routers that choose one expert have wider ones, of K x F, and so more parameters. "
   "task_level reads the domain of each sequence, and task_level and sequence_level drop nothing."
 )
 LEAKS = (
@@ -91,10 +91,10 @@ LEAKS = (
 )
 MASKED = (
   "Perplexity is that of masked tokens, of which the model sees both sides. Routers that look at a whole sequence "
-  "leak nothing here, so they compare with the others. A routing group is one sequence."
+  "leak nothing here, so they compare with the others. With --group_size=0, a routing group is one sequence."
 )
 EVALUATION = (
-  "In evaluation nothing is drawn but the masks, which are the same in all arms, and capacity is "
+  "In evaluation nothing is drawn but the masks, which are the same in all arms, and a capacity is "
   "--eval_capacity_factor; base_assignment and sinkhorn take each token's best experts."
 )
 

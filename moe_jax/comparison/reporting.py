@@ -89,8 +89,8 @@ def write_report(
 ) -> None:
   """Prints the table and writes the report of `results` into the folder. The first arm is the baseline.
 
-  The notes are followed by what depends on the results, which no report keeps: `of_results`, what a sweep tried,
-  and the fields of arms.
+  The notes are followed by what depends on the results, which no report keeps: `of_results`, what a sweep tried, what was
+  dropped, and the fields of arms.
   """
   path = folder.path / TRIED
   tried = read_tried(path) if swept and path.exists() else []
@@ -99,7 +99,7 @@ def write_report(
   known = folder.known().get("arms", {})
   arms = {arm: known[arm] for arm in dict.fromkeys(result["arm"] for result in results) if arm in known}
   summary = report.summarise(results)
-  notes = [*notes, *of_results, *tried_in_words(tried)]
+  notes = [*notes, *of_results, *tried_in_words(tried), words.drops(summary, results)]
   notes = [*filter(None, notes), *filter(None, (words.of_field(arms, field) for field in states))]
   report.print_table(summary, console)
   report.print_differences(report.paired_differences(results, varies=varies), console, varies)

@@ -88,6 +88,26 @@ def diverged(summary: Summary) -> str:
   return text
 
 
+def drops(summary: Summary, results: Sequence[Mapping[str, Any]]) -> str:
+  """Returns whether tokens are dropped, and the least and the largest share of an arm; "" if results do not say it.
+
+  Args:
+    summary: of the results.
+    results: as runs write them. Those that diverged do not count.
+  """
+  slots = {result.get("slots") for result in results if "diverged" not in result}
+  if slots == {"dropless"}:
+    return "Nothing is dropped, so a difference in quality is not one of dropped tokens."
+  parts = []
+  for key, where in (("dropped_fraction_training", "training"), ("dropped_fraction", "validation")):
+    of_arm = {row.arm: row.cells[key].mean for row in summary.rows if row.cells.get(key)}
+    ends = dict.fromkeys((min(of_arm, key=of_arm.get), max(of_arm, key=of_arm.get))) if of_arm else ()
+    parts += [f"{' to '.join(f'{of_arm[arm]:.3g} ({arm})' for arm in ends)} in {where}"] if ends else []
+  if None in slots or not parts:
+    return ""
+  return f"Dropped of the (token, expert) assignments: {', '.join(parts)}. A difference in quality may be one of dropped tokens."
+
+
 def byte_models(summary: Summary) -> dict[str, float]:
   """Returns the yardsticks under the names that rows and lines have."""
   return {f"byte {name}": bits for name, bits in summary.yardsticks.items()}
