@@ -22,19 +22,21 @@ from moe_jax.fingerprint import definition, digest, is_builtin, place
 class Method:
   """A factory with its options, not called yet.
 
-  Methods are hashable, and equal if factory, source and options are equal. They are the keys under which
+  Methods are hashable, and equal if factory, code, options and what is inside are equal. They are the keys under which
   compiled programs are cached, so a function that is redefined under the same name is compiled again.
   """
 
   factory: Callable[..., Any]
   options: tuple[tuple[str, Any], ...] = ()  # every option of the factory, in the order of its signature
-  source: str = ""  # digest of a user's code; empty for code of this package
+  code: str = ""  # digest of a user's factory; empty for one of this package
   name: str = dataclasses.field(default="", compare=False)
+  inner: tuple[tuple[str, "Method"], ...] = ()  # by option: the part that it names, see `Registry`
 
   def __call__(self, **offered: Any) -> Any:
     """Builds the part. The factory gets those of `offered` that its signature names."""
     takes = _parameters(self.factory)
-    return self.factory(**{k: v for k, v in offered.items() if k in takes}, **dict(self.options))
+    options = dict(self.options) | dict(self.inner)
+    return self.factory(**{k: v for k, v in offered.items() if k in takes}, **options)
 
   def __str__(self) -> str:
     """The shortest text that names this method: `switch_loss:0.01`, `sigmoid_topk:normalize=true`."""
@@ -57,11 +59,25 @@ class Method:
       InputError: if `text` does not have the type of the option.
     """
     value = parse_value(f"{self.name!r}", _parameters(self.factory)[option], text)
-    return dataclasses.replace(self, options=tuple((dict(self.options) | {option: value}).items()))
+    inner = tuple(pair for pair in self.inner if pair[0] != option)  # `Registry.resolve` finds the new one
+    return dataclasses.replace(
+      self, options=tuple((dict(self.options) | {option: value}).items()), inner=inner
+    )
+
+  @property
+  def source(self) -> str:
+    """Digests of a user's code: that of the factory, then, each behind a `+`, of parts inside. Empty: none is a user's."""
+    return self.code + "".join(f"+{method.source}" for _, method in self.inner if method.source)
+
+  @property
+  def own_factories(self) -> tuple[Callable[..., Any], ...]:
+    """The factories of a user's, that of this method first."""
+    inside = (factory for _, method in self.inner for factory in method.own_factories)
+    return ((self.factory,) if self.code else ()) + tuple(inside)
 
   @property
   def fingerprint(self) -> str:
-    """What results depend on: name, options and, for a user's code, a digest of its source."""
+    """What results depend on: name, options and, for a user's code, a digest of its source, see `is_same_code`."""
     return f"{self} [{self.source}]" if self.source else str(self)
 
 
@@ -76,10 +92,17 @@ class Registry(Mapping[str, Callable[..., Any]]):
     factories: those of this package.
     offered: names of parameters that a factory may take. All its other parameters must have defaults: they
       are its options.
+    wraps: the option by which a factory names another part of this kind, which it builds inside of its own.
   """
 
-  def __init__(self, kind: str, factories: Mapping[str, Callable[..., Any]], offered: Sequence[str] = ()):
-    self.kind, self.offered = kind, tuple(offered)
+  def __init__(
+    self,
+    kind: str,
+    factories: Mapping[str, Callable[..., Any]],
+    offered: Sequence[str] = (),
+    wraps: str = "",
+  ):
+    self.kind, self.offered, self.wraps = kind, tuple(offered), wraps
     self._factories = dict(factories)
     self.builtin = frozenset(factories)  # names of what this package brings
 
@@ -122,7 +145,7 @@ class Registry(Mapping[str, Callable[..., Any]]):
       InputError: if the name or an option is unknown, or a value does not have the type of its option.
     """
     if isinstance(spec, Method):
-      return spec
+      return spec if spec.inner else dataclasses.replace(spec, inner=self._inner(dict(spec.options)))
     if isinstance(spec, str):
       return self._parse(spec)
     given: dict[str, Any] = {}
@@ -171,7 +194,16 @@ class Registry(Mapping[str, Callable[..., Any]]):
       if option not in options:
         raise InputError(f"{self.kind} {name!r}: no option {option!r}; options: {_describe(options)}")
     values = {n: p.default for n, p in options.items()} | dict(given)
-    return Method(factory, tuple(values.items()), "" if is_builtin(factory) else digest(factory), name)
+    inner = self._inner(values)
+    values |= {option: as_inner(method) for option, method in inner if not isinstance(values[option], str)}
+    code = "" if is_builtin(factory) else digest(factory)
+    return Method(factory, tuple(values.items()), code, name, inner)
+
+  def _inner(self, options: Mapping[str, Any]) -> tuple[tuple[str, Method], ...]:
+    """The part that an option names. A text without a known name is left to the factory, which may mean another thing."""
+    spec = inner_spec(options.get(self.wraps))
+    is_known = spec.partition(":")[0].strip() in self if isinstance(spec, str) else callable(spec)
+    return ((self.wraps, self.resolve(spec)),) if is_known else ()
 
   def _parse(self, spec: str) -> Method:
     name, *fields = [field.strip() for field in spec.split(":")]
@@ -199,14 +231,14 @@ def split_methods(spec: str) -> list[str]:
   return [part for part in parts if part]
 
 
-def inner_spec(spec: Spec) -> Spec:
+def inner_spec(spec: Any) -> Any:
   """Returns the spec of a part inside of another one, where `;` stands for `:`, as in `low_rank:mixer=attention;window=8`."""
   return spec.replace(";", ":") if isinstance(spec, str) else spec
 
 
-def as_inner(method: Method) -> str:
+def as_inner(spec: Spec) -> str:
   """Returns the text of a method as an option of another one, see `inner_spec`."""
-  return str(method).replace(":", ";")
+  return str(spec).replace(":", ";")
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,13 @@ import pytest
 
 from moe_jax import fingerprint
 from moe_jax.errors import InputError, require_option
+from moe_jax.nn.experts import EXPERTS
+from moe_jax.nn.ffn import FFNS, SHARED_EXPERTS
+from moe_jax.nn.mixers import MIXERS
+from moe_jax.nn.routers import ROUTERS
 from moe_jax.ops.balancing import BALANCERS, make_balancer
 from moe_jax.ops.routing import CHOICES, make_choice
-from moe_jax.registry import Registry, split_methods
+from moe_jax.registry import Registry, Spec, split_methods
 
 
 def one(k, rate: float = 0.5, mode: str = "soft", flag: bool = False, count: int = 3):
@@ -177,6 +182,60 @@ def test_partials_and_objects_are_factories(make):
   method = registry.resolve("mine:0.25")
   assert method.source and hash(method) == hash(registry.resolve("mine:0.25"))
   assert dict(method.options)["rate"] == 0.25 and method(k=3) == make(2)(k=3, rate=0.25)
+
+
+def outer(k, part: str = "one", scale: float = 1.0):
+  return {"k": k, "part": part, "scale": scale}
+
+
+NESTED = Registry("method", {"one": one, "outer": outer}, offered=("k",), wraps="part")
+
+
+def test_what_is_inside_of_a_method_is_of_it(monkeypatch):
+  """A user's code is found there, and a new definition of it makes another method."""
+  of = lambda body, spec: (
+    monkeypatch.setitem(NESTED._factories, "mine", _defined(body)),
+    NESTED.resolve(spec),
+  )[1]
+  for spec in ("outer:part=mine;3.0", "outer:part=outer;part=mine"):
+    first, same, other = (of(body, spec) for body in ("x", "x", "x + 1"))
+    assert first.fingerprint == same.fingerprint != other.fingerprint
+    assert first != same and first != other and str(first) == spec
+    assert first.own_factories[-1].__name__ == "mine"
+  method = of("x + 1", "outer:part=mine;3.0")
+  assert method(k=1)["part"](k=1) == 4  # it is resolved once
+  outer_code, inner_code = method.source.split("+")
+  assert outer_code == NESTED.resolve("outer").code and inner_code == NESTED.resolve("mine").source
+  assert NESTED.resolve(functools.partial(outer, part=NESTED.resolve("mine:3"))) == method
+  assert NESTED.resolve(NESTED.resolve("outer").with_option("part", "mine;3.0")) == method
+  assert NESTED.resolve(method.with_option("part", "one")) == NESTED.resolve("outer")
+
+
+def test_a_text_that_names_no_part_is_left_to_the_factory():
+  method = NESTED.resolve("outer:part=of the user's")
+  assert method.inner == () and method(k=1)["part"] == "of the user's"
+
+
+PARTS = (EXPERTS, FFNS, MIXERS, ROUTERS, SHARED_EXPERTS)
+
+
+@pytest.mark.parametrize("registry", PARTS, ids=lambda r: r.kind)
+def test_each_wrapper_of_this_package_has_the_code_inside(registry, monkeypatch):
+  wrappers = [name for name in registry.builtin if registry.wraps in dict(registry.resolve(name).options)]
+  assert wrappers
+  define = lambda body: monkeypatch.setitem(registry._factories, "mine", _defined(body))
+  for name in wrappers:
+    assert registry.resolve(name).source == ""
+    found = [(define(body), registry.resolve(f"{name}:{registry.wraps}=mine"))[1] for body in ("x", "x + 1")]
+    assert found[0] != found[1] and found[0].source[:1] == "+" and found[0].source != found[1].source
+
+
+def test_no_wrapper_of_this_package_names_what_is_inside_otherwise():
+  for registry in PARTS:
+    for factory in map(registry.get, registry.builtin):
+      signature = inspect.signature(factory.__init__ if isinstance(factory, type) else factory)
+      options = signature.parameters.values()
+      assert {p.name for p in options if p.annotation is Spec} <= {registry.wraps}
 
 
 @dataclasses.dataclass

@@ -14,7 +14,7 @@ from moe_jax.nn.experts import EXPERTS
 from moe_jax.nn.transformer import Transformer
 from moe_jax.ops import quantisation
 from moe_jax.ops.quantisation import Format, format_of
-from moe_jax.registry import Method, as_inner, inner_spec
+from moe_jax.registry import Method, as_inner
 
 PREFIX, REPLACE = EXPERTS_PART.prefix, EXPERTS_PART.replace
 STORED, TRAINED = "quantised", "quantised_training"
@@ -98,7 +98,7 @@ def expert_bytes(model: Transformer) -> int:
 
 
 def _inner(method: Method, name: str) -> Method:
-  return EXPERTS.resolve(inner_spec(dict(method.options)["experts"])) if method.name == name else method
+  return dict(method.inner)["experts"] if method.name == name else method
 
 
 def scaled_rounding(

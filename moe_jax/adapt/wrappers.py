@@ -15,7 +15,7 @@ from moe_jax.nn.ffn import FFNS, SHARED_EXPERTS
 from moe_jax.nn.low_rank import addition
 from moe_jax.nn.mixers import MIXERS
 from moe_jax.nn.transformer import Transformer
-from moe_jax.registry import Method, Registry, as_inner, inner_spec
+from moe_jax.registry import Method, Registry, as_inner
 
 LOW_RANK = "low_rank"
 
@@ -187,7 +187,7 @@ def _without(layer: Layer, part: Part, name: str) -> Layer:
       up, before = values[f"adapters.up.{weight}"], own[weight]
       added = addition(down, up, options["alpha"] / options["rank"], batched=part is EXPERTS_PART)
       own[weight] = (before + np.asarray(added)).astype(before.dtype)
-  block = part.replace(layer.block, part.registry.resolve(inner_spec(options[part.option])))
+  block = part.replace(layer.block, dict(method.inner)[part.option])
   return Layer(block, layer.without(part.prefix) | {f"{part.prefix}{p}": value for p, value in own.items()})
 
 

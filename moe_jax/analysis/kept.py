@@ -8,7 +8,7 @@ from typing import Any
 from moe_jax import disk
 from moe_jax.cluster import processes
 from moe_jax.config import Config
-from moe_jax.config.plain import own_code
+from moe_jax.config.plain import is_other_code, own_code
 from moe_jax.errors import InputError
 from moe_jax.fingerprint import of_package
 from moe_jax.training import identity
@@ -17,6 +17,7 @@ from moe_jax.training.compiled import resolve_config
 
 _SETTINGS = "settings"  # in a kept file, those of its numbers
 _CODE = "code"  # the digest of moe_jax that measured them
+_OWN = "own code"  # in the settings, see `own_code`
 
 
 class Kept:
@@ -43,7 +44,7 @@ class Kept:
     if config:
       self.settings |= {"config": config.to_dict(), "num_steps": config.train.num_steps}
       if own := own_code(resolve_config(config)):
-        self.settings["own code"] = own
+        self.settings[_OWN] = own
     self._noted = False
     if processes.is_first():  # where it fails, the others are stopped with its message
       self._check(self._read(self.path, "each of the numbers has its settings, too"))
@@ -106,6 +107,8 @@ class Kept:
     if not known:
       return
     known, own = dict(known), dict(self.settings)
+    if not is_other_code(known.get(_OWN, []), own.get(_OWN, [])):
+      known[_OWN] = own[_OWN] = own.get(_OWN, [])
     changed = changes(known.pop("config", {}), own.pop("config")) if "config" in own else []
     changed = list(dict.fromkeys([*changed, *differences(known, own)]))
     if changed:

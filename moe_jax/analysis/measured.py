@@ -12,7 +12,7 @@ from moe_jax.analysis.accounting.parameters import count
 from moe_jax.analysis.kept import Kept
 from moe_jax.comparison.folder import ComparisonFolder
 from moe_jax.comparison.reporting import write_report
-from moe_jax.config.plain import own_code
+from moe_jax.config.plain import is_other_code, own_code
 from moe_jax.data import Dataset
 from moe_jax.errors import InputError
 from moe_jax.inference.evaluate import ALL, Score
@@ -95,7 +95,7 @@ class Measured:
       raise InputError(
         f"--output_dir={self.folder.path}: {arm} seed {seed} is of another model or text; choose another folder"
       )
-    if found.get("own_code", own["own_code"]) != own["own_code"]:
+    if is_other_code(found.get("own_code", own["own_code"]), own["own_code"]):
       raise InputError(
         f"--output_dir={self.folder.path}: {arm} seed {seed} was measured with other code of "
         f"{'; '.join(map(str, found['own_code']))} (now: {'; '.join(own['own_code'])}); choose another folder"

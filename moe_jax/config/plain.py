@@ -1,7 +1,7 @@
 """Converts configurations to plain JSON values and back."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from moe_jax.config.model import BlockConfig, ModelConfig, MoEConfig, Segment
@@ -46,6 +46,26 @@ def own_code(config: Any) -> list[str]:
   """Returns the fingerprints of what a configuration has of a user's code, which may change under one name. Sorted."""
   plain = zip(_leaves(to_plain(config)), _leaves(to_plain(config, fingerprint)), strict=True)
   return sorted({code for name, code in plain if name != code})
+
+
+def is_same_code(then: str, now: str) -> bool:
+  """Returns whether a fingerprint of before may be of the code of one of now.
+
+  `Method.source` has a digest of the method, and more of what is inside. Before, there was only the first of them, so that
+  where the others are missing, they are not known.
+  """
+  (old, _, was), (new, _, source) = (text.removesuffix("]").partition(" [") for text in (then, now))
+  return old == new and (was == source or source.startswith(f"{was}+"))
+
+
+def is_other_code(then: Sequence[str], now: Sequence[str]) -> bool:
+  """Returns whether two lists of `own_code`, of before and of now, are of other code, see `is_same_code`."""
+  name = lambda text: text.partition(" [")[0]
+  names = set(map(name, then))
+  known = [text for text in now if name(text) in names or not is_same_code(name(text), text)]
+  is_there = lambda old: any(is_same_code(old, new) for new in known)
+  was_there = lambda new: any(is_same_code(old, new) for old in then)
+  return not (all(map(is_there, then)) and all(map(was_there, known)))
 
 
 def _leaves(value: Any) -> list[Any]:

@@ -1,12 +1,18 @@
 """Low-rank adapters on frozen matrices (LoRA, 2106.09685), for experts and mixers alike."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.errors import InputError
-from moe_jax.nn.variables import freeze, matrix
+from moe_jax.nn.checks import check_kept
+from moe_jax.nn.variables import freeze, matrix, values_of
 from moe_jax.types import Array
+
+T = TypeVar("T")
 
 
 class Adapters(nnx.Module):
@@ -28,7 +34,7 @@ class Adapters(nnx.Module):
   def __init__(self, module: nnx.Module, rank: int, alpha: float, what: str, *, rngs: nnx.Rngs):
     if rank < 1:
       raise InputError(f"{what}: rank must be at least 1, got {rank}")
-    self.scale = alpha / rank
+    self.scale, self.what = alpha / rank, what
     freeze(module)
     down, up = {}, {}
     for name, w in vars(module).items():
@@ -46,15 +52,22 @@ class Adapters(nnx.Module):
       )
     self.down, self.up = nnx.Dict(down), nnx.Dict(up)
 
-  def apply(self, module: nnx.Module) -> nnx.Module:
-    """Returns `module`, of which nothing is trained, with the sums in place of its matrices."""
+  def apply(self, module: nnx.Module, function: Callable[[nnx.Module], T]) -> T:
+    """Returns `function` of `module`, of which nothing is trained, with the sums in place of its matrices.
+
+    Raises:
+      InputError: if `function` changes its variables, which are those of a copy.
+    """
     graphdef, state = nnx.split(module)
     adapted = nnx.merge(graphdef, jax.lax.stop_gradient(state))
     for name in self.down:
       w = getattr(adapted, name)
       batched = w.get_metadata()["logical_axes"][:1] == ("expert",)
       w.set_value(w[...] + addition(self.down[name][...], self.up[name][...], self.scale, batched))
-    return adapted
+    before = values_of(adapted)
+    result = function(adapted)
+    check_kept(self.what, before)
+    return result
 
 
 def addition(down: Array, up: Array, scale: float, batched: bool) -> Array:

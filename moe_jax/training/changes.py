@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_jax.config import BlockConfig, Config, MoEConfig
-from moe_jax.config.plain import fingerprint, to_plain
+from moe_jax.config.plain import fingerprint, is_same_code, to_plain
 
 # What may change when a run continues: none of it changes what is trained. Another mesh sums in another order. Where it
 # would drop other tokens, `moe_jax.training.identity.refusal` says so.
@@ -84,6 +84,8 @@ def _differences(old: Any, new: Any, name: str) -> list[str]:
   if old == new:
     return []
   if isinstance(old, str) and isinstance(new, str) and old.partition(" [")[0] == new.partition(" [")[0]:
+    if is_same_code(old, new):
+      return []
     return [f"the code of {name} {old.partition(' [')[0]!r} has changed"]
   if name == "segments" and (layers := _layers(old, new)):
     lines = [line for pair in layers for line in _differences(*pair, "block")]

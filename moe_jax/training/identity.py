@@ -8,7 +8,7 @@ from typing import Any
 from moe_jax import disk, locks
 from moe_jax.cluster import processes
 from moe_jax.config import Config
-from moe_jax.config.plain import own_code
+from moe_jax.config.plain import is_other_code, own_code
 from moe_jax.data import Dataset
 from moe_jax.errors import InputError
 from moe_jax.training.changes import changes
@@ -97,7 +97,7 @@ def difference(what: str, known: Mapping[str, Any], config: Config, text: str) -
     return f"{what} with another configuration ({'; '.join(changed[:3])}); choose another folder"
   own = own_code(config)
   then = known.get("own_code", own)  # a folder of before does not have it
-  if then != own:
+  if is_other_code(then, own):
     return (
       f"{what} with other code of {'; '.join(map(str, then))} (now: {'; '.join(own)}); bring it back, or "
       "choose another folder"

@@ -46,6 +46,14 @@ def test_layers_are_compared_also_in_other_segments():
   assert line.startswith("segments was ...") and "'repeats': 4}], now ..." in line
 
 
+def test_code_inside_of_a_wrapper_is_not_known_of_an_older_version():
+  was, now = {"experts": "low_rank:experts=a"}, {"experts": "low_rank:experts=a [+1]"}
+  assert differences(was, now) == differences(now, now) == []
+  changed = ["the code of experts 'low_rank:experts=a' has changed"]
+  assert differences(now, {"experts": "low_rank:experts=a [+2]"}) == changed
+  assert differences({"experts": "a"}, {"experts": "a [1]"}) == ["the code of experts 'a' has changed"]
+
+
 def test_blocks_of_an_older_version_have_defaults():
   new, old = plain(Segment((SPARSE,), 4)), plain(Segment((SPARSE,), 4))
   del old["model"]["segments"][0]["pattern"][0]["moe"]["jitter"]

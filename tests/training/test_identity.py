@@ -1,5 +1,6 @@
 """Where a run may continue: on meshes on which the same tokens are dropped, with the same code of a user's methods."""
 
+import json
 import re
 import shutil
 
@@ -8,9 +9,11 @@ import pytest
 import moe_jax
 from moe_jax.cluster import processes
 from moe_jax.config import MeshConfig
-from moe_jax.config.plain import own_code
+from moe_jax.config.plain import is_other_code, own_code
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError
+from moe_jax.nn.experts import EXPERTS
+from moe_jax.nn.experts.plain import ReLU
 from moe_jax.ops import metrics
 from moe_jax.ops.balancing import Balancer
 from moe_jax.training.identity import check_same_run, refusal, write_identity
@@ -80,6 +83,49 @@ def test_other_code_under_the_name_of_a_users_method_is_refused(dataset, tmp_pat
     if lose:
       lose()
   assert own_code(Run(CONFIG, dataset, tmp_path / "b").config) == []
+
+
+def test_other_code_inside_of_a_wrapper_is_refused(dataset, tmp_path, monkeypatch):
+  """Of a run that does not say which code was inside, as those of before do not, it is not known."""
+
+  class Mine(ReLU):
+    factor = 1.0
+
+  class Other(ReLU):
+    factor = 5.0
+
+  Other.__name__, Other.__qualname__ = Mine.__name__, Mine.__qualname__
+  config = tiny.change(CONFIG, experts="low_rank:rank=2:experts=mine")
+
+  def resolved(network):
+    monkeypatch.setitem(EXPERTS._factories, "mine", network)
+    return Run(config, dataset, tmp_path).config
+
+  path, text = tmp_path / "config.json", dataset.info.fingerprint
+  write_identity(tmp_path, resolved(Mine), dataset)
+  assert refusal(tmp_path, resolved(Mine), text) == ""
+  assert "with other code of low_rank:2:experts=mine [+" in refusal(tmp_path, resolved(Other), text)
+  path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "own_code"}))
+  assert refusal(tmp_path, resolved(Other), text) == ""
+
+
+@pytest.mark.parametrize(
+  ("then", "now", "is_other"),
+  [
+    (["a [1]"], ["a [1]"], False),
+    (["a [1]"], ["a [2]"], True),
+    (["a [1]"], ["a [1+2]"], False),  # what is inside was not said
+    (["a [1+2]"], ["a [1+3]"], True),
+    (["a [1]"], ["a [2+3]"], True),
+    (["a [1]"], ["a [1]", "low_rank:mixer=b [+2]"], False),
+    (["a [1]"], ["a [1]", "b [2]"], True),
+    (["low_rank:mixer=b [+1]"], ["low_rank:mixer=b [+2]"], True),
+    (["a [1]", "b [2]"], ["a [1]"], True),
+    ([], ["low_rank:mixer=b [+2]"], False),
+  ],
+)
+def test_what_was_not_said_of_code_is_not_known(then, now, is_other):
+  assert is_other_code(then, now) is is_other
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ EXPERTS = Registry(
     "fp8_products": FP8Products,
   },
   offered=("num_experts", "dim", "expert_dim", "init_scale", "rngs"),
+  wraps="experts",
 )
 
 __all__ = ["EXPERTS", "ExpertNetwork", "as_experts"]

@@ -5,7 +5,7 @@ from flax import nnx
 from moe_jax.nn.experts.base import WrappingNetwork, inner_experts
 from moe_jax.nn.low_rank import Adapters
 from moe_jax.ops.experts import Product
-from moe_jax.registry import Spec
+from moe_jax.registry import Spec, as_inner
 from moe_jax.types import Array
 
 
@@ -29,7 +29,9 @@ class LowRankExperts(WrappingNetwork):
     rngs: nnx.Rngs,
   ):
     self.experts = inner_experts(experts, num_experts, dim, expert_dim, init_scale=init_scale, rngs=rngs)
-    self.adapters = Adapters(self.experts, rank, alpha, f"experts low_rank:experts={experts}", rngs=rngs)
+    self.adapters = Adapters(
+      self.experts, rank, alpha, f"experts low_rank:experts={as_inner(experts)}", rngs=rngs
+    )
 
   def __call__(self, rows: Array, product: Product) -> Array:
-    return self.adapters.apply(self.experts)(rows, product)
+    return self.adapters.apply(self.experts, lambda experts: experts(rows, product))

@@ -10,7 +10,7 @@ from moe_jax.errors import InputError
 from moe_jax.nn.experts.base import ExpertNetwork, WrappingNetwork, inner_experts
 from moe_jax.ops.experts import Product
 from moe_jax.ops.quantisation import dequantise, format_of, quantise
-from moe_jax.registry import Spec
+from moe_jax.registry import Spec, as_inner
 from moe_jax.sharding import gathered, in_use
 from moe_jax.types import Array
 
@@ -50,7 +50,7 @@ class _InFormat(WrappingNetwork):
     self.experts = inner_experts(experts, num_experts, dim, expert_dim, init_scale=init_scale, rngs=rngs)
     if not _matrices(self.experts):
       raise InputError(
-        f"experts {self.name}:experts={experts}: has no matrices of its own; the format goes inside, e.g. "
+        f"experts {self.name}:experts={as_inner(experts)}: has no matrices of its own; the format goes inside, e.g. "
         f"expert_dropout:experts={self.name}"
       )
     self._store()

@@ -18,7 +18,7 @@ from moe_jax.nn.ffn.mlp import MLP, GatedMLP
 from moe_jax.nn.ffn.parallel_moe import ParallelMoE
 from moe_jax.nn.ffn.soft_moe import SoftMoE
 from moe_jax.nn.moe import MoE
-from moe_jax.registry import Registry, Spec, inner_spec
+from moe_jax.registry import Registry, Spec, as_inner, inner_spec
 
 Layer = TypeVar("Layer", bound=MoE)
 
@@ -44,13 +44,14 @@ def always_on_low_rank(
   """Returns the network `ffn` of shared experts, frozen, with low-rank adapters (LoRA, 2106.09685)."""
   offered = {"dim": dim, "dense_dim": dense_dim, "activation": activation, "gate": gate}
   inner = SHARED_EXPERTS.resolve(inner_spec(ffn))(**offered, init_scale=init_scale, rngs=rngs)
-  return LowRankFFN(inner, rank, alpha, f"shared_experts low_rank:ffn={ffn}", rngs=rngs)
+  return LowRankFFN(inner, rank, alpha, f"shared_experts low_rank:ffn={as_inner(ffn)}", rngs=rngs)
 
 
 SHARED_EXPERTS = Registry(
   "shared experts",
   {"mlp": always_on, "low_rank": always_on_low_rank},
   offered=("dim", "dense_dim", "activation", "gate", "init_scale", "rngs"),
+  wraps="ffn",
 )
 
 
@@ -146,11 +147,11 @@ def low_rank(
   method = FFNS.resolve(inner_spec(ffn))
   if method.takes("moe"):
     raise InputError(
-      f"ffn low_rank:ffn={ffn}: adapters of experts are --experts=low_rank, and those of shared ones "
+      f"ffn low_rank:ffn={as_inner(ffn)}: adapters of experts are --experts=low_rank, and those of shared ones "
       "--shared_experts=low_rank"
     )
   offered = {"dim": dim, "dense_dim": dense_dim, "activation": activation, "init_scale": init_scale}
-  return LowRankFFN(method(**offered, rngs=rngs), rank, alpha, f"ffn low_rank:ffn={ffn}", rngs=rngs)
+  return LowRankFFN(method(**offered, rngs=rngs), rank, alpha, f"ffn low_rank:ffn={as_inner(ffn)}", rngs=rngs)
 
 
 FFNS = Registry(
@@ -166,6 +167,7 @@ FFNS = Registry(
     "low_rank": low_rank,
   },
   offered=("moe", "dim", "dense_dim", "activation", "init_scale", "rngs"),
+  wraps="ffn",
 )
 
 __all__ = [

@@ -26,4 +26,4 @@ class LowRankFFN(nnx.Module):
     self.adapters = Adapters(ffn, rank, alpha, what, rngs=rngs)
 
   def __call__(self, x_BLD: jax.Array, context: Context | None = None) -> tuple[jax.Array, PyTree]:
-    return self.adapters.apply(self.ffn)(x_BLD, context)
+    return self.adapters.apply(self.ffn, lambda ffn: ffn(x_BLD, context))

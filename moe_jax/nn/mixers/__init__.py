@@ -34,6 +34,7 @@ MIXERS = Registry(
     "num_layers",
     "rngs",
   ),
+  wraps="mixer",
 )
 
 __all__ = ["MIXERS"]

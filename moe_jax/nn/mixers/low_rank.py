@@ -7,7 +7,7 @@ from flax import nnx
 
 from moe_jax.nn.context import Context
 from moe_jax.nn.low_rank import Adapters
-from moe_jax.registry import Spec, inner_spec
+from moe_jax.registry import Spec, as_inner, inner_spec
 from moe_jax.types import Array, PyTree
 
 
@@ -52,10 +52,10 @@ class LowRankMixer(nnx.Module):
     offered |= {"rope_theta": rope_theta, "qk_norm": qk_norm, "norm_eps": norm_eps, "causal": causal}
     offered |= {"init_scale": init_scale, "num_layers": num_layers, "rngs": rngs}
     self.mixer = MIXERS.resolve(inner_spec(mixer))(**offered)
-    self.adapters = Adapters(self.mixer, rank, alpha, f"mixer low_rank:mixer={mixer}", rngs=rngs)
+    self.adapters = Adapters(self.mixer, rank, alpha, f"mixer low_rank:mixer={as_inner(mixer)}", rngs=rngs)
 
   def __call__(self, x_BLD: Array, context: Context) -> tuple[Array, PyTree]:
-    return self.adapters.apply(self.mixer)(x_BLD, context)
+    return self.adapters.apply(self.mixer, lambda mixer: mixer(x_BLD, context))
 
   def init_cache(self, batch_size: int, length: int, dtype: jnp.dtype) -> PyTree:
     """Returns the cache of the mixer."""
@@ -63,4 +63,4 @@ class LowRankMixer(nnx.Module):
 
   def extend(self, x_BLD: Array, context: Context, cache: PyTree) -> tuple[Array, PyTree]:
     """Returns (y_BLD, cache), see `moe_jax.nn.mixers`."""
-    return self.adapters.apply(self.mixer).extend(x_BLD, context, cache)
+    return self.adapters.apply(self.mixer, lambda mixer: mixer.extend(x_BLD, context, cache))

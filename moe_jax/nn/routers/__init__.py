@@ -32,6 +32,7 @@ ROUTERS = Registry(
     "merged_topk": MergedTopK,
   },
   offered=("dim", "num_experts", "num_experts_per_token", "init_scale", "rngs"),
+  wraps="router",
 )
 
 __all__ = ["ROUTERS", "Linear", "LinearRouter", "Router", "project", "top_k"]
