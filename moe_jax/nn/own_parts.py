@@ -28,6 +28,7 @@ from moe_jax.types import Array, RouterContext, Routing
 
 _GROUPS, _DIM, _TOKENS, _PADDING = 2, 8, 64, 3
 _LENGTH = 1024  # of sequences that are only traced: a multiple of usual chunks
+_RESIDUALS = (("residual", "mixer_residual"), ("residual", "ffn_residual"))
 
 
 def check_router(method: Method, balancers: tuple[Method, ...], layer: MoE) -> None:
@@ -114,7 +115,8 @@ def check_axes(config: BlockConfig, block: Block) -> None:
 def check_forward(model: ModelConfig, config: BlockConfig, make: Callable[[], Block]) -> None:
   """Raises `InputError` if a user's part changes its variables in the forward pass, or the shape or type of x_BLD.
 
-  Nothing is computed. A feed-forward part is traced if it, its router or its experts are a user's.
+  Nothing is computed. A feed-forward part is traced if it, its router or its experts are a user's. A residual of a user's is
+  traced around a part that returns what it is given.
 
   Args:
     model, config: resolved.
@@ -122,6 +124,7 @@ def check_forward(model: ModelConfig, config: BlockConfig, make: Callable[[], Bl
   """
   moe = config.moe
   parts = {"mixer": (config.mixer,), "ffn": (config.ffn, moe.router, moe.experts, moe.shared_experts)}
+  parts["residual"] = (config.residual,)
   own = {kind: [method for method in methods if method.source] for kind, methods in parts.items()}
   batch = (_GROUPS, moe.group_size or _LENGTH)
 
@@ -136,33 +139,48 @@ def check_forward(model: ModelConfig, config: BlockConfig, make: Callable[[], Bl
       train=True,
     )
     x_BLD = jnp.zeros((*batch, model.model_dim), model.compute_dtype)
-    for kind in filter(own.get, own):
-      part = getattr(block, kind)
-      before = values_of(part)
-      _check_output(f"{kind} {getattr(config, kind).name}", part(x_BLD, context), x_BLD)
+    for kind, part in (("mixer", "mixer"), ("ffn", "ffn"), *_RESIDUALS):
+      if not own[kind]:
+        continue
+      before, what = values_of(getattr(block, part)), f"{kind} {getattr(config, kind).name}"
+      if kind == "residual":
+        _check_residual(what, getattr(block, part), x_BLD, context)
+      else:
+        _check_output(what, getattr(block, part)(x_BLD, context), x_BLD)
       for path, variable, value in before:
-        inner, method, name = _part_at(config, block, (kind, *path))
+        inner, method, name = _part_at(config, block, (part, *path))
         check_kept(f"{inner} {method.name}", [(name, variable, value)])
 
   if any(own.values()):
     with (
-      _trial([*own["mixer"], *own["ffn"]]),
+      _trial(method for methods in own.values() for method in methods),
       matrices_of(jnp.zeros),
       jax.default_device("cpu"),
     ):  # which needs no kernel of its own
       jax.eval_shape(forward, 0)
 
 
-def _check_output(what: str, output: Any, x_BLD: Array) -> None:
+def _check_residual(what: str, residual: nnx.Module, x_BLD: Array, context: Context) -> None:
+  aux = {"sum": jnp.zeros(3), "count": jnp.zeros((), jnp.int32)}  # of the part; any tree
+  output = residual(lambda x_BLD, context: (x_BLD, aux), x_BLD, context)
+  _check_output(what, output, x_BLD, "x_BLD", "the aux of the part")
+  described = lambda tree: jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree)
+  if described(output[1]) != described(aux):
+    raise InputError(
+      f"{what}: returns {'no' if output[1] is None else 'another'} aux; it must return that of the part, unchanged"
+    )
+
+
+def _check_output(what: str, output: Any, x_BLD: Array, y: str = "y_BLD", aux: str = "aux or None") -> None:
   if not isinstance(output, tuple) or len(output) != 2:
     raise InputError(
-      f"{what}: returns a value of type {type_name(output)}; it must return a pair: y_BLD, and aux or None"
+      f"{what}: returns a value of type {type_name(output)}; it must return a pair: {y}, and {aux}"
     )
   y_BLD = output[0]
   # The sum of both goes to the next block, and a loop over layers carries no other type.
   if jnp.shape(y_BLD) != x_BLD.shape or jnp.result_type(y_BLD, x_BLD) != x_BLD.dtype:
-    y, x = (f"{jnp.result_type(value)}{list(jnp.shape(value))}" for value in (y_BLD, x_BLD))
-    raise InputError(f"{what}: returns y_BLD of {y} for x_BLD of {x}; it must have the same shape and type")
+    now, x = (f"{jnp.result_type(value)}{list(jnp.shape(value))}" for value in (y_BLD, x_BLD))
+    raise InputError(f"{what}: returns {y} of {now} for x_BLD of {x}; it must have the same shape and type")
 
 
 def _part_at(config: BlockConfig, block: Block, path: tuple[Any, ...]) -> tuple[str, Method, str]:

@@ -1,4 +1,8 @@
-"""Modules that add a part to the residual stream. `RESIDUALS` has all of them by name."""
+"""Modules that add a part to the residual stream. `RESIDUALS` has all of them by name.
+
+A residual maps (part, x_BLD, context) to (x_BLD, aux): x_BLD keeps its shape and type, and aux is what the part returned
+with its y_BLD. What a residual changes in its forward pass is lost.
+"""
 
 from collections.abc import Callable
 

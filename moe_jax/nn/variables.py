@@ -64,10 +64,10 @@ def per_variable(function: Callable[[nnx.Variable], object]) -> Callable[[nnx.St
 def values_of(module: nnx.Module) -> list[tuple[tuple, nnx.Variable, list[jax.Array]]]:
   """Returns (path, variable, arrays now) of each variable of a module: see `moe_jax.nn.checks.check_kept`.
 
-  Not of parameters: networks within others may be given theirs for one call.
+  Of parameters, too. A network that gives one inside of it others for one call gives them to a copy.
   """
   found = ((path, leaf) for path, leaf in nnx.iter_graph(module) if isinstance(leaf, nnx.Variable))
-  return [(path, x, jax.tree.leaves(x.get_value())) for path, x in found if not isinstance(x, nnx.Param)]
+  return [(path, x, jax.tree.leaves(x.get_value())) for path, x in found]
 
 
 class BalancerState(nnx.Variable):

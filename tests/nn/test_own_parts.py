@@ -12,8 +12,12 @@ from moe_jax import ModelConfig, MoEConfig
 from moe_jax.errors import InputError
 from moe_jax.nn import MoE
 from moe_jax.nn.build import resolve, resolve_moe, routed_layer
+from moe_jax.nn.experts import EXPERTS
 from moe_jax.nn.experts.base import INTO, OUT
+from moe_jax.nn.ffn import FFNS
+from moe_jax.nn.mixers import MIXERS
 from moe_jax.nn.own_parts import check_router
+from moe_jax.nn.routers import ROUTERS
 
 E, K = 8, 2
 
@@ -162,6 +166,8 @@ class mixer(nnx.Module):
     y_BLD = x_BLD @ moe_jax.weight(self.w_DD, x_BLD.dtype)
     if self.kind == "stateful":
       self.seen.set_value(self.seen.get_value() + 1)
+    if self.kind == "anneals":
+      self.w_DD.set_value(self.w_DD[...] * 0.9)
     return {"alone": y_BLD, "wide": (y_BLD.astype(jnp.float32), None)}.get(self.kind, (y_BLD, None))
 
 
@@ -175,6 +181,64 @@ def test_state_that_would_be_lost_is_named():
   )
   text = error_of(mixer=functools.partial(mixer, kind="stateful"))
   assert text == f"--mixer=mixer:kind=stateful: mixer mixer: its variable seen {lost}"
+
+
+def test_state_that_a_part_inside_of_another_loses_is_named():
+  lost = "changes in the forward pass, and is lost; use a balancer or a hook"
+  text = error_of(router=functools.partial(ROUTERS["merged_topk"], router=stateful))
+  assert text.endswith(f"router merged_topk: its variable router.mean {lost}")
+  of = functools.partial(network, counts=True)
+  for name in ("expert_dropout", "low_rank", "quantised", "quantised_training", "fp8_products"):
+    text = error_of(experts=functools.partial(EXPERTS[name], experts=of))
+    assert text.startswith(f"--experts={name}:experts=network;counts=true: experts ")
+    assert "count changes in" in text
+  text = error_of(
+    mixer=functools.partial(MIXERS["low_rank"], mixer=functools.partial(mixer, kind="stateful"))
+  )
+  what = "mixer low_rank:mixer=mixer;kind=stateful"
+  assert text == f"--mixer={what.removeprefix('mixer ')}: {what}: its variable seen {lost}"
+  text = error_of(ffn=functools.partial(FFNS["low_rank"], ffn=functools.partial(mixer, kind="anneals")))
+  what = "ffn low_rank:ffn=mixer;kind=anneals"
+  assert text == f"--ffn={what.removeprefix('ffn ')}: {what}: its variable w_DD {lost}"
+
+
+def test_a_parameter_that_a_forward_pass_changes_is_named():
+  text = error_of(mixer=functools.partial(mixer, kind="anneals"))
+  assert text.startswith("--mixer=mixer:kind=anneals: mixer mixer: its variable w_DD changes in the forward")
+
+
+class residual(nnx.Module):
+  def __init__(self, dim, *, kind="right"):
+    self.scale_D, self.kind = moe_jax.vector(jnp.ones(dim), ("norm",)), kind
+    self.seen = Count(jnp.zeros(()))
+
+  def __call__(self, part, x_BLD, context):
+    y_BLD, aux = part(x_BLD, context)
+    x_BLD = x_BLD + (y_BLD * self.scale_D[...][None, None]).astype(x_BLD.dtype)
+    if self.kind == "stateful":
+      self.seen.set_value(self.seen.get_value() + 1)
+    if self.kind == "anneals":
+      self.scale_D.set_value(self.scale_D[...] * 0.9)
+    wrong = {"alone": x_BLD, "wide": (x_BLD.astype(jnp.float32), aux), "no aux": (x_BLD, None)}
+    return wrong.get(self.kind, (x_BLD, aux))
+
+
+@pytest.mark.parametrize(
+  ("kind", "message"),
+  [
+    ("stateful", "its variable seen changes in the forward pass, and is lost; use a balancer or a hook"),
+    ("anneals", "its variable scale_D changes in the forward pass, and is lost; use a balancer or a hook"),
+    ("alone", "returns a value of type Array; it must return a pair: x_BLD, and the aux of the part"),
+    (
+      "wide",
+      "returns x_BLD of float32[2, 1024, 64] for x_BLD of bfloat16[2, 1024, 64]; it must have the same",
+    ),
+    ("no aux", "returns no aux; it must return that of the part, unchanged"),
+  ],
+)
+def test_a_wrong_residual_is_named(kind, message):
+  text = error_of(residual=functools.partial(residual, kind=kind), compute_dtype="bfloat16")
+  assert text.startswith(f"--residual=residual:kind={kind}: residual residual: {message}")
 
 
 class linear(own):
@@ -213,5 +277,10 @@ def test_a_wrong_output_of_a_mixer_is_named():
 def test_right_parts_pass():
   for dtype in ("float32", "bfloat16"):
     resolve(
-      ModelConfig(moe=MoEConfig(E, K, 8, router=own, experts=network), mixer=mixer, compute_dtype=dtype)
+      ModelConfig(
+        moe=MoEConfig(E, K, 8, router=own, experts=network),
+        mixer=mixer,
+        residual=residual,
+        compute_dtype=dtype,
+      )
     )
