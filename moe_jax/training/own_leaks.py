@@ -33,11 +33,12 @@ def check_own_leaks(config: ModelConfig) -> None:
     config: resolved.
   """
   for block in different_blocks(config) if processes.is_first() else ():
-    for flag, method in (_own(block) | {"mixer": block.mixer}).items():
+    for flag, method in (_own(block) | {"mixer": block.mixer, "residual": block.residual}).items():
       if why := why_untried(method):
-        _say(
-          f"--{flag}={method} ({place(method.factory)}): not tried before the run: a tiny batch fails ({why})"
-        )
+        _say(f"--{flag}={method} ({_places(method)}): not tried before the run: a tiny batch fails ({why})")
+    if config.causal and _own_dispatcher(block):
+      method = block.moe.dispatcher
+      _say(f"--dispatcher={method} ({_places(method)}): whether it looks at later tokens is not checked")
   for own, small, block in _small_models(config):
     flag, text = deciding_method(block)
     may = f', or set leaks = "always" in its class and say --accept_leaks={text.partition(":")[0]}'
@@ -47,7 +48,7 @@ def check_own_leaks(config: ModelConfig) -> None:
 def sees_later_tokens(config: ModelConfig) -> bool | None:
   """Returns whether a resolved model is causal, but its output for a token depends on later tokens.
 
-  None: not known, because a part of a user's could not be measured, see `check_own_leaks`.
+  None: not known, because a part of a user's could not be measured, see `check_own_leaks`. Dispatchers never are.
   """
   if not config.causal:
     return False
@@ -56,7 +57,8 @@ def sees_later_tokens(config: ModelConfig) -> bool | None:
   measured = [_measured(small) for _, small, _ in _small_models(config)]
   if any(change > SEEN for change, _ in measured):
     return True
-  return None if any(failed for _, failed in measured) else False
+  is_unknown = any(failed for _, failed in measured) or any(map(_own_dispatcher, different_blocks(config)))
+  return None if is_unknown else False
 
 
 def _small_models(config: ModelConfig) -> Iterator[tuple[dict[str, Method], ModelConfig, BlockConfig]]:
@@ -64,6 +66,8 @@ def _small_models(config: ModelConfig) -> Iterator[tuple[dict[str, Method], Mode
   for block in different_blocks(config) if config.causal else ():
     if block.mixer.source:
       yield {"mixer": block.mixer}, _with_mixer(config, block.mixer), block
+    if block.residual.source:
+      yield {"residual": block.residual}, ModelConfig(residual=block.residual, ffn="mlp", **SMALL), block
     own = _own(block)
     if own and not leak(block):
       yield own, _with_ffn(config, block), block
@@ -75,6 +79,16 @@ def _own(block: BlockConfig) -> dict[str, Method]:
   if routed_part(block) is not None:
     parts |= {name: getattr(block.moe, name) for name in _ROUTED}
   return {name: method for name, method in parts.items() if method.source}
+
+
+def _own_dispatcher(block: BlockConfig) -> bool:
+  """Returns whether a block routes tokens by a dispatcher of a user's."""
+  return routed_part(block) is not None and bool(block.moe.dispatcher.source)
+
+
+def _places(*methods: Method) -> str:
+  """Returns where the code of a user's in methods is."""
+  return ", ".join(dict.fromkeys(place(factory) for method in methods for factory in method.own_factories))
 
 
 def _with_mixer(config: ModelConfig, mixer: Method) -> ModelConfig:
@@ -96,7 +110,7 @@ def _with_ffn(config: ModelConfig, block: BlockConfig) -> ModelConfig:
 
 def _check(own: Mapping[str, Method], small: ModelConfig, may: str = "") -> None:
   names = ", ".join(f"--{flag}={method}" for flag, method in own.items())
-  places = ", ".join(place(method.factory) for method in own.values())
+  places = _places(*own.values())
   change, failed = _measured(small)
   if failed and processes.is_first():
     _say(

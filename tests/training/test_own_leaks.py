@@ -1,5 +1,7 @@
 """Parts of a user's that look at later tokens and do not say so are refused before anything is trained."""
 
+import functools
+
 import jax.numpy as jnp
 import pytest
 from flax import nnx
@@ -8,6 +10,11 @@ import moe_jax
 from moe_jax import sharding
 from moe_jax.errors import InputError
 from moe_jax.nn.build import resolve
+from moe_jax.nn.experts import EXPERTS
+from moe_jax.nn.ffn import FFNS, SHARED_EXPERTS
+from moe_jax.nn.mixers import MIXERS
+from moe_jax.nn.routers import ROUTERS
+from moe_jax.sharding.dispatchers import make_dispatcher
 from moe_jax.training import own_leaks
 from moe_jax.training.compiled import check_run
 from tests import tiny
@@ -99,6 +106,16 @@ class UnitExperts(Centred):
     return product(rows, self.w_EDD[...] / norm_EDD)
 
 
+class WholeShared(Mean):
+  """As a network of shared experts."""
+
+  def __init__(self, dim, *, rngs):
+    super().__init__(dim, whole=True, rngs=rngs)
+
+  def __call__(self, x_BLD, context=None):
+    return super().__call__(x_BLD, context)
+
+
 class Fails(Own):
   """Cannot be in a model as small as the one that it is measured on."""
 
@@ -106,6 +123,22 @@ class Fails(Own):
     if x_GTD.shape[-1] == 16 and x_GTD.shape[1] == 16:
       raise ValueError("too\nsmall")
     return super().__call__(x_GTD, context)
+
+
+class Average(nnx.Module):
+  """A residual that adds the mean of all tokens, or of none."""
+
+  def __init__(self, dim, *, factor: float = 1.0):
+    self.scale_D, self.factor = moe_jax.vector(jnp.ones(dim), ("norm",)), factor
+
+  def __call__(self, part, x_BLD, context):
+    y_BLD, aux = part(x_BLD * self.scale_D[...][None, None], context)
+    return x_BLD + y_BLD + self.factor * x_BLD.mean(axis=1, keepdims=True), aux
+
+
+def around(registry, name, inside):
+  """The wrapper `name` of this package around a part of a user's."""
+  return functools.partial(registry[name], **{registry.wraps: inside})
 
 
 def check(**fields):
@@ -125,13 +158,53 @@ def check(**fields):
     ({"experts": Centred}, "--experts=Centred"),
     ({"mixer": lambda dim, rngs: Mean(dim, whole=True, rngs=rngs)}, "--mixer=<lambda>"),
     ({"mixer": lambda dim, rngs: UnitMean(dim, whole=True, rngs=rngs)}, "--mixer=<lambda>"),
+    ({"residual": Average}, r"--residual=Average \(.*test_own_leaks.py:\d+\)"),
   ],
-  ids=["router", "accepted", "unit router", "unit from the start", "experts", "mixer", "unit mixer"],
+  ids=[
+    "router",
+    "accepted",
+    "unit router",
+    "unit from the start",
+    "experts",
+    "mixer",
+    "unit mixer",
+    "residual",
+  ],
 )
 def test_a_part_that_looks_at_later_tokens_is_refused(fields, part):
   with pytest.raises(InputError, match=rf"{part}.*: its output for a token depends on later tokens"):
     check(**fields)
   check(**fields, objective="masked_lm")
+
+
+WHOLE = functools.partial(Mean, whole=True)
+WRAPPED = {
+  "merged_topk": {"router": around(ROUTERS, "merged_topk", Peeking)},
+  "low_rank mixer": {"mixer": around(MIXERS, "low_rank", WHOLE)},
+  "low_rank ffn": {"ffn": around(FFNS, "low_rank", WHOLE)},
+  "low_rank shared": {
+    "shared_experts": around(SHARED_EXPERTS, "low_rank", WholeShared),
+    "num_shared_experts": 1,
+  },
+} | {
+  name: {"experts": around(EXPERTS, name, Centred)}
+  for name in ("expert_dropout", "low_rank", "quantised", "quantised_training", "fp8_products")
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_a_part_inside_of_another_that_looks_at_later_tokens_is_refused(name):
+  flag = next(iter(WRAPPED[name]))
+  part = rf"--{flag}=\w+:.*\(.*test_own_leaks.py:\d+\)"
+  with pytest.raises(InputError, match=f"{part}: its output for a token depends on later tokens"):
+    check(**WRAPPED[name])
+
+
+def test_of_a_dispatcher_of_a_users_it_is_not_known(capsys):
+  config = check(dispatcher=lambda: make_dispatcher("sorted"))
+  assert "--dispatcher=<lambda> (" in (said := capsys.readouterr().err) and "is not checked" in said
+  assert own_leaks.sees_later_tokens(config.model) is None
+  assert own_leaks.sees_later_tokens(check(residual=functools.partial(Average, factor=0.0)).model) is False
 
 
 @pytest.mark.parametrize("dispatcher", ["sorted", "dropless"])
