@@ -22,10 +22,11 @@ from moe_jax.nn.transformer import Transformer
 from moe_jax.nn.variables import BalancerState, abstract
 from moe_jax.ops.metrics import METRICS
 from moe_jax.registry import Method
-from moe_jax.training.hooks import HOOKS, Hook
+from moe_jax.training.hooks import HOOKS, Hook, make_hooks
 from moe_jax.training.objectives import OBJECTIVES, Objective
 from moe_jax.training.optim import OPTIMIZERS, learning_rate_schedule, make_optimizer
 from moe_jax.training.own_leaks import check_own_leaks
+from moe_jax.training.own_steps import check_own_step
 from moe_jax.training.selection import select_trained
 from moe_jax.training.step import EvalSums, Options, Step, TrainState, init_state, make_eval_step, make_step
 
@@ -45,8 +46,7 @@ def resolve_config(config: Config) -> Config:
     check_looks_ahead(config.model, objective)
   with naming("hooks", config.train.hooks):
     hooks = HOOKS.resolve_all(config.train.hooks)
-    for hook in hooks:
-      hook()
+    make_hooks(hooks)
   with naming("optimizer", config.optimizer.optimizer):
     optimizer = OPTIMIZERS.resolve(config.optimizer.optimizer)
     make_optimizer(dataclasses.replace(config.optimizer, optimizer=optimizer), num_steps=1)
@@ -75,8 +75,8 @@ def check_run(config: Config, mesh: jax.sharding.Mesh) -> Config:
 
   Raises:
     InputError: if `resolve_config` raises one, if a causal model would look at later tokens (a user's parts are measured
-      on a small model), if `trained` matches no
-      parameter, or if groups or the mesh do not divide the batch or the model.
+      on a small model), if `trained` matches no parameter, if groups or the mesh do not divide the batch or the model, or if
+      a hook or an optimizer of a user's fails, or its state could not be saved.
   """
   config = resolve_config(config)
   if config.optimizer.trained != "all":
@@ -108,6 +108,7 @@ def check_run(config: Config, mesh: jax.sharding.Mesh) -> Config:
         f"the {micro * length} tokens of a micro-batch"
       )
     sharding.check_divides(mesh, config.model, micro_batch=micro, num_groups=micro * length // group)
+  check_own_step(config, make_init, make_train_step)
   return config
 
 
@@ -179,7 +180,7 @@ def objective_of(config: Config) -> Objective:
 
 def hooks_of(config: Config) -> tuple[Hook, ...]:
   """Returns the hooks of a resolved configuration."""
-  return tuple(method() for method in config.train.hooks)
+  return make_hooks(config.train.hooks)
 
 
 def make_model(config: Config, vocab_size: int, seed: jax.Array | int = 0) -> Transformer:

@@ -1,5 +1,7 @@
 """Hooks run once per optimizer step, after the optimizer. `HOOKS` has all of them by name."""
 
+import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -7,8 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.errors import InputError
+from moe_jax.fingerprint import is_builtin, place
 from moe_jax.nn.aux import mixer_auxes, update_balancers
-from moe_jax.registry import Registry
+from moe_jax.registry import Method, Registry
+from moe_jax.training.own_steps import check_new_state, check_same, naming_errors
 from moe_jax.types import PyTree
 
 
@@ -123,3 +127,59 @@ def _has_frozen(module: nnx.Module) -> bool:
 
 
 HOOKS = Registry("hook", {"average_parameters": AverageParameters, "qk_clip": QKClip})
+
+
+def make_hooks(methods: Sequence[Method]) -> tuple[Hook, ...]:
+  """Returns the hooks that the methods make. Raises `InputError` if one is no `Hook`."""
+  hooks = tuple(method() for method in methods)
+  for method, hook in zip(methods, hooks, strict=True):
+    if not isinstance(hook, Hook):
+      raise InputError(
+        f"hook {method.name} ({place(method.factory)}): makes a {type(hook).__name__}, which is no Hook"
+      )
+  return hooks
+
+
+def init_hooks(model: nnx.Module, hooks: Sequence[Hook]) -> tuple[PyTree, ...]:
+  """Returns the state of each hook before the first step.
+
+  Raises:
+    InputError: if a hook of a user's own fails, or its state has a typed random key.
+  """
+  states = []
+  for hook in hooks:
+    with _naming_errors(hook):
+      states.append(hook.init(model))
+    check_new_state(_name(hook), states[-1])
+  return tuple(states)
+
+
+def run_hooks(
+  model: nnx.Module, hooks: Sequence[Hook], states: tuple[PyTree, ...], aux: PyTree
+) -> tuple[PyTree, ...]:
+  """Runs the updates of balancers and then all hooks, which may change `model`. Returns the new states.
+
+  Raises:
+    InputError: if a hook of a user's own fails, or one changes the structure, shapes or types of its state or of the
+      variables of the model.
+  """
+  BalancerUpdates()(model, (), aux)
+  after = []
+  for hook, state in zip(hooks, states, strict=True):
+    before = jax.tree.map(
+      lambda leaf: leaf, nnx.state(model)
+    )  # a copy: the hook may change the model in place
+    with _naming_errors(hook):
+      after.append(hook(model, state, aux))
+    check_same(_name(hook), "its state", state, after[-1])
+    check_same(_name(hook), "the model's", before, nnx.state(model))
+  return tuple(after)
+
+
+def _name(hook: Hook) -> str:
+  return f"hook {type(hook).__name__}"
+
+
+def _naming_errors(hook: Hook) -> contextlib.AbstractContextManager[None]:
+  own = not is_builtin(type(hook))
+  return naming_errors(_name(hook), type(hook)) if own else contextlib.nullcontext()

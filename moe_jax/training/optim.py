@@ -14,6 +14,7 @@ from moe_jax.config import OptimizerConfig
 from moe_jax.nn.variables import per_variable
 from moe_jax.registry import Registry
 from moe_jax.training.muon import scale_by_muon
+from moe_jax.training.own_steps import checked
 
 FROZEN = "frozen"
 
@@ -93,13 +94,19 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
   Args:
     config: names the optimizer and its hyperparameters.
     num_steps: the number of optimizer steps, for the schedule.
+
+  Raises:
+    InputError: if an optimizer of a user's own is none, see `moe_jax.training.own_steps.checked`.
   """
-  optimizer = OPTIMIZERS.resolve(config.optimizer)(
+  method = OPTIMIZERS.resolve(config.optimizer)
+  optimizer = method(
     learning_rate=learning_rate_schedule(config, num_steps),
     weight_decay=config.weight_decay,
     beta1=config.beta1,
     beta2=config.beta2,
   )
+  if method.source:  # a user's; tests check those of this package
+    optimizer = checked(method.name, method.factory, optimizer)
   clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity()
   label = per_variable(lambda v: FROZEN if is_frozen(v) else "trained")
   groups = {"trained": optax.chain(clip, optimizer), FROZEN: optax.set_to_zero()}

@@ -31,7 +31,7 @@ from moe_jax.nn.context import Context
 from moe_jax.nn.moe import MoE
 from moe_jax.nn.transformer import balancer_stats
 from moe_jax.ops.metrics import METRICS
-from moe_jax.training.hooks import BalancerUpdates, Hook
+from moe_jax.training.hooks import Hook, init_hooks, run_hooks
 from moe_jax.training.objectives import Batch, Objective
 from moe_jax.training.optim import trained
 from moe_jax.types import Array, MoEAux, PyTree, StepStats
@@ -69,7 +69,7 @@ def init_state(
     params=params,
     variables=variables,
     opt_state=optimizer.init(params),
-    hooks=tuple(hook.init(model) for hook in hooks),
+    hooks=init_hooks(model, hooks),
   )
 
 
@@ -143,7 +143,7 @@ def make_step(
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     updated = nnx.merge(graphdef, params, state.variables)
-    hook_states = _run_hooks(updated, hooks, state.hooks, aux)
+    hook_states = run_hooks(updated, hooks, state.hooks, aux)
     params, variables = nnx.state(updated, nnx.Param, ...)
     metrics = _metrics(loss / of_step["targets"], aux) | {"grad_norm": optax.tree.norm(gradients)}
     if options.schedule:
@@ -258,13 +258,6 @@ def _scan_sum(
     return added(total, found), apart
 
   return jax.lax.scan(add, start, micros)
-
-
-def _run_hooks(
-  model: nnx.Module, hooks: Sequence[Hook], states: tuple[PyTree, ...], aux: PyTree
-) -> tuple[PyTree, ...]:
-  BalancerUpdates()(model, (), aux)
-  return tuple(hook(model, state, aux) for hook, state in zip(hooks, states, strict=True))
 
 
 def _metrics(loss: Array, aux: PyTree) -> dict[str, Array]:
