@@ -29,7 +29,7 @@ class Metric(NamedTuple):
   """A quantity to measure.
 
   sums: maps a `LayerRecord` to a tree of arrays that can be added over micro-batches and devices.
-  read: maps the added sums to a number for each layer, or an array. It keeps leading axes.
+  read: maps the added sums to a number for each layer, or an array. It keeps leading axes, which count layers: `axis=-1`.
   training: the title of its column for training. Empty: logged, but in no table. None: not logged either.
   validation: the same for validation, where results store what training logs.
   unit: the unit of the numbers, for tables.

@@ -26,6 +26,7 @@ from moe_jax.training.hooks import HOOKS, Hook, make_hooks
 from moe_jax.training.objectives import OBJECTIVES, Objective
 from moe_jax.training.optim import OPTIMIZERS, learning_rate_schedule, make_optimizer
 from moe_jax.training.own_leaks import check_own_leaks
+from moe_jax.training.own_metrics import check_own_metrics
 from moe_jax.training.own_steps import check_own_step
 from moe_jax.training.selection import select_trained
 from moe_jax.training.step import EvalSums, Options, Step, TrainState, init_state, make_eval_step, make_step
@@ -76,7 +77,7 @@ def check_run(config: Config, mesh: jax.sharding.Mesh) -> Config:
   Raises:
     InputError: if `resolve_config` raises one, if a causal model would look at later tokens (a user's parts are measured
       on a small model), if `trained` matches no parameter, if groups or the mesh do not divide the batch or the model, or if
-      a hook or an optimizer of a user's fails, or its state could not be saved.
+      a hook, an optimizer or a metric of a user's fails, or its state could not be saved.
   """
   config = resolve_config(config)
   if config.optimizer.trained != "all":
@@ -97,6 +98,7 @@ def check_run(config: Config, mesh: jax.sharding.Mesh) -> Config:
     )
   groups = {length}
   for layer in filter(None, routed):
+    check_own_metrics(layer.num_scored_experts, micro, length)
     with naming("group_size", layer.group_size):
       groups.add(layer.tokens_per_group(length))
     if layer.dispatcher.spells_exchange:
