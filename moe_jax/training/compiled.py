@@ -18,6 +18,7 @@ from moe_jax.errors import InputError
 from moe_jax.nn.build import different_blocks, naming, resolve, routed_part
 from moe_jax.nn.leaks import check_causal
 from moe_jax.nn.moe import MoE
+from moe_jax.nn.own_experts import check_cut
 from moe_jax.nn.transformer import Transformer
 from moe_jax.nn.variables import BalancerState, abstract
 from moe_jax.ops.metrics import METRICS
@@ -76,8 +77,9 @@ def check_run(config: Config, mesh: jax.sharding.Mesh) -> Config:
 
   Raises:
     InputError: if `resolve_config` raises one, if a causal model would look at later tokens (a user's parts are measured
-      on a small model), if `trained` matches no parameter, if groups or the mesh do not divide the batch or the model, or if
-      a hook, an optimizer or a metric of a user's fails, or its state could not be saved.
+      on a small model), if `trained` matches no parameter, if groups or the mesh do not divide the batch or the model, if
+      a user's experts cannot be computed in the parts that the mesh cuts them into, or if a hook, an optimizer or a metric of
+      a user's fails, or its state could not be saved.
   """
   config = resolve_config(config)
   if config.optimizer.trained != "all":
@@ -86,7 +88,8 @@ def check_run(config: Config, mesh: jax.sharding.Mesh) -> Config:
   micro = config.data.batch_size // config.train.accumulation
   check_causal(config.model)
   check_own_leaks(config.model)
-  routed = [routed_part(block) for block in different_blocks(config.model)]
+  blocks = different_blocks(config.model)
+  routed = [routed_part(block) for block in blocks]
   if config.train.record_router_logits and not any(routed):
     raise InputError(
       f"--record_router_logits={config.train.record_router_logits}: --ffn={config.model.ffn} has no router"
@@ -96,13 +99,13 @@ def check_run(config: Config, mesh: jax.sharding.Mesh) -> Config:
       f"--record_router_logits={config.train.record_router_logits}: layers have different numbers of experts, and a trace "
       "has one; use 0"
     )
-  groups = {length}
+  groups, parts = {length}, sharding.num_parts("mlp", mesh.shape)
   for layer in filter(None, routed):
     check_own_metrics(layer.num_scored_experts, micro, length)
     with naming("group_size", layer.group_size):
       groups.add(layer.tokens_per_group(length))
     if layer.dispatcher.spells_exchange:
-      layer.experts.check_parts(sharding.num_parts("mlp", mesh.shape))
+      layer.experts.check_parts(parts)
   for group in groups:
     if micro * length % group or (length % group and group % length):
       raise InputError(
@@ -110,6 +113,10 @@ def check_run(config: Config, mesh: jax.sharding.Mesh) -> Config:
         f"the {micro * length} tokens of a micro-batch"
       )
     sharding.check_divides(mesh, config.model, micro_batch=micro, num_groups=micro * length // group)
+  for block, layer in zip(blocks, routed, strict=True):
+    if layer is not None and layer.dispatcher.spells_exchange:
+      with naming("experts", block.moe.experts):
+        check_cut(block.moe, layer.experts, parts)
   check_own_step(config, make_init, make_train_step)
   return config
 
