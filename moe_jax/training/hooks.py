@@ -38,7 +38,7 @@ class Hook:
       aux: the aux of the model, summed over the micro-batches of the step.
 
     Returns:
-      The new state of this hook.
+      The new state of this hook, with the structure, shapes and types of what `init` returns.
     """
     raise NotImplementedError
 
