@@ -8,7 +8,7 @@ import json
 import math
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -50,11 +50,21 @@ class Pending(NamedTuple):
     return math.prod(self.shape) * self.dtype.itemsize
 
 
+class _Entry(NamedTuple):
+  """What a header says of one tensor. Bytes `first` to `end` of the content are its values."""
+
+  dtype: str
+  shape: tuple[int, ...]
+  first: int
+  end: int
+
+
 def open_file(path: pathlib.Path) -> dict[str, np.ndarray]:
   """Returns the tensors of a file by name, as views of the mapped file. Nothing is read but the header.
 
   Raises:
-    InputError: if the file is missing, torn, or holds a type that is not in `DTYPES`.
+    InputError: if the file is missing, cannot be read, is torn, has a header that does not describe it, or holds a
+      type that is not in `DTYPES`.
   """
   try:
     size = path.stat().st_size
@@ -62,29 +72,68 @@ def open_file(path: pathlib.Path) -> dict[str, np.ndarray]:
       length = int.from_bytes(file.read(8), "little")
       if not 2 <= length <= min(size - 8, _LARGEST_HEADER):
         raise ValueError(f"a header of {length} bytes in a file of {size}")
-      header = disk.parse_json(file.read(length))
-    header.pop("__metadata__", None)
-    end = max((fields["data_offsets"][1] for fields in header.values()), default=0)
+      entries = _entries(disk.parse_json(file.read(length)))
+    end = max((entry.end for entry in entries.values()), default=0)
+    if size != 8 + length + end:
+      raise ValueError(f"has {size} bytes, and its header says {8 + length + end}")
   except FileNotFoundError:
     raise InputError(f"{path}: this file of the checkpoint is missing") from None
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+  except OSError as error:
+    raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+  except ValueError as error:
     raise InputError(f"{path}: is not a whole safetensors file ({error}); download it again") from None
-  if size != 8 + length + end:
-    wrong = f"has {size} bytes, and its header says {8 + length + end}"
-    raise InputError(f"{path}: is not a whole safetensors file ({wrong}); download it again")
   content = np.memmap(path, np.uint8, "r", offset=8 + length, shape=(end,)) if end else np.zeros(0, np.uint8)
-  return {name: _view(path, name, fields, content) for name, fields in header.items()}
+  return {name: _view(path, name, entry, content) for name, entry in entries.items()}
 
 
-def _view(path: pathlib.Path, name: str, fields: dict, content: np.ndarray) -> np.ndarray:
-  if fields["dtype"] not in DTYPES:
+def _entries(header: Any) -> dict[str, _Entry]:
+  """The tensors of a header by name.
+
+  Raises:
+    ValueError: if a field is not what the format has, or two tensors share bytes, or bytes are no tensor's.
+  """
+  if not isinstance(header, dict):
+    raise ValueError("its header is no JSON object")
+  entries = {name: _entry(name, fields) for name, fields in header.items() if name != "__metadata__"}
+  end = 0
+  for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):  # by their places
+    if entry.first != end:
+      raise ValueError(f"{short(name)} begins at byte {entry.first}, and what is before it ends at {end}")
+    end = entry.end
+  return entries
+
+
+def _entry(name: str, fields: Any) -> _Entry:
+  found = fields if isinstance(fields, dict) else {}
+  dtype, shape, offsets = (found.get(key) for key in ("dtype", "shape", "data_offsets"))
+  is_count = lambda x: type(x) is int and x >= 0
+  are_counts = lambda x: isinstance(x, list) and all(map(is_count, x))
+  if not isinstance(dtype, str) or not are_counts(shape) or not are_counts(offsets) or len(offsets) != 2:
+    raise ValueError(f"its header says {short(fields)} of {short(name)}")
+  if offsets[0] > offsets[1]:
+    raise ValueError(f"{short(name)} ends before it begins")
+  return _Entry(dtype, tuple(shape), *offsets)
+
+
+def _view(path: pathlib.Path, name: str, entry: _Entry, content: np.ndarray) -> np.ndarray:
+  if entry.dtype not in DTYPES:
     known = ", ".join(DTYPES)
-    raise InputError(f"{path}: {name} has type {fields['dtype']}, which is not read (known: {known})")
-  first, end = fields["data_offsets"]
-  dtype, shape = DTYPES[fields["dtype"]], tuple(fields["shape"])
-  if end - first != math.prod(shape) * dtype.itemsize:
-    raise InputError(f"{path}: {name} has {end - first} bytes, which is no {fields['dtype']}{list(shape)}")
-  return content[first:end].view(dtype).reshape(shape)
+    raise InputError(
+      f"{path}: {short(name)} has type {short(entry.dtype)}, which is not read (known: {known})"
+    )
+  dtype, size = DTYPES[entry.dtype], entry.end - entry.first
+  if size != math.prod(entry.shape) * dtype.itemsize:
+    of_shape = f"{entry.dtype}{short(list(entry.shape))}"
+    raise InputError(f"{path}: {short(name)} has {size} bytes, which is no {of_shape}")
+  try:
+    return content[entry.first : entry.end].view(dtype).reshape(entry.shape)
+  except (ValueError, OverflowError) as error:  # of no bytes, with too many axes or too long ones
+    raise InputError(f"{path}: {short(name)} has a shape that NumPy has not ({error})") from None
+
+
+def short(value: Any) -> str:
+  """Returns the beginning of a name or value that a file has, printable, for an error."""
+  return (repr(value)[1:-1] if isinstance(value, str) else repr(value))[:80]
 
 
 def write_file(path: pathlib.Path, tensors: Mapping[str, Pending]) -> None:
