@@ -27,7 +27,9 @@ from moe_jax.data.bpe import train_bpe
 from moe_jax.data.tokenizers import load_tokenizer
 from moe_jax.errors import InputError
 from moe_jax.interop.describe import describe
+from moe_jax.interop.folder import INDEX, open_folder
 from moe_jax.interop.load import read_model_config
+from moe_jax.interop.safetensors import open_file
 from moe_jax.models import PRESETS, VOCAB_SIZES
 from moe_jax.nn.build import resolve
 from moe_jax.training import identity
@@ -109,6 +111,45 @@ TINY = [
 def test_config_json_of_a_published_model(folder, content):
   (folder / "config.json").write_bytes(content)
   refused(read_model_config, folder)
+
+
+_PLACES = {"a": ("F32", [2], [0, 8]), "b": ("BF16", [1, 2], [8, 12]), "c": ("U8", [0], [12, 12])}
+HEADER = {
+  name: dict(zip(("dtype", "shape", "data_offsets"), place, strict=True)) for name, place in _PLACES.items()
+}
+
+
+@st.composite
+def safetensors_files(draw):
+  """A file with a damaged header, of which it has the length, or damaged anywhere."""
+  whole = draw(st.booleans())
+  header = json.dumps(HEADER).encode() if whole else draw(files(HEADER))
+  data = len(header).to_bytes(8, "little") + header + bytes(range(12))
+  return draw(damaged_bytes(data)) if whole else data
+
+
+@given(content=safetensors_files())
+def test_safetensors(folder, content):
+  """What is accepted has every byte in one tensor."""
+  path = folder / "model.safetensors"
+  path.write_bytes(content)
+  found = {}
+  if not refused(lambda: found.update(open_file(path))):
+    length = int.from_bytes(content[:8], "little")
+    parts = [x.tobytes() for x in found.values()]
+    assert sorted(b"".join(parts)) == sorted(content[8 + length :])
+
+
+@given(
+  content=files({"metadata": {"total_size": 12}, "weight_map": {"a": "1.safetensors", "b": "2.safetensors"}})
+)
+def test_index_of_a_checkpoint(folder, content):
+  (folder / "indexed").mkdir(exist_ok=True)
+  for file in ("1", "2"):
+    (folder / f"indexed/{file}.safetensors").touch()
+  (folder / "indexed" / INDEX).write_bytes(content)
+  # At the latest because its files are empty, unless it names none.
+  assert refused(open_folder, folder / "indexed", {}) or json.loads(content)["weight_map"] == {}
 
 
 @pytest.fixture(scope="module")
