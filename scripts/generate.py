@@ -24,7 +24,7 @@ _LENGTH = flags.DEFINE_integer(
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "logits are divided by it; 0: the most likely token")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "draw from the k most likely tokens; 0: from all")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "draw from the fewest tokens whose probabilities add up to it")
-_SEED = flags.DEFINE_integer("seed", 0, "of what is drawn")
+_SEED = flags.DEFINE_integer("seed", 0, "of what is drawn, of 32 bits")
 _STOP = flags.DEFINE_list("stop_ids", None, "token ids that end a text; default: those of the model")
 _BEGIN = flags.DEFINE_bool("begin", True, "put the token that begins a document before a prompt")
 model_flags.define_flags()

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -20,16 +20,19 @@ from moe_jax.ops.sampling import next_token
 from moe_jax.training.load import Loaded
 from moe_jax.types import Array, PyTree
 
+_TEMPERATURES = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)  # that can be divided by
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
   """How a next token is chosen.
 
   Attributes:
-    temperature: logits are divided by it; 0: the most likely token is taken.
+    temperature: logits are divided by it; 0, or less than float32 can divide by (1.2e-38): the most likely token is
+      taken.
     top_k: draw from the k most likely tokens; 0: from all.
     top_p: draw from the fewest tokens whose probabilities add up to it; 1: from all.
-    seed: of what is drawn. Prompt i draws the same whatever the other prompts are.
+    seed: of what is drawn, of 32 bits. Prompt i draws the same whatever the other prompts are.
 
   Raises:
     InputError: if a value is out of range.
@@ -45,9 +48,15 @@ class Sampling:
       ("temperature", self.temperature >= 0, "must be 0 (the most likely token) or above"),
       ("top_k", self.top_k >= 0, "must be 0 (all tokens) or a number of tokens"),
       ("top_p", 0 < self.top_p <= 1, "must be in (0, 1]"),
+      ("seed", _is_seed(self.seed), f"must be an integer from 0 to {(1 << 32) - 1}"),
     ):
       if not ok:
         raise InputError(f"--{name}={getattr(self, name)}: {right}")
+
+
+def _is_seed(seed: int) -> bool:
+  """Whether JAX makes a key of it that no other seed has: of more bits, it would leave out the upper ones."""
+  return isinstance(seed, int | np.integer) and 0 <= seed < 1 << 32
 
 
 class Piece(NamedTuple):
@@ -110,7 +119,7 @@ def stream(
   tokenizer = loaded.tokenizer
   encoded = [tokenizer.encode(text) for text in texts]
   ids = [np.concatenate([[tokenizer.bos_id], prompt]) if begin else prompt for prompt in encoded]
-  stop_ids = (loaded.stop_ids or (tokenizer.bos_id,)) if stop_ids is None else tuple(stop_ids)
+  stop_ids = (loaded.stop_ids or (tokenizer.bos_id,)) if stop_ids is None else stop_ids
   max_length = max_length or loaded.max_positions
   so_far = [TextSoFar(tokenizer.decode, prompt) for prompt in encoded]
   for new in generate_tokens(loaded.model, ids, stop_ids=stop_ids, max_length=max_length, **options):
@@ -132,7 +141,7 @@ def generate_tokens(
 
   Args:
     model: is not changed.
-    prompts: token ids, at least one for each prompt.
+    prompts: token ids of the model, at least one for each prompt.
     max_new_tokens, sampling, stop_ids, max_length: as in `generate`; a `max_length` of 0 is no limit.
     tokens_per_call: tokens of each prompt that one call of the compiled program makes. The first one comes alone.
 
@@ -141,6 +150,10 @@ def generate_tokens(
   """
   check_generates(model)
   sampling = sampling or Sampling()
+  vocab_size = model.embedding_VD.get_value().shape[0]
+  for i, prompt in enumerate(prompts):
+    check_ids(f"generate: prompt {i}", prompt, vocab_size)
+  check_ids("--stop_ids", stop_ids, vocab_size)
   check_lengths([len(prompt) for prompt in prompts], max_new_tokens, max_length)
   graphdef, state = nnx.split(on_mesh(dropless(model)))
   tokens_BL, pad_B = left_padded(prompts, rows_of_mesh())
@@ -165,6 +178,19 @@ def generate_tokens(
     yield new
     if all(ended):
       return
+
+
+def check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
+  """Raises `InputError` unless all are integers in [0, vocab_size). JAX would take the nearest id for another one."""
+  try:
+    array = np.asarray(list(ids) if isinstance(ids, Set) else ids)
+  except ValueError:  # lists of several lengths
+    array = np.asarray(None)
+  is_list = array.ndim == 1 and (array.dtype.kind in "iu" or not array.size)
+  wrong = array[(array < 0) | (array >= vocab_size)].tolist() if is_list else [ids]
+  if wrong:
+    shown = " ".join(repr(wrong[0]).split())[:60]
+    raise InputError(f"{name} has {shown}, and the ids of this model are integers from 0 to {vocab_size - 1}")
 
 
 def check_lengths(lengths: Sequence[int], max_new_tokens: int, max_length: int) -> None:
@@ -212,9 +238,9 @@ class _Choice(NamedTuple):
 
 
 def _choice(sampling: Sampling, batch: int) -> _Choice:
-  key = jax.random.key(sampling.seed)
+  key, (least, most) = jax.random.key(sampling.seed), _TEMPERATURES
   return _Choice(
-    temperature=sampling.temperature or None,
+    temperature=min(sampling.temperature, most) if sampling.temperature >= least else None,
     top_p=sampling.top_p if sampling.top_p < 1 else None,
     key_B=jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(batch)),
   )

@@ -18,14 +18,16 @@ def next_token(
   Args:
     logits_BV: float32.
     key_B: a random key for each sequence, so that a draw does not depend on the rest of the batch.
-    temperature: a scalar above 0 that logits are divided by; None: the most likely token, whatever the rest.
+    temperature: a scalar that logits are divided by, not below the smallest normal float32, for less may count as 0;
+      None: the most likely token, whatever the rest.
     top_k: draw from the k most likely tokens; 0: from all.
     top_p: a scalar: draw from the fewest tokens whose probabilities add up to it (nucleus sampling,
       1904.09751, section 3.1), after `top_k`; None: from all.
   """
   if temperature is None:
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-  logits_BV = logits_BV / temperature
+  # The largest becomes 0, so that the smallest temperature leaves it finite, and others no larger.
+  logits_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / temperature
   if 0 < top_k < logits_BV.shape[-1]:
     least_B1 = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
     logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)

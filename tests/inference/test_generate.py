@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import re
 
 import jax
 import numpy as np
@@ -178,11 +179,55 @@ def test_what_cannot_be_generated_gets_one_line(fields, prompts, options, messag
   assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+  "prompt, shown",
+  [
+    ([5, V], V),
+    ([5, -3], -3),
+    ([5, 2**70], "[5, 1180591620717411303424]"),
+    ([5.7], "[5.7]"),
+    (np.ones(2), "array([1., 1.])"),
+    ([5, "a"], "[5, 'a']"),
+    ([[5], [5, 6]], "[[5], [5, 6]]"),
+    ("abc", "'abc'"),
+    (5, 5),
+  ],
+)
+def test_ids_that_the_model_has_not(prompt, shown, small):
+  """As an id of a prompt, and as one that ends a text."""
+  right = rf"has {re.escape(str(shown))}, and the ids of this model are integers from 0 to {V - 1}$"
+  with pytest.raises(InputError, match=f"^generate: prompt 1 {right}"):
+    collect(small, [[1], prompt], NEW)
+  with pytest.raises(InputError, match=f"^--stop_ids {right}"):
+    collect(small, [[1]], NEW, stop_ids=prompt)
+  with pytest.raises(InputError, match=f"^--stop_ids {right}"):
+    generate(loaded_with(small), "a", NEW, stop_ids=prompt)
+
+
+def test_ids_of_any_integer_type(small):
+  expected = collect(small, PROMPTS[:1], 4, stop_ids=[])
+  for ids in (np.array(PROMPTS[0], np.uint16), jax.numpy.array(PROMPTS[0]), tuple(np.int64(PROMPTS[0]))):
+    assert collect(small, [ids], 4) == expected
+  for stop in (np.array(expected[0][1:2]), {expected[0][1]}, range(V)):
+    assert collect(small, PROMPTS[:1], 4, stop_ids=stop) == [expected[0][: list(stop) == [expected[0][1]]]]
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-37, 1.2e-38, 1e-38, 1e-45, 1e-300])
+def test_a_temperature_near_0_is_that_of_0(temperature, small):
+  for fields in ({}, {"top_k": 3, "top_p": 0.9}):
+    sampling = Sampling(temperature, **fields)
+    assert collect(small, PROMPTS, NEW, sampling=sampling) == collect(small, PROMPTS, NEW)
+
+
 def test_wrong_settings_and_missing_parts_get_one_line(model):
   for field, value, message in (
     ("temperature", -1.0, "--temperature=-1.0: must be 0"),
     ("top_k", -1, "--top_k=-1: must be 0"),
     ("top_p", 0.0, r"--top_p=0.0: must be in \(0, 1\]"),
+    ("seed", -1, "--seed=-1: must be an integer from 0 to 4294967295"),
+    ("seed", 2**32, "--seed=4294967296: must be an integer from 0 to "),
+    ("seed", 2**63, "--seed=9223372036854775808: must be an integer from 0 to "),
+    ("seed", 0.5, "--seed=0.5: must be an integer from 0 to "),
   ):
     with pytest.raises(InputError, match=message):
       Sampling(**{field: value})

@@ -49,6 +49,19 @@ def test_without_a_temperature_it_is_the_most_likely():
   assert found.tolist() == [1, 3] and found.dtype == jnp.int32
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-37, 1.2e-38])
+def test_a_small_temperature_leaves_the_most_likely(temperature):
+  """Logits that are divided by it would not be finite."""
+  logits = jnp.stack([LOGITS_V, 90 * LOGITS_V[::-1], -1000 + LOGITS_V])
+  for limits in ({}, {"top_k": 4}, {"top_p": 0.9}, {"top_k": 4, "top_p": 0.9}):
+    assert next_token(logits, KEY_B[:3], temperature, **limits).tolist() == [1, 3, 1]
+
+
+def test_the_largest_temperature_draws_from_all():
+  found = next_token(jnp.broadcast_to(LOGITS_V, (DRAWS, 5)), KEY_B, 3e38)
+  np.testing.assert_allclose(np.bincount(found, minlength=5) / DRAWS, 0.2, atol=4 * 0.5 / DRAWS**0.5)
+
+
 def test_a_draw_is_that_of_its_key():
   logits = jnp.asarray(np.random.default_rng(0).normal(size=(6, 5)), jnp.float32)
   whole = next_token(logits, KEY_B[:6], 1.0, top_p=0.9)
