@@ -18,7 +18,7 @@ from moe_jax.cluster.processes import first_writes, from_first
 from moe_jax.config import ModelConfig
 from moe_jax.data.model_ids import FILES, copy_files
 from moe_jax.data.tokenizers import bytes_file
-from moe_jax.errors import InputError, of_the_disk, require_option
+from moe_jax.errors import InputError, of_the_disk, of_the_system, require_option
 from moe_jax.interop.describe import balancers_line, describe, dropping_line
 from moe_jax.interop.families import Family
 from moe_jax.interop.families.rope import yarn_positions
@@ -63,7 +63,7 @@ def save(
 
   Raises:
     InputError: if no published family is this model, its tokenizer has ids that it does not embed, the folder holds files
-      of a model or run, or the disk is full.
+      of a model or run, or it cannot be written, or the disk is full.
   """
   require_option("save", "format", format, ("hf",))
   require_option("save", "dtype", dtype, ("", *DTYPES))
@@ -99,7 +99,7 @@ def save(
 
 def _taken(folder: pathlib.Path) -> str:
   """Returns what the folder has of a model or a run, in words; empty if a model may be written there."""
-  if any(folder.glob("*.safetensors")) or (folder / INDEX).exists():
+  if any(folder.glob("*.safetensors")) or os.path.exists(folder / INDEX):
     return "weights"
   found = (path.name for name in (CONFIG, CHECKPOINTS, *FILES) for path in sorted(folder.glob(name)))
   return next(found, "")
@@ -112,14 +112,15 @@ def _filled(folder: pathlib.Path) -> Iterator[pathlib.Path]:
   So a kill leaves nothing in `folder` that another call would take for its own.
   """
   try:
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=disk.WRITING, dir=folder) as new:
-      yield pathlib.Path(new)
-      files = sorted(pathlib.Path(new).iterdir(), key=lambda path: path.suffix != ".safetensors")
-      for path in files:
-        path.rename(folder / path.name)
+    with disk.named(folder):
+      folder.mkdir(parents=True, exist_ok=True)
+      with tempfile.TemporaryDirectory(prefix=disk.WRITING, dir=folder) as new:
+        yield pathlib.Path(new)
+        files = sorted(pathlib.Path(new).iterdir(), key=lambda path: path.suffix != ".safetensors")
+        for path in files:
+          path.rename(folder / path.name)
   except OSError as error:
-    if line := of_the_disk(error, str(folder), "begins it anew"):
+    if line := of_the_disk(error, str(folder), "begins it anew") or of_the_system(error):
       raise line from error
     raise
 

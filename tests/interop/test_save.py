@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 
 import pytest
 
@@ -43,6 +44,40 @@ def test_a_save_that_failed_leaves_nothing_to_the_next(published, tmp_path, monk
   assert (tmp_path / "out/tokenizer.json").read_bytes() == (own / "tokenizer.json").read_bytes()
   assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in own.iterdir()}
   assert_same_model(moe_jax.load(tmp_path / "out").model, published["b"].model)
+
+
+@pytest.mark.parametrize(
+  ("name", "said"),
+  [
+    ("file", "File exists"),
+    ("file/below", "Not a directory"),
+    ("dangling", "File exists"),
+    ("closed", "Denied"),
+  ],
+)
+def test_a_place_that_cannot_be_written_is_named(name, said, published, tmp_path, monkeypatch):
+  def denied(prefix, dir):
+    raise PermissionError(errno.EACCES, "Denied", f"{dir}/{prefix}x")
+
+  (tmp_path / "file").touch()
+  (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+  if name == "closed":  # as if without rights, which root always has
+    monkeypatch.setattr(save.tempfile, "TemporaryDirectory", denied)
+  with pytest.raises(InputError, match=rf"^{tmp_path / name}: {said}$"):
+    moe_jax.save(published["a"], tmp_path / name)
+
+
+def test_links_and_files_that_are_only_read(published, tmp_path):
+  """A copy of them can be written, and a link to a folder is kept."""
+  own = shutil.copytree(published["a"].folder, tmp_path / "own")
+  for path in own.iterdir():
+    path.chmod(0o444)
+  (tmp_path / "out").mkdir()
+  (tmp_path / "link").symlink_to(tmp_path / "out")
+  moe_jax.save(moe_jax.load(own), tmp_path / "link")
+  assert (tmp_path / "link").is_symlink()
+  assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o644}
+  assert_same_model(moe_jax.load(tmp_path / "link").model, published["a"].model)
 
 
 @pytest.mark.parametrize(
