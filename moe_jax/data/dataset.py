@@ -44,9 +44,9 @@ class DatasetInfo(NamedTuple):
   padded_fraction: dict[str, float]  # per split, masked positions / all positions
   num_bytes: dict[str, int]  # per split, utf-8 bytes of the documents; empty for markov and lazily cut splits
   bytes_per_domain: dict[str, tuple[int, ...]]  # per split, S counts; as `num_bytes`
-  bytes_per_token: (
-    float | None
-  )  # of the training split, of its beginning if it is cut lazily; None for markov
+  # utf-8 bytes per target of the training split, of its beginning if it is cut lazily; None for markov. The `bos` between
+  # joined documents is a target.
+  bytes_per_token: float | None
   # bits per byte of the whole validation split by byte models of each order: `moe_jax.data.ngrams`; as `num_bytes`
   yardsticks: dict[str, float]
   # markov only. entropy_rate is the exact best mean loss of a model that knows the domain. validation_floor
@@ -141,7 +141,7 @@ class Dataset:
     """Returns the utf-8 bytes that the targets of each sequence of validation stand for, [B]; 0 for markov.
 
     They are exact where every token is a fixed string of bytes (`bytes`, `bpe:SIZE`). Otherwise they are the targets
-    times the mean bytes per token: of the documents of their domain in the validation split, or of the training
+    times the mean bytes per target: of the documents of their domain in the validation split, or of the training
     documents at the beginning if splits are cut lazily. What a tokenizer drops counts, for it is of the text.
     """
     targets_BL, mask_BL, domain_B = batch["targets_BL"], batch["mask_BL"], batch["domain_B"]

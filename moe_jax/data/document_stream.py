@@ -44,12 +44,14 @@ class StreamedDataset(Dataset):
     sample = [len(tokenizer.encode(text)) for text in first]
     if not sum(sample):
       raise InputError(f"--dataset={config.dataset}: its first {_SAMPLE} documents hold no text")
-    self.info = info._replace(bytes_per_token=sum(map(utf8_length, first)) / sum(sample))
     note_loss(tokenizer, first)
-    target = SHORT_WINDOWS * config.sequence_length
+    length = SHORT_WINDOWS * config.sequence_length
     mean = sum(sample) / len(sample)
-    join = len(info.domains) == 1 and mean < target
-    self.documents_per_group = math.ceil(target / mean) if join else 1
+    join = len(info.domains) == 1 and mean < length
+    self.documents_per_group = math.ceil(length / mean) if join else 1
+    # The `bos` between joined documents are targets, too.
+    targets = sum(sample) + sum(map(bool, sample)) * (1 - 1 / self.documents_per_group)
+    self.info = info._replace(bytes_per_token=sum(map(utf8_length, first)) / targets)
 
   def train_batches(
     self, *, process_index: int = 0, process_count: int = 1, data_seed: int | None = None

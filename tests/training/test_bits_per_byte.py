@@ -116,20 +116,27 @@ def test_bytes_are_those_of_the_documents(load, texts, tokenizer):
     assert 0 < part <= len(text.encode())  # characters that windows cut are replaced by three bytes each
 
 
+def streamed(whole, documents):
+  """The same text twice, as training and as validation, cut lazily with the tokenizer of another data set."""
+  info = whole.info._replace(domains=("only",), num_bytes={}, bytes_per_domain={}, targets_per_domain={})
+  return StreamedDataset(whole.config, info, documents, documents, load_tokenizer(whole.config.tokenizer))
+
+
+@pytest.mark.parametrize("words", [2, 25, 1000])
 @pytest.mark.parametrize("tokenizer", ["bytes", "tokenizer.json"])
-def test_documents_that_are_cut_lazily(load, tokenizer):
-  """They are joined with `bos`, a target that stands for no byte."""
-  whole = load("ascii", tokenizer)
-  name = whole.config.tokenizer
-  documents = [Text(t, 0) for t in TEXTS["ascii"]]
-  info = load("ascii", "bytes", dataset="markov").info._replace(domains=("only",))
-  dataset = StreamedDataset(whole.config, info, documents[:40], documents[40:], load_tokenizer(name))
-  tokens = sum(len(dataset.tokenizer.encode(t)) for t, _ in documents[:40])
-  assert dataset.info.bytes_per_token == sum(len(t) for t, _ in documents[:40]) / tokens
-  if tokenizer == "bytes":
-    assert dataset.validation_bytes(0) == sum(len(t) for t, _ in documents[40:])
-  else:
-    assert dataset.validation_bytes(100) == 100 * dataset.info.bytes_per_token
+def test_documents_that_are_cut_lazily_have_the_bytes_of_their_text(load, tokenizer, words):
+  """Joined documents have `bos` between them, a target that stands for no byte. Long ones are not joined."""
+  documents = [Text("many " * words + "x" * (i % 2), 0) for i in range(40)]
+  dataset = streamed(load("ascii", tokenizer), documents)
+  assert (dataset.documents_per_group > 1) == (words < 1000)
+  batches = list(dataset.validation_batches())
+  targets = sum(int(batch["mask_BL"].sum()) for batch in batches)
+  num_bytes = sum(len(text) for text, _ in documents)
+  # The last group may have fewer documents than the others: one `bos` more or less.
+  near = pytest.approx(num_bytes, rel=1.01 / targets)
+  assert dataset.validation_bytes(targets) == near
+  assert sum(dataset.bytes_of_rows(batch).sum() for batch in batches) == near
+  assert dataset.info.bytes_per_token * targets == near
 
 
 def test_where_bits_per_byte_have_no_meaning(load, tmp_path, monkeypatch):
