@@ -201,7 +201,9 @@ def answered(model, tokenizer, task, questions, step: int, answers: int = 0, tem
 
   each, n = answers or _ANSWERS.value, _LENGTH.value
   prompts = [
-    np.concatenate([[tokenizer.bos_id], tokenizer.encode(f"{q}=")]) for q in questions for _ in range(each)
+    np.concatenate([[tokenizer.begin_id()], tokenizer.encode(f"{q}=")])
+    for q in questions
+    for _ in range(each)
   ]
   sampling = Sampling(temperature=temperature, seed=step)
   pieces = list(generate_tokens(in_bfloat16(model), prompts, n, sampling=sampling))

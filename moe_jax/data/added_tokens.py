@@ -62,6 +62,15 @@ class AddedTokens:
     """The number of ids; some may not be used."""
     return max([self.model.vocab_size(), *(token.id + 1 for token in self.tokens.values())])
 
+  def id_of(self, text: str) -> int | None:
+    """Returns the id of an added or special token, or of a piece of the model; None if there is none."""
+    if text in self.tokens:
+      return self.tokens[text].id
+    i = self.model.piece_to_id(text)
+    return (
+      i if self.model.id_to_piece(i) == text else None
+    )  # the model gives what it does not know an id, too
+
   def fingerprint(self, of_model: str) -> str:
     """Returns the fingerprint of the model together with the tokens."""
     if not self.tokens:

@@ -101,8 +101,7 @@ def read_chat_template(folder: str | os.PathLike[str]) -> ChatTemplate | None:
   """
   folder = pathlib.Path(folder)
   values = _read_config(folder / CONFIG)
-  specials = {name: _text_of(value) for name, value in values.items() if name.endswith("_token")}
-  specials = {name: text for name, text in specials.items() if text is not None}
+  specials = _specials(values)
   file = folder / FILE
   if file.is_file():
     try:
@@ -118,6 +117,20 @@ def read_chat_template(folder: str | os.PathLike[str]) -> ChatTemplate | None:
   if not isinstance(found, str):
     raise InputError(f"{folder / CONFIG}: chat_template must be text, got {type(found).__name__}")
   return ChatTemplate(found, specials, str(folder / CONFIG))
+
+
+def read_specials(folder: str | os.PathLike[str]) -> dict[str, str]:
+  """Returns the texts of the special tokens that tokenizer_config.json in a folder names, such as `bos_token`.
+
+  Raises:
+    InputError: if the file is no JSON.
+  """
+  return _specials(_read_config(pathlib.Path(folder) / CONFIG))
+
+
+def _specials(values: dict[str, Any]) -> dict[str, str]:
+  found = {name: _text_of(value) for name, value in values.items() if name.endswith("_token")}
+  return {name: text for name, text in found.items() if text is not None}
 
 
 def _read_config(path: pathlib.Path) -> dict[str, Any]:

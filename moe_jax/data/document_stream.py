@@ -39,7 +39,7 @@ class StreamedDataset(Dataset):
     tokenizer: Tokenizer,
   ):
     super().__init__(config, info, train, validation, tokenizer)
-    self._tokenizer = tokenizer
+    self._tokenizer, self._bos_id = tokenizer, tokenizer.begin_id()
     first = [train[i].text for i in range(min(len(train), _SAMPLE))]
     sample = [len(tokenizer.encode(text)) for text in first]
     if not sum(sample):
@@ -77,7 +77,7 @@ class StreamedDataset(Dataset):
     for text, _ in documents:
       encoded = self._tokenizer.encode(text)
       if len(encoded):
-        tokens += [np.array([self._tokenizer.bos_id], np.int32), encoded]
+        tokens += [np.array([self._bos_id], np.int32), encoded]
     joined = np.concatenate(tokens)[1:]  # DocumentWindows adds the first bos
     return DocumentWindows([(joined, documents[0].domain)], self._tokenizer, self.config.sequence_length)
 

@@ -31,7 +31,7 @@ class ModelIds(NamedTuple):
   """The ids of a published model, whose tokenizer gets no new ones."""
 
   vocab_size: int
-  bos_id: int | None = None  # None: as the tokenizer says
+  bos_id: int | None = None  # None: as the tokenizer and the files beside it say
   pad_id: int | None = None  # None: 0, which stands for no text because padding is masked
   stop_ids: tuple[int, ...] = ()  # that end a text
   max_positions: int = 0  # of a text that the model was made for; 0: not known

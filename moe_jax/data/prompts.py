@@ -87,7 +87,7 @@ def encode_example(
   """
   if template is None:
     prompt, response = tokenizer.encode(example.prompt), tokenizer.encode(example.response)
-    return Tokens(np.concatenate([[tokenizer.bos_id], prompt, response, [end_id]]), 1 + len(prompt))
+    return Tokens(np.concatenate([[tokenizer.begin_id()], prompt, response, [end_id]]), 1 + len(prompt))
   before, response = template.split(example.prompt, example.response)
   prompt, whole = tokenizer.encode(before), tokenizer.encode(before + response)
   n = min(len(prompt), len(whole) - 1)

@@ -1,7 +1,7 @@
 """Tokenizers: bytes, a SentencePiece model or a Hugging Face tokenizer.json. `moe_jax.data.bpe` trains one.
 
 Every document begins with `bos_id`. `pad_id` fills masked positions only. If a tokenizer file lacks these tokens,
-they get new ids after its own. `vocab_size` is rounded up to a multiple of 8, so that the embedding can be divided
+they get new ids after its own, unless it came with a published model, which has no more ids. `vocab_size` is rounded up to a multiple of 8, so that the embedding can be divided
 over devices. The ids above the last real one never occur.
 """
 
@@ -14,15 +14,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_jax.data.added_tokens import AddedTokens
+from moe_jax.data.chat import read_specials
 from moe_jax.data.model_ids import ModelIds, read_ids
 from moe_jax.errors import InputError
+
+# tokenizer.json does not say which special token begins a document. These names cover the usual models. Their order stays:
+# models were trained with the first one that a file has.
+_BEGINS = ("<s>", "<bos>", "<|begin_of_text|>", "[BOS]", "<|endoftext|>", "</s>", "[CLS]")
 
 
 class Tokenizer(NamedTuple):
   encode: Callable[[str], np.ndarray]  # text -> [tokens] int32, no bos
   decode: Callable[[np.ndarray], str]
   vocab_size: int
-  bos_id: int
+  bos_id: int | None  # None: a published model does not say which token begins a document
   pad_id: int
   fingerprint: str  # identifies the tokenizer; equal for equal files in any location
   # [V] utf-8 bytes of each id, 0 for specials; None where a token is not a fixed string of bytes
@@ -31,6 +36,14 @@ class Tokenizer(NamedTuple):
   ids: ModelIds | None = None  # of the published model that it came with
   folder: Path | None = None  # with the files of that model
 
+  def begin_id(self) -> int:
+    """Returns `bos_id`, for text that needs it. Raises `InputError` if there is none."""
+    if self.bos_id is None:
+      raise InputError(
+        f"{self.folder}: no file says which token begins a document; name it as bos_token in {self.folder}/tokenizer_config.json"
+      )
+    return self.bos_id
+
 
 def load_tokenizer(name: str, ids: ModelIds | None = None) -> Tokenizer:
   """Loads `bytes`, a SentencePiece `.model` file, or a Hugging Face `.json` file.
@@ -38,7 +51,8 @@ def load_tokenizer(name: str, ids: ModelIds | None = None) -> Tokenizer:
   Args:
     name: what to load.
     ids: of the model that the tokenizer belongs to. None: those that the run in its folder has of a published model; if
-      there are none, special tokens that the tokenizer lacks get new ids.
+      there are none, special tokens that the tokenizer lacks get new ids. If they lack the token that begins a document,
+      it is the `bos_token` of tokenizer_config.json, or one of a usual name.
 
   Raises:
     InputError: if there is no such tokenizer, or it has more ids than the model.
@@ -122,7 +136,8 @@ def _sentencepiece_tokenizer(path: Path, ids: ModelIds | None) -> Tokenizer:
   def decode(tokens: np.ndarray) -> str:
     return added.decode([int(t) for t in tokens])
 
-  bos = next((i for i in (model.bos_id(), model.eos_id()) if i >= 0), None)
+  named = map(added.id_of, () if ids is None else _named_bos(path))
+  bos = next((i for i in (*named, model.bos_id(), model.eos_id()) if i is not None and i >= 0), None)
   pad = model.pad_id() if model.pad_id() >= 0 else None
   tokenizer = _of_file(encode, decode, added.size, bos, pad, path, ids)
   return tokenizer._replace(fingerprint=added.fingerprint(tokenizer.fingerprint))
@@ -144,8 +159,7 @@ def _hugging_face_tokenizer(path: Path, ids: ModelIds | None) -> Tokenizer:
   def decode(tokens: np.ndarray) -> str:
     return model.decode([int(t) for t in tokens], skip_special_tokens=True)
 
-  # tokenizer.json does not say which special token begins a document. These names cover the usual models.
-  bos = _first_id(model, ("<s>", "<bos>", "<|begin_of_text|>", "[BOS]", "<|endoftext|>", "</s>", "[CLS]"))
+  bos = _first_id(model, _BEGINS if ids is None else (*_named_bos(path), "<|startoftext|>", *_BEGINS))
   pad = _first_id(model, ("<pad>", "[PAD]", "<|pad|>"))
   size = 1 + max(model.get_vocab(with_added_tokens=True).values())  # ids can have gaps
   return _of_file(encode, decode, size, bos, pad, path, ids)
@@ -154,6 +168,11 @@ def _hugging_face_tokenizer(path: Path, ids: ModelIds | None) -> Tokenizer:
 def _given(path: Path, ids: ModelIds | None) -> str:
   """What names the file in an error: the flag, or the file alone if it came with a model."""
   return f"--tokenizer={path}" if ids is None else str(path)
+
+
+def _named_bos(path: Path) -> list[str]:
+  """What tokenizer_config.json beside the tokenizer of a published model calls the token that begins a document, if it does."""
+  return [text for name, text in read_specials(path.parent).items() if name == "bos_token"]
 
 
 def _first_id(model: Any, names: Sequence[str]) -> int | None:
@@ -175,10 +194,10 @@ def _of_file(
     raise InputError(
       f"{path}: has ids up to {size - 1}, and the model a vocabulary of {ids.vocab_size}; use the tokenizer of the model"
     )
-  first = lambda *choices: next((choice for choice in choices if choice is not None), 0)
-  bos_id, pad_id = first(ids.bos_id, bos), first(ids.pad_id, pad)
+  first = lambda *choices: next((choice for choice in choices if choice is not None), None)
+  bos_id, pad_id = first(ids.bos_id, bos), first(ids.pad_id, pad, 0)
   tokenizer = Tokenizer(encode, decode, ids.vocab_size, bos_id, pad_id, _file_hash(path))
-  return tokenizer._replace(ids=ids, folder=path.parent)
+  return tokenizer._replace(ids=ids._replace(bos_id=bos_id), folder=path.parent)
 
 
 def with_specials(

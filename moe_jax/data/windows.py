@@ -49,11 +49,15 @@ class DocumentWindows:
     documents: (tokens, domain) pairs, tokens without bos; documents without tokens are dropped.
     tokenizer: provides `bos_id` and `pad_id`.
     sequence_length: L.
+
+  Raises:
+    InputError: if the tokenizer has no `bos_id`.
   """
 
   def __init__(self, documents: Iterable[tuple[np.ndarray, int]], tokenizer: Tokenizer, sequence_length: int):
     self._length = sequence_length
     self._pad = tokenizer.pad_id
+    bos_id = tokenizer.begin_id()
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
     tokens, starts, counts, domains = [np.zeros(0, dtype)], [], [], []
     offset = 0
@@ -61,7 +65,7 @@ class DocumentWindows:
       if not len(document):
         continue
       begins = np.arange(0, len(document), sequence_length)
-      tokens += [np.array([tokenizer.bos_id], dtype), document.astype(dtype)]
+      tokens += [np.array([bos_id], dtype), document.astype(dtype)]
       starts.append(offset + begins)
       counts.append(np.minimum(len(document) - begins, sequence_length))
       domains.append(np.full(len(begins), domain))

@@ -87,10 +87,10 @@ def generate(
     max_new_tokens: after so many tokens a text ends.
     sampling: how tokens are chosen; None: the most likely ones.
     stop_ids: a text ends before the first of these tokens. None: those of the model; if it has none, the token
-      that begins a document.
+      that begins a document, if that is known.
     max_length: positions that a prompt and what follows may take; 0: those that the model was made for.
     begin: whether the token that begins a document comes before a prompt. Models that were trained here always
-      saw it; some published ones never did.
+      saw it; some published ones never did, or do not say which one it is, and then there is none.
 
   Raises:
     InputError: if a prompt has no token or too many, the model cannot generate, or an option is out of range.
@@ -117,9 +117,10 @@ def stream(
     raise InputError(f"{missing_tokenizer(loaded.folder)}; {without}")
   texts = [prompts] if isinstance(prompts, str) else list(prompts)
   tokenizer = loaded.tokenizer
+  bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
   encoded = [tokenizer.encode(text) for text in texts]
-  ids = [np.concatenate([[tokenizer.bos_id], prompt]) if begin else prompt for prompt in encoded]
-  stop_ids = (loaded.stop_ids or (tokenizer.bos_id,)) if stop_ids is None else stop_ids
+  ids = [np.concatenate([bos, prompt]) if begin and bos else prompt for prompt in encoded]
+  stop_ids = (loaded.stop_ids or bos) if stop_ids is None else stop_ids
   max_length = max_length or loaded.max_positions
   so_far = [TextSoFar(tokenizer.decode, prompt) for prompt in encoded]
   for new in generate_tokens(loaded.model, ids, stop_ids=stop_ids, max_length=max_length, **options):

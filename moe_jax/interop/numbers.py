@@ -12,7 +12,7 @@ _GENERATION = "generation_config.json"
 
 
 def read_numbers(folder: pathlib.Path, values: Values) -> ModelIds:
-  """Reads them from config.json, and `eos_token_id` from generation_config.json where that has it.
+  """Reads them from config.json, and `bos_token_id` and `eos_token_id` from generation_config.json where that has them.
 
   Raises:
     InputError: if a number is no integer, an id is not in [0, V) and not -1, or V is missing.
@@ -20,13 +20,15 @@ def read_numbers(folder: pathlib.Path, values: Values) -> ModelIds:
   check_integer(values, "vocab_size", 1, _LARGEST)
   size = values("vocab_size")
   bos, eos, pad = (_token_ids(values, f"{name}_token_id", size) for name in ("bos", "eos", "pad"))
-  first = lambda ids: ids[0] if ids else None
   path = folder / _GENERATION
   generation = Values(str(path), read_config(path) if path.exists() else {})
-  of_generation = _token_ids(generation, "eos_token_id", size)
+  begin, stop = (_token_ids(generation, f"{name}_token_id", size) for name in ("bos", "eos"))
   check_integer(values, "max_position_embeddings", 0, _LARGEST)
-  stop_ids = (eos or ()) if of_generation is None else of_generation
-  return ModelIds(size, first(bos), first(pad or eos), stop_ids, values("max_position_embeddings", 0))
+  first = lambda ids: ids[0] if ids else None
+  stop_ids = (eos or ()) if stop is None else stop
+  return ModelIds(
+    size, first(begin or bos), first(pad or eos), stop_ids, values("max_position_embeddings", 0)
+  )
 
 
 def check_integer(values: Values, name: str, least: int, most: int) -> None:

@@ -132,15 +132,14 @@ def _check_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, where: str) -> 
     return
   right = f"so the same ids stand for other text; choose --tokenizer={path}"
   # With the ids of a published model, files beside it count, too.
-  fingerprint = (
-    load_tokenizer(str(path), ids).fingerprint if ids else hashlib.sha256(path.read_bytes()).hexdigest()
-  )
+  own = load_tokenizer(str(path), ids) if ids else None
+  fingerprint = own.fingerprint if own else hashlib.sha256(path.read_bytes()).hexdigest()
   if fingerprint != tokenizer.fingerprint:
     here = tokenizer.fingerprint[:12]
     raise InputError(
       f"{where}: its model has another tokenizer (fingerprint {fingerprint[:12]}, here {here}), {right}"
     )
-  if ids and (tokenizer.ids is None or tokenizer.ids.bos_id != ids.bos_id):
+  if own and (tokenizer.ids is None or tokenizer.bos_id != own.bos_id):
     raise InputError(
       f"{where}: its model has the ids of a published one, which this tokenizer lacks, {right}"
     )

@@ -325,6 +325,7 @@ def test_the_script(tmp_path):
   model, texts = tmp_path / "model", tmp_path / "texts"
   moe_jax.save(random_model(MIXTRAL, 260), model)
   (model / "tokenizer.json").write_bytes(train_bpe(["abc abc"], 260))
+  (model / "tokenizer_config.json").write_text('{"bos_token": "!"}')
   for domain in ("one", "two"):
     (texts / domain).mkdir(parents=True)
     for i in range(20):

@@ -7,6 +7,8 @@ import pytest
 import tokenizers
 
 from moe_jax.data import load_dataset, load_tokenizer
+from moe_jax.data.model_ids import ModelIds
+from moe_jax.data.prompts import Example, prompt_dataset
 from moe_jax.data.text_folder import read_text_folder
 from moe_jax.data.tokenizers import bytes_file
 from moe_jax.errors import InputError
@@ -118,3 +120,47 @@ def test_missing_package(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "sentencepiece", None)
   with pytest.raises(InputError, match="pip install sentencepiece"):
     load_tokenizer(str(tmp_path / "a.model"))
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "tokenizers"])
+def test_the_bos_of_a_published_model_is_what_the_files_beside_its_tokenizer_say(files, kind, tmp_path):
+  if kind not in files:
+    pytest.skip(f"{kind} is not installed")
+  path = tmp_path / ("tokenizer.model" if kind == "sentencepiece" else "tokenizer.json")
+  path.write_bytes(files[kind].read_bytes())
+  own = load_tokenizer(str(path), ModelIds(400))
+  assert own.bos_id == (1 if kind == "sentencepiece" else None)  # such a model always has one
+  (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "e"}')
+  named = load_tokenizer(str(path), ModelIds(400)).bos_id
+  assert load_tokenizer(str(path)).decode(np.array([named])).strip() == "e"
+  assert load_tokenizer(str(path), ModelIds(400, bos_id=5)).bos_id == 5
+  (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<no such token>"}')
+  assert load_tokenizer(str(path), ModelIds(400)).bos_id == own.bos_id
+  (tmp_path / "tokenizer_config.json").write_text("{")
+  with pytest.raises(InputError, match=r"tokenizer_config.json: is no JSON"):
+    load_tokenizer(str(path), ModelIds(400))
+
+
+def test_the_usual_names_of_what_begins_a_document(tmp_path):
+  """Those of gpt-oss for its own models. What was trained here with `<|endoftext|>` keeps that."""
+  path = tmp_path / "tokenizer.json"
+  model = tokenizers.Tokenizer.from_buffer(bytes_file())
+  model.add_special_tokens(["<|endoftext|>", "<|startoftext|>"])
+  model.save(str(path))
+  assert load_tokenizer(str(path), ModelIds(400)).bos_id == 257
+  assert load_tokenizer(str(path)).bos_id == 256
+
+
+def test_text_that_needs_a_bos_is_refused_where_no_file_says_one(files, tmp_path):
+  """Token 0 is an ordinary one."""
+  tokenizer = load_tokenizer(str(files["tokenizers"]), ModelIds(400))
+  folder = write_files(tmp_path, {f"{i}.txt": TEXT for i in range(4)})
+  flags = config(dataset="text_folder", text_folder=str(folder))
+  match = "no file says which token begins a document; name it as bos_token in .*/tokenizer_config.json$"
+  for make in (
+    lambda: load_dataset(flags, tokenizer),
+    lambda: prompt_dataset(flags, [Example("a", "b")], [Example("c", "d")], tokenizer),
+  ):
+    with pytest.raises(InputError, match=match) as error:
+      make()
+    assert "\n" not in str(error.value)

@@ -143,6 +143,16 @@ def test_text_is_that_of_the_tokens(small):
   assert sum(len(piece.tokens) for piece in pieces[0]) == 2
 
 
+def test_without_a_token_that_begins_a_document_there_is_none(small):
+  """Neither before a prompt, nor to stop at: token 0 is an ordinary one."""
+  numbers = BYTES._replace(bos_id=None, decode=lambda tokens: " ".join(map(str, tokens)))
+  loaded = loaded_with(small, tokenizer=numbers)
+  (tokens,) = collect(small, [list(b"abc")], NEW)
+  assert generate(loaded, "abc", NEW).split() == [str(token) for token in tokens]
+  with pytest.raises(InputError, match="prompt 0 has no token"):
+    generate(loaded, "", NEW)
+
+
 def test_half_a_character_is_held_back():
   text = TextSoFar(BYTES.decode, "é".encode()[:1])
   first, second, third = "é€".encode()[1:2], "é€".encode()[2:4], "é€".encode()[4:]

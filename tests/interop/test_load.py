@@ -26,6 +26,7 @@ from moe_jax.interop.names import Piece, Stored
 from moe_jax.interop.place import fill
 from moe_jax.interop.quantised import MXFP4
 from moe_jax.training.load import Loaded
+from moe_jax.training.start import save_model
 from tests.interop.helpers import MIXTRAL, V, assert_same_model, random_model, traced_memory
 
 
@@ -209,7 +210,9 @@ def test_the_tokenizer_of_a_checkpoint(model, tmp_path):
   (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
   loaded = moe_jax.load(tmp_path)
   assert loaded.tokenizer.vocab_size == 260 and loaded.stop_ids == (3, 5)
-  assert max(loaded.tokenizer.bos_id, loaded.tokenizer.pad_id) < 260
+  assert (
+    loaded.tokenizer.bos_id is None and loaded.tokenizer.pad_id < 260
+  )  # no file says what begins a document
   assert loaded.tokenizer.decode(loaded.tokenizer.encode("abc")) == "abc"
   moe_jax.save(loaded, tmp_path / "again")
   assert (tmp_path / "again/tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
@@ -219,6 +222,27 @@ def test_the_tokenizer_of_a_checkpoint(model, tmp_path):
     InputError, match=r"tokenizer.json: has ids up to 257, and the model a vocabulary of 256; use"
   ):
     moe_jax.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("config", "generation", "named", "bos"),
+  [(7, None, None, 7), (7, 9, "!", 9), (None, 9, "!", 9), (None, None, "!", 0), (None, None, None, None)],
+)
+def test_what_begins_a_document_is_what_the_files_say(tmp_path, config, generation, named, bos):
+  """The generation's, the configuration's or the tokenizer's own, in this order; never one that no file says."""
+  moe_jax.save(random_model(MIXTRAL, vocab_size=260), tmp_path)
+  tokenizer(tmp_path, 260)
+  values = read_config(tmp_path / "config.json") | {"bos_token_id": config}
+  for name, content in (
+    ("config", values),
+    ("generation_config", {"bos_token_id": generation}),
+    ("tokenizer_config", {"bos_token": {"content": named} if named else None}),
+  ):
+    (tmp_path / f"{name}.json").write_text(json.dumps(content))
+  loaded = moe_jax.load(tmp_path)
+  assert loaded.tokenizer.bos_id == loaded.tokenizer.ids.bos_id == bos
+  run = save_model(tmp_path / "run", loaded.model, loaded.config, loaded.tokenizer)
+  assert moe_jax.load(run).tokenizer.bos_id == bos
 
 
 def test_the_model_of_a_run_becomes_a_checkpoint(tmp_path):
