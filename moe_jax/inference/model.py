@@ -10,7 +10,7 @@ from flax import nnx
 from moe_jax import sharding
 from moe_jax.errors import InputError
 from moe_jax.nn.build import different_blocks
-from moe_jax.nn.leaks import deciding_method, leak
+from moe_jax.nn.leaks import deciding_method, leak, router_of_domain
 from moe_jax.nn.moe import MoE
 from moe_jax.nn.transformer import Transformer
 from moe_jax.sharding.dispatchers import DISPATCHERS, Dispatcher, make_dispatcher
@@ -35,10 +35,15 @@ def _dropless() -> Dispatcher:
 
 
 def check_generates(model: Transformer) -> None:
-  """Raises `InputError` if the next token cannot be told from those before it alone."""
+  """Raises `InputError` if the next token cannot be told from those before it alone, without the domain of their text."""
   if not model.config.causal:
     raise InputError(
       "generate: the model sees later tokens (objective masked_lm), so it predicts no next one"
+    )
+  if router := router_of_domain(model.config):
+    raise InputError(
+      f"generate: --router={router} reads the domain of each sequence, which a prompt does not have; train with another "
+      "one to generate"
     )
   for block in different_blocks(model.config):
     moe = dataclasses.replace(block.moe, dispatcher=DISPATCHERS.resolve("dropless"))

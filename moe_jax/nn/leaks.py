@@ -1,6 +1,6 @@
-"""Finds blocks whose output for a token depends on later tokens.
+"""Finds blocks whose output for a token depends on later tokens, or on the domain of the text.
 
-A causal model refuses them, unless accepted by name.
+A causal model refuses the first, unless accepted by name.
 """
 
 from moe_jax.config import BlockConfig, ModelConfig
@@ -26,6 +26,12 @@ def leak(block: BlockConfig) -> str:
 def deciding_method(block: BlockConfig) -> tuple[str, str]:
   """Returns (flag, text) of the method that decides which tokens an expert of a resolved block gets."""
   return ("ffn", str(block.ffn)) if routed_part(block) is None else ("router", str(block.moe.router))
+
+
+def router_of_domain(config: ModelConfig) -> str:
+  """Returns the text of a router of a resolved model that reads the domain of each sequence; empty if there is none."""
+  parts = ((block, routed_part(block)) for block in different_blocks(config))
+  return next((str(block.moe.router) for block, part in parts if part and part.router.num_tasks), "")
 
 
 def check_causal(config: ModelConfig) -> None:

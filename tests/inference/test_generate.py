@@ -180,6 +180,12 @@ def test_half_a_character_is_held_back():
       {},
       "with --router=expert_choice an output depends on later tokens",
     ),
+    (
+      {"segments": (), "moe": dataclasses.replace(MOE, router="task_level:tasks=2")},
+      [[1]],
+      {},
+      "--router=task_level:2 reads the domain of each sequence, which a prompt does not have",
+    ),
   ],
 )
 def test_what_cannot_be_generated_gets_one_line(fields, prompts, options, message):
