@@ -14,14 +14,17 @@ from moe_jax.errors import unknown_name
 
 
 def text_of(loaded: Any, text_folder: str = "") -> Dataset:
-  """Returns the text that a loaded model was trained on, or that of a folder, with the tokenizer of the model."""
+  """Returns the text that a loaded model was trained on, or that of a folder, as the model reads it: with its tokenizer.
+
+  Raises:
+    InputError: if there is no such text, or a router reads its domains and does not know them.
+  """
   data = loaded.config.data
   if not text_folder:
-    return text_of_run(loaded.folder, data, loaded.tokenizer)
+    return loaded.as_trained(text_of_run(loaded.folder, data, loaded.tokenizer))
   check_same_ids(data.dataset, "text_folder")
-  return load_dataset(
-    dataclasses.replace(data, dataset="text_folder", text_folder=text_folder), loaded.tokenizer
-  )
+  data = dataclasses.replace(data, dataset="text_folder", text_folder=text_folder)
+  return loaded.as_trained(load_dataset(data, loaded.tokenizer))
 
 
 def calibration_batches(dataset: Dataset, number: int, domain: str = "") -> list[Batch]:

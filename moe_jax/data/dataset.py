@@ -4,8 +4,9 @@ The global batch of a step does not depend on the number of processes. Process p
 [p*B/n, (p+1)*B/n) of it.
 """
 
+import copy
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -155,12 +156,52 @@ class Dataset:
       mean_S = np.asarray(self.info.bytes_per_domain["validation"]) / targets_S
     return mask_BL.sum(axis=1) * mean_S[domain_B]
 
+  def with_domains(self, domains: Sequence[str]) -> "Dataset":
+    """Returns the same text with its domains numbered as in `domains`, which may have more: as a model knows them.
+
+    Raises:
+      InputError: if a domain is not there.
+    """
+    own = self.info.domains
+    if missing := [name for name in own if name not in domains]:
+      raise InputError(
+        f"--dataset={self.info.name}: domains {', '.join(missing)} are not among those that are known, "
+        f"{', '.join(domains)}"
+      )
+    spread = lambda counts: tuple(counts[own.index(name)] if name in own else 0 for name in domains)
+    counts = ("targets_per_domain", "bytes_per_domain")
+    spread_all = {name: {s: spread(c) for s, c in getattr(self.info, name).items()} for name in counts}
+    number_S = np.array([domains.index(name) for name in own], np.int32)
+    other = copy.copy(self)
+    other.info = self.info._replace(domains=tuple(domains), **spread_all)
+    other._train, other._validation = (
+      self._renumbered(source, number_S) for source in (self._train, self._validation)
+    )
+    return other
+
+  def _renumbered(self, source: Any, number_S: np.ndarray) -> Any:
+    return _Renumbered(source, number_S)
+
   def _read_validation(self, batch_size: int, own: slice, limit: int) -> Iterator[Batch]:
     order = np.random.default_rng(VALIDATION_SEED).permutation(len(self._validation))
     starts = range(0, len(order), batch_size)
     for start in starts[:limit] if limit else starts:
       batch = self._validation.rows(order[start : start + batch_size][own])
       yield masked_rows(batch, own.stop - own.start, self._pad_id)
+
+
+class _Renumbered:
+  """Windows with other numbers of their domains."""
+
+  def __init__(self, windows: WindowSource, number_S: np.ndarray):
+    self._windows, self._number_S = windows, number_S
+
+  def __len__(self) -> int:
+    return len(self._windows)
+
+  def rows(self, indices: Sequence[int]) -> Batch:
+    batch = self._windows.rows(indices)
+    return batch | {"domain_B": self._number_S[batch["domain_B"]]}
 
 
 def dataset_of_texts(

@@ -67,6 +67,9 @@ class StreamedDataset(Dataset):
     stream = _RowStreams(groups, range(own.start, own.stop), self.config.batch_size)
     return iter(grain.experimental.ThreadPrefetchIterDataset(stream, prefetch_buffer_size=2))
 
+  def _renumbered(self, source: Sequence[Text], number_S: np.ndarray) -> Sequence[Text]:
+    return _RenumberedTexts(source, number_S)
+
   def _groups(self, documents: Sequence[Text], seed: int) -> grain.MapDataset:
     """Returns the windows (`DocumentWindows`) of each group of documents, in shuffled order."""
     shuffled = grain.MapDataset.source(documents).seed(seed).shuffle()
@@ -100,6 +103,20 @@ class StreamedDataset(Dataset):
       pending, num_pending = [_slice(rows, slice(len(rows["domain_B"]) - rest, None))], rest
     if num_pending:
       yield masked_rows(_slice(_concatenate(pending), own), own.stop - own.start, self._pad_id)
+
+
+class _RenumberedTexts(Sequence[Text]):
+  """Documents with other numbers of their domains."""
+
+  def __init__(self, documents: Sequence[Text], number_S: np.ndarray):
+    self._documents, self._number_S = documents, number_S
+
+  def __len__(self) -> int:
+    return len(self._documents)
+
+  def __getitem__(self, index: int) -> Text:
+    text = self._documents[index]
+    return text._replace(domain=int(self._number_S[text.domain]))
 
 
 class _RowStreams(grain.IterDataset):

@@ -45,7 +45,8 @@ def open_dataset(loaded: "Loaded") -> "Dataset":
   """Returns the data set that the flags name, cut with the tokenizer of the model.
 
   Raises:
-    InputError: if there is no such data set, its ids are no text that the model reads, or a flag is wrong.
+    InputError: if there is no such data set, its ids are no text that the model reads, a router reads domains that it
+      does not know, or a flag is wrong.
   """
   from moe_jax.config.fields import positive
   from moe_jax.data import load_dataset
@@ -65,8 +66,8 @@ def open_dataset(loaded: "Loaded") -> "Dataset":
   is_own = own.bpe_size and (data.dataset, data.text_folder) == (own.dataset, own.text_folder)
   tokenizer = None if is_own else loaded.tokenizer
   if values["dataset"].value or values["text_folder"].value:
-    return load_dataset(data, tokenizer)
-  return text_of_run(loaded.folder, data, tokenizer)
+    return loaded.as_trained(load_dataset(data, tokenizer))
+  return loaded.as_trained(text_of_run(loaded.folder, data, tokenizer))
 
 
 @contextlib.contextmanager

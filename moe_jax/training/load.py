@@ -10,9 +10,10 @@ from flax import nnx
 from moe_jax import disk, sharding
 from moe_jax.cluster import processes
 from moe_jax.config import Config
-from moe_jax.data import model_ids
+from moe_jax.data import Dataset, model_ids
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import InputError
+from moe_jax.nn.leaks import router_of_domain
 from moe_jax.nn.transformer import Transformer
 from moe_jax.training.changes import changes
 from moe_jax.training.checkpoint import Checkpoints
@@ -37,6 +38,25 @@ class Loaded(NamedTuple):
   stop_ids: tuple[int, ...] = ()  # the tokens that end a text
   skipped: tuple[str, ...] = ()  # tensors of the checkpoint that the model has no part for
   max_positions: int = 0  # of a text that the model was made for; 0: not known
+  domains: tuple[
+    str, ...
+  ] = ()  # of the text that the model was trained on, in the order of their numbers; (): not known
+
+  def as_trained(self, dataset: Dataset) -> Dataset:
+    """Returns the text with the domains numbered as in training, if a router reads them; otherwise as it is.
+
+    Raises:
+      InputError: if the text has domains that the text of training did not have.
+    """
+    router = router_of_domain(self.config.model) if self.domains else ""
+    if not router or dataset.info.domains == self.domains:
+      return dataset
+    try:
+      return dataset.with_domains(self.domains)
+    except InputError as error:
+      raise InputError(
+        f"{error}: --router={router} of {self.folder} reads them; name them as in training"
+      ) from None
 
   def __repr__(self) -> str:
     """One line instead of every array."""
@@ -76,7 +96,8 @@ def load_run(folder: str | os.PathLike[str]) -> Loaded:
   tokenizer, length = read_tokenizer(folder, config.data), config.data.sequence_length
   ids = tokenizer.ids
   stop_ids, positions = (ids.stop_ids, ids.max_positions or length) if ids else ((), length)
-  return Loaded(model, config, tokenizer, int(state.step), folder, stop_ids, max_positions=positions)
+  found = {"max_positions": positions, "domains": _domains(folder, config)}
+  return Loaded(model, config, tokenizer, int(state.step), folder, stop_ids, **found)
 
 
 def restore_run(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[Config, int, TrainState]:
@@ -120,6 +141,15 @@ def config_of_run(folder: pathlib.Path) -> tuple[Config, int]:
   values = _read(folder / CONFIG_FILE)
   config = _config(folder, {name: value for name, value in values.items() if name not in NOT_CONFIG})
   return config, values["vocab_size"]
+
+
+def _domains(folder: pathlib.Path, config: Config) -> tuple[str, ...]:
+  """Returns the domains of the text of a run, or of a model that was saved without one if somebody said them."""
+  domains = _read(folder / CONFIG_FILE).get("domains")
+  if not isinstance(domains, list) or not all(isinstance(name, str) for name in domains):
+    return ()
+  is_default = config.optimizer.trained == "none" and domains == ["all"]
+  return () if is_default else tuple(domains)
 
 
 def _changes(saved: dict[str, Any] | None, config: Config) -> list[str]:

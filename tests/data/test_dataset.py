@@ -32,10 +32,32 @@ def make(tmp_path_factory):
     from moe_jax.data.windows import Text
 
     documents = [Text(t, 0) for t in texts]
-    info = load_dataset(config(dataset="markov")).info._replace(domains=("only",))
+    info = load_dataset(config(dataset="markov")).info._replace(domains=("only",), targets_per_domain={})
     return StreamedDataset(config(**flags), info, documents[:30], documents[30:], load_tokenizer("bytes"))
 
   return build
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_domains_are_numbered_as_in_a_longer_list(make, kind):
+  """Nothing else changes, of both splits."""
+  dataset = make(kind)
+  own = dataset.info.domains
+  known = ("zero", *reversed(own), "last")
+  other = dataset.with_domains(known)
+  assert other.info.domains == known and dataset.info.domains == own
+  for read in (lambda d: list(d.validation_batches()), lambda d: take(d.train_batches(), 4)):
+    for a, b in zip(read(dataset), read(other), strict=True):
+      real = a["mask_BL"].any(axis=1)
+      assert [own[i] for i in a["domain_B"][real]] == [known[i] for i in b["domain_B"][real]]
+      assert same(*(batch | {"domain_B": a["domain_B"]} for batch in (a, b)))
+      np.testing.assert_allclose(dataset.bytes_of_rows(a), other.bytes_of_rows(b), rtol=1e-12)
+  for split, counts in dataset.info.targets_per_domain.items():
+    found = dict(zip(known, other.info.targets_per_domain[split], strict=True))
+    assert found == dict(zip(own, counts, strict=True)) | {"zero": 0, "last": 0}
+  rest = ", ".join(("new", *own[1:]))
+  with pytest.raises(InputError, match=rf"domains {own[0]} are not among those that are known, {rest}$"):
+    dataset.with_domains(("new", *own[1:]))
 
 
 @pytest.mark.parametrize("seed", [1.5, "1", None, True], ids=repr)

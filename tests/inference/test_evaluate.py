@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -21,7 +22,9 @@ from moe_jax.inference.evaluate import evaluate, predicts_responses
 from moe_jax.inference.flags import mesh_config
 from moe_jax.nn import Context, Transformer
 from moe_jax.training.compiled import make_model, resolve_config
+from moe_jax.training.load import load_run
 from moe_jax.training.loop import Run
+from moe_jax.training.start import save_model
 from moe_jax.training.validate import validate
 from tests import tiny
 from tests.scripts import assert_one_line, run_scripts
@@ -207,6 +210,59 @@ def test_the_scripts(run, folder, tmp_path):
   )
   for ended, message in zip(wrong, messages, strict=True):
     assert_one_line(ended, message)
+
+
+@pytest.fixture(scope="module")
+def by_domain(run, tmp_path_factory):
+  """Of a router that reads the domain, with another row for each."""
+  trained = run[0]
+  config = resolve_config(tiny.change(trained.config, router="task_level:tasks=2", balancers="none"))
+  model = make_model(config, trained.dataset.info.vocab_size)
+  folder = tmp_path_factory.mktemp("by_domain") / "run"
+  return load_run(save_model(folder, model, config, domains=trained.dataset.info.domains))
+
+
+def test_a_router_that_reads_the_domain_gets_that_of_training(by_domain, folder, tmp_path):
+  """By name: with one domain of two, its number would be that of the other."""
+  whole = evaluate(by_domain.model, text_of(by_domain))
+  shutil.copytree(folder / "other", tmp_path / "part" / "other")
+  plain = load_dataset(
+    dataclasses.replace(by_domain.config.data, text_folder=str(tmp_path / "part")), by_domain.tokenizer
+  )
+  wrong = evaluate(by_domain.model, plain)["all"].nll
+  part = evaluate(by_domain.model, text_of(by_domain, str(tmp_path / "part")))
+  assert list(part) == ["all", "other"] and part["all"] == part["other"]
+  assert (part["other"].num_targets, part["other"].num_bytes) == whole["other"][1:]
+  np.testing.assert_allclose(part["other"].nll, whole["other"].nll, rtol=1e-5)
+  assert abs(wrong - whole["other"].nll) > 1e-3
+
+
+def test_domains_that_training_did_not_have_are_named(by_domain, run, folder, tmp_path):
+  """If a router reads them, and it is known what they were."""
+  for name in ("ascii", "new"):
+    shutil.copytree(folder / "ascii", tmp_path / name)
+  (tmp_path / "new" / "0.txt").write_text("nothing is the same here " * 9)
+  for path in tmp_path.glob("new/*.txt"):
+    path.write_text(path.read_text().upper())
+  match = (
+    r"domains new are not among .*, ascii, other: --router=task_level:2 of .*; name them as in training$"
+  )
+  with pytest.raises(InputError, match=match) as error:
+    text_of(by_domain, str(tmp_path))
+  assert "\n" not in str(error.value)
+  text_of(Run.load(run[0].folder), str(tmp_path))  # its router reads none
+  for before in ({"domains": ["all"]}, {}):  # nobody said them to `save_model`
+    loaded = load_run(folder_with(by_domain.folder, tmp_path / f"before{len(before)}", before))
+    assert loaded.domains == () and text_of(loaded, str(folder)).info.domains == tuple(sorted(TEXTS))
+
+
+def folder_with(folder, copy, values):
+  """A copy of the folder of a run whose config.json says other domains."""
+  shutil.copytree(folder, copy)
+  config = json.loads((copy / "config.json").read_text())
+  del config["domains"]
+  (copy / "config.json").write_text(json.dumps(config | values))
+  return copy
 
 
 def test_a_run_on_text_of_ones_own_says_so_and_is_not_measured_on_another(run, tmp_path):
