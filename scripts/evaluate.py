@@ -3,8 +3,8 @@
   python scripts/evaluate.py --model=runs/one/arms/softmax_topk/seed_0
   python scripts/evaluate.py --model=RUN --dataset=text_folder --text_folder=my_texts --sequence_length=512
 
-Without further flags the data set is that of the run. The text is cut with the tokenizer of the model, so models with
-different tokenizers compare in bits per byte. See docs/inference.md.
+Without further flags the data set is that of the run, of which as much is read as in its evaluations. The text is cut with
+the tokenizer of the model, so models with different tokenizers compare in bits per byte. See docs/inference.md.
 """
 
 from absl import flags
@@ -14,7 +14,7 @@ from moe_jax.inference import flags as model_flags
 
 _JSON = flags.DEFINE_string("json", "", "file to write the scores to, too")
 model_flags.define_flags()
-model_flags.define_data_flags(batch_size=16, eval_batches=0)
+model_flags.define_data_flags()
 flags.adopt_module_key_flags(model_flags)  # shown by --help
 
 
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     disk.check_file(_JSON.value, "json")
   with model_flags.open_model() as loaded:
     dataset = model_flags.open_dataset(loaded)
-    limits = (flags.FLAGS.batch_size, flags.FLAGS.eval_batches)
+    limits = model_flags.scored_batches(loaded)
     scores = evaluate(loaded.model, dataset, *limits, responses=predicts_responses(loaded.config))
   width = max(map(len, scores))
   print(f"{'domain':{width}}  bits per byte  perplexity    tokens     bytes")

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from moe_jax.config import MeshConfig
+from moe_jax.config import DataConfig, MeshConfig
 from moe_jax.errors import InputError, unknown_name
 
 if TYPE_CHECKING:
   from moe_jax.data import Dataset
   from moe_jax.training.load import Loaded
+
+
+_BATCH_SIZE = 16  # windows at a time of text that is not that of the run
 
 
 def define_flags() -> None:
@@ -29,16 +32,41 @@ def define_flags() -> None:
   flags.DEFINE_list("plugins", [], "Python files or modules that register methods of your own")
 
 
-def define_data_flags(batch_size: int, eval_batches: int) -> None:
-  """Defines the flags of `open_dataset`, with these defaults."""
+def define_data_flags(batch_size: int | None = None, eval_batches: int | None = None) -> None:
+  """Defines the flags of `open_dataset`, with these defaults. None: `scored_batches` says them."""
   flags.DEFINE_string(
     "dataset", "", "stdlib, markov, text_folder or a TFDS name; default: that of the run, or stdlib"
   )
   flags.DEFINE_string("text_folder", "", "for --dataset=text_folder: one folder per domain")
   flags.DEFINE_string("data_dir", "", "where data sets are; default: as in the run")
   flags.DEFINE_integer("sequence_length", 0, "tokens of a window; 0: as in the run, or 128")
-  flags.DEFINE_integer("batch_size", batch_size, "windows at a time", lower_bound=1)
-  flags.DEFINE_integer("eval_batches", eval_batches, "batches of the validation split; 0: all", lower_bound=0)
+  said = lambda default, text: (
+    "" if default is not None else f"; default: as in the run on its text, or {text}"
+  )
+  size, number = said(batch_size, f"{_BATCH_SIZE}"), said(eval_batches, "0")
+  flags.DEFINE_integer("batch_size", batch_size, f"windows at a time{size}", lower_bound=1)
+  flags.DEFINE_integer(
+    "eval_batches", eval_batches, f"batches of the validation split; 0: all{number}", lower_bound=0
+  )
+
+
+def scored_batches(loaded: "Loaded") -> tuple[int, int]:
+  """Returns the batch size and the number of batches that the flags name, 0 for all.
+
+  Where they do not, they are those of the evaluations of a run if its own text is read, so that the numbers are those of
+  its result: as many windows, whatever the batch size. Otherwise the whole split is read.
+  """
+  from moe_jax.inference.model import rows_of_mesh
+
+  values, data, own = flags.FLAGS, _data(loaded), loaded.config.data
+  parts = lambda config: (config.dataset, config.text_folder, config.sequence_length)
+  is_own = loaded.step and parts(data) == parts(own)
+  size = values["batch_size"].value or (own.batch_size if is_own else _BATCH_SIZE)
+  number, rows = values["eval_batches"].value, rows_of_mesh()
+  if number is None:
+    windows = loaded.config.train.eval_batches * own.batch_size if is_own else 0
+    number = -(-windows // (-(-size // rows) * rows))
+  return size, number
 
 
 def open_dataset(loaded: "Loaded") -> "Dataset":
@@ -53,11 +81,7 @@ def open_dataset(loaded: "Loaded") -> "Dataset":
   from moe_jax.data.loading import check_same_ids, text_of_run
   from moe_jax.data.tokenizers import missing_tokenizer
 
-  values, own = flags.FLAGS, loaded.config.data
-  names = ("dataset", "text_folder", "data_dir", "sequence_length")
-  data = dataclasses.replace(
-    own, **{n: values[n].value for n in names if values[n].value}, batch_size=values["batch_size"].value
-  )
+  values, own, data = flags.FLAGS, loaded.config.data, _data(loaded)
   positive(data, "batch_size", "sequence_length")
   check_same_ids(own.dataset, data.dataset)
   if loaded.tokenizer is None:
@@ -68,6 +92,13 @@ def open_dataset(loaded: "Loaded") -> "Dataset":
   if values["dataset"].value or values["text_folder"].value:
     return loaded.as_trained(load_dataset(data, tokenizer))
   return loaded.as_trained(text_of_run(loaded.folder, data, tokenizer))
+
+
+def _data(loaded: "Loaded") -> DataConfig:
+  """The configuration of the data set that the flags name."""
+  names = ("dataset", "text_folder", "data_dir", "sequence_length", "batch_size")
+  given = {name: flags.FLAGS[name].value for name in names if flags.FLAGS[name].value}
+  return dataclasses.replace(loaded.config.data, **given)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from moe_jax.data.prompts import Example, prompt_dataset
 from moe_jax.data.text_folder import read_text_folder
 from moe_jax.data.tokenizers import load_tokenizer
 from moe_jax.errors import InputError
+from moe_jax.inference import flags as model_flags
 from moe_jax.inference.evaluate import evaluate, predicts_responses
 from moe_jax.inference.flags import mesh_config
 from moe_jax.nn import Context, Transformer
@@ -47,7 +49,7 @@ def folder(tmp_path_factory):
 def run(folder, tmp_path_factory):
   """Trained for two steps, which is enough to be loaded."""
   config = tiny.change(
-    tiny.CONFIG, dataset="text_folder", num_steps=2, eval_batches=0, num_layers=1, sequence_length=16
+    tiny.CONFIG, dataset="text_folder", num_steps=2, eval_batches=3, num_layers=1, sequence_length=16
   )
   config = dataclasses.replace(config, data=dataclasses.replace(config.data, text_folder=str(folder)))
   run = Run(config, load_dataset(config.data), tmp_path_factory.mktemp("run"))
@@ -172,7 +174,7 @@ def test_the_scripts(run, folder, tmp_path):
   one, several, measured, *wrong = run_scripts(
     [*say, "--prompt=the cat", "--mesh=data=2,expert=2"],
     [*say, f"--prompts_file={prompts}", "--temperature=0.7", "--top_k=5"],
-    ["scripts/evaluate.py", model, "--batch_size=8", f"--json={scores}"],
+    ["scripts/evaluate.py", model, f"--json={scores}"],
     ["scripts/generate.py", "--prompt=a"],
     ["scripts/generate.py", f"--model={tmp_path}", "--prompt=a"],
     say,
@@ -210,6 +212,28 @@ def test_the_scripts(run, folder, tmp_path):
   )
   for ended, message in zip(wrong, messages, strict=True):
     assert_one_line(ended, message)
+
+
+@pytest.mark.parametrize(
+  ("given", "expected"),
+  [
+    ({}, (8, 3)),  # of the run, as its result
+    ({"dataset": "text_folder"}, (8, 3)),
+    ({"batch_size": 5}, (5, 5)),  # as many windows
+    ({"eval_batches": 0}, (8, 0)),
+    ({"eval_batches": 2, "batch_size": 4}, (4, 2)),
+    ({"text_folder": "other"}, (16, 0)),
+    ({"sequence_length": 32}, (16, 0)),
+  ],
+)
+def test_as_much_text_is_scored_as_in_the_result_of_a_run(run, monkeypatch, given, expected):
+  names = ("dataset", "text_folder", "data_dir", "sequence_length", "batch_size", "eval_batches")
+  values = {name: types.SimpleNamespace(value=given.get(name)) for name in names}
+  monkeypatch.setattr(model_flags.flags, "FLAGS", values)
+  loaded = Run.load(run[0].folder)
+  assert model_flags.scored_batches(loaded) == expected
+  if not given:  # a published model has no result
+    assert model_flags.scored_batches(loaded._replace(step=0)) == (16, 0)
 
 
 @pytest.fixture(scope="module")
