@@ -5,6 +5,7 @@ Also, room for the programs of many runs in one process.
 
 import dataclasses
 import gc
+import itertools
 import math
 import os
 import pathlib
@@ -15,8 +16,10 @@ import jax
 from moe_jax.cluster import processes
 from moe_jax.config import Config
 from moe_jax.errors import InputError
+from moe_jax.nn.variables import per_variable
 from moe_jax.sharding import BATCH_AXES
 from moe_jax.training.compiled import CompiledSteps
+from moe_jax.training.optim import is_frozen
 from moe_jax.types import PyTree
 
 GIB = 2**30
@@ -28,7 +31,7 @@ class Need(NamedTuple):
   """Bytes on one device that a step holds at the same time, at least."""
 
   parameters: int
-  gradients: int
+  gradients: int  # of what is trained; no others are computed
   optimizer: int  # moments, and the state of balancers and hooks
   activations: int  # inputs of the layers, which the backward pass starts from, and the logits
 
@@ -36,14 +39,17 @@ class Need(NamedTuple):
 def need_of(config: Config, steps: CompiledSteps, vocab_size: int, mesh: jax.sharding.Mesh) -> Need:
   """Returns a lower bound of what the training step of a resolved configuration needs. Allocates nothing."""
   state, layout = steps.abstract_state, steps.state_shardings
-  parameters = _bytes(state.params, layout.params)
-  whole = _bytes(state, layout)
+  of_parameters = _sizes(state.params, layout.params)
+  is_trained = jax.tree.leaves(per_variable(lambda variable: not is_frozen(variable))(state.params))
+  parameters = sum(of_parameters)
+  gradients = sum(itertools.compress(of_parameters, is_trained))
+  whole = sum(_sizes(state, layout))
   parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
   tokens = config.data.batch_size * config.data.sequence_length / config.train.accumulation / parts
   size = 2 if config.model.compute_dtype == "bfloat16" else 4
   layers = sum(len(segment.pattern) * segment.repeats for segment in config.model.blocks)
   activations = tokens * (config.model.model_dim * size * layers + 2 * size * vocab_size)
-  return Need(parameters, parameters, whole - parameters, int(activations))
+  return Need(parameters, gradients, whole - parameters, int(activations))
 
 
 def copy_of(steps: CompiledSteps) -> int:
@@ -106,10 +112,10 @@ def _check(where: str, available: int | None, needed: dict[str, int], num_params
   )
 
 
-def _bytes(tree: PyTree, layout: PyTree) -> int:
-  """The bytes of one device's parts of all arrays."""
+def _sizes(tree: PyTree, layout: PyTree) -> list[int]:
+  """The bytes of one device's part of each array."""
   leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(layout), strict=True)
-  return sum(math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize for x, sharding in leaves)
+  return [math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize for x, sharding in leaves]
 
 
 def host_memory() -> int | None:

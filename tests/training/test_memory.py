@@ -24,17 +24,27 @@ from tests import tiny
 CONFIG = resolve_config(tiny.change(tiny.CONFIG, num_layers=1))
 
 
-def test_the_need_is_that_of_the_compiler_or_less():
-  mesh = make_mesh(CONFIG.mesh)
+@pytest.mark.parametrize(
+  ("fields", "share"),
+  [
+    ({}, 1.0),
+    ({"trained": "router", "expert_dim": 256}, 0.01),  # of frozen parameters there is no gradient
+    ({"experts": "low_rank:rank=1", "trained": "experts", "expert_dim": 256}, 0.1),  # the adapters
+  ],
+  ids=str,
+)
+def test_the_need_is_that_of_the_compiler_or_less(fields, share):
+  mesh, config = make_mesh(CONFIG.mesh), tiny.change(CONFIG, **fields)
   with jax.set_mesh(mesh):
-    steps = compile_steps(CONFIG, tiny.VOCAB, tiny.DOMAINS, mesh)
+    steps = compile_steps(config, tiny.VOCAB, tiny.DOMAINS, mesh)
     batch = jax.device_put(tiny.make_batch(), batch_sharding(mesh))
     compiled = steps.train.lower(steps.abstract_state, batch).compile().memory_analysis()
-  need = memory.need_of(CONFIG, steps, tiny.VOCAB, mesh)
+  need = memory.need_of(config, steps, tiny.VOCAB, mesh)
   in_batch = sum(x.nbytes for x in jax.tree.leaves(batch))
   in_state = compiled.argument_size_in_bytes - in_batch
   assert need.parameters + need.optimizer == pytest.approx(in_state, rel=1e-3)  # without what no step reads
   assert need.gradients + need.activations <= compiled.temp_size_in_bytes
+  assert 0 < need.gradients <= share * need.parameters and (need.gradients == need.parameters) == (not fields)
 
 
 def test_what_cannot_fit_is_refused_before_the_first_arm(tmp_path, monkeypatch):
