@@ -2,7 +2,6 @@
 
 import functools
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -15,6 +14,7 @@ from moe_jax.nn.build import make_blocks
 from moe_jax.nn.experts.quantised import quantised_size
 from moe_jax.nn.ffn import SoftMoE
 from moe_jax.nn.moe import MoE
+from moe_jax.nn.variables import matrix_sizes
 
 
 class Matrices(NamedTuple):
@@ -46,41 +46,57 @@ def of_model(config: ModelConfig, sequence_length: int) -> list[tuple[Matrices, 
 
 
 def of_block(block: Block, sequence_length: int) -> Matrices:
-  """Counts one block, whose parameters may be abstract."""
-  sizes = dict.fromkeys(("router", "experts", "shared_experts", "dense"), 0)
-  of_router = []
-  for path, shape, axes, _ in _parameters(block.ffn):
-    if _of_experts(axes):
-      sizes["experts"] += math.prod(shape)
-    elif "router" in path or "router" in axes:
-      of_router.append((shape, axes))
-    elif len(axes) == 2 and "expert" not in axes:
-      sizes["shared_experts" if "shared" in path else "dense"] += math.prod(shape)
-  sizes["router"] = _multiplied(of_router)
+  """Counts one block, whose parameters may be abstract.
+
+  Routed experts outside of a layer that says how many a token gets all work on it.
+  """
+  sizes = dict.fromkeys(("experts", "shared_experts", "dense"), 0)
+  for path, size, axes in matrix_sizes(block.ffn):
+    if not _of_router(path, axes):
+      sizes[_kind(path, axes)] += size
   sizes["experts"] += quantised_size(block.ffn)
   layers = [part for _, part in nnx.iter_modules(block.ffn) if isinstance(part, MoE | SoftMoE)]
   of_token = [_share_of_token(layer, sequence_length) for layer in layers]
+  elsewhere = sizes["experts"] - sum(map(_expert_size, layers))
   return Matrices(
-    mixer=sum(math.prod(shape) for _, shape, _, is_matrix in _parameters(block.mixer) if is_matrix),
+    mixer=sum(size for _, size, _ in matrix_sizes(block.mixer)),
+    router=_multiplied(block.ffn),
     **sizes,
-    experts_of_token=sum(elements for elements, _ in of_token),
+    experts_of_token=elsewhere + sum(elements for elements, _ in of_token),
     expert_rows=sum(rows for _, rows in of_token),
     positions=token_products(block.mixer, sequence_length),
     positions_decoding=token_products(block.mixer, sequence_length, decoding=True),
   )
 
 
-def _multiplied(parameters: list[tuple[tuple[int, ...], tuple]]) -> int:
-  """Returns the elements of the matrices among (shape, logical axes) that a token or its products are multiplied by.
+def _kind(path: tuple, axes: tuple[str, ...]) -> str:
+  if "expert" in axes:
+    return "experts"
+  return "shared_experts" if "shared" in path else "dense"
 
-  The rows of such a matrix are the token, or what another of them makes. The rows of a table are looked up instead.
+
+def _of_router(path: tuple, axes: tuple[str, ...]) -> bool:
+  return "router" in path or "router" in axes
+
+
+def _multiplied(ffn: nnx.Module) -> int:
+  """Returns the elements of the matrices among the parameters of routers that a token or its products are multiplied by.
+
+  The rows of such a matrix are the token, or what another of them makes, or the experts if it is stored as [E, D]. The
+  rows of a table are looked up instead. Some vectors are multiplied by as a matrix is.
   """
-  matrices = [(math.prod(shape), axes) for shape, axes in parameters if len(axes) > 1]
+  matrices = [
+    (math.prod(variable.get_value().shape), axes)
+    for path, variable in nnx.to_flat_state(nnx.state(ffn, nnx.Param))
+    for axes in [variable.get_metadata()["logical_axes"]]
+    if _of_router(path, axes) and len(axes) > 1
+  ]
   made, before = {"embed"}, set()
+  is_met = lambda axes: axes[0] in made or (axes[0] in ("router", "expert") and not made.isdisjoint(axes[1:]))
   while made != before:
     before = made
-    made = made.union(*(axes[1:] for _, axes in matrices if axes[0] in made))
-  return sum(size for size, axes in matrices if axes[0] in made)
+    made = made.union(*(axes for _, axes in matrices if is_met(axes)))
+  return sum(size for size, axes in matrices if is_met(axes))
 
 
 @functools.lru_cache(maxsize=256)
@@ -90,21 +106,10 @@ def _abstract_blocks(config: ModelConfig, segment: Segment) -> list[Block]:
   return found
 
 
-def _parameters(module: nnx.Module) -> Iterator[tuple[tuple, tuple[int, ...], tuple, bool]]:
-  """(path, shape, logical axes, whether `matrix` made it) of each parameter."""
-  for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
-    metadata = variable.get_metadata()
-    yield path, variable.get_value().shape, metadata["logical_axes"], "num_in" in metadata
-
-
-def _of_experts(axes: tuple) -> bool:
-  return axes[:1] == ("expert",) and len(axes) == 3
-
-
 def _expert_size(layer: MoE | SoftMoE) -> int:
   """Returns the elements of the matrices of all experts of one layer."""
-  kept = sum(math.prod(shape) for _, shape, axes, _ in _parameters(layer.experts) if _of_experts(axes))
-  return kept + quantised_size(layer.experts)
+  kept = (size for path, size, axes in matrix_sizes(layer.experts) if not _of_router(path, axes))
+  return sum(kept) + quantised_size(layer.experts)
 
 
 def _share_of_token(layer: MoE | SoftMoE, sequence_length: int) -> tuple[float, float]:

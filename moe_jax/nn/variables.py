@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -68,6 +69,21 @@ def values_of(module: nnx.Module) -> list[tuple[tuple, nnx.Variable, list[jax.Ar
   """
   found = ((path, leaf) for path, leaf in nnx.iter_graph(module) if isinstance(leaf, nnx.Variable))
   return [(path, x, jax.tree.leaves(x.get_value())) for path, x in found]
+
+
+def matrix_sizes(module: nnx.Module) -> list[tuple[tuple, int, tuple[str, ...]]]:
+  """(path, elements, logical axes) of each parameter of a module, abstract or not, that something is multiplied by.
+
+  `matrix` made it, whatever its number of axes, or something other than `vector` with two or more beside "expert".
+  """
+  found = []
+  for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+    metadata = variable.get_metadata()
+    axes = metadata["logical_axes"]
+    plain = metadata.get("decays", True) and sum(axis != "expert" for axis in axes) > 1
+    if "num_in" in metadata or plain:
+      found.append((path, math.prod(variable.get_value().shape), axes))
+  return found
 
 
 class BalancerState(nnx.Variable):

@@ -1,4 +1,4 @@
-"""The matrices of a router that are counted are those of the products that it computes."""
+"""The matrices that are counted are those of the products that a router, or another part of a user's, computes."""
 
 import math
 
@@ -13,7 +13,7 @@ from moe_jax.nn import Context, MoE
 from moe_jax.nn.moe import group_context
 from moe_jax.nn.routers import ROUTERS
 from moe_jax.nn.variables import abstract
-from tests import tiny
+from tests import own_matrices, tiny
 
 B, L, D, E = 4, 16, 16, 16
 OF_ONE_EXPERT = ("switch_top1", "llama4_topk", "base_assignment")
@@ -59,3 +59,19 @@ def test_operations_of_a_router_are_those_that_it_computes(name):
   model = tiny.change(tiny.CONFIG, num_layers=1, **moe).model
   counted = forward_flops(model, tiny.VOCAB, L).router
   assert counted == products(traced.jaxpr) / (B * L)
+
+
+@pytest.mark.parametrize(
+  ("part", "own", "count", "operations"),
+  [
+    ("ffn", own_matrices.Flat, "dense", 2 * 2 * D * 32),
+    ("ffn", own_matrices.Heads, "dense", 2 * 2 * D * 32),  # without the bias of two axes
+    ("ffn", own_matrices.Beside, "dense", 2 * 2 * D * 32),
+    ("ffn", own_matrices.Unrouted, "experts", 2 * 3 * D * 16),
+    ("experts", own_matrices.HeadExperts, "experts", 2 * 2 * 2 * D * 16),
+    ("router", own_matrices.Transposed, "router", 2 * D * 8),
+  ],
+)
+def test_operations_of_own_parts_do_not_depend_on_how_matrices_are_stored(part, own, count, operations):
+  model = tiny.change(tiny.CONFIG, num_layers=1, balancers="none", jitter=0.0, **{part: own}).model
+  assert getattr(forward_flops(model, tiny.VOCAB, L), count) == operations
