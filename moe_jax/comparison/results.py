@@ -36,8 +36,8 @@ PROTOCOL = {
 OF_QUANTITIES = {"max_vio_range": ("max_vio", "max_vio_training")}
 # Where one of these differs, so does the key, which then says nothing more: a question that varies one of them varies the key, too.
 _FOLLOWS = {"ffn_work": ("active_width", "num_layers", "model_dim")}
-# Here null is what a run has found, "could not be measured", and no run is like one of which it is known.
-_MAY_BE_UNKNOWN = ("sees_later_tokens",)
+# Here null is what a run has found, "could not be measured" or counted, and no run is like one of which it is known.
+_MAY_BE_UNKNOWN = ("sees_later_tokens", "ffn_work")
 # The report also warns where these differ.
 _SHARED = PROTOCOL | {
   "num_params": "number of parameters",
@@ -150,9 +150,12 @@ def _differing(results: Sequence[Result], quantity: str) -> list[str]:
   """Returns the keys of the protocol, of those about a quantity, in which results differ that record them."""
   compared = [_compared(result) for result in results]
   asked = [key for key in PROTOCOL if quantity in OF_QUANTITIES.get(key, (quantity,))]
-  known = lambda r, key: key in r and (r[key] is not None or key in _MAY_BE_UNKNOWN)
-  found = [key for key in asked if _differ(key, [r[key] for r in compared if known(r, key)])]
-  return _causes(found)
+  return _causes([key for key in asked if _known_differs(key, compared)])
+
+
+def _known_differs(key: str, compared: Sequence[Result]) -> bool:
+  known = [r for r in compared if key in r and (r[key] is not None or key in _MAY_BE_UNKNOWN)]
+  return _differ(key, [r[key] for r in known])
 
 
 def _causes(keys: Sequence[str]) -> list[str]:
@@ -190,8 +193,9 @@ def warnings(
   found, compared = [], [_compared(result) for result in results]
   # Results without the key are of an experiment that does not record it, which is no contradiction.
   values = {key: [r[key] for r in compared if key in r] for key in _SHARED}
-  for key in _causes([key for key in _SHARED if _differ(key, values[key])]):
-    if key not in varies:
+  causes = _causes([key for key in PROTOCOL if _known_differs(key, compared)])
+  for key in _SHARED:
+    if _differ(key, values[key]) and (key in causes or key not in _FOLLOWS) and key not in varies:
       each = sorted({json.dumps(value, sort_keys=True) for value in values[key]})
       found.append(f"The {_SHARED[key]} differs between results: {', '.join(each)}.")
   seeds = {arm: tuple(r["seed"] for r in of_arm) for arm, of_arm in group_by_arm(results).items()}

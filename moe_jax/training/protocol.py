@@ -14,7 +14,7 @@ from moe_jax.nn.build import different_blocks, make_blocks, routed_layers, route
 from moe_jax.nn.experts.quantised import quantised_size
 from moe_jax.nn.ffn import MLP, LatentMoE, SoftMoE
 from moe_jax.nn.moe import MoE
-from moe_jax.nn.variables import abstract
+from moe_jax.nn.variables import abstract, matrix_sizes
 from moe_jax.ops.dispatch import expert_capacity
 from moe_jax.registry import Method
 from moe_jax.training.own_leaks import sees_later_tokens
@@ -29,11 +29,13 @@ def protocol_of(config: Config) -> dict[str, Any]:
   active_width: the hidden width that a token meets in a feed-forward part: K * F of the routed experts, and that
     of shared experts and parallel parts. K is the maximum if a router chooses how many. Where experts read a
     narrower space of width X, K * F * X / D, so that it stays in proportion to the work of the experts. For Soft
-    MoE, F * slots of all experts / tokens of a sequence. A list if blocks differ; None if no part is known.
+    MoE, F * slots of all experts / tokens of a sequence. A list if blocks differ; None: not known, because a part of a user's
+    has matrices of its own, which only `ffn_work` counts.
   ffn_work: the elements of the matrices by which a token is multiplied in the feed-forward parts of all layers, counted as
     for `active_width`: those of K experts, at most, of shared experts and of parallel and dense parts. It knows how often
-    a block is repeated, and how many matrices an expert has. Routers, projections to a narrower space, adapters and
-    biases do not count. None if no part is known.
+    a block is repeated, and how many matrices an expert has. Those of a user's part count whole. Routers, the projections
+    of `latent_moe`, adapters and biases do not count. None: not known, because a part of a user's has experts outside of a
+    layer that says how many a token gets.
   num_layers, model_dim: of the model; two models of equal work may differ in them.
   max_vio_range: E / K of the layers with experts, which bounds MaxVio: it is at most E / K - 1. E counts experts without work,
     too, where tokens may choose them. K is the fewest experts that a token may get, but at least 1, so it is 1 for a
@@ -49,12 +51,14 @@ def protocol_of(config: Config) -> dict[str, Any]:
   cpu_cores: of this machine.
   """
   length = config.data.sequence_length
-  parts = {block: _parts(config.model, block) for block in different_blocks(config.model)}
+  ffns = {block: _ffn(config.model, block) for block in different_blocks(config.model)}
+  parts = {block: _parts(ffn) for block, ffn in ffns.items()}
   layers = {block: part for block, found in parts.items() for part in found if isinstance(part, MoE)}
   with_experts = [b for b, found in parts.items() if any(isinstance(p, MoE | SoftMoE) for p in found)]
-  widths = sorted({_active_width(block, found, length) for block, found in parts.items()} - {0})
+  widths = {_active_width(block, ffn, length) for block, ffn in ffns.items()}
+  widths = [] if None in widths else sorted(widths - {0})
   blocks = [(block, segment.repeats) for segment in config.model.blocks for block in segment.pattern]
-  work = sum(repeats * _work(parts[block], length) for block, repeats in blocks)
+  works = [(repeats, _work(ffns[block], length)) for block, repeats in blocks]
   num_layers = config.model.total_layers
   ranges = sorted({_max_vio_range(part) for found in parts.values() for part in found} - {0.0})
   sizes = ("num_experts", "num_experts_per_token", "expert_dim")
@@ -67,7 +71,9 @@ def protocol_of(config: Config) -> dict[str, Any]:
     "sees_later_tokens": sees_later_tokens(config.model),
     "schedule": to_plain(config.optimizer),
     "active_width": (widths[0] if len(widths) == 1 else widths) or None,
-    "ffn_work": _short(work) or None,
+    "ffn_work": None
+    if any(work is None for _, work in works)
+    else _short(sum(n * work for n, work in works)),
     "num_layers": num_layers,
     "model_dim": config.model.model_dim,
     "max_vio_range": (ranges[0] if len(ranges) == 1 else ranges) or None,
@@ -84,7 +90,7 @@ def protocol_of(config: Config) -> dict[str, Any]:
 
 def max_vio_ranges(config: ModelConfig) -> list[float]:
   """Returns `max_vio_range` of each layer with experts of a resolved model, in the order of the stack. 1: it is always 0."""
-  of_block = {b: [_max_vio_range(part) for part in _parts(config, b)] for b in different_blocks(config)}
+  of_block = {b: [_max_vio_range(part) for part in _parts(_ffn(config, b))] for b in different_blocks(config)}
   blocks = [block for segment in config.blocks for block in segment.pattern * segment.repeats]
   return [bound for block in blocks for bound in of_block[block] if bound]
 
@@ -123,15 +129,19 @@ def trace_header(config: Config, info: DatasetInfo) -> dict[str, Any]:
   }
 
 
-def _parts(config: ModelConfig, block: BlockConfig) -> list[nnx.Module]:
-  """Returns the modules of the feed-forward part of a block, with their true sizes and without arrays."""
+def _ffn(config: ModelConfig, block: BlockConfig) -> nnx.Module:
+  """Returns the feed-forward part of a block, with its true sizes and without arrays."""
   (made,) = abstract(lambda: make_blocks(config, Segment((block,)), nnx.Rngs(0)))
-  return [module for _, module in nnx.iter_modules(made.ffn)]
+  return made.ffn
 
 
-def _active_width(block: BlockConfig, parts: list[nnx.Module], length: int) -> int | float:
-  width = 0
-  for part in parts:
+def _parts(ffn: nnx.Module) -> list[nnx.Module]:
+  return [module for _, module in nnx.iter_modules(ffn)]
+
+
+def _active_width(block: BlockConfig, ffn: nnx.Module, length: int) -> int | float | None:
+  width, known = 0, []
+  for path, part in nnx.iter_modules(ffn):
     if isinstance(part, MoE):
       most = part.router.most or part.num_experts_per_token
       dim, read = part.w_down_DX.shape if isinstance(part, LatentMoE) else (1, 1)
@@ -141,31 +151,50 @@ def _active_width(block: BlockConfig, parts: list[nnx.Module], length: int) -> i
       width += num_experts * slots * block.moe.expert_dim / length
     elif isinstance(part, MLP):
       width += part.w_up_DF.shape[-1]
+      known.append(path)
+  if any(not _within(path, known) for path, _, _ in _dense_matrices(ffn)):
+    return None
   return _short(width)
 
 
-def _work(parts: list[nnx.Module], length: int) -> float:
+def _work(ffn: nnx.Module, length: int) -> float | None:
   work = 0.0
-  for part in parts:
+  for part in _parts(ffn):
     if isinstance(part, MoE):
       most = part.router.most or part.num_experts_per_token
-      work += most * _matrices(part.experts) / part.num_experts
+      work += most * _size(part.experts) / part.num_experts
     elif isinstance(part, SoftMoE):
       slots = part.w_slots_DEC.shape[-1]
-      work += slots * _matrices(part.experts) / length
-    elif isinstance(part, MLP):
-      work += _matrices(part)
-  return work
+      work += slots * _size(part.experts) / length
+  dense = _dense_matrices(ffn)
+  if any("expert" in axes for _, _, axes in dense):
+    return None
+  return work + sum(size for _, size, _ in dense)
 
 
-def _matrices(module: nnx.Module) -> int:
-  """Returns the elements of the matrices of a module, all experts together; those of adapters do not count."""
-  total = 0
-  for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
-    axes, shape = variable.get_metadata()["logical_axes"], variable.get_value().shape
-    is_matrix = len(axes) == (3 if axes[:1] == ("expert",) else 2)
-    total += math.prod(shape) if is_matrix and "adapters" not in path else 0
-  return total + quantised_size(module)
+def _dense_matrices(ffn: nnx.Module) -> list[tuple[tuple, int, tuple[str, ...]]]:
+  """(path, elements, logical axes) of the matrices that count and are not of a layer's routed experts: all tokens meet them."""
+  others = []
+  for path, part in nnx.iter_modules(ffn):
+    names = ("experts",) if isinstance(part, MoE | SoftMoE) else ()
+    names += ("w_down_DX", "w_up_XD") if isinstance(part, LatentMoE) else ()
+    others += [(*path, name) for name in names]
+  of_router = lambda path, axes: "router" in path or "router" in axes
+  return [
+    (path, size, axes)
+    for path, size, axes in matrix_sizes(ffn)
+    if not _within(path, others) and "adapters" not in path and not of_router(path, axes)
+  ]
+
+
+def _within(path: tuple, modules: list[tuple]) -> bool:
+  return any(path[: len(module)] == module for module in modules)
+
+
+def _size(experts: nnx.Module) -> int:
+  """Returns the elements of the matrices of a network of experts, all experts together; those of adapters do not count."""
+  kept = (size for path, size, _ in matrix_sizes(experts) if "adapters" not in path)
+  return sum(kept) + quantised_size(experts)
 
 
 def _short(number: float) -> int | float:

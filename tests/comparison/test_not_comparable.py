@@ -53,6 +53,11 @@ def test_seeds_of_one_arm_that_differ_in_the_protocol_are_one_setting_to_nobody(
     ({"model_dim": 32, "ffn_work": 2, "slots": "dropless"}, "width of the model, expert capacity"),
     ({"slots": "dropless", "inputs": "domain"}, "expert capacity, router input"),
     ({"sees_later_tokens": None}, "view of later tokens"),  # could not be measured
+    ({"ffn_work": None}, "feed-forward work"),  # could not be counted
+    (
+      {"ffn_work": 2, "active_width": None},
+      "feed-forward work",
+    ),  # which is known of a user's part, and the width is not
   ],
 )
 def test_runs_that_break_the_protocol_have_no_verdict(fields, words):
@@ -106,6 +111,15 @@ def test_a_question_that_varies_the_width_varies_the_work(tmp_path):
   found = report.paired_differences(of_a + of_b, varies=("active_width",))
   assert not any(difference.broken for difference in found)
   assert not any("work" in line for line in warnings(tmp_path, of_a + of_b, ("active_width",)))
+
+
+def test_an_unknown_width_does_not_hide_that_the_work_differs(tmp_path):
+  shared = {"active_width": 16, "ffn_work": 9}
+  of_a = [make_result("a", s) | shared for s in range(3)]
+  of_b = [make_result("b", s) | shared | {"active_width": None, "ffn_work": 99} for s in range(3)]
+  assert "The feed-forward work differs between results: 9, 99." in warnings(tmp_path, of_a + of_b)
+  old = [{name: x for name, x in result.items() if name != "ffn_work"} for result in of_b]
+  assert not any(d.broken for d in report.paired_differences(of_a + old))
 
 
 def test_a_key_that_one_result_does_not_record_is_no_contradiction():

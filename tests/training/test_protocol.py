@@ -7,6 +7,7 @@ import pytest
 from moe_jax.config import BlockConfig, MeshConfig, MoEConfig, Segment
 from moe_jax.nn.build import resolve
 from moe_jax.training.protocol import protocol_of
+from tests import own_matrices
 from tests.tiny import CONFIG, change
 
 PLAIN = change(
@@ -73,6 +74,26 @@ MATRIX = 16 * 16  # D x F
 )
 def test_work_of_a_token(fields, work):
   assert of(**fields)["ffn_work"] == work
+
+
+OWN = 2 * 2 * 16 * 32  # layers, matrices, D x hidden
+
+
+@pytest.mark.parametrize(
+  ("fields", "work", "width"),
+  [
+    ({"ffn": own_matrices.Flat}, OWN, None),
+    ({"ffn": own_matrices.Heads}, OWN, None),
+    ({"ffn": own_matrices.Unrouted}, None, None),
+    ({"ffn": own_matrices.Beside}, OWN + 2 * 2 * 3 * MATRIX, None),
+    ({"ffn": own_matrices.Heads, "num_dense_first": 1, "dense_dim": 64}, OWN // 2 + 4 * 3 * MATRIX, None),
+    ({"experts": own_matrices.HeadExperts}, 2 * 2 * 2 * MATRIX, 2 * 16),
+    ({"router": own_matrices.Transposed}, 2 * 2 * 3 * MATRIX, 2 * 16),
+  ],
+)
+def test_work_of_own_parts_is_counted_or_not_known(fields, work, width):
+  found = of(**fields)
+  assert (found["ffn_work"], found["active_width"]) == (work, width)
 
 
 @pytest.mark.parametrize(
