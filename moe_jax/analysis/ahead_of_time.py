@@ -94,7 +94,7 @@ def report(config: Config, vocab_size: int, mesh: Mesh, compiled: Compiled | Doe
     return head | {"fits": False, "peak_bytes": compiled.needed, "capacity_bytes": compiled.capacity}
   program, memory = parse(compiled.text), compiled.memory
   done, parts = flops.compiled_flops(program)
-  needed = flops.step_flops(config, vocab_size)
+  needed = flops.step_flops(config, vocab_size, mesh.shape["expert"])
   routed = filter(None, map(routed_part, different_blocks(resolve(config.model))))
   spells_exchange = any(layer.dispatcher.spells_exchange for layer in routed)
   rows = by_kind(collectives(program, mesh.shape))
@@ -110,7 +110,9 @@ def report(config: Config, vocab_size: int, mesh: Mesh, compiled: Compiled | Doe
       "model": needed.model / mesh.size,
       "recomputed": needed.recomputed / mesh.size,
       "ratio": done * mesh.size / sum(needed),
-      "experts_ratio": parts["experts"] * mesh.size / flops.expert_flops(config, vocab_size),
+      "experts_ratio": parts["experts"]
+      * mesh.size
+      / flops.expert_flops(config, vocab_size, mesh.shape["expert"]),
     },
     "kernels": kernels(program),
     "collectives": rows,

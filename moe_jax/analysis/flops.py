@@ -17,6 +17,8 @@ from moe_jax.analysis.hlo import Instruction, Program, arrays, called
 from moe_jax.config import Config, ModelConfig, Segment
 from moe_jax.nn.build import resolve
 
+_AGAIN = ("full", "exchange")  # forms of remat in which the backward pass repeats products
+
 
 class ModelFlops(NamedTuple):
   """Operations of one forward pass over one token, by part of the model, summed over all layers.
@@ -80,36 +82,63 @@ class ModuleFlops(NamedTuple):
 
 def module_flops(model: ModelConfig, vocab_size: int, sequence_length: int) -> ModuleFlops:
   """Returns the operations of the modules of multi-token prediction."""
-  short = ("num_layers", "num_dense_first", "moe_every", "mixer", "ffn", "residual")
-  alone = {name: getattr(ModelConfig, name) for name in short} | {"segments": (Segment((model.last_block,)),)}
-  one = forward_flops(dataclasses.replace(model, **alone), vocab_size, sequence_length)
+  one = forward_flops(_of_module(model), vocab_size, sequence_length)
   return ModuleFlops(
     ModelFlops(*(model.mtp_depth * part for part in one)), model.mtp_depth * 4 * model.model_dim**2
   )
+
+
+def _of_module(model: ModelConfig) -> ModelConfig:
+  """Returns a model of the block that each module of multi-token prediction has, alone."""
+  short = ("num_layers", "num_dense_first", "moe_every", "mixer", "ffn", "residual")
+  alone = {name: getattr(ModelConfig, name) for name in short} | {"segments": (Segment((model.last_block,)),)}
+  return dataclasses.replace(model, **alone)
+
+
+def _kept_flops(model: ModelConfig, sequence_length: int, devices: int) -> float:
+  """Returns the operations of one token in the products of experts that a second forward pass does not repeat."""
+  if model.remat != "exchange":
+    return 0.0
+  of = lambda kept: sum(elements for first, elements in kept.items() if devices >= first)
+  total = lambda part: sum(
+    repeats * 2 * of(block.kept_of_token)
+    for block, repeats in matrices.of_model(resolve(part), sequence_length)
+  )
+  return total(model) + (model.mtp_depth * total(_of_module(model)) if model.mtp_depth else 0.0)
 
 
 class StepFlops(NamedTuple):
   """Operations of one training step on all devices. A backward pass takes twice the forward pass."""
 
   model: float  # forward and backward: the usual reference for utilisation
-  recomputed: float  # the second forward pass of the layers with remat=full
+  recomputed: float  # the second forward pass of the layers with remat=full, or what exchange repeats of it
 
 
-def step_flops(config: Config, vocab_size: int) -> StepFlops:
-  """Returns the operations of one optimizer step, counting padding as text."""
-  flops = forward_flops(config.model, vocab_size, config.data.sequence_length)
-  modules = module_flops(config.model, vocab_size, config.data.sequence_length)
-  tokens = config.data.batch_size * config.data.sequence_length
-  recomputed = (flops.layers + modules.parts.layers) * tokens if config.model.remat == "full" else 0.0
-  return StepFlops(3 * (flops.forward + modules.forward) * tokens, recomputed)
+def step_flops(config: Config, vocab_size: int, expert_devices: int = 1) -> StepFlops:
+  """Returns the operations of one optimizer step, counting padding as text.
+
+  Args:
+    config: its `remat` says what is recomputed.
+    vocab_size: V.
+    expert_devices: the devices of an expert group. Where nothing is exchanged, some dispatchers keep nothing.
+  """
+  length = config.data.sequence_length
+  flops = forward_flops(config.model, vocab_size, length)
+  modules = module_flops(config.model, vocab_size, length)
+  tokens = config.data.batch_size * length
+  again = 0.0
+  if config.model.remat in _AGAIN:
+    again = flops.layers + modules.parts.layers - _kept_flops(config.model, length, expert_devices)
+  return StepFlops(3 * (flops.forward + modules.forward) * tokens, again * tokens)
 
 
-def expert_flops(config: Config, vocab_size: int) -> float:
+def expert_flops(config: Config, vocab_size: int, expert_devices: int = 1) -> float:
   """Returns the routed experts' share of `step_flops`, including recomputation."""
   arguments = config.model, vocab_size, config.data.sequence_length
   experts = forward_flops(*arguments).experts + module_flops(*arguments).parts.experts
   tokens = config.data.batch_size * config.data.sequence_length
-  return experts * tokens * (4 if config.model.remat == "full" else 3)
+  passes = 4 if config.model.remat in _AGAIN else 3
+  return tokens * (experts * passes - _kept_flops(config.model, config.data.sequence_length, expert_devices))
 
 
 def compiled_flops(program: Program) -> tuple[float, dict[str, float]]:

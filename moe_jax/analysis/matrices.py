@@ -26,6 +26,9 @@ class Matrices(NamedTuple):
   experts_of_token: float  # of the K of E that work on a token; on average over a sequence
   shared_experts: int
   dense: int  # feed-forward parts without experts, and those beside experts
+  # Of `experts_of_token`, those whose products are what experts return, by the devices of an expert group from which on
+  # --remat=exchange keeps these.
+  kept_of_token: dict[float, float]
   expert_rows: float  # rows that experts work on per token of a sequence: K
   positions: float  # multiplications of a token with other positions, on average over a sequence
   positions_decoding: float  # those of the last token of a sequence, behind a cache
@@ -63,6 +66,7 @@ def of_block(block: Block, sequence_length: int) -> Matrices:
     router=_multiplied(block.ffn),
     **sizes,
     experts_of_token=elsewhere + sum(elements for elements, _ in of_token),
+    kept_of_token=_kept(layers, sequence_length),
     expert_rows=sum(rows for _, rows in of_token),
     positions=token_products(block.mixer, sequence_length),
     positions_decoding=token_products(block.mixer, sequence_length, decoding=True),
@@ -112,11 +116,27 @@ def _expert_size(layer: MoE | SoftMoE) -> int:
   return sum(kept) + quantised_size(layer.experts)
 
 
+def _kept(layers: list[MoE | SoftMoE], sequence_length: int) -> dict[float, float]:
+  found: dict[float, float] = {}
+  for layer in layers:
+    _, rows = _share_of_token(layer, sequence_length)
+    sizes = matrix_sizes(layer.experts)
+    out = sum(size for path, size, axes in sizes if axes[-1] == "embed" and "adapters" not in path)
+    out += quantised_size(layer.experts, to="embed")
+    first = layer.dispatcher.marks_from if isinstance(layer, MoE) else 1  # Soft MoE has buffers as `sorted`
+    found[first] = found.get(first, 0.0) + rows * out / _num_experts(layer)
+  return found
+
+
+def _num_experts(layer: MoE | SoftMoE) -> int:
+  return layer.num_experts if isinstance(layer, MoE) else layer.w_slots_DEC.get_value().shape[1]
+
+
 def _share_of_token(layer: MoE | SoftMoE, sequence_length: int) -> tuple[float, float]:
   """Returns the elements of the experts' matrices that a token is multiplied by, and the rows that experts work on for it."""
+  num_experts = _num_experts(layer)
   if isinstance(layer, MoE):
-    num_experts, rows = layer.num_experts, layer.num_experts_per_token
+    rows = layer.num_experts_per_token
   else:
-    _, num_experts, slots = layer.w_slots_DEC.get_value().shape
-    rows = num_experts * slots / sequence_length
+    rows = num_experts * layer.w_slots_DEC.get_value().shape[-1] / sequence_length
   return rows * _expert_size(layer) / num_experts, rows

@@ -30,16 +30,17 @@ class Dispatcher(NamedTuple):
   never_drops: bool = False
   spells_exchange: bool = False  # gathers parameters that are kept in parts, too
   small_groups: bool = False  # its cost per token grows with the routing group
+  marks_from: float = math.inf  # devices of an expert group from which on it marks rows for --remat=exchange
 
 
 def einsum() -> Dispatcher:
   """GShard's dispatch and combine tensors."""
-  return Dispatcher(einsum_dispatch, small_groups=True)
+  return Dispatcher(einsum_dispatch, small_groups=True, marks_from=1)
 
 
 def sorted_() -> Dispatcher:
   """Tokens gathered by index into capacity buffers."""
-  return Dispatcher(sorted_dispatch)
+  return Dispatcher(sorted_dispatch, marks_from=1)
 
 
 def all_to_all(
@@ -72,7 +73,7 @@ def all_to_all(
     )
   options = Options(capacity, chunks, buffer_factor, exchange)
   dispatch = functools.partial(all_to_all_dispatch, options=options)
-  return Dispatcher(dispatch, capacity == "none" and not buffer_factor, spells_exchange=True)
+  return Dispatcher(dispatch, capacity == "none" and not buffer_factor, spells_exchange=True, marks_from=2)
 
 
 def dropless(chunks: int = 1, buffer_factor: float = 0.0, exchange: str = "auto") -> Dispatcher:

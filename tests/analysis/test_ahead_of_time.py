@@ -65,7 +65,7 @@ def test_a_scan_counts_as_the_same_layers_unrolled():
   assert exchanged[0] == exchanged[1]
 
 
-@pytest.mark.parametrize(("remat", "passes"), [("none", 2), ("full", 3)])
+@pytest.mark.parametrize(("remat", "passes"), [("none", 2), ("full", 3), ("exchange", 2)])
 def test_experts_multiply_their_slots_and_tokens_travel_to_them_as_often_as_layers_run(remat, passes):
   """Forward, backward and, where the forward pass is recomputed, once more. Nothing is counted but slots."""
   found = report(tiny.change(on(CONFIG, data=2, expert=4), remat=remat))
@@ -136,6 +136,27 @@ def test_operations_of_a_step_by_hand():
     found = flops.step_flops(config, tiny.VOCAB)
     assert found == (8 * 16 * 3 * (layers + 2 * 16 * tiny.VOCAB), 8 * 16 * again * layers)
     assert flops.expert_flops(config, tiny.VOCAB) == 8 * 16 * (3 + again) * 3 * 2 * 2 * 3 * 16 * 16
+
+
+@pytest.mark.parametrize(
+  ("fields", "devices", "kept"),
+  [
+    ({"dispatcher": "einsum"}, 1, 1),
+    ({"dispatcher": "all_to_all"}, 2, 1),
+    ({"dispatcher": "all_to_all"}, 1, 0),  # nothing is exchanged, so nothing is kept
+    ({"dispatcher": "all_gather"}, 2, 0),
+    ({"dispatcher": "sorted", "experts": "quantised:format=int4"}, 1, 1),
+    ({"dispatcher": "sorted", "mtp_depth": 2, "objective": "next_tokens"}, 1, 1),
+  ],
+  ids=str,
+)
+def test_remat_exchange_repeats_all_but_the_last_product_of_experts(fields, devices, kept):
+  full, exchange = (tiny.change(CONFIG, **fields, remat=remat) for remat in ("full", "exchange"))
+  layers = 3 + full.model.mtp_depth
+  last = kept * 8 * 16 * layers * 2 * 2 * 16 * 16
+  again = [flops.step_flops(config, tiny.VOCAB, devices).recomputed for config in (full, exchange)]
+  experts = [flops.expert_flops(config, tiny.VOCAB, devices) for config in (full, exchange)]
+  assert again[0] - again[1] == experts[0] - experts[1] == last
 
 
 def test_operations_of_multi_token_prediction_by_hand():

@@ -134,20 +134,24 @@ def _whole(stored: Quantised) -> Array:
   return gathered(stored[...], stored.get_metadata()["logical_axes"])
 
 
-def quantised_matrices(module: nnx.Module) -> list[tuple[int, int, int]]:
-  """(number, inputs, outputs) of the matrices that quantised experts in `module` keep as codes, which are no parameters."""
+def quantised_matrices(module: nnx.Module, to: str = "") -> list[tuple[int, int, int]]:
+  """(number, inputs, outputs) of the matrices that quantised experts in `module` keep as codes, which are no parameters.
+
+  With `to`, of those whose outputs have this logical axis.
+  """
   return [
     (math.prod(codes.shape[:-2]), rows, codes.shape[-1])
     for _, experts in nnx.iter_modules(module)
     if isinstance(experts, QuantisedExperts)
-    for name, rows, _ in experts.sizes
+    for name, rows, axes in experts.sizes
+    if not to or axes[-1] == to
     for codes in [experts.codes[name].get_value()]
   ]
 
 
-def quantised_size(module: nnx.Module) -> int:
+def quantised_size(module: nnx.Module, to: str = "") -> int:
   """Returns the elements of these matrices. A byte of codes may hold two."""
-  return sum(number * rows * columns for number, rows, columns in quantised_matrices(module))
+  return sum(number * rows * columns for number, rows, columns in quantised_matrices(module, to))
 
 
 class QuantisedTraining(_InFormat):
