@@ -122,6 +122,8 @@ def data_of(loaded):
   from moe_jax.data.loading import check_same_ids
   from moe_jax.data.prompts import PromptDataset, prompt_dataset, read_jsonl
   from moe_jax.errors import InputError
+  from moe_jax.training.compiled import objective_of
+  from moe_jax.training.tuning import objective_for
 
   config = cli.config_from_flags()
   data = dataclasses.replace(config.data, tokenizer=loaded.config.data.tokenizer)
@@ -141,12 +143,12 @@ def data_of(loaded):
     dataset = prompt_dataset(data, *examples, loaded.tokenizer, template=template)
   else:
     dataset = load_dataset(data, loaded.tokenizer)
-  vocab_size = loaded.model.embedding_VD.get_value().shape[0]
+  # Behind the ids of the text, an objective may have its own, such as a mask.
+  vocab_size = loaded.model.embedding_VD.get_value().shape[0] - objective_of(loaded.config).num_extra_ids
   if dataset.info.vocab_size > vocab_size:
     raise InputError(f"--dataset: has {dataset.info.vocab_size} token ids, and the model {vocab_size}")
   dataset.info = dataset.info._replace(vocab_size=vocab_size)
-  has_prompts = isinstance(dataset, PromptDataset)
-  objective = "response" if has_prompts else loaded.config.train.objective
+  objective = objective_for(loaded.config, isinstance(dataset, PromptDataset), f"--model={_MODEL.value}")
   return dataset, dataclasses.replace(
     config, data=data, train=dataclasses.replace(config.train, objective=objective)
   )

@@ -158,17 +158,19 @@ def configured(loaded):
   """Returns the configuration of the flags, with the model and the tokenizer of the run.
 
   Raises:
-    InputError: if the data set would be cut with another tokenizer.
+    InputError: if the data set would be cut with another tokenizer, or has responses and the model sees later tokens.
   """
   from moe_jax.data import load_dataset
+  from moe_jax.data.prompts import PromptDataset
   from moe_jax.errors import InputError
   from moe_jax.training.load import tokenizer_name
+  from moe_jax.training.tuning import objective_for
 
   config, tokenizer = cli.config_from_flags({"dataset": "stdlib_tasks"}), tokenizer_name(loaded)
   data = dataclasses.replace(config.data, tokenizer=tokenizer)
-  objective = "response" if data.dataset == "stdlib_tasks" else loaded.config.train.objective
-  train = dataclasses.replace(config.train, objective=objective, init_from=_MODEL.value)
   dataset = load_dataset(data)
+  objective = objective_for(loaded.config, isinstance(dataset, PromptDataset), f"--model={_MODEL.value}")
+  train = dataclasses.replace(config.train, objective=objective, init_from=_MODEL.value)
   if dataset.tokenizer and loaded.tokenizer and dataset.tokenizer.fingerprint != loaded.tokenizer.fingerprint:
     raise InputError(f"--model={_MODEL.value}: has another tokenizer than {tokenizer}")
   return dataclasses.replace(config, model=loaded.config.model, data=data, train=train)

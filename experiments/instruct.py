@@ -111,9 +111,13 @@ def plan(seed: int):
   from moe_jax.errors import InputError
   from moe_jax.nn.build import num_routed_layers
   from moe_jax.training.load import load_run, tokenizer_name
+  from moe_jax.training.tuning import check_causal
 
   loaded = {kind: load_run(folder_of(kind, seed)) for kind in _FOLDERS}
   for kind, run in loaded.items():
+    check_causal(
+      run.config, f"--{kind}={_FOLDERS[kind].value}", "so it writes no responses; choose a causal model"
+    )
     if bool(num_routed_layers(run.config.model)) != (kind == SPARSE):
       raise InputError(
         f"--{kind}={_FOLDERS[kind].value}: has {'no ' if kind == SPARSE else ''}layers with routed experts"

@@ -65,6 +65,12 @@ def folder(tmp_path_factory):
   return folder
 
 
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory):
+  config = resolve_config(tiny.change(CONFIG, objective="masked_lm"))
+  return save_model(tmp_path_factory.mktemp("masked") / "m", make_model(config, 264), config)
+
+
 @pytest.mark.slow
 def test_a_published_model_is_tuned_with_its_template_and_arms_are_paired(folder, tmp_path):
   jsonl = [f"--train_jsonl={folder}/train.jsonl", f"--validation_jsonl={folder}/held_out.jsonl"]
@@ -167,3 +173,46 @@ def test_text_beside_examples_and_ids_that_are_no_text_are_refused(folder, tmp_p
   for ended in (text, chains):
     assert_one_line(ended, "--train_jsonl and --dataset: give one")
   assert_one_line(alone, "--dataset=markov: its token ids stand for no text")
+
+
+def test_a_model_of_masked_tokens_is_not_tuned_on_responses(masked, folder, tmp_path):
+  jsonl = [f"--train_jsonl={folder}/train.jsonl", f"--validation_jsonl={folder}/held_out.jsonl"]
+  to = [*TRAIN, f"--output_dir={tmp_path}/none", "--sequence_length=160"]
+  one, arms, instructed = run_scripts(
+    ["experiments/finetune.py", f"--model={masked}", *to, *jsonl],
+    ["experiments/finetune_arms.py", f"--model={masked}", *to, "--seeds=1", "--arms=all"],
+    ["experiments/instruct.py", f"--dense={masked}", f"--sparse={masked}", *to, "--seeds=1"],
+  )
+  for ended, name in ((one, "model"), (arms, "model"), (instructed, "dense")):
+    assert_one_line(
+      ended, f"--{name}={masked}: sees later tokens (objective masked_lm), so it writes no responses; "
+    )
+
+
+@pytest.mark.slow
+def test_on_text_a_model_is_trained_and_measured_by_one_loss(masked, folder, tmp_path):
+  for domain in "ab":
+    (tmp_path / "text" / domain).mkdir(parents=True)
+    for i in range(30):
+      (tmp_path / "text" / domain / f"{i}.txt").write_text(f"{domain} {i} of many words " * 4)
+  config = tiny.change(CONFIG, objective=f"distil:teacher={folder}/seed_0:soft=0.5")
+  student = save_model(tmp_path / "student", make_model(resolve_config(CONFIG), 264, seed=2), config)
+  text = [*TRAIN, "--dataset=text_folder", f"--text_folder={tmp_path / 'text'}", "--sequence_length=16"]
+  tune = lambda model, name: [
+    "experiments/finetune.py",
+    f"--model={model}",
+    *text,
+    f"--output_dir={tmp_path}/{name}",
+  ]
+  ends = run_scripts(tune(masked, "of_masked"), tune(student, "of_student"))
+  objectives = []
+  for ended, name in zip(ends, ("of_masked", "of_student"), strict=True):
+    assert ended.status == 0, ended.stderr
+    objectives.append(disk.read_object(tmp_path / name / "run" / "config.json")["train"]["objective"])
+    report = disk.read_object(tmp_path / name / "report.json")
+    assert abs(report["before"]["nll"] - report["after"]["nll"]) < 1  # one network, after two steps
+  assert objectives == ["masked_lm", "next_token"]
+  assert "soft=0.5, and is tuned with next_token, by which it is measured on text" in ends[1].stderr
+  assert "is tuned with" not in ends[0].stderr
+  loaded = moe_jax.load(tmp_path / "of_masked" / "model").model
+  assert not loaded.config.causal and loaded.embedding_VD[...].shape[0] == 265
