@@ -19,7 +19,8 @@ what the experts do; the validation text is not read before the end. Without tra
 - merge_average, merge_usage: the others join the most similar leader (M-SMoE, 2310.01334), aligned, router kept;
 - merge_unaligned: merge_usage without the Hungarian match;
 - merge_router: merge_usage with the router's columns merged, too;
-- task_level: no expert is dropped, but a token takes the K experts with the highest mean probability on its domain (2110.03742).
+- task_level: no expert is dropped, but a token takes the K experts with the highest mean probability on its domain (2110.03742);
+  of a domain without training text, as held-out tasks, on all training text.
 
 With `--domain`, the experts that stay are those that this domain uses: the part of the model for one task, whose loss inside
 and outside of the domain the table shows (task-level extraction, 2110.03742). Writes compress.csv with a row for each method and
@@ -132,12 +133,17 @@ def rows_of(measured, seed: int, path: str, methods) -> list[dict]:
 
 
 def task_level(model, dataset):
-  """Returns the model with routers that read the domain of the text."""
-  from moe_jax import adapt
-  from moe_jax.adapt.table import calibration_batches
+  """Returns the model with routers that read the domain of the text. One that is not trained gets the experts of all text."""
+  from moe_jax import adapt, disk
+  from moe_jax.adapt.table import calibration_batches, has_training_text
 
   of = lambda domain: adapt.calibrate(model, calibration_batches(dataset, _CALIBRATION.value, domain))
-  return adapt.to_task_level(model, [of(domain) for domain in dataset.info.domains])
+  domains = dataset.info.domains
+  without = [domain for domain in domains if not has_training_text(dataset, domain)]
+  if without:
+    disk.note(f"{TASK_LEVEL}: no training text of {', '.join(without)}, which get the experts of all text")
+  found = dict.fromkeys(without, of("")) if without else {}
+  return adapt.to_task_level(model, [found.get(domain) or of(domain) for domain in domains])
 
 
 if __name__ == "__main__":

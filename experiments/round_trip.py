@@ -18,7 +18,8 @@ A dense model is trained for --dense_steps, or loaded from the folder of a run o
 - extracted: half of the experts, those that one domain uses (2110.03742), in one shot;
 - each of --formats: experts in few bits.
 
-Writes the models to models/, which load and train as any other, round_trip.csv and round_trip.png, and prints the table. tokens/s
+Every training begins anew with the first batch of --data_seed, so dense_longer, sparse and distilled read again what the dense model has
+read: the table is of repeated text. Writes the models to models/, which load and train as any other, round_trip.csv and round_trip.png, and prints the table. tokens/s
 is of reading a batch. The same command continues where it was.
 """
 
@@ -36,7 +37,7 @@ _DISTIL_STEPS = flags.DEFINE_integer("distil_steps", 600, "steps of the dense st
 _FORMATS = flags.DEFINE_list(
   "formats", ["int8", "int4:32"], "of quantised experts, with :GROUP for integers and +aware"
 )
-_DOMAIN = flags.DEFINE_string("domain", "", "what is extracted; empty: the first domain of the text")
+_DOMAIN = flags.DEFINE_string("domain", "", "what is extracted; empty: the first domain with training text")
 _CALIBRATION = flags.DEFINE_integer(
   "calibration", 16, "batches of training text for calibration", lower_bound=1
 )
@@ -68,15 +69,18 @@ def main(argv: list[str]) -> None:
   trip = make_trip(folder)
   rows = [trip.row(*made) for made in products(trip, formats)]
   write_table(folder / "round_trip.csv", rows, shown=[name for name in rows[0] if not name.startswith("in ")])
+  print(
+    f"every training read the batches of --data_seed={flags.FLAGS.data_seed} from the first one: its text is repeated"
+  )
   print(f"written: {plot_cost(folder / 'round_trip.png', rows).path}")
 
 
 def make_trip(folder: pathlib.Path) -> "Trip":
   """Returns what the flags ask for."""
   from moe_jax.adapt import check_upcycle
+  from moe_jax.adapt.table import check_domain, has_training_text
   from moe_jax.comparison.arms import with_arm
   from moe_jax.data import load_dataset
-  from moe_jax.errors import unknown_name
   from moe_jax.interop.load import load
   from moe_jax.nn.build import resolve
 
@@ -91,9 +95,8 @@ def make_trip(folder: pathlib.Path) -> "Trip":
   if loaded:
     check_start(loaded, dataset)
   check_upcycle(resolve(config.model), sparse_layers(config.model))  # before anything is trained
-  domain = _DOMAIN.value or dataset.info.domains[0]
-  if domain not in dataset.info.domains:
-    raise unknown_name("domain", domain, dataset.info.domains)
+  domain = _DOMAIN.value or next(name for name in dataset.info.domains if has_training_text(dataset, name))
+  check_domain(dataset, domain)
   return Trip(folder, config, dataset, loaded, domain)
 
 
@@ -104,10 +107,14 @@ def sparse_layers(dense):
 
 
 def check_start(loaded, dataset) -> None:
-  """Raises `InputError` if the model of `--model` is not dense, or does not read this text."""
+  """Raises `InputError` if the model of `--model` is not dense or not causal, or does not read this text."""
   from moe_jax.errors import InputError
   from moe_jax.nn.build import num_routed_layers
+  from moe_jax.training.tuning import check_causal
 
+  check_causal(
+    loaded.config, f"--model={_MODEL.value}", "so it predicts no next token; choose a causal model"
+  )
   if num_routed_layers(loaded.config.model):
     raise InputError(
       f"--model={_MODEL.value}: has layers with routed experts; the trip begins with a dense model"

@@ -10,7 +10,7 @@ from typing import Any
 from moe_jax import disk
 from moe_jax.data import Batch, Dataset, load_dataset
 from moe_jax.data.loading import check_same_ids, text_of_run
-from moe_jax.errors import unknown_name
+from moe_jax.errors import InputError, unknown_name
 
 
 def text_of(loaded: Any, text_folder: str = "") -> Dataset:
@@ -31,17 +31,34 @@ def calibration_batches(dataset: Dataset, number: int, domain: str = "") -> list
   """Returns the first batches of the training text; with a domain, those that have some of it, and only that.
 
   Raises:
-    InputError: if there is no such domain.
+    InputError: if there is no such domain, or it has no training text.
   """
   batches = dataset.train_batches()
   if not domain:
     return list(itertools.islice(batches, number))
-  if domain not in dataset.info.domains:
-    raise unknown_name("domain", domain, dataset.info.domains)
+  check_domain(dataset, domain)
   index = dataset.info.domains.index(domain)
   of_domain = lambda batch: batch | {"mask_BL": batch["mask_BL"] & (batch["domain_B"] == index)[:, None]}
   some = (batch for batch in map(of_domain, batches) if batch["mask_BL"].any())
   return list(itertools.islice(some, number))
+
+
+def check_domain(dataset: Dataset, domain: str) -> None:
+  """Raises `InputError` if the text has no such domain, or only validation text of it, of which no batch would ever come."""
+  domains = dataset.info.domains
+  if domain not in domains:
+    raise unknown_name("domain", domain, domains)
+  if not has_training_text(dataset, domain):
+    others = ", ".join(name for name in domains if has_training_text(dataset, name))
+    raise InputError(
+      f"--domain={domain}: has no training text, as tasks that are held out; choose one of {others}"
+    )
+
+
+def has_training_text(dataset: Dataset, domain: str) -> bool:
+  """Returns whether a domain has training text, for all that is known: splits that are cut lazily are not counted."""
+  counts = dataset.info.targets_per_domain.get("train")
+  return counts is None or counts[dataset.info.domains.index(domain)] > 0
 
 
 def row(method: str, experts: int, scores: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,8 +7,10 @@ import pytest
 
 from moe_jax.adapt import quantise
 from moe_jax.adapt.routes import changed_routes, max_vio, selected
-from moe_jax.adapt.table import calibration_batches, row, write_table
+from moe_jax.adapt.table import calibration_batches, has_training_text, row, write_table
 from moe_jax.data import load_dataset
+from moe_jax.data.prompts import Example, prompt_dataset
+from moe_jax.data.tokenizers import load_tokenizer
 from moe_jax.errors import InputError
 from moe_jax.inference.evaluate import Score
 from tests import tiny
@@ -54,6 +56,18 @@ def test_calibration_text_of_one_domain():
   assert all(batch["mask_BL"].all() for batch in calibration_batches(dataset, 2))
   with pytest.raises(InputError, match="unknown domain 'x'"):
     calibration_batches(dataset, 1, "x")
+
+
+def test_a_domain_without_training_text_is_refused():  # of which no batch would ever come
+  examples = [Example("a", "b", "one"), Example("c", "d", "two"), Example("e", "f", "new")]
+  data = dataclasses.replace(tiny.CONFIG.data, sequence_length=8, batch_size=2)
+  dataset = prompt_dataset(data, examples[:2], examples[2:], load_tokenizer("bytes"))
+  assert [has_training_text(dataset, name) for name in ("one", "two", "new")] == [True, True, False]
+  assert len(calibration_batches(dataset, 2, "one")) == 2
+  with pytest.raises(InputError, match=r"--domain=new: has no training text, .*; choose one of one, two"):
+    calibration_batches(dataset, 1, "new")
+  chains = load_dataset(tiny.CONFIG.data)  # whose training text is not counted
+  assert has_training_text(chains, chains.info.domains[0])
 
 
 def test_a_table_has_a_line_per_row(tmp_path, capsys):

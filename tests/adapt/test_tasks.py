@@ -1,5 +1,7 @@
 """Task-level routing from token-level: the K likeliest experts of a domain, which alone compute the same for it."""
 
+import csv
+
 import numpy as np
 import pytest
 from flax import nnx
@@ -8,8 +10,11 @@ from moe_jax.adapt import calibrate, prune, to_task_level
 from moe_jax.adapt.routes import selected
 from moe_jax.errors import InputError
 from moe_jax.inference.evaluate import _nll  # of each sequence
+from moe_jax.training.compiled import make_model, resolve_config
+from moe_jax.training.start import save_model
 from tests import tiny
 from tests.adapt import models
+from tests.scripts import assert_one_line, run_scripts
 
 BATCH = tiny.make_batch()
 
@@ -55,3 +60,30 @@ def test_a_token_takes_the_likeliest_experts_of_its_domain_and_needs_no_others(f
 def test_no_domain_is_refused():
   with pytest.raises(InputError, match="needs a calibration of each domain, got none"):
     to_task_level(models.model(), [])
+
+
+@pytest.mark.slow
+def test_a_task_that_is_held_out_gets_the_experts_of_all_text(tmp_path):
+  fields = {
+    "dataset": "stdlib_tasks",
+    "held_out_tasks": "name",
+    "sequence_length": 64,
+    "objective": "response",
+  }
+  fields |= {"balancers": "none", "dispatcher": "dropless", "jitter": 0.0, "num_layers": 1}
+  config = resolve_config(tiny.change(tiny.CONFIG, **fields))
+  model = save_model(tmp_path / "m", make_model(config, 264), config)
+  script = ["experiments/compress.py", f"--model={model}", "--batches=1", "--calibration=1", "--experts=4"]
+  of_domain, all_tasks, trip = run_scripts(
+    [*script, "--methods=usage", "--domain=name", f"--output_dir={tmp_path}/none"],
+    [*script, "--methods=task_level", f"--output_dir={tmp_path}/out"],
+    ["experiments/round_trip.py", "--preset=tiny", "--dataset=stdlib_tasks", "--held_out_tasks=name", "--domain=name",
+     f"--output_dir={tmp_path}/none"],
+  )  # fmt: skip
+  for ended in (of_domain, trip):
+    assert_one_line(ended, "--domain=name: has no training text, as tasks that are held out; choose one of ")
+  assert not (tmp_path / "none" / "runs").exists()
+  assert all_tasks.status == 0, all_tasks.stderr
+  assert "note: task_level: no training text of name, which get the experts of all text" in all_tasks.stderr
+  with open(tmp_path / "out" / "compress.csv", newline="") as file:
+    assert [row["method"] for row in csv.DictReader(file)] == ["whole", "task_level"]
