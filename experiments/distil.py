@@ -9,8 +9,9 @@ Minutes    about 3 per run of 600 steps, on two CPU cores
 Result     see docs/adapt.md
 
 The teacher is the sparse model in the folder of a run. The student is dense, with the same attention, and feed-forward parts of
-the width that a token meets in the teacher, K x F. With --student_experts=N it is sparse: the teacher with the N experts of each
-layer that it uses most. Arms, all trained for --num_steps:
+the width that a token meets in the teacher: K x F, and that of shared experts. With --student_experts=N it is sparse: the teacher
+with the N experts of each layer that it uses most. A teacher that was tuned on responses has students that are trained and measured
+on them, too. Arms, all trained for --num_steps:
 
 - alone: from random parameters, on the text;
 - soft: half of the loss are the teacher's predictions;
@@ -18,7 +19,7 @@ layer that it uses most. Arms, all trained for --num_steps:
 - init_soft: both;
 - init_mixed: with 0.75 of the loss on the text and 0.25 on the predictions.
 
-kept = (loss of alone - loss of the arm) / (loss of alone - loss of the teacher), in nats per token of the validation text.
+kept = (loss of alone - loss of the arm) / (loss of alone - loss of the teacher), in nats per target of the validation text.
 Switch has 3 % for soft, 20 % for init_soft and 29 % for init_mixed. Writes a comparison's folder and kept.csv, and resumes.
 """
 
@@ -66,14 +67,19 @@ def main(argv: list[str]) -> None:
   from moe_jax.adapt.table import write_table
   from moe_jax.comparison.comparison import Comparison
   from moe_jax.data.loading import text_of_run
+  from moe_jax.training.compiled import resolve_config
   from moe_jax.training.load import load_run, tokenizer_name
   from moe_jax.training.made import is_made, source_of
   from moe_jax.training.start import save_model
+  from moe_jax.training.tuning import check_causal
   from moe_jax.training.validate import validate
 
   folder, config = pathlib.Path(_OUTPUT_DIR.value), cli.config_from_flags()
   disk.check_folder(folder)
   teacher, start = load_run(_MODEL.value), folder / "start"
+  check_causal(
+    teacher.config, f"--model={_MODEL.value}", "so it predicts no next token; choose a causal teacher"
+  )
   making = {"student_experts": _STUDENT.value}
   making |= {"calibration": _CALIBRATION.value} if _STUDENT.value else {}
   source = source_of(teacher.model, teacher.step, **making)
@@ -82,11 +88,14 @@ def main(argv: list[str]) -> None:
   data = dataclasses.replace(teacher.config.data, batch_size=config.data.batch_size)
   if not data.bpe_size:  # one that was trained on the text comes with the text
     data = dataclasses.replace(data, tokenizer=tokenizer_name(teacher))
-  config = dataclasses.replace(config, model=student.config, data=data)
+  dataset = text_of_run(teacher.folder, data, None)
+  objective, soft_objective = objectives(teacher.config, dataset)
+  train = dataclasses.replace(config.train, objective=objective)
+  config = dataclasses.replace(config, model=student.config, data=data, train=train)
   if not has_start:
     save_model(start, student, config, teacher.tokenizer, source=source)
   soft = lambda share: {
-    "objective": f"distil:teacher={_MODEL.value}:temperature={_TEMPERATURE.value}:soft={share}"
+    "objective": f"{soft_objective}:teacher={_MODEL.value}:temperature={_TEMPERATURE.value}:soft={share}"
   }
   init = {"init_from": str(start)}
   arms = {
@@ -98,21 +107,47 @@ def main(argv: list[str]) -> None:
   }
   comparison = Comparison(arms, config=config, output_dir=folder / "students", **comparison_flags.arguments())
   results = comparison.run()
-  train = dataclasses.replace(teacher.config.train, eval_batches=config.train.eval_batches)
-  dataset = text_of_run(teacher.folder, data, None)
-  whole = validate(teacher.model, dataclasses.replace(teacher.config, train=train), dataset)
+  measured = dataclasses.replace(config, model=teacher.config.model)
+  whole = validate(teacher.model, resolve_config(measured), dataset)
   rows = kept(results, whole["nll"])
   comparison.report(
     [with_kept(*pair) for pair in zip(results, rows, strict=True)],
     title="Distillation",
     question=__doc__.splitlines()[0],
     command=shlex.join(["python", *sys.argv]),
-    notes=[
-      f"The teacher is {_MODEL.value}. It is one model for all seeds, and saw the batches of its own seed."
-    ],
+    notes=[f"The teacher is {_MODEL.value}, one model for all seeds. {of_batches(teacher.config)}"],
     varies=["objective"],
   )
   write_table(folder / "kept.csv", rows)
+
+
+def objectives(config, dataset) -> tuple[str, str]:
+  """Returns what students are trained with alone, and with soft targets: that by which the teacher is measured.
+
+  Raises:
+    InputError: if the teacher was trained on responses, and the data set has none.
+  """
+  from moe_jax.data.prompts import PromptDataset
+  from moe_jax.errors import InputError
+  from moe_jax.inference.evaluate import predicts_responses
+
+  if not predicts_responses(config):
+    return "next_token", "distil"
+  if not isinstance(dataset, PromptDataset):
+    raise InputError(
+      f"--model={_MODEL.value}: was trained on responses, and its text ({dataset.info.name}) has none; choose a model of "
+      "--dataset=stdlib_tasks, or one that was trained on text"
+    )
+  return "response", "distil_response"
+
+
+def of_batches(config) -> str:
+  """Returns a sentence that says which students read the training text in the order in which the teacher of `config` did."""
+  seed, students = config.data.data_seed, comparison_flags.arguments()["seeds"]
+  if seed not in students:
+    return "It saw the training text in another order than every student."
+  others = ", the others in other orders" if len(students) > 1 else ""
+  return f"The student of seed {seed} sees the training text in the order in which the teacher did{others}."
 
 
 def student_of(teacher):
@@ -124,8 +159,29 @@ def student_of(teacher):
   if _STUDENT.value:
     batches = calibration_batches(text_of(teacher), _CALIBRATION.value)
     return Compressor(teacher.model, batches)("usage", _STUDENT.value)
-  moe = next(iter(teacher.config.model.moe_configs))
-  return to_dense(teacher.model, moe.num_experts_per_token * moe.expert_dim)
+  return to_dense(teacher.model, dense_width(teacher.config.model))
+
+
+def dense_width(model) -> int:
+  """Returns the one width of a dense student: the hidden units of experts, shared ones too, that a token meets in a layer.
+
+  Raises:
+    InputError: if layers have different widths, for which a dense model has no place.
+  """
+  from moe_jax.errors import InputError
+  from moe_jax.nn.build import different_blocks, routed_part
+
+  own = {block: routed_part(block) is not None for block in different_blocks(model)}
+  routed = [block.moe for block, is_routed in own.items() if is_routed]
+  widths = {moe.num_experts_per_token * moe.expert_dim + moe.shared_width for moe in routed}
+  widths |= set() if all(own.values()) else {model.dense_dim}
+  if len(widths) > 1:
+    raise InputError(
+      f"--model={_MODEL.value}: a token meets layers of {' and '.join(map(str, sorted(widths)))} hidden units, and a dense student "
+      "has one width; choose a sparse student (--student_experts=N), or a teacher whose dense layers are as wide as what a token "
+      "meets in its experts"
+    )
+  return widths.pop() if widths else 0
 
 
 def kept(results: list[dict], teacher: float) -> list[dict]:

@@ -73,6 +73,11 @@ class MoEConfig:
     )
     require(0 <= self.jitter < 1, "jitter", self.jitter, "must be in [0, 1), Switch uses 0.01")
 
+  @property
+  def shared_width(self) -> int:
+    """The hidden units of all shared experts of a layer, which are one network."""
+    return self.num_shared_experts * (self.shared_expert_dim or self.expert_dim)
+
 
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:

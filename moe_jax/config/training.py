@@ -111,7 +111,7 @@ class TrainConfig:
   objective: Spec = flag(
     "next_token",
     "what is trained: next_token, response on prompts with responses, next_tokens with --mtp_depth, "
-    "distil:teacher=FOLDER, or masked_lm on a bidirectional model",
+    "distil:teacher=FOLDER, distil_response on responses, or masked_lm on a bidirectional model",
   )
   hooks: Spec | Sequence[Spec] = flag("", "what else runs after every optimizer step, joined by commas")
   num_steps: int = flag(180, "optimizer steps")

@@ -100,9 +100,14 @@ class NextToken(Objective):
   def evaluate(self, model: nnx.Module, batch: Batch, context: Context) -> Terms:
     return self._terms(model, batch, context, nll)
 
+  def _is_target(self, batch: Batch) -> Array:
+    """Returns which tokens the loss is of, [B, L]."""
+    return batch["mask_BL"]
+
   def _terms(self, model: nnx.Module, batch: Batch, context: Context, token_losses: Any) -> Terms:
+    is_target_BL = self._is_target(batch)
     logits_BLV, aux = model(batch["tokens_BL"], context)
-    return Terms(jnp.sum(token_losses(logits_BLV, batch["targets_BL"]) * batch["mask_BL"]), aux)
+    return Terms(jnp.sum(token_losses(logits_BLV, batch["targets_BL"]) * is_target_BL), aux)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,11 +173,6 @@ class Response(NextToken):
       )
     return batch["is_target_BL"]
 
-  def _terms(self, model: nnx.Module, batch: Batch, context: Context, token_losses: Any) -> Terms:
-    is_target_BL = self._is_target(batch)
-    logits_BLV, aux = model(batch["tokens_BL"], context)
-    return Terms(jnp.sum(token_losses(logits_BLV, batch["targets_BL"]) * is_target_BL), aux)
-
 
 @dataclasses.dataclass(frozen=True)
 class Distil(NextToken):
@@ -220,16 +220,31 @@ class Distil(NextToken):
       jnp.exp(log_targets_BLV) * (log_targets_BLV - log_probs_BLV), axis=-1
     )
     loss_BL = (1 - self.soft) * nll(logits_BLV, batch["targets_BL"]) + self.soft * soft_BL
-    return Terms(jnp.sum(loss_BL * batch["mask_BL"]), aux)
+    return Terms(jnp.sum(loss_BL * self._is_target(batch)), aux)
+
+
+@dataclasses.dataclass(frozen=True)
+class DistilResponse(Distil, Response):
+  """`Distil` on the responses only, for data with `is_target_BL`, as `Response` is `NextToken` on them."""
 
 
 @functools.lru_cache(maxsize=2)
 def _teacher(folder: str) -> tuple[nnx.GraphDef, PyTree]:
-  """The model in the folder of a run, on the host: constants of the program, whatever mesh it runs on."""
+  """The model in the folder of a run, on the host: constants of the program, whatever mesh it runs on.
+
+  Raises:
+    InputError: if there is none, or it sees later tokens.
+  """
   from moe_jax.training.load import load_run  # which has the objectives
 
   with jax.ensure_compile_time_eval():
-    graphdef, state = nnx.split(load_run(folder).model)
+    model = load_run(folder).model
+    if not model.config.causal:
+      raise InputError(
+        f"objective distil: the teacher {folder} sees later tokens (objective masked_lm), so it does not predict the next one; "
+        "choose a causal teacher"
+      )
+    graphdef, state = nnx.split(model)
     return graphdef, jax.device_get(state)
 
 
@@ -296,6 +311,7 @@ OBJECTIVES = Registry(
     "next_tokens": NextTokens,
     "response": Response,
     "distil": Distil,
+    "distil_response": DistilResponse,
     "masked_lm": MaskedTokens,
   },
 )

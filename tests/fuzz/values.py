@@ -80,6 +80,7 @@ _PARTS += [
   "soft_moe",
   "next_token",
   "distil",
+  "distil_response",
 ]
 _PARTS += [
   "masked_lm",

@@ -34,7 +34,7 @@ def read(values: Values) -> ModelConfig:
 
 def write(config: ModelConfig) -> dict[str, Any]:
   moe, options = config.moe, options_of(layers_of(config)[0].mixer, "attention") or {}
-  width = moe.num_shared_experts * (moe.shared_expert_dim or moe.expert_dim)
+  width = moe.shared_width
   own = {"shared_expert_intermediate_size": width, "qkv_bias": options.get("qkv_bias", False)}
   return write_core(config) | write_sparse(config) | write_moe(config) | own
 

@@ -59,7 +59,7 @@ def shared_experts(
   moe: MoEConfig, dim: int, activation: str, init_scale: float, rngs: nnx.Rngs
 ) -> nnx.Module | None:
   """Returns the shared experts as one network of their summed width, or None if there are none."""
-  width = moe.num_shared_experts * (moe.shared_expert_dim or moe.expert_dim)
+  width = moe.shared_width
   if not width:
     return None
   offered = {"dim": dim, "dense_dim": width, "activation": activation, "gate": moe.shared_expert_gate}
