@@ -16,6 +16,9 @@ batches:
 - upcycled_half_new: half of each expert's hidden units are drawn anew (2407.10671, Qwen2);
 - scratch: the same sparse model with random parameters.
 
+The batches begin anew with the first one of the seed. So the arms read what the dense model has read, as far as it came: all but scratch
+read it a second time, and scratch reads it once. The curves are of repeated text.
+
 All arms compute the same per token, except for the router. The learning rate warms up again and then is constant,
 so that every point of a curve is the result of a training of that length. Writes a comparison's folder, and beside it
 dense/ and start/ with the models, and curves.csv. The same command continues where it was. What was made of the dense models
@@ -102,7 +105,10 @@ def main(argv: list[str]) -> None:
     title="Upcycling",
     question=__doc__.splitlines()[0],
     command=shlex.join(["python", *sys.argv]),
-    notes=[f"All arms but scratch start from a dense model of {_DENSE_STEPS.value} steps."],
+    notes=[
+      f"All arms but scratch start from a dense model of {_DENSE_STEPS.value} steps, whose batches they read again from the first one; "
+      "scratch reads them once."
+    ],
   )
   report_curves(folder, list(arms), list(arguments["seeds"]))
 
