@@ -98,7 +98,8 @@ class Soak:
   def expect(self, process: Start, *allowed: int) -> None:
     """Waits, and raises `Failed` for an end that is none of `allowed`, and for a traceback."""
     status, said = process.wait(), process.log.read_text(errors="replace")
-    if status not in allowed or "Traceback" in said or said.count("error: ") > 1:
+    errors = sum(line.startswith("error: ") for line in said.splitlines())
+    if status not in allowed or "Traceback" in said or errors > 1:
       raise Failed(f"a start ended with status {status}, expected {allowed}:\n{said[-3000:]}")
 
   def _run_folder(self, output_dir: pathlib.Path) -> pathlib.Path:
