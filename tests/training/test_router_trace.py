@@ -68,9 +68,9 @@ def test_a_stopped_run_records_no_step_twice(finished, dataset, tmp_path, monkey
   config = tiny.change(CONFIG, checkpoint_every=2)
   save, written = Checkpoints.save, []
 
-  def noted(self, step, state, extra):
+  def noted(self, step, state, extra, **more):
     written.append((step, len(Trace(tmp_path))))
-    save(self, step, state, extra)
+    save(self, step, state, extra, **more)
 
   monkeypatch.setattr(Checkpoints, "save", noted)
   with pytest.raises(KeyboardInterrupt):
