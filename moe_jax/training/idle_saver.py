@@ -30,7 +30,7 @@ from moe_jax.training import digests, idle_process
 from moe_jax.types import PyTree
 
 AVAILABLE = all(hasattr(os, name) for name in ("memfd_create", "SCHED_IDLE"))  # on Linux
-_RUN, _REST = 0.004, 0.020  # seconds that the process may run, and then rests
+_RUN, _REST = 0.002, 0.050  # seconds that the process may run, and then rests
 _ALIGNED = 64  # bytes at which arrays begin
 
 
