@@ -31,6 +31,7 @@ from moe_jax.types import PyTree
 
 AVAILABLE = all(hasattr(os, name) for name in ("memfd_create", "SCHED_IDLE"))  # on Linux
 _RUN, _REST = 0.002, 0.050  # seconds that the process may run, and then rests
+_LATER = 4  # rests before it begins
 _ALIGNED = 64  # bytes at which arrays begin
 
 
@@ -113,6 +114,7 @@ class IdleSaver:
 
     Always called by one and the same thread, and always with the same `shared`.
     """
+    time.sleep(_LATER * _REST)  # the step that comes next has waited for the copy already
     try:
       self._start(shared)
       request = {"step": step, "tree": shared.numbered, "extra": extra, "arrays": shared.spec}
