@@ -18,7 +18,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from typing import Any
 
 import jax
@@ -107,14 +106,14 @@ class IdleSaver:
     self._folder, self._keep = folder, keep
     self._process: subprocess.Popen | None = None
     self._starting = threading.Lock()
-    self._ended = False
+    self._ending = threading.Event()
 
   def save(self, shared: SharedArrays, step: int, extra: dict[str, Any]) -> bool:
     """Returns whether the process has written a checkpoint of the arrays. If it has not, it is gone.
 
     Always called by one and the same thread, and always with the same `shared`.
     """
-    time.sleep(_LATER * _REST)  # the step that comes next has waited for the copy already
+    self._ending.wait(_LATER * _REST)  # the step that comes next has waited for the copy already
     try:
       self._start(shared)
       request = {"step": step, "tree": shared.numbered, "extra": extra, "arrays": shared.spec}
@@ -129,7 +128,7 @@ class IdleSaver:
 
   def _start(self, shared: SharedArrays) -> None:
     with self._starting:
-      if self._ended:
+      if self.ended:
         raise ProcessLookupError
       if self._process is None:
         self._process = start(self._folder, self._keep, shared)
@@ -139,19 +138,19 @@ class IdleSaver:
     output = self._process.stdout
     while not select.select([output], [], [], _RUN)[0]:
       self._process.send_signal(signal.SIGSTOP)
-      time.sleep(_REST)
+      self._ending.wait(_REST)
       self._process.send_signal(signal.SIGCONT)
     return output.readline() == b"saved\n"
 
   @property
   def ended(self) -> bool:
     """Whether it writes nothing any more."""
-    return self._ended
+    return self._ending.is_set()
 
   def end(self) -> None:
     """Ends the process at once, and starts no other. A save that is under way returns in its thread."""
+    self._ending.set()
     with self._starting:
-      self._ended = True
       if self._process:
         self._process.kill()
         self._process.wait()
