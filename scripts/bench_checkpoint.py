@@ -21,6 +21,7 @@ from typing import Any
 from absl import flags
 
 from moe_jax import cli
+from moe_jax.cluster import start
 from moe_jax.errors import InputError
 
 _CYCLES = flags.DEFINE_integer("cycles", 12, "with a save, and as many without", lower_bound=2)
@@ -29,7 +30,9 @@ _SPARE = flags.DEFINE_integer(
   "spare_cores", 0, "cores that steps leave to the save; 0: both use all", lower_bound=0
 )
 cli.define_flags(leave_out=("num_steps", "tensorboard", "checkpoint_every"))
-flags.adopt_module_key_flags(cli)  # shown by --help
+start.define_flags()
+for module in (cli, start):
+  flags.adopt_module_key_flags(module)  # shown by --help
 
 
 def compute_on_fewer_cores(spare: int) -> None:
@@ -49,9 +52,9 @@ def show(found: dict[str, list[float]], beside: list[list[float]], interval: flo
   median = {name: statistics.median(values) for name, values in found.items()}
   more = statistics.median(a - b for a, b in zip(found["cycle with a save"], found["cycle"], strict=True))
   print(f"a step without a save: {1e3 * median['step']:.0f} ms")
-  print(
-    f"a save keeps the loop for {1e3 * median['save']:.0f} ms: {median['save'] / median['step']:+.1%} of a step"
-  )
+  for which in ("first save", "save"):
+    part = median[which] / median["step"]
+    print(f"a {which} keeps the loop for {1e3 * median[which]:.1f} ms: {part:+.1%} of a step")
   after = [1e3 * (statistics.median(x) - median["step"]) for x in beside]
   print(f"steps after a save take longer by {', '.join(f'{ms:.0f}' for ms in after)} ms")
   print(
@@ -69,13 +72,14 @@ def main(argv: list[str]) -> None:
 
   if _SPARE.value:
     compute_on_fewer_cores(_SPARE.value)
+  from moe_jax.cluster import processes
   from moe_jax.data import load_dataset
   from moe_jax.training.loop import Run
 
   class Done(Exception):
     """Everything is measured."""
 
-  found: dict[str, list[float]] = {"step": [], "save": [], "cycle": [], "cycle with a save": []}
+  found: dict[str, list[float]] = {"step": [], "first save": [], "save": [], "cycle": [], "cycle with a save": []}
   beside: list[list[float]] = [[] for _ in range(_STEPS.value)]  # steps after a save, by their place
 
   class Timed(Run):
@@ -89,7 +93,9 @@ def main(argv: list[str]) -> None:
     def _loop(self, state: Any, writer: Any, recorder: Any) -> Any:
       for _ in range(3):
         state = self._step(state)
-      self._save(int(state.step), state, writer, recorder, True)  # the first one makes folders and compiles
+      begun = time.perf_counter()
+      self._save(int(state.step), state, writer, recorder, True)
+      found["first save"].append(time.perf_counter() - begun)
       for cycle in range(2 * _CYCLES.value):
         while (
           self.checkpoints.is_saving
@@ -111,6 +117,7 @@ def main(argv: list[str]) -> None:
     config, train=dataclasses.replace(config.train, num_steps=10**6, tensorboard=False)
   )
   with tempfile.TemporaryDirectory() as folder:
+    folder = processes.from_first(folder)
     run = Timed(config, load_dataset(config.data), folder)
     with contextlib.suppress(Done):
       run.train()
@@ -126,4 +133,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(start.on_every_process(main))

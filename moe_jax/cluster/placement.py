@@ -142,6 +142,11 @@ def _own_gpus(local_id: int, environment: Mapping[str, str]) -> tuple[int, ...] 
   return None if sees_one or tasks.partition("(")[0] == "1" else (local_id,)
 
 
+def is_loopback(host: str) -> bool:
+  """Whether only processes of this machine can reach `host`."""
+  return host in ("localhost", "::1") or host.startswith("127.")
+
+
 def split_address(address: str) -> tuple[str, int]:
   """(host, port). Raises `InputError` where there is no port."""
   host, _, port = address.rpartition(":")

@@ -1,6 +1,7 @@
 """What the processes of one run tell each other. With one process everything here is at once and free."""
 
 import contextlib
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.errors import InputError
 
@@ -34,11 +35,39 @@ def from_all(value: Any) -> list[Any]:
   if jax.process_count() == 1:
     return [value]
   data = np.frombuffer(json.dumps(value).encode(), np.uint8)
-  sizes = multihost_utils.process_allgather(np.int32(data.size))
-  padded = np.zeros(int(sizes.max()), np.uint8)
-  padded[: data.size] = data
-  rows = multihost_utils.process_allgather(padded)
-  return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
+  room = _ROOM
+  while True:
+    row = np.zeros((1, _HEAD + room), np.uint8)
+    row[0, :_HEAD] = np.frombuffer(data.size.to_bytes(_HEAD, "little"), np.uint8)
+    row[0, _HEAD:][: data.size] = data[:room]
+    rows = _all_rows(row)
+    sizes = [int.from_bytes(row[:_HEAD].tobytes(), "little") for row in rows]
+    if max(sizes) <= room:
+      return [json.loads(row[_HEAD:][:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+    room = 1 << (max(sizes) - 1).bit_length()  # in all processes; a power of two, so that few programs are compiled
+
+
+_HEAD, _ROOM = 8, 4096  # bytes of a number of bytes, and of the bytes that the first exchange has room for
+
+
+def _all_rows(row: np.ndarray) -> np.ndarray:
+  """Returns the rows [1, bytes] of all processes, [processes, bytes], in every process.
+
+  `multihost_utils.process_allgather` takes 3 ms of two CPU processes for what is one collective, and this 0.3 ms.
+  """
+  by_process, gather = _gather()
+  rows = jax.make_array_from_process_local_data(by_process, row, (jax.process_count(), row.shape[1]))
+  with jax.set_mesh(by_process.mesh):  # the mesh of a run has other devices
+    return np.asarray(gather(rows).addressable_data(0))
+
+
+@functools.cache
+def _gather() -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
+  """Returns how rows lie on one device of each process, and a program that gives all rows to each."""
+  first = {device.process_index: device for device in reversed(jax.devices())}
+  mesh = Mesh(np.array([first[index] for index in sorted(first)]), ("process",))
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  return NamedSharding(mesh, PartitionSpec("process")), jax.jit(lambda x: x, out_shardings=everywhere)
 
 
 def check_agree(value: Any, what: str, right: str) -> None:

@@ -17,7 +17,7 @@ from typing import NoReturn
 from absl import flags
 
 from moe_jax.cluster import abort
-from moe_jax.cluster.placement import Options, Placement, find_placement, split_address
+from moe_jax.cluster.placement import Options, Placement, find_placement, is_loopback, split_address
 from moe_jax.cluster.watch import Watch, end
 from moe_jax.errors import INTERRUPTED_STATUS, STOPPED_STATUS, InputError, Stopped, of_the_system
 from moe_jax.fingerprint import of_package
@@ -132,7 +132,7 @@ def start(options: Options) -> Watch | None:
   if place is None:
     return None
   host, port = split_address(place.coordinator_address)
-  bind = host if _is_loopback(host) else ""
+  bind = host if is_loopback(host) else ""
   if place.process_id == 0:
     _check_free(bind, port)
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # JAX warns of recoverability, below
@@ -203,8 +203,3 @@ def _silence_libraries() -> None:
   sys.stdout = os.fdopen(own, "w", buffering=1, encoding=sys.stdout.encoding, errors=sys.stdout.errors)
   with open(os.devnull, "wb") as nowhere:
     os.dup2(nowhere.fileno(), 1)
-
-
-def _is_loopback(host: str) -> bool:
-  """Whether only processes of this machine can reach `host`."""
-  return host in ("localhost", "::1") or host.startswith("127.")

@@ -8,17 +8,15 @@ every mesh and costs one pass over the state.
 import contextlib
 import os
 import pathlib
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
-import numpy as np
 
 from moe_jax import disk
 from moe_jax.cluster import processes
 from moe_jax.errors import InputError
-from moe_jax.training import digests, idle_saver, reading
-from moe_jax.training.orbax_writer import OrbaxWriter, Unshared
+from moe_jax.training import digests, reading
+from moe_jax.training.saving import Alone, Together
 from moe_jax.types import PyTree
 
 
@@ -40,11 +38,7 @@ class Checkpoints:
   def __init__(self, folder: str | os.PathLike[str], keep: int = 2):
     self.folder = pathlib.Path(folder).absolute()
     disk.check_name(self.folder)
-    self._writer = OrbaxWriter(self.folder, keep)
-    self._thread = ThreadPoolExecutor(1, "moe_jax save")
-    self._saver = idle_saver.IdleSaver(self.folder, keep)
-    self._shared: idle_saver.SharedArrays | None = None  # the copy of the state that the process writes
-    self._saving: Future[None] | None = None
+    self._saves = (Together if jax.process_count() > 1 else Alone)(self.folder, keep)
     self._steps = self._list()
     processes.check_agree(
       self._steps,
@@ -66,6 +60,10 @@ class Checkpoints:
       return []
     return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdecimal() and p.is_dir())
 
+  def prepare(self, state: PyTree) -> None:
+    """Does what a first save would take time for, before the first step. Later states have the same structure, shapes and types."""
+    self._saves.prepare(state)
+
   def save(self, step: int, state: PyTree, extra: dict[str, Any], *, steps_follow: bool = False) -> None:
     """Saves `state` (arrays) and `extra` (JSON values). Does nothing if the step is already saved.
 
@@ -84,15 +82,11 @@ class Checkpoints:
       return
     failure = None
     try:
-      self.wait()
+      if self._saves.settle(state):
+        self._steps = processes.from_first(self._list())
     except Exception as error:  # of the save before
-      failure = error
-    if jax.process_count() > 1:
-      self._writer.write(step, state, extra)
-    elif (beside := steps_follow and self._can_share(state)) or self._shared:
-      self._saving = self._thread.submit(self._write_shared, step, self._shared.copy(state), extra, beside)
-    else:
-      self._saving = self._thread.submit(self._write_and_wait, step, _host_copy(state), extra)
+      failure, self._steps = error, self._list()
+    self._saves.save(step, state, extra, steps_follow)
     self._steps.append(step)
     if failure:
       with contextlib.suppress(Exception):  # the first failure says why
@@ -101,50 +95,23 @@ class Checkpoints:
 
   @property
   def is_saving(self) -> bool:
-    """Whether a save of this process, if it is the only one, is under way."""
-    return bool(self._saving and not self._saving.done())
+    """Whether this process, or the one beside it, still writes."""
+    return self._saves.is_writing
 
   @property
   def has_failed(self) -> bool:
     """Whether a save has failed and nobody knows yet. Of several processes, one that fails ends all at once."""
-    return bool(self._saving and self._saving.done() and self._saving.exception())
-
-  def _can_share(self, state: PyTree) -> bool:
-    """Returns whether a process of its own may write a copy of `state`, for which there is room in `_shared` then."""
-    if not idle_saver.AVAILABLE or self._saver.ended:
-      return False
-    if self._shared is None:
-      try:
-        self._shared = idle_saver.SharedArrays(state)
-      except OSError:
-        return False
-    return True
-
-  def _write_and_wait(self, step: int, state: PyTree, extra: dict[str, Any]) -> None:
-    self._writer.write(step, state, extra)
-    self._writer.wait()
-
-  def _write_shared(self, step: int, rest: list, extra: dict[str, Any], beside: bool) -> None:
-    """Writes what is in shared memory, with `rest`: in a process of its own if `beside` and that works, else here."""
-    self._shared.fill(rest)
-    if not (beside and self._saver.save(self._shared, step, extra)):
-      self._write_and_wait(step, self._shared.tree(), extra)
+    return self._saves.has_failed
 
   def wait(self) -> None:
     """Waits for a save that is under way. Raises what it failed with, once."""
     try:
-      if saving := self._saving:
-        if self.is_saving:
-          self._saver.end()
-        try:
-          saving.result()
-        finally:
-          if saving.done():  # not where a signal ended the wait
-            self._saving = None
-      self._writer.wait()
+      self._saves.wait()
     except Exception:
       self._steps = self._list()
       raise
+    if self._saves.is_lost:
+      self._steps = self._list()
 
   def restore(
     self, abstract_state: PyTree, shardings: PyTree, *, move_damaged: bool = False
@@ -217,24 +184,10 @@ class Checkpoints:
     try:
       self.wait()
     finally:
-      self._saver.close()
-      self._thread.shutdown()
-      if self._shared:
-        self._shared.close()
-        self._shared = None
-      self._writer.close()
+      self._saves.close()
 
 
 def _of_any(problem: str) -> str:
   """Returns the problem of the first process that has one, in all; empty: none has."""
   return next(filter(None, processes.from_all(problem)), "")
 
-
-def _host_copy(tree: PyTree) -> PyTree:
-  """Copies all arrays to host memory. They stay what they are when the next step reuses those on devices."""
-  for leaf in jax.tree.leaves(tree):
-    if not digests.in_host_memory(leaf):
-      leaf.copy_to_host_async()
-  # NumPy's view of an array on a CPU is the array itself.
-  copies = jax.tree.map(lambda x: np.array(x) if digests.in_host_memory(x) else np.asarray(x), tree)
-  return jax.tree.map(lambda x: x.view(Unshared), copies)

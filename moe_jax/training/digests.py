@@ -4,6 +4,7 @@ A digest is computed where the array is. It costs one pass over it.
 """
 
 import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from moe_jax import disk
+from moe_jax.cluster import processes
 from moe_jax.types import Array, PyTree
 
 
@@ -28,16 +30,47 @@ def array_digests(tree: PyTree) -> dict[str, list]:
   return {path: [kind, int(digest(leaves[path]))] for path, kind in kinds_of_arrays(tree).items()}
 
 
+def own_part(x: jax.Array) -> int:
+  """Returns what the devices of this process add to the digest of `x`: that is the sum of all processes' parts, in 32 bits.
+
+  The shards must be in host memory. Of those that are equal, one counts.
+  """
+  own = [shard for shard in x.addressable_shards if shard.replica_id == 0]
+  starts = [[part.start or 0 for part in shard.index] for shard in own]
+  parts = [int(_digest(np, np.asarray(a.data), b, x.shape)) for a, b in zip(own, starts, strict=True)]
+  return sum(parts) % 2**32
+
+
 def tree_digest(tree: PyTree) -> str:
   """Returns one digest of all arrays of a tree, the same on every mesh."""
   return disk.digest_of_json(array_digests(tree))
 
 
-def all_finite(tree: PyTree) -> bool:
-  """Returns whether all floating-point numbers of all arrays are finite."""
-  leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
-  found = [bool(np.isfinite(x).all() if in_host_memory(x) else _all_finite(x)) for x in leaves]
-  return all(found)  # of a list: all processes compute the same, one after the other
+def with_bad_numbers(trees: Mapping[str, PyTree]) -> list[str]:
+  """Returns the names of those trees in which a floating-point number of any array is not finite. All processes must call it."""
+  found = []
+  for name, tree in trees.items():
+    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    # Of a list: what is not in host memory, all processes compute together, one array after the other.
+    if not all([_all_finite(x) for x in leaves]):
+      found.append(name)
+  said = {name for names in processes.from_all(found) for name in names}
+  return [name for name in trees if name in said]
+
+
+def _all_finite(x: Array) -> bool:
+  """Returns whether all numbers of `x` are finite; where its shards are in host memory, those of this process."""
+  if in_host_memory(x):
+    return bool(np.isfinite(x).all())
+  shards = distinct_shards(x)
+  if all(in_host_memory(shard) for shard in shards):
+    return all(np.isfinite(shard).all() for shard in shards)
+  return bool(_all_finite_on_devices(x))
+
+
+def distinct_shards(x: jax.Array) -> list[jax.Array]:
+  """Returns one of each kind of shards that the devices of this process have: replicas are equal."""
+  return list({str(shard.index): shard.data for shard in x.addressable_shards}.values())
 
 
 def digest(x: Array) -> Array:
@@ -55,18 +88,21 @@ def in_host_memory(x: Array) -> bool:
 _WORDS = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint32"}
 
 
-def _digest(xp: Any, x: Array) -> Array:
+def _digest(xp: Any, x: Array, start: Sequence[int] = (), whole: Sequence[int] = ()) -> Array:
   """The sum over words of MurmurHash3's finalizer of word and place, with the arithmetic of `xp`: NumPy or JAX.
 
   The finalizer is one to one in the word, so another word always gives another sum. Changes of several words agree by
-  chance once in 2^32.
+  chance once in 2^32. `x` may be the part that begins at `start` of an array with shape `whole`.
   """
   x = xp.atleast_1d(x.astype("uint8") if x.dtype == bool else x)
   words = x.view(_WORDS[x.dtype.itemsize]).astype("uint32")
+  of_last = words.shape[-1] // x.shape[-1] if x.size else 1  # words of a number
+  start, whole = [*(start or [0] * x.ndim)], [*(whole or x.shape)]
+  start[-1], whole[-1] = start[-1] * of_last, whole[-1] * of_last
   place = xp.zeros((1,) * words.ndim, "uint32")
   for axis, size in enumerate(words.shape):
     own = xp.arange(size, dtype="uint32").reshape(-1, *(1,) * (words.ndim - axis - 1))
-    place = place * xp.uint32(size % 2**32) + own[(None,) * axis]
+    place = place * xp.uint32(whole[axis] % 2**32) + (own + xp.uint32(start[axis] % 2**32))[(None,) * axis]
   h = words ^ (place * xp.uint32(0x9E3779B1))
   h = (h ^ (h >> 16)) * xp.uint32(0x85EBCA6B)
   h = (h ^ (h >> 13)) * xp.uint32(0xC2B2AE35)
@@ -74,4 +110,4 @@ def _digest(xp: Any, x: Array) -> Array:
 
 
 _digest_on_devices = jax.jit(functools.partial(_digest, jnp))
-_all_finite = jax.jit(lambda x: jnp.isfinite(x).all())
+_all_finite_on_devices = jax.jit(lambda x: jnp.isfinite(x).all())

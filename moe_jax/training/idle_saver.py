@@ -3,95 +3,61 @@
 A save takes some 60 ms of a processor, whatever the size of a small state, and much of it is Python. In a thread of the run, it
 delays the step that comes next. The process has the policy of Linux for what is idle, rests most of the time, and has no
 lock of the interpreter in common with the run; the arrays are in memory that both share. It can only help: where it cannot be
-started, ends, fails, or is not done in time, the caller has all it needs to write the checkpoint itself.
+started, ends, fails, or is not done in time, the run writes a checkpoint itself.
+
+Of several processes, each has one, and these form a group of their own.
 
 `idle_process` is what it does.
 """
 
 import contextlib
 import json
-import mmap
 import os
 import pathlib
 import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
-from typing import Any
+import time
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-import orbax.checkpoint as ocp
+from jax._src import distributed
 
 from moe_jax import locks
-from moe_jax.training import digests, idle_process
-from moe_jax.types import PyTree
+from moe_jax.cluster.placement import is_loopback, split_address
+from moe_jax.training import idle_process
+from moe_jax.training.shared_arrays import SharedArrays
 
 AVAILABLE = all(hasattr(os, name) for name in ("memfd_create", "SCHED_IDLE"))  # on Linux
 _RUN, _REST = 0.002, 0.050  # seconds that the process may run, and then rests
-_LATER = 4  # rests before it begins
-_ALIGNED = 64  # bytes at which arrays begin
+_LATER = 8  # rests before it begins
 
 
-class SharedArrays:
-  """Room for one copy of a tree of arrays, in memory that a process of its own can read.
+class Group(NamedTuple):
+  """The processes beside those of one run, as `jax.distributed` starts them."""
 
-  Args:
-    tree: arrays, or their shapes and types.
+  address: str  # of the first process
+  bind: str | None  # where that one listens; None: at all its addresses
+  count: int
+  index: int  # of this process
+  num_devices: int  # of this process
 
-  Raises:
-    OSError: if the system has no such memory.
-  """
 
-  def __init__(self, tree: PyTree):
-    leaves, self._structure = jax.tree.flatten(tree)
-    sizes = [x.size * x.dtype.itemsize for x in leaves]
-    starts = np.cumsum([0] + [-(-size // _ALIGNED) * _ALIGNED for size in sizes]).tolist()
-    self.num_bytes = max(starts[-1], 1)
-    self.handle = os.memfd_create("checkpoint")
-    try:
-      os.ftruncate(self.handle, self.num_bytes)
-      memory = mmap.mmap(self.handle, self.num_bytes)
-    except BaseException:
-      os.close(self.handle)
-      raise
-    self.spec = [[x.dtype.name, list(x.shape), start] for x, start in zip(leaves, starts[:-1], strict=True)]
-    self.arrays = idle_process.arrays_in(memory, self.spec)
-    tree = ocp.tree.serialize_tree(
-      jax.tree.unflatten(self._structure, range(len(leaves))), keep_empty_nodes=True
-    )
-    # The tree as JSON: dicts, lists, and the number of each array in its place.
-    self.numbered = jax.tree.map(_as_json, tree, is_leaf=_is_empty)
+def free_port() -> int:
+  """Returns a port of this machine at which nobody listens."""
+  with socket.create_server(("", 0)) as server:
+    return server.getsockname()[1]
 
-  def copy(self, tree: PyTree) -> list[np.ndarray | None]:
-    """Copies what is in host memory already. Returns copies of all other arrays, which `fill` puts into their places."""
-    leaves = jax.tree.leaves(tree)
-    for leaf in leaves:
-      if not digests.in_host_memory(leaf):
-        leaf.copy_to_host_async()
-    rest: list[np.ndarray | None] = []
-    for place, leaf in zip(self.arrays, leaves, strict=True):
-      if digests.in_host_memory(leaf):
-        np.copyto(place, leaf)
-      rest.append(None if digests.in_host_memory(leaf) else np.asarray(leaf))
-    return rest
 
-  def fill(self, rest: list[np.ndarray | None]) -> None:
-    """Takes over the copies that `copy` returned, one after the other, so that only one is in memory twice."""
-    for index, place in enumerate(self.arrays):
-      if rest[index] is not None:
-        np.copyto(place, rest[index])
-        rest[index] = None
-
-  def tree(self) -> PyTree:
-    """The arrays, as they are now."""
-    return jax.tree.unflatten(self._structure, self.arrays)
-
-  def close(self) -> None:
-    """Gives the memory back, when the last array is gone."""
-    self.arrays = []
-    os.close(self.handle)
+def group_at(port: int) -> Group:
+  """Returns the group beside the processes of this run, of which the first can listen at `port`."""
+  host, _ = split_address(distributed.global_state.coordinator_address)
+  host = f"[{host}]" if ":" in host else host
+  bind = f"{host}:{port}" if is_loopback(host.strip("[]")) else None
+  return Group(f"{host}:{port}", bind, jax.process_count(), jax.process_index(), jax.local_device_count())
 
 
 class IdleSaver:
@@ -107,15 +73,18 @@ class IdleSaver:
     self._process: subprocess.Popen | None = None
     self._starting = threading.Lock()
     self._ending = threading.Event()
+    self._no_rest = threading.Event()
 
-  def save(self, shared: SharedArrays, step: int, extra: dict[str, Any]) -> bool:
+  def save(
+    self, shared: SharedArrays, step: int, extra: dict[str, Any], group: Group | None = None
+  ) -> bool:
     """Returns whether the process has written a checkpoint of the arrays. If it has not, it is gone.
 
-    Always called by one and the same thread, and always with the same `shared`.
+    Always called by one and the same thread, and always with the same `shared` and `group`.
     """
-    self._ending.wait(_LATER * _REST)  # the step that comes next has waited for the copy already
+    self._no_rest.wait(_LATER * _REST)  # the step that comes next has waited for the copy already
     try:
-      self._start(shared)
+      self._start(shared, group)
       request = {"step": step, "tree": shared.numbered, "extra": extra, "arrays": shared.spec}
       self._process.stdin.write(json.dumps(request).encode() + b"\n")
       self._process.stdin.flush()
@@ -126,20 +95,25 @@ class IdleSaver:
     self.end()
     return (self._folder / str(step)).is_dir()  # it got its name when it was whole
 
-  def _start(self, shared: SharedArrays) -> None:
+  def _start(self, shared: SharedArrays, group: Group | None) -> None:
     with self._starting:
       if self.ended:
         raise ProcessLookupError
       if self._process is None:
-        self._process = start(self._folder, self._keep, shared)
+        self._process = start(self._folder, self._keep, shared, group)
 
   def _wait(self) -> bool:
-    """Returns whether the checkpoint was written, which takes many rests."""
-    output = self._process.stdout
+    """Returns whether the checkpoint was written, which takes many rests.
+
+    They end by the clock, so those beside other processes of the run work in the same moments. Steps, in which one process waits for
+    another, are then late by one of them, and not by one after the other.
+    """
+    output, period = self._process.stdout, _RUN + _REST
     while not select.select([output], [], [], _RUN)[0]:
-      self._process.send_signal(signal.SIGSTOP)
-      self._ending.wait(_REST)
-      self._process.send_signal(signal.SIGCONT)
+      if not self._no_rest.is_set():
+        self._process.send_signal(signal.SIGSTOP)
+        self._no_rest.wait(period - time.time() % period)
+        self._process.send_signal(signal.SIGCONT)
     return output.readline() == b"saved\n"
 
   @property
@@ -147,9 +121,19 @@ class IdleSaver:
     """Whether it writes nothing any more."""
     return self._ending.is_set()
 
+  def hurry(self) -> None:
+    """Lets the process work without rests until it is done: nothing is computed."""
+    self._no_rest.set()
+
+  def rest(self) -> None:
+    """Lets the process rest again in the next save."""
+    if not self.ended:
+      self._no_rest.clear()
+
   def end(self) -> None:
     """Ends the process at once, and starts no other. A save that is under way returns in its thread."""
     self._ending.set()
+    self._no_rest.set()
     with self._starting:
       if self._process:
         self._process.kill()
@@ -164,18 +148,7 @@ class IdleSaver:
         self._process.stdin.close()
 
 
-def _is_empty(node: Any) -> bool:
-  return node is None or (isinstance(node, dict | list | tuple) and not node)
-
-
-def _as_json(node: Any) -> Any:
-  """Returns a leaf, which is a number, or an empty node, as Orbax tells them apart."""
-  if isinstance(node, int | dict):
-    return node
-  return [] if type(node) in (list, tuple) else None
-
-
-def start(folder: pathlib.Path, keep: int, shared: SharedArrays) -> subprocess.Popen:
+def start(folder: pathlib.Path, keep: int, shared: SharedArrays, group: Group | None) -> subprocess.Popen:
   """Starts the process. It ends with the calling thread. What it would print, the run finds out itself.
 
   Raises:
@@ -184,11 +157,16 @@ def start(folder: pathlib.Path, keep: int, shared: SharedArrays) -> subprocess.P
   own = dict(os.environ)
   own.pop("XLA_FLAGS", None)  # it computes nothing
   own |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+  said = {
+    "folder": str(folder),
+    "keep": keep,
+    "handle": shared.handle,
+    "num_bytes": shared.num_bytes,
+    "parent": os.getpid(),
+    "group": group and group._asdict(),
+  }
   process = subprocess.Popen(
-    [
-      *(sys.executable, "-P", idle_process.__file__, str(folder), str(keep)),
-      *(str(shared.handle), str(shared.num_bytes), str(os.getpid())),
-    ],
+    [sys.executable, "-P", idle_process.__file__, json.dumps(said)],
     stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
     stderr=subprocess.DEVNULL,

@@ -20,7 +20,7 @@ from moe_jax.errors import Stopped
 from moe_jax.training import continuing
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import check_run, compile_steps
-from moe_jax.training.digests import all_finite
+from moe_jax.training.digests import with_bad_numbers
 from moe_jax.training.identity import check_same_run, hold, write_identity
 from moe_jax.training.load import CHECKPOINTS, Loaded, load_run
 from moe_jax.training.memory import check_memory, make_room_for_programs
@@ -125,6 +125,8 @@ class Run:
         recorder = stack.enter_context(self._recorder(int(state.step)))
       if self.progress:
         self.progress.start_run(self.show, self.config.train.num_steps, int(state.step))
+      if train.checkpoint_minutes or train.checkpoint_every:
+        self.checkpoints.prepare(state)
       state = self._loop(state, writer, recorder)
       self.checkpoints.wait()
       if reason := self.stops.ended():  # asked for while the last step was saved
@@ -218,9 +220,8 @@ class Run:
   ) -> None:
     """A run that continues from here has all metrics and recorded steps up to here."""
     parts = {"parameters": state.params, "optimizer": state.opt_state, "balancers": state.variables}
-    for name, part in parts.items():  # the numbers of a step are of the state before its update
-      if not all_finite(part):
-        self._check_finite(step + 1, {name: np.nan})
+    if wrong := with_bad_numbers(parts):  # the numbers of a step are of the state before its update
+      self._check_finite(step + 1, dict.fromkeys(wrong, np.nan))
     writer.flush()
     if recorder:
       recorder.flush()

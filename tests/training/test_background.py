@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from moe_jax.errors import InputError
-from moe_jax.training import background, checkpoint
+from moe_jax.training import background, saving
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.orbax_writer import OrbaxWriter
 
@@ -82,7 +82,7 @@ def test_what_is_saved_is_what_was_there(tmp_path, monkeypatch):
   checkpoints.close()
   jax.tree.map(np.testing.assert_array_equal, found, expected)
   assert extra == {"place": 3}
-  copy = checkpoint._host_copy(STATE)  # NumPy's view of an array keeps the next step from reusing it
+  copy = saving._host_copy(STATE)  # NumPy's view of an array keeps the next step from reusing it
   assert not np.shares_memory(copy["w"], np.asarray(STATE["w"]))
 
 
@@ -106,7 +106,7 @@ def test_a_save_does_not_keep_the_loop(tmp_path, monkeypatch):
   """All but the copy is in a thread. After a save that failed, the next one is made, and then has its exception."""
   go, seen = threading.Event(), []
 
-  def slow(self, step, state, extra):
+  def slow(self, step, state, extra, found):
     assert go.wait(60)
     seen.append(step)
     if step == 2:
@@ -152,8 +152,9 @@ def test_a_save_after_one_that_failed_is_whole(tmp_path, monkeypatch):
   assert Checkpoints(tmp_path / "run")._steps == [1, 3]
 
 
-def test_what_a_failed_save_has_left_is_removed_without_a_word(tmp_path, caplog):
-  left = tmp_path / "run/2.orbax-checkpoint-tmp"
+@pytest.mark.parametrize("step", [1, 2])
+def test_what_a_failed_save_has_left_is_removed_without_a_word(tmp_path, caplog, step):
+  left = tmp_path / f"run/{step}.orbax-checkpoint-tmp"
   left.mkdir(parents=True)
   checkpoints = Checkpoints(tmp_path / "run")
   with caplog.at_level("WARNING"):

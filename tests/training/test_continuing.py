@@ -20,7 +20,7 @@ from moe_jax.errors import InputError
 from moe_jax.training import idle_saver, loop, objectives
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import compile_steps, make_model, resolve_config
-from moe_jax.training.digests import all_finite
+from moe_jax.training.digests import with_bad_numbers
 from moe_jax.training.evaluation import evaluate_as
 from moe_jax.training.identity import is_shorter
 from moe_jax.training.loop import Run
@@ -352,7 +352,8 @@ def test_an_update_that_only_the_last_step_spoils_is_not_saved(part, dataset, tm
 
 def test_one_number_that_is_not_finite_is_found():
   good = {"w": jnp.ones((3, 2), jnp.bfloat16), "n": jnp.int32(3), "key": jax.random.key(0)}
-  assert all_finite(good)
+  assert with_bad_numbers({"good": good}) == []
   for bad in (jnp.nan, jnp.inf, -jnp.inf):
-    assert not all_finite(good | {"b": jnp.zeros((2, 2)).at[1, 1].set(bad)})
-    assert not all_finite(good | {"b": jnp.zeros((2, 2), jnp.bfloat16).at[1, 1].set(bad)})
+    for kind in (jnp.float32, jnp.bfloat16):
+      spoilt = good | {"b": jnp.zeros((2, 2), kind).at[1, 1].set(bad)}
+      assert with_bad_numbers({"good": good, "spoilt": spoilt}) == ["spoilt"]

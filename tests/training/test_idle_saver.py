@@ -21,6 +21,8 @@ from moe_jax import locks
 from moe_jax.errors import InputError
 from moe_jax.training import digests, idle_saver
 from moe_jax.training.checkpoint import Checkpoints
+from moe_jax.training.saving import Alone
+from moe_jax.training.shared_arrays import SharedArrays
 
 pytestmark = pytest.mark.skipif(not idle_saver.AVAILABLE, reason="Linux only")
 
@@ -55,9 +57,9 @@ def checkpoints(tmp_path):
 @pytest.fixture
 def here(monkeypatch):
   """The steps that this process wrote."""
-  found, write = [], Checkpoints._write_and_wait
+  found, write = [], Alone._write_and_wait
   monkeypatch.setattr(
-    Checkpoints,
+    Alone,
     "_write_and_wait",
     lambda self, step, *rest: (found.append(step), write(self, step, *rest))[1],
   )
@@ -122,8 +124,8 @@ def test_a_save_that_must_be_there_is_written_here(checkpoints, here):
 def test_what_the_process_cannot_write_is_written_here(checkpoints, here, tmp_path):
   """It is killed while it rests, as by a system without memory."""
   checkpoints.save(1, state_of(1), {}, steps_follow=True)
-  until(lambda: checkpoints._saver._process)
-  os.kill(checkpoints._saver._process.pid, signal.SIGKILL)
+  until(lambda: checkpoints._saves._saver._process)
+  os.kill(checkpoints._saves._saver._process.pid, signal.SIGKILL)
   until(lambda: not checkpoints.is_saving)
   assert here == [1] and not checkpoints.has_failed
   assert_holds(checkpoints.folder, state_of(1), {})
@@ -139,8 +141,8 @@ def test_the_error_of_a_folder_that_cannot_be_written_is_that_of_this_process(he
   until(lambda: checkpoints.has_failed)
   with pytest.raises(InputError, match="run: is a file, and the folder of checkpoints should be there"):
     checkpoints.wait()
-  assert here == [2] and checkpoints._saver._process.returncode is not None
-  checkpoints._saver.close()
+  assert here == [2] and checkpoints._saves._saver._process.returncode is not None
+  checkpoints._saves._saver.close()
 
 
 @pytest.mark.parametrize("what", ["no process", "no memory", "another system"])
@@ -161,7 +163,7 @@ def test_signals_to_all_processes_are_for_the_run(checkpoints, here):
   """SLURM sends its signal to each process of a step."""
   checkpoints.save(1, state_of(1), {}, steps_follow=True)
   until(lambda: not checkpoints.is_saving)
-  process = checkpoints._saver._process
+  process = checkpoints._saves._saver._process
   assert os.sched_getscheduler(process.pid) == os.SCHED_IDLE
   assert os.getsid(process.pid) != os.getsid(0)
   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -176,12 +178,12 @@ def test_signals_to_all_processes_are_for_the_run(checkpoints, here):
 def test_arrays_of_devices_are_copied_in_the_thread(monkeypatch):
   state = state_of(2)
   monkeypatch.setattr(digests, "in_host_memory", lambda x: False)
-  shared = idle_saver.SharedArrays(state)
+  shared = SharedArrays(state)
   copies = shared.copy(state)
   assert all(
     np.shares_memory(x, np.asarray(y)) for x, y in zip(copies, jax.tree.leaves(state), strict=True) if x.size
   )
-  assert not any(x.any() for x in shared.arrays)
+  assert not any(x.any() for x in shared.parts)
   shared.fill(copies)
   assert not any(x is not None for x in copies)
   jax.tree.map(np.testing.assert_array_equal, shared.tree(), state)
@@ -198,12 +200,12 @@ from moe_jax.training.checkpoint import Checkpoints
 with locks.hold(sys.argv[1] + "/.lock", "the run"):
   checkpoints = Checkpoints(sys.argv[1] + "/checkpoints")
   checkpoints.save(1, {"w": jnp.ones(3)}, {}, steps_follow=True)
-  while not checkpoints._saver._process:
+  while not checkpoints._saves._saver._process:
     time.sleep(0.01)
   if sys.argv[2] == "written":
     while checkpoints.is_saving:
       time.sleep(0.01)
-  print(checkpoints._saver._process.pid, flush=True)
+  print(checkpoints._saves._saver._process.pid, flush=True)
   os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -230,7 +232,7 @@ def test_the_process_ends_with_a_run_that_is_killed(tmp_path, when):
 def test_a_process_that_outlives_its_run_keeps_the_lock(checkpoints, tmp_path):
   with locks.hold(tmp_path / ".lock", "the run"):
     checkpoints.save(1, state_of(1), {}, steps_follow=True)
-    until(lambda: checkpoints._saver._process)
+    until(lambda: checkpoints._saves._saver._process)
   with open(tmp_path / ".lock") as file:
     with pytest.raises(BlockingIOError):
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

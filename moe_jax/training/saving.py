@@ -1,0 +1,185 @@
+"""Who writes a checkpoint: this process, or one beside it that has only what the steps leave of the cores.
+
+`Alone` is for a run of one process, and `Together` for one of several. `Checkpoints` has one of them.
+"""
+
+import pathlib
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYet
+from typing import Any
+
+import jax
+import numpy as np
+from jax._src import distributed
+
+from moe_jax.cluster import processes
+from moe_jax.training import digests, idle_saver
+from moe_jax.training.orbax_writer import OrbaxWriter, Unshared
+from moe_jax.training.shared_arrays import SharedArrays
+from moe_jax.types import PyTree
+
+_PATIENCE = 10.0  # seconds for processes beside those of a run to finish when nothing is computed any more
+
+
+class _Saves:
+  """What both have: Orbax in this process, a thread, and the process beside it.
+
+  Args:
+    folder: of the checkpoints.
+    keep: how many of the newest to keep.
+  """
+
+  def __init__(self, folder: pathlib.Path, keep: int):
+    self._folder = folder
+    self._writer = OrbaxWriter(folder, keep)
+    self._thread = ThreadPoolExecutor(1, "moe_jax save")
+    self._saver = idle_saver.IdleSaver(folder, keep)
+    self._shared: SharedArrays | None = None  # the copy of the state that the process beside this one writes
+    self._saving: Future | None = None  # in the thread
+
+  @property
+  def _in_thread(self) -> bool:
+    return bool(self._saving and not self._saving.done())
+
+  def prepare(self, state: PyTree) -> None:
+    """Makes room for the copy of a state, which takes longer than to copy it, and has no place between two steps."""
+    self._can_share(state)
+
+  def _can_share(self, state: PyTree) -> bool:
+    """Returns whether the process beside this one may write a copy of `state`, for which there is room in `_shared` then."""
+    if not idle_saver.AVAILABLE or self._saver.ended:
+      return False
+    if self._shared is None:
+      try:
+        self._shared = SharedArrays(state)
+      except (OSError, ValueError):
+        return False
+    return True
+
+  def close(self) -> None:
+    """Ends all. No save may be under way."""
+    self._saver.close()
+    self._thread.shutdown()
+    if self._shared:
+      self._shared.close()
+      self._shared = None
+    self._writer.close()
+
+
+class Alone(_Saves):
+  """The saves of one process. What the process beside it has not written when it must be there, this one writes."""
+
+  is_lost = False
+
+  @property
+  def is_writing(self) -> bool:
+    return self._in_thread
+
+  @property
+  def has_failed(self) -> bool:
+    return bool(self._saving and self._saving.done() and self._saving.exception())
+
+  def settle(self, state: PyTree) -> bool:
+    """Waits for the save before that of `state`. Raises what it failed with, once. Returns whether it is lost: it is not."""
+    del state
+    self.wait()
+    return False
+
+  def save(self, step: int, state: PyTree, extra: dict[str, Any], steps_follow: bool) -> None:
+    if (beside := steps_follow and self._can_share(state)) or self._shared:
+      self._saving = self._thread.submit(self._write_shared, step, self._shared.copy(state), extra, beside)
+    else:
+      self._saving = self._thread.submit(self._write_and_wait, step, _host_copy(state), extra)
+
+  def _write_and_wait(self, step: int, state: PyTree, extra: dict[str, Any]) -> None:
+    self._writer.write(step, state, extra, digests.array_digests(state))
+    self._writer.wait()
+
+  def _write_shared(self, step: int, rest: list, extra: dict[str, Any], beside: bool) -> None:
+    """Writes what is in shared memory, with `rest`: in a process of its own if `beside` and that works, else here."""
+    self._shared.fill(rest)
+    if not (beside and self._saver.save(self._shared, step, extra)):
+      self._write_and_wait(step, self._shared.tree(), extra)
+
+  def wait(self) -> None:
+    if saving := self._saving:
+      if self._in_thread:
+        self._saver.end()
+      try:
+        saving.result()
+      finally:
+        if saving.done():  # not where a signal ended the wait
+          self._saving = None
+    self._writer.wait()
+
+
+class Together(_Saves):
+  """The saves of several processes, each of its parts of the arrays. All call the same methods in the same order.
+
+  The processes beside them write only what the next save replaces, for a part of the state cannot become one of an array of all processes again
+  without room on the devices. Whether they are done is agreed at the next save.
+  """
+
+  has_failed = False  # one that fails ends all at once
+
+  def __init__(self, folder: pathlib.Path, keep: int):
+    super().__init__(folder, keep)
+    self._port = idle_saver.free_port()  # that of the first process counts
+    self._all_can_share = False  # found by `settle`
+
+  @property
+  def is_writing(self) -> bool:
+    return self._in_thread or self._writer.is_writing
+
+  @property
+  def is_lost(self) -> bool:
+    """Whether the process beside this one could not write the last checkpoint."""
+    return bool(self._saving and self._saving.done() and not self._saving.result())
+
+  def settle(self, state: PyTree) -> bool:
+    """Waits for the save before that of `state`, or ends it. Returns whether it is lost, which all processes agree on."""
+    self._writer.wait()
+    done = not self._in_thread and not self.is_lost
+    found = processes.from_all([done, self._can_share(state), self._port])
+    self._all_can_share, self._port = all(can for _, can, _ in found), found[0][2]
+    if all(done for done, _, _ in found):
+      return False
+    self._saver.end()
+    self._saving.result()
+    self._saving, self._all_can_share = None, False
+    processes.wait_for_all("no process beside the run writes")
+    return True
+
+  def save(self, step: int, state: PyTree, extra: dict[str, Any], steps_follow: bool) -> None:
+    if not (steps_follow and self._all_can_share):
+      self._writer.write(step, state, extra, digests.array_digests(state))
+      return
+    self._saver.rest()
+    self._saving = self._thread.submit(self._write_beside, step, self._shared.copy(state), extra)
+
+  def _can_share(self, state: PyTree) -> bool:
+    return distributed.global_state.coordinator_address is not None and super()._can_share(state)
+
+  def _write_beside(self, step: int, rest: list, extra: dict[str, Any]) -> bool:
+    self._shared.fill(rest)
+    return self._saver.save(self._shared, step, extra, idle_saver.group_at(self._port))
+
+  def wait(self) -> None:
+    if self._saving:
+      self._saver.hurry()
+      try:
+        self._saving.result(_PATIENCE)
+      except NotYet:
+        self._saver.end()
+        self._saving.result()
+    self._writer.wait()
+
+
+def _host_copy(tree: PyTree) -> PyTree:
+  """Copies all arrays to host memory. They stay what they are when the next step reuses those on devices."""
+  for leaf in jax.tree.leaves(tree):
+    if not digests.in_host_memory(leaf):
+      leaf.copy_to_host_async()
+  # NumPy's view of an array on a CPU is the array itself.
+  copies = jax.tree.map(lambda x: np.array(x) if digests.in_host_memory(x) else np.asarray(x), tree)
+  return jax.tree.map(lambda x: x.view(Unshared), copies)

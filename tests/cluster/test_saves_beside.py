@@ -1,0 +1,139 @@
+"""Two real processes, each with another one beside it that writes its part of a checkpoint. One process reads them."""
+
+import contextlib
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moe_jax.training import digests, idle_saver
+from moe_jax.training.checkpoint import Checkpoints
+from moe_jax.training.orbax_writer import OrbaxWriter  # the child has it from here, too
+
+pytestmark = pytest.mark.skipif(not idle_saver.AVAILABLE, reason="Linux only")
+
+# Shapes and layouts over the axes a (across the processes) and b (within each).
+LAYOUTS = {
+  "both": ((8, 6), [["a", "b"], None]),
+  "across": ((4, 3), [None, None]),
+  "rows": ((6, 4), ["a", None]),
+  "columns": ((3, 4), [None, "b"]),
+  "turned": ((2, 4, 2), ["b", "a", None]),
+  "scalar": ((), []),
+  "half": ((4, 2), ["a"]),
+}
+
+
+def values_at(step: int) -> dict[str, np.ndarray]:
+  kinds = {"scalar": "int32", "half": "bfloat16"}
+  sizes = {name: int(np.prod(shape)) for name, (shape, _) in LAYOUTS.items()}
+  return {
+    name: (np.arange(sizes[name]).reshape(shape) + step).astype(jax.numpy.dtype(kinds.get(name, "float32")))
+    for name, (shape, _) in LAYOUTS.items()
+  }
+
+
+def on_mesh(values: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+  found = {}
+  for name, x in values.items():
+    axes = [tuple(axis) if isinstance(axis, list) else axis for axis in LAYOUTS[name][1]]
+    layout = NamedSharding(mesh, PartitionSpec(*axes))
+    found[name] = jax.make_array_from_callback(x.shape, layout, lambda index, x=x: x[index])
+  return found
+
+
+def child(address: str, index: str, folder: str) -> None:
+  """Saves steps 1 to 4. The process beside the second process is killed before step 3, which is lost."""
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  jax.distributed.initialize(address, 2, int(index))
+  idle_saver._REST = 0.001
+  mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("a", "b"))
+  spoil = jax.jit(lambda state: jax.tree.map(lambda x: x * 0, state), donate_argnums=0)
+  here: list[int] = []
+  write = OrbaxWriter.write
+  OrbaxWriter.write = lambda self, step, *rest: (here.append(step), write(self, step, *rest))[1]
+  checkpoints = Checkpoints(folder)
+  checkpoints.prepare(on_mesh(values_at(0), mesh))
+  for step in (1, 2, 3, 4):
+    state = on_mesh(values_at(step), mesh)
+    if step == 2:
+      idle_saver._REST = 60.0  # it comes no further before it is waited for
+    if step == 3:
+      idle_saver._REST = 0.001
+      if index == "1":
+        checkpoints._saves._saver._process.kill()
+    checkpoints.save(step, state, {"place": step}, steps_follow=True)
+    jax.block_until_ready(spoil(state))
+    if step < 3:
+      assert checkpoints.is_saving
+      checkpoints.wait()
+      assert not checkpoints.is_saving and here == []
+      assert sorted(os.listdir(folder)) == [str(s) for s in range(1, step + 1)]
+  assert here == [4] and checkpoints.latest_step == 4
+  checkpoints.wait()
+  assert sorted(os.listdir(folder)) == ["2", "4"]  # nothing of the third
+  expected = on_mesh(values_at(4), mesh)
+  found, extra = checkpoints.restore(expected, {name: x.sharding for name, x in expected.items()})
+  assert extra == {"place": 4}
+  for name, x in expected.items():
+    for one, other in zip(found[name].addressable_shards, x.addressable_shards, strict=True):
+      np.testing.assert_array_equal(one.data, other.data)
+  checkpoints.close()
+  print(checkpoints._saves._saver._process.returncode)
+
+
+def test_two_processes_have_their_checkpoints_written_by_two_others(tmp_path):
+  with socket.create_server(("127.0.0.1", 0)) as server:
+    address = f"127.0.0.1:{server.getsockname()[1]}"
+  flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
+  env = os.environ | {
+    "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=2",
+    "PYTHONPATH": os.getcwd(),
+  }
+  folder = tmp_path / "run"
+  program = "import sys; from tests.cluster.test_saves_beside import child; child(*sys.argv[1:])"
+  pair = [
+    subprocess.Popen(
+      [sys.executable, "-c", program, address, str(i), str(folder)],
+      env=env,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
+  ]
+  try:
+    said = [process.communicate(timeout=240) for process in pair]
+  finally:
+    for process in pair:
+      process.kill()
+  assert [process.returncode for process in pair] == [0, 0], said
+  assert [out.splitlines()[-1] for out, _ in said] == ["-9", "-9"]
+
+  mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("b", "a"))  # another one
+  for step in (4, 2):
+    expected = values_at(step)
+    layouts = {name: x.sharding for name, x in on_mesh(expected, mesh).items()}
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in expected.items()}
+    with contextlib.closing(Checkpoints(folder)) as checkpoints:
+      found, extra = checkpoints.restore(shapes, layouts)  # compares digests
+    assert extra == {"place": step}
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    kept = json.loads((folder / f"{step}/extra/metadata").read_text())["arrays"]
+    assert kept == digests.array_digests(expected)
+    (folder / str(step)).rename(tmp_path / str(step))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_digest_of_an_array_is_the_sum_of_those_of_its_shards(name):
+  """Of replicas, one counts. The mesh has devices of one process, which has all parts."""
+  mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("a", "b"))
+  x = on_mesh(values_at(5), mesh)[name]
+  assert digests.own_part(x) == int(digests.digest(x)) == int(digests._digest_on_devices(x))
