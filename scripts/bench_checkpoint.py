@@ -79,7 +79,13 @@ def main(argv: list[str]) -> None:
   class Done(Exception):
     """Everything is measured."""
 
-  found: dict[str, list[float]] = {"step": [], "first save": [], "save": [], "cycle": [], "cycle with a save": []}
+  found: dict[str, list[float]] = {
+    "step": [],
+    "first save": [],
+    "save": [],
+    "cycle": [],
+    "cycle with a save": [],
+  }
   beside: list[list[float]] = [[] for _ in range(_STEPS.value)]  # steps after a save, by their place
 
   class Timed(Run):

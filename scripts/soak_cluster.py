@@ -1,6 +1,7 @@
 """Disturbs runs of several processes, starts them again, and compares their ends with that of an undisturbed run.
 
   python scripts/soak_cluster.py --processes=2,4
+  python scripts/soak_cluster.py --processes=2 --beside
   python scripts/soak_cluster.py --processes=2 --faults="kill -9 of process 0,process 0 cut off"
 
 For each number of processes, one small comparison of one arm is trained to its end without faults. Then it is trained in
@@ -14,6 +15,8 @@ losses within 2e-5. The exit status is 1 where that is not so.
 Each process has a network namespace, a host of its own on one virtual bridge, so that it can be cut off without a word to its
 connections. That takes Linux with `unshare`, `nsenter` and `ip`, and root or user namespaces. --network=loopback does without,
 and leaves those faults out.
+
+These runs save again before the processes beside them have written. With --beside, a run waits at each save until they have.
 """
 
 import contextlib
@@ -57,6 +60,9 @@ _STEPS = flags.DEFINE_integer(
   "steps", 120, "of a run; a fault strikes 2 to 8 steps after the last", lower_bound=8
 )
 _SEED = flags.DEFINE_integer("seed", 0, "of the steps at which faults strike")
+_BESIDE = flags.DEFINE_bool(
+  "beside", False, "runs wait at each save, so that it is written by the processes beside them (Linux)"
+)
 _NETWORK = flags.DEFINE_enum(
   "network", "namespaces", ["namespaces", "loopback"], "what the processes talk over"
 )
@@ -152,7 +158,9 @@ class Soak:
 
   def _start(self, count: int, output_dir: pathlib.Path, limited: dict[int, int]) -> Cluster:
     arguments = [f"--{name}={value}" for name, value in FLAGS.items()] + [f"--num_steps={_STEPS.value}"]
-    return Cluster(count, output_dir, self.hosts if count > 1 else None, arguments, DEVICES, limited)
+    return Cluster(
+      count, output_dir, self.hosts if count > 1 else None, arguments, DEVICES, limited, _BESIDE.value
+    )
 
   def step(self) -> int:
     return len(_metrics(self.output_dir, whole=False))

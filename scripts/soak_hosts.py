@@ -20,6 +20,14 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 HEARTBEAT = 10  # --heartbeat_timeout
 BOUND = 1.25 * HEARTBEAT + 6  # seconds, docs/reliability.md
 SLOW = 30.0  # seconds more on a machine with much else to do
+_BESIDE = f"""
+import runpy, sys
+sys.path.insert(0, {str(ROOT / "scripts")!r})
+from soak_start import save_beside
+save_beside()
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 class Hosts:
@@ -115,6 +123,7 @@ class Cluster:
     arguments: of the command, without those of the processes.
     devices: of all processes together.
     largest: the largest file that a process may write, in bytes.
+    beside: whether processes wait at each save until those beside them have written it.
   """
 
   def __init__(
@@ -125,6 +134,7 @@ class Cluster:
     arguments: list[str],
     devices: int,
     largest: dict[int, int],
+    beside: bool,
   ):
     address = "127.0.0.1"
     if hosts and count > 1:
@@ -153,6 +163,7 @@ class Cluster:
             [
               *own,
               sys.executable,
+              *(["-c", _BESIDE] if beside else []),
               str(ROOT / "experiments/load_balancing.py"),
               *arguments,
               f"--output_dir={output_dir}",

@@ -190,4 +190,3 @@ class Checkpoints:
 def _of_any(problem: str) -> str:
   """Returns the problem of the first process that has one, in all; empty: none has."""
   return next(filter(None, processes.from_all(problem)), "")
-

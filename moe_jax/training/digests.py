@@ -51,15 +51,14 @@ def with_bad_numbers(trees: Mapping[str, PyTree]) -> list[str]:
   found = []
   for name, tree in trees.items():
     leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
-    # Of a list: what is not in host memory, all processes compute together, one array after the other.
-    if not all([_all_finite(x) for x in leaves]):
+    if not all(_all_finite(x) for x in leaves):
       found.append(name)
   said = {name for names in processes.from_all(found) for name in names}
   return [name for name in trees if name in said]
 
 
 def _all_finite(x: Array) -> bool:
-  """Returns whether all numbers of `x` are finite; where its shards are in host memory, those of this process."""
+  """Returns whether all numbers of `x` are finite: those of this process where its shards are in host memory, and else all."""
   if in_host_memory(x):
     return bool(np.isfinite(x).all())
   shards = distinct_shards(x)

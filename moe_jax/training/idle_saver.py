@@ -66,18 +66,19 @@ class IdleSaver:
   Args:
     folder: of the checkpoints.
     keep: how many of the newest to keep.
+    rests: whether the process rests most of the time, because steps are computed on the cores that it would have.
   """
 
-  def __init__(self, folder: pathlib.Path, keep: int):
-    self._folder, self._keep = folder, keep
+  def __init__(self, folder: pathlib.Path, keep: int, rests: bool):
+    self._folder, self._keep, self._rests = folder, keep, rests
     self._process: subprocess.Popen | None = None
     self._starting = threading.Lock()
     self._ending = threading.Event()
     self._no_rest = threading.Event()
+    if not rests:
+      self._no_rest.set()
 
-  def save(
-    self, shared: SharedArrays, step: int, extra: dict[str, Any], group: Group | None = None
-  ) -> bool:
+  def save(self, shared: SharedArrays, step: int, extra: dict[str, Any], group: Group | None = None) -> bool:
     """Returns whether the process has written a checkpoint of the arrays. If it has not, it is gone.
 
     Always called by one and the same thread, and always with the same `shared` and `group`.
@@ -127,7 +128,7 @@ class IdleSaver:
 
   def rest(self) -> None:
     """Lets the process rest again in the next save."""
-    if not self.ended:
+    if self._rests and not self.ended:
       self._no_rest.clear()
 
   def end(self) -> None:

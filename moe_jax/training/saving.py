@@ -33,7 +33,8 @@ class _Saves:
     self._folder = folder
     self._writer = OrbaxWriter(folder, keep)
     self._thread = ThreadPoolExecutor(1, "moe_jax save")
-    self._saver = idle_saver.IdleSaver(folder, keep)
+    # The host of an accelerator has cores to spare, and large states.
+    self._saver = idle_saver.IdleSaver(folder, keep, rests=jax.default_backend() == "cpu")
     self._shared: SharedArrays | None = None  # the copy of the state that the process beside this one writes
     self._saving: Future | None = None  # in the thread
 
@@ -116,8 +117,9 @@ class Alone(_Saves):
 class Together(_Saves):
   """The saves of several processes, each of its parts of the arrays. All call the same methods in the same order.
 
-  The processes beside them write only what the next save replaces, for a part of the state cannot become one of an array of all processes again
-  without room on the devices. Whether they are done is agreed at the next save.
+  A checkpoint that the processes beside them have not written when the next one begins, or that one of them could not write, is
+  given up, and from then on the processes of the run write: their parts on the devices are those of a later step, and the copies
+  in host memory could not become arrays of all processes again without room on the devices.
   """
 
   has_failed = False  # one that fails ends all at once

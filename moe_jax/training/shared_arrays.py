@@ -95,7 +95,9 @@ def arrays_in(memory: mmap.mmap, spec: dict[str, list]) -> list[Any]:
   return [_array_in(memory, meshes, *one) for one in spec["arrays"]]
 
 
-def _array_in(memory: mmap.mmap, meshes: list[Mesh], name: str, shape: list, starts: list, layout: Any) -> Any:
+def _array_in(
+  memory: mmap.mmap, meshes: list[Mesh], name: str, shape: list, starts: list, layout: Any
+) -> Any:
   if layout is None:
     return np.ndarray(tuple(shape), jnp.dtype(name), memory, starts[0]).view(Unshared)
   axes = [tuple(axis) if isinstance(axis, list) else axis for axis in layout["axes"]]
@@ -126,7 +128,8 @@ def _layout_of(x: jax.Array, meshes: list[Mesh]) -> dict[str, Any] | None:
     "mesh": meshes.index(x.sharding.mesh),
     "axes": list(x.sharding.spec),
     "parts": [
-      [jax.local_devices().index(shard.device), kinds.index(str(shard.index))] for shard in x.addressable_shards
+      [jax.local_devices().index(shard.device), kinds.index(str(shard.index))]
+      for shard in x.addressable_shards
     ],
   }
 
