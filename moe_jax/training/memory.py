@@ -18,6 +18,7 @@ from moe_jax.config import Config
 from moe_jax.errors import InputError
 from moe_jax.nn.variables import per_variable
 from moe_jax.sharding import BATCH_AXES
+from moe_jax.training import idle_saver
 from moe_jax.training.compiled import CompiledSteps
 from moe_jax.training.optim import is_frozen
 from moe_jax.types import PyTree
@@ -55,13 +56,19 @@ def need_of(config: Config, steps: CompiledSteps, vocab_size: int, mesh: jax.sha
 def copy_of(steps: CompiledSteps) -> int:
   """Returns the bytes of host memory that a process needs, at least, for the copy of the state that a save writes.
 
-  A run saves while it trains, so it has both. One process copies the whole state, and of several each copies its part,
-  unless that is in host memory already.
+  A run saves while it trains, so it has both. One process copies the whole state, and of several each copies its shards, of those that
+  are equal one. Where several have nobody beside them (`idle_saver`), shards that are in host memory are written from there.
   """
-  whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(steps.abstract_state))
+  leaves, layouts = jax.tree.leaves(steps.abstract_state), jax.tree.leaves(steps.state_shardings)
   if jax.process_count() == 1:
-    return whole
-  return 0 if jax.devices()[0].platform == "cpu" else whole // jax.process_count()
+    return sum(x.size * x.dtype.itemsize for x in leaves)
+  if jax.devices()[0].platform == "cpu" and not idle_saver.AVAILABLE:
+    return 0
+  found = 0
+  for x, layout in zip(leaves, layouts, strict=True):
+    shards = {str(index) for index in layout.addressable_devices_indices_map(x.shape).values()}
+    found += len(shards) * math.prod(layout.shard_shape(x.shape)) * x.dtype.itemsize
+  return found
 
 
 def check_memory(config: Config, steps: CompiledSteps, vocab_size: int, mesh: jax.sharding.Mesh) -> None:

@@ -126,7 +126,7 @@ class Together(_Saves):
 
   def __init__(self, folder: pathlib.Path, keep: int):
     super().__init__(folder, keep)
-    self._port = idle_saver.free_port()  # that of the first process counts
+    self._port = 0  # at which the group's first process listens; chosen by that of the run
     self._all_can_share = False  # found by `settle`
 
   @property
@@ -142,7 +142,7 @@ class Together(_Saves):
     """Waits for the save before that of `state`, or ends it. Returns whether it is lost, which all processes agree on."""
     self._writer.wait()
     done = not self._in_thread and not self.is_lost
-    found = processes.from_all([done, self._can_share(state), self._port])
+    found = processes.from_all([done, self._can_share(state), self._port or idle_saver.free_port()])
     self._all_can_share, self._port = all(can for _, can, _ in found), found[0][2]
     if all(done for done, _, _ in found):
       return False

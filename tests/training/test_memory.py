@@ -15,7 +15,7 @@ from moe_jax.comparison.comparison import Comparison
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError
 from moe_jax.sharding import batch_sharding, make_mesh
-from moe_jax.training import evaluation, memory
+from moe_jax.training import evaluation, idle_saver, memory
 from moe_jax.training.compiled import compile_steps, resolve_config
 from moe_jax.training.loop import Run
 from moe_jax.training.result_file import write_result
@@ -97,13 +97,28 @@ def test_devices_and_their_host_are_checked_apart(device, host, line, monkeypatc
     memory.check_memory(CONFIG, steps, tiny.VOCAB, mesh)
 
 
-def test_each_process_copies_its_part(monkeypatch):
+class OneOfTwo:
+  """The layout of an array of which this process has the first half, on two devices."""
+
+  def shard_shape(self, shape):
+    return (shape[0] // 2, *shape[1:])
+
+  def addressable_devices_indices_map(self, shape):
+    return dict.fromkeys(("device 0", "device 1"), (slice(0, shape[0] // 2),))
+
+
+def test_each_process_copies_its_shards_once(monkeypatch):
   steps = compile_steps(CONFIG, tiny.VOCAB, tiny.DOMAINS, make_mesh(CONFIG.mesh))
   whole = memory.copy_of(steps)
-  monkeypatch.setattr(jax, "process_count", lambda: 4)
-  assert memory.copy_of(steps) == 0  # Orbax writes from where a CPU has the arrays
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  assert memory.copy_of(steps) == whole  # it has all shards
+  state = {"w": jax.ShapeDtypeStruct((8, 3), np.float32), "m": jax.ShapeDtypeStruct((2,), np.int8)}
+  half = steps._replace(abstract_state=state, state_shardings={name: OneOfTwo() for name in state})
+  assert memory.copy_of(half) == 4 * 3 * 4 + 1
+  monkeypatch.setattr(idle_saver, "AVAILABLE", False)
+  assert memory.copy_of(half) == 0  # Orbax writes from where a CPU has the arrays
   monkeypatch.setattr(jax, "devices", lambda: [Accelerator(1)])
-  assert memory.copy_of(steps) == whole // 4
+  assert memory.copy_of(half) == 4 * 3 * 4 + 1
 
 
 def test_the_check_can_be_turned_off(monkeypatch):
