@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import difflib
 import os
 import signal
 import sys
@@ -150,7 +151,7 @@ def run(main: Callable[[list[str]], None], takes_arguments: bool = False) -> Non
     try:
       rest = flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
-      _fail(unknown_name("flag", f"--{error.flagname}", (f"--{name}" for name in _own_flags())), short=True)
+      _fail(_unknown_flag(error.flagname), short=True)
     except flags.Error as error:
       _fail(error)
     if len(rest) > 1 and not takes_arguments:
@@ -198,6 +199,17 @@ def one_line() -> Iterator[None]:
   except KeyboardInterrupt:
     print("\nstopped; what is finished is kept, and the same command continues", file=sys.stderr)
     sys.exit(INTERRUPTED_STATUS)
+
+
+def _unknown_flag(name: str) -> InputError:
+  """Returns the error for a flag that the script does not have. It may be of a field that the script sets itself."""
+  own = {f"--{flag}" for flag in _own_flags()}
+  of_fields = {f"--{flag}" for *_, flag in _fields()}
+  near = difflib.get_close_matches(f"--{name}", own | of_fields, n=1, cutoff=0.5)
+  misspelt = difflib.get_close_matches(f"--{name}", own, n=1, cutoff=0.85)
+  if not misspelt and own & of_fields and near and near[0] not in own:
+    return InputError(f"unknown flag '--{name}': this command sets what {near[0]} would;")
+  return unknown_name("flag", f"--{name}", own)
 
 
 def _own_flags() -> list[str]:

@@ -28,6 +28,11 @@ EXPERIMENTS = (
 TWO = ["--num_processes=2", "--process_id=0", "--coordinator_address=127.0.0.1:55991"]
 WRONG = [
   (["--num_expert=3"], "unknown flag '--num_expert': did you mean --num_experts"),
+  (["--seed=3"], "unknown flag '--seed': did you mean --seeds"),
+  (
+    ["--balancer=none"],
+    "unknown flag '--balancer': this command sets what --balancers would; --help lists all",
+  ),
   (["--seeds=many"], "flag --seeds=many"),
   (["arms"], "unexpected argument 'arms'"),
   (["--preset=tinny"], "unknown preset 'tinny': did you mean tiny"),

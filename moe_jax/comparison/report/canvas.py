@@ -5,7 +5,7 @@ Figures are made without pyplot: no display, no global state. matplotlib is impo
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -100,7 +100,13 @@ def set_scale(ax: Any, axis: str, values: np.ndarray, ratio: float) -> bool:
   return True
 
 
-def draw_yardsticks(ax: Any, yardsticks: Mapping[str, float], reach: float = 0.0, note: bool = True) -> None:
+def draw_yardsticks(
+  ax: Any,
+  yardsticks: Mapping[str, float],
+  reach: float = 0.0,
+  note: bool = True,
+  curves: Iterable[np.ndarray] = (),
+) -> None:
   """Draws a horizontal line with its name for each yardstick in view, and notes those above it.
 
   Args:
@@ -108,22 +114,26 @@ def draw_yardsticks(ax: Any, yardsticks: Mapping[str, float], reach: float = 0.0
     yardsticks: name -> value on the y axis.
     reach: how far the view may grow upwards to show a line, as a share of its height.
     note: whether to name the yardsticks that are above the view.
+    curves: values on the y axis, from left to right. The names stand where these are further away: by default, at right.
   """
   low, high = ax.get_ylim()
   near = [y for y in yardsticks.values() if high < y <= high + reach * (high - low)]
   top = max(near, default=high)
   ax.set_ylim(low, top + 0.04 * (top - low) if near else high)
   low, high = ax.get_ylim()
+  ends = np.array([[values.flat[0], values.flat[-1]] for values in curves]).reshape(-1, 2)
   for name, y in yardsticks.items():
     if low <= y <= high:
+      at_left, at_right = np.abs(ends - y).min(axis=0, initial=np.inf)
+      left = at_left > at_right
       ax.axhline(y, color="#777777", lw=0.9, ls=(0, (1, 1.5)), zorder=1)
       ax.annotate(
         name,
-        (0.99, y),
+        (0.01 if left else 0.99, y),
         xycoords=("axes fraction", "data"),
         xytext=(0, 1.5),
         textcoords="offset points",
-        ha="right",
+        ha="left" if left else "right",
         fontsize=7.5,
         color="#666666",
         zorder=4,

@@ -175,8 +175,9 @@ def _plot_loss(
     ax.margins(x=0.01)
   whole.set_ylabel(f"training loss, {'bits per byte' if factors else 'nats/token'}")
   if factors:
-    for ax in (whole, end):
-      canvas.draw_yardsticks(ax, words.byte_models(summary), note=False)
+    for ax, drawn in ((whole, curves), (end, tails)):
+      means = [values.mean(axis=0) for _, values in drawn.values()]
+      canvas.draw_yardsticks(ax, words.byte_models(summary), note=False, curves=means)
   _label_ends(end, tails, arms)
   text = "Training loss of each logged batch; at right the last third of training on its own scale. "
   return canvas.save(figure, directory / "loss.png", text + _seeds_words(summary.rows), wide=True)
