@@ -82,7 +82,7 @@ class Checkpoints:
       return
     failure = None
     try:
-      if self._saves.settle(state):
+      if self._saves.settle(state, steps_follow):
         self._steps = processes.from_first(self._list())
     except Exception as error:  # of the save before
       failure, self._steps = error, self._list()

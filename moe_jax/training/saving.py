@@ -18,7 +18,9 @@ from moe_jax.training.orbax_writer import OrbaxWriter, Unshared
 from moe_jax.training.shared_arrays import SharedArrays
 from moe_jax.types import PyTree
 
-_PATIENCE = 10.0  # seconds for processes beside those of a run to finish when nothing is computed any more
+# Seconds that the processes of a run wait for those beside them, which need far fewer when nothing is computed: before
+# another save, before one after a signal, and where no other save comes.
+_BEFORE_SAVE, _BEFORE_STOP, _AT_END = 30.0, 3.0, 10.0
 
 
 class _Saves:
@@ -80,9 +82,9 @@ class Alone(_Saves):
   def has_failed(self) -> bool:
     return bool(self._saving and self._saving.done() and self._saving.exception())
 
-  def settle(self, state: PyTree) -> bool:
+  def settle(self, state: PyTree, steps_follow: bool) -> bool:
     """Waits for the save before that of `state`. Raises what it failed with, once. Returns whether it is lost: it is not."""
-    del state
+    del state, steps_follow
     self.wait()
     return False
 
@@ -117,9 +119,9 @@ class Alone(_Saves):
 class Together(_Saves):
   """The saves of several processes, each of its parts of the arrays. All call the same methods in the same order.
 
-  A checkpoint that the processes beside them have not written when the next one begins, or that one of them could not write, is
-  given up, and from then on the processes of the run write: their parts on the devices are those of a later step, and the copies
-  in host memory could not become arrays of all processes again without room on the devices.
+  Where the processes beside them have not written a checkpoint when the next one comes, they are waited for, and the processes of the
+  run write from then on. A checkpoint that one of them could not write is given up: the arrays on the devices are those of a later
+  step, and the copies in host memory could not become arrays of all processes again without room on the devices.
   """
 
   has_failed = False  # one that fails ends all at once
@@ -138,19 +140,21 @@ class Together(_Saves):
     """Whether the process beside this one could not write the last checkpoint."""
     return bool(self._saving and self._saving.done() and not self._saving.result())
 
-  def settle(self, state: PyTree) -> bool:
-    """Waits for the save before that of `state`, or ends it. Returns whether it is lost, which all processes agree on."""
+  def settle(self, state: PyTree, steps_follow: bool) -> bool:
+    """Waits for the save before that of `state`. Returns whether it is lost, which all processes agree on."""
     self._writer.wait()
-    done = not self._in_thread and not self.is_lost
-    found = processes.from_all([done, self._can_share(state), self._port or idle_saver.free_port()])
-    self._all_can_share, self._port = all(can for _, can, _ in found), found[0][2]
-    if all(done for done, _, _ in found):
+    port = self._port or idle_saver.free_port()
+    found = processes.from_all([self._in_thread, self.is_lost, self._can_share(state), port])
+    busy, lost, can_share, ports = zip(*found, strict=True)
+    self._all_can_share, self._port = all(can_share), ports[0]
+    if not any(busy + lost):
       return False
+    seconds = _BEFORE_SAVE if steps_follow else _BEFORE_STOP
+    self._finish(0.0 if any(lost) else seconds)  # the others of the group wait for one that is gone
     self._saver.end()
-    self._saving.result()
+    written = processes.from_all(not self.is_lost)  # from here on, nobody beside the run writes
     self._saving, self._all_can_share = None, False
-    processes.wait_for_all("no process beside the run writes")
-    return True
+    return not all(written)
 
   def save(self, step: int, state: PyTree, extra: dict[str, Any], steps_follow: bool) -> None:
     if not (steps_follow and self._all_can_share):
@@ -167,14 +171,18 @@ class Together(_Saves):
     return self._saver.save(self._shared, step, extra, idle_saver.group_at(self._port))
 
   def wait(self) -> None:
+    self._finish(_AT_END)
+    self._writer.wait()
+
+  def _finish(self, seconds: float) -> None:
+    """Waits until the process beside this one has written, if it is writing. Ends it if that takes longer."""
     if self._saving:
       self._saver.hurry()
       try:
-        self._saving.result(_PATIENCE)
+        self._saving.result(seconds)
       except NotYet:
         self._saver.end()
         self._saving.result()
-    self._writer.wait()
 
 
 def _host_copy(tree: PyTree) -> PyTree:
