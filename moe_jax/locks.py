@@ -130,7 +130,8 @@ def _claim(path: pathlib.Path, handle: int) -> bool:
   is the owner, and each looks only when the others have written.
   """
   mine = {"pid": os.getpid(), "host": socket.gethostname(), "machine": _machine(), "since": time.time()}
-  text = json.dumps(mine)
+  # All of one length: a longer text under a shorter one of a process that began in the same instant would be neither's.
+  text = json.dumps(mine).ljust(1024)
   with disk.named(path):
     os.pwrite(handle, text.encode(), 0)
     os.ftruncate(handle, len(text))

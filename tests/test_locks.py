@@ -109,3 +109,21 @@ def test_without_locks_of_the_file_system_one_of_two_starts_in_the_same_instant_
   finally:
     for start in starts:
       start.communicate("\n")
+
+
+OWNER = """
+import os, subprocess, sys
+from moe_jax import locks
+with locks.hold(sys.argv[1], "the run"):
+  subprocess.Popen(["sleep", "2"], pass_fds=locks.handles())
+  os._exit(0)
+"""
+
+
+def test_what_is_left_of_an_owner_is_waited_for(tmp_path):
+  """A process that has its lock file, too, and will end: the one beside a run, while the kernel takes its memory back."""
+  path = tmp_path / "run.lock"
+  subprocess.run([sys.executable, "-c", OWNER, path], check=True)
+  started = time.monotonic()
+  with locks.hold(path, "the run"):
+    assert 0.2 < time.monotonic() - started < 15

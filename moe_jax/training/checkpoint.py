@@ -23,9 +23,8 @@ from moe_jax.types import PyTree
 class Checkpoints:
   """The checkpoints of one run: saved in the background, restored onto any mesh.
 
-  One process copies the arrays to host memory, and a thread does the rest. Of several, each saves the parts that its
-  devices hold, so all must call the same methods in the same order; digests are then computed together, before the rest goes to
-  Orbax's threads.
+  Arrays are copied to host memory, and the rest is done in the background (`saving`). Of several processes, each saves the parts that its
+  devices hold, so all must call the same methods in the same order.
 
   Args:
     folder: created when the first checkpoint is saved; all processes must see the same folder.
@@ -74,9 +73,9 @@ class Checkpoints:
       step: of the state.
       state: always of the same structure, shapes and types.
       extra: what is kept beside it.
-      steps_follow: whether the caller goes on to compute. One process on Linux then leaves the writing to another, which
-        takes little from what is computed (`idle_saver`). It is not waited for: where that becomes necessary, this
-        process writes the checkpoint, and all that come later.
+      steps_follow: whether the caller goes on to compute. On Linux, the writing is then left to a process beside this one, which
+        takes little from what is computed (`idle_saver`). Where it is not done when that is necessary, a process that is alone
+        writes the checkpoint itself; several wait for theirs, and save again where one has failed (`has_failed`).
     """
     if step in self._steps:
       return
@@ -100,7 +99,7 @@ class Checkpoints:
 
   @property
   def has_failed(self) -> bool:
-    """Whether a save has failed and nobody knows yet. Of several processes, one that fails ends all at once."""
+    """Whether a save has failed, and no process has said so yet. Of several, this may be known to one alone."""
     return self._saves.has_failed
 
   def wait(self) -> None:
@@ -180,7 +179,7 @@ class Checkpoints:
     return f", moved to {processes.from_first(place)}"
 
   def close(self) -> None:
-    """Waits for pending saves to finish and closes the manager."""
+    """Waits for pending saves to finish, as `wait` does, and ends all that was started for them."""
     try:
       self.wait()
     finally:

@@ -84,6 +84,9 @@ def in_host_memory(x: Array) -> bool:
   )
 
 
+# Types that JAX and NumPy keep in other bytes, or do not view as words. All their numbers are those of a wider one, too.
+_WIDER = {"bool": "uint8", "int2": "int8", "int4": "int8", "uint2": "uint8", "uint4": "uint8"}
+_WIDER["float4_e2m1fn"] = "float16"
 _WORDS = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint32"}
 
 
@@ -93,7 +96,7 @@ def _digest(xp: Any, x: Array, start: Sequence[int] = (), whole: Sequence[int] =
   The finalizer is one to one in the word, so another word always gives another sum. Changes of several words agree by
   chance once in 2^32. `x` may be the part that begins at `start` of an array with shape `whole`.
   """
-  x = xp.atleast_1d(x.astype("uint8") if x.dtype == bool else x)
+  x = xp.atleast_1d(x.astype(_WIDER[x.dtype.name]) if x.dtype.name in _WIDER else x)
   words = x.view(_WORDS[x.dtype.itemsize]).astype("uint32")
   of_last = words.shape[-1] // x.shape[-1] if x.size else 1  # words of a number
   start, whole = [*(start or [0] * x.ndim)], [*(whole or x.shape)]

@@ -47,7 +47,7 @@ def main(said: dict[str, Any]) -> None:
     output.write("saved\n")
 
 
-def join(address: str, bind: str | None, count: int, index: int, num_devices: int) -> None:
+def join(address: str, bind: str, count: int, index: int, num_devices: int) -> None:
   """Joins the processes beside the others of the run. They compute nothing together, and need no collectives."""
   import jax
 

@@ -2,7 +2,7 @@
 
 A save takes some 60 ms of a processor, whatever the size of a small state, and much of it is Python. In a thread of the run, it
 delays the step that comes next. The process has the policy of Linux for what is idle, rests most of the time, and has no
-lock of the interpreter in common with the run; the arrays are in memory that both share. It can only help: where it cannot be
+lock of the interpreter in common with the run; the arrays are in memory that both share. Where it cannot be
 started, ends, fails, or is not done in time, the run writes a checkpoint itself.
 
 Of several processes, each has one, and these form a group of their own.
@@ -40,7 +40,7 @@ class Group(NamedTuple):
   """The processes beside those of one run, as `jax.distributed` starts them."""
 
   address: str  # of the first process
-  bind: str | None  # where that one listens; None: at all its addresses
+  bind: str  # where that one listens
   count: int
   index: int  # of this process
   num_devices: int  # of this process
@@ -56,7 +56,7 @@ def group_at(port: int) -> Group:
   """Returns the group beside the processes of this run, of which the first can listen at `port`."""
   host, _ = split_address(distributed.global_state.coordinator_address)
   host = f"[{host}]" if ":" in host else host
-  bind = f"{host}:{port}" if is_loopback(host.strip("[]")) else None
+  bind = f"{host if is_loopback(host.strip('[]')) else '[::]'}:{port}"
   return Group(f"{host}:{port}", bind, jax.process_count(), jax.process_index(), jax.local_device_count())
 
 
@@ -155,9 +155,11 @@ def start(folder: pathlib.Path, keep: int, shared: SharedArrays, group: Group | 
   Raises:
     OSError: if the system starts no more processes.
   """
-  own = dict(os.environ)
-  own.pop("XLA_FLAGS", None)  # it computes nothing
-  own |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+  # It computes nothing, and what is said to JAX is for the run: where it listens, what it must not do.
+  own = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_FLAGS"))}
+  places = dict.fromkeys(os.path.abspath(place) for place in sys.path)  # an empty one is the working folder
+  # Without the second, JAX would cut numbers of 64 bits in half.
+  own |= {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1", "PYTHONPATH": os.pathsep.join(places)}
   said = {
     "folder": str(folder),
     "keep": keep,
@@ -174,7 +176,9 @@ def start(folder: pathlib.Path, keep: int, shared: SharedArrays, group: Group | 
     # It must not write into a folder that another process has. A lock is held until all who have its file are gone.
     pass_fds=[shared.handle, *locks.handles()],
     env=own,
-    start_new_session=True,  # signals from the terminal are for the run
+    # Signals from the terminal are for the run. In a session of its own, Linux would give it as much of the cores as the run
+    # (sched_autogroup), whatever its policy.
+    process_group=0,
   )
   process.stdout.readline()  # from here on, it ends with the run also where it rests
   return process

@@ -180,7 +180,7 @@ class Run:
       log = step == 1 or step % train.log_every == 0 or last or evaluate
       save = bool(reason) or last or (train.checkpoint_every > 0 and step % train.checkpoint_every == 0)
       together = first or log or save  # all processes wait for the step
-      save = self.stops.due(together) or save or self.checkpoints.has_failed
+      save = self.stops.due(together, self.checkpoints.has_failed) or save
       if not (together or save):
         continue
       # Reading the metrics waits for the steps, so time is taken after it.

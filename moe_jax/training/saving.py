@@ -21,6 +21,7 @@ from moe_jax.types import PyTree
 # Seconds that the processes of a run wait for those beside them, which need far fewer when nothing is computed: before
 # another save, before one after a signal, and where no other save comes.
 _BEFORE_SAVE, _BEFORE_STOP, _AT_END = 30.0, 3.0, 10.0
+_SLOWEST = 2e7  # bytes in a second that they write at least; what is larger has more time, but after a signal
 
 
 class _Saves:
@@ -48,6 +49,11 @@ class _Saves:
     """Makes room for the copy of a state, which takes longer than to copy it, and has no place between two steps."""
     self._can_share(state)
 
+  def _drop_room(self) -> None:
+    if self._shared:
+      self._shared.close()
+      self._shared = None
+
   def _can_share(self, state: PyTree) -> bool:
     """Returns whether the process beside this one may write a copy of `state`, for which there is room in `_shared` then."""
     if not idle_saver.AVAILABLE or self._saver.ended:
@@ -63,9 +69,7 @@ class _Saves:
     """Ends all. No save may be under way."""
     self._saver.close()
     self._thread.shutdown()
-    if self._shared:
-      self._shared.close()
-      self._shared = None
+    self._drop_room()
     self._writer.close()
 
 
@@ -124,8 +128,6 @@ class Together(_Saves):
   step, and the copies in host memory could not become arrays of all processes again without room on the devices.
   """
 
-  has_failed = False  # one that fails ends all at once
-
   def __init__(self, folder: pathlib.Path, keep: int):
     super().__init__(folder, keep)
     self._port = 0  # at which the group's first process listens; chosen by that of the run
@@ -136,6 +138,11 @@ class Together(_Saves):
     return self._in_thread or self._writer.is_writing
 
   @property
+  def has_failed(self) -> bool:
+    """Whether there is reason to save again. A process of the run that fails itself ends all at once."""
+    return self.is_lost
+
+  @property
   def is_lost(self) -> bool:
     """Whether the process beside this one could not write the last checkpoint."""
     return bool(self._saving and self._saving.done() and not self._saving.result())
@@ -144,17 +151,25 @@ class Together(_Saves):
     """Waits for the save before that of `state`. Returns whether it is lost, which all processes agree on."""
     self._writer.wait()
     port = self._port or idle_saver.free_port()
-    found = processes.from_all([self._in_thread, self.is_lost, self._can_share(state), port])
+    found = processes.from_all([self._in_thread, self.is_lost, steps_follow and self._can_share(state), port])
     busy, lost, can_share, ports = zip(*found, strict=True)
     self._all_can_share, self._port = all(can_share), ports[0]
     if not any(busy + lost):
+      if steps_follow and not self._all_can_share:
+        self._saver.end()
+        self._drop_room()
       return False
-    seconds = _BEFORE_SAVE if steps_follow else _BEFORE_STOP
-    self._finish(0.0 if any(lost) else seconds)  # the others of the group wait for one that is gone
+    if any(lost):  # the others of the group wait for one that is gone
+      self._saver.end()
+    self._finish(self._time_for(_BEFORE_SAVE) if steps_follow else _BEFORE_STOP)
     self._saver.end()
     written = processes.from_all(not self.is_lost)  # from here on, nobody beside the run writes
     self._saving, self._all_can_share = None, False
+    self._drop_room()
     return not all(written)
+
+  def _time_for(self, seconds: float) -> float:
+    return seconds + (self._shared.num_bytes / _SLOWEST if self._shared else 0.0)
 
   def save(self, step: int, state: PyTree, extra: dict[str, Any], steps_follow: bool) -> None:
     if not (steps_follow and self._all_can_share):
@@ -171,7 +186,7 @@ class Together(_Saves):
     return self._saver.save(self._shared, step, extra, idle_saver.group_at(self._port))
 
   def wait(self) -> None:
-    self._finish(_AT_END)
+    self._finish(self._time_for(_AT_END))
     self._writer.wait()
 
   def _finish(self, seconds: float) -> None:

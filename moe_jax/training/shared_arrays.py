@@ -25,7 +25,7 @@ class SharedArrays:
 
   Raises:
     OSError: if the system has no such memory.
-    ValueError: if the arrays of several processes are not laid out on a mesh.
+    ValueError: if there are several processes, and an array is not JAX's, laid out on a mesh.
   """
 
   def __init__(self, tree: PyTree):
@@ -90,7 +90,7 @@ class SharedArrays:
 
 
 def arrays_in(memory: mmap.mmap, spec: dict[str, list]) -> list[Any]:
-  """Returns the arrays that `spec` of `SharedArrays` describes, without a copy: NumPy's, or those of several processes."""
+  """Returns the arrays that `spec` of `SharedArrays` describes, where they are: NumPy's, or those of several processes."""
   meshes = [_mesh_of_json(mesh) for mesh in spec["meshes"]]
   return [_array_in(memory, meshes, *one) for one in spec["arrays"]]
 
@@ -107,20 +107,24 @@ def _array_in(
     jax.device_put(np.ndarray(of_shard, jnp.dtype(name), memory, starts[part]), jax.local_devices()[device])
     for device, part in layout["parts"]
   ]
+  if any(shard.dtype != name for shard in shards):
+    raise TypeError(f"JAX has no {name} here")
   return jax.make_array_from_single_device_arrays(tuple(shape), sharding, shards)
 
 
 def _parts_of(x: jax.Array) -> list[Any]:
   """Returns what is copied of an array: all of it, or one of each kind of shards that this process has."""
-  return [x] if jax.process_count() == 1 else digests.distinct_shards(x)
+  if jax.process_count() == 1:
+    return [x]
+  if not isinstance(x, jax.Array) or not isinstance(x.sharding, NamedSharding):
+    raise ValueError(f"an array of {np.shape(x)} has no mesh")
+  return digests.distinct_shards(x)
 
 
 def _layout_of(x: jax.Array, meshes: list[Mesh]) -> dict[str, Any] | None:
   """Returns the sharding of an array of several processes, and which of its parts each device of this one has, as JSON."""
   if jax.process_count() == 1:
     return None
-  if not isinstance(x.sharding, NamedSharding):
-    raise ValueError(f"an array of {x.shape} has no mesh")
   if x.sharding.mesh not in meshes:
     meshes.append(x.sharding.mesh)
   kinds = list({str(shard.index): None for shard in x.addressable_shards})

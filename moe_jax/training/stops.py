@@ -83,15 +83,20 @@ class Stops(Listener):
     self.close()
     return next(filter(None, processes.from_all(self._agreement.reason)), "")
 
-  def due(self, together: bool) -> bool:
-    """Returns whether a checkpoint is due by time, the same in all processes.
+  def due(self, together: bool, failed: bool = False) -> bool:
+    """Returns whether a checkpoint is due, by time or because the last one has failed, the same in all processes.
 
     Args:
       together: whether all processes wait for this step anyway. Several look at the clock only then.
+      failed: whether the save before has, as far as this process knows.
     """
-    if not self._interval or not (together or jax.process_count() == 1):
+    by_time = bool(self._interval) and time.monotonic() - self._saved > self._wait
+    if jax.process_count() == 1:
+      return by_time or failed
+    if not together:
       return False
-    return processes.from_first(time.monotonic() - self._saved > self._wait)
+    found = processes.from_all([by_time, failed])
+    return found[0][0] or any(failed for _, failed in found)
 
   def saved(self) -> None:
     """Notes that a checkpoint was saved."""

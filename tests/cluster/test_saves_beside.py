@@ -113,7 +113,40 @@ def is_left_alone(address: str, index: str, folder: str) -> None:
   assert checkpoints._saves._saver._process.returncode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize(("scenario", "steps"), [("is_left_alone", (4, 2)), ("saves_often", (5, 4))])
+def has_others(address: str, index: str, folder: str) -> None:
+  """Saves numbers of 64 bits beside, and what is not on a mesh itself. One reads them as they were."""
+  mesh, here = join(address, index)
+  idle_saver._REST = 0.001
+  jax.config.update("jax_enable_x64", True)
+  layout = NamedSharding(mesh, PartitionSpec("a"))
+  wide = {"n": np.arange(6) + 2**40, "x": np.arange(4.0) + 1e-12}
+  wide = {
+    name: jax.make_array_from_callback(x.shape, layout, lambda i, x=x: x[i]) for name, x in wide.items()
+  }
+  mixed = {"w": wide["n"], "here": np.arange(3)}
+  for step, state in ((4, wide), (5, mixed)):
+    checkpoints = Checkpoints(f"{folder}_{step}")
+    checkpoints.save(step, state, {}, steps_follow=True)
+    checkpoints.wait()
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in state.items()}
+    layouts = {
+      name: getattr(x, "sharding", NamedSharding(mesh, PartitionSpec())) for name, x in state.items()
+    }
+    found, _ = checkpoints.restore(shapes, layouts)
+    for name, x in state.items():
+      equal = jax.jit(lambda a, b: (a == b).all())(found[name], x)
+      assert bool(equal) and found[name].dtype == x.dtype
+    checkpoints.close()
+  assert here == [5]
+  checkpoints = Checkpoints(folder)  # for the test
+  for step in (4, 5):
+    checkpoints.save(step, on_mesh(values_at(step), mesh), {"place": step})
+  checkpoints.close()
+
+
+@pytest.mark.parametrize(
+  ("scenario", "steps"), [("is_left_alone", (4, 2)), ("saves_often", (5, 4)), ("has_others", (5, 4))]
+)
 def test_two_processes_have_their_checkpoints_written_by_two_others(tmp_path, scenario, steps):
   with socket.create_server(("127.0.0.1", 0)) as server:
     address = f"127.0.0.1:{server.getsockname()[1]}"
@@ -160,3 +193,10 @@ def test_the_digest_of_an_array_is_the_sum_of_those_of_its_shards(name):
   mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("a", "b"))
   x = on_mesh(values_at(5), mesh)[name]
   assert digests.own_part(x) == int(digests.digest(x)) == int(digests._digest_on_devices(x))
+
+
+@pytest.mark.parametrize("kind", ["bool", "int4", "uint4", "int2", "float4_e2m1fn", "float8_e4m3fn", "int16"])
+def test_the_digest_of_numbers_of_few_bits_is_the_same_on_devices(kind):
+  x = jax.numpy.array([[0, 1, -1, 1], [-1, 0, 0, 1], [1, 1, -0.0, -1]]).astype(kind)
+  assert digests.own_part(x) == int(digests.digest(x)) == int(digests._digest_on_devices(x))
+  assert int(digests.digest(x)) != int(digests.digest(x[::-1]))

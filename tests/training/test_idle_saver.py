@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from typing import Any, NamedTuple
+from unittest.mock import MagicMock
 
 import jax
 import jax.numpy as jnp
@@ -165,7 +166,8 @@ def test_signals_to_all_processes_are_for_the_run(checkpoints, here):
   until(lambda: not checkpoints.is_saving)
   process = checkpoints._saves._saver._process
   assert os.sched_getscheduler(process.pid) == os.SCHED_IDLE
-  assert os.getsid(process.pid) != os.getsid(0)
+  assert os.getpgid(process.pid) != os.getpgid(0)  # the terminal's signals are for groups
+  assert os.getsid(process.pid) == os.getsid(0)  # Linux shares cores out between sessions first
   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     process.send_signal(number)
   checkpoints.save(2, state_of(2), {}, steps_follow=True)
@@ -173,6 +175,17 @@ def test_signals_to_all_processes_are_for_the_run(checkpoints, here):
   assert here == []
   checkpoints.close()
   assert process.returncode == -signal.SIGKILL
+
+
+def test_it_imports_from_where_the_run_does_and_gets_nothing_that_is_for_the_run(monkeypatch):
+  said = {}
+  monkeypatch.setattr(sys, "path", ["", "/site", ""])
+  monkeypatch.setattr(subprocess, "Popen", lambda *args, **more: said.update(more) or MagicMock())
+  for name in ("JAX_TRANSFER_GUARD", "JAX_COORDINATOR_BIND_ADDRESS", "XLA_FLAGS"):
+    monkeypatch.setenv(name, "of the run")
+  idle_saver.start(pathlib.Path("run"), 2, MagicMock(handle=3, num_bytes=8), None)
+  assert said["env"]["PYTHONPATH"] == f"{os.getcwd()}:/site"
+  assert "of the run" not in said["env"].values() and said["env"]["JAX_PLATFORMS"] == "cpu"
 
 
 def test_arrays_of_devices_are_copied_in_the_thread(monkeypatch):
