@@ -15,7 +15,7 @@ from jax._src import distributed
 from moe_jax.cluster import processes
 from moe_jax.training import digests, idle_saver
 from moe_jax.training.orbax_writer import OrbaxWriter, Unshared
-from moe_jax.training.shared_arrays import SharedArrays
+from moe_jax.training.shared_arrays import SharedArrays, parts_of
 from moe_jax.types import PyTree
 
 # Seconds that the processes of a run wait for those beside them, which need far fewer when nothing is computed: before
@@ -46,8 +46,9 @@ class _Saves:
     return bool(self._saving and not self._saving.done())
 
   def prepare(self, state: PyTree) -> None:
-    """Makes room for the copy of a state, which takes longer than to copy it, and has no place between two steps."""
-    self._can_share(state)
+    """Makes room for the copy of a state, and copies it where that is quick. The first time takes longer than all others."""
+    if self._can_share(state) and all(digests.in_host_memory(part) for part in parts_of(state)):
+      self._shared.copy(state)
 
   def _drop_room(self) -> None:
     if self._shared:

@@ -61,7 +61,7 @@ class SharedArrays:
 
   def copy(self, tree: PyTree) -> list[np.ndarray | None]:
     """Copies what is in host memory already. Returns copies of all other arrays, which `fill` puts into their places."""
-    parts = [part for leaf in jax.tree.leaves(tree) for part in _parts_of(leaf)]
+    parts = parts_of(tree)
     for part in parts:
       if not digests.in_host_memory(part):
         part.copy_to_host_async()
@@ -87,6 +87,11 @@ class SharedArrays:
     """Gives the memory back, when the last array is gone."""
     self.parts = []
     os.close(self.handle)
+
+
+def parts_of(tree: PyTree) -> list[Any]:
+  """Returns what is copied of a tree of arrays: these, or if there are several processes, the shards of this one."""
+  return [part for leaf in jax.tree.leaves(tree) for part in _parts_of(leaf)]
 
 
 def arrays_in(memory: mmap.mmap, spec: dict[str, list]) -> list[Any]:
