@@ -46,6 +46,16 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
       pathlib.Path(temporary).unlink(missing_ok=True)
 
 
+def sync(path: str | os.PathLike[str]) -> None:
+  """Returns when all that was written to a file is on disk."""
+  handle = os.open(path, os.O_RDONLY)
+  try:
+    with named(pathlib.Path(path)):
+      os.fsync(handle)
+  finally:
+    os.close(handle)
+
+
 @contextlib.contextmanager
 def named(path: pathlib.Path) -> Iterator[None]:
   """Errors inside that name no file, or one that is not whole yet, name `path`."""

@@ -39,7 +39,7 @@ def save_beside() -> None:
     while self.is_saving:
       time.sleep(0.005)
 
-  Checkpoints.save, idle_saver._REST = save_and_wait, 0.001
+  Checkpoints.save, idle_saver._REST, idle_saver._POLICY = save_and_wait, 0.001, os.SCHED_OTHER
 
 
 class Start:

@@ -8,6 +8,7 @@ every mesh and costs one pass over the state.
 import contextlib
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -63,7 +64,15 @@ class Checkpoints:
     """Does what a first save would take time for, before the first step. Later states have the same structure, shapes and types."""
     self._saves.prepare(state)
 
-  def save(self, step: int, state: PyTree, extra: dict[str, Any], *, steps_follow: bool = False) -> None:
+  def save(
+    self,
+    step: int,
+    state: PyTree,
+    extra: dict[str, Any],
+    *,
+    steps_follow: bool = False,
+    first: Sequence[pathlib.Path] = (),
+  ) -> None:
     """Saves `state` (arrays) and `extra` (JSON values). Does nothing if the step is already saved.
 
     Returns while the save is under way; `state` may be donated then. Waits for the save before. If that has failed,
@@ -76,6 +85,7 @@ class Checkpoints:
       steps_follow: whether the caller goes on to compute. On Linux, the writing is then left to a process beside this one, which
         takes little from what is computed (`idle_saver`). Where it is not done when that is necessary, a process that is alone
         writes the checkpoint itself; several wait for theirs, and save again where one has failed (`has_failed`).
+      first: files of this process that must be on disk before the checkpoint is there.
     """
     if step in self._steps:
       return
@@ -85,7 +95,7 @@ class Checkpoints:
         self._steps = processes.from_first(self._list())
     except Exception as error:  # of the save before
       failure, self._steps = error, self._list()
-    self._saves.save(step, state, extra, steps_follow)
+    self._saves.save(step, state, extra, steps_follow, first)
     self._steps.append(step)
     if failure:
       with contextlib.suppress(Exception):  # the first failure says why

@@ -33,7 +33,11 @@ from moe_jax.training.shared_arrays import SharedArrays
 
 AVAILABLE = all(hasattr(os, name) for name in ("memfd_create", "SCHED_IDLE"))  # on Linux
 _RUN, _REST = 0.002, 0.050  # seconds that the process may run, and then rests
+_POLICY = getattr(os, "SCHED_IDLE", 0)  # of the process
 _LATER = 8  # rests before it begins
+# Seconds in which a checkpoint must be on disk, and bytes in a second for what is larger. Where other programs leave the process
+# nothing, the run cannot wait for it until the next save.
+_LATEST, SLOWEST = 120.0, 2e7
 
 
 class Group(NamedTuple):
@@ -75,6 +79,7 @@ class IdleSaver:
     self._starting = threading.Lock()
     self._ending = threading.Event()
     self._no_rest = threading.Event()
+    self._in_a_hurry = False
     if not rests:
       self._no_rest.set()
 
@@ -89,7 +94,7 @@ class IdleSaver:
       request = {"step": step, "tree": shared.numbered, "extra": extra, "arrays": shared.spec}
       self._process.stdin.write(json.dumps(request).encode() + b"\n")
       self._process.stdin.flush()
-      if self._wait():
+      if self._wait(_LATEST + shared.num_bytes / SLOWEST):
         return True
     except OSError:
       pass
@@ -103,18 +108,26 @@ class IdleSaver:
       if self._process is None:
         self._process = start(self._folder, self._keep, shared, group)
 
-  def _wait(self) -> bool:
-    """Returns whether the checkpoint was written, which takes many rests.
+  def _wait(self, seconds: float) -> bool:
+    """Returns whether the checkpoint was written in time, which takes many rests.
 
     They end by the clock, so those beside other processes of the run work in the same moments. Steps, in which one process waits for
     another, are then late by one of them, and not by one after the other.
     """
-    output, period = self._process.stdout, _RUN + _REST
+    output, period, is_idle = self._process.stdout, _RUN + _REST, True
+    latest = time.monotonic() + seconds
     while not select.select([output], [], [], _RUN)[0]:
+      if time.monotonic() > latest:
+        return False
+      if self._in_a_hurry and is_idle:
+        is_idle = False
+        _set_policy(self._process.pid, os.SCHED_OTHER)
       if not self._no_rest.is_set():
         self._process.send_signal(signal.SIGSTOP)
         self._no_rest.wait(period - time.time() % period)
         self._process.send_signal(signal.SIGCONT)
+    if not is_idle:
+      _set_policy(self._process.pid, _POLICY)
     return output.readline() == b"saved\n"
 
   @property
@@ -123,11 +136,13 @@ class IdleSaver:
     return self._ending.is_set()
 
   def hurry(self) -> None:
-    """Lets the process work without rests until it is done: nothing is computed."""
+    """Lets the process work without rests, and as others do, until it is done: the run waits for it."""
+    self._in_a_hurry = True
     self._no_rest.set()
 
   def rest(self) -> None:
     """Lets the process rest again in the next save."""
+    self._in_a_hurry = False
     if self._rests and not self.ended:
       self._no_rest.clear()
 
@@ -149,6 +164,13 @@ class IdleSaver:
         self._process.stdin.close()
 
 
+def _set_policy(process: int, policy: int) -> None:
+  """Gives all threads of a process a policy, if the system allows it: not everybody may leave that for what is idle."""
+  with contextlib.suppress(OSError):
+    for thread in os.listdir(f"/proc/{process}/task"):
+      os.sched_setscheduler(int(thread), policy, os.sched_param(0))
+
+
 def start(folder: pathlib.Path, keep: int, shared: SharedArrays, group: Group | None) -> subprocess.Popen:
   """Starts the process. It ends with the calling thread. What it would print, the run finds out itself.
 
@@ -166,6 +188,7 @@ def start(folder: pathlib.Path, keep: int, shared: SharedArrays, group: Group | 
     "handle": shared.handle,
     "num_bytes": shared.num_bytes,
     "parent": os.getpid(),
+    "policy": _POLICY,
     "group": group and group._asdict(),
   }
   process = subprocess.Popen(

@@ -225,7 +225,8 @@ class Run:
     writer.flush()
     if recorder:
       recorder.flush()
-    self.checkpoints.save(step, state, continuing.kept_beside(self), steps_follow=steps_follow)
+    first = [self.metrics.path] if self.metrics else []
+    self.checkpoints.save(step, state, continuing.kept_beside(self), steps_follow=steps_follow, first=first)
     self.stops.saved()
 
   def _what_continues(self) -> str:

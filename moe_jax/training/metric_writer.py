@@ -34,7 +34,7 @@ class MetricWriter(abc.ABC):
     """Records scalars and arrays under their names. A step may be written more than once."""
 
   def flush(self) -> None:
-    """Returns when everything so far is on disk."""
+    """Hands everything so far to the system, so that the end of this process takes nothing of it along."""
 
   def close(self) -> None:
     """Closes the files. A second call does nothing."""
@@ -83,7 +83,7 @@ class JsonlWriter(MetricWriter):
     self.lines += 1
 
   def flush(self) -> None:
-    os.fsync(self._file.fileno())
+    self._file.flush()
 
   def close(self) -> None:
     self._file.close()

@@ -4,6 +4,7 @@
 """
 
 import pathlib
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from typing import Any
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 from jax._src import distributed
 
+from moe_jax import disk
 from moe_jax.cluster import processes
 from moe_jax.training import digests, idle_saver
 from moe_jax.training.orbax_writer import OrbaxWriter, Unshared
@@ -19,9 +21,8 @@ from moe_jax.training.shared_arrays import SharedArrays, parts_of
 from moe_jax.types import PyTree
 
 # Seconds that the processes of a run wait for those beside them, which need far fewer when nothing is computed: before
-# another save, before one after a signal, and where no other save comes.
+# another save (and more for large states), before one after a signal, and where no other save comes.
 _BEFORE_SAVE, _BEFORE_STOP, _AT_END = 30.0, 3.0, 10.0
-_SLOWEST = 2e7  # bytes in a second that they write at least; what is larger has more time, but after a signal
 
 
 class _Saves:
@@ -93,11 +94,14 @@ class Alone(_Saves):
     self.wait()
     return False
 
-  def save(self, step: int, state: PyTree, extra: dict[str, Any], steps_follow: bool) -> None:
+  def save(
+    self, step: int, state: PyTree, extra: dict[str, Any], steps_follow: bool, first: Sequence[pathlib.Path]
+  ) -> None:
     if (beside := steps_follow and self._can_share(state)) or self._shared:
-      self._saving = self._thread.submit(self._write_shared, step, self._shared.copy(state), extra, beside)
+      copies = self._shared.copy(state)
+      self._saving = self._thread.submit(_after, first, self._write_shared, step, copies, extra, beside)
     else:
-      self._saving = self._thread.submit(self._write_and_wait, step, _host_copy(state), extra)
+      self._saving = self._thread.submit(_after, first, self._write_and_wait, step, _host_copy(state), extra)
 
   def _write_and_wait(self, step: int, state: PyTree, extra: dict[str, Any]) -> None:
     self._writer.write(step, state, extra, digests.array_digests(state))
@@ -170,21 +174,29 @@ class Together(_Saves):
     return not all(written)
 
   def _time_for(self, seconds: float) -> float:
-    return seconds + (self._shared.num_bytes / _SLOWEST if self._shared else 0.0)
+    return seconds + (self._shared.num_bytes / idle_saver.SLOWEST if self._shared else 0.0)
 
-  def save(self, step: int, state: PyTree, extra: dict[str, Any], steps_follow: bool) -> None:
+  def save(
+    self, step: int, state: PyTree, extra: dict[str, Any], steps_follow: bool, first: Sequence[pathlib.Path]
+  ) -> None:
     if not (steps_follow and self._all_can_share):
-      self._writer.write(step, state, extra, digests.array_digests(state))
+      _after(first, self._writer.write, step, state, extra, digests.array_digests(state))
       return
     self._saver.rest()
-    self._saving = self._thread.submit(self._write_beside, step, self._shared.copy(state), extra)
+    self._saving = self._thread.submit(self._write_beside, step, self._shared.copy(state), extra, first)
 
   def _can_share(self, state: PyTree) -> bool:
     return distributed.global_state.coordinator_address is not None and super()._can_share(state)
 
-  def _write_beside(self, step: int, rest: list, extra: dict[str, Any]) -> bool:
+  def _write_beside(
+    self, step: int, rest: list, extra: dict[str, Any], first: Sequence[pathlib.Path]
+  ) -> bool:
     self._shared.fill(rest)
-    return self._saver.save(self._shared, step, extra, idle_saver.group_at(self._port))
+    try:
+      return _after(first, self._saver.save, self._shared, step, extra, idle_saver.group_at(self._port))
+    except OSError:  # the next save, which is due now, meets it in the run
+      self._saver.end()
+      return False
 
   def wait(self) -> None:
     self._finish(self._time_for(_AT_END))
@@ -199,6 +211,13 @@ class Together(_Saves):
       except NotYet:
         self._saver.end()
         self._saving.result()
+
+
+def _after(first: Sequence[pathlib.Path], write: Callable[..., Any], *args: Any) -> Any:
+  """Returns `write(*args)` when all files of `first` are on disk."""
+  for path in first:
+    disk.sync(path)
+  return write(*args)
 
 
 def _host_copy(tree: PyTree) -> PyTree:

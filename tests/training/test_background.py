@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax import disk
 from moe_jax.errors import InputError
 from moe_jax.training import background, saving
 from moe_jax.training.checkpoint import Checkpoints
@@ -173,4 +174,21 @@ def test_a_save_that_orbax_leaves_out_is_an_error(tmp_path, monkeypatch):
   checkpoints.save(2, STATE, {})
   with pytest.raises(InputError, match=r"run: step 2 was not saved, because Orbax finds it or a later step"):
     checkpoints.wait()
+  checkpoints.close()
+
+
+def test_files_that_go_with_a_checkpoint_are_on_disk_before_it(tmp_path, monkeypatch):
+  lines, seen, sync = tmp_path / "metrics.jsonl", [], disk.sync
+  lines.write_text("{}\n")
+  written = lambda: sorted(path.name for path in tmp_path.glob("run/*"))
+  monkeypatch.setattr(disk, "sync", lambda path: (seen.append((path, written())), sync(path)))
+  checkpoints = Checkpoints(tmp_path / "run")
+  checkpoints.save(1, STATE, {}, first=[lines])
+  checkpoints.wait()
+  assert seen == [(lines, [])] and written() == ["1"]
+  lines.unlink()
+  checkpoints.save(2, STATE, {}, first=[lines])
+  with pytest.raises(FileNotFoundError):
+    checkpoints.wait()
+  assert written() == ["1"] and checkpoints.latest_step == 1
   checkpoints.close()

@@ -25,6 +25,7 @@ from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.saving import Alone
 from moe_jax.training.shared_arrays import SharedArrays
 
+POLICY = idle_saver._POLICY
 pytestmark = pytest.mark.skipif(not idle_saver.AVAILABLE, reason="Linux only")
 
 
@@ -46,7 +47,9 @@ def state_of(start: float = 0.0) -> State:
 
 @pytest.fixture(autouse=True)
 def in_a_hurry(monkeypatch):
+  """Other tests run beside these, and would leave nothing to a process with the idle policy."""
   monkeypatch.setattr(idle_saver, "_REST", 0.001)
+  monkeypatch.setattr(idle_saver, "_POLICY", os.SCHED_OTHER)
 
 
 @pytest.fixture
@@ -132,6 +135,15 @@ def test_what_the_process_cannot_write_is_written_here(checkpoints, here, tmp_pa
   assert_holds(checkpoints.folder, state_of(1), {})
 
 
+def test_a_process_that_gets_nothing_of_the_cores_is_not_waited_for(checkpoints, here, monkeypatch):
+  monkeypatch.setattr(idle_saver, "_REST", 0.5)
+  monkeypatch.setattr(idle_saver, "_LATEST", 1.0)
+  checkpoints.save(1, state_of(1), {"place": 1}, steps_follow=True)
+  until(lambda: not checkpoints.is_saving)
+  assert here == [1] and not checkpoints.has_failed
+  assert_holds(checkpoints.folder, state_of(1), {"place": 1})
+
+
 def test_the_error_of_a_folder_that_cannot_be_written_is_that_of_this_process(here, tmp_path):
   checkpoints = Checkpoints(tmp_path / "run")
   checkpoints.save(1, state_of(1), {}, steps_follow=True)
@@ -160,12 +172,14 @@ def test_a_system_without_it_has_a_thread(checkpoints, here, monkeypatch, what):
   assert_holds(checkpoints.folder, state_of(1), {"place": 1})
 
 
-def test_signals_to_all_processes_are_for_the_run(checkpoints, here):
+def test_signals_to_all_processes_are_for_the_run(checkpoints, here, monkeypatch):
   """SLURM sends its signal to each process of a step."""
+  assert POLICY == os.SCHED_IDLE
+  monkeypatch.setattr(idle_saver, "_POLICY", os.SCHED_BATCH)
   checkpoints.save(1, state_of(1), {}, steps_follow=True)
   until(lambda: not checkpoints.is_saving)
   process = checkpoints._saves._saver._process
-  assert os.sched_getscheduler(process.pid) == os.SCHED_IDLE
+  assert os.sched_getscheduler(process.pid) == os.SCHED_BATCH  # which it was told
   assert os.getpgid(process.pid) != os.getpgid(0)  # the terminal's signals are for groups
   assert os.getsid(process.pid) == os.getsid(0)  # Linux shares cores out between sessions first
   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -209,7 +223,9 @@ import os, signal, sys, time
 import jax.numpy as jnp
 from moe_jax import locks
 from moe_jax.errors import InputError
+from moe_jax.training import idle_saver
 from moe_jax.training.checkpoint import Checkpoints
+idle_saver._REST, idle_saver._POLICY = 0.001, os.SCHED_OTHER
 with locks.hold(sys.argv[1] + "/.lock", "the run"):
   checkpoints = Checkpoints(sys.argv[1] + "/checkpoints")
   checkpoints.save(1, {"w": jnp.ones(3)}, {}, steps_follow=True)
