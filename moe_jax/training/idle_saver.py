@@ -196,6 +196,7 @@ def start(folder: pathlib.Path, keep: int, shared: SharedArrays, group: Group | 
     stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
     stderr=subprocess.DEVNULL,
+    pipesize=2**20,  # a request of thousands of arrays waits there until it is read
     # It must not write into a folder that another process has. A lock is held until all who have its file are gone.
     pass_fds=[shared.handle, *locks.handles()],
     env=own,
