@@ -82,7 +82,8 @@ def main(argv: list[str]) -> None:
 
 WIDTH = (
   "K x F, the hidden width that a token sees, is equal in all arms that have a verdict. It differs for remoe, "
-  "expert_threshold, soft_moe, latent_moe, and top_p unless K is what that may choose at most. Routers that choose one expert have wider ones, of K x F, and so more parameters. "
+  "expert_threshold, soft_moe, latent_moe, and top_p unless K is what that may choose at most. Routers that choose one "
+  "expert have wider ones, of K x F, and so more parameters. "
   "task_level reads the domain of each sequence, and task_level and sequence_level drop nothing."
 )
 LEAKS = (

@@ -44,9 +44,8 @@ def from_all(value: Any) -> list[Any]:
     sizes = [int.from_bytes(row[:_HEAD].tobytes(), "little") for row in rows]
     if max(sizes) <= room:
       return [json.loads(row[_HEAD:][:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
-    room = (
-      1 << (max(sizes) - 1).bit_length()
-    )  # in all processes; a power of two, so that few programs are compiled
+    # The same in all processes, and a power of two, so that few programs are compiled.
+    room = 1 << (max(sizes) - 1).bit_length()
 
 
 _HEAD, _ROOM = 8, 4096  # bytes of a number of bytes, and of the bytes that the first exchange has room for

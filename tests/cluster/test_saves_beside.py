@@ -3,11 +3,7 @@
 import contextlib
 import json
 import os
-import re
 import signal
-import socket
-import subprocess
-import sys
 import time
 
 import jax
@@ -17,7 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.training import digests, idle_saver, saving
 from moe_jax.training.checkpoint import Checkpoints
-from moe_jax.training.orbax_writer import OrbaxWriter  # the child has it from here, too
+from moe_jax.training.orbax_writer import OrbaxWriter
+from tests.cluster.pair import run_two
 
 pytestmark = pytest.mark.skipif(not idle_saver.AVAILABLE, reason="Linux only")
 
@@ -150,30 +147,10 @@ def has_others(address: str, index: str, folder: str) -> None:
   ("scenario", "steps"), [("is_left_alone", (4, 2)), ("saves_often", (5, 4)), ("has_others", (5, 4))]
 )
 def test_two_processes_have_their_checkpoints_written_by_two_others(tmp_path, scenario, steps):
-  with socket.create_server(("127.0.0.1", 0)) as server:
-    address = f"127.0.0.1:{server.getsockname()[1]}"
-  flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
-  env = os.environ | {
-    "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=2",
-    "PYTHONPATH": os.getcwd(),
-  }
   folder = tmp_path / "run"
-  program = f"import sys; from tests.cluster import test_saves_beside as t; t.{scenario}(*sys.argv[1:])"
-  pair = [
-    subprocess.Popen(
-      [sys.executable, "-c", program, address, str(i), str(folder)],
-      env=env,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for i in range(2)
-  ]
-  try:
-    said = [process.communicate(timeout=240)[1] for process in pair]
-  finally:
-    for process in pair:
-      process.kill()
-  assert [process.returncode for process in pair] == [0, 0], said
+  run_two(
+    f"import sys; from tests.cluster import test_saves_beside as t; t.{scenario}(*sys.argv[1:])", folder
+  )
 
   mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("b", "a"))  # another one
   for step in steps:

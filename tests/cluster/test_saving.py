@@ -1,15 +1,10 @@
 """Two real processes save a model whose parts both hold. The folder is that of one process, byte for byte."""
 
-import os
-import re
-import socket
-import subprocess
-import sys
-
 from flax import nnx
 
 import moe_jax
 from moe_jax.models import preset
+from tests.cluster.pair import run_two
 from tests.interop.helpers import random_model
 
 _CHILD = """
@@ -48,27 +43,6 @@ def test_two_processes_write_what_one_does(tmp_path):
   expected = _contents(tmp_path / "one")
   assert len(expected) > 4
 
-  with socket.create_server(("127.0.0.1", 0)) as server:
-    address = f"127.0.0.1:{server.getsockname()[1]}"
-  flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
-  env = os.environ | {
-    "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=2",
-    "PYTHONPATH": os.getcwd(),
-  }
   out, child = tmp_path / "two", _CHILD.replace("{axes}", "fsdp=2, expert=2")
-  pair = [
-    subprocess.Popen(
-      [sys.executable, "-c", child, address, str(i), str(tmp_path / "source"), str(out)],
-      env=env,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for i in range(2)
-  ]
-  try:
-    errors = [process.communicate(timeout=240)[1] for process in pair]
-  finally:
-    for process in pair:
-      process.kill()
-  assert [process.returncode for process in pair] == [0, 0], errors
+  run_two(child, tmp_path / "source", out)
   assert _contents(out) == expected
