@@ -106,12 +106,8 @@ class BatchShare(NamedTuple):
   count: int
   rows: np.ndarray | slice = slice(None)
 
-  def state_to_save(self, state: Any) -> Any:
-    """The position in the data of all parts in one, from each process's own `state`."""
-    return merge_states(dict(from_all([self.index, state])))
-
   def state_to_load(self, state: Any) -> Any:
-    """This process's own of `state_to_save`, which may come from another number of processes."""
+    """This process's own of `merge_states`, which may come from another number of processes."""
     return _map_rows(
       state, lambda rows: rows[self.index * len(rows) // self.count :][: len(rows) // self.count]
     )
@@ -140,7 +136,7 @@ def _is_part(rows: list[int], batch_size: int) -> bool:
 
 
 def merge_states(states: Mapping[int, Any]) -> Any:
-  """One state of the data from those of all parts. Lists, which have an entry per row, follow each other."""
+  """One state of the data from those of all parts, by `index`. Lists, which have an entry per row, follow each other."""
   parts = [states[i] for i in sorted(states)]
   if all(isinstance(part, list) for part in parts):  # also where they are equal: each is of other rows
     return [row for part in parts for row in part]

@@ -64,6 +64,13 @@ class Checkpoints:
     """Does what a first save would take time for, before the first step. Later states have the same structure, shapes and types."""
     self._saves.prepare(state)
 
+  def before_save(self, state: PyTree, steps_follow: bool) -> Any:
+    """Returns what the other processes must know before they save `state`, a JSON value.
+
+    They may be told together with other things. `save` of this state must come next.
+    """
+    return self._saves.before_save(state, steps_follow)
+
   def save(
     self,
     step: int,
@@ -72,6 +79,7 @@ class Checkpoints:
     *,
     steps_follow: bool = False,
     first: Sequence[pathlib.Path] = (),
+    said: Sequence[Any] | None = None,
   ) -> None:
     """Saves `state` (arrays) and `extra` (JSON values). Does nothing if the step is already saved.
 
@@ -86,12 +94,15 @@ class Checkpoints:
         takes little from what is computed (`idle_saver`). Where it is not done when that is necessary, a process that is alone
         writes the checkpoint itself; several wait for theirs, and save again where one has failed (`has_failed`).
       first: files of this process that must be on disk before the checkpoint is there.
+      said: `before_save` of all processes, by process. None: they tell each other here.
     """
     if step in self._steps:
       return
     failure = None
+    if said is None:
+      said = processes.from_all(self.before_save(state, steps_follow))
     try:
-      if self._saves.settle(state, steps_follow):
+      if self._saves.settle(said, steps_follow):
         self._steps = processes.from_first(self._list())
     except Exception as error:  # of the save before
       failure, self._steps = error, self._list()

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 METRICS_FILE = "metrics.jsonl"
 
 
-def kept_beside(run: "Run") -> dict[str, Any]:
-  """Returns the JSON values that are saved with the state of a step. All processes must call it."""
+def kept_beside(run: "Run", data: Any) -> dict[str, Any]:
+  """Returns the JSON values that are saved with the state of a step, of which `data` is the position of all processes."""
   return run.unchanging | {
-    "data": run.share.state_to_save(run.batches.get_state()),
+    "data": data,
     "tail": run.tail.to_json(),
     "seconds": run.seconds,
     "timed_steps": run.timed_steps,

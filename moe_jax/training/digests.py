@@ -13,7 +13,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from moe_jax import disk
-from moe_jax.cluster import processes
 from moe_jax.types import Array, PyTree
 
 
@@ -47,14 +46,12 @@ def tree_digest(tree: PyTree) -> str:
 
 
 def with_bad_numbers(trees: Mapping[str, PyTree]) -> list[str]:
-  """Returns the names of those trees in which a floating-point number of any array is not finite. All processes must call it."""
-  found = []
-  for name, tree in trees.items():
-    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
-    if not all(_all_finite(x) for x in leaves):
-      found.append(name)
-  said = {name for names in processes.from_all(found) for name in names}
-  return [name for name in trees if name in said]
+  """Returns the names of those trees in which a floating-point number of any array is not finite, as far as this process has it.
+
+  All processes must call it: what is not in host memory is looked at by a program of all.
+  """
+  floating = lambda tree: [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+  return [name for name, tree in trees.items() if not all(map(_all_finite, floating(tree)))]
 
 
 def _all_finite(x: Array) -> bool:

@@ -180,7 +180,7 @@ class Run:
       log = step == 1 or step % train.log_every == 0 or last or evaluate
       save = bool(reason) or last or (train.checkpoint_every > 0 and step % train.checkpoint_every == 0)
       together = first or log or save  # all processes wait for the step
-      save = self.stops.due(together, self.checkpoints.has_failed) or save
+      save = save or self.stops.due(together, self.checkpoints.has_failed)
       if not (together or save):
         continue
       # Reading the metrics waits for the steps, so time is taken after it.
@@ -220,13 +220,20 @@ class Run:
   ) -> None:
     """A run that continues from here has all metrics and recorded steps up to here."""
     parts = {"parameters": state.params, "optimizer": state.opt_state, "balancers": state.variables}
-    if wrong := with_bad_numbers(parts):  # the numbers of a step are of the state before its update
-      self._check_finite(step + 1, dict.fromkeys(wrong, np.nan))
+    position = [self.share.index, self.batches.get_state()]
+    # One exchange for all. In each, a process waits until the others get a core.
+    told = processes.from_all(
+      [with_bad_numbers(parts), position, self.checkpoints.before_save(state, steps_follow)]
+    )
+    bad, positions, said = zip(*told, strict=True)
+    if wrong := set().union(*bad):  # the numbers of a step are of the state before its update
+      self._check_finite(step + 1, {name: np.nan for name in parts if name in wrong})
     writer.flush()
     if recorder:
       recorder.flush()
     first = [self.metrics.path] if self.metrics else []
-    self.checkpoints.save(step, state, continuing.kept_beside(self), steps_follow=steps_follow, first=first)
+    kept = continuing.kept_beside(self, processes.merge_states(dict(positions)))
+    self.checkpoints.save(step, state, kept, steps_follow=steps_follow, first=first, said=said)
     self.stops.saved()
 
   def _what_continues(self) -> str:

@@ -88,9 +88,12 @@ class Alone(_Saves):
   def has_failed(self) -> bool:
     return bool(self._saving and self._saving.done() and self._saving.exception())
 
-  def settle(self, state: PyTree, steps_follow: bool) -> bool:
-    """Waits for the save before that of `state`. Raises what it failed with, once. Returns whether it is lost: it is not."""
-    del state, steps_follow
+  def before_save(self, state: PyTree, steps_follow: bool) -> None:
+    """There is nobody to tell anything."""
+
+  def settle(self, said: Sequence[None], steps_follow: bool) -> bool:
+    """Waits for the save before. Raises what it failed with, once. Returns whether it is lost: it is not."""
+    del said, steps_follow
     self.wait()
     return False
 
@@ -137,6 +140,7 @@ class Together(_Saves):
     super().__init__(folder, keep)
     self._port = 0  # at which the group's first process listens; chosen by that of the run
     self._all_can_share = False  # found by `settle`
+    self._copying: Future | None = None  # in the thread, from `before_save` on
 
   @property
   def is_writing(self) -> bool:
@@ -152,12 +156,22 @@ class Together(_Saves):
     """Whether the process beside this one could not write the last checkpoint."""
     return bool(self._saving and self._saving.done() and not self._saving.result())
 
-  def settle(self, state: PyTree, steps_follow: bool) -> bool:
-    """Waits for the save before that of `state`. Returns whether it is lost, which all processes agree on."""
+  def before_save(self, state: PyTree, steps_follow: bool) -> list[bool | int]:
+    """Returns what all must know of each: whether it is still writing, has lost what it wrote, can share `state`; and a port.
+
+    Begins to copy `state`, if nobody reads what is in its place any more. The others are waited for at the same time.
+    """
+    found = [self._in_thread, self.is_lost, steps_follow and self._can_share(state)]
+    if found == [False, False, True]:
+      self._copying = self._thread.submit(self._shared.copy, state)
+    return [*found, self._port or idle_saver.free_port()]
+
+  def settle(self, said: Sequence[list[bool | int]], steps_follow: bool) -> bool:
+    """Waits for the save before, from `before_save` of all. Returns whether it is lost, which all processes agree on."""
+    if self._copying:
+      self._copying.exception()  # waits; `save` takes what it returns, or raises
     self._writer.wait()
-    port = self._port or idle_saver.free_port()
-    found = processes.from_all([self._in_thread, self.is_lost, steps_follow and self._can_share(state), port])
-    busy, lost, can_share, ports = zip(*found, strict=True)
+    busy, lost, can_share, ports = zip(*said, strict=True)
     self._all_can_share, self._port = all(can_share), ports[0]
     if not any(busy + lost):
       if steps_follow and not self._all_can_share:
@@ -183,7 +197,7 @@ class Together(_Saves):
       _after(first, self._writer.write, step, state, extra, digests.array_digests(state))
       return
     self._saver.rest()
-    self._saving = self._thread.submit(self._write_beside, step, self._shared.copy(state), extra, first)
+    self._saving = self._thread.submit(self._write_beside, step, self._copying.result(), extra, first)
 
   def _can_share(self, state: PyTree) -> bool:
     return distributed.global_state.coordinator_address is not None and super()._can_share(state)

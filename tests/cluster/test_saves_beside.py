@@ -11,9 +11,14 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moe_jax.training import digests, idle_saver, saving
+from moe_jax.config import MeshConfig
+from moe_jax.data import load_dataset
+from moe_jax.errors import NonFiniteLoss
+from moe_jax.training import digests, idle_saver, loop, saving
 from moe_jax.training.checkpoint import Checkpoints
+from moe_jax.training.compiled import compile_steps
 from moe_jax.training.orbax_writer import OrbaxWriter
+from tests import tiny
 from tests.cluster.pair import run_two
 
 pytestmark = pytest.mark.skipif(not idle_saver.AVAILABLE, reason="Linux only")
@@ -108,7 +113,7 @@ def is_left_alone(address: str, index: str, folder: str) -> None:
   bad = values_at(4)["rows"]
   bad[5, 3] = np.inf  # which only the second process has
   trees = {"good": expected, "bad": expected | on_mesh({"rows": bad}, mesh)}
-  assert digests.with_bad_numbers(trees) == ["bad"]
+  assert digests.with_bad_numbers(trees) == (["bad"] if index == "1" else [])  # each says what it has
   assert checkpoints._saves._saver._process.returncode == -signal.SIGKILL
 
 
@@ -141,6 +146,46 @@ def has_others(address: str, index: str, folder: str) -> None:
   for step in (4, 5):
     checkpoints.save(step, on_mesh(values_at(step), mesh), {"place": step})
   checkpoints.close()
+
+
+def is_spoilt(address: str, index: str, folder: str) -> None:
+  """Trains. The second update spoils numbers that only the second process has, and both say so."""
+  join(address, index)
+  idle_saver._REST = 0.001
+
+  def compiled(*args):
+    steps = compile_steps(*args)
+
+    def train(state, batch):
+      state, metrics = steps.train(state, batch)
+      return (
+        state._replace(params=jax.tree.map(spoilt, state.params)) if state.step == 2 else state
+      ), metrics
+
+    return steps._replace(train=train)
+
+  def spoilt(x):
+    if x.is_fully_replicated or index == "0":
+      return x
+    shards = [jax.device_put(np.asarray(shard.data) * np.nan, shard.device) for shard in x.addressable_shards]
+    return jax.make_array_from_single_device_arrays(x.shape, x.sharding, shards)
+
+  loop.compile_steps = compiled
+  config = tiny.change(
+    tiny.CONFIG, num_layers=1, num_steps=4, checkpoint_every=1, mesh=MeshConfig(data=1, expert=4)
+  )
+  with pytest.raises(
+    NonFiniteLoss, match=r"has parameters nan at step 3; the checkpoint of step 1 in .* is good"
+  ):
+    loop.Run(config, load_dataset(config.data), folder).train()
+  assert sorted(os.listdir(f"{folder}/checkpoints")) == ["1"]
+
+
+def test_numbers_that_one_process_has_stop_both(tmp_path):
+  run_two(
+    "import sys; from tests.cluster import test_saves_beside as t; t.is_spoilt(*sys.argv[1:])",
+    tmp_path / "run",
+  )
 
 
 @pytest.mark.parametrize(
