@@ -6,7 +6,8 @@ r"""What a checkpoint costs: the step that it is in, the steps beside it while i
 
 Trains one model as a run does, in cycles of the same number of steps. Every other cycle begins with a save, so both kinds are
 measured in the same minutes. Prints medians over the cycles: seconds of a step without a save; for how long a save keeps the
-loop from its next step; how much longer a cycle with a save takes, which has also what the threads take from the steps while they
+loop from its next step, which of several processes has the wait for the others, too; how much longer a step takes with the save
+before it (one that the processes begin together may be shorter by that wait); how much longer a cycle with a save takes, which has also what the threads take from the steps while they
 write; and what that is of a run with the interval of --checkpoint_minutes. Other programs on the machine count, so run it on an
 idle one; it prints the load.
 """
@@ -55,6 +56,8 @@ def show(found: dict[str, list[float]], beside: list[list[float]], interval: flo
   for which in ("first save", "save"):
     part = median[which] / median["step"]
     print(f"a {which} keeps the loop for {1e3 * median[which]:.1f} ms: {part:+.1%} of a step")
+  with_save = statistics.median(a + b for a, b in zip(found["save"], beside[0], strict=True)) - median["step"]
+  print(f"a step with a save takes longer by {1e3 * with_save:.1f} ms: {with_save / median['step']:+.1%}")
   after = [1e3 * (statistics.median(x) - median["step"]) for x in beside]
   print(f"steps after a save take longer by {', '.join(f'{ms:.0f}' for ms in after)} ms")
   print(

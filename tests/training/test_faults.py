@@ -15,7 +15,7 @@ from tensorboardX.proto import event_pb2
 from moe_jax import disk
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError
-from moe_jax.training.digests import _digest_on_devices, digest
+from moe_jax.training.digests import _digest_on_devices, digest, distinct_shards
 from moe_jax.training.loop import Run
 from moe_jax.training.metric_writer import read_jsonl
 from tests import tiny
@@ -227,3 +227,16 @@ def test_every_bit_and_every_place_counts_in_a_digest(rng):
   for spec in (("x",), (None, "x"), ()):
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
     assert int(_digest_on_devices(jax.device_put(x, sharding))) == int(digest(x))
+
+
+def test_of_equal_shards_one_is_saved(rng):
+  """Against the index of every shard, for devices in any order: a copy in shared memory names its parts by their place."""
+  x = rng.standard_normal((8, 4)).astype(np.float32)
+  for axes in ((), ("a",), ("b",), (None, "a"), ("b", "a"), (("b", "a"),)):
+    mesh = jax.sharding.Mesh(rng.permutation(jax.devices()[:4]).reshape(2, 2), ("a", "b"))
+    placed = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)))
+    kinds = list({str(shard.index): shard.index for shard in placed.addressable_shards}.values())
+    found = distinct_shards(placed)
+    assert len(found) == len(kinds)
+    for one, index in zip(found, kinds, strict=True):
+      np.testing.assert_array_equal(one, x[index])
