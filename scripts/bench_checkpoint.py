@@ -67,6 +67,48 @@ def show(found: dict[str, list[float]], beside: list[list[float]], interval: flo
     print(f"of a run that saves every {interval:g} s: {max(more, median['save']) / interval:.2%}")
 
 
+class Done(Exception):
+  """Everything is measured."""
+
+
+def timed_run(found: dict[str, list[float]], beside: list[list[float]]) -> type:
+  """Returns a kind of run whose loop is the cycles, and puts what it measures into the lists."""
+  import jax
+
+  from moe_jax.training.loop import Run
+
+  class Timed(Run):
+    def _step(self, state: Any) -> Any:
+      state, metrics = self.steps.train(state, self._on_devices(next(self.batches)))
+      jax.block_until_ready((state, metrics))
+      return state
+
+    def _timed_save(self, state: Any, which: str, *rest: Any) -> None:
+      begun = time.perf_counter()
+      self._save(int(state.step), state, *rest, True)
+      found[which].append(time.perf_counter() - begun)
+
+    def _loop(self, state: Any, writer: Any, recorder: Any) -> Any:
+      for _ in range(3):
+        state = self._step(state)
+      self._timed_save(state, "first save", writer, recorder)
+      for cycle in range(2 * _CYCLES.value):
+        # `wait` would write here what a process of its own has not written yet.
+        while self.checkpoints.is_saving:
+          time.sleep(0.05)
+        started = time.perf_counter()
+        if cycle % 2:
+          self._timed_save(state, "save", writer, recorder)
+        for place in range(_STEPS.value):
+          begun = time.perf_counter()
+          state = self._step(state)
+          (beside[place] if cycle % 2 else found["step"]).append(time.perf_counter() - begun)
+        found["cycle with a save" if cycle % 2 else "cycle"].append(time.perf_counter() - started)
+      raise Done
+
+  return Timed
+
+
 def main(argv: list[str]) -> None:
   del argv
   import dataclasses
@@ -77,57 +119,18 @@ def main(argv: list[str]) -> None:
     compute_on_fewer_cores(_SPARE.value)
   from moe_jax.cluster import processes
   from moe_jax.data import load_dataset
-  from moe_jax.training.loop import Run
-
-  class Done(Exception):
-    """Everything is measured."""
 
   found: dict[str, list[float]] = {
-    "step": [],
-    "first save": [],
-    "save": [],
-    "cycle": [],
-    "cycle with a save": [],
+    name: [] for name in ("step", "first save", "save", "cycle", "cycle with a save")
   }
   beside: list[list[float]] = [[] for _ in range(_STEPS.value)]  # steps after a save, by their place
-
-  class Timed(Run):
-    """Takes the place of the loop of a run."""
-
-    def _step(self, state: Any) -> Any:
-      state, metrics = self.steps.train(state, self._on_devices(next(self.batches)))
-      jax.block_until_ready((state, metrics))
-      return state
-
-    def _loop(self, state: Any, writer: Any, recorder: Any) -> Any:
-      for _ in range(3):
-        state = self._step(state)
-      begun = time.perf_counter()
-      self._save(int(state.step), state, writer, recorder, True)
-      found["first save"].append(time.perf_counter() - begun)
-      for cycle in range(2 * _CYCLES.value):
-        while (
-          self.checkpoints.is_saving
-        ):  # `wait` would write here what a process of its own has not written yet
-          time.sleep(0.05)
-        started = time.perf_counter()
-        if cycle % 2:
-          self._save(int(state.step), state, writer, recorder, True)
-          found["save"].append(time.perf_counter() - started)
-        for place in range(_STEPS.value):
-          begun = time.perf_counter()
-          state = self._step(state)
-          (beside[place] if cycle % 2 else found["step"]).append(time.perf_counter() - begun)
-        found["cycle with a save" if cycle % 2 else "cycle"].append(time.perf_counter() - started)
-      raise Done
-
   config = cli.config_from_flags()
   config = dataclasses.replace(
     config, train=dataclasses.replace(config.train, num_steps=10**6, tensorboard=False)
   )
   with tempfile.TemporaryDirectory() as folder:
     folder = processes.from_first(folder)
-    run = Timed(config, load_dataset(config.data), folder)
+    run = timed_run(found, beside)(config, load_dataset(config.data), folder)
     with contextlib.suppress(Done):
       run.train()
     params = sum(x.size for x in jax.tree.leaves(run.steps.abstract_state.params))
