@@ -1,6 +1,5 @@
 """A comparison trains several arms on the same batches, with several seeds. It can be resumed."""
 
-import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from moe_jax.comparison.folder import SWEEP, ComparisonFolder, Result, described
 from moe_jax.comparison.goals import check_goal
 from moe_jax.comparison.reporting import REPORT_FILE, merged_texts, read_texts, write_report
 from moe_jax.comparison.results import load_results, lookup
+from moe_jax.comparison.seeds import checked_seeds, with_seed
 from moe_jax.comparison.shard import Shard
 from moe_jax.comparison.tried import TRIED, tried_in_words, write_tried
 from moe_jax.config import Config
@@ -74,8 +74,8 @@ class Comparison:
   ):
     disk.check_folder(output_dir)
     self.mesh = sharding.make_mesh(config.check().mesh)
-    self.seeds, self.sweep, self.shard = list(seeds), sweep, shard or Shard()
-    self.config = _with_seed(config, 0)  # the seed is of the run, not of the comparison
+    self.seeds, self.sweep, self.shard = checked_seeds(seeds), sweep, shard or Shard()
+    self.config = with_seed(config, 0)  # the seed is of the run, not of the comparison
     self.console = Console(quiet=not processes.is_first())
     self.folder = ComparisonFolder(output_dir)
     # Resolved here, once: a method that is defined anew later is another arm.
@@ -186,7 +186,7 @@ class Comparison:
   def _refusals(self, runs: list[tuple[str, int]], text: str) -> Iterator[str]:
     """Yields a line, or "", for each of `runs`. If config.json is lost, also for all finished ones: they come into one table."""
     for arm, seed in runs:
-      yield identity.refusal(self.folder.run(arm, seed), _with_seed(self.configs[arm], seed), text)
+      yield identity.refusal(self.folder.run(arm, seed), with_seed(self.configs[arm], seed), text)
     arms = {self.folder.run(arm, 0).parent: arm for arm in self.configs}
     for path, seed in () if self.folder.known() else self.folder.finished():
       if path.parent not in arms:
@@ -194,7 +194,7 @@ class Comparison:
           f"--output_dir={self.folder.path}: config.json is lost, so nothing says how {path} is configured; name its arm and "
           "the others in one command, bring config.json back, or choose another folder"
         )
-      yield identity.refusal(path, _with_seed(self.configs[arms[path.parent]], seed), text)
+      yield identity.refusal(path, with_seed(self.configs[arms[path.parent]], seed), text)
 
   def _check_memory(self, arms: set[str], dataset: Dataset) -> None:
     """Raises `InputError` if an arm is too large, before the first one is trained."""
@@ -221,14 +221,14 @@ class Comparison:
     has, lacking = result.get("evaluations", {}), []
     for name, config in self.evaluations.get(arm, {}).items():
       known = lookup(result, "evaluation_digests", name)  # None: of older code, which config.json tells apart
-      if name not in has or known not in (None, evaluation_digest(_with_seed(config, seed))):
+      if name not in has or known not in (None, evaluation_digest(with_seed(config, seed))):
         lacking.append(name)
     return lacking
 
   def _run_one(self, arm: str, seed: int, dataset: Dataset, progress: TrainingProgress) -> None:
     """Trains and evaluates one run, as far as it is not done."""
     folder = self.folder.run(arm, seed)
-    config = _with_seed(self.configs[arm], seed)
+    config = with_seed(self.configs[arm], seed)
     run = Run(config, dataset, folder, progress, label=arm, show=f"{arm} seed {seed}")
     if not self._is_trained(arm, seed):
       try:
@@ -242,7 +242,7 @@ class Comparison:
     processes.wait_for_all("result")
     lacking = self._lacking(arm, seed)
     if lacking:
-      evaluation.evaluate_as(run, {name: _with_seed(self.evaluations[arm][name], seed) for name in lacking})
+      evaluation.evaluate_as(run, {name: with_seed(self.evaluations[arm][name], seed) for name in lacking})
 
   def _select(self, dataset: Dataset) -> None:
     """Tries the values of the sweep, and keeps the best of every arm of this process."""
@@ -318,6 +318,10 @@ class Comparison:
     self.folder.merge_metrics(stored)
     if stored.keys() - own.keys():  # of other commands in this folder; what `results` have besides stays
       results = list((stored | own).values())
+    if not results:
+      raise InputError(
+        f"{self.folder.path}: there are no results to report, because the comparison has no arms"
+      )
     of_results = beside(results, "; ".join(texts["commands"])) if beside else ()
     write_report(self.folder, results, self.console, of_results=of_results, **texts)
 
@@ -340,8 +344,3 @@ class Comparison:
       claim["sweep"] = {"goal": self.sweep.goal, "selection seeds": list(self.sweep.seeds), "values": values}
       claim["planned"] = {arm: [c.name for c in tried] for arm, tried in self.planned.items()}
     return claim
-
-
-def _with_seed(config: Config, seed: int) -> Config:
-  data, train = dataclasses.replace(config.data, data_seed=seed), dataclasses.replace(config.train, seed=seed)
-  return dataclasses.replace(config, data=data, train=train)

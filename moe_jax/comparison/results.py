@@ -17,6 +17,7 @@ PROTOCOL = {
   "objective": "objective",
   "num_steps": "number of steps",
   "tokens_per_step": "tokens per step",
+  "sequence_length": "sequence length",
   "schedule": "optimizer and schedule",
   "dataset": "data set",
   "fingerprint": "data fingerprint",

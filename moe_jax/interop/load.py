@@ -44,7 +44,7 @@ def load(folder: str | os.PathLike[str], dtype: str = "float32", mtp: bool = Fal
 
   Args:
     folder: has config.json and safetensors files, or is the folder of a run.
-    dtype: of the parameters of a published checkpoint, float32 or bfloat16. The router, norms and biases are always
+    dtype: of the parameters of a published checkpoint, float32 or bfloat16; those of a run stay float32. The router, norms and biases are always
       float32. The model computes in bfloat16 if the checkpoint or the parameters are in it.
     mtp: whether to load the modules of multi-token prediction, too. The objective then trains them.
 
@@ -52,12 +52,17 @@ def load(folder: str | os.PathLike[str], dtype: str = "float32", mtp: bool = Fal
     A `Loaded`: model, config, tokenizer, and more.
 
   Raises:
-    InputError: if the folder holds no model, the architecture is unknown, a file is missing or torn, a tensor is
+    InputError: if the folder holds no model, bfloat16 is asked of a run, the architecture is unknown, a file is missing or torn, a tensor is
       missing, left over or of another shape than config.json says, the tokenizer has more ids than the model, the mesh
       does not divide the model, or memory is too small.
   """
   folder = pathlib.Path(folder).expanduser()
   if is_run(folder):
+    if dtype != "float32":
+      raise InputError(
+        f"{folder}: dtype={dtype} is for published checkpoints; the parameters of a run are float32, and it computes in "
+        "its --compute_dtype. moe_jax.save writes a checkpoint that can be loaded in bfloat16"
+      )
     return load_run(folder)
   opened = open_checkpoint(folder, dtype, mtp)
   ids = opened.ids

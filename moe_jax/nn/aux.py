@@ -69,11 +69,10 @@ def _padded(arrays: list[Array]) -> list[Array]:
 def segments_of(aux: PyTree) -> list[list[MoEAux]]:
   """Returns the `MoEAux` of each segment's pattern.
 
-  Other trees than the aux of a model count as single layers.
+  Other trees than the aux of a model, which is a tuple of segments, count as single layers, in the order of `moe_auxes`.
   """
-  if isinstance(aux, MoEAux):
-    aux = ((aux,),)
-  found = [moe_auxes(segment) for segment in aux]
+  segments = aux if type(aux) in (tuple, list) else moe_auxes(aux)
+  found = [moe_auxes(segment) for segment in segments]
   found = [blocks for blocks in found if blocks]
   one = lambda a: a if a.kept_per_expert_E.ndim == 2 else jax.tree.map(lambda x: x[None], a)
   return [[one(a) for a in blocks] for blocks in found]

@@ -1,5 +1,6 @@
 """Checks that the parts of an MoE layer fit together and keep their promises, before anything is compiled."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,12 +24,25 @@ from moe_jax.types import (
 )
 
 
-def check_sizes(num_experts: int, num_experts_per_token: int) -> None:
-  """Raises `InputError` unless a token can be sent to that many experts."""
+def check_sizes(num_experts: int, num_experts_per_token: int, expert_dim: int, group_size: int) -> None:
+  """Raises `InputError` unless a token can be sent to that many experts, of that width, in groups of that size."""
   if not 1 <= num_experts_per_token <= num_experts:
     raise InputError(
       f"num_experts_per_token={num_experts_per_token}: must be between 1 and num_experts={num_experts}"
     )
+  if expert_dim < 1:
+    raise InputError(f"expert_dim={expert_dim}: must be at least 1")
+  if group_size < 0:
+    raise InputError(f"group_size={group_size}: tokens per group, or 0 to choose from the shape")
+
+
+def check_factors(capacity_factor: float, eval_capacity_factor: float, jitter: float) -> None:
+  """Raises `InputError` unless experts have slots, and the jitter keeps the sign of what it multiplies."""
+  for name, value in (("capacity_factor", capacity_factor), ("eval_capacity_factor", eval_capacity_factor)):
+    if not (math.isfinite(value) and value > 0):
+      raise InputError(f"{name}={value}: must be a finite number above 0, e.g. 1.25")
+  if not 0 <= jitter < 1:
+    raise InputError(f"jitter={jitter}: must be in [0, 1)")
 
 
 def check_fit(router: Router, balancer: Balancer, num_experts: int) -> None:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.errors import InputError
 from moe_jax.types import Array, StepStats
 
 # Folded into the key of a sequence. Jitter folds in 0, and routing groups fold in 1, 2, ...
@@ -76,6 +77,15 @@ class Context(NamedTuple):
   def mask_of(self, x_BLX: Array) -> Array:
     """Returns the mask [B, L], all True if there is none."""
     return jnp.ones(x_BLX.shape[:-1], bool) if self.mask_BL is None else self.mask_BL
+
+  def check_shapes(self, batch: int, length: int) -> None:
+    """Raises `InputError` if a field is not of B sequences of L tokens. A mask [L, B] would be read as another one."""
+    fields = {"mask_BL": (batch, length), "token_id_BL": (batch, length), "segment_BL": (batch, length)}
+    for name, wanted in (fields | {"domain_B": (batch,)}).items():
+      value = getattr(self, name)
+      if value is not None and jnp.shape(value) != wanted:
+        now, axes = list(jnp.shape(value)), ", ".join(name.rpartition("_")[2])
+        raise InputError(f"context: {name} has the shape {now}; it must be [{axes}] = {list(wanted)}")
 
   def domain_one_hot(self, mask_BL: Array) -> Array:
     """Returns the domains as one-hot vectors [B, S], float32. There is one domain if none are known."""

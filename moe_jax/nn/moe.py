@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.errors import InputError
-from moe_jax.nn.checks import check_fit, check_flat, check_routing, check_sizes
+from moe_jax.nn.checks import check_factors, check_fit, check_flat, check_routing, check_sizes
 from moe_jax.nn.context import DEFAULT, Context
 from moe_jax.nn.experts import EXPERTS, ExpertNetwork, as_experts
 from moe_jax.nn.parts import made
@@ -70,7 +70,7 @@ class MoE(nnx.Module):
     rngs: draws the parameters.
 
   Raises:
-    InputError: if a name is unknown or parts do not fit together.
+    InputError: if a name is unknown, a number makes no sense, or parts do not fit together.
   """
 
   def __init__(
@@ -92,7 +92,8 @@ class MoE(nnx.Module):
     init_scale: float = 1.0,
     rngs: nnx.Rngs,
   ):
-    check_sizes(num_experts, num_experts_per_token)
+    check_sizes(num_experts, num_experts_per_token, expert_dim, group_size)
+    check_factors(capacity_factor, eval_capacity_factor, jitter)
     self.num_experts, self.num_experts_per_token = num_experts, num_experts_per_token
     self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
     self.group_size, self.jitter = group_size, jitter
@@ -118,8 +119,8 @@ class MoE(nnx.Module):
       y_BLD in the dtype of x, and a `MoEAux` with losses, counts and metrics.
 
     Raises:
-      InputError: if the router reads a field that the context does not have, or a method needs sequences and
-        x is flat.
+      InputError: if the router reads a field that the context does not have, a field has another shape than x, a method
+        needs sequences and x is flat, or groups of `group_size` do not divide the tokens.
     """
     if x_BLD.ndim == 2:
       check_flat(self.router, self.balancer)
@@ -127,9 +128,12 @@ class MoE(nnx.Module):
       return y_1TD[0], aux
     x_BLD = jnp.asarray(x_BLD)
     batch, length, _ = x_BLD.shape
+    context.check_shapes(batch, length)
     state = jax.lax.stop_gradient(self.balancer_state.get_value())
     router_input_BLD = self._router_input(x_BLD, context)
     t = self.tokens_per_group(length)
+    if batch * length % t:
+      raise InputError(f"group_size={t}: must divide the {batch * length} tokens of {batch} sequences")
     cut = lambda y_BLX: constrain(y_BLX.reshape(-1, t, y_BLX.shape[-1]), ("group", None, None))
     of_groups = group_context(context, x_BLD.shape, t, self.balancer.bias(state))
     if context.routes_BLE is not None and not self.router.replays:

@@ -120,6 +120,7 @@ class Transformer(nnx.Module):
   def _hidden(self, tokens_BL: Array, context: Context) -> tuple[Array, ModelAux]:
     """Returns x_BLD behind the last norm, and the aux of each block."""
     context = context._replace(token_id_BL=tokens_BL, mask_BL=context.mask_of(tokens_BL[..., None]))
+    context.check_shapes(*tokens_BL.shape)
     x_BLD = self._embedded(tokens_BL)
     auxes = []
     for i, segment in enumerate(self.segments):

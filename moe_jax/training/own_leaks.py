@@ -19,6 +19,7 @@ from moe_jax.nn.own_parts import why_untried
 from moe_jax.registry import Method
 
 SEEN = 1e-3  # smaller changes of logits are rounding
+_LENGTH = 64  # tokens of the sequences that are measured
 _ROUTED = ("router", "experts", "shared_experts")
 
 
@@ -131,7 +132,8 @@ def _measured(config: ModelConfig) -> tuple[float, str]:
     cpu = jax.local_devices(backend="cpu")[0]  # JAX_PLATFORMS may leave it out
     mesh = jax.sharding.Mesh([[[[[cpu]]]]], sharding.MESH_AXES)
     with jax.set_mesh(mesh), jax.default_device(cpu):
-      return influence(config), ""
+      # A part may do one thing in training and another in evaluation, of which all results are.
+      return max(influence(config, length=_LENGTH, train=train) for train in (True, False)), ""
   except Exception as error:  # of a user's code: any
     return 0.0, in_short(error)
 

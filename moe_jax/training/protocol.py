@@ -25,6 +25,7 @@ def protocol_of(config: Config) -> dict[str, Any]:
 
   schedule: the configuration of the optimizer.
   tail_steps: the last steps of training, over which noisy metrics are averaged.
+  sequence_length: tokens of a sequence, in training and evaluation.
   eval_sequences: sequences of the validation set that are evaluated; 0: all.
   active_width: the hidden width that a token meets in a feed-forward part: K * F of the routed experts, and that
     of shared experts and parallel parts. K is the maximum if a router chooses how many. Where experts read a
@@ -67,6 +68,7 @@ def protocol_of(config: Config) -> dict[str, Any]:
     "tail_steps": math.ceil(config.train.num_steps * config.train.tail_fraction),
     "eval_sequences": config.train.eval_batches * config.data.batch_size,
     "tokens_per_step": config.data.batch_size * length,
+    "sequence_length": length,
     "objective": str(config.train.objective),
     "sees_later_tokens": sees_later_tokens(config.model),
     "schedule": to_plain(config.optimizer),

@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 
 from moe_jax import fingerprint
@@ -39,6 +40,34 @@ def test_writes_one_folder(finished):
   assert "a note" in page and all(arm in page for arm in TWO)
   lines = read_jsonl(folder / "metrics.jsonl")
   assert [(line["arm"], line["step"]) for line in lines] == [(arm, s) for arm in TWO for s in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+  ("seeds", "why"),
+  [
+    ([], "there is none"),
+    ([0, 1, 0], "0 is there twice"),
+    ([0, 2**31], "2147483648 is no integer"),
+    ([0, -1], "-1 is no"),
+    ([0, 1.0], "1.0 is no"),
+    ([True], "True is no"),
+  ],
+)
+def test_wrong_seeds_are_refused_before_any_training(seeds, why, tmp_path):
+  with pytest.raises(InputError, match=f"^seeds: {why}"):
+    Comparison(TWO, seeds, CONFIG, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+def test_seeds_may_be_of_numpy(tmp_path):
+  seeds = Comparison(TWO, np.arange(2), CONFIG, tmp_path / "run").seeds
+  assert seeds == [0, 1] and {type(seed) for seed in seeds} == {int}
+
+
+def test_without_arms_there_is_nothing_to_report(tmp_path):
+  comparison = Comparison({}, [0], CONFIG, tmp_path / "run")
+  with pytest.raises(InputError, match="no results to report, because the comparison has no arms"):
+    comparison.report(comparison.run(), title="t", question="q", command="c")
 
 
 def test_arms_start_alike_and_read_the_same_batches(finished):

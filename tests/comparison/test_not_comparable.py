@@ -44,6 +44,10 @@ def test_seeds_of_one_arm_that_differ_in_the_protocol_are_one_setting_to_nobody(
   [
     ({"num_steps": 200}, "number of steps"),
     ({"tokens_per_step": 1, "fingerprint": "other"}, "tokens per step, data fingerprint"),
+    (
+      {"sequence_length": 4},
+      "sequence length",
+    ),  # with as many tokens in a step, and sequences in an evaluation
     ({"schedule": {"learning_rate": 1.0}}, "optimizer and schedule"),
     ({"training": {"tail_steps": 7}}, "tail window"),
     ({"active_width": 256}, "active width"),
@@ -63,7 +67,13 @@ def test_seeds_of_one_arm_that_differ_in_the_protocol_are_one_setting_to_nobody(
 def test_runs_that_break_the_protocol_have_no_verdict(fields, words):
   shared = {"schedule": {"learning_rate": 0.5}, "num_steps": 100, "tokens_per_step": 8, "fingerprint": "one"}
   shared |= {"active_width": 128, "slots": "capacity 1.25/2 per group of 64", "inputs": ""}
-  shared |= {"ffn_work": 1, "num_layers": 2, "model_dim": 16, "sees_later_tokens": False}
+  shared |= {
+    "ffn_work": 1,
+    "num_layers": 2,
+    "model_dim": 16,
+    "sees_later_tokens": False,
+    "sequence_length": 8,
+  }
   of_a = [make_result("a", s, perplexity=1.0) | shared for s in range(3)]
   of_b = [make_result("b", s, perplexity=2.0) | shared for s in range(3)]
   for result in of_a:

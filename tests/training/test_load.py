@@ -39,6 +39,8 @@ def test_a_loaded_run_is_the_trained_model(trained_run):
   assert (loaded.config.to_dict(), loaded.step) == (run.config.to_dict(), 2)
   num_params = sum(x.size for x in jax.tree.leaves(run.state.params))
   assert repr(loaded) == f"<Loaded Transformer from {run.folder}, step 2: {num_params:,} parameters>"
+  with pytest.raises(InputError, match="dtype=bfloat16 is for published checkpoints"):
+    moe_jax.load(run.folder, dtype="bfloat16")
   assert loaded.tokenizer.decode(loaded.tokenizer.encode("héllo")) == "héllo"
   tokens_BL = tiny.make_batch()["tokens_BL"]
   trained = nnx.merge(nnx.graphdef(run.steps.model), run.state.params, run.state.variables)

@@ -63,6 +63,20 @@ class FromTheStart(Deviation):
     self.w_DE.set_value(self.w_DE[...] / jnp.linalg.norm(self.w_DE[...], axis=0, keepdims=True))
 
 
+class Calibrated(Own):
+  """Subtracts the mean of the batch, in evaluation only."""
+
+  def __call__(self, x_GTD, context):
+    return super().__call__(x_GTD if context.train else x_GTD - x_GTD.mean(axis=1, keepdims=True), context)
+
+
+class FarAhead(Own):
+  """Reads the token 40 places behind."""
+
+  def __call__(self, x_GTD, context):
+    return super().__call__(jnp.roll(x_GTD, -40, axis=1), context)
+
+
 class Declared(Peeking):
   leaks = "always"
 
@@ -120,7 +134,7 @@ class Fails(Own):
   """Cannot be in a model as small as the one that it is measured on."""
 
   def __call__(self, x_GTD, context):
-    if x_GTD.shape[-1] == 16 and x_GTD.shape[1] == 16:
+    if x_GTD.shape[-1] == 16 and x_GTD.shape[1] == 64:
       raise ValueError("too\nsmall")
     return super().__call__(x_GTD, context)
 
@@ -155,6 +169,8 @@ def check(**fields):
     ),
     ({"router": Deviation}, "--router=Deviation"),
     ({"router": FromTheStart}, "--router=FromTheStart"),
+    ({"router": Calibrated}, "--router=Calibrated"),
+    ({"router": FarAhead}, "--router=FarAhead"),
     ({"experts": Centred}, "--experts=Centred"),
     ({"mixer": lambda dim, rngs: Mean(dim, whole=True, rngs=rngs)}, "--mixer=<lambda>"),
     ({"mixer": lambda dim, rngs: UnitMean(dim, whole=True, rngs=rngs)}, "--mixer=<lambda>"),
@@ -165,6 +181,8 @@ def check(**fields):
     "accepted",
     "unit router",
     "unit from the start",
+    "in evaluation",
+    "far ahead",
     "experts",
     "mixer",
     "unit mixer",
@@ -224,11 +242,11 @@ class FailsToo(Fails):
 
 
 class NotFinite(Mean):
-  """Its outputs are no numbers in a model that is 16 wide, with 2 heads."""
+  """Its outputs are no numbers in the small model that it is measured on."""
 
   def __call__(self, x_BLD, context):
     y_BLD, _ = super().__call__(x_BLD, context)
-    return y_BLD * (jnp.nan if x_BLD.shape[:2] == (4, 16) else 1.0), None
+    return y_BLD * (jnp.nan if x_BLD.shape[:2] == (4, 64) else 1.0), None
 
 
 @pytest.mark.parametrize(
