@@ -178,15 +178,17 @@ class Comparison:
 
   def _check_runs(self, runs: list[tuple[str, int]], text: str) -> None:
     """Raises `InputError` if a run is of another configuration, whatever the folder's config.json says."""
+    teachers = {arm: identity.teacher_of(config) for arm, config in self.configs.items()}
     with processes.refused_together():
-      for refused in self._refusals(runs, text) if processes.is_first() else ():
+      for refused in self._refusals(runs, text, teachers) if processes.is_first() else ():
         if refused:
           raise InputError(refused)
 
-  def _refusals(self, runs: list[tuple[str, int]], text: str) -> Iterator[str]:
+  def _refusals(self, runs: list[tuple[str, int]], text: str, teachers: dict[str, str]) -> Iterator[str]:
     """Yields a line, or "", for each of `runs`. If config.json is lost, also for all finished ones: they come into one table."""
     for arm, seed in runs:
-      yield identity.refusal(self.folder.run(arm, seed), with_seed(self.configs[arm], seed), text)
+      config = with_seed(self.configs[arm], seed)
+      yield identity.refusal(self.folder.run(arm, seed), config, text, teachers[arm])
     arms = {self.folder.run(arm, 0).parent: arm for arm in self.configs}
     for path, seed in () if self.folder.known() else self.folder.finished():
       if path.parent not in arms:
@@ -194,7 +196,8 @@ class Comparison:
           f"--output_dir={self.folder.path}: config.json is lost, so nothing says how {path} is configured; name its arm and "
           "the others in one command, bring config.json back, or choose another folder"
         )
-      yield identity.refusal(path, with_seed(self.configs[arms[path.parent]], seed), text)
+      arm = arms[path.parent]
+      yield identity.refusal(path, with_seed(self.configs[arm], seed), text, teachers[arm])
 
   def _check_memory(self, arms: set[str], dataset: Dataset) -> None:
     """Raises `InputError` if an arm is too large, before the first one is trained."""

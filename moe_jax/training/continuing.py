@@ -70,15 +70,10 @@ def start(run: "Run") -> TrainState:
       f"{run.folder}: step {step} was saved by another version of moe_jax; continue with that one, or choose another folder"
     )
   other = identity.difference(
-    f"{run.folder}: step {step} is of a run", identity.said_by(extra), run.config, text
+    f"{run.folder}: step {step} is of a run", identity.said_by(extra), run.config, text, teacher
   )
   if other:
     raise InputError(other)
-  if teacher and extra["teacher"] != teacher:
-    raise InputError(
-      f"{run.folder}: step {step} was reached with another teacher (digest {extra['teacher']}, now {teacher}); bring it "
-      "back, or choose another folder"
-    )
   run.batches.set_state(run.share.state_to_load(extra["data"]))
   run.tail.from_json(extra["tail"])
   run.start_digest, run.lines = extra["start"], extra["lines"]

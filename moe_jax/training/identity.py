@@ -12,6 +12,7 @@ from moe_jax.config.plain import is_other_code, own_code
 from moe_jax.data import Dataset
 from moe_jax.errors import InputError
 from moe_jax.training.changes import changes
+from moe_jax.training.compiled import objective_of
 from moe_jax.training.load import CHECKPOINTS, CONFIG_FILE
 from moe_jax.training.own_metrics import changed_metrics, metrics_said, own_metrics
 from moe_jax.training.protocol import slots_of_mesh
@@ -20,7 +21,7 @@ from moe_jax.training.result_file import RESULT_FILE, read_result, steps_asked
 from moe_jax.training.tokenizer import write_tokenizer
 
 # What is kept of a run where there is any, beside its configuration and its text.
-_OPTIONAL = ("slots", "own_code", "own_metrics")
+_OPTIONAL = ("slots", "own_code", "own_metrics", "teacher")
 
 
 def write_identity(folder: pathlib.Path, config: Config, dataset: Dataset) -> None:
@@ -30,7 +31,8 @@ def write_identity(folder: pathlib.Path, config: Config, dataset: Dataset) -> No
   of_text = {"vocab_size": info.vocab_size, "domains": list(info.domains), "fingerprint": info.fingerprint}
   known = disk.read_object(folder / CONFIG_FILE) or {}
   metrics = metrics_said(known) | own_metrics()  # also those that were measured before, and are not now
-  optional = dict(zip(_OPTIONAL, (slots_of_mesh(config), own_code(config), metrics), strict=True))
+  found = (slots_of_mesh(config), own_code(config), metrics, objective_of(config).digest)
+  optional = dict(zip(_OPTIONAL, found, strict=True))
   kept = {name: value for name, value in optional.items() if value}
   disk.write_json(folder / CONFIG_FILE, config.to_dict() | of_text | of_tokenizer | kept)
 
@@ -68,17 +70,26 @@ def check_same_run(folder: pathlib.Path, config: Config, text: str) -> None:
   """
   check_same_text(text)
   check_same_code([config])
+  teacher = teacher_of(config)
   with processes.refused_together():
-    if processes.is_first() and (refused := refusal(folder, config, text)):
+    if processes.is_first() and (refused := refusal(folder, config, text, teacher)):
       raise InputError(refused)
 
 
-def refusal(folder: pathlib.Path, config: Config, text: str) -> str:
+def teacher_of(config: Config) -> str:
+  """Returns the digest of the teacher that a run would have; empty: it has none, or none that can be read. All processes must call it."""
+  try:
+    return objective_of(config).digest
+  except InputError:  # a finished run needs none, and one that trains says why
+    return ""
+
+
+def refusal(folder: pathlib.Path, config: Config, text: str, teacher: str = "") -> str:
   """Returns the line with which `check_same_run` refuses; empty if it does not."""
-  return difference(f"{folder}: holds a run", _known(folder), config, text)
+  return difference(f"{folder}: holds a run", _known(folder), config, text, teacher)
 
 
-def difference(what: str, known: Mapping[str, Any], config: Config, text: str) -> str:
+def difference(what: str, known: Mapping[str, Any], config: Config, text: str, teacher: str = "") -> str:
   """Returns a line that says how `config` on `text` is another run than the known one; empty if it is not.
 
   Args:
@@ -86,6 +97,7 @@ def difference(what: str, known: Mapping[str, Any], config: Config, text: str) -
     known: as config.json has it; {}: nothing is known.
     config: resolved.
     text: the fingerprint.
+    teacher: see `teacher_of`.
   """
   was = str(known.get("fingerprint", text))
   if was != text:
@@ -107,6 +119,8 @@ def difference(what: str, known: Mapping[str, Any], config: Config, text: str) -
       f"{what} with other code of the metric {'; '.join(metrics)}; bring it back, register the new one under another name, "
       "or choose another folder"
     )
+  if teacher and known.get("teacher", teacher) != teacher:
+    return f"{what} with another teacher (digest {known['teacher']}, now {teacher}); bring it back, or choose another folder"
   slots = slots_of_mesh(config)
   before = known.get("slots", slots)
   if slots and before != slots:

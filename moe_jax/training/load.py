@@ -24,7 +24,16 @@ from moe_jax.training.tokenizer import TOKENIZER_FILE, read_tokenizer
 
 CONFIG_FILE, CHECKPOINTS = "config.json", "checkpoints"  # in the folder of a run
 # What it holds of the text and the mesh, beside the configuration.
-NOT_CONFIG = ("vocab_size", "domains", "fingerprint", "slots", "own_code", "own_metrics", model_ids.KEY)
+NOT_CONFIG = (
+  "vocab_size",
+  "domains",
+  "fingerprint",
+  "slots",
+  "own_code",
+  "own_metrics",
+  "teacher",
+  model_ids.KEY,
+)
 
 
 class Loaded(NamedTuple):

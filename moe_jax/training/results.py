@@ -115,6 +115,7 @@ def result_of(run: "Run", validation: dict[str, Any], num_steps: int) -> dict[st
     **({"init_from": init_from(run)} if config.train.init_from else {}),
     **({"own_code": code} if (code := own_code(config)) else {}),
     **({"own_metrics": digests} if (digests := own_metrics()) else {}),
+    **({"teacher": teacher} if (teacher := run.unchanging["teacher"]) else {}),
     "num_params": num_params,
     "num_active_params": num_active,
     "dataset": info.name,

@@ -15,6 +15,7 @@ import pytest
 
 from moe_jax import locks
 from moe_jax.analysis.measured import models_of
+from moe_jax.comparison.comparison import Comparison
 from moe_jax.data import load_dataset
 from moe_jax.errors import InputError
 from moe_jax.training import idle_saver, loop, objectives
@@ -124,13 +125,22 @@ def test_a_run_does_not_continue_with_another_teacher(dataset, tmp_path):
     objectives._digest_of_teacher.cache_clear()
 
   in_its_place(tmp_path / "first", other)
-  with pytest.raises(
-    InputError, match=r"run: step 1 was reached with another teacher \(digest \w+, now \w+\)"
-  ):
+  with pytest.raises(InputError, match=r"run: holds a run with another teacher \(digest \w+, now \w+\)"):
     Run(config, dataset, run).train()
   assert steps_of(run) == [1, 2]  # as it was left
   in_its_place(other, tmp_path / "first")
   assert Run(config, dataset, run).train()["num_steps"] == 3
+  # Nor are seeds of two teachers in one comparison, which reads what a finished run had.
+  arms, folder = {"taught": {}}, tmp_path / "comparison"
+  (first,) = Comparison(arms, [0], config, folder).run()
+  assert first["teacher"] == json.loads((run / "result.json").read_text())["teacher"]
+  in_its_place(tmp_path / "first", other)
+  with pytest.raises(InputError, match=r"seed_0: holds a run with another teacher"):
+    Comparison(arms, [0, 1], config, folder).run()
+  teacher.rename(tmp_path / "gone")
+  objectives._teacher.cache_clear()
+  objectives._digest_of_teacher.cache_clear()
+  assert Comparison(arms, [0], config, folder).run() == [first]  # which needs no teacher
 
 
 def test_a_checkpoint_of_a_version_that_kept_less_is_refused(dataset, left, monkeypatch):
