@@ -17,6 +17,7 @@ from moe_jax.nn.experts import EXPERTS
 from moe_jax.nn.ffn import FFNS, SHARED_EXPERTS
 from moe_jax.nn.mixers import MIXERS
 from moe_jax.nn.moe import MoE
+from moe_jax.nn.own_experts import check_empty_slots
 from moe_jax.nn.own_parts import check_axes, check_forward, check_router
 from moe_jax.nn.residual import RESIDUALS
 from moe_jax.nn.routers import ROUTERS
@@ -152,6 +153,8 @@ def abstract_ffn(block: BlockConfig) -> nnx.Module:
             check_balancer(method.name, method(), layer.num_scored_experts, layer.num_experts_per_token)
         if block.moe.router.source:
           check_router(block.moe.router, block.moe.balancers, layer)
+        if block.moe.experts.source:
+          check_empty_slots(block.moe.experts, block.moe.expert_dim)
     return ffn
 
 

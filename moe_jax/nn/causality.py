@@ -14,7 +14,7 @@ from moe_jax.nn.build import different_blocks, resolve
 from moe_jax.nn.context import Context
 from moe_jax.nn.leaks import deciding_method
 from moe_jax.nn.transformer import Transformer
-from moe_jax.nn.variables import matrices_of
+from moe_jax.nn.variables import constants, matrices_of
 from moe_jax.registry import Spec
 from moe_jax.types import Array, PyTree
 
@@ -56,7 +56,7 @@ def influence(config: ModelConfig, seed: int = 0, *, length: int = _LENGTH, trai
 
   def measure() -> Array:
     key, of_tokens = jax.random.split(jax.random.key(seed))
-    with matrices_of(_start):
+    with matrices_of(constants(0.1)):
       graphdef, params, rest = nnx.split(Transformer(config, _VOCAB, rngs=nnx.Rngs(0)), nnx.Param, ...)
     params = _with_noise(params, np.random.default_rng(seed))
     keys_B, domain_B = jax.random.split(key, _BATCH), jnp.arange(_BATCH) % 2
@@ -92,11 +92,6 @@ def _model_config(moe: MoEConfig, ffn: Spec, drops: bool) -> ModelConfig:
   (block,) = different_blocks(resolve(config))
   name = deciding_method(block)[1].partition(":")[0]
   return dataclasses.replace(config, moe=dataclasses.replace(moe, accept_leaks=name))
-
-
-def _start(shape: tuple[int, ...]) -> Array:
-  """What a matrix starts with, by its shape alone. A constant: to compile JAX's draws takes longer than the rest."""
-  return jnp.asarray(0.1 * np.random.default_rng(shape).standard_normal(shape), jnp.float32)
 
 
 _ORDER = {"mixer": "0", "mixer_residual": "1", "ffn": "2", "ffn_residual": "3", "router": "", "experts": ""}

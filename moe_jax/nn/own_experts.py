@@ -1,4 +1,4 @@
-"""Tries experts of a user's own in parts, as devices that each have some of the hidden units compute them."""
+"""Tries experts of a user's own: on empty slots, and in parts, as devices that each have some of the hidden units do."""
 
 import dataclasses
 import functools
@@ -13,14 +13,51 @@ from moe_jax.errors import InputError, in_short
 from moe_jax.fingerprint import is_builtin, place
 from moe_jax.nn.experts import ExpertNetwork
 from moe_jax.nn.experts.base import as_experts
-from moe_jax.nn.variables import matrices_of
+from moe_jax.nn.own_parts import places, trial
+from moe_jax.nn.variables import constants, matrices_of
 from moe_jax.ops.experts import Axes, Batched, Experts, PartOfSum, Product, WithRowBits
 from moe_jax.registry import Method
 from moe_jax.sharding import RULES
-from moe_jax.types import Array
+from moe_jax.types import Array, PyTree
 
-_DIM, _ROWS = 8, 4
+_DIM, _ROWS, _EXPERTS = 8, 4, 2
 _SEEN = 0.02  # of the size of the outputs; smaller differences may be rounding, of a network in bfloat16, too
+
+
+def check_empty_slots(method: Method, expert_dim: int) -> None:
+  """Raises `InputError` if experts of a user's own are finite for rows of numbers, but not for rows of zeros.
+
+  Such are the slots of an expert that no token fills. Their combine weight is 0, and 0 times NaN is NaN: one empty slot
+  would spoil the output, or the gradient, of the whole layer. Few rows are computed, on a CPU.
+
+  Args:
+    method: resolved, of a user's own, or with one inside.
+    expert_dim: F of the run.
+  """
+  with trial([method]):
+    _check_empty_slots(method, expert_dim)
+
+
+@functools.lru_cache(maxsize=256)
+def _check_empty_slots(method: Method, expert_dim: int) -> None:
+  with matrices_of(constants(0.1)), jax.default_device("cpu"), jax.ensure_compile_time_eval():
+    experts, rows_EMD, product, _ = _tiny(method, _EXPERTS, expert_dim)
+    compute = lambda rows, weights: dataclasses.replace(experts, weights=weights)(rows, product)
+    if not _is_finite(compute(rows_EMD, experts.weights)):
+      return  # of any row, so empty slots are not the reason
+    y_EMD, gradient = jax.vjp(compute, jnp.zeros_like(rows_EMD), experts.weights)
+    found = {"output": y_EMD, "gradient": gradient(jnp.zeros_like(y_EMD))}  # the combine weight is 0
+  for name, values in found.items():
+    if not _is_finite(values):
+      raise InputError(
+        f"experts {method.name} ({places(method)}): the {name} is not finite for rows of zeros, which the empty slots of an "
+        "expert are for some dispatchers (einsum), so it must be finite there, too: e.g. add an epsilon to what it divides by"
+      )
+
+
+def _is_finite(values: PyTree) -> bool:
+  real = [x for x in jax.tree.leaves(values) if jnp.issubdtype(x.dtype, jnp.floating)]
+  return all(np.isfinite(np.asarray(x, np.float32)).all() for x in real)
 
 
 def check_cut(moe: MoEConfig, network: ExpertNetwork, parts: int) -> None:
@@ -52,7 +89,9 @@ def _check_cut(method: Method, num_experts: int, expert_dim: int, parts: int) ->
   ):
     how = "on a tiny batch"
     try:
-      experts, rows_EMD, product = _tiny(method, num_experts, expert_dim)
+      experts, rows_EMD, product, draw = _tiny(method, num_experts, expert_dim)
+      weights = (_uneven(w, axes, draw) for w, axes in zip(experts.weights, experts.axes, strict=True))
+      experts = dataclasses.replace(experts, weights=tuple(weights))
       whole_EMD = np.asarray(experts(rows_EMD, product))
       how = f"with its hidden units in {parts} parts"
       part_of_sum = PartOfSum(product, parts)
@@ -74,8 +113,10 @@ def _check_cut(method: Method, num_experts: int, expert_dim: int, parts: int) ->
     )
 
 
-def _tiny(method: Method, num_experts: int, expert_dim: int) -> tuple[Experts, Array, Product]:
-  """Returns experts with the hidden units of the run for narrow rows, such rows, and a product for them."""
+def _tiny(
+  method: Method, num_experts: int, expert_dim: int
+) -> tuple[Experts, Array, Product, np.random.Generator]:
+  """Returns experts with the hidden units of the run for narrow rows, such rows, a product for them, and what draws."""
   sizes = {"num_experts": num_experts, "dim": _DIM, "expert_dim": expert_dim}
   draw, key = np.random.default_rng(0), jax.random.key(0)
   network = method(**sizes, init_scale=1.0, rngs=nnx.Rngs(key)).for_step(key)
@@ -85,8 +126,7 @@ def _tiny(method: Method, num_experts: int, expert_dim: int) -> tuple[Experts, A
   product: Product = Batched()
   if network.draws:
     product = WithRowBits(product, jnp.asarray(draw.integers(2**32, size=shape, dtype=np.uint32)))
-  weights = tuple(_uneven(w, axes, draw) for w, axes in zip(experts.weights, experts.axes, strict=True))
-  return dataclasses.replace(experts, weights=weights), rows_EMD, product
+  return experts, rows_EMD, product, draw
 
 
 def _is_hidden(axis: str | None) -> bool:

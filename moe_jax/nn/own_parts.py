@@ -15,6 +15,7 @@ from flax import nnx
 
 from moe_jax.config import BlockConfig, ModelConfig
 from moe_jax.errors import InputError, in_short
+from moe_jax.fingerprint import place
 from moe_jax.nn.block import Block
 from moe_jax.nn.checks import check_kept, check_routing, type_name
 from moe_jax.nn.context import Context
@@ -45,7 +46,7 @@ def check_router(method: Method, balancers: tuple[Method, ...], layer: MoE) -> N
   index_GT = np.tile(np.arange(t, dtype=np.int32), (_GROUPS, 1))
 
   # Not jitted: the few small operations compile faster one by one, and the next router finds most of them compiled.
-  with _trial([method]), jax.ensure_compile_time_eval():
+  with trial([method]), jax.ensure_compile_time_eval():
     key, balancer = jax.random.key(0), balancer_of(balancers)
     router = method(**sizes, init_scale=1.0, rngs=nnx.Rngs(key))
     x_GTD = jnp.asarray(np.random.default_rng(0).normal(size=(_GROUPS, t, _DIM)), jnp.float32)
@@ -153,7 +154,7 @@ def check_forward(model: ModelConfig, config: BlockConfig, make: Callable[[], Bl
 
   if any(own.values()):
     with (
-      _trial(method for methods in own.values() for method in methods),
+      trial(method for methods in own.values() for method in methods),
       matrices_of(jnp.zeros),
       jax.default_device("cpu"),
     ):  # which needs no kernel of its own
@@ -198,6 +199,11 @@ def _part_at(config: BlockConfig, block: Block, path: tuple[Any, ...]) -> tuple[
   return kind, getattr(config, kind), ".".join(map(str, path[1:]))
 
 
+def places(*methods: Method) -> str:
+  """Returns where the code of a user's in methods is."""
+  return ", ".join(dict.fromkeys(place(factory) for method in methods for factory in method.own_factories))
+
+
 _UNTRIED: dict[Method, str] = {}
 
 
@@ -207,7 +213,7 @@ def why_untried(method: Method) -> str:
 
 
 @contextlib.contextmanager
-def _trial(methods: Iterable[Method]) -> Iterator[None]:
+def trial(methods: Iterable[Method]) -> Iterator[None]:
   """Without the mesh in use, which need not divide a tiny batch, and with matrices that have values.
 
   Only an `InputError` ends a trial that fails: a part may be right and not take the sizes of the trial. If it is not, the

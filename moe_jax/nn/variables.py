@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from moe_jax.sharding import gathered
@@ -40,6 +41,14 @@ def matrices_of(draw: Callable[[tuple[int, ...]], jax.Array] | None) -> Iterator
     yield
   finally:
     _draw.reset(token)
+
+
+def constants(std: float) -> Callable[[tuple[int, ...]], jax.Array]:
+  """Returns what draws a matrix by its shape alone, for `matrices_of` in a trial.
+
+  They are constants: to compile JAX's draws takes longer than the rest of a trial.
+  """
+  return lambda shape: jnp.asarray(std * np.random.default_rng(shape).standard_normal(shape), jnp.float32)
 
 
 def weight(param: nnx.Param, dtype: jnp.dtype = jnp.float32) -> jax.Array:

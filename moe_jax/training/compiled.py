@@ -28,6 +28,7 @@ from moe_jax.training.objectives import OBJECTIVES, Objective
 from moe_jax.training.optim import OPTIMIZERS, learning_rate_schedule, make_optimizer
 from moe_jax.training.own_leaks import check_own_leaks
 from moe_jax.training.own_metrics import check_own_metrics
+from moe_jax.training.own_objectives import check_own_objective
 from moe_jax.training.own_steps import check_own_step
 from moe_jax.training.selection import select_trained
 from moe_jax.training.step import EvalSums, Options, Step, TrainState, init_state, make_eval_step, make_step
@@ -79,7 +80,7 @@ def check_run(config: Config, mesh: jax.sharding.Mesh) -> Config:
     InputError: if `resolve_config` raises one, if a causal model would look at later tokens (a user's parts are measured
       on a small model), if `trained` matches no parameter, if groups or the mesh do not divide the batch or the model, if
       a user's experts cannot be computed in the parts that the mesh cuts them into, or if a hook, an optimizer or a metric of
-      a user's fails, or its state could not be saved.
+      a user's fails, or its state could not be saved, or if an objective of a user's is no sum over targets.
   """
   config = resolve_config(config)
   if config.optimizer.trained != "all":
@@ -117,6 +118,8 @@ def check_run(config: Config, mesh: jax.sharding.Mesh) -> Config:
     if layer is not None and layer.dispatcher.spells_exchange:
       with naming("experts", block.moe.experts):
         check_cut(block.moe, layer.experts, parts)
+  with naming("objective", config.train.objective):
+    check_own_objective(config.train.objective)
   check_own_step(config, make_init, make_train_step)
   return config
 

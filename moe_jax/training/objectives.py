@@ -32,7 +32,12 @@ class Terms(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-  """The base class of objectives. Subclasses are frozen dataclasses, whose fields are their options."""
+  """The base class of objectives. Subclasses are frozen dataclasses, whose fields are their options.
+
+  Both the loss and its evaluation are sums over targets, never means: of a batch with each sequence twice, they and
+  `num_targets` are twice as large. What is drawn for a sequence follows from its own key. An objective of a user's is tried
+  on a tiny batch (`moe_jax.training.own_objectives`).
+  """
 
   @property
   def causal(self) -> bool:
@@ -70,13 +75,13 @@ class Objective:
     return batch["mask_BL"].sum()
 
   def __call__(self, model: nnx.Module, batch: Batch, context: Context) -> Terms:
-    """Returns the loss that training minimises."""
+    """Returns the loss that training minimises, summed over targets."""
     raise NotImplementedError
 
   def evaluate(self, model: nnx.Module, batch: Batch, context: Context) -> Terms:
-    """Returns the negative log likelihood of the targets.
+    """Returns the negative log likelihood of the targets, summed over them.
 
-    Every result reports it, whatever training minimises.
+    Every result reports it, whatever training minimises. Override it if the training loss is another.
     """
     return self(model, batch, context)
 

@@ -1,5 +1,6 @@
 """Before a run starts: does a part of a user's look at later tokens without saying so? Measured on a small model."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
@@ -11,11 +12,10 @@ from moe_jax.cluster import processes
 from moe_jax.config import BlockConfig, ModelConfig
 from moe_jax.disk import note
 from moe_jax.errors import InputError, in_short
-from moe_jax.fingerprint import place
 from moe_jax.nn.build import different_blocks, routed_part
 from moe_jax.nn.causality import SMALL, SMALL_EXPERTS, influence
 from moe_jax.nn.leaks import deciding_method, leak
-from moe_jax.nn.own_parts import why_untried
+from moe_jax.nn.own_parts import places, why_untried
 from moe_jax.registry import Method
 
 SEEN = 1e-3  # smaller changes of logits are rounding
@@ -35,15 +35,20 @@ def check_own_leaks(config: ModelConfig) -> None:
   """
   for block in different_blocks(config) if processes.is_first() else ():
     for flag, method in (_own(block) | {"mixer": block.mixer, "residual": block.residual}).items():
-      if why := why_untried(method):
-        _say(f"--{flag}={method} ({_places(method)}): not tried before the run: a tiny batch fails ({why})")
+      say_untried(flag, method)
     if config.causal and _own_dispatcher(block):
       method = block.moe.dispatcher
-      _say(f"--dispatcher={method} ({_places(method)}): whether it looks at later tokens is not checked")
+      _say(f"--dispatcher={method} ({places(method)}): whether it looks at later tokens is not checked")
   for own, small, block in _small_models(config):
     flag, text = deciding_method(block)
     may = f', or set leaks = "always" in its class and say --accept_leaks={text.partition(":")[0]}'
     _check(own, small, may if flag in own else "")
+
+
+def say_untried(flag: str, method: Method) -> None:
+  """Says in one line that a part of a user's has failed on a tiny batch, if it has."""
+  if why := why_untried(method):
+    _say(f"--{flag}={method} ({places(method)}): not tried before the run: a tiny batch fails ({why})")
 
 
 def sees_later_tokens(config: ModelConfig) -> bool | None:
@@ -87,11 +92,6 @@ def _own_dispatcher(block: BlockConfig) -> bool:
   return routed_part(block) is not None and bool(block.moe.dispatcher.source)
 
 
-def _places(*methods: Method) -> str:
-  """Returns where the code of a user's in methods is."""
-  return ", ".join(dict.fromkeys(place(factory) for method in methods for factory in method.own_factories))
-
-
 def _with_mixer(config: ModelConfig, mixer: Method) -> ModelConfig:
   """A small model with the mixer, whose heads share keys and values as in `config`, and without experts."""
   kv = min(config.num_kv_heads, 2)
@@ -111,15 +111,15 @@ def _with_ffn(config: ModelConfig, block: BlockConfig) -> ModelConfig:
 
 def _check(own: Mapping[str, Method], small: ModelConfig, may: str = "") -> None:
   names = ", ".join(f"--{flag}={method}" for flag, method in own.items())
-  places = _places(*own.values())
+  at = places(*own.values())
   change, failed = _measured(small)
   if failed and processes.is_first():
     _say(
-      f"{names} ({places}): whether it looks at later tokens is not checked: a small model with it fails ({failed})"
+      f"{names} ({at}): whether it looks at later tokens is not checked: a small model with it fails ({failed})"
     )
   if change > SEEN:
     raise InputError(
-      f"{names} ({places}): its output for a token depends on later tokens (measured on a small model: they change logits "
+      f"{names} ({at}): its output for a token depends on later tokens (measured on a small model: they change logits "
       f"by {change:.2g}), which a causal model must not see, and it does not declare it; mend it{may}, or train another "
       "objective with --objective=masked_lm"
     )
@@ -129,13 +129,20 @@ def _check(own: Mapping[str, Method], small: ModelConfig, may: str = "") -> None
 def _measured(config: ModelConfig) -> tuple[float, str]:
   """Returns the influence of later tokens, and, if it cannot be measured, 0 and the error. On a CPU, without a mesh."""
   try:
-    cpu = jax.local_devices(backend="cpu")[0]  # JAX_PLATFORMS may leave it out
-    mesh = jax.sharding.Mesh([[[[[cpu]]]]], sharding.MESH_AXES)
-    with jax.set_mesh(mesh), jax.default_device(cpu):
+    with on_cpu():
       # A part may do one thing in training and another in evaluation, of which all results are.
       return max(influence(config, length=_LENGTH, train=train) for train in (True, False)), ""
   except Exception as error:  # of a user's code: any
     return 0.0, in_short(error)
+
+
+@contextlib.contextmanager
+def on_cpu() -> Iterator[None]:
+  """On a CPU alone, whatever mesh is in use."""
+  cpu = jax.local_devices(backend="cpu")[0]  # JAX_PLATFORMS may leave it out
+  mesh = jax.sharding.Mesh([[[[[cpu]]]]], sharding.MESH_AXES)
+  with jax.set_mesh(mesh), jax.default_device(cpu):
+    yield
 
 
 _say = functools.cache(note)  # once, though every arm and seed asks

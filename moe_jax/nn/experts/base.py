@@ -19,7 +19,8 @@ class ExpertNetwork(nnx.Module):
   Every parameter names its logical axes, of which the first is "expert". The layer, dispatchers, sharding and
   checkpoints assume nothing else about the parameters. `product` multiplies each row by the matrix of its
   expert (see `moe_jax.ops.experts.Product`), so a network is written once for all dispatchers. What it changes in its
-  forward pass is lost: state belongs to a hook.
+  forward pass is lost: state belongs to a hook. For some dispatchers, the empty slots of an expert are rows of zeros, so the
+  output and its gradient must be finite there, too: what divides by the norm of a row adds an epsilon.
 
   draws: whether the network reads `product.row_bits`. The layer provides them only if it does.
   """
