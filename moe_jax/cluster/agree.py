@@ -1,8 +1,8 @@
-"""All processes stop at one step, whichever of them was asked to.
+"""All processes stop at one place, whichever of them was asked to: after a step, or between two batches of an evaluation.
 
-The main threads may be in different steps, and each may wait on its devices for the others. So it is threads that talk,
-over the key-value store of `jax.distributed`: each says which step its main thread has checked last, while it keeps
-that thread from checking another. All stop at the step after the largest, which nobody has checked. This is the protocol
+The main threads may be at different places, and each may wait on its devices for the others. So it is threads that talk,
+over the key-value store of `jax.distributed`: each says how many places its main thread has checked, while it keeps
+that thread from checking another. All stop at the place after the largest, which nobody has checked. This is the protocol
 of `jax.experimental.multihost_utils.reached_preemption_sync_point`, which hears SIGTERM only, and then keeps a process
 from ending. `cluster.start` leaves that service off. A program that starts it by `jax.distributed.initialize` and trains in a thread,
 where Python lets nobody listen for signals, is stopped by its notices; in the main thread the run hears SIGTERM itself.
@@ -23,12 +23,15 @@ _rounds = itertools.count()
 
 
 class Agreement:
-  """The step at which all processes stop. All must make and close the same agreements, in the same order."""
+  """The place at which all processes stop. All must make and close the same agreements, in the same order."""
 
   def __init__(self):
     self._round = f"moe_jax/agree/{next(_rounds)}"
     self._reason = ""
-    self._checked, self._stop_at = -1, None  # the last step that the main thread has checked; where all stop
+    self._checked, self._stop_at = (
+      0,
+      None,
+    )  # how many places the main thread has checked; at which of them all stop
     self._lock, self._closing = threading.Lock(), threading.Event()
     self._client = None
     if jax.process_count() > 1:
@@ -50,18 +53,17 @@ class Agreement:
       with contextlib.suppress(Exception):  # another process was first, or process 0 is gone
         self._client.key_value_set(f"{self._round}/ask", reason)
 
-  def reached(self, step: int) -> str:
-    """Returns why all processes stop after `step`; empty: they go on. Call it once for each step, in every process."""
-    if _jax_was_told(step):
-      return "a preemption notice"
-    if not self._client:
-      return self._reason
+  def reached(self) -> str:
+    """Returns why all processes stop here; empty: they go on. Every process calls it at the same places, in one order."""
     with self._lock:
-      self._checked = step
-      return self._reason if self._stop_at is not None and step >= self._stop_at else ""
+      self._checked += 1
+      is_agreed = self._stop_at is not None and self._checked >= self._stop_at
+    if _jax_was_told(self._checked):
+      return "a preemption notice"
+    return self._reason if is_agreed or not self._client else ""
 
   def close(self) -> None:
-    """Call it when the last step is checked."""
+    """Call it when the last place is checked."""
     if self._client:
       self._closing.set()
       self._post()
@@ -90,9 +92,9 @@ class Agreement:
     return None
 
 
-def _jax_was_told(step: int) -> bool:
+def _jax_was_told(place: int) -> bool:
   from jax._src import distributed
 
   if getattr(distributed.global_state, "preemption_sync_manager", None) is None:
     return False
-  return multihost_utils.reached_preemption_sync_point(step)
+  return multihost_utils.reached_preemption_sync_point(place)

@@ -1,7 +1,7 @@
-"""Evaluates finished runs under other configurations, without training."""
+"""Evaluations beside that of the result: between steps of training, and of finished runs under other configurations."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -13,12 +13,46 @@ from moe_jax.training.compiled import check_run, compile_steps
 from moe_jax.training.identity import hold
 from moe_jax.training.load import CHECKPOINTS, check_step
 from moe_jax.training.memory import make_room_for_programs
+from moe_jax.training.metric_writer import MetricWriter
 from moe_jax.training.own_leaks import sees_later_tokens
 from moe_jax.training.result_file import RESULT_FILE, read_result, write_result
 from moe_jax.training.results import evaluation_digest, scalars
+from moe_jax.training.step import EvalSums, TrainState
 
 if TYPE_CHECKING:
   from moe_jax.training.loop import Run
+
+
+class _Told(Exception):
+  """Leaves an evaluation, with the reason why the run stops."""
+
+
+def evaluate_in_training(
+  run: "Run", step: int, state: TrainState, writer: MetricWriter, told: Callable[[], str]
+) -> tuple[bool, str]:
+  """Writes a line with the numbers of an evaluation, if there is none yet.
+
+  `told` says at each batch, and at the end, why the run is to stop. Then what is not evaluated yet is left to the next process.
+
+  Returns:
+    Whether the run stops at the numbers, and why it stops anyway; empty: it does not.
+  """
+  if run.evaluated >= step and not run.stop:
+    return False, ""
+
+  def evaluate_batch(*args: Any) -> EvalSums:
+    if reason := told():
+      raise _Told(reason)
+    return run.steps.evaluate(*args)
+
+  try:
+    validation = run.evaluate(state, evaluate_batch)
+  except _Told as left:
+    return False, str(left)
+  if run.evaluated < step:
+    writer.write(step, {f"eval_{k}": v for k, v in scalars(validation).items()})
+    run.evaluated = step
+  return run.stop is not None and run.stop(validation), told()
 
 
 def evaluate_as(run: "Run", configs: Mapping[str, Config]) -> dict[str, Any]:

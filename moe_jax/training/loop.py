@@ -21,6 +21,7 @@ from moe_jax.training import continuing
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import check_run, compile_steps
 from moe_jax.training.digests import with_bad_numbers
+from moe_jax.training.evaluation import evaluate_in_training
 from moe_jax.training.identity import check_same_run, hold, write_identity
 from moe_jax.training.load import CHECKPOINTS, Loaded, load_run
 from moe_jax.training.memory import check_memory, make_room_for_programs
@@ -28,7 +29,7 @@ from moe_jax.training.metric_writer import JsonlWriter, MetricWriter, MultiWrite
 from moe_jax.training.progress import TrainingProgress
 from moe_jax.training.protocol import trace_header
 from moe_jax.training.result_file import RESULT_FILE, is_result, write_result
-from moe_jax.training.results import TailMeans, result_of, scalars, validation_summary
+from moe_jax.training.results import TailMeans, result_of, validation_summary
 from moe_jax.training.router_trace import FOLDER, TraceWriter
 from moe_jax.training.step import EvalSums, TrainState
 from moe_jax.training.stops import Stops, in_words, not_finite, numbers_of_step
@@ -165,8 +166,12 @@ class Run:
     train = self.config.train
     pending: list[dict] = []
     start_step = int(state.step)
-    if start_step and self._evaluates(start_step) and self._evaluate_in_training(start_step, state, writer):
-      return state  # an earlier process stopped here, and ended before it wrote the result
+    if start_step and self._evaluates(start_step):
+      reached, reason = evaluate_in_training(self, start_step, state, writer, self.stops.told)
+      if reason:
+        self._end(start_step, reason)
+      if reached:
+        return state  # an earlier process stopped here, and ended before it wrote the result
     started = time.monotonic()
     for step in range(start_step + 1, train.num_steps + 1):
       state, metrics = self.steps.train(state, self._on_devices(next(self.batches)))
@@ -174,7 +179,7 @@ class Run:
       if recorder and step % train.record_router_logits == 0:
         recorder.add(step, trace)
       pending.append(metrics)
-      reason = self.stops.reached(step)
+      reason = self.stops.reached()
       first, last, evaluate = step == start_step + 1, step == train.num_steps, self._evaluates(step)
       # Lines are at the same steps, however often the run was stopped or saved.
       log = step == 1 or step % train.log_every == 0 or last or evaluate
@@ -194,8 +199,10 @@ class Run:
       if log:
         self._log(step, values, writer)
       # One that is asked to stop has little time: it saves, and the next process evaluates.
-      reached = evaluate and not reason and self._evaluate_in_training(step, state, writer)
-      if save or reached:
+      reached = False
+      if evaluate and not reason:
+        reached, reason = evaluate_in_training(self, step, state, writer, self.stops.reached)
+      if save or reached or reason:
         steps_follow = not (last or reason or reached)
         self._save(step, state, writer, recorder, steps_follow)
       if reason:
@@ -204,16 +211,6 @@ class Run:
         break
       started = time.monotonic()
     return state
-
-  def _evaluate_in_training(self, step: int, state: TrainState, writer: MetricWriter) -> bool:
-    """Writes a line with the numbers of an evaluation, if there is none yet. Returns whether the run stops at them."""
-    if self.evaluated >= step and not self.stop:
-      return False
-    validation = self.evaluate(state)
-    if self.evaluated < step:
-      writer.write(step, {f"eval_{k}": v for k, v in scalars(validation).items()})
-      self.evaluated = step
-    return self.stop is not None and self.stop(validation)
 
   def _save(
     self, step: int, state: TrainState, writer: MetricWriter, recorder: TraceWriter | None, steps_follow: bool

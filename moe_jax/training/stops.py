@@ -1,7 +1,7 @@
 """Why a run ends before its last step, and what it says then: signals, a time limit, bad numbers, lack of memory.
 
-A signal (SIGTERM, SIGHUP, Ctrl-C) or `--max_minutes` lets the step finish. All processes agree on a step, save it, and end
-with `STOPPED_STATUS`. A second signal ends the process at once, with 128 and its number. Whatever else ends a run and can
+A signal (SIGTERM, SIGHUP, Ctrl-C) or `--max_minutes` lets the step finish, and leaves an evaluation in training to the next
+start. All processes agree on a step, save it, and end with `STOPPED_STATUS`. A second signal ends the process at once, with 128 and its number. Whatever else ends a run and can
 be corrected becomes one line.
 """
 
@@ -70,13 +70,20 @@ class Stops(Listener):
     """Whether there is nothing to save yet, and nobody to agree with."""
     return not self._has_step and jax.process_count() == 1
 
-  def reached(self, step: int) -> str:
-    """Returns why the run stops after `step`, the same in all processes; empty: it goes on. Once for each step."""
+  def reached(self) -> str:
+    """Returns why the run stops here, the same in all processes; empty: it goes on.
+
+    After each step, and at each batch of an evaluation after it: at the same places in all processes. It costs no exchange.
+    """
     self._has_step = True
     if self._limit and time.monotonic() - _started > self._limit and processes.is_first():
       self._agreement.ask(f"--max_minutes={self._limit / 60:g}")
       self._limit = 0.0
-    return self._agreement.reached(step)
+    return self.told()
+
+  def told(self) -> str:
+    """`reached` before the first step of a process: of signals alone, for each start must come to a step, however short its time."""
+    return self._agreement.reached()
 
   def ended(self) -> str:
     """Ends the listening, when the last step is saved. Returns why the run stops there, the same in all processes."""

@@ -237,10 +237,29 @@ def main(argv):
       if step % 7 == 0:
         processes.from_all(step)  # the processes are up to six steps apart
       time.sleep(0.02 * jax.process_index())
-      if reason := stops.reached(step):
+      if reason := stops.reached():
         print(f"saved {step}", flush=True)
         raise Stopped(f"stopped by {reason}")
       if step == 3: print("talking", flush=True)
+cli.run(distributed.on_every_process(main))
+"""
+EVALUATION = """
+import pathlib, time
+from moe_jax import cli
+from moe_jax.cluster import start as distributed
+from moe_jax.data import load_dataset
+from moe_jax.training.loop import Run
+from tests.cluster.test_two_processes import evaluated
+distributed.define_flags()
+class Slow(Run):
+  def evaluate(self, state, step=None):
+    def evaluate_batch(*args):
+      print("talking", flush=True)
+      time.sleep(0.2)
+      return step(*args)
+    return super().evaluate(state, evaluate_batch)
+def main(argv):
+  Slow(evaluated(), load_dataset(evaluated().data), pathlib.Path(__file__).parent / "run").train()
 cli.run(distributed.on_every_process(main))
 """
 LAST_SAVE = """
@@ -254,7 +273,7 @@ def main(argv):
   from moe_jax.training.stops import Stops
   with Stops() as stops:
     for step in range(3):
-      assert not stops.reached(step)
+      assert not stops.reached()
     print("talking", flush=True)
     while jax.process_index() and not stops._agreement.reason:  # the last save; process 0 is done with its part
       time.sleep(0.01)
@@ -315,6 +334,36 @@ def test_a_signal_to_one_stops_both_after_the_same_step(source, tmp_path):
   steps = [re.findall(r"saved (\d+)", output) for output in outputs]
   assert len(steps[0]) == 1 and steps[0] == steps[1]
   assert [output.count("stopped by SIGTERM") for output in outputs] == [1, 0]
+
+
+def evaluated() -> Config:
+  """The configuration of a run that evaluates a hundred batches after its second step."""
+  few = {"num_steps": 3, "eval_every": 2, "eval_batches": 100, "checkpoint_every": 0}
+  return tiny.change(_config(BOTH), **few, checkpoint_minutes=0.0)
+
+
+def test_both_leave_an_evaluation_at_the_same_batch(dataset, tmp_path):
+  """And save the step before it. The next process evaluates."""
+  script = tmp_path / "evaluation.py"
+  script.write_text(EVALUATION)
+  with Pair([str(script), "--heartbeat_timeout=20"], tmp_path) as pair:
+    pair.wait_until(lambda: all("talking" in pair.output(i) for i in (0, 1)), SLOW, "talk")
+    pair.processes[1].send_signal(signal.SIGTERM)
+    assert [pair.ends(i, SLOW) for i in (0, 1)] == [75, 75]
+    outputs = [pair.output(i) for i in (0, 1)]
+  batches = [output.count("talking") for output in outputs]
+  assert batches[0] == batches[1] < 100
+  assert "stopped by SIGTERM; step 2 of 3 is saved" in outputs[0]
+  progress = tiny.StopsAt(0)
+  Run(evaluated(), dataset, tmp_path / "run", progress).train()
+  assert "continues from step 2" in progress.notes[0]
+  lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+  assert [(line["step"], "eval_nll" in line) for line in lines] == [
+    (1, False),
+    (2, False),
+    (2, True),
+    (3, False),
+  ]
 
 
 def test_processes_that_do_not_fit_end_with_one_line(talk):

@@ -39,9 +39,9 @@ def dataset():
 class KeepsState(Run):
   """Keeps the state that it evaluates last."""
 
-  def evaluate(self, state):
+  def evaluate(self, state, step=None):
     self.state = jax.device_get(state)
-    return super().evaluate(state)
+    return super().evaluate(state, step)
 
 
 @pytest.fixture(scope="module")

@@ -124,10 +124,10 @@ def test_a_second_signal_ends_at_once(number, monkeypatch):
   monkeypatch.setattr(stops.os, "_exit", ends.append)
   monkeypatch.setattr(stops.abort, "write", ends.append)
   with stops.Stops() as listener:
-    assert listener.reached(1) == ""
+    assert listener.reached() == ""
     os.kill(os.getpid(), number)
     time.sleep(0.1)
-    assert ends == [] and listener.reached(2) == number.name
+    assert ends == [] and listener.reached() == number.name
     os.kill(os.getpid(), number)
     time.sleep(0.1)
     assert ends == [f"error: a second signal, {number.name}: ended without saving", 128 + number]
@@ -313,6 +313,57 @@ def test_a_run_that_is_asked_saves_before_it_evaluates(dataset, tmp_path):
   assert shown[0] == shown[1] and [step for step, _ in shown[0]["eval_nll"]] == [2, 4]
 
 
+@pytest.mark.parametrize("asked", ["a signal", "the end of its time"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_run_that_is_asked_leaves_the_evaluation(asked, batch, dataset, tmp_path, monkeypatch):
+  """A validation set may take longer than the time that is left. Nothing more is trained, and the next process evaluates."""
+  config = tiny.change(CONFIG, eval_every=2, max_minutes=0.0 if asked == "a signal" else 1e6)
+  evaluated = []
+
+  class Asked(Run):
+    def evaluate(self, state, step=None):
+      def evaluate_batch(*args):
+        evaluated.append(int(state.step))
+        if evaluated.count(4) == batch and asked == "a signal":
+          os.kill(os.getpid(), signal.SIGTERM)
+          time.sleep(0.2)
+        elif evaluated.count(4) == batch:
+          patch.setattr(stops, "_started", -1e12)
+        return step(*args)
+
+      return super().evaluate(state, evaluate_batch)
+
+  whole = Run(config, dataset, tmp_path / "whole", label="arm").train()
+  reason = "SIGTERM" if asked == "a signal" else r"--max_minutes=1e\+06"
+  with monkeypatch.context() as patch, pytest.raises(Stopped, match=f"by {reason}; step 4 of 6 is saved"):
+    Asked(config, dataset, tmp_path / "run", label="arm").train()
+  assert evaluated == [2, 2, *[4] * batch]
+  result = Run(config, dataset, tmp_path / "run", label="arm").train()
+  same = ("validation", "metric_lines", "num_steps")
+  assert [result[name] for name in same] == [whole[name] for name in same]
+  assert result["training"]["loss"] == whole["training"]["loss"]
+  lines = [read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("whole", "run")]
+  for line in [*lines[0], *lines[1]]:
+    line.pop("tokens_per_second", None)
+  assert lines[0] == lines[1]
+
+
+def test_however_short_its_time_is_each_start_evaluates_and_trains(dataset, tmp_path, monkeypatch):
+  """Else a run whose evaluation takes longer than `--max_minutes` would never end. A signal leaves that evaluation, too."""
+  config = tiny.change(CONFIG, eval_every=2, num_steps=4, max_minutes=1e-9)
+  steps = []
+  while not steps or steps[-1] < 4:
+    with pytest.raises(Stopped) as stopped:
+      Run(config, dataset, tmp_path).train()
+    steps.append(int(str(stopped.value).split("; step ")[1].split()[0]))
+    if steps[-1] == 2:
+      with monkeypatch.context() as patch, pytest.raises(Stopped, match="by SIGTERM; step 2 of 4 is saved"):
+        patch.setattr(Stops, "told", lambda self: "SIGTERM")  # of several processes; one ends at once
+        Run(config, dataset, tmp_path).train()
+  assert steps == [1, 2, 3, 4]
+  assert [line["step"] for line in read_jsonl(tmp_path / "metrics.jsonl") if "eval_nll" in line] == [2]
+
+
 def _shown(folder: pathlib.Path) -> dict[str, list]:
   """(step, value) of each tag, as TensorBoard reads the files: a later one forgets what comes after its start."""
   shown: dict[str, list] = {}
@@ -335,14 +386,14 @@ class Notified:
 def test_a_notice_of_jax_stops_a_run_in_a_thread(monkeypatch):
   """Only where another program has started JAX's service; without it, nobody is asked."""
   with Stops() as listener:
-    assert [listener.reached(step) for step in (1, 2, 3)] == ["", "", ""]
+    assert [listener.reached() for _ in range(3)] == ["", "", ""]
     listener.close()
   monkeypatch.setattr(distributed.global_state, "client", object())
   monkeypatch.setattr(distributed.global_state, "preemption_sync_manager", Notified())
 
   def train():
     with Stops() as listener:
-      return [listener.reached(step) for step in (1, 2, 3)]
+      return [listener.reached() for _ in range(3)]
 
   with ThreadPoolExecutor(1) as pool:
     assert pool.submit(train).result() == ["", "", "a preemption notice"]
