@@ -4,6 +4,7 @@ Used by data, runs, traces and comparisons alike. The digests of checkpoints are
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import itertools
@@ -21,6 +22,10 @@ from moe_jax.errors import InputError, is_of_the_machine
 DIGEST = "digest"  # the key of a JSON object under which its own digest is
 ASIDE = "damaged"  # where damaged files of a folder are moved to; nothing is ever deleted
 WRITING = ".writing-"  # begins the name of a file that is not whole yet; a kill may leave it
+
+
+class Taken(InputError):
+  """A folder that was to be made is there already, with something in it."""
 
 
 def note(text: str) -> None:
@@ -74,6 +79,9 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 
   Args:
     path: absent, or an empty folder.
+
+  Raises:
+    Taken: when it is whole, if another command was quicker.
   """
   path = pathlib.Path(path).resolve()  # what a link names is replaced, and not the link
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +89,12 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
   try:
     yield folder
     folder.chmod(0o755)  # mkdtemp's folders are only for their owner
-    folder.rename(path)
+    try:
+      folder.rename(path)
+    except OSError as error:
+      if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+        raise
+      raise Taken(f"{path}: another command has made it in the meantime; choose another folder") from None
   finally:
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -90,11 +90,12 @@ def new_model(folder: pathlib.Path) -> Iterator[pathlib.Path]:
   """A folder to fill with a model, which gets its name when it is whole. In one process.
 
   Raises:
-    InputError: if the name is taken, what is not whole there cannot be moved, or the disk is full.
+    Taken: if the folder has something else, or another command makes it in the meantime.
+    InputError: if what is not whole there cannot be moved, or the disk is full.
   """
   if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
     if not _is_unfinished(folder):
-      raise InputError(f"{folder}: has a run or a model already; choose another folder")
+      raise disk.Taken(f"{folder}: has a run or a model already; choose another folder")
     what = f"its {CONFIG_FILE} is missing or not whole"
     place = disk.move_aside(folder, folder.parent, what)
     disk.note(f"{folder}: {what}, moved to {place}; it is written again")

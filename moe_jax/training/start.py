@@ -21,7 +21,7 @@ from moe_jax.nn.transformer import Transformer
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import CompiledSteps, make_init, make_init_from, objective_of, resolve_config
 from moe_jax.training.load import CHECKPOINTS, CONFIG_FILE, restore_run, unfinished
-from moe_jax.training.made import MADE_OF, ONLY_MODEL, new_model
+from moe_jax.training.made import MADE_OF, ONLY_MODEL, is_made, new_model
 from moe_jax.training.selection import Path, dotted
 from moe_jax.training.step import TrainState
 from moe_jax.training.tokenizer import write_tokenizer
@@ -38,7 +38,8 @@ def save_model(
   """Writes a model as the folder of a run without steps, which `load_run` and `--init_from` read.
 
   There is no optimizer state in it: its config.json says `trained: none`. The folder gets its name when it is whole. One whose
-  config.json is damaged is moved to `damaged/` beside it.
+  config.json is damaged is moved to `damaged/` beside it. Where another command has made it of the same `source` in the meantime,
+  that one is kept.
 
   Args:
     folder: new, or empty.
@@ -68,18 +69,22 @@ def save_model(
   )
   vocab_size = model.embedding_VD.get_value().shape[0] - objective_of(config).num_extra_ids
   abstract = jax.eval_shape(make_init(config, vocab_size), 0)
-  with new_model(folder) as new:
-    params, variables = nnx.state(model, nnx.Param, ...)
-    params = with_values(abstract.params, params, str(folder))
-    variables = with_values(abstract.variables, variables, str(folder))
-    state = make_init_from(config, vocab_size)(params, variables, config.train.seed)
-    with contextlib.closing(Checkpoints(new / CHECKPOINTS)) as checkpoints:
-      checkpoints.save(0, state, ONLY_MODEL)
-    of_tokenizer = write_tokenizer(new, tokenizer)
-    if source is not None:
-      disk.write_json(new / MADE_OF, source)
-    of_text = {"vocab_size": vocab_size, "domains": list(domains)}
-    disk.write_json(new / CONFIG_FILE, config.to_dict() | of_text | of_tokenizer)
+  try:
+    with new_model(folder) as new:
+      params, variables = nnx.state(model, nnx.Param, ...)
+      params = with_values(abstract.params, params, str(folder))
+      variables = with_values(abstract.variables, variables, str(folder))
+      state = make_init_from(config, vocab_size)(params, variables, config.train.seed)
+      with contextlib.closing(Checkpoints(new / CHECKPOINTS)) as checkpoints:
+        checkpoints.save(0, state, ONLY_MODEL)
+      of_tokenizer = write_tokenizer(new, tokenizer)
+      if source is not None:
+        disk.write_json(new / MADE_OF, source)
+      of_text = {"vocab_size": vocab_size, "domains": list(domains)}
+      disk.write_json(new / CONFIG_FILE, config.to_dict() | of_text | of_tokenizer)
+  except disk.Taken:
+    if source is None or not is_made(folder, source):
+      raise
   return folder
 
 

@@ -1,5 +1,6 @@
 """A run that starts from a saved model, and the choice of what it trains."""
 
+import contextlib
 import dataclasses
 import errno
 import os
@@ -131,6 +132,35 @@ def test_a_model_says_what_it_was_made_of(folder, upcycled, tmp_path):
   assert is_current(made, source) and made.exists()
   assert not is_current(made, {"step": 1200}) and not made.exists()  # it is moved aside
   assert is_made(tmp_path / "damaged" / "model-1", source)
+
+
+@pytest.mark.parametrize("when", ["before it begins", "before it is whole"])
+def test_two_commands_that_make_the_same_model_at_the_same_time_both_have_it(
+  upcycled, tmp_path, monkeypatch, when
+):
+  """The run that they then train is locked, and one line says by whom."""
+  folder, source, write = tmp_path / "start", source_of(upcycled, 600), OrbaxWriter.write
+  quicker = lambda made_of: save_model(folder, upcycled, CONFIG, source=made_of)
+
+  def is_second(*args):
+    with monkeypatch.context() as patch:
+      patch.setattr(OrbaxWriter, "write", write)
+      quicker(found)
+    return write(*args)
+
+  for found in (source, {"step": 1200}, None):
+    with contextlib.ExitStack() as stack:
+      if when == "before it begins":
+        quicker(found)
+      else:
+        stack.enter_context(monkeypatch.context()).setattr(OrbaxWriter, "write", is_second)
+      if found is not source:
+        match = "was made of another model" if found else "does not say which model it was made of"
+        stack.enter_context(pytest.raises(InputError, match=match))
+      assert save_model(folder, upcycled, CONFIG, source=source) == folder
+    assert models.hashes(load_run(folder).model) == models.hashes(upcycled)
+    assert [path.name for path in tmp_path.iterdir()] == ["start"]
+    shutil.rmtree(folder)
 
 
 def test_a_run_trains_from_it_what_is_chosen_and_nothing_else(folder, upcycled, tmp_path):
