@@ -67,6 +67,7 @@ def main(argv: list[str]) -> None:
   from moe_jax.adapt.table import write_table
   from moe_jax.comparison.comparison import Comparison
   from moe_jax.data.loading import text_of_run
+  from moe_jax.data.text_folder import check_outside
   from moe_jax.training.compiled import resolve_config
   from moe_jax.training.load import load_run, tokenizer_name
   from moe_jax.training.made import is_made, source_of
@@ -83,6 +84,7 @@ def main(argv: list[str]) -> None:
   making = {"student_experts": _STUDENT.value}
   making |= {"calibration": _CALIBRATION.value} if _STUDENT.value else {}
   source = source_of(teacher.model, teacher.step, **making)
+  check_outside(folder, teacher.config.data)
   has_start = is_made(start, source)
   student = student_of(teacher)
   data = dataclasses.replace(teacher.config.data, batch_size=config.data.batch_size)

@@ -54,21 +54,27 @@ def main(argv: list[str]) -> None:
 
   from rich.console import Console
 
+  from moe_jax import locks
   from moe_jax.analysis.examine import replays, report
   from moe_jax.analysis.examine.examination import examine
+  from moe_jax.data.text_folder import check_outside
 
   console, methods = Console(), _methods()
   opened = model_flags.open_stream() if _STREAM.value else model_flags.open_model()
   with opened as loaded, contextlib.ExitStack() as stack:
     folder = _output_dir(loaded.folder)
     dataset = model_flags.open_dataset(loaded)
+    check_outside(folder, dataset.config)
     batches = list(dataset.validation_batches(flags.FLAGS.batch_size, limit=flags.FLAGS.eval_batches))
+    if _REPLAY.value != "none" and not replays.can_record(loaded.config):
+      raise InputError(
+        f"--replay={_REPLAY.value}: the layers of this model differ, so nothing can be replayed on all"
+      )
+    stack.enter_context(locks.hold(folder / locks.LOCK, f"--output_dir={folder}"))
+    for old in folder.glob("router_logits/*"):
+      old.unlink()  # of an earlier examination
     see = None
     if _REPLAY.value != "none":
-      if not replays.can_record(loaded.config):
-        raise InputError(
-          f"--replay={_REPLAY.value}: the layers of this model differ, so nothing can be replayed on all"
-        )
       see = stack.enter_context(replays.recording(folder / "router_logits", loaded.config, batches))
     found = examine(loaded.model, batches, dataset.info.domains, _DEVICES.value, see)
   report.print_layers(found, console)
@@ -97,15 +103,13 @@ def _methods() -> list[str]:
 
 
 def _output_dir(model: pathlib.Path) -> pathlib.Path:
-  """Returns a new folder, or one that an examination has written, without its router logits."""
+  """Returns a new folder, or one that an examination has written."""
   from moe_jax.analysis.examine import report
 
   # Of a run in a comparison, the arm and the seed name it.
   name = "-".join(part for part in model.resolve().parts[-2:] if part != "arms")
   folder = pathlib.Path(_OUTPUT_DIR.value or f"runs/examine/{name}").expanduser()
   report.check_folder(folder)
-  for old in folder.glob("router_logits/*") if folder.is_dir() else ():
-    old.unlink()  # of an earlier examination
   return folder
 
 

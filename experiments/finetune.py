@@ -68,6 +68,7 @@ def main(argv: list[str]) -> None:
   del argv
   # Imported here, so that --help and wrong flags answer at once.
   from moe_jax import adapt
+  from moe_jax.data.text_folder import check_outside
   from moe_jax.interop.load import load
   from moe_jax.training.load import load_run
   from moe_jax.training.loop import Run
@@ -79,6 +80,7 @@ def main(argv: list[str]) -> None:
   disk.check_folder(folder)
   loaded = load(_MODEL.value)
   dataset, config = data_of(loaded)
+  check_outside(folder, config.data)
   before = adapted(loaded.model)
   config = dataclasses.replace(
     config,

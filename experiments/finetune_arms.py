@@ -89,6 +89,7 @@ def main(argv: list[str]) -> None:
   del argv
   # Imported here, so that --help and wrong flags answer at once.
   from moe_jax.comparison.comparison import Comparison
+  from moe_jax.data.text_folder import check_outside
   from moe_jax.errors import InputError, unknown_name
   from moe_jax.training.load import check_finished, load_run
 
@@ -104,6 +105,7 @@ def main(argv: list[str]) -> None:
       check_finished(folder_of(seed))
   folder, loaded = pathlib.Path(_OUTPUT_DIR.value), load_run(folder_of(arguments["seeds"][0]))
   config = configured(loaded)
+  check_outside(folder, config.data)  # before the models are written that arms start from
   comparison = Comparison(
     {name: arm(folder, name, config, arguments["seeds"]) for name in names},
     config=config,

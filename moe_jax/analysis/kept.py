@@ -9,6 +9,7 @@ from moe_jax import disk
 from moe_jax.cluster import processes
 from moe_jax.config import Config
 from moe_jax.config.plain import is_other_code, own_code
+from moe_jax.data.text_folder import check_outside
 from moe_jax.errors import InputError
 from moe_jax.fingerprint import of_package
 from moe_jax.training import identity
@@ -34,7 +35,7 @@ class Kept:
       line says so.
 
   Raises:
-    InputError: if the folder has numbers of other settings.
+    InputError: if the folder has numbers of other settings, or is in that of the text.
   """
 
   def __init__(self, folder: pathlib.Path, settings: Mapping[str, Any], config: Config | None = None):
@@ -42,6 +43,7 @@ class Kept:
     self.folder, self.path = folder, folder / "settings.json"
     self.settings = dict(settings)
     if config:
+      check_outside(folder, config.data)
       self.settings |= {"config": config.to_dict(), "num_steps": config.train.num_steps}
       if own := own_code(resolve_config(config)):
         self.settings[_OWN] = own

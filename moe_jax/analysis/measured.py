@@ -14,6 +14,7 @@ from moe_jax.comparison.folder import ComparisonFolder
 from moe_jax.comparison.reporting import write_report
 from moe_jax.config.plain import is_other_code, own_code
 from moe_jax.data import Dataset
+from moe_jax.data.text_folder import check_outside
 from moe_jax.errors import InputError
 from moe_jax.inference.evaluate import ALL, Score
 from moe_jax.nn.transformer import Transformer
@@ -82,6 +83,7 @@ class Measured:
       InputError: if the folder has a result on other text, of another model, or with other code of a user's method. What
         a result of an older version does not say is not compared.
     """
+    check_outside(self.folder.path, dataset.config)
     own = {
       "eval_batches": self.eval_batches,
       "own_code": own_code(loaded.config),

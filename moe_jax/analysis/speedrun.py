@@ -18,6 +18,7 @@ from moe_jax.analysis.leaderboard import ARMS, score
 from moe_jax.config import Config, ModelConfig
 from moe_jax.config.plain import fingerprint, to_plain
 from moe_jax.data import Dataset, load_dataset
+from moe_jax.data.text_folder import check_outside
 from moe_jax.errors import InputError, Stopped
 from moe_jax.sharding import make_mesh
 from moe_jax.training.changes import changes
@@ -238,6 +239,8 @@ class Speedrun:
 
   def _check_folder(self) -> None:
     disk.check_folder(self.folder)
+    for config in self.configs.values():
+      check_outside(self.folder, config.data)
     path = self.folder / "config.json"
     if path.exists():
       known = disk.read_object(path)

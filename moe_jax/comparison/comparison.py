@@ -22,6 +22,7 @@ from moe_jax.comparison.tried import TRIED, tried_in_words, write_tried
 from moe_jax.config import Config
 from moe_jax.config.plain import fingerprint, to_plain
 from moe_jax.data import Dataset, load_dataset
+from moe_jax.data.text_folder import check_outside
 from moe_jax.errors import InputError, NonFiniteLoss
 from moe_jax.training import evaluation, identity
 from moe_jax.training.compiled import check_run, compile_steps
@@ -73,6 +74,7 @@ class Comparison:
     evaluations: Mapping[str, Mapping[str, Arm]] | None = None,
   ):
     disk.check_folder(output_dir)
+    check_outside(output_dir, config.data)
     self.mesh = sharding.make_mesh(config.check().mesh)
     self.seeds, self.sweep, self.shard = checked_seeds(seeds), sweep, shard or Shard()
     self.config = with_seed(config, 0)  # the seed is of the run, not of the comparison

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moe_jax import disk
+from moe_jax.config import DataConfig
 from moe_jax.data.windows import Text, text_digest
 from moe_jax.errors import InputError
 
@@ -62,6 +63,19 @@ def read_text_folder(folder: str) -> tuple[dict[str, list[Text]], tuple[str, ...
       for part, text in _cut_in_two(document.text).items():
         splits[part].append(Text(text, i))
   return splits, domains
+
+
+def check_outside(folder: str | os.PathLike[str], data: DataConfig) -> None:
+  """Raises `InputError` if what is written to a folder would be text of the data: it is in their folder of text, and not hidden there."""
+  text = os.path.expanduser(data.text_folder)
+  if data.dataset != "text_folder" or not os.path.isdir(text):  # what is wrong with it, reading it says
+    return
+  root, written = Path(os.path.realpath(text)), Path(os.path.realpath(folder))
+  if written.is_relative_to(root) and not any(p.startswith(".") for p in written.relative_to(root).parts):
+    raise InputError(
+      f"{os.fspath(folder)}: is in the folder of the text, --text_folder={data.text_folder}, so its files would become text; "
+      "choose another folder"
+    )
 
 
 def _documents(root: Path, flag: str) -> list[_Document]:

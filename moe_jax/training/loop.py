@@ -16,6 +16,7 @@ from moe_jax.cluster import processes
 from moe_jax.cluster.signals import Between
 from moe_jax.config import Config
 from moe_jax.data import Dataset
+from moe_jax.data.text_folder import check_outside
 from moe_jax.errors import Stopped
 from moe_jax.training import continuing
 from moe_jax.training.checkpoint import Checkpoints
@@ -50,7 +51,7 @@ class Run:
       them, the run ends at that step, and its result is that of a whole run but for `num_steps`. None: never.
 
   Raises:
-    InputError: a wrong field, or a loss that is no longer finite.
+    InputError: a wrong field, a folder in that of the text, or a loss that is no longer finite.
   """
 
   def __init__(
@@ -71,6 +72,7 @@ class Run:
     self.mesh = sharding.make_mesh(config.check().mesh)
     data = dataclasses.replace(config.data, dataset=dataset.info.name)  # it may be one of the caller's
     self.config = check_run(dataclasses.replace(config, data=data), self.mesh)
+    check_outside(self.folder, self.config.data)
     self.share = processes.batch_share(sharding.batch_sharding(self.mesh), config.data.batch_size)
     self.tail = TailMeans(config)
     self.seconds, self.timed_steps, self.compile_seconds = 0.0, 0, 0.0

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import html.parser
+import os
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from flax import nnx
 
 import moe_jax
-from moe_jax import Context, disk
+from moe_jax import Context, disk, locks
 from moe_jax.analysis.examine import replays, report, tables
 from moe_jax.analysis.examine.examination import Examination, examine
 from moe_jax.analysis.examine.sums import NUM_BINS, Tokens, reached_devices, sums_of_layer
@@ -304,7 +305,7 @@ def test_a_folder_of_a_stopped_examination_is_used_again(tmp_path):
   path = tmp_path / "router_logits/header.json"
   report.check_folder(tmp_path)
   disk.write_json(path, {"router": "softmax_topk"})
-  for name in ("layers.csv", f"{disk.WRITING}abc", f"router_logits/{disk.WRITING}abc"):
+  for name in (locks.LOCK, "layers.csv", f"{disk.WRITING}abc", f"router_logits/{disk.WRITING}abc"):
     (tmp_path / name).touch()
   report.check_folder(tmp_path)
   disk.write_json(path, {"router": "softmax_topk", "fingerprint": "abc"})
@@ -333,11 +334,23 @@ def test_the_script(tmp_path):
   command = [f"--model={model}", "--dataset=text_folder", f"--text_folder={texts}", f"--data_dir={tmp_path}"]
   command += ["--sequence_length=16", "--batch_size=2", "--eval_batches=2", "--devices=3"]
   outputs = [tmp_path / name for name in ("whole", "stream")]
-  whole, stream, wrong = run_scripts(
+  recorded = tmp_path / "beside" / "router_logits" / "steps_000000000001.npy"
+  disk.write_text(recorded, "of another examination that is under way")
+  commands = [
     [SCRIPT, *command, "--replay=loss_free_bias:0.01", f"--output_dir={outputs[0]}"],
     [SCRIPT, *command, "--replay=loss_free_bias:0.01", f"--output_dir={outputs[1]}", "--stream"],
+    [SCRIPT, *command, f"--output_dir={outputs[0]}"],
+    [SCRIPT, *command, "--replay=loss_free_bias:0.01", f"--output_dir={tmp_path}/beside"],
+    [SCRIPT, *command, f"--output_dir={texts}/examined"],
     [SCRIPT, *command, f"--output_dir={texts}"],
-  )
+  ]
+  with locks.hold(tmp_path / "beside" / locks.LOCK, "the other one"):
+    whole, stream, again, beside, inside, wrong = run_scripts(*commands)
+  assert again.status == 0 and not any((outputs[0] / "router_logits").iterdir())  # those of before are gone
+  assert_one_line(beside, f"--output_dir={tmp_path}/beside: in use by process {os.getpid()} on ")
+  assert recorded.exists()
+  assert_one_line(inside, f"{texts}/examined: is in the folder of the text, --text_folder={texts}, so")
+  assert not (texts / "examined").exists()
   assert whole.status == stream.status == 0, (whole, stream)
   assert "report.html" in whole.stdout and " - " in whole.stdout  # three devices for four experts
   for name, keys in (("layers.csv", {"max_vio", "information_domain"}), ("replays.csv", {"max_vio"})):

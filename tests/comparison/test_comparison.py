@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 
 from moe_jax import fingerprint
+from moe_jax.analysis.kept import Kept
 from moe_jax.comparison import folder as comparison_folder
 from moe_jax.comparison.arms import balancing_arm
 from moe_jax.comparison.comparison import Comparison
 from moe_jax.comparison.folder import ComparisonFolder
+from moe_jax.data import load_dataset
 from moe_jax.errors import InputError
 from moe_jax.training import loop as train_loop
+from moe_jax.training.loop import Run
 from moe_jax.training.metric_writer import read_jsonl
 from tests import tiny
 
@@ -180,3 +183,20 @@ def test_wrong_input_is_one_line_before_anything_is_written(tmp_path, arms, fiel
     Comparison(arms, [0], tiny.change(CONFIG, **fields), tmp_path / "run")
   assert "\n" not in str(caught.value)
   assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_in_that_of_the_text_is_refused_before_anything_is_written(tmp_path):
+  """By each that writes what a run is: its files would be other text for the start that continues."""
+  (tmp_path / "a.txt").write_text("abc " * 400)
+  config = tiny.change(CONFIG, dataset="text_folder", text_folder=str(tmp_path))
+  data = load_dataset(config.data)
+  for write in (
+    lambda folder: Comparison(ARMS, [0], config, folder),
+    lambda folder: Run(config, data, folder),
+    lambda folder: Kept(folder, {}, config),
+  ):
+    with pytest.raises(
+      InputError, match=f"^{tmp_path}/out: is in the folder of the text, --text_folder={tmp_path}"
+    ):
+      write(tmp_path / "out")
+  assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]

@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import re
 from hashlib import sha256
@@ -5,7 +6,8 @@ from hashlib import sha256
 import numpy as np
 import pytest
 
-from moe_jax.data.text_folder import read_text_folder
+from moe_jax.config import DataConfig
+from moe_jax.data.text_folder import check_outside, read_text_folder
 from moe_jax.errors import InputError
 from tests.data.helpers import folder_dataset, write_files
 
@@ -44,6 +46,24 @@ def test_the_name_of_the_folder_is_in_the_fingerprint_only_as_the_domain_of_file
   found = lambda name, files: folder_dataset(write_files(tmp_path / name, files)).info.fingerprint
   assert found("here/texts", top) == found("there/texts", top) != found("here/renamed", top)
   assert found("here/deep", below) == found("here/renamed_deep", below)
+
+
+def test_what_is_written_must_not_become_text(tmp_path, monkeypatch):
+  """Else the first start works, and the second is refused, because it has other text: the files of the first."""
+  write_files(tmp_path / "texts", {"a/1": "abc"})
+  (tmp_path / "link").symlink_to(tmp_path / "texts" / "a")
+  monkeypatch.chdir(tmp_path)
+  data = DataConfig(dataset="text_folder", text_folder="texts")
+  for inside in ("texts", "texts/out", "texts/a/../b/c", tmp_path / "texts" / "out", "link/out"):
+    line = f"{inside}: is in the folder of the text, --text_folder=texts, so its files would become text; choose another"
+    with pytest.raises(InputError, match=re.escape(line)):
+      check_outside(inside, data)
+  for outside in ("out", ".", "texts_2", "texts/.out/run", "texts/../out"):  # a hidden file is no text
+    check_outside(outside, data)
+  check_outside("texts/out", dataclasses.replace(data, dataset="stdlib"))
+  check_outside("none/out", dataclasses.replace(data, text_folder="none"))
+  with pytest.raises(InputError, match=r"is in the folder of the text, --text_folder=link/\., so"):
+    check_outside(tmp_path / "texts/a", dataclasses.replace(data, text_folder="link/."))
 
 
 def test_splits_do_not_depend_on_other_domains(tmp_path):

@@ -7,7 +7,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from moe_jax import disk
+from moe_jax import disk, locks
 from moe_jax.analysis.examine import plots, tables
 from moe_jax.analysis.examine.examination import Examination
 from moe_jax.comparison.report.html import picture
@@ -24,7 +24,7 @@ REPLAY_COLUMNS = (
 
 ARRAYS = "examination.npz"
 # What is there before it, where an examination was stopped.
-_BEFORE = (router_trace.FOLDER, "layers.csv", "experts.csv", "replays.csv")
+_BEFORE = (locks.LOCK, router_trace.FOLDER, "layers.csv", "experts.csv", "replays.csv")
 
 
 def check_folder(folder: pathlib.Path) -> None:
