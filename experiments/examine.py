@@ -61,32 +61,34 @@ def main(argv: list[str]) -> None:
 
   console, methods = Console(), _methods()
   opened = model_flags.open_stream() if _STREAM.value else model_flags.open_model()
-  with opened as loaded, contextlib.ExitStack() as stack:
-    folder = _output_dir(loaded.folder)
-    dataset = model_flags.open_dataset(loaded)
-    check_outside(folder, dataset.config)
-    batches = list(dataset.validation_batches(flags.FLAGS.batch_size, limit=flags.FLAGS.eval_batches))
-    if _REPLAY.value != "none" and not replays.can_record(loaded.config):
-      raise InputError(
-        f"--replay={_REPLAY.value}: the layers of this model differ, so nothing can be replayed on all"
-      )
-    stack.enter_context(locks.hold(folder / locks.LOCK, f"--output_dir={folder}"))
-    for old in folder.glob("router_logits/*"):
-      old.unlink()  # of an earlier examination
-    see = None
-    if _REPLAY.value != "none":
-      see = stack.enter_context(replays.recording(folder / "router_logits", loaded.config, batches))
-    found = examine(loaded.model, batches, dataset.info.domains, _DEVICES.value, see)
-  report.print_layers(found, console)
-  page = report.write(
-    folder,
-    found,
-    title=f"{loaded.folder.name or loaded.folder}, examined",
-    command=shlex.join(["python", *sys.argv]),
-    facts=_facts(loaded, dataset),
-    text_of=_text_of(loaded),
-    replays=replays.replay_all(folder / "router_logits", methods, len(found.load_E(0))) if see else (),
-  )
+  with contextlib.ExitStack() as stack:  # the folder is this command's own until the report is there
+    with opened as loaded:
+      folder = _output_dir(loaded.folder)
+      check_outside(folder, model_flags.data_config(loaded))
+      stack.enter_context(locks.hold(folder / locks.LOCK, f"--output_dir={folder}"))
+      dataset = model_flags.open_dataset(loaded)
+      batches = list(dataset.validation_batches(flags.FLAGS.batch_size, limit=flags.FLAGS.eval_batches))
+      recording = contextlib.nullcontext()
+      if _REPLAY.value != "none":
+        if not replays.can_record(loaded.config):
+          raise InputError(
+            f"--replay={_REPLAY.value}: the layers of this model differ, so nothing can be replayed on all"
+          )
+        recording = replays.recording(folder / "router_logits", loaded.config, batches)
+      for old in folder.glob("router_logits/*"):
+        old.unlink()  # of an earlier examination
+      with recording as see:
+        found = examine(loaded.model, batches, dataset.info.domains, _DEVICES.value, see)
+    report.print_layers(found, console)
+    page = report.write(
+      folder,
+      found,
+      title=f"{loaded.folder.name or loaded.folder}, examined",
+      command=shlex.join(["python", *sys.argv]),
+      facts=_facts(loaded, dataset),
+      text_of=_text_of(loaded),
+      replays=replays.replay_all(folder / "router_logits", methods, len(found.load_E(0))) if see else (),
+    )
   console.print(f"report: {page}", soft_wrap=True, markup=False, highlight=False)
 
 

@@ -58,7 +58,7 @@ def scored_batches(loaded: "Loaded") -> tuple[int, int]:
   """
   from moe_jax.inference.model import rows_of_mesh
 
-  values, data, own = flags.FLAGS, _data(loaded), loaded.config.data
+  values, data, own = flags.FLAGS, data_config(loaded), loaded.config.data
   parts = lambda config: (config.dataset, config.text_folder, config.sequence_length)
   is_own = loaded.step and parts(data) == parts(own)
   size = values["batch_size"].value or (own.batch_size if is_own else _BATCH_SIZE)
@@ -81,7 +81,7 @@ def open_dataset(loaded: "Loaded") -> "Dataset":
   from moe_jax.data.loading import check_same_ids, text_of_run
   from moe_jax.data.tokenizers import missing_tokenizer
 
-  values, own, data = flags.FLAGS, loaded.config.data, _data(loaded)
+  values, own, data = flags.FLAGS, loaded.config.data, data_config(loaded)
   positive(data, "batch_size", "sequence_length")
   check_same_ids(own.dataset, data.dataset)
   if loaded.tokenizer is None:
@@ -94,8 +94,8 @@ def open_dataset(loaded: "Loaded") -> "Dataset":
   return loaded.as_trained(text_of_run(loaded.folder, data, tokenizer))
 
 
-def _data(loaded: "Loaded") -> DataConfig:
-  """The configuration of the data set that the flags name."""
+def data_config(loaded: "Loaded") -> DataConfig:
+  """Returns the configuration of the data set that the flags name, or that of the run. Nothing is opened."""
   names = ("dataset", "text_folder", "data_dir", "sequence_length", "batch_size")
   given = {name: flags.FLAGS[name].value for name in names if flags.FLAGS[name].value}
   return dataclasses.replace(loaded.config.data, **given)
