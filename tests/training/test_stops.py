@@ -329,7 +329,7 @@ def test_a_run_that_is_asked_leaves_the_evaluation(asked, batch, dataset, tmp_pa
           time.sleep(0.2)
         elif evaluated.count(4) == batch:
           patch.setattr(stops, "_started", -1e12)
-        return step(*args)
+        return (step or self.steps.evaluate)(*args)
 
       return super().evaluate(state, evaluate_batch)
 
