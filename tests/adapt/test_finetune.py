@@ -87,7 +87,8 @@ def test_a_published_model_is_tuned_with_its_template_and_arms_are_paired(folder
   arms = ["experiments/finetune_arms.py", f"--model={folder}/seed_{{seed}}", *TRAIN, "--sequence_length=160"]
   arms += ["--arms=all,expert_dropout", "--seeds=2", f"--output_dir={tmp_path}/arms"]
   wrong, text = f"--output_dir={tmp_path}/none", tmp_path / "text"
-  disk.write_text(text / "a" / "b.txt", "abc " * 200)
+  disk.write_text(text / "a" / "b.txt", "abc " * 2000)
+  inside = ["--dataset=text_folder", f"--text_folder={text}", f"--output_dir={text}/out"]
   teacher = moe_jax.load(folder / "seed_0").model
   made = source_of(teacher, 0, student_experts=4, calibration=16)
   save_model(tmp_path / "distilled" / "start", teacher, CONFIG, source=made)
@@ -110,8 +111,8 @@ def test_a_published_model_is_tuned_with_its_template_and_arms_are_paired(folder
     [*script, *jsonl, "--adapter_rank=99", wrong],
     [*arms[:2], "--arms=al", wrong],
     [*distil, "--student_experts=4", "--calibration=1"],
-    [*script, "--dataset=text_folder", f"--text_folder={text}", f"--output_dir={text}/out"],
-    [*arms, "--dataset=text_folder", f"--text_folder={text}", f"--output_dir={text}/out"],
+    [*script, f"--model={folder}/seed_0", *inside],
+    [*arms, *inside],
     [*tune, "--seed=7", f"--output_dir={tmp_path}/drawn"],
     [str(swap), str(folder)],
     [*arms, "--seeds=1"],
