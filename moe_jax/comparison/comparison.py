@@ -323,10 +323,6 @@ class Comparison:
     self.folder.merge_metrics(stored)
     if stored.keys() - own.keys():  # of other commands in this folder; what `results` have besides stays
       results = list((stored | own).values())
-    if not results:
-      raise InputError(
-        f"{self.folder.path}: there are no results to report, because the comparison has no arms"
-      )
     of_results = beside(results, "; ".join(texts["commands"])) if beside else ()
     write_report(self.folder, results, self.console, of_results=of_results, **texts)
 

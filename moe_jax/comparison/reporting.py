@@ -14,6 +14,7 @@ from moe_jax.comparison.folder import ComparisonFolder, Result
 from moe_jax.comparison.report import words
 from moe_jax.comparison.results import varying
 from moe_jax.comparison.tried import TRIED, read_tried, tried_in_words
+from moe_jax.errors import InputError
 
 REPORT_FILE = "report.json"  # title, question, commands, notes, ..., from which joined folders have theirs
 
@@ -91,7 +92,12 @@ def write_report(
 
   The notes are followed by what depends on the results, which no report keeps: `of_results`, what a sweep tried, what was
   dropped, and the fields of arms.
+
+  Raises:
+    InputError: if there are no results.
   """
+  if not results:
+    raise InputError(f"{folder.path}: there are no results to report, because the comparison has no arms")
   path = folder.path / TRIED
   tried = read_tried(path) if swept and path.exists() else []
   results = sweep.marked(results, swept or {}, tried)
