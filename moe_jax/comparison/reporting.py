@@ -12,7 +12,7 @@ from moe_jax import disk
 from moe_jax.comparison import report, sweep
 from moe_jax.comparison.folder import ComparisonFolder, Result
 from moe_jax.comparison.report import words
-from moe_jax.comparison.results import varying
+from moe_jax.comparison.results import group_by_arm, uneven_protocol, varying
 from moe_jax.comparison.tried import TRIED, read_tried, tried_in_words
 from moe_jax.errors import InputError
 
@@ -108,6 +108,10 @@ def write_report(
   notes = [*notes, *of_results, *tried_in_words(tried), words.drops(summary, results)]
   notes = [*filter(None, notes), *filter(None, (words.of_field(arms, field) for field in states))]
   report.print_table(summary, console)
+  for arm, of_arm in group_by_arm(results).items():
+    if uneven := uneven_protocol(of_arm, "nll"):
+      said = f"The mean of {arm} is over seeds that are not of one setting: they differ in {uneven}."
+      console.print(said, soft_wrap=True, highlight=False, markup=False)
   report.print_differences(report.paired_differences(results, varies=varies), console, varies)
   paths = report.write_report(
     folder.path, results, varies=varies, command="; ".join(commands), notes=notes, **texts

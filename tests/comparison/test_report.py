@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from moe_jax.comparison import differences, report
+from moe_jax.comparison import differences, report, reporting
+from moe_jax.comparison.folder import ComparisonFolder
 from moe_jax.comparison.report import canvas, tables, words
 from moe_jax.training.changes import lasting
 from tests import tiny
@@ -189,6 +190,17 @@ def test_the_tables_of_the_report_have_every_arm_and_number(tmp_path):
   assert [line[0] for line in differences[1:] if line[0]] == arms[1:]
   assert [line[0] for line in layers] == ["Arm", *arms] and layers[0][1:] == ["Layer 0", "Layer 1"]
   assert ["Training steps", "30"] in facts
+
+
+def test_the_mean_of_seeds_of_two_settings_is_said(tmp_path):
+  start = lambda seed: {"folder": "dense", "digest": "one" if seed < 2 else "other"}
+  results = [make_result("a", seed) | {"init_from": start(seed)} for seed in range(3)]
+  folder = ComparisonFolder(write_run(tmp_path / "run", results))
+  for found, said in ((results, True), (results[:2], False)):
+    out, texts = io.StringIO(), {"title": "t", "question": "q", "commands": ["c"], "notes": []}
+    reporting.write_report(folder, found, Console(file=out, width=200), **texts)
+    line = "The mean of a is over seeds that are not of one setting: they differ in content of --init_from."
+    assert (line in out.getvalue().splitlines()) == said
 
 
 @pytest.mark.parametrize("num_arms", [1, 12])
