@@ -21,6 +21,7 @@ from moe_jax.nn.moe import MoE
 from moe_jax.nn.transformer import Transformer
 from moe_jax.ops.metrics import METRICS, Metric
 from moe_jax.training.changes import FREE, lasting
+from moe_jax.training.compiled import objective_of
 from moe_jax.training.own_metrics import own_metrics
 from moe_jax.training.protocol import protocol_of, slots_of_mesh
 from moe_jax.training.step import EvalSums
@@ -115,7 +116,7 @@ def result_of(run: "Run", validation: dict[str, Any], num_steps: int) -> dict[st
     **({"init_from": init_from(run)} if config.train.init_from else {}),
     **({"own_code": code} if (code := own_code(config)) else {}),
     **({"own_metrics": digests} if (digests := own_metrics()) else {}),
-    **({"teacher": teacher} if (teacher := run.unchanging["teacher"]) else {}),
+    **({"teacher": teacher} if (teacher := objective_of(config).digest) else {}),
     "num_params": num_params,
     "num_active_params": num_active,
     "dataset": info.name,
