@@ -28,10 +28,8 @@ class Agreement:
   def __init__(self):
     self._round = f"moe_jax/agree/{next(_rounds)}"
     self._reason = ""
-    self._checked, self._stop_at = (
-      0,
-      None,
-    )  # how many places the main thread has checked; at which of them all stop
+    self._checked = 0  # how many places the main thread has checked
+    self._stop_at: int | None = None  # at which of them all stop
     self._lock, self._closing = threading.Lock(), threading.Event()
     self._client = None
     if jax.process_count() > 1:

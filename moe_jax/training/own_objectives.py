@@ -31,8 +31,8 @@ def check_own_objective(method: Method) -> None:
   """Raises `InputError` if an objective of a user's is a mean over targets, or evaluates something else than a likelihood.
 
   A mean would train at another learning rate with each batch, and results would divide it by the targets once more. Of a
-  batch with each sequence twice, a sum is twice as large. A training loss that is neither is said in one line. That it is the likelihood is checked where the training loss is
-  also what results report: `evaluate` is that of `Objective`.
+  batch with each sequence twice, a sum is twice as large. A training loss that is neither is said in one line. Where it is also
+  what results report, because `evaluate` is that of `Objective`, it must be the likelihood.
 
   A small model without experts computes it, on a CPU. The objective's own `InputError` there may be of the tiny batch, and
   the program of the run meets it otherwise. Distillation is not tried: a teacher has the vocabulary of the text.
@@ -60,10 +60,11 @@ def _check(method: Method) -> None:
       continue
     # A loss may compare the sequences of a batch, or penalise weights. Nothing that is reported may.
     if of == "the training loss" and not is_near(twice, once):
-      _say_once(
-        f"{what}: {of} of a batch with each sequence twice is not twice as large ({twice:.5g}, and {once:.5g} with each once), "
-        "so it is no sum over targets, and depends on how many sequences are in a micro-batch"
-      )
+      if processes.is_first():
+        note(
+          f"{what}: {of} of a batch with each sequence twice is not twice as large ({twice:.5g}, and {once:.5g} with each once), "
+          "so it is no sum over targets, and depends on how many sequences are in a micro-batch"
+        )
       continue
     raise InputError(
       f"{what}: {of} of a batch with each sequence twice is {twice:.5g}, and {once:.5g} with each once; it must be twice as "
@@ -77,11 +78,6 @@ def _check(method: Method) -> None:
       f"{likelihoods[0]:.5g}; every result reports it as that: override evaluate, or derive from NextToken and override "
       "token_losses"
     )
-
-
-def _say_once(text: str) -> None:
-  if processes.is_first():
-    note(text)
 
 
 def _measured(objective: Objective) -> dict[str, Any]:
