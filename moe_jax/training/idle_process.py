@@ -20,7 +20,6 @@ _MINUTES = 5  # that one of a group waits for another, which rests most of the t
 def main(said: dict[str, Any]) -> None:
   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)  # they are for the run, which decides what is saved
-  os.sched_setscheduler(0, said["policy"], os.sched_param(0))
   ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGKILL)
   if os.getppid() != said["parent"]:
     return

@@ -94,7 +94,7 @@ class IdleSaver:
       request = {"step": step, "tree": shared.numbered, "extra": extra, "arrays": shared.spec}
       self._process.stdin.write(json.dumps(request).encode() + b"\n")
       self._process.stdin.flush()
-      if self._wait(_LATEST + shared.num_bytes / SLOWEST):
+      if self._wait(b"saved\n", _LATEST + shared.num_bytes / SLOWEST):
         return True
     except OSError:
       pass
@@ -105,11 +105,16 @@ class IdleSaver:
     with self._starting:
       if self.ended:
         raise ProcessLookupError
-      if self._process is None:
-        self._process = start(self._folder, self._keep, shared, group)
+      if self._process:
+        return
+      self._process = start(self._folder, self._keep, shared, group)
+    if not self._wait(
+      b"ready\n", _LATEST, may_rest=False
+    ):  # only then it ends with the run where it rests, too
+      raise ProcessLookupError
 
-  def _wait(self, seconds: float) -> bool:
-    """Returns whether the checkpoint was written in time, which takes many rests.
+  def _wait(self, line: bytes, seconds: float, may_rest: bool = True) -> bool:
+    """Returns whether the process has said `line` in time, which for a checkpoint takes many rests.
 
     They end by the clock, so those beside other processes of the run work in the same moments. Steps, in which one process waits for
     another, are then late by one of them, and not by one after the other.
@@ -122,13 +127,13 @@ class IdleSaver:
       if self._in_a_hurry and is_idle:
         is_idle = False
         _set_policy(self._process.pid, os.SCHED_OTHER)
-      if not self._no_rest.is_set():
+      if may_rest and not self._no_rest.is_set():
         self._process.send_signal(signal.SIGSTOP)
         self._no_rest.wait(period - time.time() % period)
         self._process.send_signal(signal.SIGCONT)
     if not is_idle:
       _set_policy(self._process.pid, _POLICY)
-    return output.readline() == b"saved\n"
+    return output.readline() == line
 
   @property
   def ended(self) -> bool:
@@ -188,7 +193,6 @@ def start(folder: pathlib.Path, keep: int, shared: SharedArrays, group: Group | 
     "handle": shared.handle,
     "num_bytes": shared.num_bytes,
     "parent": os.getpid(),
-    "policy": _POLICY,
     "group": group and group._asdict(),
   }
   process = subprocess.Popen(
@@ -204,5 +208,5 @@ def start(folder: pathlib.Path, keep: int, shared: SharedArrays, group: Group | 
     # (sched_autogroup), whatever its policy.
     process_group=0,
   )
-  process.stdout.readline()  # from here on, it ends with the run also where it rests
+  _set_policy(process.pid, _POLICY)  # the start of Python itself takes 30 ms, which a step would wait for
   return process

@@ -158,6 +158,26 @@ def test_the_error_of_a_folder_that_cannot_be_written_is_that_of_this_process(he
   checkpoints._saves._saver.close()
 
 
+def test_a_process_that_starts_slowly_is_not_waited_for_and_takes_nothing_from_steps(
+  checkpoints, here, monkeypatch, tmp_path
+):
+  """Python alone needs 30 ms of a core before it runs a line of ours."""
+  slow = tmp_path / "python"
+  slow.write_text("#!/bin/sh\nexec sleep 100\n")
+  slow.chmod(0o755)
+  monkeypatch.setattr(sys, "executable", str(slow))
+  monkeypatch.setattr(idle_saver, "_POLICY", POLICY)
+  checkpoints.save(1, state_of(1), {"place": 1}, steps_follow=True)
+  until(lambda: checkpoints._saves._saver._process)
+  process = checkpoints._saves._saver._process
+  until(lambda: os.sched_getscheduler(process.pid) == os.SCHED_IDLE)
+  before = time.monotonic()
+  checkpoints.wait()
+  assert time.monotonic() - before < 30 and process.returncode == -signal.SIGKILL
+  assert here == [1]
+  assert_holds(checkpoints.folder, state_of(1), {"place": 1})
+
+
 @pytest.mark.parametrize("what", ["no process", "no memory", "another system"])
 def test_a_system_without_it_has_a_thread(checkpoints, here, monkeypatch, what):
   if what == "no process":
