@@ -22,6 +22,7 @@ row for each step to reinforce.csv, and prints the means. The same command conti
 import dataclasses
 import functools
 import itertools
+import math
 import pathlib
 
 from absl import flags
@@ -62,10 +63,13 @@ def main(argv: list[str]) -> None:
   # Imported here, so that --help and wrong flags answer at once.
   from moe_jax.adapt.table import write_table
   from moe_jax.analysis.kept import Kept
+  from moe_jax.errors import InputError
 
   if not flags.FLAGS["preset"].present:
     flags.FLAGS.preset = "tiny"
   config = cli.config_from_flags()
+  if not math.isfinite(_RATE.value):
+    raise InputError(f"--rl_learning_rate={_RATE.value}: must be a finite number")
   names = ("task", "length", "rl_steps", "questions", "answers", "updates", "rl_learning_rate")
   folder = pathlib.Path(_OUTPUT_DIR.value)
   kept = Kept(folder, {name: flags.FLAGS[name].value for name in names}, config)
@@ -108,9 +112,11 @@ def tuned(loaded, arm: str, seed: int) -> dict:
   """Trains a model by policy gradients. Returns a line for each step, and a summary."""
   import jax
   import numpy as np
+  import optax
   from flax import nnx
 
   from moe_jax.adapt.reinforce import TASKS, split_questions
+  from moe_jax.errors import NonFiniteLoss
   from moe_jax.training.optim import make_optimizer
 
   task = TASKS[_TASK.value]
@@ -140,6 +146,10 @@ def tuned(loaded, arm: str, seed: int) -> dict:
         params, state, numbers = update(params, rest, state, batch, old, routes)
         if i == 0:
           first = float(numbers.log_ratio)
+      if not all(map(math.isfinite, (first, float(numbers.loss), float(optax.global_norm(params))))):
+        raise NonFiniteLoss(
+          f"{arm} seed {seed} has numbers that are not finite at step {step + 1} of --rl_steps; try a lower --rl_learning_rate"
+        )
       lines.append(
         {"step": step + 1, "reward": rewards, **seen, "log_ratio": first, "clipped": float(numbers.clipped)}
       )

@@ -235,5 +235,9 @@ def said(what: str) -> Iterator[None]:
   """Says on stderr what runs now, and then how long it took."""
   print(f"{what} ...", end=" ", file=sys.stderr, flush=True)
   start = time.perf_counter()
-  yield
+  try:
+    yield
+  except BaseException:  # what is said of it has a line of its own
+    print(file=sys.stderr)
+    raise
   print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)

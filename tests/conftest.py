@@ -9,6 +9,7 @@ import os
 import pathlib
 import platform
 import shutil
+import signal
 import time
 
 import hypothesis
@@ -40,6 +41,11 @@ def _data_sources() -> bytes:
 
 
 DATA_DIR = CACHE / f"data-{_digest(_data_sources(), platform.python_version().encode())}"
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+  # A shell that starts the tests in the background (`&` in a script) lets them and what they start ignore it, and some
+  # tests send it.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Eight devices on one CPU, so that every sharded path runs on a laptop.

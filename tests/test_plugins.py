@@ -47,6 +47,26 @@ def test_what_a_plugin_registers_has_a_name(tmp_path):
       'moe_jax.register("metric", "nll", moe_jax.Metric(mine, mine))\n',
       "metric 'nll': the name is taken by moe_jax",
     ),
+    (
+      'moe_jax.register("metric", "seconds", moe_jax.Metric(mine, mine))\n',
+      "metric 'seconds': the name is taken by moe_jax",
+    ),
+    (
+      'moe_jax.register("metric", "max_vio_training", moe_jax.Metric(mine, mine))\n',
+      "metric 'max_vio_training': the name is taken",
+    ),
+    (
+      'moe_jax.register("metric", "m", moe_jax.Metric(mine, mine, "M", format=",d"))\n',
+      "metric 'm': format ',d' is none of a floating-point number",
+    ),
+    (
+      'moe_jax.register("metric", "m", moe_jax.Metric(mine, mine, 3))\n',
+      "metric 'm': training is 3; it must be a text",
+    ),
+    (
+      'moe_jax.register("metric", "m", moe_jax.Metric(mine, mine, lower_is_better="yes"))\n',
+      "metric 'm': lower_is_better is 'yes'; it must be",
+    ),
   ],
 )
 def test_a_plugin_that_fails_is_named_with_its_line(tmp_path, code, message):

@@ -121,7 +121,7 @@ def check_number(layers: Sequence[Layer], routed: Sequence[int], num_experts: in
     if not moe.num_experts_per_token <= num_experts <= moe.num_experts:
       raise InputError(
         f"num_experts={num_experts}: layer {i} has {moe.num_experts} experts and a token takes "
-        f"{moe.num_experts_per_token}; choose a number between"
+        f"{moe.num_experts_per_token}; choose {moe.num_experts_per_token} to {moe.num_experts}"
       )
 
 

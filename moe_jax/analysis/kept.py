@@ -2,6 +2,7 @@
 
 import contextlib
 import pathlib
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -28,7 +29,7 @@ class Kept:
   all make the same calls, and process 0 reads and writes.
 
   Args:
-    folder: new, or that of an earlier command. While something is measured, no other command may.
+    folder: new, or that of an earlier command. From the first number on until this object is gone, no other command may measure there.
     settings: JSON values that the numbers depend on.
     config: of trainings that they depend on, too. What may change when a run continues may change here, but for more steps.
       With it, numbers by other code of a user's method are refused. Numbers by other code of moe_jax are kept, and one
@@ -47,7 +48,9 @@ class Kept:
       self.settings |= {"config": config.to_dict(), "num_steps": config.train.num_steps}
       if own := own_code(resolve_config(config)):
         self.settings[_OWN] = own
-    self._noted = False
+    self._noted, self._holds = False, False
+    self._held = contextlib.ExitStack()
+    weakref.finalize(self, self._held.close)  # at the latest when the process ends
     if processes.is_first():  # where it fails, the others are stopped with its message
       self._check(self._read(self.path, "each of the numbers has its settings, too"))
 
@@ -58,14 +61,18 @@ class Kept:
       InputError: if it is of other settings, or if another command measures in the folder.
     """
     path = self.folder / f"{name}.json"
-    with identity.hold([(self.folder, f"--output_dir={self.folder}")]):
+    if (
+      not self._holds
+    ):  # not for each number: between two, models and text are read, and a second command would take over
+      self._held.enter_context(identity.hold([(self.folder, f"--output_dir={self.folder}")]))
+      self._holds = True
+    found = processes.from_first(self._found(path) if processes.is_first() else None)
+    if found is None:
+      with self._said():
+        made = make()
+      if processes.is_first():
+        disk.write_json(path, disk.with_digest(made | {_SETTINGS: self.settings, _CODE: of_package()}))
       found = processes.from_first(self._found(path) if processes.is_first() else None)
-      if found is None:
-        with self._said():
-          made = make()
-        if processes.is_first():
-          disk.write_json(path, disk.with_digest(made | {_SETTINGS: self.settings, _CODE: of_package()}))
-        found = processes.from_first(self._found(path) if processes.is_first() else None)
     return found
 
   @contextlib.contextmanager

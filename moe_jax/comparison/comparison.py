@@ -234,7 +234,8 @@ class Comparison:
     """Trains and evaluates one run, as far as it is not done."""
     folder = self.folder.run(arm, seed)
     config = with_seed(self.configs[arm], seed)
-    run = Run(config, dataset, folder, progress, label=arm, show=f"{arm} seed {seed}")
+    known = self.folder.starts()
+    run = Run(config, dataset, folder, progress, label=arm, show=f"{arm} seed {seed}", starts=known)
     if not self._is_trained(arm, seed):
       try:
         run.train()

@@ -11,7 +11,7 @@ from typing import Any
 
 from moe_jax import disk, locks
 from moe_jax.comparison.arms import Arm, value_of
-from moe_jax.comparison.results import lookup
+from moe_jax.comparison.results import lookup, starts_of
 from moe_jax.config import Config
 from moe_jax.config.plain import fingerprint, to_plain
 from moe_jax.errors import InputError
@@ -58,6 +58,10 @@ class ComparisonFolder:
     folders = sorted(path.parent for path in self.path.glob(f"arms/*/seed_*/{RESULT_FILE}"))
     seeds = [(folder, folder.name.removeprefix("seed_")) for folder in folders]
     return [(folder, int(seed)) for folder, seed in seeds if seed.isdecimal()]
+
+  def starts(self) -> dict[str, str]:
+    """Returns the digest of the parameters that each folder of `init_from` had when finished runs started from it."""
+    return starts_of(read_result(folder / RESULT_FILE) for folder, _ in self.finished())
 
   def has_result(self, arm: str, seed: int) -> bool:
     """Returns whether the run is finished: it has a whole result."""

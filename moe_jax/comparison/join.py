@@ -17,7 +17,7 @@ from moe_jax.comparison.folder import (
   merged_claim,
 )
 from moe_jax.comparison.reporting import REPORT_FILE, merged_texts, read_texts, write_report
-from moe_jax.comparison.results import load_results, lookup
+from moe_jax.comparison.results import load_results, lookup, starts_of
 from moe_jax.comparison.tried import TRIED, read_tried, write_tried
 from moe_jax.errors import InputError
 from moe_jax.training.result_file import Result, read_result, steps_asked
@@ -38,7 +38,7 @@ def join(
 
   Raises:
     InputError: if a folder holds no comparison, if two have another configuration, other code or other text, if
-      two have different results of one run, if `output_dir` is not empty, or a file cannot be copied. Nothing is
+      two have different results of one run or other parameters of one `init_from`, if `output_dir` is not empty, or a file cannot be copied. Nothing is
       written then.
   """
   sources, target = [ComparisonFolder(folder) for folder in folders], ComparisonFolder(output_dir)
@@ -108,6 +108,7 @@ def _runs(sources: Sequence[ComparisonFolder]) -> dict[tuple[str, int], pathlib.
       if found:  # one that diverged has no versions, and one of before no digest of the code
         first, other = max(found.values(), key=lambda known: len(lookup(known[1], "versions") or {}))
         _check_same_code(source.path, result, first.parents[2], other)
+        _check_same_start(path.parent, result, found)
       if key in found and lookup(found[key][1], "validation") != lookup(result, "validation"):
         raise InputError(
           f"{path.parent}: has another result than {found[key][0]}, of the same run; remove one of them"
@@ -134,6 +135,17 @@ def _check_same_code(own: pathlib.Path, result: Result, first: pathlib.Path, oth
       raise InputError(
         f"{own}: has results of {what} {versions[0]}, and {first} of {versions[1]}; train both with one version"
       )
+
+
+def _check_same_start(
+  own: pathlib.Path, result: Result, found: Mapping[tuple[str, int], tuple[pathlib.Path, Result]]
+) -> None:
+  for folder, digest in starts_of([result]).items():
+    for path, other in found.values():
+      if (known := starts_of([other]).get(folder, digest)) != digest:
+        raise InputError(
+          f"{own}: started from other parameters in {folder} (digest {digest}) than {path} ({known}); train both from one model"
+        )
 
 
 def _copy(

@@ -172,6 +172,12 @@ def _differ(key: str, values: Sequence[Any]) -> bool:
   return any(value != values[0] for value in values)
 
 
+def starts_of(results: Iterable[Result]) -> dict[str, str]:
+  """Returns the digest of the parameters that each folder of `init_from` had when a run started from it, the first one of several."""
+  starts = [result.get("init_from") or {} for result in results]
+  return {start["folder"]: start["digest"] for start in reversed(starts) if start.get("digest")}
+
+
 def _compared(result: Result) -> Result:
   """Returns a result with the protocol by which it is compared.
 

@@ -23,6 +23,7 @@ from moe_jax.nn.residual import RESIDUALS
 from moe_jax.nn.routers import ROUTERS
 from moe_jax.nn.variables import abstract
 from moe_jax.ops.balancing import BALANCERS
+from moe_jax.ops.metrics import is_taken
 from moe_jax.sharding.dispatchers import DISPATCHERS
 
 _MOE_PARTS = {
@@ -53,6 +54,10 @@ def resolve_moe(config: MoEConfig) -> MoEConfig:
   with naming("balancers", config.balancers):
     methods["balancers"] = BALANCERS.resolve_all(config.balancers)
     for method in methods["balancers"]:
+      if is_taken(method.name):  # its loss would hide that number, or be hidden by it
+        raise InputError(
+          f"balancer {method.name}: another number in the logs has this name; rename the one of yours"
+        )
       for option in ("weight", "rate"):
         if dict(method.options).get(option, 0) < 0:
           raise InputError(f"balancer {method.name}: {option} must be 0 or more: a negative one unbalances")

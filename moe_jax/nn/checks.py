@@ -11,7 +11,6 @@ from flax import nnx
 from moe_jax.errors import InputError, require_option
 from moe_jax.nn.routers import Router
 from moe_jax.ops.balancing import Balancer
-from moe_jax.ops.metrics import is_taken
 from moe_jax.types import (
   Array,
   Assignment,
@@ -36,13 +35,17 @@ def check_sizes(num_experts: int, num_experts_per_token: int, expert_dim: int, g
     raise InputError(f"group_size={group_size}: tokens per group, or 0 to choose from the shape")
 
 
-def check_factors(capacity_factor: float, eval_capacity_factor: float, jitter: float) -> None:
-  """Raises `InputError` unless experts have slots, and the jitter keeps the sign of what it multiplies."""
+def check_factors(
+  capacity_factor: float, eval_capacity_factor: float, jitter: float, init_scale: float
+) -> None:
+  """Raises `InputError` unless experts have slots, the jitter keeps the sign of what it multiplies, and weights can be drawn."""
   for name, value in (("capacity_factor", capacity_factor), ("eval_capacity_factor", eval_capacity_factor)):
     if not (math.isfinite(value) and value > 0):
       raise InputError(f"{name}={value}: must be a finite number above 0, e.g. 1.25")
   if not 0 <= jitter < 1:
     raise InputError(f"jitter={jitter}: must be in [0, 1)")
+  if not (math.isfinite(init_scale) and init_scale > 0):
+    raise InputError(f"init_scale={init_scale}: must be a finite number above 0; Switch uses 0.1")
 
 
 def check_fit(router: Router, balancer: Balancer, num_experts: int) -> None:
@@ -72,11 +75,8 @@ def check_flat(router: Router, balancer: Balancer) -> None:
 def check_balancer(name: str, balancer: Balancer, num_experts: int, num_experts_per_token: int) -> None:
   """Raises `InputError` if a bias is not [E], a loss is no scalar, or `update` changes the state's structure or types.
 
-  So does a name that another number in the logs has, because its loss would hide that number.
   Such a state would train, and its checkpoint could not be loaded. Nothing is computed. E is `num_experts`.
   """
-  if is_taken(name):
-    raise InputError(f"balancer {name}: another number in the logs has this name; choose another")
   state = jax.eval_shape(lambda: balancer.init(num_experts))
   bias = jax.eval_shape(balancer.bias, state)
   bias = bias.factor_E if isinstance(bias, ExpertScale) else bias

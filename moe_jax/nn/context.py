@@ -86,12 +86,28 @@ class Context(NamedTuple):
       if value is not None and jnp.shape(value) != wanted:
         now, axes = list(jnp.shape(value)), ", ".join(name.rpartition("_")[2])
         raise InputError(f"context: {name} has the shape {now}; it must be [{axes}] = {list(wanted)}")
+    self._check_domains()
+
+  def _check_domains(self) -> None:
+    """Raises `InputError` if a domain is none of S. Where its number cannot be read, `domain_one_hot` is NaN."""
+    domain_B = self.domain_B
+    if isinstance(domain_B, jax.core.Tracer) or (
+      isinstance(domain_B, jax.Array) and not domain_B.is_fully_addressable
+    ):
+      return
+    for domain in () if domain_B is None else np.asarray(domain_B).tolist():
+      if not 0 <= domain < self.num_domains:
+        raise InputError(
+          f"context: domain_B has {domain}, and num_domains is {self.num_domains}; give the number of domains, which count from 0"
+        )
 
   def domain_one_hot(self, mask_BL: Array) -> Array:
     """Returns the domains as one-hot vectors [B, S], float32. There is one domain if none are known."""
     if self.domain_B is None:
       return jnp.ones((mask_BL.shape[0], 1), jnp.float32)
-    return jax.nn.one_hot(self.domain_B, self.num_domains, dtype=jnp.float32)
+    known_B1 = ((self.domain_B >= 0) & (self.domain_B < self.num_domains))[:, None]
+    one_hot_BS = jax.nn.one_hot(self.domain_B, self.num_domains, dtype=jnp.float32)
+    return jnp.where(known_B1, one_hot_BS, jnp.nan)  # zeros would leave out a sequence without a word
 
   @property
   def drawing_key(self) -> Array | None:

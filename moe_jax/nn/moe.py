@@ -93,7 +93,7 @@ class MoE(nnx.Module):
     rngs: nnx.Rngs,
   ):
     check_sizes(num_experts, num_experts_per_token, expert_dim, group_size)
-    check_factors(capacity_factor, eval_capacity_factor, jitter)
+    check_factors(capacity_factor, eval_capacity_factor, jitter, init_scale)
     self.num_experts, self.num_experts_per_token = num_experts, num_experts_per_token
     self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
     self.group_size, self.jitter = group_size, jitter
@@ -178,7 +178,7 @@ class MoE(nnx.Module):
       return x_BLD
     low, high = 1 - self.jitter, 1 + self.jitter
     draw = lambda key: jax.random.uniform(
-      jax.random.fold_in(key, 0), x_BLD.shape[1:], minval=low, maxval=high
+      jax.random.fold_in(key, 0), x_BLD.shape[1:], jnp.float32, minval=low, maxval=high
     )
     return x_BLD * jax.vmap(draw)(context.key_B)
 

@@ -45,7 +45,9 @@ class Dropout(nnx.Module):
     if not self.rate or not context.train or context.key_B is None:
       return y_BLD
     salt = np.uint32(_DROPS - self.part_number)
-    draw = lambda key: jax.random.bernoulli(jax.random.fold_in(key, salt), 1 - self.rate, y_BLD.shape[1:])
+    draw = lambda key: jax.random.bernoulli(
+      jax.random.fold_in(key, salt), jnp.float32(1 - self.rate), y_BLD.shape[1:]
+    )
     return jnp.where(jax.vmap(draw)(context.key_B), y_BLD / (1 - self.rate), 0).astype(y_BLD.dtype)
 
 

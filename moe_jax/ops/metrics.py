@@ -100,13 +100,32 @@ def register(name: str, metric: Metric) -> None:
 
   Raises:
     InputError: if the name belongs to a metric of this package or to another number that it writes beside them, or
-      `metric` is not a `Metric`.
+      `metric` is not a `Metric` with fields of their types.
   """
   if not isinstance(metric, Metric):
     raise InputError(f"metric {name!r}: {metric!r} is no Metric")
-  if name in _BUILTIN:
+  if name in _BUILTIN or name.endswith(_TRAINING):
     raise InputError(f"metric {name!r}: the name is taken by moe_jax; choose another")
+  _check_column(name, metric)
   METRICS[name] = metric
+
+
+def _check_column(name: str, metric: Metric) -> None:
+  """Raises `InputError` if tables could not show the metric, which would be noticed after training."""
+  for field in ("training", "validation", "unit", "format"):
+    value = getattr(metric, field)
+    if not isinstance(value, str) and (value is not None or field in ("unit", "format")):
+      raise InputError(f"metric {name!r}: {field} is {value!r}; it must be a text")
+  if metric.lower_is_better not in (True, False, None):
+    raise InputError(
+      f"metric {name!r}: lower_is_better is {metric.lower_is_better!r}; it must be True, False or None"
+    )
+  try:
+    format(1.0, metric.format)
+  except ValueError:
+    raise InputError(
+      f"metric {name!r}: format {metric.format!r} is none of a floating-point number, such as '.3f' or ',.0f'"
+    ) from None
 
 
 def own() -> dict[str, Metric]:
@@ -114,7 +133,9 @@ def own() -> dict[str, Metric]:
   return {name: metric for name, metric in METRICS.items() if name not in _BUILTIN}
 
 
+_TRAINING = "_training"  # ends the key of the column of a metric in training
 _BUILTIN = frozenset(METRICS) | {
+  *("seconds", "compile_seconds", "tail_steps", "num_params", "num_active_params"),
   *("loss", "total_loss", "grad_norm", "learning_rate", "attention_score", "tokens_per_second"),
   *("nll", "perplexity", "bits_per_byte", "excess_nll", "num_tokens", "num_targets", "step", "arm", "seed"),
 }

@@ -23,8 +23,8 @@ def max_vio(tokens_per_expert_E: Array) -> Array:
 
 
 def entropy(probs: Array) -> Array:
-  """-sum p log p over the last axis, in nats, with 0 log 0 = 0."""
-  return -jnp.sum(jnp.where(probs > 0, probs * jnp.log(jnp.where(probs > 0, probs, 1)), 0), axis=-1)
+  """-sum p log p over the last axis, in nats, with 0 log 0 = 0. NaN where a probability is."""
+  return -jnp.sum(jnp.where(probs <= 0, 0, probs * jnp.log(jnp.where(probs <= 0, 1, probs))), axis=-1)
 
 
 def load_entropy(tokens_per_expert_E: Array) -> Array:
@@ -57,4 +57,5 @@ def mutual_information(tokens_per_expert_SE: Array) -> Array:
   joint_SE = tokens_per_expert_SE / total
   domain_S = joint_SE.sum(axis=-1)
   expert_E = joint_SE.sum(axis=-2)
-  return entropy(domain_S) + entropy(expert_E) - entropy(joint_SE.reshape(*joint_SE.shape[:-2], -1))
+  joint = entropy(joint_SE.reshape(*joint_SE.shape[:-2], -1))
+  return jnp.maximum(entropy(domain_S) + entropy(expert_E) - joint, 0)  # rounding may leave it just below 0

@@ -86,6 +86,17 @@ def start(run: "Run") -> TrainState:
   return state
 
 
+def check_start(run: "Run") -> None:
+  """Raises `InputError` if other runs started from other parameters in the folder of `init_from`: they come into one table."""
+  folder = identity.start_folder(run.config)
+  was = run.starts.get(folder, run.start_digest)
+  if folder and run.start_digest and was != run.start_digest:
+    raise InputError(
+      f"{run.folder}: --init_from={folder} has other parameters (digest {run.start_digest}) than when other runs started from it "
+      f"({was}); bring those back, or choose another folder"
+    )
+
+
 def _new(run: "Run") -> TrainState:
   if run.config.train.init_from:
     state = start_from(run.steps, run.config, run.mesh, run.dataset.tokenizer)

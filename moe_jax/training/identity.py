@@ -76,6 +76,11 @@ def check_same_run(folder: pathlib.Path, config: Config, text: str) -> None:
       raise InputError(refused)
 
 
+def start_folder(config: Config) -> str:
+  """Returns the folder that a run starts from; empty: none."""
+  return config.train.init_from.replace("{seed}", str(config.train.seed))
+
+
 def teacher_of(config: Config) -> str:
   """Returns the digest of the teacher that a run would have; empty: it has none, or none that can be read. All processes must call it."""
   try:

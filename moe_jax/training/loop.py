@@ -5,7 +5,7 @@ import dataclasses
 import os
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -47,6 +47,8 @@ class Run:
     progress: where to show the numbers; None: nowhere.
     label: of the run, in the result.
     show: of the run, on the progress bar; empty: the label.
+    starts: digests of the parameters that folders of `init_from` had when other runs started from them. One that has others
+      now is refused.
     stop: gets the numbers of every evaluation in training (`eval_every`), as `evaluate` returns them. If it is true of
       them, the run ends at that step, and its result is that of a whole run but for `num_steps`. None: never.
 
@@ -63,6 +65,7 @@ class Run:
     label: str = "",
     show: str = "",
     stop: Callable[[dict[str, Any]], bool] | None = None,
+    starts: Mapping[str, str] | None = None,
   ):
     make_room_for_programs()
     self.stop = stop
@@ -77,9 +80,13 @@ class Run:
     self.tail = TailMeans(config)
     self.seconds, self.timed_steps, self.compile_seconds = 0.0, 0, 0.0
     self.start_digest = ""  # of the parameters that init_from named
+    self.starts = starts or {}
     self.checkpoints: Checkpoints | None = None  # in `train`
     self.metrics: JsonlWriter | None = None  # in the first process, in `train`
     self.evaluated = 0  # the last step with an evaluation in training
+    self.evaluated_all = (
+      not config.train.eval_batches
+    )  # whether the last evaluation was of the whole validation set
     self.lines = 0  # of metrics up to the step that the run continues from
 
   def train(self) -> dict[str, Any]:
@@ -118,6 +125,7 @@ class Run:
         data_seed=self.config.data.data_seed,
       )
       state = continuing.start(self)
+      continuing.check_start(self)
       with processes.refused_together():  # what is damaged, and cannot be moved aside
         if processes.is_first():  # not before: a folder that is refused stays as it is
           disk.set_aside_damaged(
@@ -298,11 +306,14 @@ class Run:
     """
     total, step = None, step or self.steps.evaluate
     limit = self.config.train.eval_batches
-    for batch in self.dataset.validation_batches(
-      process_index=self.share.index,
-      process_count=self.share.count,
-      limit=limit,
-    ):
+    batches = self.dataset.validation_batches(
+      process_index=self.share.index, process_count=self.share.count, limit=limit and limit + 1
+    )
+    self.evaluated_all = True
+    for count, batch in enumerate(batches):
+      if limit and count == limit:
+        self.evaluated_all = False
+        break
       sums = step(state, self._on_devices(batch))
       sums = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(sums))
       total = sums if total is None else jax.tree.map(np.add, total, sums)

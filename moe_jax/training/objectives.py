@@ -289,7 +289,7 @@ class MaskedTokens(Objective):
 
     def draw(key: Array) -> tuple[Array, Array, Array]:
       chosen, kind, other = jax.random.split(jax.random.fold_in(key, length), 3)
-      uniform = lambda key: jax.random.uniform(key, (length,))
+      uniform = lambda key: jax.random.uniform(key, (length,), jnp.float32)
       return uniform(chosen), uniform(kind), jax.random.randint(other, (length,), 0, vocab_size)
 
     chosen_BL, kind_BL, random_BL = jax.vmap(draw)(key_B)

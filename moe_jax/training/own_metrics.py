@@ -43,20 +43,36 @@ def check_own_metrics(num_experts: int, batch: int, length: int) -> None:
     what = f"metric {name}"
     with naming_errors(f"{what}: sums", metric.sums):
       sums = jax.eval_shape(metric.sums, record)
+    for leaf in jax.tree.leaves(sums):
+      _check_type(f"{what} ({place(metric.sums)}): sums returns", leaf)
     for n in _LAYERS:
       stacked = jax.tree.map(lambda x, n=n: jax.ShapeDtypeStruct((n, *x.shape), x.dtype), sums)
       with naming_errors(f"{what}: read", metric.read):
         found = jax.eval_shape(metric.read, stacked)
       _check_layers(f"{what} ({place(metric.read)})", found, n)
+      if found.ndim > 1 and (metric.training or metric.validation):
+        raise InputError(
+          f"{what}: read makes {list(found.shape)} of the sums of {n} layers, and a column of a table has one number of each layer; leave its "
+          'title empty (training="", validation="")'
+        )
 
 
 def _check_layers(what: str, found: PyTree, n: int) -> None:
   if not isinstance(found, jax.ShapeDtypeStruct):
     raise InputError(f"{what}: read returns a value of type {type_name(found)}; it must return an array")
+  _check_type(f"{what}: read returns", found)
   if found.shape[:1] != (n,):
     raise InputError(
       f"{what}: read makes {found.dtype}{list(found.shape)} of the sums of {n} layers; it must keep their leading axis, [{n}, "
       "...]: use axis=-1 and x[..., 0]"
+    )
+
+
+def _check_type(what: str, found: jax.ShapeDtypeStruct) -> None:
+  """Sums are added as real numbers: a part of a complex one would be lost, and a bool would count batches."""
+  if not (jnp.issubdtype(found.dtype, jnp.floating) or jnp.issubdtype(found.dtype, jnp.integer)):
+    raise InputError(
+      f"{what} {found.dtype}{list(found.shape)}; it must be of floating-point numbers or integers"
     )
 
 

@@ -22,6 +22,7 @@ from moe_jax.nn.transformer import Transformer
 from moe_jax.ops.metrics import METRICS, Metric
 from moe_jax.training.changes import FREE, lasting
 from moe_jax.training.compiled import objective_of
+from moe_jax.training.identity import start_folder
 from moe_jax.training.own_metrics import own_metrics
 from moe_jax.training.protocol import protocol_of, slots_of_mesh
 from moe_jax.training.step import EvalSums
@@ -102,6 +103,10 @@ def versions() -> dict[str, str]:
   }
 
 
+# What a limit says that the validation set does not reach, or none.
+_WHOLE = {"eval_batches": 0, "eval_sequences": 0}
+
+
 def result_of(run: "Run", validation: dict[str, Any], num_steps: int) -> dict[str, Any]:
   """Returns the result of a run that has `num_steps` steps and these validation numbers."""
   info, config = run.dataset.info, run.config
@@ -110,6 +115,7 @@ def result_of(run: "Run", validation: dict[str, Any], num_steps: int) -> dict[st
     "arm": run.label,
     "seed": config.train.seed,
     **protocol_of(config),
+    **(_WHOLE if run.evaluated_all else {}),
     "config": lasting(config),
     "metric_lines": run.metrics.lines if run.metrics else 0,
     "num_steps": num_steps,
@@ -133,7 +139,8 @@ def result_of(run: "Run", validation: dict[str, Any], num_steps: int) -> dict[st
     "training": {
       **run.tail.means(),
       "tail_steps": run.tail.count,
-      "tokens_per_second": run.timed_steps * run.tokens_per_step / max(run.seconds, 1e-9),
+      # The first step of a process has the time of the compiler in it, so a run of one step has no speed.
+      "tokens_per_second": run.timed_steps * run.tokens_per_step / run.seconds if run.timed_steps else None,
       "seconds": run.seconds,
       "compile_seconds": run.compile_seconds,
     },
@@ -144,8 +151,7 @@ def result_of(run: "Run", validation: dict[str, Any], num_steps: int) -> dict[st
 
 def init_from(run: "Run") -> dict[str, str]:
   """Returns what a run started from: the folder, and a digest of its parameters, by which results can be checked."""
-  folder = run.config.train.init_from.replace("{seed}", str(run.config.train.seed))
-  return {"folder": folder, "digest": run.start_digest}
+  return {"folder": start_folder(run.config), "digest": run.start_digest}
 
 
 def diverged_result(run: "Run", reason: str) -> dict[str, Any]:

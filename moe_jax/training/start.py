@@ -20,6 +20,7 @@ from moe_jax.errors import InputError
 from moe_jax.nn.transformer import Transformer
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.compiled import CompiledSteps, make_init, make_init_from, objective_of, resolve_config
+from moe_jax.training.identity import start_folder
 from moe_jax.training.load import CHECKPOINTS, CONFIG_FILE, restore_run, unfinished
 from moe_jax.training.made import MADE_OF, ONLY_MODEL, is_made, new_model
 from moe_jax.training.selection import Path, dotted
@@ -105,8 +106,7 @@ def start_from(
     InputError: if `init_from` holds no run, another model or one of another tokenizer, or its balancers have states
       that the run has no place for.
   """
-  seed = config.train.seed
-  source = config.train.init_from.replace("{seed}", str(seed))
+  seed, source = config.train.seed, start_folder(config)
   where = f"--init_from={source}"
   try:
     other, _, saved = restore_run(pathlib.Path(source), mesh)

@@ -45,9 +45,11 @@ def test_compression_and_quantisation_are_paired_by_seed_and_resume(folder, tmp_
   pruned += [f"--output_dir={tmp_path}/pruned"]
   bits = ["experiments/quantise.py", *model, "--formats=int8,int4", f"--output_dir={tmp_path}/bits"]
   two = ["--seeds=2", "--route_batches=1"]
-  one, both, again, other, quantised = run_scripts(
-    pruned, [*pruned, two[0]], [*pruned, two[0]], [*pruned, "--calibration=2"], [*bits, *two]
+  wrong = [*pruned[:-2], "--calibration=1", "--experts=4,9", f"--output_dir={tmp_path}/wrong"]
+  one, both, again, other, quantised, nine = run_scripts(
+    pruned, [*pruned, two[0]], [*pruned, two[0]], [*pruned, "--calibration=2"], [*bits, *two], wrong
   )
+  assert_one_line(nine, "error: --experts=9: layer 0 has 8 experts and a token takes 2; choose 2 to 8")
   assert one.status == both.status == again.status == quantised.status == 0, one.stderr + quantised.stderr
   assert "seed 0" in one.stderr and "seed 0" not in both.stderr and "seed" not in again.stderr
   assert_one_line(other, "holds numbers of other settings (calibration was 1, now 2)")

@@ -9,7 +9,7 @@ import pytest
 
 from moe_jax.adapt.reinforce import TASKS, clipped_loss, group_advantages, reward, split_questions
 from moe_jax.errors import InputError
-from tests.scripts import run_scripts
+from tests.scripts import assert_one_line, run_scripts
 
 
 def test_tasks_have_the_answers_that_they_say():
@@ -66,7 +66,24 @@ def test_the_script_compares_both_arms_and_resumes(tmp_path):
   ]
   command += ["--num_steps=2", "--rl_steps=2", "--questions=2", "--answers=4", "--length=4", "--seeds=1"]
   command += ["--tensorboard=false", "--data_parallelism=1", "--remat=none", f"--output_dir={tmp_path}/out"]
-  first, again = run_scripts(command, command)
+  first, again, diverged, no_rate = run_scripts(
+    command,
+    command,
+    [
+      *command[:-1],
+      "--rl_learning_rate=1e30",
+      "--questions=4",
+      "--answers=8",
+      f"--output_dir={tmp_path}/diverged",
+    ],
+    [*command[:-1], "--rl_learning_rate=nan", f"--output_dir={tmp_path}/nan"],
+  )
+  assert_one_line(no_rate, "error: --rl_learning_rate=nan: must be a finite number")
+  assert diverged.status == 2
+  assert (
+    "\nerror: live seed 0 has numbers that are not finite at step 2 of --rl_steps; try" in diverged.stderr
+  )
+  assert not (tmp_path / "diverged" / "arms").exists()
   assert first.status == again.status == 0, first.stderr
   assert (
     "replay" in first.stderr and again.stderr == "" and again.stdout == first.stdout[-len(again.stdout) :]

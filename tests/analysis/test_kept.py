@@ -88,6 +88,18 @@ def test_one_command_measures_at_a_time(folder, monkeypatch):
   assert Kept(folder, SETTINGS)("rows/b", meanwhile) == {"loss": 2.0}
 
 
+def test_between_two_numbers_it_measures_still(folder, monkeypatch):
+  """It reads a model and text there, and a second command must not take over what the first one works on."""
+  first = Kept(folder, SETTINGS)
+  first("rows/a", never)
+  with monkeypatch.context() as patch:
+    patch.setattr(locks, "_held", {})  # what another process does not hold
+    with pytest.raises(InputError, match=r"--output_dir=.*run: in use by process \d+ on "):
+      Kept(folder, SETTINGS)("rows/b", never)
+  del first
+  assert not locks._held
+
+
 def test_numbers_of_a_shorter_run_are_not_those_of_a_longer(tmp_path):
   config = tiny.change(tiny.CONFIG, num_steps=4, schedule="constant", warmup_steps=1)
   Kept(tmp_path, {}, config)("a", dict)

@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from moe_jax import disk
+from moe_jax.comparison.folder import ComparisonFolder
 from moe_jax.comparison.join import join
 from moe_jax.comparison.results import load_results
 from moe_jax.errors import InputError
@@ -54,6 +55,18 @@ def test_two_paths_of_one_model_are_one_path_too_many(tmp_path):
   )
   with pytest.raises(InputError, match=r"one version of the code$"):
     join([one, other], tmp_path / "joined", QUIET)
+
+
+def test_one_path_with_two_contents_is_two_models(tmp_path):
+  start = lambda digest: {"init_from": {"folder": "model", "digest": digest}}
+  folders = [tmp_path / str(i) for i in range(2)]
+  for i, folder in enumerate(folders):
+    write(folder, [make_result("a", i) | start(str(i))])
+  assert ComparisonFolder(folders[1]).starts() == {"model": "1"}
+  message = r"started from other parameters in model \(digest 1\) than .*seed_0 \(0\)"
+  with pytest.raises(InputError, match=message):
+    join(folders, tmp_path / "joined", QUIET)
+  assert not (tmp_path / "joined").exists()
 
 
 def test_a_run_that_has_not_been_made_longer_yet_is_missing(tmp_path):

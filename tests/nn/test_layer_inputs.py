@@ -1,5 +1,6 @@
 """What a layer is given and what is read of it, in a training loop of one's own: all of it counts, or is refused."""
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -37,6 +38,29 @@ def test_a_field_of_another_shape_is_refused(field, shape):
     make()(inputs(), Context(**{field: np.ones(shape, np.int32)}))
 
 
+@pytest.mark.parametrize(
+  ("domains", "fields"),
+  [([0, 1, 2], {}), ([0, 2, 1], {"num_domains": 2}), ([0, -1, 0], {"num_domains": 2})],
+)
+def test_a_domain_that_is_not_counted_is_refused(domains, fields):
+  """It would be left out of the information about domains, without a word."""
+  domain_B = np.resize(domains, B)
+  with pytest.raises(InputError, match=r"domain_B has .*, and num_domains is"):
+    make()(inputs(), Context(domain_B=domain_B, **fields))
+  forwarded = jax.jit(
+    lambda moe, x, d: moe(x, Context(domain_B=d, **fields))[1]
+  )  # where nobody can look at numbers
+  information = moe_jax.read_metrics(forwarded(make(), inputs(), domain_B))["mutual_information"]
+  assert np.isnan(information).all()
+
+
+def test_a_task_without_experts_has_none_of_another():
+  moe = make(router="task_level:tasks=2", balancer="none", dispatcher="dropless")
+  forwarded = jax.jit(lambda moe, x, d: moe(x, Context(domain_B=d, num_domains=9))[0])
+  y_BLD = np.asarray(forwarded(moe, inputs(), np.resize([1, 2], B)))
+  assert np.isfinite(y_BLD[0]).all() and np.isnan(y_BLD[1]).all()
+
+
 def test_flat_tokens_have_flat_fields():
   moe, x_TD = make(dispatcher="dropless", balancer="none"), inputs()[0]
   mask_T = np.arange(L) < 5
@@ -53,6 +77,8 @@ def test_flat_tokens_have_flat_fields():
     {"capacity_factor": float("nan")},
     {"eval_capacity_factor": -1.0},
     {"jitter": 5.0},
+    {"init_scale": -1.0},
+    {"init_scale": float("nan")},
     {"expert_dim": 0},
     {"group_size": -1},
     {"num_experts_per_token": 9},

@@ -8,6 +8,7 @@ from moe_jax.errors import InputError
 from moe_jax.nn.build import routed_layer
 from moe_jax.nn.checks import check_balancer
 from moe_jax.ops.balancing import BALANCERS, Balancer
+from moe_jax.ops.metrics import METRICS
 
 E = 8
 counts = lambda state, routing: routing.selected_BLE.sum((0, 1))
@@ -71,6 +72,13 @@ def test_a_loss_does_not_hide_another_number_of_the_logs():
   message = r"^--balancers=loss: balancer loss: another number in the logs has this name"
   with pytest.raises(InputError, match=message):
     routed_layer(MoEConfig(E, 2, 8, balancers=loss))
+
+
+def test_nor_does_a_metric_of_ones_own_hide_a_loss_of_the_package(monkeypatch):
+  routed_layer(MoEConfig(E, 2, 8, balancers="z_loss"))
+  monkeypatch.setitem(METRICS, "z_loss", METRICS["max_vio"])
+  with pytest.raises(InputError, match="balancer z_loss: another number in the logs has this name"):
+    routed_layer(MoEConfig(E, 2, 8, balancers="z_loss"))
 
 
 def test_a_factory_that_returns_no_balancer_is_named():

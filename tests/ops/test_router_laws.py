@@ -63,6 +63,16 @@ def test_equals_the_loop(row, with_bias, with_mask):
     np.testing.assert_allclose(np.exp(routing.log_scores_TE), want_TE, rtol=1e-5)
 
 
+@every_router
+def test_numbers_of_64_bits_elsewhere_change_nothing(row):
+  """A user's program may have them (JAX_ENABLE_X64), and draws and counts must not follow it."""
+  logits_TE, kwargs = logits_of(row), {"bias_E": bias_of(row), "key": key_of(row), "mask": MASK_T}
+  want = route_eagerly(row, logits_TE, **kwargs)
+  with jax.enable_x64(True):
+    found = route_eagerly(row, logits_TE, **kwargs)
+  assert_same_entries(entries_of(found.assignment), entries_of(want.assignment))
+
+
 @rows_that(lambda row: row.exact_ties)
 def test_ties_go_to_the_lower_index(row):
   logits_TE = np.random.default_rng(1).integers(0, 2, (T, columns_of(row))).astype(np.float32)

@@ -77,6 +77,17 @@ def test_entropy():
   np.testing.assert_allclose(run("entropy", probs[0]), want[0], rtol=1e-6)
 
 
+def test_what_is_not_a_number_is_no_certainty():
+  nan = float("nan")
+  assert np.isnan(run("entropy", [0.5, nan, 0.5]))
+  assert np.isnan(run("mutual_information", [[1, 2], [nan, 1]]))
+
+
+def test_independent_domains_have_no_information_below_zero():
+  for counts_S in ([128, 384], [1, 2, 4], [3, 7, 11, 13]):
+    assert not np.signbit(run("mutual_information", np.outer(counts_S, [3, 1, 5])))
+
+
 def test_entropy_has_a_finite_gradient_at_zero():
   gradient = jax.jit(jax.grad(lambda p: stats.entropy(p)))(jnp.asarray([0.5, 0.5, 0.0]))
   np.testing.assert_allclose(gradient, [-1 - LN(0.5), -1 - LN(0.5), 0], rtol=1e-6)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tokenizers
 
+from moe_jax.comparison.facts import facts_of
 from moe_jax.data import load_dataset
 from moe_jax.data.document_stream import StreamedDataset
 from moe_jax.data.tokenizers import load_tokenizer
@@ -83,6 +84,14 @@ def test_a_model_uniform_over_bytes_has_8_bits_whatever_the_tokenizer(load, toke
     assert validation["nll"] > 1.3 * math.log(256)
   result = result_of(run, validation, num_steps=1)
   assert result["yardsticks"] == load("ascii", "bytes").info.yardsticks  # they do not depend on the tokenizer
+  batches = len(list(dataset.validation_batches()))
+  for limit, known in ((batches - 1, batches - 1), (batches, 0), (batches + 9, 0)):  # no limit beyond all
+    run = run_of(dataset, tmp_path, eval_batches=limit)
+    said = result_of(run, run.evaluate(None), num_steps=1)
+    assert (said["eval_sequences"], facts_of([said]).get("eval_batches", [])) == (
+      8 * known,
+      [known] if known else [],
+    )
   assert sorted(result["yardsticks"]) == ["bigram", "trigram", "unigram"]
   assert result["bytes_per_token"] == dataset.info.bytes_per_token
   assert result["padded_fraction"] == dataset.info.padded_fraction["train"]

@@ -217,6 +217,11 @@ def test_speed_leaves_out_compilation_evaluation_and_saving_and_survives_a_stop(
   assert clock.now > 1000
 
 
+def test_a_run_of_one_step_has_no_speed(dataset, tmp_path):
+  result = Run(tiny.change(CONFIG, num_steps=1, eval_batches=1), dataset, tmp_path).train()
+  assert result["training"]["tokens_per_second"] is None and read_result(tmp_path / "result.json") == result
+
+
 def test_evaluations_and_checkpoints_happen_at_their_steps_and_the_newest_two_stay(
   dataset, tmp_path, monkeypatch
 ):

@@ -31,6 +31,10 @@ HERE = r"test_own_metrics.py:\d+\)"
       np.sum,
       rf": sums \(.*{HERE}: fails: TracerArrayConversionError",
     ),
+    (lambda layer: layer.mask_BL.any(), lambda x: x, r".*: sums returns bool\[\]; it must be of"),
+    (lambda layer: layer.mask_BL.sum() * 1j, lambda x: x, r".*: sums returns complex64\[\]; it must be of"),
+    (counts, lambda c: c[..., 0] > 0, r".*: read returns bool\[3\]; it must be of"),
+    (counts, lambda c: c, r".*: read makes \[3, 8\] of the sums of 3 layers, and a column of a table has"),
   ],
 )
 def test_a_wrong_metric_is_named(monkeypatch, sums, read, message):
@@ -44,6 +48,7 @@ def test_right_ones_pass(monkeypatch):
   monkeypatch.setitem(METRICS, "share", Metric(counts, lambda c: c[..., 0] / c.sum(axis=-1), "Share"))
   for name, metric in list(METRICS.items()):  # and those of the package, under names that are none of its own
     monkeypatch.setitem(METRICS, f"own_{name}", metric)
+  monkeypatch.setitem(METRICS, "all_loads", Metric(counts, lambda c: c, "", ""))
   for num_experts in (3, 5, 8):  # also as many as there are layers in the trial
     check_own_metrics(num_experts, batch=2, length=4)
 

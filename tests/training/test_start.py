@@ -105,6 +105,21 @@ def test_a_model_whose_configuration_is_damaged_is_written_again(folder, upcycle
   assert capsys.readouterr().err.count("its config.json is missing or not whole, moved to") == 1
 
 
+def test_what_others_did_not_start_from_is_refused_before_a_step(folder, tmp_path):
+  """A model may be trained further, or replaced, between two arms of one table."""
+  config = tiny.change(CONFIG, init_from=str(folder), num_steps=1)
+  dataset, digest = load_dataset(config.data), tree_digest(nnx.state(load_run(folder).model, nnx.Param))
+  message = rf"one: --init_from={re.escape(str(folder))} has other parameters \(digest {digest}\) than when other runs started"
+  with pytest.raises(InputError, match=message):
+    Run(config, dataset, tmp_path / "one", starts={str(folder): "another"}).train()
+  assert not (tmp_path / "one" / "metrics.jsonl").exists() and not (tmp_path / "one" / "config.json").exists()
+  others = {str(folder): digest, "elsewhere": "another"}
+  assert (
+    Run(config, dataset, tmp_path / "one", starts=others).train()["init_from"]["digest"]
+    == others[str(folder)]
+  )
+
+
 def test_what_is_in_the_way_is_never_moved(upcycled, tmp_path):
   for name in ("notes.txt", "checkpoints"):  # of a user; of a run, whose configuration is lost
     folder = tmp_path / name

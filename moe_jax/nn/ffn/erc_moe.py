@@ -68,7 +68,7 @@ def erc_loss(router_DE: Array, w_EDF: Array, alpha: float, key: Array | None) ->
   num_experts = w_EDF.shape[0]
   column_ED = router_DE.T
   if key is not None:
-    draw_ED = jax.random.uniform(jax.random.fold_in(key, 1), column_ED.shape, minval=-1.0)
+    draw_ED = jax.random.uniform(jax.random.fold_in(key, 1), column_ED.shape, jnp.float32, minval=-1.0)
     column_ED = column_ED * (1 + _radius(column_ED)[:, None] * draw_ED)
   norm_EX = _norm(jnp.einsum("ED,XDF->EXF", column_ED, w_EDF, precision=jax.lax.Precision.HIGHEST))
   own_E1 = alpha * jnp.diagonal(norm_EX)[:, None]

@@ -28,4 +28,6 @@ class TaskLevel(Router):
 
   def __call__(self, x_GTD: Array, context: RouterContext) -> Routing:
     domain_GT = require(context.domain, "router task_level", "the domain of each sequence")
-    return in_groups(self.choose, jnp.asarray(self.w_task_SE[...])[domain_GT], context=context)
+    # Of a domain without a row, NaN: indexing would take the last one.
+    logits_GTE = jnp.asarray(self.w_task_SE[...]).at[domain_GT].get(mode="fill", fill_value=jnp.nan)
+    return in_groups(self.choose, logits_GTE, context=context)

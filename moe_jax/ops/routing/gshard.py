@@ -42,7 +42,7 @@ def gshard_top2(
     if context.key is None:
       second_T = mask_T
     else:
-      draw_T = jax.random.uniform(context.key, mask_T.shape)
+      draw_T = jax.random.uniform(context.key, mask_T.shape, jnp.float32)
       second_T = mask_T & (jax.lax.stop_gradient(weight_TK[:, 1]) > threshold * draw_T)
     valid_TK = jnp.stack([mask_T, second_T], axis=-1)
     holds_slot_TK = valid_TK if slots == "sent" else jnp.stack([mask_T, mask_T], axis=-1)

@@ -59,7 +59,7 @@ def column_scale(logits_TE: Array, mask_T: Array, tolerance: float, max_iteratio
   leaves every row sum within a factor exp(+-tolerance) of 1.
   """
   logits_TE = jax.lax.stop_gradient(jnp.where(mask_T[:, None], logits_TE, 0))
-  num_valid = jnp.maximum(jnp.sum(mask_T), 1)
+  num_valid = jnp.maximum(jnp.sum(mask_T, dtype=logits_TE.dtype), 1)
   log_column_sum = jnp.log(num_valid / logits_TE.shape[-1])
 
   def step(carry):

@@ -29,7 +29,7 @@ def st_moe_topn(num_experts: int, num_experts_per_token: int, threshold: float =
     weight_TK = jax.nn.softmax(take_experts(logits_TE, expert_TK), axis=-1)
     valid_TK = jnp.broadcast_to(context.mask[:, None], weight_TK.shape)
     if context.key is not None:
-      draw_TX = jax.random.uniform(context.key, (context.mask.shape[0], num_further))
+      draw_TX = jax.random.uniform(context.key, (context.mask.shape[0], num_further), jnp.float32)
       sent_TX = jax.lax.stop_gradient(weight_TK[:, 1:]) > threshold * draw_TX
       valid_TK &= jnp.concatenate([context.mask[:, None], sent_TX], axis=-1)
     assignment = choice_major(expert_TK, weight_TK, valid_TK, holds_slot_TK=valid_TK)
