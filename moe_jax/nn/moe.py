@@ -259,7 +259,7 @@ def _count_kept(routing: Routing, kept_GA: Array) -> Array:
 def _with_batch_axis(context: Context) -> Context:
   arrays = ("mask_BL", "key_B", "token_id_BL", "domain_B")
   given = {name: getattr(context, name) for name in arrays}
-  return context._replace(**{name: x[None] for name, x in given.items() if x is not None})
+  return context._replace(**{name: jnp.asarray(x)[None] for name, x in given.items() if x is not None})
 
 
 def _with_this_batch(step_stats: StepStats | None, observed: PyTree) -> StepStats:

@@ -66,6 +66,9 @@ def test_flat_tokens_have_flat_fields():
   mask_T = np.arange(L) < 5
   _, aux = moe(x_TD, Context(mask_BL=mask_T))
   assert aux.kept_per_expert_E.sum() == 5 * 2
+  assert moe(x_TD, Context(domain_B=1, num_domains=2))[1].kept_per_expert_E.sum() == L * 2
+  with pytest.raises(InputError, match="domain_B has 2, and num_domains is 2"):
+    moe(x_TD, Context(domain_B=np.int32(2), num_domains=2))
   with pytest.raises(InputError, match="mask_BL has the shape"):
     moe(x_TD, Context(mask_BL=mask_T[:-1]))
 
