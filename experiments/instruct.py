@@ -109,7 +109,7 @@ def plan(seed: int):
   """
   from moe_jax.comparison.arms import value_of
   from moe_jax.errors import InputError
-  from moe_jax.nn.build import num_routed_layers
+  from moe_jax.nn.build import different_blocks, routed_part
   from moe_jax.training.load import load_run, tokenizer_name
   from moe_jax.training.tuning import check_causal
 
@@ -118,7 +118,9 @@ def plan(seed: int):
     check_causal(
       run.config, f"--{kind}={_FOLDERS[kind].value}", "so it writes no responses; choose a causal model"
     )
-    if bool(num_routed_layers(run.config.model)) != (kind == SPARSE):
+    parts = [routed_part(block) for block in different_blocks(run.config.model)]
+    # The arm `dense` of a comparison is one expert that all tokens get.
+    if any(part is not None and part.num_experts > 1 for part in parts) != (kind == SPARSE):
       raise InputError(
         f"--{kind}={_FOLDERS[kind].value}: has {'no ' if kind == SPARSE else ''}layers with routed experts"
       )

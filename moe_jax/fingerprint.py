@@ -1,17 +1,20 @@
 """Identity of a user's code: where it is defined, and a digest that changes when the code does."""
 
+import ast
 import dis
 import functools
 import hashlib
 import inspect
 import linecache
 import pathlib
+import time
 import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
 _PACKAGE = __name__.partition(".")[0]
 _CODE = (types.FunctionType, types.MethodType, type)
+_STARTED = time.time()  # files that are newer may have been edited after they were imported
 _OF_LIBRARIES = ("__", "_pytree__", "_object__")  # attributes that Python and Flax give to classes
 
 
@@ -51,12 +54,13 @@ def place(code: Callable[..., Any]) -> str:
 def digest(code: Callable[..., Any]) -> str:
   """Returns a digest of the source of `code`, and of what it uses of its module.
 
-  That is functions, also decorated ones, classes, and constants: numbers, text, arrays, and tuples, lists and dicts of
-  them. What it imports from other modules, and the attributes of other objects, are not included. Of a partial application,
-  its arguments are, and of an object that can be called, its class and such constants among its attributes.
+  That is functions, also decorated ones, classes, and constants: numbers, text and arrays. Also those in tuples, lists and dicts, and
+  among the attributes of objects whose class is in the module. What it imports from other modules is not included. Of a partial
+  application, its arguments are, and of an object that can be called, its class and such constants among its attributes.
 
   A comparison folder stores it, to notice that the code behind a name has changed. For code without source,
-  such as a function typed into an interpreter, the digest is of its instructions.
+  such as a function typed into an interpreter, the digest is of its instructions, and so it is for code whose file was edited since
+  it was imported.
   """
   code, parts = inspect.unwrap(code), []
   if not isinstance(code, _CODE):
@@ -101,18 +105,48 @@ def _collect(code: Any, parts: list[str], seen: set[int]) -> None:
   for base in getattr(code, "__bases__", ()):
     if base.__module__ == code.__module__:
       _collect(base, parts, seen)
+  for name, found in sorted(vars(code).items()) if isinstance(code, type) else ():
+    if (
+      not name.startswith(_OF_LIBRARIES)
+      and not _is_plain(found)
+      and not isinstance(_inside(found)[0], (*_CODE, types.BuiltinFunctionType))
+    ):
+      _collect_value(name, found, code.__module__, parts, seen)
   for function in _functions(code):
     if function is not code:
       parts.append(_source(function))
     defaults = {"defaults": function.__defaults__, "kwdefaults": function.__kwdefaults__}
     for name, found in [*((k, v) for k, v in defaults.items() if v), *_used(function)]:
-      value, constants = _inside(found)
-      for constant in (value, *constants):
-        if isinstance(constant, types.FunctionType | type):
-          if constant.__module__ == code.__module__:
-            _collect(constant, parts, seen)
-        elif _is_plain(constant):
-          parts.append(f"{name}={_text(constant)}")
+      _collect_value(name, found, code.__module__, parts, seen)
+
+
+def _collect_value(name: str, found: Any, module: str, parts: list[str], seen: set[int]) -> None:
+  """Adds what a name stands for, as far as it is defined in `module`."""
+  value, constants = _inside(found)
+  for constant in (value, *constants):
+    if isinstance(constant, types.MethodType):
+      _collect_value(name, constant.__func__, module, parts, seen)
+      constant = constant.__self__
+    if isinstance(constant, types.FunctionType | type):
+      if constant.__module__ == module:
+        _collect(constant, parts, seen)
+    elif _is_plain(constant):
+      parts.append(f"{name}={_text(constant)}")
+    elif id(constant) not in seen:
+      seen.add(id(constant))
+      for key, part in _parts_of(constant, module):
+        _collect_value(f"{name}.{key}", part, module, parts, seen)
+
+
+def _parts_of(value: Any, module: str) -> list[tuple[str, Any]]:
+  """Returns what containers hold, and the class and the attributes of an object of a class of `module`, each with a name."""
+  if isinstance(value, tuple | list):
+    return [(str(i), part) for i, part in enumerate(value)]
+  if isinstance(value, dict):
+    return [(_text(key) if _is_plain(key) else str(i), part) for i, (key, part) in enumerate(value.items())]
+  if type(value).__module__ != module and not isinstance(value, types.SimpleNamespace):
+    return []
+  return [("class", type(value)), *sorted(getattr(value, "__dict__", {}).items())]
 
 
 def _inside(value: Any) -> tuple[Any, list[Any]]:
@@ -151,9 +185,40 @@ def _source(code: Any) -> str:
     plain = {k: _text(v) for k, v in vars(code).items() if _is_plain(v) and not k.startswith(_OF_LIBRARIES)}
     return f"{code.__qualname__} {[base.__qualname__ for base in code.__bases__]} {plain}"
   # Not inspect.getsource: where a cell names a module, it reads the module's file instead.
-  lines = linecache.getlines(code.__code__.co_filename, code.__globals__)
-  block = lines[code.__code__.co_firstlineno - 1 :]
-  return "".join(inspect.getblock(block)) if block else _instructions(code.__code__)
+  file, first = code.__code__.co_filename, code.__code__.co_firstlineno
+  linecache.checkcache(file)  # of a file that was edited and imported again, the old text is there
+  lines = linecache.getlines(file, code.__globals__)
+  if not lines[first - 1 :] or _is_stale(code.__code__, lines):
+    return _instructions(code.__code__)
+  if code.__name__ == "<lambda>" and (last := _last_line(lines, first)):
+    return "".join(lines[first - 1 : last])
+  return "".join(inspect.getblock(lines[first - 1 :]))
+
+
+def _last_line(lines: list[str], first: int) -> int:
+  """Returns the last line of the lambdas that begin in line `first`; 0 if none are found. A block of lines would end with the first one."""
+  try:
+    nodes = ast.walk(ast.parse("".join(lines)))
+  except SyntaxError:
+    return 0
+  return max((x.end_lineno or 0 for x in nodes if isinstance(x, ast.Lambda) and x.lineno == first), default=0)
+
+
+def _is_stale(code: types.CodeType, lines: list[str]) -> bool:
+  """Returns whether `code` was compiled from other text than its file has now, which may be newer than this process."""
+  try:
+    if pathlib.Path(code.co_filename).stat().st_mtime < _STARTED:
+      return False
+    waiting = [compile("".join(lines), code.co_filename, "exec", dont_inherit=True)]
+  except (OSError, SyntaxError, ValueError):
+    return pathlib.Path(code.co_filename).is_file()
+  place = lambda c: (c.co_qualname, c.co_firstlineno)
+  while waiting:
+    found = waiting.pop()
+    if place(found) == place(code) and _instructions(found) == _instructions(code):
+      return False
+    waiting += [c for c in found.co_consts if isinstance(c, types.CodeType)]
+  return True
 
 
 def _instructions(code: types.CodeType) -> str:
@@ -167,7 +232,11 @@ def _is_plain(value: Any) -> bool:
     return all(map(_is_plain, value))
   if isinstance(value, dict):
     return all(map(_is_plain, [*value, *value.values()]))
-  return isinstance(value, int | float | str | bytes | None) or hasattr(value, "__array_interface__")
+  if isinstance(value, set | frozenset):
+    return all(map(_is_plain, value))
+  return isinstance(value, int | float | complex | str | bytes | range | None) or hasattr(
+    value, "__array_interface__"
+  )
 
 
 def _text(value: Any) -> str:
@@ -176,6 +245,8 @@ def _text(value: Any) -> str:
     return f"{type(value).__name__}{[_text(part) for part in value]}"
   if isinstance(value, dict):
     return str({_text(key): _text(part) for key, part in value.items()})
+  if isinstance(value, set | frozenset):
+    return f"{type(value).__name__}{sorted(map(_text, value))}"
   if hasattr(value, "__array_interface__"):
     return f"{value.dtype}{list(value.shape)} {hashlib.sha256(value.tobytes()).hexdigest()}"
   return repr(value)

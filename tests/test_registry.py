@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.util
 import inspect
 
 import jax
@@ -273,33 +272,6 @@ def test_a_name_can_be_defined_anew_but_not_taken():
   for name, factory, message in cases:
     with pytest.raises(InputError, match=message):
       registry.register(name, factory)
-
-
-@pytest.mark.parametrize("code", [
-  "import jax\n@jax.jit\ndef h(x):\n  return x * {0}\ndef f(x):\n  return h(x)",
-  "import functools\n@functools.lru_cache\ndef h(x):\n  return x * {0}\ndef f(x):\n  return h(x)",
-  "import jax\ndef h(x):\n  return x * {0}\ng = jax.vmap(h)\ndef f(x):\n  return g(x)",
-  "import functools\ndef h(x, k):\n  return x * k\ng = functools.partial(h, k={0})\ndef f(x):\n  return g(x)",
-  "def own(h):\n  import functools\n  return functools.wraps(h)(lambda x: {0} * h(x))\n@own\ndef h(x):\n  return x\ndef f(x):\n  return h(x)",
-  "S = {0}.0\ndef f(x, s=S):\n  return x * s",
-  "S = {0}.0\ndef f(x, *, s=S):\n  return x * s",
-  "S = [{0}.0]\ndef f(x):\n  return x * S[0]",
-  "S = {{'a': {0}}}\ndef f(x):\n  return x * S['a']",
-  "import numpy as np\nS = np.full(2000, 1.0)\nS[1000] = {0}\ndef f(x):\n  return x * S",
-  "class f:\n  s = (1, {0})\n  def __call__(self, x):\n    return x * self.s[1]",
-  "import functools, jax\nclass f:\n  @functools.partial(jax.jit, static_argnums=0)\n  def g(self, x):\n    return x * {0}",
-  "import functools\nclass f:\n  @functools.cached_property\n  def g(self):\n    return {0}",
-])  # fmt: skip
-def test_the_digest_sees_through_decorators_and_into_constants(tmp_path, code):
-  def digest_with(number):
-    path = tmp_path / f"{number}.py"
-    path.write_text(code.format(number))
-    spec = importlib.util.spec_from_file_location("a_plugin", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return fingerprint.digest(module.f)
-
-  assert digest_with(2) == digest_with(2) != digest_with(3)
 
 
 def test_a_class_counts_with_its_properties_bases_and_plain_constants_only():

@@ -10,8 +10,9 @@ MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "mars
 NETWORK = {"urllib.request", "requests", "http.client", "httpx", "ftplib", "huggingface_hub", "wget"}
 CALLS = {"eval", "exec", "compile", "os.system", "os.popen", "pickle.load", "pickle.loads", "yaml.load"}
 UNPICKLES = {"np.load", "numpy.load", "jnp.load", "torch.load"}
-# What runs code because that is its purpose: a user's own files, which --plugins names.
-ALLOWED = {("moe_jax/plugins.py", "exec_module")}
+# What runs code because that is its purpose: a user's own files, which --plugins names. And what compiles the file of code that
+# runs already, to see whether it was edited since; the result is never run.
+ALLOWED = {("moe_jax/plugins.py", "exec_module"), ("moe_jax/fingerprint.py", "compile")}
 SOURCES = sorted(
   path.relative_to(ROOT).as_posix()
   for folder in ("moe_jax", "experiments", "scripts")

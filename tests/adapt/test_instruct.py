@@ -51,9 +51,11 @@ write_result(path, result)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """Has dense/ and sparse/ models of two seeds, and other/ of another text."""
+  """Has dense/, one_expert/ and sparse/ models of two seeds, and other/ of another text."""
   folder = tmp_path_factory.mktemp("models")
-  for kind, fields in {"dense": {"ffn": "mlp"}, "sparse": {}, "other": {"sequence_length": 32}}.items():
+  kinds = {"dense": {"ffn": "mlp"}, "sparse": {}, "other": {"sequence_length": 32}}
+  kinds["one_expert"] = {"num_experts": 1, "num_experts_per_token": 1}  # the arm `dense` of a comparison
+  for kind, fields in kinds.items():
     config = resolve_config(tiny.change(CONFIG, **fields))
     for seed in (0, 1):
       save_model(folder / kind / f"seed_{seed}", make_model(config, 264, seed=seed), config)
@@ -104,9 +106,10 @@ def test_gains_are_losses_before_minus_after_and_differences_are_paired(folder, 
   retune = tmp_path / "retune.py"
   retune.write_text(RETUNE)
   tune = lambda change: [str(retune), f"{tmp_path}/out/tuned/arms/dense/seed_1/result.json", change]
-  first, again, _, *refused, _, retuned, _, retrained, changed = run_scripts(
+  first, again, of_one, _, *refused, _, retuned, _, retrained, changed = run_scripts(
     command,
     command,
+    [*wrong[:-1], *kinds("one_expert", "sparse"), f"--output_dir={tmp_path}/one"],
     [str(unfinish), f"{tmp_path}/out/tuned/arms/dense", str(half)],
     [*wrong, f"--dense={half}/seed_{{seed}}", f"--sparse={half}/seed_{{seed}}", "--seeds=2"],
     [*wrong, *kinds("sparse", "sparse")],
@@ -126,6 +129,9 @@ def test_gains_are_losses_before_minus_after_and_differences_are_paired(folder, 
   assert (retrained.status, changed.status) == (0, 2) and changed.stderr.count("\n") == 1, changed.stderr
   assert "arm dense seed 0 was tuned from another model than the one whose loss before is" in changed.stderr
   assert first.status == again.status == 0, first.stderr + again.stderr
+  assert of_one.status == 0 and (tmp_path / "one" / "gains.csv").read_text().count("sparse_") == 2, (
+    of_one.stderr
+  )
   assert "has no effect" not in first.stderr and "6 of 6 runs" in again.stdout
   messages = [f"{half}/seed_1: is not finished (step 2 of 2); the command that trains it continues it"]
   messages += ["has layers with routed experts"]
