@@ -130,8 +130,8 @@ config = dataclasses.replace(
 )
 with tempfile.TemporaryDirectory() as folder:
   result = moe_jax.Run(config, moe_jax.load_dataset(config.data), folder).train()
-assert result["training"]["brand_new"] == [2 * 16 * 2], result["training"]
-assert [c["title"] for c in result["columns"] if c["name"] == "brand_new"] == ["Assigned"]
+assert result["training"]["newly_assigned"] == [2 * 16 * 2], result["training"]
+assert [c["title"] for c in result["columns"] if c["name"] == "newly_assigned"] == ["Assigned"]
 print("used")
 """
 
@@ -143,7 +143,10 @@ def _add(package: pathlib.Path, kind: Kind) -> set[str]:
   text, (there, code) = registry.read_text(), kind.line
   assert text.count(there) == 1, kind.registry
   module = kind.file.removesuffix(".py").replace("/", ".")
-  entry = f'"brand_new": __import__("importlib").import_module("moe_jax.{module}").{code}, '
+  name = (
+    "newly_assigned" if kind is KINDS["metric"] else "brand_new"
+  )  # logs have losses and metrics under their names
+  entry = f'"{name}": __import__("importlib").import_module("moe_jax.{module}").{code}, '
   registry.write_text(text.replace(there, there.replace('"', entry + '"', 1), 1))
   return {kind.file, kind.registry}
 

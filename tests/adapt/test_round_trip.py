@@ -68,8 +68,8 @@ def test_a_dense_model_goes_all_ways_and_the_command_resumes(tmp_path, monkeypat
     [str(forget), str(out), "back"],
   )
   assert first.status == forgotten.status == restored.status == 0, first.stderr
-  line = f"error: {out}/runs/dense: holds a run with another configuration (seed was 0, now 1); "
-  assert seed.status == 2 and line in seed.stderr and seed.stderr.count("\n") == 1, seed.stderr
+  line = f"\nerror: {out}/runs/dense: holds a run with another configuration (seed was 0, now 1); "
+  assert seed.status == 2 and line in seed.stderr and seed.stderr.count("\n") == 2, seed.stderr
   # Nothing is made or measured again.
   assert again.stdout and first.stdout.endswith(again.stdout) and "..." not in again.stderr
   assert_one_line(other, f"{out}: holds numbers of other settings (num_steps was 2, now 3)")
