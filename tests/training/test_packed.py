@@ -91,8 +91,8 @@ def test_what_looks_into_another_text_is_refused():
   config = dataclasses.replace(models.CONFIG, mixer="lightning")
   with pytest.raises(InputError, match=r"mixer lightning: its state goes on .* --pack_examples=false"):
     model = Transformer(config, TOKENIZER.vocab_size, rngs=nnx.Rngs(0))
-    jax.eval_shape(lambda: Response()(model, batch, Context.of_batch(batch)).loss)
+    jax.eval_shape(lambda: Response()(model, batch, Context.of_batch(batch, num_domains=9)).loss)
   config = dataclasses.replace(models.CONFIG, mtp_depth=1)
   with pytest.raises(InputError, match=r"objective next_tokens: looks from one text .* into the next"):
     model = Transformer(config, TOKENIZER.vocab_size, rngs=nnx.Rngs(0))
-    jax.eval_shape(lambda: NextTokens()(model, batch, Context.of_batch(batch)).loss)
+    jax.eval_shape(lambda: NextTokens()(model, batch, Context.of_batch(batch, num_domains=9)).loss)

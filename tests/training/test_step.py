@@ -113,7 +113,8 @@ class NotedRun:
 
   configs: ClassVar = {}
 
-  def __init__(self, config, dataset, folder, progress, *, label, show):
+  def __init__(self, config, dataset, folder, progress, *, label, show, starts):
+    assert starts == {}  # no run is finished
     self.folder = folder
     self.configs[label, config.train.seed] = config
 
