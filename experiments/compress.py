@@ -101,7 +101,6 @@ def rows_of(measured, seed: int, path: str, methods) -> list[dict]:
   from moe_jax.adapt.experts import check_number
   from moe_jax.adapt.layers import moe_layers, take_apart
   from moe_jax.adapt.table import calibration_batches, row, text_of
-  from moe_jax.errors import InputError
   from moe_jax.inference.evaluate import evaluate, predicts_responses
   from moe_jax.interop.load import load
 
@@ -110,10 +109,7 @@ def rows_of(measured, seed: int, path: str, methods) -> list[dict]:
   e = parts.layers[moe_layers(parts)[0]].block.moe.num_experts
   numbers = [int(n) for n in _EXPERTS.value] or sorted({e * 3 // 4, e // 2, e // 4} - {0}, reverse=True)
   for number in numbers:  # before anything is measured
-    try:
-      check_number(parts.layers, moe_layers(parts), number)
-    except InputError as error:
-      raise InputError(f"--experts={number}: {str(error).partition(': ')[2]}") from None
+    check_number(parts.layers, moe_layers(parts), number, "--experts")
   dataset = text_of(loaded, _TEXT_FOLDER.value)
   limits, responses = (dataset.config.batch_size, _BATCHES.value), predicts_responses(loaded.config)
   batches = calibration_batches(dataset, _CALIBRATION.value, _DOMAIN.value)

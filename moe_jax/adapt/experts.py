@@ -114,13 +114,15 @@ def merge(
   return put_together(parts._replace(layers=tuple(layers)))
 
 
-def check_number(layers: Sequence[Layer], routed: Sequence[int], num_experts: int) -> None:
-  """Raises `InputError` unless each layer has as many experts, and a token takes no more of them."""
+def check_number(
+  layers: Sequence[Layer], routed: Sequence[int], num_experts: int, name: str = "num_experts"
+) -> None:
+  """Raises `InputError`, with `name`, unless each layer has as many experts, and a token takes no more of them."""
   for i in routed:
     moe = layers[i].block.moe
     if not moe.num_experts_per_token <= num_experts <= moe.num_experts:
       raise InputError(
-        f"num_experts={num_experts}: layer {i} has {moe.num_experts} experts and a token takes "
+        f"{name}={num_experts}: layer {i} has {moe.num_experts} experts and a token takes "
         f"{moe.num_experts_per_token}; choose {moe.num_experts_per_token} to {moe.num_experts}"
       )
 

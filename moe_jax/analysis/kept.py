@@ -61,9 +61,8 @@ class Kept:
       InputError: if it is of other settings, or if another command measures in the folder.
     """
     path = self.folder / f"{name}.json"
-    if (
-      not self._holds
-    ):  # not for each number: between two, models and text are read, and a second command would take over
+    # Not for each number: between two, models and text are read, and a second command would take over.
+    if not self._holds:
       self._held.enter_context(identity.hold([(self.folder, f"--output_dir={self.folder}")]))
       self._holds = True
     found = processes.from_first(self._found(path) if processes.is_first() else None)

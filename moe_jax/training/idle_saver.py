@@ -108,9 +108,8 @@ class IdleSaver:
       if self._process:
         return
       self._process = start(self._folder, self._keep, shared, group)
-    if not self._wait(
-      b"ready\n", _LATEST, may_rest=False
-    ):  # only then it ends with the run where it rests, too
+    # Only from then on it ends with the run where it rests, too.
+    if not self._wait(b"ready\n", _LATEST, may_rest=False):
       raise ProcessLookupError
 
   def _wait(self, line: bytes, seconds: float, may_rest: bool = True) -> bool:

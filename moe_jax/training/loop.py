@@ -84,9 +84,8 @@ class Run:
     self.checkpoints: Checkpoints | None = None  # in `train`
     self.metrics: JsonlWriter | None = None  # in the first process, in `train`
     self.evaluated = 0  # the last step with an evaluation in training
-    self.evaluated_all = (
-      not config.train.eval_batches
-    )  # whether the last evaluation was of the whole validation set
+    # Whether the last evaluation was of the whole validation set.
+    self.evaluated_all = not config.train.eval_batches
     self.lines = 0  # of metrics up to the step that the run continues from
 
   def train(self) -> dict[str, Any]:

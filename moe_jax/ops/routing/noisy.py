@@ -19,11 +19,9 @@ def learned_std(noise_logits_TX: Array, min_std: float) -> Array:
 
 def add_noise(logits_TX: Array, std_TX: Array | float, key: Array | None) -> Array:
   """Normal noise; none without a key."""
-  return (
-    logits_TX
-    if key is None
-    else logits_TX + std_TX * jax.random.normal(key, logits_TX.shape, logits_TX.dtype)
-  )
+  if key is None:
+    return logits_TX
+  return logits_TX + std_TX * jax.random.normal(key, logits_TX.shape, logits_TX.dtype)
 
 
 def win_probability(
